@@ -1,0 +1,29 @@
+"""accel: distil, export, compile and measure Stable Diffusion.
+
+Importing this package loads neither torch nor diffusers; each name below is resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ._version import __version__
+from .errors import UserError
+
+_LAZY = {
+    "load": "accel.pipeline",
+    "load_engine": "accel.engines",
+    "attach": "accel.embedding",
+    "Bundle": "accel.bundle",
+    "Pipeline": "accel.pipeline",
+}
+
+__all__ = ["UserError", "__version__", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'accel' has no attribute {name!r}")

@@ -1,0 +1,28 @@
+"""The one error type that is for people."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as a message and a fix, without a traceback.
+
+    Args:
+        message: what is wrong, with the offending value.
+        fix: what to type or change next.
+    """
+
+    def __init__(self, message: str, fix: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+
+
+class MissingPackage(UserError):
+    """An optional package that the requested feature needs is not installed."""
+
+    def __init__(self, package: str, feature: str, extra: str | None = None):
+        what = f'pip install "accel-diffusion[{extra}]"' if extra else f"pip install {package}"
+        super().__init__(f"{feature} needs the package {package}, which is not installed", what)
