@@ -1,1 +1,1 @@
-
+"""Training: small students, few-step students, and the digits model that ships with the package."""

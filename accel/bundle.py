@@ -1,0 +1,261 @@
+"""The bundle: one folder that holds everything a compiled pipeline needs, described by `accel.json`.
+
+Training writes a diffusers pipeline; export turns it into a bundle; runtime, benchmark, report and other apps read
+the bundle. Weights are stored once, in safetensors; the ONNX graphs refer to them as external data, so eager torch,
+ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .errors import UserError
+from .files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from .profiles import Profile, Range
+from .tensors import TensorSpec
+
+SCHEMA = 1
+MANIFEST = "accel.json"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a bundle.
+
+    Attributes:
+        name: folder name: text_encoder, unet, vae_decoder, vae_encoder, ...
+        kind: which wrapper rebuilds it in torch: text_encoder, unet, vae_decoder, vae_encoder.
+        graph: ONNX file, relative to the bundle.
+        weights: safetensors file that the graph and the eager engine share, relative to the bundle.
+        inputs, outputs: tensors in graph order.
+        dims: range of each symbolic dimension.
+        dtype: dtype of weights and of the floating-point inputs and outputs.
+        float32: modules that compute in float32 although `dtype` is lower.
+        parameters: number of parameters.
+        parity: what the export measured against torch.
+    """
+
+    name: str
+    kind: str
+    graph: str
+    weights: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: Mapping[str, Range]
+    dtype: str = "float32"
+    float32: tuple[str, ...] = ()
+    parameters: int = 0
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "graph": self.graph,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "float32": list(self.float32),
+            "parameters": self.parameters,
+            "inputs": [spec.as_dict() for spec in self.inputs],
+            "outputs": [spec.as_dict() for spec in self.outputs],
+            "dims": {name: vars(dim) for name, dim in self.dims.items()},
+            "parity": dict(self.parity),
+        }
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> Component:
+        return cls(
+            name=name,
+            kind=str(data["kind"]),
+            graph=str(data["graph"]),
+            weights=str(data["weights"]),
+            inputs=tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),
+            outputs=tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
+            dims={dim: Range(**limits) for dim, limits in data["dims"].items()},
+            dtype=str(data["dtype"]),
+            float32=tuple(data["float32"]),
+            parameters=int(data["parameters"]),
+            parity=data["parity"],
+        )
+
+    @property
+    def folder(self) -> str:
+        return self.graph.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `accel.json` says.
+
+    Attributes:
+        family: sd1, sd2 or sdxl.
+        topology: name out of `accel.topology`, or "custom".
+        pipeline: constants an embedding app needs: vae_scale (pixels per latent pixel), latent_channels,
+            scaling_factor, shift_factor, latent_multiple, native_size (pixels).
+        sampler: name, steps or timesteps, guidance: how this model is meant to be sampled.
+        profile: accepted batches and sizes.
+        precision: name of the recipe (fp32, fp16, ...).
+        source: name and weights digest of the pipeline it was made from.
+        exporter: package versions, opset.
+        components: the networks.
+        files: sha256 and size of every other file, by path relative to the bundle.
+    """
+
+    family: str
+    topology: str
+    pipeline: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    profile: Profile
+    precision: str
+    source: Mapping[str, Any]
+    exporter: Mapping[str, Any]
+    components: Mapping[str, Component]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "accel": __version__,
+            "family": self.family,
+            "topology": self.topology,
+            "precision": self.precision,
+            "sampler": dict(self.sampler),
+            "pipeline": dict(self.pipeline),
+            "profile": self.profile.as_dict(),
+            "source": dict(self.source),
+            "exporter": dict(self.exporter),
+            "components": {name: component.as_dict() for name, component in self.components.items()},
+            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        components = {name: Component.from_dict(name, entry) for name, entry in data["components"].items()}
+        plain = ("family", "topology", "pipeline", "sampler", "precision", "source", "exporter", "files")
+        return cls(profile=Profile.from_dict(data["profile"]), components=components, **{k: data[k] for k in plain})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check the manifest; files are checked when a component is used (`verify`).
+
+        Raises:
+            UserError: for a missing folder, a folder that is no bundle, a manifest that is damaged, newer than this
+                version, or that names files outside the bundle.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"no such folder: {path}", "check the path; `accel export MODEL OUT` makes a bundle")
+        if not (path / MANIFEST).is_file():
+            if (path / "model_index.json").is_file():
+                raise UserError(
+                    f"{path} is a diffusers pipeline, not a bundle", f"accel export {path} {path.name}-bundle"
+                )
+            raise UserError(f"{path} is no bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
+        data = read_json(path / MANIFEST, "the manifest")
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int):
+            raise UserError(f"{path / MANIFEST} is no accel manifest", "export the model again")
+        if schema > SCHEMA:
+            raise UserError(
+                f"{path} was written by a newer accel (schema {schema}; this version reads up to {SCHEMA})",
+                "pip install --upgrade accel-diffusion",
+            )
+        try:
+            manifest = Manifest.from_dict(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path / MANIFEST} is damaged ({error!r})", "export the model again") from None
+        bundle = cls(path, manifest)
+        for entry in manifest.files:
+            inside(path, entry, "the manifest entry")
+        for component in manifest.components.values():
+            for entry in (component.graph, component.weights):
+                bundle.file(entry)
+        return bundle
+
+    def component(self, name: str) -> Component:
+        if name not in self.manifest.components:
+            raise UserError(
+                f"{self.path} has no component {name!r}", f"it has: {', '.join(self.manifest.components)}"
+            )
+        return self.manifest.components[name]
+
+    def file(self, entry: str) -> Path:
+        """The path of a file that the manifest lists.
+
+        Raises:
+            UserError: when it is not listed or not inside the bundle.
+        """
+        path = inside(self.path, entry, "the manifest entry")
+        if entry not in self.manifest.files:
+            raise UserError(f"{self.path}: {entry} is not listed in the manifest", "export the model again")
+        return path
+
+    def verify(self, folders: Iterable[str] | None = None) -> None:
+        """Compare files with the sizes and sha256 digests in the manifest.
+
+        A digest is computed once; afterwards size, modification time and inode stand in for it, so that opening a
+        five-gigabyte bundle again costs nothing.
+
+        Args:
+            folders: only files below these folders; None for all.
+
+        Raises:
+            UserError: naming the first file that is missing, truncated or changed.
+        """
+        chosen = None if folders is None else tuple(f"{folder}/" for folder in folders)
+        stamps_path = cache_dir() / "verified" / f"{digest_of(str(self.path.absolute()))}.json"
+        try:
+            stamps = read_json(stamps_path, "the verification cache")
+            assert isinstance(stamps, dict)
+        except (UserError, OSError, AssertionError):
+            stamps = {}
+        known = dict(stamps)
+        for entry, expected in self.manifest.files.items():
+            if chosen is not None and not entry.startswith(chosen):
+                continue
+            path = inside(self.path, entry, "the manifest entry")
+            again = f"get {entry} again, or export the model again"
+            if not path.is_file():
+                raise UserError(f"{self.path}: {entry} is missing", again)
+            stat = path.stat()
+            if stat.st_size != expected["bytes"]:
+                raise UserError(
+                    f"{self.path}: {entry} has {stat.st_size:,} bytes where {expected['bytes']:,} were written", again
+                )
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, expected["sha256"]]
+            if stamps.get(entry) == stamp:
+                continue
+            if sha256(path) != expected["sha256"]:
+                raise UserError(f"{self.path}: {entry} was changed after export (its sha256 differs)", again)
+            stamps[entry] = stamp
+        if stamps != known:
+            try:
+                write_json(stamps_path, stamps)
+            except OSError:
+                pass  # a read-only home only costs the next run a hash
+
+    @property
+    def digest(self) -> str:
+        """What this bundle is, whatever folder it lies in: the digest of all file digests and constants."""
+        return digest_of(self.manifest.as_dict())
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a finished folder, with size and sha256 of every file in it."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, manifest.as_dict() | {"files": files})

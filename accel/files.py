@@ -1,0 +1,179 @@
+"""Files that are never half-written, never outside their folder, and never silently changed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import UserError
+
+_CHUNK = 1 << 22
+
+
+def cache_dir() -> Path:
+    """This user's cache: `$ACCEL_CACHE`, else the platform's usual place."""
+    if "ACCEL_CACHE" in os.environ:
+        return Path(os.environ["ACCEL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one, never a part of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(data, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file; `what` names it in the error."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing: {path}", "restore the file or make the folder again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} is damaged ({error}): {path}", "restore the file or make the folder again") from None
+
+
+def inside(root: Path, relative: str, what: str) -> Path:
+    """The path of a file that must lie in `root`.
+
+    Raises:
+        UserError: when the entry is absolute, climbs out with `..`, or is (or passes through) a symbolic link.
+    """
+    pure = PurePosixPath(relative)
+    problem = ""
+    if not relative or pure.is_absolute() or "\\" in relative or ":" in relative:
+        problem = "is not a relative path"
+    elif ".." in pure.parts:
+        problem = "points outside the folder"
+    else:
+        path = root
+        for part in pure.parts:
+            path = path / part
+            if path.is_symlink():
+                problem = "is or passes through a symbolic link"
+                break
+    if problem:
+        raise UserError(
+            f"{what} {relative!r} {problem}; refused, because it could read files that are not part of it",
+            "get the folder again from a source you trust",
+        )
+    return root / pure
+
+
+@contextlib.contextmanager
+def _exclusive(target: Path) -> Iterator[None]:
+    """Hold the only right to write `target`; the kernel gives it back when the process ends, however it ends."""
+    import fcntl
+
+    # The lock lies in the cache, not beside the target: a lock file may never be deleted while others may wait on it.
+    name = f"{digest_of(str(target))[:32]}.lock"
+    folder = cache_dir() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / name).open("a")
+    except OSError:
+        handle = (Path(tempfile.gettempdir()) / f"accel-{os.getuid()}-{name}").open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is writing {target} right now", "wait for it to finish, or choose another folder"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder beside `out` and rename it into place only when the body has succeeded.
+
+    A body that fails, or is interrupted, leaves `out` exactly as it was. What a killed process left behind is removed
+    by the next one that writes to the same place.
+
+    Raises:
+        UserError: when `out` exists (and `overwrite` is false), cannot be written, or another process is writing it.
+    """
+    out = out.absolute()
+    previous = out.parent / f".{out.name}.previous"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(out):
+            if previous.exists() and not out.exists():
+                os.replace(previous, out)  # killed between the two renames below: the old folder is still whole
+            _refuse_existing(out, overwrite)
+            for stale in out.parent.glob(f".{out.name}.partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+            try:
+                temporary.chmod(0o755)
+                yield temporary
+                if out.exists():
+                    os.replace(out, previous)
+                os.replace(temporary, out)
+                shutil.rmtree(previous, ignore_errors=True)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise _disk_error(error, out) from error
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists already", "choose another folder, or add --overwrite to replace it")
+    if not (out / "accel.json").is_file():
+        raise UserError(f"{out} is not something accel wrote, so it is not overwritten", "choose another folder")
+
+
+def _disk_error(error: OSError, path: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left while writing {path}", "free some space or write to another disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission to write {path}", "choose a folder you may write to")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{path} cannot be created: a part of that path is a file", "choose another folder")
+    return error
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Fail before hours of work, not after: `needed` bytes must be free where `folder` will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"about {needed / 1e9:.1f} GB are needed in {folder}, and {free / 1e9:.1f} GB are free",
+            "free some space or write to another disk",
+        )
