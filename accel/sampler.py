@@ -49,9 +49,9 @@ def _grid_dpmpp(schedule: NoiseSchedule, steps: int) -> list[float]:
 
 def _spaced(schedule: NoiseSchedule, spacing: str, steps: int, *, points: int, whole: bool) -> list[float]:
     """The grids of arXiv 2305.08891, table 2, from high noise to low. `whole` rounds linspace to trained timesteps."""
-    _check_steps(steps, schedule.T)
     if spacing == "trailing":
-        ts = np.round(schedule.T - np.arange(steps) * (schedule.T / steps)) - 1
+        # Cut to length: rounding gives this range one entry too many, t = -1, for some step counts (61, 103, ...).
+        ts = np.round(np.arange(schedule.T, 0, -schedule.T / steps)[:steps]) - 1
     elif spacing == "leading":
         ts = np.arange(points)[::-1][:steps] * (schedule.T // points) + schedule.steps_offset
     else:
@@ -94,7 +94,9 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType({
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
     """The timesteps of a sampler, high noise first; `grid(...)[start]` is what image-to-image noises its picture to."""
     chosen = _sampler(name)
-    return chosen.grid(schedule, chosen.steps if steps is None else steps)
+    steps = chosen.steps if steps is None else steps
+    _check_steps(steps, schedule.T)
+    return chosen.grid(schedule, steps)
 
 
 def needs_noise(name: str, *, eta: float = 0.0) -> bool:

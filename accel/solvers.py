@@ -85,7 +85,7 @@ def sample_euler(
     ts = _checked(schedule, timesteps, start)
     sigmas = [schedule.sigma(t) for t in ts] + [0.0]
     if start == 0 and schedule.timestep_spacing != "leading":
-        # y starts as sigma_max N(0, 1); on a leading grid, whose first sigma is lower, as sqrt(1 + sigma_max^2) N(0, 1).
+        # y starts as sigma_max N(0, 1); a leading grid starts lower, and there it is sqrt(1 + sigma_max^2) N(0, 1).
         x = (sigmas[0] / math.sqrt(1 + sigmas[0] ** 2)) * x
     for i in range(start, len(ts)):
         s, s_next = sigmas[i], sigmas[i + 1]
