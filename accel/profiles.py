@@ -76,18 +76,17 @@ class Profile:
         Args:
             vae_scale: pixels per latent pixel along one side (8 for Stable Diffusion).
             latent_multiple: what a latent side must be a multiple of (2 ** number of UNet downsamplers).
-            guidance: whether classifier-free guidance doubles the UNet's batch.
+            guidance: whether the pipeline uses classifier-free guidance, which doubles the UNet's batch. A batch range
+                always leaves room for it; a fixed batch is fixed to one or the other.
 
         Raises:
             UserError: when a size of the profile is no multiple of what the network can represent.
         """
         step = vae_scale * latent_multiple
-        dims = {
-            "images": self.batch,
-            "batch": Range(self.batch.min, self.batch.opt * (1 + guidance), self.batch.max * (1 + guidance)),
-        }
-        if self.batch.fixed and guidance:
-            dims["batch"] = self.batch.scaled(2)
+        batch = self.batch.scaled(1 + guidance)
+        if not self.batch.fixed:
+            batch = Range(self.batch.min, batch.opt, self.batch.max * 2)
+        dims = {"images": self.batch, "batch": batch}
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels.min % step or pixels.max % step:
                 raise UserError(

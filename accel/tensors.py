@@ -11,6 +11,9 @@ from .profiles import Range
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 
+# Numbers that are not activations: a timestep or a size in pixels is exact in float32 only.
+EXACT_INPUTS = ("timestep", "time_ids")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -32,6 +35,11 @@ class TensorSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
         return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether this tensor follows the network's dtype."""
+        return "float" in self.dtype and self.name not in EXACT_INPUTS
 
     def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given values of the symbolic dimensions."""

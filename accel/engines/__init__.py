@@ -1,1 +1,88 @@
+"""One interface, one file per engine. Nothing heavy is imported until an engine is loaded."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..bundle import Bundle
+from ..errors import UserError
+from .base import Engine, Status
+
+# Fastest first: the order in which `auto` asks.
+ENGINES: Mapping[str, str] = MappingProxyType(
+    {
+        "openvino": "accel.engines.openvino",
+        "onnxruntime": "accel.engines.onnxruntime",
+        "compile": "accel.engines.compile",
+        "eager": "accel.engines.eager",
+    }
+)
+
+__all__ = ["ENGINES", "Engine", "Status", "choose", "load_engine", "status"]
+
+
+def status(name: str) -> Status:
+    """Whether an engine can run here.
+
+    Raises:
+        UserError: for an unknown engine.
+    """
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}", f"one of: auto, {', '.join(sorted(ENGINES))}")
+    return import_module(ENGINES[name]).status()
+
+
+def choose(name: str = "auto") -> str:
+    """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
+
+    On a machine with a GPU that ONNX Runtime can drive, `auto` prefers it; otherwise the fastest CPU engine.
+    `compile` is never chosen by itself, because its first call takes minutes.
+
+    Raises:
+        UserError: when the named engine cannot run here, with the fix.
+    """
+    if name != "auto":
+        state = status(name)
+        if not state.ok:
+            raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
+        return name
+    ort = status("onnxruntime")
+    if ort.ok and "cuda" in ort.detail:
+        return "onnxruntime"
+    for candidate in ENGINES:
+        if candidate != "compile" and status(candidate).ok:
+            return candidate
+    raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def load_engine(
+    bundle: str | Path | Bundle, component: str, engine: str = "auto", *, verify: bool = True, **options: Any
+) -> Engine:
+    """Load one component of a bundle on an engine: tensors in, tensors out; no diffusers needed.
+
+    Args:
+        bundle: a bundle or its folder.
+        component: text_encoder, unet, vae_decoder, ...
+        engine: a name out of `ENGINES`, or "auto".
+        verify: compare the component's files with the manifest's digests first.
+        options: the engine's own options (device, dtype, provider, threads, ...).
+
+    Raises:
+        UserError: for an unknown component or engine, an engine that cannot run here, or changed files.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    record = bundle.component(component)
+    name = choose(engine)
+    if verify:
+        bundle.verify([record.folder])
+    try:
+        return import_module(ENGINES[name]).load(bundle, record, **options)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise UserError(f"the {name} engine has no such option: {error}", "see `accel run --help`") from None
+        raise

@@ -1,0 +1,124 @@
+"""The one interface of every engine: named tensors in, named tensors out, checked against the manifest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle, Component
+from ..errors import UserError
+from ..files import inside
+from ..tensors import check
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether an engine can run here, and if not, why and what to do about it."""
+
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+class Engine(ABC):
+    """A loaded component.
+
+    Call it with the component's inputs by name; it returns a dict of outputs. Inputs may be numpy arrays, torch
+    tensors or anything with `__dlpack__`; outputs are of the engine's own kind (`native`), on its own device, and never
+    share memory with an input.
+
+    Attributes:
+        name: engine name.
+        component: the manifest's record: inputs, outputs, dims.
+        native: "numpy" or "torch".
+        description: what really runs, for people: provider, device, dtype.
+    """
+
+    name: str
+    native: str = "numpy"
+    description: str = ""
+
+    def __init__(self, bundle: Bundle, component: Component):
+        self.component = component
+        self.profile = bundle.manifest.profile.name
+
+    def __call__(self, **feeds: Any) -> dict[str, Any]:
+        component = self.component
+        check(component.name, component.inputs, component.dims, self.profile, feeds)
+        return self.run({name: self.array(value) for name, value in feeds.items()})
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on native arrays that have been checked already."""
+
+    def array(self, value: Any) -> Any:
+        """Any array as one of the engine's own kind; no copy where it already is one."""
+        return to_numpy(value)
+
+    def sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        """The value of every symbolic dimension of this call, those of the outputs included."""
+        dims = self.component.dims
+        sizes = {
+            dim: size
+            for spec in self.component.inputs
+            for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
+            if isinstance(dim, str)
+        }
+        for side in ("height", "width"):
+            pixels, latent = side, f"latent_{side}"
+            if pixels in dims and latent in dims:
+                if latent in sizes:
+                    sizes[pixels] = sizes[latent] * dims[pixels].min // dims[latent].min
+                elif pixels in sizes:
+                    sizes[latent] = sizes[pixels] * dims[latent].min // dims[pixels].min
+        return sizes
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Give the memory back. The engine cannot be called afterwards."""
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A numpy array of a numpy array, a torch tensor (on any device) or a DLPack object."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)
+    if hasattr(value, "detach"):
+        return value.detach().cpu().numpy()
+    return np.from_dlpack(value)
+
+
+def to_torch(value: Any, device: str) -> Any:
+    """A torch tensor on a device of a numpy array, a torch tensor or a DLPack object."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.array(value, copy=not np.asarray(value).flags.writeable)).to(device)
+    return torch.from_dlpack(value).to(device)
+
+
+def graph_file(bundle: Bundle, component: Component) -> Path:
+    """The ONNX file of a component, after making sure that its external data stay inside the bundle.
+
+    Raises:
+        UserError: when the graph reads a file that is not part of the bundle.
+    """
+    import onnx
+
+    path = bundle.file(component.graph)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise UserError(f"{path} is no readable ONNX file ({type(error).__name__})", "export the model again") from None
+    locations = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for location in sorted(locations):
+        inside(path.parent, location, "the graph's external data")
+        bundle.file(f"{component.folder}/{location}")
+    return path

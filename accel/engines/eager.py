@@ -1,0 +1,87 @@
+"""torch, operator by operator: the reference that everything else is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from ..bundle import Bundle, Component
+from ..errors import UserError
+from .base import Engine, Status, to_torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def status() -> Status:
+    missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        return Status(False, f"{', '.join(missing)} not installed", f"pip install {' '.join(missing)}")
+    from importlib.metadata import version
+
+    return Status(True, f"torch {version('torch')}")
+
+
+class Eager(Engine):
+    """The component as a torch module, on the weights of the bundle.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: dtype to compute in: "auto" (as stored), "fp32", "bf16" or "fp16". Inputs and outputs keep the dtypes of
+            the manifest.
+    """
+
+    name = "eager"
+    native = "torch"
+
+    def __init__(self, bundle: Bundle, component: Component, *, device: str = "auto", dtype: str = "auto"):
+        super().__init__(bundle, component)
+        import torch
+
+        from .. import networks
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device {device!r} is not usable: torch sees no CUDA device", "--device cpu")
+        if dtype != "auto" and dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}", f"one of: auto, {', '.join(DTYPES)}")
+        module = networks.rebuild(
+            component.kind,
+            bundle.file(f"{component.folder}/config.json"),
+            bundle.file(component.weights),
+            component.inputs,
+            component.outputs,
+        )
+        compute = component.dtype if dtype == "auto" else DTYPES[dtype]
+        if dtype == "auto":
+            networks.keep_float32(module.model, component.float32)
+        else:
+            module = module.to(getattr(torch, compute))
+            if compute != "float32":
+                networks.keep_float32(module.model, component.float32)
+        self.module = module.to(device)
+        self.device = device
+        self.compute = getattr(torch, compute)
+        self.description = f"torch {torch.__version__}, {device}, {compute}"
+
+    def array(self, value: Any) -> Any:
+        return to_torch(value, self.device)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        compute = {s.name: self.compute if s.is_activation else None for s in self.component.inputs}
+        with torch.inference_mode():
+            outputs = self.module(**{k: v if compute[k] is None else v.to(compute[k]) for k, v in feeds.items()})
+        return {
+            spec.name: value.to(getattr(torch, spec.dtype))
+            for spec, value in zip(self.component.outputs, outputs, strict=True)
+        }
+
+    def close(self) -> None:
+        del self.module
+
+
+def load(bundle: Bundle, component: Component, **options: Any) -> Engine:
+    return Eager(bundle, component, **options)

@@ -1,0 +1,157 @@
+"""ONNX Runtime: CPU everywhere; CUDA and TensorRT providers where onnxruntime-gpu is installed.
+
+Needs neither torch nor diffusers. With a GPU provider and torch present, tensors stay on the GPU between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle, Component
+from ..errors import MissingPackage, UserError
+from ..files import cache_dir
+from .base import Engine, Status, graph_file, to_torch
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+def status() -> Status:
+    if find_spec("onnxruntime") is None:
+        return Status(False, "onnxruntime is not installed", 'pip install "accel-diffusion[cpu]" (or [cuda])')
+    import onnxruntime
+
+    names = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
+    return Status(True, f"onnxruntime {onnxruntime.__version__} ({', '.join(names)})")
+
+
+class OnnxRuntime(Engine):
+    """The component's ONNX graph on ONNX Runtime.
+
+    Args:
+        provider: "auto" (cuda where present, else cpu), "cpu", "cuda" or "tensorrt".
+        device_id: which GPU.
+        threads: CPU threads; 0 lets ONNX Runtime choose.
+        io_binding: bind torch tensors by address instead of passing numpy arrays; None turns it on for GPU providers
+            when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
+            the latents that the sampler still needs.
+        session: further session config entries.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: Component,
+        *,
+        provider: str = "auto",
+        device_id: int = 0,
+        threads: int = 0,
+        io_binding: bool | None = None,
+        session: Mapping[str, str] | None = None,
+    ):
+        super().__init__(bundle, component)
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise MissingPackage("onnxruntime", "the onnxruntime engine", "cpu") from None
+        available = ort.get_available_providers()
+        if provider == "auto":
+            provider = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+        if provider not in PROVIDERS:
+            raise UserError(f"unknown provider {provider!r}", f"one of: auto, {', '.join(PROVIDERS)}")
+        if PROVIDERS[provider] not in available:
+            raise UserError(
+                f"this onnxruntime has no {provider} provider (it has {', '.join(available)})",
+                "pip uninstall onnxruntime; pip install onnxruntime-gpu",
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        for key, value in (session or {}).items():
+            options.add_session_config_entry(key, value)
+        chain = _providers(provider, device_id, bundle)
+        try:
+            self.session = ort.InferenceSession(str(graph_file(bundle, component)), options, providers=chain)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"ONNX Runtime cannot load {component.graph}: {str(error).splitlines()[0][:300]}",
+                "export the model again, or try another engine",
+            ) from None
+        if PROVIDERS[provider] not in self.session.get_providers():
+            raise UserError(
+                f"ONNX Runtime fell back from {provider} to {', '.join(self.session.get_providers())}",
+                "check that the CUDA / TensorRT libraries match this onnxruntime-gpu, or use --provider cpu",
+            )
+        self.on_gpu = provider != "cpu"
+        self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
+        self.native = "torch" if self.binding else "numpy"
+        self.device = f"cuda:{device_id}" if self.on_gpu else "cpu"
+        self.device_id = device_id
+        self.description = f"onnxruntime {ort.__version__}, {provider}"
+
+    def array(self, value: Any) -> Any:
+        return to_torch(value, self.device) if self.binding else super().array(value)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        if self.binding:
+            return self._run_bound(feeds)
+        names = [spec.name for spec in self.component.outputs]
+        return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
+
+    def _run_bound(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        device = "cuda" if self.on_gpu else "cpu"
+        sizes = self.sizes(feeds)
+        binding = self.session.io_binding()
+        held = {name: value.contiguous() for name, value in feeds.items()}
+        for spec in self.component.inputs:
+            tensor = held[spec.name]
+            binding.bind_input(
+                spec.name, device, self.device_id, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr()
+            )
+        outputs = {}
+        for spec in self.component.outputs:
+            tensor = torch.empty(spec.concrete(sizes), dtype=getattr(torch, spec.dtype), device=self.device)
+            binding.bind_output(
+                spec.name, device, self.device_id, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr()
+            )
+            outputs[spec.name] = tensor
+        if self.on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
+        self.session.run_with_iobinding(binding)
+        return outputs
+
+    def close(self) -> None:
+        del self.session
+
+
+def _providers(provider: str, device_id: int, bundle: Bundle) -> list:
+    """The chosen provider, then what it may hand operators to."""
+    cpu = PROVIDERS["cpu"]
+    if provider == "cpu":
+        return [cpu]
+    cuda = (PROVIDERS["cuda"], {"device_id": device_id})
+    if provider == "cuda":
+        return [cuda, cpu]
+    cache = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32]
+    cache.mkdir(parents=True, exist_ok=True)
+    tensorrt = {
+        "device_id": device_id,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache.parent),
+    }
+    return [(PROVIDERS["tensorrt"], tensorrt), cuda, cpu]
+
+
+def load(bundle: Bundle, component: Component, **options: Any) -> OnnxRuntime:
+    return OnnxRuntime(bundle, component, **options)

@@ -1,0 +1,237 @@
+"""A pipeline to a bundle: every network exported and checked, everything an embedding app needs in one folder."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel import networks
+from accel.bundle import Bundle, Component, Manifest, seal
+from accel.errors import UserError
+from accel.files import new_folder, require_space
+from accel.networks import Network
+from accel.profiles import Range
+from accel.profiles import profile as parse_profile
+
+from . import check, onnx, precision
+from .source import Source, open_source
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+_STAGES = 4
+Progress = Callable[[str, float], None]
+
+
+def export_pipeline(
+    model: str | Path,
+    out: str | Path,
+    *,
+    profile: str = "native",
+    precision: str = "fp32",
+    opset: int = onnx.DEFAULT_OPSET,
+    components: tuple[str, ...] = COMPONENTS,
+    sampler: Mapping[str, Any] | None = None,
+    adapter: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, fraction: None,
+) -> Bundle:
+    """Export a Stable Diffusion pipeline to a bundle.
+
+    Args:
+        model: a diffusers pipeline folder or a hub id.
+        out: folder to write; it appears only when everything has succeeded.
+        profile: shapes to accept (`accel.profiles`).
+        precision: fp32 or fp16.
+        opset: ONNX opset (`export.onnx.OPSETS`).
+        components: networks to export; `text_encoder` covers both of SDXL's.
+        sampler: name, steps or timesteps, guidance to store instead of the source's own.
+        adapter: give the UNet the inputs of a T2I-Adapter.
+        overwrite: replace a bundle that is already there.
+        progress: called with a description and the fraction done.
+
+    Raises:
+        UserError: for a source that cannot be exported, or a graph that differs from torch by more than the gate.
+    """
+    source = open_source(model)
+    names = _component_names(source, components)
+    unet_config, vae_config = source.config("unet"), source.config("vae")
+    pipeline = _pipeline_constants(source, unet_config, vae_config)
+    chosen_sampler = dict(sampler or source.sampler() or default_sampler(source))
+    shapes = parse_profile(profile, native=pipeline["native_size"])
+    dims = shapes.dims(
+        vae_scale=pipeline["vae_scale"],
+        latent_multiple=pipeline["latent_multiple"],
+        guidance=float(chosen_sampler["guidance"]) > 1,
+    )
+    stored = sum(p.stat().st_size for name in ("text_encoder", "text_encoder_2", "unet", "vae")
+                 if source.has(name) for p in source.weight_files(name))
+    require_space(Path(out).absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        records = {}
+        for i, name in enumerate(names):
+            def step(stage: str, done: int, name: str = name, i: int = i) -> None:
+                progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
+
+            records[name] = _export_component(
+                source, name, folder / name, dims, precision, opset, adapter, step, shapes.tokens
+            )
+        _copy_companions(source, folder)
+        manifest = Manifest(
+            family=source.family,
+            topology=source.topology,
+            pipeline=pipeline,
+            sampler=chosen_sampler,
+            profile=shapes,
+            precision=precision,
+            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))},
+            exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
+            | {"opset": opset, "method": "torch.onnx.export(dynamo=True)"},
+            components=records,
+        )
+        progress("digests", 0.99)
+        seal(folder, manifest)
+    progress("done", 1.0)
+    return Bundle.open(out)
+
+
+def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
+    unknown = [name for name in wanted if name not in COMPONENTS]
+    if unknown:
+        raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(COMPONENTS)}")
+    names = list(wanted)
+    if "text_encoder" in names and source.has("text_encoder_2"):
+        names.insert(names.index("text_encoder") + 1, "text_encoder_2")
+    return names
+
+
+def _weight_folders(names: list[str]) -> list[str]:
+    return sorted({"vae" if name.startswith("vae_") else name for name in names})
+
+
+def _pipeline_constants(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    stages = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    scale = 2 ** (len(stages) - 1)
+    size = unet["sample_size"]
+    return {
+        "vae_scale": scale,
+        "latent_channels": vae["latent_channels"],
+        "scaling_factor": vae.get("scaling_factor", 1.0),
+        "shift_factor": vae.get("shift_factor") or 0.0,
+        "latent_multiple": 2 ** (len(unet["block_out_channels"]) - 1),
+        "native_size": (size if isinstance(size, int) else max(size)) * scale,
+        "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
+    }
+
+
+def default_sampler(source: Source) -> dict[str, Any]:
+    """How a pipeline without sampling constants is meant to be run: by its scheduler's class."""
+    if source.index["scheduler"][1] == "LCMScheduler":
+        from diffusers import LCMScheduler
+
+        scheduler = LCMScheduler.from_config(source.config("scheduler"))
+        scheduler.set_timesteps(4)
+        return {"name": "dmd2", "timesteps": scheduler.timesteps.tolist(), "guidance": 0.0}
+    return {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5 if source.family != "sdxl" else 5.0}
+
+
+def _network(source: Source, name: str, adapter: bool, tokens: int) -> Network:
+    if name.startswith("text_encoder"):
+        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=tokens)
+    if name == "unet":
+        return networks.unet(source.load("unet"), adapter=adapter, tokens=tokens)
+    return getattr(networks, name)(source.load("vae"))
+
+
+def _export_component(
+    source: Source, name: str, folder: Path, dims: Mapping[str, Range], recipe: str, opset: int, adapter: bool,
+    step: Callable[[str, int], None], tokens: int,
+) -> Component:
+    """Weights, graph and proof of one network. The float32 original is dropped before anything is traced."""
+    started = time.perf_counter()
+    folder.mkdir()
+    step("loading", 0)
+    network = _network(source, name, adapter, tokens)
+    used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
+    limits = {dim: dims[dim] for dim in sorted(used)}
+    batches = [onnx.example(network.inputs, sizes, seed=seed) for seed, sizes in enumerate(_check_sizes(limits))]
+    reference, peaks = precision.scan(network.module, batches) if recipe != "fp32" else (None, {})
+    chosen = precision.plan(network, recipe, peaks)
+    networks.save_config(network, folder)
+    parameters = precision.save_weights(network.module.model, folder / onnx.WEIGHTS, chosen)
+
+    inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
+    kind = network.kind
+    del network
+    gc.collect()
+    module = networks.rebuild(kind, folder / "config.json", folder / onnx.WEIGHTS, inputs, outputs)
+    networks.keep_float32(module.model, chosen.float32)
+    network = Network(name, kind, module, inputs, outputs)
+
+    step("tracing", 1)
+    onnx.export_graph(network, limits, folder, opset=opset)
+    operators = check.structure(folder / onnx.GRAPH)
+
+    step("checking against torch", 2)
+    low = [_cast(feeds, inputs) for feeds in batches]
+    with torch.no_grad():
+        own = [[t.float().numpy() for t in module(**feeds)] for feeds in low]
+    truth = own if reference is None else [[t.numpy() for t in run] for run in reference]
+    del module, network, reference
+    gc.collect()
+    step("checking against torch", 3)
+    exported = [[a.astype("float32") for a in run] for run in check.run_onnx(folder / onnx.GRAPH, low)]
+    floor = check.worst(own, truth)
+    # Where everything stayed float32 there is no rounding to allow for.
+    parity = check.gate(name, chosen.dtype, check.worst(exported, truth), floor)
+    return Component(
+        name=name,
+        kind=kind,
+        graph=f"{name}/{onnx.GRAPH}",
+        weights=f"{name}/{onnx.WEIGHTS}",
+        inputs=inputs,
+        outputs=outputs,
+        dims=limits,
+        dtype=chosen.dtype,
+        float32=chosen.float32,
+        parameters=parameters,
+        parity=parity
+        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in batches]}
+        | {"operators": operators, "precision_reason": chosen.reason}
+        | {"export_seconds": round(time.perf_counter() - started, 2)},
+    )
+
+
+def _check_sizes(limits: Mapping[str, Range]) -> list[dict[str, int]]:
+    """Two sizes within the profile: the smallest, and one that differs in every free dimension.
+
+    Height and width of one tensor pair grow by different steps, so that swapped axes cannot go unnoticed.
+    """
+
+    def sizes(steps: Mapping[str, int]) -> dict[str, int]:
+        result = {}
+        for dim, limit in limits.items():
+            grow = next((n for side, n in steps.items() if side in dim), 0)
+            result[dim] = min(limit.max, limit.min + grow * limit.multiple)
+        return result
+
+    return [sizes({}), sizes({"height": 1, "width": 2, "batch": 1, "images": 1})]
+
+
+def _cast(feeds: Mapping[str, torch.Tensor], specs) -> dict[str, torch.Tensor]:
+    return {spec.name: feeds[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
+
+
+def _copy_companions(source: Source, folder: Path) -> None:
+    """What an embedding app needs beside the networks: tokenizer, scheduler, model_index.json."""
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        if source.has(name):
+            shutil.copytree(
+                source.path / name, folder / name, ignore=lambda d, files: [f for f in files if f.startswith(".")]
+            )
+    shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")

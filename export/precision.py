@@ -1,0 +1,112 @@
+"""Precision as a property of the graph: which dtype the weights are stored and computed in, and what stays float32.
+
+Strongly typed engines (TensorRT 11, and 10 in that mode) have no precision flags, so an fp16 model is an fp16 ONNX
+graph. Not everything survives fp16, so the choice is made here, with reasons that end up in the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from accel.errors import UserError
+from accel.networks import Network
+from accel.tensors import TensorSpec
+
+PRECISIONS = ("fp32", "fp16")
+
+# float16 ends at 65,504. Activations of unseen prompts are larger than those of a scan; leave a factor of four.
+FP16_SAFE = 65504.0 / 4
+
+# Embeddings of time and size feed every block and cost nothing: rounding them is all loss.
+ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dtype of a network, the modules that stay float32, and why."""
+
+    dtype: str
+    float32: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[list[tuple], dict[str, float]]:
+    """Run a network in float32 and note the largest magnitude that each inner module puts out.
+
+    Returns:
+        The outputs of every batch, and {module name: largest |activation|}.
+    """
+    peaks: dict[str, float] = {}
+
+    def note(name: str):
+        def hook(_module, _inputs, output):
+            if torch.is_tensor(output) and output.is_floating_point():
+                peaks[name] = max(peaks.get(name, 0.0), output.detach().abs().max().item())
+
+        return hook
+
+    handles = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            outputs = [module(**feeds) for feeds in batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, peaks
+
+
+def plan(network: Network, precision: str, peaks: Mapping[str, float]) -> Plan:
+    """Decide dtypes from the recipe's name and what `scan` saw."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join(PRECISIONS)}")
+    if precision == "fp32":
+        return Plan("float32")
+    loud = {name: peak for name, peak in peaks.items() if not peak < FP16_SAFE}
+    if loud:
+        name, peak = max(loud.items(), key=lambda item: item[1])
+        return Plan(
+            "float32",
+            reason=f"activations reach {peak:.3g} in {name.removeprefix('model.')}, too close to float16's 65,504",
+        )
+    names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
+    kept = tuple(name for name in ALWAYS_FLOAT32 if name in names)
+    return Plan("float16", kept, "embeddings of time and size cost nothing in float32" if kept else "")
+
+
+def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, ...]:
+    """The same tensors with floating-point activations in another dtype."""
+    return tuple(
+        replace(spec, dtype=dtype) if spec.is_activation else spec for spec in specs
+    )
+
+
+def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
+    """Store the weights of a network in the dtypes of its plan; the model's own tensors are consumed on the way.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        UserError: when a weight is NaN or infinite (before or after rounding), naming it.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    state = {}
+    for name, tensor in model.state_dict().items():
+        stays = any(name.startswith(f"{part}.") for part in chosen.float32)
+        dtype = torch.float32 if stays else getattr(torch, chosen.dtype)
+        stored = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        if stored.is_floating_point() and not torch.isfinite(stored).all():
+            what = "is not finite" if not torch.isfinite(tensor).all() else f"does not fit {chosen.dtype}"
+            raise UserError(
+                f"weight {name} {what} (NaN or infinity)",
+                "the checkpoint is broken: train or download it again" if "not finite" in what else "--precision fp32",
+            )
+        state[name] = stored
+    save_file(state, path)
+    return parameters

@@ -1,0 +1,152 @@
+"""Where a model comes from: a diffusers pipeline folder or a hub id, read one component at a time."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel.errors import UserError
+from accel.files import digest_of, read_json, sha256
+from accel.topology import identify
+
+_WEIGHTS = (".safetensors", ".bin")
+_SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A diffusers pipeline folder.
+
+    Attributes:
+        path: the folder.
+        name: what to call it (folder name or hub id).
+        index: model_index.json.
+    """
+
+    path: Path
+    name: str
+    index: Mapping[str, Any]
+
+    def has(self, component: str) -> bool:
+        entry = self.index.get(component)
+        return isinstance(entry, list) and entry[1] is not None
+
+    def config(self, component: str) -> dict[str, Any]:
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_json(self.path / component / name, f"the {component} config")
+
+    def sampler(self) -> dict[str, Any] | None:
+        """Sampling constants that a distilled pipeline carries along (`sampler.json`), or None."""
+        path = self.path / "sampler.json"
+        return read_json(path, "sampler.json") if path.is_file() else None
+
+    def load(self, component: str) -> nn.Module:
+        """Load one component in float32; weights only, never code."""
+        library, class_name = self.index[component]
+        if library not in ("diffusers", "transformers"):
+            raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
+        cls = getattr(importlib.import_module(library), class_name, None)
+        if cls is None:
+            raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
+        dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
+        return _readable(
+            lambda: cls.from_pretrained(self.path / component, local_files_only=True, **dtype).eval(),
+            self.path / component,
+        )
+
+    def weight_files(self, component: str) -> list[Path]:
+        return sorted(p for p in (self.path / component).glob("*") if p.suffix in _WEIGHTS)
+
+    def digest(self, components: list[str]) -> str:
+        """sha256 over the weight files of the named components."""
+        files = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
+        return digest_of(files)
+
+    @property
+    def family(self) -> str:
+        config = self.config("unet")
+        if config.get("addition_embed_type") == "text_time":
+            return "sdxl"
+        return "sd2" if config.get("use_linear_projection") else "sd1"
+
+    @property
+    def topology(self) -> str:
+        found = identify(self.config("unet"))
+        return found.name if found else "custom"
+
+
+def open_source(model: str | Path) -> Source:
+    """Open a diffusers pipeline folder, or fetch one from the hub.
+
+    Raises:
+        UserError: for a path that does not exist, a folder that is no pipeline, or a pipeline of another family.
+    """
+    path = Path(model)
+    if not path.exists():
+        if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+            raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
+        path = _download(str(model))
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file, not a pipeline folder",
+            "convert it with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        )
+    if (path / "accel.json").is_file():
+        raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
+    if not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{path} is no diffusers pipeline: it has no model_index.json",
+            "save one with pipeline.save_pretrained(FOLDER)",
+        )
+    index = read_json(path / "model_index.json", "model_index.json")
+    source = Source(path, str(model) if path != Path(model) else path.resolve().name, index)
+    for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not source.has(needed):
+            raise UserError(f"{path} is a {index.get('_class_name')} without {needed}", _SUPPORTED)
+    return source
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
+    allow = ["*.json", "*.txt", *(f"{f}/*.{s}" for f in folders for s in ("json", "txt", "safetensors", "model"))]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=allow, ignore_patterns=["*.fp16.*", "*non_ema*"]))
+    except Exception as error:
+        raise UserError(
+            f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",
+            "check the spelling and the network, or give a folder",
+        ) from None
+
+
+def _readable(load: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    """Run a loader and turn its many ways of failing into one sentence."""
+    import pickle
+
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if any(isinstance(e, pickle.UnpicklingError) or "eights only" in str(e) for e in _chain(error)):
+            raise UserError(
+                f"{folder} holds a pickle with more than weights in it; refused, because it could run code",
+                "get the model as .safetensors",
+            ) from None
+        raise UserError(
+            f"{folder} cannot be loaded: {first[:300]}", "the files may be damaged or incomplete; get them again"
+        ) from None
+
+
+def _chain(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

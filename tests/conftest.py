@@ -1,0 +1,155 @@
+"""Small pipelines with random weights: real diffusers folders, real loading code, seconds instead of minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests never touch the user's cache."""
+    os.environ["ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def make_tokenizer(folder: Path, pad: str = "<|endoftext|>"):
+    """A CLIPTokenizer over bytes with a few merges, so that words are one or several tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>")]
+    words = [*alphabet, *(f"{c}</w>" for c in alphabet), *(a + b for a, b in merges)]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_text_encoder(vocab: int, width: int, *, projection: int | None = None, seed: int = 0):
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=projection or width, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def make_vae(seed: int = 0):
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1, scaling_factor=0.7,
+    ).eval()
+
+
+SD15_SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
+    skip_prk_steps=True,
+)
+
+
+def make_sd15(folder: Path, topology: str = "sd15") -> Path:
+    """An SD1.5-topology pipeline, narrowed: 64 px images, 16x16 latents."""
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    from accel.topology import narrowed
+
+    tokenizer = make_tokenizer(folder / "tokenizer-made")
+    torch.manual_seed(1)
+    channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
+    unet = UNet2DConditionModel(
+        **narrowed(topology, channels, sample_size=16, cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
+    ).eval()
+    pipe = StableDiffusionPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(len(tokenizer), 32), tokenizer=tokenizer, unet=unet,
+        scheduler=PNDMScheduler(**SD15_SCHEDULER), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def make_sdxl(folder: Path) -> Path:
+    """An SDXL-topology pipeline, narrowed: two text encoders, time ids, 64 px images."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    from accel.topology import narrowed
+
+    one, two = make_tokenizer(folder / "one"), make_tokenizer(folder / "two", pad="!")
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        **narrowed(
+            "sdxl", (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4, attention_head_dim=(2, 4, 4),
+            transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+        )
+    ).eval()
+    pipe = StableDiffusionXLPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(len(one), 32), tokenizer=one,
+        text_encoder_2=make_text_encoder(len(two), 32, projection=32, seed=5), tokenizer_2=two, unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                         steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory) -> Path:
+    return make_sd15(tmp_path_factory.mktemp("sd15") / "tiny-sd15")
+
+
+@pytest.fixture(scope="session")
+def sd15_tiny(tmp_path_factory) -> Path:
+    return make_sd15(tmp_path_factory.mktemp("sd15tiny") / "tiny-sd15-tiny", "sd15-tiny")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd15_bundle(sd15, tmp_path_factory) -> Path:
+    """The narrowed SD1.5 pipeline as an fp32 bundle: batch 1-4, 64 to 128 px."""
+    from accel.export.pipeline import export_pipeline
+
+    out = tmp_path_factory.mktemp("bundle") / "sd15"
+    export_pipeline(sd15, out, profile="batch=1-4,size=64-128", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5})
+    return out
+
+
+@pytest.fixture
+def bundle_copy(sd15_bundle, tmp_path) -> Path:
+    """A bundle that a test may break."""
+    import shutil
+
+    return Path(shutil.copytree(sd15_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def edit_manifest():
+    """Change a bundle's manifest in place: edit_manifest(bundle, lambda data: ...)."""
+
+    def edit(bundle: Path, change) -> None:
+        path = bundle / "accel.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    return edit
