@@ -10,6 +10,7 @@ import numpy as np
 
 from .arrays import concat
 from .engines import Engine
+from .errors import Notice
 from .tokenizer import ClipTokenizer
 
 
@@ -19,7 +20,7 @@ def tokenize(tokenizer: ClipTokenizer, prompts: Sequence[str]) -> np.ndarray:
     for prompt in prompts:
         ids, dropped = tokenizer.encode(prompt)
         if dropped:
-            warnings.warn(f"the prompt is longer than the text encoder reads; ignored: {dropped!r}", stacklevel=3)
+            warnings.warn(f"the prompt is too long for the text encoder; ignored: {dropped!r}", Notice, stacklevel=3)
         rows.append(ids)
     return np.asarray(rows, dtype=np.int64)
 

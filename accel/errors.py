@@ -26,3 +26,7 @@ class MissingPackage(UserError):
     def __init__(self, package: str, feature: str, extra: str | None = None):
         what = f'pip install "accel-diffusion[{extra}]"' if extra else f"pip install {package}"
         super().__init__(f"{feature} needs the package {package}, which is not installed", what)
+
+
+class Notice(UserWarning):
+    """Something the user should know that does not stop the work."""

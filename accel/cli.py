@@ -1,0 +1,104 @@
+"""The command line: verbs only. Each verb lives in `accel/commands/` and is imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from importlib import import_module
+
+from ._version import __version__
+from .errors import Notice, UserError
+
+VERBS = {
+    "doctor": "what can run here, and what to do about what cannot",
+    "demo": "the whole story on the model that ships with the package, in about a minute, offline",
+    "export": "a diffusers pipeline becomes a bundle: checked ONNX graphs and everything an app needs",
+    "run": "prompt to image on any engine",
+    "bench": "eager against compiled: speed, memory and parity in one table",
+    "inspect": "what is inside a bundle, whether it is intact and whether it runs here",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, 1 failed, 2 wrong use, 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _top_parser()
+    if not argv or argv[0].startswith("-"):
+        args = parser.parse_args(argv)
+        parser.print_help()
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        parser.parse_args(argv)  # prints the list of verbs and exits with 2
+    _quiet_libraries()
+    module = import_module(f"accel.commands.{verb}")
+    verb_parser = argparse.ArgumentParser(
+        prog=f"accel {verb}",
+        description=VERBS[verb],
+        epilog=f"example: {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(verb_parser)
+    args = verb_parser.parse_args(argv[1:])
+    return _guarded(module.run, args)
+
+
+def _guarded(run, args: argparse.Namespace) -> int:
+    """Turn every way of ending into an exit code and a sentence."""
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (such as `| head`) has gone: not an error, but nothing more can be printed either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("error: out of memory\n  fix: use a smaller size or batch, or a machine with more", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in accel; please report it with the lines above", file=sys.stderr)
+        return 1
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="accel",
+        description="Distil, export, compile and measure Stable Diffusion.",
+        epilog=f"verbs:\n{lines}\n\n`accel VERB --help` explains one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"accel {__version__}")
+    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help="what to do")
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Let people read our lines: silence the libraries' progress bars and notices, keep our own notices."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", Notice)
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A diffusers pipeline becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..profiles import PROFILES
+
+    parser.add_argument("model", help="a diffusers pipeline folder or a hub id")
+    parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
+    parser.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: fp32)")
+    parser.add_argument(
+        "--profile",
+        default="native",
+        help="shapes to accept: native (batch 1-4 at the model's own size), static (batch 1), "
+        f"{', '.join(PROFILES)}; or spelled out: batch=1-4,height=256-768,width=512 (default: native)",
+    )
+    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 18 to 24 (default: 20)")
+    parser.add_argument(
+        "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
+    )
+    parser.add_argument("--adapter", action="store_true", help="give the UNet the inputs of a T2I-Adapter")
+    parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
+    parser.add_argument("--steps", type=int, help="steps to store in the bundle")
+    parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from accel.export.pipeline import COMPONENTS, export_pipeline
+    from accel.export.source import open_source
+
+    components = tuple(args.components.split(",")) if args.components else COMPONENTS
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        bundle = export_pipeline(
+            args.model,
+            args.out,
+            profile=args.profile,
+            precision=args.precision,
+            opset=args.opset,
+            components=components,
+            sampler=_sampler(args, open_source(args.model)),
+            adapter=args.adapter,
+            overwrite=args.overwrite,
+            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+        )
+    if args.json:
+        print(json.dumps(bundle.manifest.as_dict(), indent=2))
+        return 0
+    for component in bundle.manifest.components.values():
+        parity = component.parity
+        note = f"; kept in float32: {', '.join(component.float32)}" if component.float32 else ""
+        if args.precision != "fp32" and component.dtype == "float32":
+            note = f"; kept in float32: {parity['precision_reason']}"
+        print(
+            f"{component.name:<15} {component.parameters / 1e6:9.1f} M  {component.dtype:<8} "
+            f"differs from torch by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e}){note}"
+        )
+    print(f"{bundle.path} is ready: accel run {bundle.path} --prompt ...")
+    return 0
+
+
+def _sampler(args: argparse.Namespace, source) -> dict[str, Any] | None:
+    """The sampling constants to store, where any was given; the rest from the source."""
+    if args.sampler is None and args.steps is None and args.guidance is None:
+        return None
+    from accel.export.pipeline import default_sampler
+    from accel.sampler import SAMPLERS, NoiseSchedule, grid
+
+    own = dict(source.sampler() or default_sampler(source))
+    name = args.sampler or own["name"]
+    if args.steps is not None or name != own["name"]:
+        steps = args.steps or (SAMPLERS[name].steps if name in SAMPLERS else None)
+        timesteps = grid(name, NoiseSchedule.from_config(source.config("scheduler")), steps)
+        own = {"name": name, "guidance": 0.0 if name == "dmd2" else own["guidance"]}
+        own |= {"timesteps": timesteps} if name == "dmd2" else {"steps": steps}
+    if args.guidance is not None:
+        own["guidance"] = args.guidance
+    return own

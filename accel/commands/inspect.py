@@ -1,0 +1,73 @@
+"""What is inside a bundle, whether it is intact, and whether it runs here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..bundle import Bundle, Component
+from ..engines import ENGINES, status
+from ..errors import UserError
+from .options import add_json
+
+EXAMPLE = "accel inspect my-bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    problem = None
+    if not args.no_verify:
+        try:
+            bundle.verify()
+        except UserError as error:
+            problem = error
+    engines = {name: status(name) for name in ENGINES}
+    if args.json:
+        print(json.dumps({
+            "manifest": bundle.manifest.as_dict(),
+            "digest": bundle.digest,
+            "intact": None if args.no_verify else problem is None,
+            "problem": str(problem) if problem else None,
+            "engines": {name: vars(state) for name, state in engines.items()},
+        }, indent=2))
+    else:
+        _print(bundle, args.no_verify, problem, engines)
+    return 1 if problem else 0
+
+
+def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines) -> None:
+    manifest = bundle.manifest
+    sampler = manifest.sampler
+    steps = sampler.get("timesteps") or f"{sampler.get('steps')} steps"
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    print(f"{bundle.path}: {manifest.family}, topology {manifest.topology}, {manifest.precision}, {total / 1e6:,.1f} MB")
+    print(f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
+          f"torch {manifest.exporter['torch']}")
+    print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}")
+    profile = manifest.profile
+    print(f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
+          f"{profile.tokens} tokens")
+    for component in manifest.components.values():
+        _print_component(component)
+    if problem:
+        print(f"  files     DAMAGED: {problem}")
+    else:
+        print(f"  files     {'not checked' if unverified else f'{len(manifest.files)} files match their digests'}")
+    for name, state in engines.items():
+        print(f"  {name:<12} {'runs here: ' + state.detail if state.ok else f'no: {state.detail}; fix: {state.fix}'}")
+
+
+def _print_component(component: Component) -> None:
+    parity = component.parity
+    print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.dtype}, "
+          f"differs from torch by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e})")
+    for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
+        for spec in specs:
+            shape = ", ".join(f"{d} {component.dims[d]}" if isinstance(d, str) else str(d) for d in spec.shape)
+            print(f"      {arrow} {spec.name}: {spec.dtype} [{shape}]")

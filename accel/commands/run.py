@@ -1,0 +1,79 @@
+"""Prompt to image on any engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from .options import add_engine, add_json, add_sampling, engine_options
+
+EXAMPLE = 'accel run my-bundle --prompt "a fox in the snow" --seed 7 --out fox.png'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("--prompt", action="append", required=True, help="what to draw; repeat for several")
+    parser.add_argument("--negative", help="what to steer away from (needs guidance)")
+    parser.add_argument("--out", default="out.png", help="image file; several images are numbered (default: out.png)")
+    parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count on (default: 0)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
+    add_sampling(parser)
+    add_engine(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..pipeline import load
+
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise UserError("the prompt is empty", 'say what to draw: --prompt "a fox in the snow"')
+    out = Path(args.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"{out} is not an image file name", "use .png, .jpg or .webp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {out.parent}: {error.strerror}", "choose another --out") from None
+    pipeline = load(args.bundle, engine=args.engine, **engine_options(args))
+    unet = pipeline.engines["unet"]
+    if args.engine == "auto" and not args.json:
+        print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
+    result = pipeline(
+        args.prompt,
+        args.negative,
+        height=args.height,
+        width=args.width,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        num_images_per_prompt=args.images,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+    names = [out] if len(result.images) == 1 else [
+        out.with_stem(f"{out.stem}-{i:03d}") for i in range(len(result.images))
+    ]
+    for name, image in zip(names, result.images, strict=True):
+        _save(image, name)
+    seconds = {key: round(value, 4) for key, value in result.seconds.items()}
+    if args.json:
+        engines = {name: engine.description for name, engine in pipeline.engines.items()}
+        print(json.dumps(
+            {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds, "engines": engines}
+        ))
+    else:
+        parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
+        print(f"{', '.join(map(str, names))} ({parts})")
+    return 0
+
+
+def _save(image, path: Path) -> None:
+    try:
+        image.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}", "choose another --out") from None

@@ -1,0 +1,66 @@
+"""What can run here: engines, attention, GPU, versions; for each missing one, the fix."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from .engines import ENGINES, status
+
+_OPTIONAL = {
+    "tensorrt": ("TensorRT plans", "tensorrt"),
+    "xformers": ("xformers attention", "xformers"),
+    "flash_attn": ("flash-attn attention", "flash-attn"),
+    "optimum": ("loading bundles with optimum", "optimum"),
+    "peft": ("training LoRA", "train"),
+    "sklearn": ("training and judging the digits model", "train"),
+}
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "triton", "numpy", "tokenizers", "safetensors",
+)
+
+
+def examine() -> dict[str, Any]:
+    """Look at this machine. Imports torch only to ask for GPUs.
+
+    Returns:
+        `engines` and `optional` ({name: {ok, detail, fix}}), `gpus`, `packages` ({name: version or None}), `machine`.
+    """
+    from .floor import machine
+
+    return {
+        "engines": {name: vars(status(name)) for name in ENGINES},
+        "optional": {
+            name: {
+                "ok": find_spec(name) is not None,
+                "detail": what,
+                "fix": "" if find_spec(name) else f'pip install "accel-diffusion[{extra}]"',
+            }
+            for name, (what, extra) in _OPTIONAL.items()
+        },
+        "gpus": _gpus(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": machine().as_dict(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    if find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [
+        f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    ]
