@@ -52,7 +52,7 @@ class Profile:
     Attributes:
         name: the word users type.
         batch: images per call (guidance doubles the UNet's batch on top of this).
-        height, width: pixels.
+        height, width: pixels; the network decides in which steps (see `dims`).
         tokens: length of the text context.
     """
 
@@ -119,10 +119,10 @@ _PROFILES = (
     _square("sdxl-512", 512, _TO_4),
     _square("sdxl-1024", 1024, _TO_4),
     _square("sdxl-1024-static", 1024, _ONE),
-    Profile("dynamic", Range(1, 1, 8), Range(256, 512, 1024, 64), Range(256, 512, 1024, 64)),
-    Profile("sdxl-dynamic", Range(1, 1, 4), Range(512, 1024, 1536, 64), Range(512, 1024, 1536, 64)),
+    Profile("dynamic", Range(1, 1, 8), Range(256, 512, 1024), Range(256, 512, 1024)),
+    Profile("sdxl-dynamic", Range(1, 1, 4), Range(512, 1024, 1536), Range(512, 1024, 1536)),
     Profile("digits", Range(1, 4, 16), fixed(64), fixed(64)),
-    Profile("digits-dynamic", Range(1, 4, 16), Range(64, 64, 128, 32), Range(64, 64, 128, 32)),
+    Profile("digits-dynamic", Range(1, 4, 16), Range(64, 64, 128), Range(64, 64, 128)),
 )
 PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for profile in _PROFILES})
 
@@ -157,9 +157,8 @@ def profile(text: str, *, native: int | None = None) -> Profile:
         key, low, high = match[1], int(match[2]), int(match[3] or match[2])
         if not 1 <= low <= high:
             raise UserError(f"profile {text!r}: {part.strip()!r} is an empty range", "write low-high: batch=1-4")
-        step = 1 if low == high or key == "batch" else 64
         for name in ("height", "width") if key == "size" else (key,):
-            fields[name] = Range(low, low if key == "batch" else high, high, step)
+            fields[name] = Range(low, low if key == "batch" else high, high)
     side = fixed(native) if native else None
     height, width = fields.get("height", side), fields.get("width", side)
     if height is None or width is None:

@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
         for gpu in found["gpus"]:
             print(f"  {gpu}")
         machine = found["machine"]
-        print("machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if key != "packages" and value))
+        print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items() if k != "packages" and v))
         print("packages: " + ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v))
     return 0 if any(state["ok"] for state in found["engines"].values()) else 1

@@ -46,7 +46,8 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
     sampler = manifest.sampler
     steps = sampler.get("timesteps") or f"{sampler.get('steps')} steps"
     total = sum(entry["bytes"] for entry in manifest.files.values())
-    print(f"{bundle.path}: {manifest.family}, topology {manifest.topology}, {manifest.precision}, {total / 1e6:,.1f} MB")
+    kind = f"{manifest.family}, topology {manifest.topology}, {manifest.precision}"
+    print(f"{bundle.path}: {kind}, {total / 1e6:,.1f} MB")
     print(f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
           f"torch {manifest.exporter['torch']}")
     print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}")

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="auto", help="auto, eager, compile, onnxruntime or openvino (default: auto)")
+    parser.add_argument("--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino (default: auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile); an OpenVINO device (openvino)")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")

@@ -1,0 +1,33 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both create .venv and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and the demo run offline, on two threads, wherever they are.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-slow test-gpu lint bench digits clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,dev]"
+	touch $@
+
+demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
+	$(BIN)/accel demo --out out/demo --overwrite
+
+test: $(VENV)/.installed  ## lint and the CPU tests, at most 15 minutes
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+test-gpu: $(VENV)/.installed  ## what only a CUDA device can show
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
