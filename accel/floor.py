@@ -150,7 +150,7 @@ def measure_bandwidth(device: str = "cpu", *, seconds: float = 1.0, size: int = 
         source = torch.ones(size, dtype=torch.uint8, device=where)
         target = torch.empty_like(source)
         calls, elapsed = _repeat(lambda: target.copy_(source), wait, seconds)
-    return size * calls / elapsed
+    return 2 * size * calls / elapsed
 
 
 def _repeat(work: Callable[[], Any], wait: Callable[[], None], seconds: float) -> tuple[int, float]:
