@@ -100,8 +100,7 @@ def _class(function: Callable[..., Any], operands: Sequence[Any]) -> str:
 
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones once: what one forward pass has to read at least."""
-    tensors = {id(t): t for group in (module.parameters(), module.buffers()) for t in group}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.numel() * t.element_size() for group in (module.parameters(), module.buffers()) for t in group)
 
 
 def floor_seconds(flops: float, bytes_read: float, *, peak: float, bandwidth: float) -> float:

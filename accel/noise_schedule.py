@@ -68,7 +68,7 @@ class NoiseSchedule:
     """Noise level of every training timestep, and the choices that turn a step count into a grid.
 
     Attributes:
-        alphas_cumprod: alpha_bar, float64 [T], strictly decreasing, within [0, 1]; made read-only.
+        alphas_cumprod: alpha_bar, float64 [T], strictly decreasing, within [0, 1); a read-only copy.
         prediction_type: what the model predicts: `epsilon`, `v_prediction` (arXiv 2202.00512) or `sample` (x0).
         timestep_spacing: `leading`, `trailing` or `linspace` (arXiv 2305.08891, table 2). None: the sampler's default.
         steps_offset: added to every timestep of the `leading` grid.
@@ -83,8 +83,8 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         a = np.array(self.alphas_cumprod, dtype=np.float64)
-        if a.ndim != 1 or a.size == 0 or not np.isfinite(a).all() or a.max() > 1 or a.min() < 0:
-            raise UserError("alphas_cumprod must be a list of numbers between 0 and 1", "check the scheduler's betas")
+        if a.ndim != 1 or a.size == 0 or not np.isfinite(a).all() or a.max() >= 1 or a.min() < 0:
+            raise UserError("alphas_cumprod must be a list of numbers of at least 0 and below 1", "check the scheduler's betas")
         if not (np.diff(a) < 0).all():
             raise UserError("alphas_cumprod must fall at every timestep", "check the scheduler's betas")
         _one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
