@@ -84,7 +84,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         a = np.array(self.alphas_cumprod, dtype=np.float64)
         if a.ndim != 1 or a.size == 0 or not np.isfinite(a).all() or a.max() >= 1 or a.min() < 0:
-            raise UserError("alphas_cumprod must be a list of numbers of at least 0 and below 1", "check the scheduler's betas")
+            raise UserError("alphas_cumprod must be numbers of at least 0 and below 1", "check the scheduler's betas")
         if not (np.diff(a) < 0).all():
             raise UserError("alphas_cumprod must fall at every timestep", "check the scheduler's betas")
         _one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)

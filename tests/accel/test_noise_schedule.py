@@ -97,7 +97,9 @@ def test_from_folder_equals_from_config(tmp_path):
     assert (a.alphas_cumprod == b.alphas_cumprod).all() and a.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("bad", [[], [0.9, 0.9], [0.5, 0.6], [1.1, 0.5], [1.0, 0.5], [0.5, -0.1], [float("nan"), 0.1], [[0.9, 0.5]]])
+@pytest.mark.parametrize(
+    "bad", [[], [0.9, 0.9], [0.5, 0.6], [1.1, 0.5], [1.0, 0.5], [0.5, -0.1], [float("nan"), 0.1], [[0.9, 0.5]]]
+)
 def test_alpha_bar_that_is_none_is_refused(bad):
     with pytest.raises(UserError, match="alphas_cumprod"):
         NoiseSchedule(alphas_cumprod=np.array(bad))
