@@ -157,7 +157,11 @@ def profile(text: str, *, native: int | None = None) -> Profile:
         key, low, high = match[1], int(match[2]), int(match[3] or match[2])
         if not 1 <= low <= high:
             raise UserError(f"profile {text!r}: {part.strip()!r} is an empty range", "write low-high: batch=1-4")
+        if key == "tokens" and low != high:
+            raise UserError(f"profile {text!r}: tokens is one number, not a range", "leave it out, or write tokens=77")
         for name in ("height", "width") if key == "size" else (key,):
+            if name in fields:
+                raise UserError(f"profile {text!r} gives {name} twice", "size= is height= and width= at once")
             fields[name] = Range(low, low if key == "batch" else high, high)
     side = fixed(native) if native else None
     height, width = fields.get("height", side), fields.get("width", side)

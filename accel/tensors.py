@@ -70,6 +70,10 @@ def check(
     sizes: dict[str, int] = {}
     for spec in specs:
         array = feeds[spec.name]
+        if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+            raise UserError(
+                f"{component}: {spec.name} is a {type(array).__name__}, not an array", "pass a numpy array or a tensor"
+            )
         if dtype_name(array) != spec.dtype:
             raise UserError(
                 f"{component}: {spec.name} is {dtype_name(array)}, not {spec.dtype}", f"convert it to {spec.dtype}"

@@ -175,9 +175,13 @@ def identify(config: Mapping[str, Any]) -> Topology | None:
         keys = (
             "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "mid_block_type",
             "cross_attention_dim", "attention_head_dim", "use_linear_projection", "addition_embed_type",
-            "transformer_layers_per_block", "reverse_transformer_layers_per_block",
+            "transformer_layers_per_block", "reverse_transformer_layers_per_block", "upcast_attention",
         )
-        defaults = {"use_linear_projection": False, "transformer_layers_per_block": 1}
+        # diffusers' own, for configs that were written before the field existed (such as SD1.5's).
+        defaults = {
+            "use_linear_projection": False, "transformer_layers_per_block": 1, "upcast_attention": False,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+        }
         return tuple(_frozen(candidate.get(key, defaults.get(key))) for key in keys)
 
     wanted = shape(config)
