@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,7 +46,7 @@ def write_json(path: Path, data: Any) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(data, indent=2) + "\n")
+            file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -60,8 +62,10 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{what} is missing: {path}", "restore the file or make the folder again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is damaged ({error}): {path}", "restore the file or make the folder again") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror}): {path}", "check its permissions") from None
 
 
 def inside(root: Path, relative: str, what: str) -> Path:
@@ -70,9 +74,9 @@ def inside(root: Path, relative: str, what: str) -> Path:
     Raises:
         UserError: when the entry is absolute, climbs out with `..`, or is (or passes through) a symbolic link.
     """
-    pure = PurePosixPath(relative)
+    pure = PurePosixPath(relative if isinstance(relative, str) else "")
     problem = ""
-    if not relative or pure.is_absolute() or "\\" in relative or ":" in relative:
+    if not pure.parts or pure.is_absolute() or any(char in relative for char in "\\:\0"):
         problem = "is not a relative path"
     elif ".." in pure.parts:
         problem = "points outside the folder"
@@ -124,54 +128,90 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: when `out` exists (and `overwrite` is false), cannot be written, or another process is writing it.
     """
-    out = out.absolute()
+    if "\0" in str(out):
+        raise UserError(f"{str(out)!r} cannot be a path", "choose another folder")
+    # One name for one place, however it is spelled: two writers must meet at the same lock.
+    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out.parent)) / out.name
     previous = out.parent / f".{out.name}.previous"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(out):
-            if previous.exists() and not out.exists():
-                os.replace(previous, out)  # killed between the two renames below: the old folder is still whole
+            if previous.exists():
+                _settle(previous, out)  # an earlier process was killed in `_replace`
             _refuse_existing(out, overwrite)
-            for stale in out.parent.glob(f".{out.name}.partial-*"):
+            for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
             try:
                 temporary.chmod(0o755)
                 yield temporary
-                if out.exists():
-                    os.replace(out, previous)
-                os.replace(temporary, out)
-                shutil.rmtree(previous, ignore_errors=True)
+                _refuse_existing(out, overwrite)  # somebody may have made it during the hours of work
+                _replace(out, temporary, previous)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise _disk_error(error, out) from error
 
 
+def _replace(out: Path, new: Path, previous: Path) -> None:
+    """Put `new` in the place of `out`. The old folder is set aside first, because no rename replaces a full folder."""
+    try:
+        if out.exists():
+            os.replace(out, previous)
+        os.replace(new, out)
+    finally:
+        if previous.exists():
+            _settle(previous, out)
+
+
+def _settle(previous: Path, out: Path) -> None:
+    """The folder set aside goes back when its place is empty, and away when it is taken."""
+    if out.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        os.replace(previous, out)
+
+
 def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.is_symlink() and (not out.exists() or (out.is_dir() and not any(out.iterdir()))):
         return
     if not overwrite:
         raise UserError(f"{out} exists already", "choose another folder, or add --overwrite to replace it")
+    if out.is_symlink():
+        raise UserError(f"{out} is a symbolic link, so it is not overwritten", f"name the folder: {out.resolve()}")
     if not (out / "accel.json").is_file():
         raise UserError(f"{out} is not something accel wrote, so it is not overwritten", "choose another folder")
 
 
-def _disk_error(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left while writing {path}", "free some space or write to another disk")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"no permission to write {path}", "choose a folder you may write to")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{path} cannot be created: a part of that path is a file", "choose another folder")
+def _disk_error(error: OSError, out: Path) -> Exception:
+    """What went wrong while `out` was made, for people; anything unexpected stays as it is."""
+    code = error.errno
+    if code is None and (found := re.search(r"\[Errno (\d+)\]", str(error))):
+        code = int(found[1])  # shutil.copytree puts the errors of all files into one text
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left while writing {out}", "free some space or write to another disk")
+    if isinstance(error.filename, str):
+        where = Path(os.path.abspath(error.filename))
+        if where not in (out, *out.parents) and not str(where).startswith(f"{out.parent}/.{out.name}."):
+            return UserError(f"{where} cannot be used: {error.strerror}", "check that path and its permissions")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission to write {out}", "choose a folder you may write to")
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{out} cannot be created: a part of that path is a file", "choose another folder")
+    if code == errno.ENAMETOOLONG:
+        return UserError(f"{out} cannot be created: the name is too long", "choose another folder")
     return error
 
 
 def require_space(folder: Path, needed: int) -> None:
     """Fail before hours of work, not after: `needed` bytes must be free where `folder` will be."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _disk_error(error, folder) from error
     if free < needed:
         raise UserError(
             f"about {needed / 1e9:.1f} GB are needed in {folder}, and {free / 1e9:.1f} GB are free",
