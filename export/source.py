@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.assets import resolve
 from accel.errors import UserError
 from accel.files import digest_of, read_json, sha256
 from accel.topology import identify
@@ -82,11 +83,12 @@ class Source:
 
 
 def open_source(model: str | Path) -> Source:
-    """Open a diffusers pipeline folder, or fetch one from the hub.
+    """Open a diffusers pipeline folder, fetch one from the hub, or take the shipped one (`digits`).
 
     Raises:
         UserError: for a path that does not exist, a folder that is no pipeline, or a pipeline of another family.
     """
+    asked, model = str(model), resolve(model)
     path = Path(model)
     if not path.exists():
         if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
@@ -105,7 +107,7 @@ def open_source(model: str | Path) -> Source:
             "save one with pipeline.save_pretrained(FOLDER)",
         )
     index = read_json(path / "model_index.json", "model_index.json")
-    source = Source(path, str(model) if path != Path(model) else path.resolve().name, index)
+    source = Source(path, path.resolve().name if Path(asked).exists() else asked, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not source.has(needed):
             raise UserError(f"{path} is a {index.get('_class_name')} without {needed}", _SUPPORTED)
