@@ -1,0 +1,33 @@
+"""What a wheel would contain is what the tree contains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill", "kernels/ops": "accel.kernels"}
+
+
+def declared_packages() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text()
+    (names,) = re.findall(r"^packages = \[(.*?)\]", text, flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r'"([\w.]+)"', names))
+
+
+def test_every_package_of_the_tree_is_declared():
+    found = set()
+    for folder, name in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inner = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([name, *inner]))
+    assert found == declared_packages()
+
+
+def test_python_versions_and_pins_agree():
+    pyproject, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text()
+    assert 'requires-python = ">=3.10"' in pyproject and "torch==2.13.0" in pins
+    assert "torchvision" not in pins and "torchaudio" not in pins
+    hard = pyproject.split("[project.optional-dependencies]")[0]
+    for name in ("torchvision", "onnxruntime", "tensorrt", "flash-attn", "xformers"):
+        assert f'"{name}' not in hard  # GPU packages are extras; the two onnxruntimes exclude each other
