@@ -96,16 +96,18 @@ def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
         UserError: when a weight is NaN or infinite (before or after rounding), naming it.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    state = {}
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)  # `state` is now the only holder, so each original goes as its copy comes
+    for name, tensor in state.items():
         stays = any(name.startswith(f"{part}.") for part in chosen.float32)
         dtype = torch.float32 if stays else getattr(torch, chosen.dtype)
         stored = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         if stored.is_floating_point() and not torch.isfinite(stored).all():
-            what = "is not finite" if not torch.isfinite(tensor).all() else f"does not fit {chosen.dtype}"
+            broken = not torch.isfinite(tensor).all()
             raise UserError(
-                f"weight {name} {what} (NaN or infinity)",
-                "the checkpoint is broken: train or download it again" if "not finite" in what else "--precision fp32",
+                f"weight {name} {'is not finite (NaN or infinity)' if broken else f'does not fit {chosen.dtype}'}",
+                "the checkpoint is broken: train or download it again" if broken else "--precision fp32",
             )
         state[name] = stored
     save_file(state, path)

@@ -25,9 +25,8 @@ def make(topology, folder):
 
 def export(source, out, *options):
     """Run the command in a process of its own; returns its peak resident memory in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "export", source, out, *options], capture_output=True, text=True, cwd=out.parent
-    )
+    command = [sys.executable, "-c", MEASURED, "export", source, out, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["code"] == 0, done.stderr
     return result["peak"]
