@@ -67,6 +67,14 @@ class Component:
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> Component:
+        _require(data, f"component {name}", kind=str, graph=str, weights=str, dtype=str, parameters=int, parity=dict)
+        for spec in (*data["inputs"], *data["outputs"]):
+            _require(spec, f"a tensor of {name}", name=str, dtype=str, shape=list)
+            for dim in spec["shape"]:
+                if not isinstance(dim, int) and dim not in data["dims"]:
+                    raise ValueError(f"{name}: {spec['name']} has an unknown dimension {dim!r}")
+        for dim, limits in data["dims"].items():
+            _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
         return cls(
             name=name,
             kind=str(data["kind"]),
@@ -133,9 +141,39 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        number = (int, float)
+        _require(
+            data, "the manifest", family=str, topology=str, precision=str, pipeline=dict, sampler=dict, profile=dict,
+            source=dict, exporter=dict, components=dict, files=dict,
+        )
+        _require(data["source"], "source", name=str)
+        _require(data["exporter"], "exporter", opset=int, torch=str)
+        _require(data["sampler"], "sampler", name=str, guidance=number)
+        if "timesteps" in data["sampler"]:
+            _require(data["sampler"], "sampler", timesteps=list)
+        else:
+            _require(data["sampler"], "sampler", steps=int)
+        _require(
+            data["pipeline"], "pipeline", vae_scale=int, latent_channels=int, scaling_factor=number,
+            shift_factor=number, latent_multiple=int, native_size=int, zero_empty_prompt=bool,
+        )
+        _require(data["profile"], "profile", name=str, batch=dict, height=dict, width=dict, tokens=int)
+        for side in ("batch", "height", "width"):
+            _require(data["profile"][side], f"profile {side}", min=int, opt=int, max=int, multiple=int)
+        for name, entry in data["files"].items():
+            _require(entry, f"file {name}", sha256=str, bytes=int)
         components = {name: Component.from_dict(name, entry) for name, entry in data["components"].items()}
         plain = ("family", "topology", "pipeline", "sampler", "precision", "source", "exporter", "files")
         return cls(profile=Profile.from_dict(data["profile"]), components=components, **{k: data[k] for k in plain})
+
+
+def _require(data: Any, what: str, **kinds: type | tuple[type, ...]) -> None:
+    """Raise ValueError naming the first key of `data` that is missing or of another kind."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} is no table")
+    for key, kind in kinds.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{what}: {key!r} is {'missing' if key not in data else f'wrong: {data[key]!r:.40}'}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +202,7 @@ class Bundle:
             raise UserError(f"{path} is no bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
         data = read_json(path / MANIFEST, "the manifest")
         schema = data.get("schema") if isinstance(data, dict) else None
-        if not isinstance(schema, int):
+        if not isinstance(schema, int) or schema is True or schema < 1:
             raise UserError(f"{path / MANIFEST} is no accel manifest", "export the model again")
         if schema > SCHEMA:
             raise UserError(
@@ -174,7 +212,7 @@ class Bundle:
         try:
             manifest = Manifest.from_dict(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST} is damaged ({error!r})", "export the model again") from None
+            raise UserError(f"{path / MANIFEST} is damaged ({error})", "export the model again") from None
         bundle = cls(path, manifest)
         for entry in manifest.files:
             inside(path, entry, "the manifest entry")

@@ -62,6 +62,8 @@ def load(
     unknown = set(by_component) - set(bundle.manifest.components)
     if unknown and isinstance(engine, Mapping):
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
+    if verify:
+        bundle.verify([*wanted, "tokenizer", "tokenizer_2", "scheduler"])
     engines = {
         name: load_engine(bundle, name, choose(by_component.get(name, "auto")), verify=verify, **options)
         for name in wanted

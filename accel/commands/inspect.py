@@ -64,10 +64,15 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
         print(f"  {name:<12} {'runs here: ' + state.detail if state.ok else f'no: {state.detail}; fix: {state.fix}'}")
 
 
+def _parity(component: Component) -> str:
+    error, limit = component.parity.get("relative_l2"), component.parity.get("limit")
+    if not isinstance(error, float) or not isinstance(limit, float):
+        return "difference from torch not measured"
+    return f"differs from torch by {error:.1e} (limit {limit:.1e})"
+
+
 def _print_component(component: Component) -> None:
-    parity = component.parity
-    print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.dtype}, "
-          f"differs from torch by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e})")
+    print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.dtype}, {_parity(component)}")
     for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
         for spec in specs:
             shape = ", ".join(f"{d} {component.dims[d]}" if isinstance(d, str) else str(d) for d in spec.shape)
