@@ -223,11 +223,8 @@ def rebuild(kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpe
     Raises:
         UserError: when config and weights do not belong together.
     """
-    from accelerate import init_empty_weights
-
-    config = json.loads(config_path.read_text())
-    with init_empty_weights(include_buffers=False):
-        model = _build(kind, config)
+    module = on_meta(kind, config_path, inputs, outputs)
+    model = module.model
     try:
         model.load_state_dict(load_file(weights), strict=True, assign=True)
     except RuntimeError as error:
@@ -236,6 +233,15 @@ def rebuild(kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpe
             f"{weights.name} does not fit {config_path.parent.name}/{config_path.name}: {' '.join(first[:2])}",
             "export the model again",
         ) from None
+    return module.eval().requires_grad_(False)
+
+
+def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], outputs) -> nn.Module:
+    """The module of a bundle's component with parameters that have a shape and no memory, to count its work."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _build(kind, json.loads(config_path.read_text()))
     if kind == "text_encoder":
         module = TextEncoder(model, any(spec.name.startswith("hidden_states.") for spec in outputs))
     elif kind == "unet":
