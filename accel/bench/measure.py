@@ -1,0 +1,253 @@
+"""One run: probe every variant alone, load them all, warm up, compare the pictures, then time them interleaved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engines import status
+from ..errors import UserError
+from ..pipeline import Pipeline
+from . import facts, quality, timing, variants, work
+from .document import Document
+from .probe import Process, probe
+from .variants import Variant
+from .work import IMAGE, Recording, Settings
+
+Progress = Callable[[str, float], None]
+Load = Callable[..., Pipeline]
+REFERENCE = "eager"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `measure` returns.
+
+    Attributes:
+        document: the numbers.
+        images: uint8 [N, H, W, 3] of each variant that made one.
+        failed: variants that were named by the user and could not be measured.
+    """
+
+    document: Document
+    images: Mapping[str, np.ndarray]
+    failed: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """What is known so far; an interrupt leaves it as it is, and the document is made of that."""
+
+    bundle: Bundle
+    variants: list[Variant]
+    settings: Settings
+    started: float = field(default_factory=time.time)
+    environment: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict)
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
+    reference: quality.Sample | None = None
+    again: quality.Sample | None = None
+    samples_of: dict[str, quality.Sample] = field(default_factory=dict)
+    floors: dict[str, quality.Sample | str] = field(default_factory=dict)
+    recordings: dict[str, Recording] = field(default_factory=dict)
+    flops: dict[str, dict[str, int]] = field(default_factory=dict)
+    calls: dict[str, dict[str, Callable]] = field(default_factory=dict)
+    first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
+    warm: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    rounds_done: int = 0
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant.name not in self.reasons]
+
+
+def measure(
+    bundle: str | Path | Bundle,
+    chosen: Sequence[Variant] | None = None,
+    settings: Settings | None = None,
+    *,
+    command: str = "",
+    load: Load = variants.load,
+    progress: Progress = lambda stage, fraction: None,
+) -> Result:
+    """Measure variants of one bundle against each other. An interrupt returns what was measured so far.
+
+    All variants stay loaded until the end, because they take turns: memory must hold them together.
+
+    Args:
+        bundle: a bundle or its folder.
+        chosen: variants; None for the default set.
+        settings: what to measure and how often.
+        command: what was typed, for the document.
+        load: loads a pipeline from (bundle, variant).
+        progress: called with a description and the fraction done.
+
+    Raises:
+        UserError: for a damaged bundle, or a size or batch outside its profile.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    settings = settings or Settings()
+    names = variants.component_names(bundle)
+    work.check_batch(bundle, settings)
+    bundle.verify([bundle.component(name).folder for name in names])
+    state = State(bundle, list(chosen if chosen is not None else variants.chosen(None)), settings)
+    try:
+        with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, _caches(Path(folder)) as caches:
+            state.environment = facts.environment(state)
+            _probe(state, caches, progress)
+            _reference(state, load, progress)
+            _warm_up(state, load, progress)
+            _floors(state, load, progress)
+            facts.count(state)
+            _time(state, progress)
+    except KeyboardInterrupt:
+        state.interrupted = True
+    document = facts.document(state, command)
+    images = {name: sample.pixels for name, sample in state.samples_of.items()}
+    if state.reference is not None:
+        images = {REFERENCE: state.reference.pixels} | images
+    failed = tuple(v.name for v in state.variants if v.asked and v.name in state.reasons)
+    return Result(document, images, failed)
+
+
+@contextlib.contextmanager
+def _caches(folder: Path) -> Iterator[dict[str, str]]:
+    """Engine caches that start empty, so that load and first-image times are those of a machine that never ran this."""
+    fresh = {"ACCEL_CACHE": str(folder / "accel"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    before = {name: os.environ.get(name) for name in fresh}
+    os.environ.update(fresh)
+    try:
+        yield fresh
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
+    for i, variant in enumerate(state.variants):
+        if reason := variants.unable(variant):
+            state.reasons[variant.name] = reason
+        elif state.settings.memory:
+            progress(f"{variant.name}: alone in a process", 0.3 * i / len(state.variants))
+            found = probe(state.bundle.path, variant.name, state.settings.call(), caches)
+            state.processes[variant.name] = found
+            if found.crashed:
+                state.reasons[variant.name] = found.crashed
+
+
+def _reference(state: State, load: Load, progress: Progress) -> None:
+    """Eager in float32 makes the pictures to compare with, and its inputs are what every variant is timed on."""
+    progress("reference: eager fp32", 0.3)
+    if not (able := status(REFERENCE)).ok:
+        state.notes.append(f"parity is not measured: the eager engine cannot run here ({able.detail})")
+        return
+    variant = variants.parse(REFERENCE)
+    pipeline = load(state.bundle, variant)
+    call = state.settings.call()
+    state.recordings, image = work.record(pipeline, call)
+    scopes = work.calls(pipeline, state.recordings, call)
+    state.reference = quality.sample(scopes["unet"](), image)
+    state.again = quality.sample(scopes["unet"](), scopes[IMAGE]())
+    if any(variant.name == REFERENCE for variant in state.live):
+        state.pipelines[REFERENCE] = pipeline
+
+
+def _warm_up(state: State, load: Load, progress: Progress) -> None:
+    call = state.settings.call()
+    for i, variant in enumerate(state.live):
+        name = variant.name
+        progress(f"{name}: warm-up", 0.35 + 0.25 * i / len(state.live))
+        try:
+            pipeline = state.pipelines.get(name) or load(state.bundle, variant)
+            if not state.recordings:
+                state.recordings, _ = work.record(pipeline, call)
+            scopes = work.calls(pipeline, state.recordings, call)
+            first: dict[str, float] = {}
+            outputs: dict[str, Any] = {}
+            for scope, function in scopes.items():
+                first[scope] = timing.timed(function)
+                for _ in range(max(2, state.settings.warmup) - 1):
+                    started = time.perf_counter()
+                    outputs[scope] = function()
+                    state.warm.setdefault(scope, []).append(time.perf_counter() - started)
+            state.samples_of[name] = quality.sample(outputs["unet"], outputs[IMAGE])
+        except Exception as error:
+            state.reasons[name] = _why(error)
+            state.pipelines.pop(name, None)
+            continue
+        state.pipelines[name] = pipeline
+        state.first_calls[name] = first
+        state.descriptions[name] = pipeline.engines["unet"].description
+        for scope, function in scopes.items():
+            state.calls.setdefault(scope, {})[name] = function
+            state.samples.setdefault(scope, {})[name] = []
+
+
+def _floors(state: State, load: Load, progress: Progress) -> None:
+    """What a low precision alone does to the picture, in torch: the honest measure for every engine that uses it."""
+    if state.reference is None:
+        return
+    call = state.settings.call()
+    unet = state.bundle.component("unet")
+    wanted = {v.dtype for v in state.live} | {d for d, n in variants.DTYPES.items() if n == unet.dtype}
+    for dtype in ("bf16", "fp16"):
+        if dtype not in wanted:
+            continue
+        name = f"{REFERENCE}:{dtype}"
+        progress(f"noise floor: {name}", 0.6)
+        if name in state.samples_of:
+            state.floors[name] = state.samples_of[name]
+            continue
+        try:
+            pipeline = load(state.bundle, variants.parse(name))
+            scopes = work.calls(pipeline, state.recordings, call)
+            state.floors[name] = quality.sample(scopes["unet"](), scopes[IMAGE]())
+        except Exception as error:
+            state.floors[name] = _why(error)
+
+
+def _time(state: State, progress: Progress) -> None:
+    rounds = state.settings.rounds
+
+    def after(done: int) -> None:
+        state.rounds_done = done
+        progress(f"round {done} of {rounds}", 0.65 + 0.35 * done / rounds)
+
+    def failed(name: str, error: Exception) -> None:
+        state.reasons[name] = f"failed in round {state.rounds_done + 1}: {_why(error)}"
+
+    progress("rounds", 0.65)
+    timing.interleave(
+        state.calls,
+        state.samples,
+        rounds=rounds,
+        seconds=state.settings.seconds,
+        lead_in={scope: min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in state.calls},
+        failed=failed,
+        after=after,
+    )
+
+
+def _why(error: Exception) -> str:
+    """One line: what a person can act on, or the type and first line of what a library said."""
+    if isinstance(error, UserError):
+        return error.message
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,0 +1,132 @@
+"""Interleaved timing: A, B, A, B in one run, so that clocks, heat and neighbours hit every variant alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MINIMUM_ROUNDS = 5  # fewer samples have no spread worth printing; a time budget never stops before
+LEAD_IN_BELOW = 0.05  # seconds
+_RESAMPLES = 2000
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Statistics of one call, in seconds.
+
+    Attributes:
+        n: number of samples.
+        min_s, p50_s, p90_s, mean_s: over the samples.
+        samples_s: the samples in the order of the rounds, so that rows can be paired.
+    """
+
+    n: int
+    min_s: float
+    p50_s: float
+    p90_s: float
+    mean_s: float
+    samples_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times as fast as a baseline: p50 over p50, with the bootstrap 95 % interval over paired rounds.
+
+    The interval is None with fewer than five rounds.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+
+
+def timed(call: Call) -> float:
+    """Wall time of one call in seconds; the call itself waits for its device."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def interleave(
+    calls: Mapping[str, Mapping[str, Call]],
+    samples: Mapping[str, Mapping[str, list[float]]],
+    *,
+    rounds: int,
+    seconds: float | None = None,
+    lead_in: Mapping[str, bool],
+    failed: Callable[[str, Exception], None],
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Fill `samples[scope][name]` with one wall time per round.
+
+    A round times every scope, and within a scope every variant once, starting with another one each round so that
+    none always runs after the same neighbour. The samples are the caller's, so an interrupt loses none of them.
+
+    Args:
+        calls: what to time, by scope and variant.
+        rounds: number of rounds.
+        seconds: stop after this long, but not before `MINIMUM_ROUNDS` rounds.
+        lead_in: scopes in which each timed call follows an untimed one. A short call after another engine's would
+            time how fast caches and sleeping threads come back, not the call.
+        failed: told about a variant that raised; it is left out from then on.
+        after: called with the number of rounds done.
+    """
+    broken: set[str] = set()
+    started = time.perf_counter()
+    for i in range(rounds):
+        for scope, by_name in calls.items():
+            names = list(by_name)
+            shift = i % max(len(names), 1)
+            for name in names[shift:] + names[:shift]:
+                if name in broken:
+                    continue
+                try:
+                    if lead_in[scope]:
+                        by_name[name]()
+                    samples[scope][name].append(timed(by_name[name]))
+                except Exception as error:
+                    broken.add(name)
+                    failed(name, error)
+        after(i + 1)
+        if seconds is not None and i + 1 >= MINIMUM_ROUNDS and time.perf_counter() - started >= seconds:
+            return
+
+
+def summary(samples: Sequence[float]) -> Timing | None:
+    """Statistics of samples in seconds; None without any."""
+    if not samples:
+        return None
+    p50, p90 = np.percentile(samples, (50, 90))
+    return Timing(
+        n=len(samples), min_s=float(min(samples)), p50_s=float(p50), p90_s=float(p90), mean_s=float(np.mean(samples)),
+        samples_s=tuple(samples),
+    )  # fmt: skip
+
+
+def speedup(baseline: Sequence[float], samples: Sequence[float]) -> Ratio | None:
+    """Median of `baseline` over median of `samples`; None where one of them has no samples.
+
+    Rounds are resampled as pairs: what slowed one round down slowed both, and cancels.
+    """
+    n = min(len(baseline), len(samples))
+    if not n:
+        return None
+    a, b = np.asarray(baseline[:n]), np.asarray(samples[:n])
+    ratio = float(np.median(a) / np.median(b))
+    if n < MINIMUM_ROUNDS:
+        return Ratio(ratio=ratio, low=None, high=None)
+    picks = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
+    low, high = np.percentile(np.median(a[picks], axis=1) / np.median(b[picks], axis=1), (2.5, 97.5))
+    return Ratio(ratio=ratio, low=float(low), high=float(high))

@@ -1,0 +1,166 @@
+"""The work that every variant does: the same prompts, sizes, noise and network inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..arrays import synchronize
+from ..bundle import Bundle
+from ..engines.base import to_numpy
+from ..errors import UserError
+from ..pipeline import Pipeline
+
+PROMPTS = ("a photo of a lighthouse on a cliff at dusk", "a bowl of oranges on a wooden table", "a red bicycle",
+           "a portrait of an old sailor")  # fmt: skip
+IMAGE = "image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure and how often.
+
+    Attributes:
+        prompts: cycled to the batch.
+        seed: of the first image; the others count on.
+        batch: images per call.
+        height, width: pixels; None for the bundle's own.
+        steps, guidance: None for the bundle's own.
+        rounds: samples per variant and scope.
+        seconds: stop the rounds after this long, though never before five.
+        warmup: untimed calls of each scope, at least two.
+        memory: measure each variant in a process of its own as well.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    seed: int = 0
+    batch: int = 1
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    rounds: int = 10
+    seconds: float | None = None
+    warmup: int = 2
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}", "use a whole number of at least 1")
+        if self.seconds is not None and not self.seconds > 0:
+            raise UserError(f"seconds = {self.seconds:g}", "use a time above zero")
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise UserError("the prompt is empty", 'say what to draw: --prompt "a fox in the snow"')
+
+    def call(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline call."""
+        return {
+            "prompt": [self.prompts[i % len(self.prompts)] for i in range(self.batch)],
+            "seed": self.seed,
+            "height": self.height,
+            "width": self.width,
+            "steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+
+
+def check_batch(bundle: Bundle, settings: Settings) -> None:
+    """Refuse a batch that the pipeline would split, because it would time two calls as one.
+
+    Raises:
+        UserError: with what the profile accepts.
+    """
+    guidance = float(bundle.manifest.sampler["guidance"] if settings.guidance is None else settings.guidance)
+    unet, images = bundle.component("unet"), bundle.component("vae_decoder").dims["images"]
+    embedded = any(spec.name == "timestep_cond" for spec in unet.inputs)
+    doubled = settings.batch * (2 if guidance > 1 and not embedded else 1)
+    if not images.admits(settings.batch) or not unet.dims["batch"].admits(doubled):
+        raise UserError(
+            f"a batch of {settings.batch} (a UNet batch of {doubled}) is outside profile "
+            f"{bundle.manifest.profile.name!r}: images {images}, UNet batch {unet.dims['batch']}",
+            "use --batch within that, or export with another --profile",
+        )
+
+
+@dataclass
+class Recording:
+    """The calls of one component while an image was made: one set of inputs per distinct shape, and its count."""
+
+    feeds: list[dict[str, Any]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    shapes: list[tuple] = field(default_factory=list)
+
+    def add(self, feeds: Mapping[str, Any]) -> None:
+        shape = tuple((name, tuple(value.shape)) for name, value in sorted(feeds.items()))
+        if shape in self.shapes:
+            self.counts[self.shapes.index(shape)] += 1
+            return
+        self.shapes.append(shape)
+        self.counts.append(1)
+        self.feeds.append({name: to_numpy(value).copy() for name, value in feeds.items()})
+
+
+class _Recorder:
+    """An engine that remembers what it was fed."""
+
+    def __init__(self, engine: Any, recording: Recording):
+        self._engine, self._recording = engine, recording
+
+    def __call__(self, **feeds: Any) -> dict[str, Any]:
+        self._recording.add(feeds)
+        return self._engine(**feeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def record(pipeline: Pipeline, call: Mapping[str, Any]) -> tuple[dict[str, Recording], Any]:
+    """Make one image and keep what every component was fed, so that all variants are timed on exactly that.
+
+    Returns:
+        The recordings by component, and the output.
+    """
+    recordings = {name: Recording() for name in pipeline.engines}
+    engines = {name: _Recorder(engine, recordings[name]) for name, engine in pipeline.engines.items()}
+    output = Pipeline(pipeline.bundle, engines)(output_type="np", **call)
+    return recordings, output
+
+
+def calls(pipeline: Pipeline, recordings: Mapping[str, Recording], call: Mapping[str, Any]) -> dict[str, Callable]:
+    """One function per scope: each component on its first recorded inputs, and the whole image.
+
+    Inputs are the engine's own arrays already, and each function returns only when its device has finished.
+    """
+
+    def component(name: str) -> Callable[[], Any]:
+        engine = pipeline.engines[name]
+        feeds = {key: engine.array(value) for key, value in recordings[name].feeds[0].items()}
+
+        def run() -> dict[str, Any]:
+            outputs = engine(**feeds)
+            synchronize(next(iter(outputs.values())))
+            return outputs
+
+        return run
+
+    scopes: dict[str, Callable] = {name: component(name) for name in pipeline.engines}
+    scopes[IMAGE] = lambda: pipeline(output_type="np", **call)
+    return scopes
+
+
+def describe(scopes: Sequence[str], recordings: Mapping[str, Recording]) -> dict[str, Any]:
+    """What each scope is, for the document: the shapes it is fed and how often an image needs it."""
+    out: dict[str, Any] = {}
+    for name in scopes:
+        if name == IMAGE:
+            out[name] = {
+                "includes": "tokenizer, text encoder, noise, all steps with the sampler, VAE decode; float pixels out",
+                "excludes": "loading, conversion to an image file format",
+            }
+        elif name in recordings:
+            kept = recordings[name]
+            shapes = {key: list(value.shape) for key, value in kept.feeds[0].items()}
+            out[name] = {"inputs": shapes, "calls_per_image": sum(kept.counts)}
+    return out
