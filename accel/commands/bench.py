@@ -1,0 +1,129 @@
+"""Eager against compiled: speed, memory and parity in one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+EXAMPLE = "accel bench my-bundle --engines eager,compile,openvino:bf16 --json bench.json --html bench.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(wrong_use=parser.error)
+    parser.add_argument("bundle", nargs="?", help="a bundle folder")
+    parser.add_argument("--from", dest="saved", metavar="FILE", help="print a saved --json result instead of measuring")
+    parser.add_argument(
+        "--engines",
+        help="comma-separated variants, engine[:dtype][:device]: eager, eager:bf16, compile, openvino:bf16, "
+        "onnxruntime:cuda ... (default: all that can run here)",
+    )
+    parser.add_argument("--prompt", action="append", help="what to draw; repeat for several (default: built-in ones)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
+    parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's own)")
+    parser.add_argument("--rounds", type=int, default=10, help="samples of every time (default: 10)")
+    parser.add_argument("--seconds", type=float, help="stop after this long, but not before five rounds")
+    parser.add_argument("--no-memory", action="store_true", help="do not run each variant in a process of its own")
+    parser.add_argument("--json", metavar="FILE", help="write the result as one JSON document; - for stdout")
+    parser.add_argument("--html", metavar="FILE", help="write the result as one web page, with the pictures")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import report
+    from ..bench import check_schema
+    from ..files import read_json
+
+    if (args.bundle is None) == (args.saved is None):
+        args.wrong_use("give a bundle, or --from FILE")
+    for option, name in (("--json", args.json), ("--html", args.html)):
+        _check_writable(option, name)
+    if args.saved:
+        document = check_schema(read_json(Path(args.saved), "the benchmark result"), args.saved)
+        images, code = {}, 0
+    else:
+        document, images, code = _measure(args)
+    if args.json == "-":
+        print(json.dumps(document, indent=2))
+    else:
+        report.show(document)
+        if args.json:
+            _write(Path(args.json), json.dumps(document, indent=2) + "\n")
+    if args.html:
+        _write(Path(args.html), report.html(document, images))
+    return code
+
+
+def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .. import bench
+    from ..bench.work import PROMPTS
+
+    settings = bench.Settings(
+        prompts=tuple(args.prompt or PROMPTS), seed=args.seed, batch=args.batch, height=args.height, width=args.width,
+        steps=args.steps, guidance=args.guidance, rounds=args.rounds, seconds=args.seconds, memory=not args.no_memory,
+    )  # fmt: skip
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        result = bench.measure(
+            args.bundle,
+            bench.chosen(args.engines),
+            settings,
+            command=_command(args),
+            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+        )
+    document = result.document.as_dict()
+    for name in result.failed:
+        reason = next(row["reason"] for row in document["rows"] if row["variant"] == name)
+        print(f"error: {name} was asked for and not measured: {reason}", file=sys.stderr)
+    if result.document.interrupted:
+        print("interrupted; what was measured until then follows", file=sys.stderr)
+        return document, dict(result.images), 130
+    return document, dict(result.images), 1 if result.failed else 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was typed, to type it again elsewhere: names of folders and files only, no paths."""
+    words = ["accel bench", Path(args.bundle).resolve().name]
+    for name in ("engines", "seed", "batch", "height", "width", "steps", "guidance", "rounds", "seconds"):
+        value = getattr(args, name)
+        if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):
+            words.append(f"--{name} {value}")
+    words += [f"--prompt {json.dumps(prompt)}" for prompt in args.prompt or ()]
+    return " ".join(words + ["--no-memory"] * args.no_memory)
+
+
+def _check_writable(option: str, name: str | None) -> None:
+    """Before minutes of measuring, not after."""
+    if name is None or name == "-":
+        return
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {name}: cannot write a file there", "name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{option} {name}: no permission to write there", "name a file in a folder you may write to")
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
