@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -19,8 +18,11 @@ from accel.files import new_folder, require_space
 from accel.networks import Network
 from accel.profiles import Range
 from accel.profiles import profile as parse_profile
+from accel.sampler import SAMPLERS
 
 from . import check, onnx, precision
+from .companions import copy_companions
+from .precision import check_name as check_precision
 from .source import Source, open_source
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -58,11 +60,13 @@ def export_pipeline(
     Raises:
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the gate.
     """
+    check_precision(precision)
+    onnx.check_opset(opset)
     source = open_source(model)
     names = _component_names(source, components)
     unet_config, vae_config = source.config("unet"), source.config("vae")
     pipeline = _pipeline_constants(source, unet_config, vae_config)
-    chosen_sampler = dict(sampler or source.sampler() or default_sampler(source))
+    chosen_sampler = _checked_sampler(sampler or source.sampler() or default_sampler(source))
     shapes = parse_profile(profile, native=pipeline["native_size"])
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"],
@@ -81,7 +85,7 @@ def export_pipeline(
             records[name] = _export_component(
                 source, name, folder / name, dims, precision, opset, adapter, step, shapes.tokens
             )
-        _copy_companions(source, folder)
+        copy_companions(source, folder)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -104,7 +108,9 @@ def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
     unknown = [name for name in wanted if name not in COMPONENTS]
     if unknown:
         raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(COMPONENTS)}")
-    names = list(wanted)
+    names = list(dict.fromkeys(wanted))
+    if not names:
+        raise UserError("no component is to be exported", f"choose from: {', '.join(COMPONENTS)}")
     if "text_encoder" in names and source.has("text_encoder_2"):
         names.insert(names.index("text_encoder") + 1, "text_encoder_2")
     return names
@@ -116,17 +122,47 @@ def _weight_folders(names: list[str]) -> list[str]:
 
 def _pipeline_constants(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
     stages = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    size, widths, channels = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("latent_channels")
+    for name, key, value, ok in (
+        ("vae", "block_out_channels", stages, isinstance(stages, list)),
+        ("vae", "latent_channels", channels, isinstance(channels, int)),
+        ("unet", "block_out_channels", widths, isinstance(widths, list)),
+        ("unet", "sample_size", size, all(isinstance(n, int) for n in (size if isinstance(size, list) else [size]))),
+    ):
+        if not ok:
+            raise UserError(f"{source.path}/{name}/config.json: {key} = {value!r} makes no sense", "get the file again")
     scale = 2 ** (len(stages) - 1)
-    size = unet["sample_size"]
+    # Configs from before the field existed (such as SD1.5's own) mean diffusers' default.
+    scaling = 0.18215 if vae.get("_class_name") == "AutoencoderKL" else 1.0
     return {
         "vae_scale": scale,
         "latent_channels": vae["latent_channels"],
-        "scaling_factor": vae.get("scaling_factor", 1.0),
+        "scaling_factor": vae.get("scaling_factor", scaling),
         "shift_factor": vae.get("shift_factor") or 0.0,
         "latent_multiple": 2 ** (len(unet["block_out_channels"]) - 1),
         "native_size": (size if isinstance(size, int) else max(size)) * scale,
         "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
     }
+
+
+def _checked_sampler(sampler: Any) -> dict[str, Any]:
+    """The sampling constants as they go into the manifest, after making sure that they can be run."""
+    fix = 'such as {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5}, or with "timesteps" instead of "steps"'
+    if not isinstance(sampler, Mapping):
+        raise UserError("the sampling constants are no table", fix)
+    name, guidance = sampler.get("name"), sampler.get("guidance")
+    steps, timesteps = sampler.get("steps"), sampler.get("timesteps")
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}", f"one of: {', '.join(SAMPLERS)}")
+    if not isinstance(guidance, (int, float)) or not 0 <= guidance < float("inf"):
+        raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")
+    if timesteps is None and not (isinstance(steps, int) and steps >= 1):
+        raise UserError(f"steps = {steps!r} makes no sense", "use a whole number of at least 1")
+    if timesteps is not None and not (
+        isinstance(timesteps, (list, tuple)) and timesteps and all(isinstance(t, (int, float)) for t in timesteps)
+    ):
+        raise UserError(f"timesteps = {timesteps!r} makes no sense", "use a list of numbers, highest first")
+    return dict(sampler)
 
 
 def default_sampler(source: Source) -> dict[str, Any]:
@@ -225,13 +261,3 @@ def _check_sizes(limits: Mapping[str, Range]) -> list[dict[str, int]]:
 
 def _cast(feeds: Mapping[str, torch.Tensor], specs) -> dict[str, torch.Tensor]:
     return {spec.name: feeds[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
-
-
-def _copy_companions(source: Source, folder: Path) -> None:
-    """What an embedding app needs beside the networks: tokenizer, scheduler, model_index.json."""
-    for name in ("tokenizer", "tokenizer_2", "scheduler"):
-        if source.has(name):
-            shutil.copytree(
-                source.path / name, folder / name, ignore=lambda d, files: [f for f in files if f.startswith(".")]
-            )
-    shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")

@@ -1,0 +1,39 @@
+"""What an embedding app needs beside the networks: tokenizer, scheduler, model_index.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from .source import Source
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Copy them from the source, tokenizers in both of the forms that the field reads."""
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        if source.has(name):
+            shutil.copytree(
+                source.path / name, folder / name, ignore=lambda _, files: [f for f in files if f.startswith(".")]
+            )
+            if name != "scheduler":
+                complete_tokenizer(folder / name)
+    shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")
+
+
+def complete_tokenizer(folder: Path) -> None:
+    """Make sure that a CLIP tokenizer folder holds `tokenizer.json` and also `vocab.json` with `merges.txt`.
+
+    transformers 5 writes only the first, transformers 4 (and with it optimum) reads only the others, and the published
+    Stable Diffusion folders have only the others; apps without transformers want the first.
+    """
+    if not (folder / "tokenizer.json").exists():
+        import transformers
+
+        fast = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
+        fast.from_pretrained(folder, local_files_only=True).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    if not (folder / "vocab.json").exists():
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
