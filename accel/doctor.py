@@ -1,4 +1,4 @@
-"""What can run here: engines, attention, GPU, versions; for each missing one, the fix."""
+"""What can run here: engines, GPUs, versions; for each missing one, the fix."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 from .engines import ENGINES, status
 
 _OPTIONAL = {
-    "tensorrt": ("TensorRT plans", "tensorrt"),
-    "xformers": ("xformers attention", "xformers"),
-    "flash_attn": ("flash-attn attention", "flash-attn"),
-    "optimum": ("loading bundles with optimum", "optimum"),
-    "peft": ("training LoRA", "train"),
+    "tensorrt": ("ONNX Runtime's tensorrt provider", "tensorrt"),
     "sklearn": ("training and judging the digits model", "train"),
 }
 _PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "tensorrt", "triton", "numpy", "tokenizers", "safetensors",
+    "openvino", "tensorrt", "triton", "flash-attn", "xformers", "numpy", "tokenizers", "safetensors",
 )
 
 
@@ -26,7 +22,8 @@ def examine() -> dict[str, Any]:
     """Look at this machine. Imports torch only to ask for GPUs.
 
     Returns:
-        `engines` and `optional` ({name: {ok, detail, fix}}), `gpus`, `packages` ({name: version or None}), `machine`.
+        `engines` and `optional` ({name: {ok, detail, fix}}), `gpus`, `packages` ({name: version or None}), `machine`
+        (`accel.machine.Machine`), `attention` (what torch may choose from on a GPU).
     """
     from .floor import machine
 
@@ -41,6 +38,7 @@ def examine() -> dict[str, Any]:
             for name, (what, extra) in _OPTIONAL.items()
         },
         "gpus": _gpus(),
+        "attention": _attention(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "machine": machine().as_dict(),
     }
@@ -64,3 +62,14 @@ def _gpus() -> list[str]:
         f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
         for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     ]
+
+
+def _attention() -> list[str]:
+    """The scaled-dot-product backends that torch may choose from on a CUDA device; none without one."""
+    if not _gpus():
+        return []
+    from torch.backends import cuda
+
+    asked = {"flash": cuda.flash_sdp_enabled, "efficient": cuda.mem_efficient_sdp_enabled,
+             "cudnn": cuda.cudnn_sdp_enabled, "math": cuda.math_sdp_enabled}  # fmt: skip
+    return [name for name, enabled in asked.items() if enabled()]

@@ -30,7 +30,12 @@ def run(args: argparse.Namespace) -> int:
         print("GPUs:" if found["gpus"] else "GPUs: none that torch can see")
         for gpu in found["gpus"]:
             print(f"  {gpu}")
+        if found["attention"]:
+            print(f"attention: torch chooses among {', '.join(found['attention'])}")
         machine = found["machine"]
-        print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items() if k != "packages" and v))
+        print(
+            f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+            f"{' '.join(machine['isa'])}; {machine['os']}, Python {machine['python']}"
+        )
         print("packages: " + ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v))
     return 0 if any(state["ok"] for state in found["engines"].values()) else 1
