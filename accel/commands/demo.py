@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         f'{bundle.path}: the bundle; try: accel run {bundle.path} --prompt "a handwritten seven"\n'
         f"{time.perf_counter() - started:.0f} s in all"
     )
-    return 1 if result.failed or result.document.as_dict().get("interrupted") else 0
+    return 130 if result.document.interrupted else 1 if result.failed else 0
 
 
 def _sheet(images):
