@@ -15,6 +15,8 @@ from accel.parity import relative_l2
 
 FP32_GATE = 1e-4
 FP16_FACTOR = 2.0
+# Beyond this, float16 itself does not work on the network, and being no worse than it proves nothing.
+FP16_WORST = 0.05
 
 
 def structure(graph: Path) -> dict[str, int]:
@@ -70,8 +72,13 @@ def gate(component: str, precision: str, onnx_error: float, torch_error: float) 
         torch_error: the same for torch in the exported precision: the noise floor (0 for fp32).
 
     Raises:
-        UserError: when the error exceeds the gate.
+        UserError: when the error exceeds the gate, or the precision alone destroys the output.
     """
+    if precision != "float32" and not torch_error <= FP16_WORST:
+        raise UserError(
+            f"{component}: {precision} changes the output by {torch_error:.2e} (relative L2) in torch already",
+            "--precision fp32",
+        )
     limit = FP32_GATE if precision == "float32" else FP16_FACTOR * torch_error
     if not onnx_error <= limit:
         raise UserError(

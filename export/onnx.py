@@ -42,8 +42,7 @@ def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, o
     Raises:
         UserError: for an opset out of range.
     """
-    if opset not in OPSETS:
-        raise UserError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+    check_opset(opset)
     program = _trace(network, dims, opset)
     model = program.model
     _simplify(model, set(network.module.state_dict()))
@@ -51,6 +50,11 @@ def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, o
     _name_tensors(model, network, dims)
     _point_into(model, folder / WEIGHTS)
     ir.save(model, folder / GRAPH)
+
+
+def check_opset(opset: int) -> None:
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} to {OPSETS.stop - 1}")
 
 
 def example(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -152,7 +152,7 @@ def _checked_sampler(sampler: Any) -> dict[str, Any]:
         raise UserError("the sampling constants are no table", fix)
     name, guidance = sampler.get("name"), sampler.get("guidance")
     steps, timesteps = sampler.get("steps"), sampler.get("timesteps")
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}", f"one of: {', '.join(SAMPLERS)}")
     if not isinstance(guidance, (int, float)) or not 0 <= guidance < float("inf"):
         raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")

@@ -6,11 +6,14 @@ graph. Not everything survives fp16, so the choice is made here, with reasons th
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -47,7 +50,9 @@ def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tu
     def note(name: str):
         def hook(_module, _inputs, output):
             if torch.is_tensor(output) and output.is_floating_point():
-                peaks[name] = max(peaks.get(name, 0.0), output.detach().abs().max().item())
+                peak = output.detach().abs().max().item()
+                if not peak <= peaks.get(name, 0.0):  # so that NaN counts as larger
+                    peaks[name] = peak
 
         return hook
 
@@ -61,10 +66,14 @@ def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tu
     return outputs, peaks
 
 
-def plan(network: Network, precision: str, peaks: Mapping[str, float]) -> Plan:
-    """Decide dtypes from the recipe's name and what `scan` saw."""
+def check_name(precision: str) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join(PRECISIONS)}")
+
+
+def plan(network: Network, precision: str, peaks: Mapping[str, float]) -> Plan:
+    """Decide dtypes from the recipe's name and what `scan` saw."""
+    check_name(precision)
     if precision == "fp32":
         return Plan("float32")
     loud = {name: peak for name, peak in peaks.items() if not peak < FP16_SAFE}
@@ -110,5 +119,9 @@ def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
                 "the checkpoint is broken: train or download it again" if broken else "--precision fp32",
             )
         state[name] = stored
-    save_file(state, path)
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # it hides the errno in its text
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from None
     return parameters

@@ -36,11 +36,14 @@ class Source:
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
-        return isinstance(entry, list) and entry[1] is not None
+        return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
     def config(self, component: str) -> dict[str, Any]:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_json(self.path / component / name, f"the {component} config")
+        config = read_json(self.path / component / name, f"the {component} config")
+        if not isinstance(config, dict):
+            raise UserError(f"{self.path / component / name} is no table", "get the file again")
+        return config
 
     def sampler(self) -> dict[str, Any] | None:
         """Sampling constants that a distilled pipeline carries along (`sampler.json`), or None."""
@@ -55,11 +58,18 @@ class Source:
         cls = getattr(importlib.import_module(library), class_name, None)
         if cls is None:
             raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
-        dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
-        return _readable(
-            lambda: cls.from_pretrained(self.path / component, local_files_only=True, **dtype).eval(),
-            self.path / component,
-        )
+        folder = self.path / component
+        options = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
+        options |= dict(local_files_only=True, output_loading_info=True)
+        model, info = _readable(lambda: cls.from_pretrained(folder, **options), folder)
+        # Both libraries fill what is missing with random numbers, and only log it.
+        lost = sorted(info["missing_keys"])
+        if lost:
+            raise UserError(
+                f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
+                "the files may be damaged, or of another model; get them again",
+            )
+        return model.eval()
 
     def weight_files(self, component: str) -> list[Path]:
         return sorted(p for p in (self.path / component).glob("*") if p.suffix in _WEIGHTS)
@@ -107,6 +117,8 @@ def open_source(model: str | Path) -> Source:
             "save one with pipeline.save_pretrained(FOLDER)",
         )
     index = read_json(path / "model_index.json", "model_index.json")
+    if not isinstance(index, dict):
+        raise UserError(f"{path / 'model_index.json'} is no table", "save it with pipeline.save_pretrained(FOLDER)")
     source = Source(path, path.resolve().name if Path(asked).exists() else asked, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not source.has(needed):
