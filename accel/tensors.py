@@ -81,11 +81,12 @@ def check(
         shape = tuple(array.shape)
         if len(shape) != len(spec.shape):
             raise UserError(f"{component}: {spec.name} has shape {shape}", f"it takes {_shape_text(spec, dims)}")
-        for size, dim in zip(shape, spec.shape, strict=True):
+        for axis, (size, dim) in enumerate(zip(shape, spec.shape, strict=True)):
             wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
             if size != wanted:
+                what = dim if isinstance(dim, str) else f"axis {axis}"
                 raise UserError(
-                    f"{component}: {spec.name} has shape {shape}, where {dim} should be {wanted}",
+                    f"{component}: {spec.name} has shape {shape}, where {what} should be {wanted}",
                     f"it takes {_shape_text(spec, dims)} under profile {profile!r}",
                 )
             if isinstance(dim, str) and not dims[dim].admits(size):

@@ -159,6 +159,7 @@ def _name_tensors(model: ir.Model, network: Network, dims: Mapping[str, Range]) 
             value.shape = ir.Shape(
                 [dims[d].min if isinstance(d, str) and dims[d].fixed else d for d in spec.shape]
             )
+            value.metadata_props.clear()  # torch.export's own notes; what the passes clear is the nodes'
     borders = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
     for node in model.graph.all_nodes():
         for value in node.outputs:

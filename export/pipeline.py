@@ -66,7 +66,7 @@ def export_pipeline(
     names = _component_names(source, components)
     unet_config, vae_config = source.config("unet"), source.config("vae")
     pipeline = _pipeline_constants(source, unet_config, vae_config)
-    chosen_sampler = _checked_sampler(sampler or source.sampler() or default_sampler(source))
+    chosen_sampler = checked_sampler(sampler or own_sampler(source))
     shapes = parse_profile(profile, native=pipeline["native_size"])
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"],
@@ -145,7 +145,7 @@ def _pipeline_constants(source: Source, unet: Mapping[str, Any], vae: Mapping[st
     }
 
 
-def _checked_sampler(sampler: Any) -> dict[str, Any]:
+def checked_sampler(sampler: Any) -> dict[str, Any]:
     """The sampling constants as they go into the manifest, after making sure that they can be run."""
     fix = 'such as {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5}, or with "timesteps" instead of "steps"'
     if not isinstance(sampler, Mapping):
@@ -163,6 +163,12 @@ def _checked_sampler(sampler: Any) -> dict[str, Any]:
     ):
         raise UserError(f"timesteps = {timesteps!r} makes no sense", "use a list of numbers, highest first")
     return dict(sampler)
+
+
+def own_sampler(source: Source) -> Any:
+    """How a pipeline is meant to be run: by the constants that it carries along, else by its scheduler."""
+    constants = source.sampler()
+    return default_sampler(source) if constants is None else constants
 
 
 def default_sampler(source: Source) -> dict[str, Any]:
@@ -196,7 +202,8 @@ def _export_component(
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
     batches = [onnx.example(network.inputs, sizes, seed=seed) for seed, sizes in enumerate(_check_sizes(limits))]
-    reference, peaks = precision.scan(network.module, batches) if recipe != "fp32" else (None, {})
+    # The truth is the source as it was loaded, so that a config or weight lost on the way into the bundle shows too.
+    reference, peaks = precision.scan(network.module, batches)
     chosen = precision.plan(network, recipe, peaks)
     networks.save_config(network, folder)
     parameters = precision.save_weights(network.module.model, folder / onnx.WEIGHTS, chosen)
@@ -217,7 +224,7 @@ def _export_component(
     low = [_cast(feeds, inputs) for feeds in batches]
     with torch.no_grad():
         own = [[t.float().numpy() for t in module(**feeds)] for feeds in low]
-    truth = own if reference is None else [[t.numpy() for t in run] for run in reference]
+    truth = [[t.numpy() for t in run] for run in reference]
     del module, network, reference
     gc.collect()
     step("checking against torch", 3)

@@ -40,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from accel.export.pipeline import COMPONENTS, export_pipeline
     from accel.export.source import open_source
 
-    components = tuple(args.components.split(",")) if args.components else COMPONENTS
+    components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         bundle = export_pipeline(
             args.model,
@@ -76,13 +77,14 @@ def _sampler(args: argparse.Namespace, source) -> dict[str, Any] | None:
     """The sampling constants to store, where any was given; the rest from the source."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
-    from accel.export.pipeline import default_sampler
+    from accel.export.pipeline import checked_sampler, own_sampler
     from accel.sampler import SAMPLERS, NoiseSchedule, grid
 
-    own = dict(source.sampler() or default_sampler(source))
+    own = checked_sampler(own_sampler(source))
     name = args.sampler or own["name"]
     if args.steps is not None or name != own["name"]:
-        steps = args.steps or (SAMPLERS[name].steps if name in SAMPLERS else None)
+        usual = SAMPLERS[name].steps if name in SAMPLERS else None
+        steps = usual if args.steps is None else args.steps
         timesteps = grid(name, NoiseSchedule.from_config(source.config("scheduler")), steps)
         own = {"name": name, "guidance": 0.0 if name == "dmd2" else own["guidance"]}
         own |= {"timesteps": timesteps} if name == "dmd2" else {"steps": steps}
