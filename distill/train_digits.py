@@ -2,8 +2,8 @@
 
     python -m accel.distill.train_digits --out out/digits
 
-makes a tokenizer, a digit classifier (the judge), a VAE, and a text encoder together with a UNet; writes an ordinary
-diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures the result.
+makes a tokenizer, a digit classifier (the judge), a VAE, a text encoder, and a UNet trained together with it; writes
+an ordinary diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures it.
 Killed and started again it goes on from its last checkpoint, and ends with the same weights as if it had not been.
 """
 
@@ -56,6 +56,9 @@ class Settings:
     steps: int = 900
     batch: int = 32
     learning_rate: float = 2e-3
+    text_steps: int = 200
+    text_batch: int = 64
+    text_learning_rate: float = 2e-3
     vae_steps: int = 500
     vae_batch: int = 16
     vae_learning_rate: float = 2e-3
@@ -240,6 +243,18 @@ def denoising_loss(
     return F.mse_loss(model["unet"](noisy, times, context).sample, noise)
 
 
+def text_loss(model: nn.ModuleDict, tokens: torch.Tensor, digit: torch.Tensor, end: int) -> torch.Tensor:
+    """Cross entropy of the digit, 10 for the empty prompt, read from every padding state. tokens [b, 77], digit [b].
+
+    In Stable Diffusion the text encoder comes trained, as part of CLIP. From a random start nearly every one of the 77
+    states is the same padding whatever the prompt, and the UNet never learns to listen: the digit has to be in all of
+    them first.
+    """
+    scores = model["head"](model["text_encoder"](tokens).last_hidden_state)
+    padding = tokens == end
+    return F.cross_entropy(scores[padding], digit[:, None].expand_as(tokens)[padding])
+
+
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -303,13 +318,25 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
     tokens = torch.stack([digits.token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
     empty = digits.token_ids(tokenizer, [""])
 
+    reader = nn.ModuleDict(dict(text_encoder=text_encoder, head=nn.Linear(digits.TEXT["hidden_size"], 11)))
+
+    def read(generator: torch.Generator) -> torch.Tensor:
+        digit = pick(11, settings.text_batch, generator)
+        chosen = tokens[digit.clamp(max=9), pick(tokens.shape[1], settings.text_batch, generator)]
+        return text_loss(reader, torch.where(digit[:, None] == 10, empty, chosen), digit, tokenizer.eos_token_id)
+
+    CONSOLE.print("text: the text encoder learns to carry the digit to all its states")
+    seconds["text"] = fit(
+        stage("text", settings.text_steps, settings.text_batch, settings.text_learning_rate), reader, read
+    )
+
     def denoise(generator: torch.Generator) -> torch.Tensor:
         rows = pick(len(latents), settings.batch, generator)
         chosen = tokens[labels[rows], torch.randint(tokens.shape[1], (settings.batch,), generator=generator)]
         dropped = torch.rand(settings.batch, 1, generator=generator) < PROMPT_DROPOUT
         return denoising_loss(denoiser, alphas, latents[rows], torch.where(dropped, empty, chosen), generator)
 
-    CONSOLE.print("unet: learns to take noise away, and the text encoder to say of which digit")
+    CONSOLE.print("unet: learns to take noise away, listening to the text encoder, which goes on learning")
     seconds["unet"] = fit(
         stage("unet", settings.steps, settings.batch, settings.learning_rate), denoiser, denoise
     )
