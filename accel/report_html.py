@@ -103,10 +103,11 @@ def _pictures(document: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> 
     psnr = {row["variant"]: (row["parity"]["image"] or {}).get("psnr") for row in document["rows"]}
     figures = []
     for name, batch in images.items():
-        figures.append(_figure(batch[0], f"{name}, {_quality(psnr.get(name))}" if name != "eager" else "eager"))
+        pair = _figure(batch[0], f"{name}, {_quality(psnr.get(name))}" if name != "eager" else "eager")
         if reference is not None and name != "eager":
             difference = np.abs(batch[0].astype(int) - reference[0]) * _GAIN
-            figures.append(_figure(np.clip(difference, 0, 255).astype(np.uint8), f"difference to eager, x{_GAIN}"))
+            pair += _figure(np.clip(difference, 0, 255).astype(np.uint8), f"difference to eager, x{_GAIN}")
+        figures.append(f'<div class="pictures">{pair}</div>')
     prompt = escape(document["work"]["prompts"][0])
     return f'<p>{prompt}</p><div class="pictures">{"".join(figures)}</div>'
 
