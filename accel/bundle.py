@@ -274,7 +274,11 @@ class Bundle:
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, expected["sha256"]]
             if stamps.get(entry) == stamp:
                 continue
-            if sha256(path) != expected["sha256"]:
+            try:
+                found = sha256(path)
+            except OSError as error:
+                raise UserError(f"{self.path}: {entry} cannot be read ({error.strerror})", again) from None
+            if found != expected["sha256"]:
                 raise UserError(f"{self.path}: {entry} was changed after export (its sha256 differs)", again)
             stamps[entry] = stamp
         if stamps != known:

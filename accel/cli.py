@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 
 from ._version import __version__
@@ -31,13 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _top_parser()
     if not argv or argv[0].startswith("-"):
-        args = parser.parse_args(argv)
+        parser.parse_args(argv)
         parser.print_help()
         return 0
     verb = argv[0]
     if verb not in VERBS:
         parser.parse_args(argv)  # prints the list of verbs and exits with 2
     _quiet_libraries()
+    return _guarded(lambda: _run(verb, argv[1:]))
+
+
+def _run(verb: str, argv: list[str]) -> int:
     module = import_module(f"accel.commands.{verb}")
     verb_parser = argparse.ArgumentParser(
         prog=f"accel {verb}",
@@ -46,14 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(verb_parser)
-    args = verb_parser.parse_args(argv[1:])
-    return _guarded(module.run, args)
+    code = module.run(verb_parser.parse_args(argv))
+    sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
+    return code
 
 
-def _guarded(run, args: argparse.Namespace) -> int:
+def _guarded(run: Callable[[], int]) -> int:
     """Turn every way of ending into an exit code and a sentence."""
     try:
-        return run(args)
+        return run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -195,7 +195,8 @@ class Pipeline:
         for name, value in (("height", height), ("width", width)):
             limits = dims[name]
             native = constants["native_size"]
-            value = value or (native if limits.admits(native) else limits.opt)
+            if value is None:
+                value = native if limits.admits(native) else limits.opt
             if not limits.admits(value):
                 raise UserError(
                     f"{name} {value} is outside profile {profile.name!r} ({limits})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from ..errors import UserError
@@ -37,8 +38,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is not an image file name", "use .png, .jpg or .webp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise UserError(f"cannot create {out.parent}: {error.strerror}", "choose another --out") from None
+        raise UserError(f"cannot write in {out.parent}: {error.strerror}", "choose another --out") from None
+    if out.is_dir():
+        raise UserError(f"{out} is a folder", "choose another --out")
     pipeline = load(args.bundle, engine=args.engine, **engine_options(args))
     unet = pipeline.engines["unet"]
     if args.engine == "auto" and not args.json:

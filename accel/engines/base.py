@@ -82,6 +82,11 @@ class Engine(ABC):
         """Give the memory back. The engine cannot be called afterwards."""
 
 
+def check_threads(threads: int) -> None:
+    if threads < 0:
+        raise UserError(f"threads = {threads}", "use a whole number, or 0 to let the engine choose")
+
+
 def to_numpy(value: Any) -> np.ndarray:
     """A numpy array of a numpy array, a torch tensor (on any device) or a DLPack object."""
     if isinstance(value, (np.ndarray, np.generic)):

@@ -44,6 +44,11 @@ class Eager(Engine):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device {device!r} is not usable: torch sees no CUDA device", "--device cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"device {device!r} is not usable: {reason}", "--device cpu") from None
         if dtype != "auto" and dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}", f"one of: auto, {', '.join(DTYPES)}")
         module = networks.rebuild(

@@ -14,7 +14,7 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir
-from .base import Engine, Status, graph_file, to_torch
+from .base import Engine, Status, check_threads, graph_file, to_torch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -55,6 +55,7 @@ class OnnxRuntime(Engine):
         session: Mapping[str, str] | None = None,
     ):
         super().__init__(bundle, component)
+        check_threads(threads)
         try:
             import onnxruntime as ort
         except ImportError:

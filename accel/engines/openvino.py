@@ -11,7 +11,7 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir
-from .base import Engine, Status, graph_file
+from .base import Engine, Status, check_threads, graph_file
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -40,6 +40,7 @@ class OpenVino(Engine):
         self, bundle: Bundle, component: Component, *, device: str = "CPU", dtype: str = "auto", threads: int = 0
     ):
         super().__init__(bundle, component)
+        check_threads(threads)
         try:
             import openvino
         except ImportError:

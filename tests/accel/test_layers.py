@@ -1,0 +1,225 @@
+"""Imports run one way, and loading a bundle needs only what it must."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import accel
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill", "kernels/ops": "accel.kernels"}
+
+# Who may not import whom: layer -> prefixes of ours. The order is kernels <- engines <- pipeline <- command line;
+# export and distill stand beside the pipeline, on the shared ground (bundle, topology, sampler, networks, ...).
+COMMANDS = ("accel.cli", "accel.commands", "accel.doctor")
+FORBIDDEN = {
+    "accel.kernels": ("accel",),
+    "accel.engines": ("accel.pipeline", "accel.export", "accel.distill", "accel.conditioning", *COMMANDS),
+    "accel.export": ("accel.distill", "accel.kernels", "accel.pipeline", "accel.engines", *COMMANDS),
+    "accel.distill": ("accel.export", "accel.kernels", *COMMANDS),
+    "accel.pipeline": ("accel.export", "accel.distill", *COMMANDS),
+    "accel.commands": ("accel.cli",),
+}
+# The shared ground knows nobody above it.
+GROUND = (
+    "_version", "arrays", "bundle", "errors", "files", "floor", "machine", "networks", "noise", "noise_schedule",
+    "parity", "profiles", "sampler", "solvers", "tensors", "tokenizer", "topology",
+)
+FORBIDDEN |= {
+    f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)
+    for name in GROUND
+}
+
+
+def modules() -> dict[str, Path]:
+    """Our modules by import name."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Everything a module imports, anywhere in it, as absolute names."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def test_there_is_something_to_check():
+    names = modules()
+    assert {"accel.engines.eager", "accel.export.pipeline", "accel.cli", "accel"} <= set(names)
+    assert "accel.networks" in imports("accel.export.pipeline", names["accel.export.pipeline"])
+    assert "accel.bundle" in imports("accel.engines.base", names["accel.engines.base"])
+    assert set(FORBIDDEN) - {"accel.kernels", "accel.distill"} <= set(names) | {"accel.engines"}
+
+
+def test_imports_run_one_way():
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in modules().items()
+        for layer, prefixes in FORBIDDEN.items()
+        if within(name, layer)
+        for target in imports(name, path)
+        for prefix in prefixes
+        if within(target, prefix) and not within(target, layer)
+    ]
+    assert wrong == []
+
+
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_torchs_sister_packages_are_not_needed():
+    for path in tracked():
+        if path.suffix == ".py":
+            roots = {target.partition(".")[0] for target in imports("x", path)}
+            assert not roots & {"torchvision", "torchaudio"}, path
+
+
+def test_no_file_knows_a_developers_machine():
+    # The container has a user of that name; its home is nobody's machine.
+    pattern = re.compile(r"(?<![\w.$}])/(?:work|root|home)" + "/(?!accel\\b)")
+    wrong = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        wrong += [f"{path.relative_to(ROOT)}: {line}" for line in text.splitlines() if pattern.search(line)]
+    assert wrong == []
+
+
+def test_hugging_faces_kernels_package_is_not_shadowed():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "from importlib.util import find_spec as f; s = f('kernels'); print(s and (s.origin or 'NAMESPACE'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "None" or "site-packages" in found
+
+
+def python(code: str, *args: str) -> str:
+    """Run a piece of Python in a process of its own, away from the checkout."""
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy",
+         "PIL", "tokenizers", "safetensors", "rich", "sklearn", "scipy"}
+
+
+@pytest.mark.parametrize(
+    "code", ["import accel", "import accel; accel.UserError, accel.__version__", "import accel.cli",
+             "from accel.cli import main\ntry:\n  main(['--help'])\nexcept SystemExit: pass"],
+)
+def test_importing_accel_and_asking_for_help_load_nothing_heavy(code):
+    loaded = python(f"import sys\n{code}\nprint()\nprint(*{{n.partition('.')[0] for n in sys.modules}})")
+    assert HEAVY & set(loaded.splitlines()[-1].split()) == set()
+
+
+def test_help_is_there_at_once():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "accel", "--help"], cwd="/", stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.7
+
+
+@pytest.mark.parametrize("name", ["load", "load_engine", "Bundle", "Pipeline"])
+def test_the_public_names_resolve(name):
+    assert getattr(accel, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        accel.nothing_like_it  # noqa: B018
+
+
+# ONNX Runtime without torch
+
+BLOCKED = """
+import importlib.util, sys
+
+def absent(name):
+    return name.partition(".")[0] in ("torch", "diffusers", "transformers", "accelerate")
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if absent(name):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if absent(name) else find_spec(name, *rest)
+"""
+
+
+def test_the_block_works():
+    with pytest.raises(AssertionError, match="No module named 'torch'"):
+        python(BLOCKED + "import torch")
+
+
+def test_a_bundle_makes_the_same_picture_on_onnx_runtime_without_torch(sd15_bundle, tmp_path):
+    code = BLOCKED + """
+import accel, numpy
+out = accel.load(sys.argv[1], engine="onnxruntime", threads=1)("the cat", seed=3, output_type="np")
+numpy.save(sys.argv[2], out.images)
+assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
+"""
+    python(code, str(sd15_bundle), str(tmp_path / "image.npy"))
+    ordinary = accel.load(sd15_bundle, engine="onnxruntime", threads=1)("the cat", seed=3, output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "image.npy"), ordinary)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "auto"])
+def test_one_component_runs_without_torch(sd15_bundle, tmp_path, engine):
+    code = BLOCKED + """
+import accel, numpy
+feeds = dict(numpy.load(sys.argv[2]))
+engine = accel.load_engine(sys.argv[1], "unet", engine=sys.argv[4])
+numpy.save(sys.argv[3], engine(**feeds)["out_sample"])
+"""
+    generator = np.random.default_rng(0)
+    feeds = {
+        "sample": generator.normal(size=(2, 4, 16, 24)).astype(np.float32),
+        "timestep": np.array(500, np.float32),
+        "encoder_hidden_states": generator.normal(size=(2, 77, 32)).astype(np.float32),
+    }
+    np.savez(tmp_path / "feeds.npz", **feeds)
+    python(code, str(sd15_bundle), str(tmp_path / "feeds.npz"), str(tmp_path / "out.npy"), engine)
+    ordinary = accel.load_engine(sd15_bundle, "unet", engine="onnxruntime")(**feeds)["out_sample"]
+    assert np.allclose(np.load(tmp_path / "out.npy"), ordinary, atol=1e-4)
+
+
+def test_the_command_line_runs_a_bundle_without_torch_and_lists_what_is_missing(sd15_bundle, tmp_path):
+    code = BLOCKED + "from accel.cli import main\nsys.exit(main(sys.argv[1:]))"
+    report = python(code, "run", str(sd15_bundle), "--prompt", "the cat", "--engine", "onnxruntime", "--json",
+                    "--out", str(tmp_path / "cat.png"))
+    assert Path(json.loads(report)["images"][0]).is_file()
+    engines = json.loads(python(code, "inspect", str(sd15_bundle), "--json"))["engines"]
+    assert engines["onnxruntime"]["ok"] and not engines["eager"]["ok"]
+    assert "torch" in engines["eager"]["detail"]
