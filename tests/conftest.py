@@ -94,8 +94,9 @@ def make_sdxl(folder: Path) -> Path:
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         **narrowed(
-            "sdxl", (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4, attention_head_dim=(2, 4, 4),
-            transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+            "sdxl", (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4,
+            attention_head_dim=(2, 4, 4), transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=80,
         )
     ).eval()
     pipe = StableDiffusionXLPipeline(
