@@ -448,3 +448,8 @@ def test_the_sources_sampler_and_companions_end_up_in_the_bundle_and_a_component
 
 def test_what_the_caller_asks_for_goes_before_what_the_source_says(sd15_bundle):
     assert dict(Bundle.open(sd15_bundle).manifest.sampler) == {"name": "dpmpp_2m", "steps": 4, "guidance": 5}
+
+
+def test_every_file_of_a_bundle_can_be_read_by_another_user(sd15_bundle):
+    private = [path for path in sd15_bundle.rglob("*") if not path.stat().st_mode & 0o004]
+    assert private == []
