@@ -20,6 +20,7 @@ from .tensors import TensorSpec
 
 SCHEMA = 1
 MANIFEST = "accel.json"
+KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,13 @@ class Component:
             for dim in spec["shape"]:
                 if not isinstance(dim, int) and dim not in data["dims"]:
                     raise ValueError(f"{name}: {spec['name']} has an unknown dimension {dim!r}")
+        if data["kind"] not in KINDS:
+            raise ValueError(f"{name}: unknown kind {data['kind']!r}")
         for dim, limits in data["dims"].items():
             _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
         return cls(
             name=name,
-            kind=str(data["kind"]),
+            kind=data["kind"],
             graph=str(data["graph"]),
             weights=str(data["weights"]),
             inputs=tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),

@@ -68,6 +68,7 @@ def export_pipeline(
     pipeline = _pipeline_constants(source, unet_config, vae_config)
     chosen_sampler = checked_sampler(sampler or own_sampler(source))
     shapes = parse_profile(profile, native=pipeline["native_size"])
+    _check_tokens(source, shapes.tokens)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"],
         latent_multiple=pipeline["latent_multiple"],
@@ -102,6 +103,13 @@ def export_pipeline(
         seal(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
+
+
+def _check_tokens(source: Source, tokens: int) -> None:
+    """The context has the length that the text encoder was made for, which is also what its tokenizer pads to."""
+    own = source.config("text_encoder").get("max_position_embeddings", 77)
+    if tokens != own:
+        raise UserError(f"a context of {tokens} tokens does not fit this text encoder", f"leave tokens at {own}")
 
 
 def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:

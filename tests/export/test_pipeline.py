@@ -453,3 +453,9 @@ def test_what_the_caller_asks_for_goes_before_what_the_source_says(sd15_bundle):
 def test_every_file_of_a_bundle_can_be_read_by_another_user(sd15_bundle):
     private = [path for path in sd15_bundle.rglob("*") if not path.stat().st_mode & 0o004]
     assert private == []
+
+
+def test_a_context_the_text_encoder_does_not_have_is_refused(sd15, tmp_path):
+    with pytest.raises(UserError, match="50 tokens"):
+        export_pipeline(sd15, tmp_path / "out", profile="size=64,tokens=50")
+    assert not (tmp_path / "out").exists()
