@@ -80,7 +80,10 @@ class UNet(nn.Module):
     ) -> tuple[torch.Tensor]:
         features = [adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3]
         adapter = [feature for feature in features if feature is not None]
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = None
+        if text_embeds is not None:
+            # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
+            added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
         return self.model(
             sample,
             timestep,

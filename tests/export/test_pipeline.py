@@ -459,3 +459,16 @@ def test_a_context_the_text_encoder_does_not_have_is_refused(sd15, tmp_path):
     with pytest.raises(UserError, match="50 tokens"):
         export_pipeline(sd15, tmp_path / "out", profile="size=64,tokens=50")
     assert not (tmp_path / "out").exists()
+
+
+def test_sdxl_in_fp16_keeps_time_and_size_embeddings_in_float32(sdxl, tmp_path):
+    """torch promotes the pooled text (float16) beside the sinusoids of the sizes (float32); ONNX has to be told."""
+    bundle = export_pipeline(sdxl, tmp_path / "out", profile="static", precision="fp16", components=("unet",))
+    unet = bundle.component("unet")
+    assert unet.dtype == "float16" and set(unet.float32) == {"time_embedding", "add_embedding"}
+    assert {spec.name: spec.dtype for spec in unet.inputs}["time_ids"] == "float32"
+    feeds = example(unet.inputs, {dim: limit.min for dim, limit in unet.dims.items()}, seed=3)
+    outputs = [
+        accel.load_engine(bundle, "unet", engine=name)(**feeds)["out_sample"] for name in ("eager", "onnxruntime")
+    ]
+    assert relative_l2(np.asarray(outputs[1], np.float32), np.asarray(outputs[0], np.float32)) < 0.02
