@@ -71,11 +71,12 @@ TEXT: Mapping[str, Any] = MappingProxyType(
         max_position_embeddings=77, hidden_act="quick_gelu",
     )
 )
-# SD 1.5's own scheduler file. PNDM does not read clip_sample; schedulers made from this config, such as DDIM, do.
+# SD 1.5's own scheduler file, but for v instead of epsilon (see `train_digits.denoising_loss`). PNDM does not read
+# clip_sample; schedulers made from this config, such as DDIM, do.
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
     dict(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        prediction_type="epsilon", set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, clip_sample=False,
+        prediction_type="v_prediction", set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, clip_sample=False,
         timestep_spacing="leading",
     )
 )

@@ -2,7 +2,7 @@
 
     python examples/bare_onnxruntime.py out/digits-bundle "a handwritten seven" bare.png
 
-Needs numpy, onnxruntime, tokenizers and pillow. The sampler is DDIM, written out: it is ten lines, and its constants
+Needs numpy, onnxruntime, tokenizers and pillow. The sampler is DDIM, written out: it is twelve lines, and its constants
 come from the bundle's own scheduler config and manifest.
 """
 
@@ -15,7 +15,7 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
-bundle, prompt, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+bundle, prompt, picture = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((bundle / "accel.json").read_text())
 constants, guidance = manifest["pipeline"], manifest["sampler"]["guidance"]
 sessions = {
@@ -40,14 +40,16 @@ x = np.random.default_rng(0).standard_normal((1, constants["latent_channels"], s
 timesteps = np.arange(0, 1000, 40)[::-1] + 1
 for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
     feeds = {"sample": np.repeat(x, 2, axis=0), "timestep": np.float32(t), "encoder_hidden_states": text}
-    (eps,) = sessions["unet"].run(["out_sample"], {k: np.asarray(v, np.float32) for k, v in feeds.items()})
-    eps = eps[:1] + guidance * (eps[1:] - eps[:1])
-    x0 = (x - np.sqrt(1 - alpha_bar[t]) * eps) / np.sqrt(alpha_bar[t])
+    (out_sample,) = sessions["unet"].run(["out_sample"], {k: np.asarray(v, np.float32) for k, v in feeds.items()})
+    guided = out_sample[:1] + guidance * (out_sample[1:] - out_sample[:1])
+    alpha, sigma = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
+    eps = alpha * guided + sigma * x if schedule["prediction_type"] == "v_prediction" else guided
+    x0 = (x - sigma * eps) / alpha
     x = np.float32(np.sqrt(alpha_bar[t_next]) * x0 + np.sqrt(1 - alpha_bar[t_next]) * eps)
 
 # Latents to pixels.
 latents = x / constants["scaling_factor"] + constants["shift_factor"]
 (pixels,) = sessions["vae_decoder"].run(["sample"], {"latent_sample": np.float32(latents)})
 image = Image.fromarray((np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))
-image.resize((256, 256)).save(out)
-print(out)
+image.resize((256, 256)).save(picture)
+print(picture)
