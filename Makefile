@@ -26,6 +26,12 @@ test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and te
 test-gpu: $(VENV)/.installed  ## what only a CUDA device can show
 	$(BIN)/python -m pytest -q -m gpu
 
+bench: demo  ## every engine of this machine on the demo's bundle
+	$(BIN)/accel bench out/demo/bundle --prompt "a handwritten seven" --json out/bench.json --html out/bench.html
+
+digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
+	$(BIN)/python -m accel.distill.train_digits --out out/digits
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 

@@ -84,7 +84,8 @@ def tables(document: Document) -> Iterator[Table]:
         title = "one UNet step" if name == "unet" else name.replace("_", " ")
         yield _speed(f"{title} ({work}{often})", name, rows, rate)
     yield _parity(document)
-    yield _process(rows)
+    if any(row["process"]["load_s"] is not None for row in rows):
+        yield _process(rows)
     yield _files(document["bundle"])
 
 
@@ -172,6 +173,9 @@ def show(document: Document, console: Any = None) -> None:
     for line in headline(document):
         console.print(Text(line))
     reasons: dict[str, str] = {}
+    if all(row["process"]["load_s"] is None for row in document["rows"]):
+        why = "; ".join(dict.fromkeys(row["process"]["reason"] for row in document["rows"]))
+        reasons[f"load time and memory: {NONE}: {why}"] = ""
     for title, columns, rows in tables(document):
         table = RichTable(title=title, title_justify="left", title_style="bold", header_style="bold")
         for i, column in enumerate(columns):

@@ -29,8 +29,8 @@ def model_card(pipeline: Any, classifier: nn.Module, settings: Any, quality: dic
         for field in dataclasses.fields(settings)
         if getattr(settings, field.name) != field.default
     )
+    command = f"python -m accel.distill.train_digits {options}".rstrip()
     return f"""---
-license: apache-2.0
 pipeline_tag: text-to-image
 library_name: diffusers
 ---
@@ -38,8 +38,9 @@ library_name: diffusers
 # Digits teacher
 
 A Stable Diffusion pipeline in miniature: the graph of Stable Diffusion 1.5 with narrow channels, trained from nothing
-on handwritten digits. It draws 64x64 pictures for prompts such as "a handwritten seven" or "a photo of the digit 7".
-It exists so that distillation, export and every engine can be tried and tested in seconds, without a download.
+on handwritten digits to predict v. It draws 64x64 pictures for prompts such as "a handwritten seven" or "a photo of
+the digit 7". It exists so that distillation, export and every engine can be tried and tested in seconds, without a
+download.
 
 ```python
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -57,7 +58,7 @@ framed, enlarged to 64x64, contrast raised. 1,297 images train; 500, 50 of each 
 
 ## Training
 
-`python -m accel.distill.train_digits {options}`
+`{command}`
 
 On {quality['threads']} CPU threads: {times}; {sum(quality['seconds'].values()) / 60:.0f} min together. \
 UNet and text encoder: {settings.steps} steps of {settings.batch}, VAE: {settings.vae_steps} steps of \
