@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## the whole story in about a minute: images and a tab
 
 test: $(VENV)/.installed  ## lint and the CPU tests, at most 15 minutes
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 15
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600

@@ -18,10 +18,10 @@ from accel.files import new_folder, require_space
 from accel.networks import Network
 from accel.profiles import Range
 from accel.profiles import profile as parse_profile
-from accel.sampler import SAMPLERS
 
 from . import check, onnx, precision
 from .companions import copy_companions
+from .constants import checked_sampler, own_sampler, pipeline_constants
 from .precision import check_name as check_precision
 from .source import Source, open_source
 
@@ -64,8 +64,7 @@ def export_pipeline(
     onnx.check_opset(opset)
     source = open_source(model)
     names = _component_names(source, components)
-    unet_config, vae_config = source.config("unet"), source.config("vae")
-    pipeline = _pipeline_constants(source, unet_config, vae_config)
+    pipeline = pipeline_constants(source)
     chosen_sampler = checked_sampler(sampler or own_sampler(source))
     shapes = parse_profile(profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
@@ -126,68 +125,6 @@ def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
 
 def _weight_folders(names: list[str]) -> list[str]:
     return sorted({"vae" if name.startswith("vae_") else name for name in names})
-
-
-def _pipeline_constants(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    stages = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    size, widths, channels = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("latent_channels")
-    for name, key, value, ok in (
-        ("vae", "block_out_channels", stages, isinstance(stages, list)),
-        ("vae", "latent_channels", channels, isinstance(channels, int)),
-        ("unet", "block_out_channels", widths, isinstance(widths, list)),
-        ("unet", "sample_size", size, all(isinstance(n, int) for n in (size if isinstance(size, list) else [size]))),
-    ):
-        if not ok:
-            raise UserError(f"{source.path}/{name}/config.json: {key} = {value!r} makes no sense", "get the file again")
-    scale = 2 ** (len(stages) - 1)
-    # Configs from before the field existed (such as SD1.5's own) mean diffusers' default.
-    scaling = 0.18215 if vae.get("_class_name") == "AutoencoderKL" else 1.0
-    return {
-        "vae_scale": scale,
-        "latent_channels": vae["latent_channels"],
-        "scaling_factor": vae.get("scaling_factor", scaling),
-        "shift_factor": vae.get("shift_factor") or 0.0,
-        "latent_multiple": 2 ** (len(unet["block_out_channels"]) - 1),
-        "native_size": (size if isinstance(size, int) else max(size)) * scale,
-        "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
-    }
-
-
-def checked_sampler(sampler: Any) -> dict[str, Any]:
-    """The sampling constants as they go into the manifest, after making sure that they can be run."""
-    fix = 'such as {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5}, or with "timesteps" instead of "steps"'
-    if not isinstance(sampler, Mapping):
-        raise UserError("the sampling constants are no table", fix)
-    name, guidance = sampler.get("name"), sampler.get("guidance")
-    steps, timesteps = sampler.get("steps"), sampler.get("timesteps")
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}", f"one of: {', '.join(SAMPLERS)}")
-    if not isinstance(guidance, (int, float)) or not 0 <= guidance < float("inf"):
-        raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")
-    if timesteps is None and not (isinstance(steps, int) and steps >= 1):
-        raise UserError(f"steps = {steps!r} makes no sense", "use a whole number of at least 1")
-    if timesteps is not None and not (
-        isinstance(timesteps, (list, tuple)) and timesteps and all(isinstance(t, (int, float)) for t in timesteps)
-    ):
-        raise UserError(f"timesteps = {timesteps!r} makes no sense", "use a list of numbers, highest first")
-    return dict(sampler)
-
-
-def own_sampler(source: Source) -> Any:
-    """How a pipeline is meant to be run: by the constants that it carries along, else by its scheduler."""
-    constants = source.sampler()
-    return default_sampler(source) if constants is None else constants
-
-
-def default_sampler(source: Source) -> dict[str, Any]:
-    """How a pipeline without sampling constants is meant to be run: by its scheduler's class."""
-    if source.index["scheduler"][1] == "LCMScheduler":
-        from diffusers import LCMScheduler
-
-        scheduler = LCMScheduler.from_config(source.config("scheduler"))
-        scheduler.set_timesteps(4)
-        return {"name": "dmd2", "timesteps": scheduler.timesteps.tolist(), "guidance": 0.0}
-    return {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5 if source.family != "sdxl" else 5.0}
 
 
 def _network(source: Source, name: str, adapter: bool, tokens: int) -> Network:

@@ -77,7 +77,7 @@ def _sampler(args: argparse.Namespace, source) -> dict[str, Any] | None:
     """The sampling constants to store, where any was given; the rest from the source."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
-    from accel.export.pipeline import checked_sampler, own_sampler
+    from accel.export.constants import checked_sampler, own_sampler
     from accel.sampler import SAMPLERS, NoiseSchedule, grid
 
     own = checked_sampler(own_sampler(source))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from accel.errors import UserError
-from accel.export.pipeline import _pipeline_constants, default_sampler, export_pipeline
+from accel.export.constants import default_sampler, pipeline_constants
+from accel.export.pipeline import export_pipeline
 from accel.export.source import open_source
 
 
@@ -176,7 +177,7 @@ def test_a_vae_config_from_before_the_scaling_factor_means_stable_diffusions(sou
 
     edit(source_copy / "vae/config.json", lambda config: [config.pop(k) for k in ("scaling_factor", "shift_factor")])
     source = open_source(source_copy)
-    constants = _pipeline_constants(source, source.config("unet"), source.config("vae"))
+    constants = pipeline_constants(source)
     truth = AutoencoderKL.from_pretrained(source_copy / "vae").config
     assert constants["scaling_factor"] == truth.scaling_factor
     assert constants["shift_factor"] == (truth.shift_factor or 0.0)
