@@ -72,6 +72,27 @@ class OpenVino(Engine):
             ) from None
         self.request = self.model.create_infer_request()
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {dtype}"
+        if dtype != "fp32":
+            self._try_out(dtype)
+
+    def _try_out(self, dtype: str) -> None:
+        """One call on noise, because a low precision that yields NaN must not get as far as a picture.
+
+        OpenVINO 2026.4's bfloat16 kernels for AMX make nothing but NaN of the SD-Tiny UNet at real size, while those
+        for AVX-512 are right (and so is torch on AMX).
+        """
+        rng = np.random.default_rng(0)
+        sizes = {name: limits.min for name, limits in self.component.dims.items()}
+        feeds = {
+            spec.name: np.asarray(rng.standard_normal(spec.concrete(sizes)) * ("float" in spec.dtype), spec.dtype)
+            for spec in self.component.inputs
+        }
+        broken = [name for name, value in self.run(feeds).items() if not np.isfinite(value).all()]
+        if broken:
+            raise UserError(
+                f"OpenVINO in {dtype} makes {broken[0]} of {self.component.name} NaN or infinite on this machine",
+                "--dtype fp32, or run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment",
+            )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         results = self.request.infer(dict(feeds), share_inputs=True)

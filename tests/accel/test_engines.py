@@ -101,6 +101,20 @@ def test_lower_dtypes_stay_near_and_keep_the_interface(engine, sd15_bundle):
     assert 1e-5 < relative_l2(bf16.numpy(), expected) < 0.05
 
 
+def test_a_low_precision_that_makes_nan_is_refused_when_it_is_loaded(sd15_bundle, monkeypatch):
+    """OpenVINO's AMX kernels do that to the real-size SD-Tiny UNet; here the engine is made to."""
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    module = engines.import_module("accel.engines.openvino")
+    nan = {"sample": np.full((1, 3, 64, 64), np.nan, np.float32)}
+    monkeypatch.setattr(module.OpenVino, "run", lambda self, feeds: nan)
+    with pytest.raises(UserError, match="NaN") as error:
+        accel.load_engine(sd15_bundle, "vae_decoder", engine="openvino", dtype="bf16")
+    assert "fp32" in error.value.fix
+    accel.load_engine(sd15_bundle, "vae_decoder", engine="openvino")  # float32 is not tried out
+
+
 def test_swapped_inputs_are_refused(engine, sd15_bundle):
     feeds = feeds_of(sd15_bundle, "unet")
     swapped = feeds | {"sample": feeds["encoder_hidden_states"], "encoder_hidden_states": feeds["sample"]}
