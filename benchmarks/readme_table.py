@@ -16,7 +16,7 @@ NONE = "not measured"
 
 def milliseconds(row: dict, scope: str) -> str:
     timing = row["scopes"].get(scope, {}).get("timing")
-    return f"{timing['p50'] * 1e3:,.1f}" if timing else NONE
+    return f"{timing['p50_s'] * 1e3:,.1f}" if timing else NONE
 
 
 def speedup(row: dict, baseline: str) -> str:
