@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 
+from . import interrupt
 from ._version import __version__
 from .errors import Notice, UserError
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     verb = argv[0]
     if verb not in VERBS:
         parser.parse_args(argv)  # prints the list of verbs and exits with 2
+    interrupt.install()
     _quiet_libraries()
     return _guarded(lambda: _run(verb, argv[1:]))
 

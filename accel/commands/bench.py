@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .options import stages
 
 EXAMPLE = "accel bench my-bundle --engines eager,compile,openvino:bf16 --json bench.json --html bench.html"
 
@@ -82,7 +83,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
             bench.chosen(args.engines),
             settings,
             command=_command(args),
-            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+            progress=stages(bar, task),
         )
     document = result.document.as_dict()
     for name in result.failed:

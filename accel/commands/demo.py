@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ..errors import UserError
+from .options import stages
 
 EXAMPLE = "accel demo --out out/demo"
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         bundle = export_pipeline(
             "digits", out / "bundle", profile="digits", overwrite=args.overwrite,
             components=tuple(name for name in COMPONENTS if name != "vae_encoder"),
-            progress=lambda stage, done: bar.update(task, description=f"export: {stage}", completed=done),
+            progress=stages(bar, task, "export: "),
         )  # fmt: skip
         task = bar.add_task("bench: starting", total=1.0)
         result = bench.measure(
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 prompts=tuple(f"a handwritten {word}" for word in WORDS), batch=10, rounds=args.rounds, memory=False
             ),
             command=f"accel demo --rounds {args.rounds}",
-            progress=lambda stage, done: bar.update(task, description=f"bench: {stage}", completed=done),
+            progress=stages(bar, task, "bench: "),
         )
     document = result.document.as_dict()
     write_json(out / "demo.json", document)

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from .options import stages
+
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             sampler=_sampler(args, open_source(args.model)),
             adapter=args.adapter,
             overwrite=args.overwrite,
-            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+            progress=stages(bar, task),
         )
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))

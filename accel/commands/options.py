@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
+
+from .. import interrupt
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -31,3 +34,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document for machines")
+
+
+def stages(bar: Any, task: Any, prefix: str = "") -> Callable[[str, float], None]:
+    """A progress callback that moves a rich progress bar and is where a lost Ctrl-C is found again."""
+
+    def report(stage: str, fraction: float) -> None:
+        interrupt.check()
+        bar.update(task, description=prefix + stage, completed=fraction)
+
+    return report

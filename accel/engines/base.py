@@ -103,7 +103,10 @@ def to_torch(value: Any, device: str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, (np.ndarray, np.generic)):
-        return torch.from_numpy(np.array(value, copy=not np.asarray(value).flags.writeable)).to(device)
+        array = np.asarray(value)
+        # torch shares numpy's memory; it takes none that runs backwards, and warns where it must not write.
+        shared = array.flags.writeable and all(step >= 0 for step in array.strides)
+        return torch.from_numpy(array if shared else array.copy()).to(device)
     return torch.from_dlpack(value).to(device)
 
 

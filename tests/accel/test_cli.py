@@ -336,7 +336,11 @@ def test_an_export_prints_its_manifest_as_json(accel, sd15, tmp_path):
 def running_export(source: Path, out: Path) -> subprocess.Popen:
     """An export in a process of its own, caught in the middle: its folder is there and not yet in place."""
     command = [sys.executable, "-m", "accel", "export", source, out]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A suite that was started in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(out.parent.glob(f".{out.name}.partial-*/*/model.onnx")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -93,6 +93,17 @@ def test_numpy_and_torch_go_in_the_engines_own_kind_comes_out(name, native, engi
     assert np.array_equal(np.asarray(from_numpy), np.asarray(from_torch))
 
 
+def test_scalars_read_only_and_strided_arrays_go_in_too(engine, sd15_bundle):
+    feeds = feeds_of(sd15_bundle, "unet")
+    expected = engine("eager", "unet")(**feeds)["out_sample"].numpy()
+    frozen = feeds["sample"].copy()
+    frozen.setflags(write=False)
+    strided = np.ascontiguousarray(feeds["encoder_hidden_states"][:, ::-1])[:, ::-1]
+    odd = {"sample": frozen, "timestep": np.float32(feeds["timestep"]), "encoder_hidden_states": strided}
+    for name in ("eager", "onnxruntime", "openvino"):
+        assert relative_l2(np.asarray(engine(name, "unet")(**odd)["out_sample"]), expected) < 1e-4
+
+
 def test_lower_dtypes_stay_near_and_keep_the_interface(engine, sd15_bundle):
     feeds = feeds_of(sd15_bundle, "unet")
     expected = engine("eager", "unet")(**feeds)["out_sample"].numpy()

@@ -1,0 +1,34 @@
+"""Ctrl-C that is never lost.
+
+Python drops an exception that is raised inside a weak-reference or garbage-collection callback, and tracing a network
+runs thousands of those: an interrupt that falls into one would vanish. So it is also remembered, and raised again at
+the next stage of whatever is going on.
+"""
+
+from __future__ import annotations
+
+import signal
+
+_asked = False
+
+
+def install() -> None:
+    """Remember interrupts from now on; where the caller has its own handler, or none, that stays."""
+    global _asked
+    _asked = False
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _remember)
+
+
+def _remember(number, frame) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Raise the interrupt that was asked for and lost; called between stages of long work."""
+    global _asked
+    if _asked:
+        _asked = False
+        raise KeyboardInterrupt
