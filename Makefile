@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests and the demo run offline, on two threads, wherever they are.
+# Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-slow test-gpu lint bench digits clean

@@ -8,6 +8,7 @@ the next stage of whatever is going on.
 from __future__ import annotations
 
 import signal
+import sys
 
 _asked = False
 
@@ -18,12 +19,19 @@ def install() -> None:
     _asked = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _remember)
+        sys.unraisablehook = _report_dropped
 
 
 def _remember(number, frame) -> None:
     global _asked
     _asked = True
     raise KeyboardInterrupt
+
+
+def _report_dropped(dropped) -> None:
+    """Python's report of an exception it drops, except for an interrupt, which is not lost here."""
+    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
 
 
 def check() -> None:
