@@ -60,10 +60,9 @@ class TextEncoder(nn.Module):
 class UNet(nn.Module):
     """sample [batch, C, h, w], timestep [], encoder_hidden_states [batch, tokens, D], ... -> out_sample."""
 
-    def __init__(self, model: nn.Module, extra: tuple[str, ...] = ()):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.extra = extra
 
     def forward(
         self,
@@ -167,9 +166,8 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: bool = False) -> Networ
             TensorSpec(f"adapter_features_{i}", FLOAT, ("batch", channels, height, width))
             for i, (channels, height, width) in enumerate(_adapter_shapes(config))
         ]
-    extra = tuple(spec.name for spec in inputs[3:])
     outputs = (TensorSpec("out_sample", FLOAT, ("batch", config.out_channels, "latent_height", "latent_width")),)
-    return Network("unet", "unet", UNet(model, extra), tuple(inputs), outputs)
+    return Network("unet", "unet", UNet(model), tuple(inputs), outputs)
 
 
 def _adapter_shapes(config: Mapping[str, Any]) -> list[tuple[int, str, str]]:
@@ -247,8 +245,6 @@ def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], output
         model = _build(kind, json.loads(config_path.read_text()))
     if kind == "text_encoder":
         module = TextEncoder(model, any(spec.name.startswith("hidden_states.") for spec in outputs))
-    elif kind == "unet":
-        module = UNet(model, tuple(spec.name for spec in inputs[3:]))
     else:
         module = WRAPPERS[kind](model)
     return module.eval().requires_grad_(False)

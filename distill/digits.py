@@ -19,11 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import accel
 from accel.errors import MissingPackage, UserError
 from accel.topology import narrowed
-
-ASSETS = Path(accel.__file__).resolve().parent / "assets" / "digits"
 
 SIZE = 64
 HELD_OUT_PER_DIGIT = 50

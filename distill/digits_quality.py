@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 from torch import nn
 
+from accel.assets import DIGITS
 from accel.errors import UserError
 
 from . import digits
@@ -72,7 +73,7 @@ def save_classifier(model: Classifier, path: Path) -> None:
     path.write_bytes(serialized({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}))
 
 
-def load_classifier(path: Path = digits.ASSETS / "classifier.safetensors") -> Classifier:
+def load_classifier(path: Path = DIGITS / "classifier.safetensors") -> Classifier:
     """The classifier that ships with the package, or one of a training run.
 
     Raises:

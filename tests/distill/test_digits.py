@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accel.assets import DIGITS
 from accel.distill import digits, digits_quality, fit, train_digits
 from accel.errors import UserError
 from accel.topology import topology
 
-TEACHER = digits.ASSETS / "teacher"
+TEACHER = DIGITS / "teacher"
 TINY = train_digits.Settings(
     steps=2, batch=4, text_steps=2, text_batch=4, vae_steps=2, vae_batch=4, classifier_steps=2, classifier_batch=4,
 )
