@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from .source import Source
+from accel.source import Source
 
 
 def copy_companions(source: Source, folder: Path) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from accel.errors import UserError
 from accel.sampler import SAMPLERS
-
-from .source import Source
+from accel.source import Source
 
 
 def pipeline_constants(source: Source) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from accel.files import new_folder, require_space
 from accel.networks import Network
 from accel.profiles import Range
 from accel.profiles import profile as parse_profile
+from accel.source import Source, open_source
 
 from . import check, onnx, precision
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
 from .precision import check_name as check_precision
-from .source import Source, open_source
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _STAGES = 4

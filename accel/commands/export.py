@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from accel.export.pipeline import COMPONENTS, export_pipeline
-    from accel.export.source import open_source
+    from accel.source import open_source
 
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())

@@ -8,7 +8,7 @@ import pytest
 from accel.errors import UserError
 from accel.export.constants import default_sampler, pipeline_constants
 from accel.export.pipeline import export_pipeline
-from accel.export.source import open_source
+from accel.source import open_source
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.assets import resolve
-from accel.errors import UserError
-from accel.files import digest_of, read_json, sha256
-from accel.topology import identify
+from .assets import resolve
+from .errors import UserError
+from .files import digest_of, read_json, sha256
+from .topology import identify
 
 _WEIGHTS = (".safetensors", ".bin")
 _SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
