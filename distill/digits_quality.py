@@ -27,6 +27,7 @@ from accel.assets import DIGITS
 from accel.errors import UserError
 
 from . import digits
+from .metrics import frechet_distance
 
 
 class Classifier(nn.Module):
@@ -100,21 +101,6 @@ def prompt_accuracy(images: torch.Tensor, wanted: torch.Tensor, classifier: Clas
     """Share of pictures [n, 3, 64, 64] in -1..1 in which the classifier sees the digit wanted [n]."""
     seen = _in_batches(classifier or load_classifier(), images).argmax(1)
     return (seen == wanted).double().mean().item()
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of the normal distributions fitted to two sets of features [n, d] and [m, d]."""
-    root = _square_root(np.cov(first, rowvar=False))
-    covariance = np.cov(second, rowvar=False)
-    # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), and a trace is the sum of the eigenvalues.
-    crossed = np.sqrt(np.linalg.eigvalsh(root @ covariance @ root).clip(min=0)).sum()
-    offset = ((first.mean(0) - second.mean(0)) ** 2).sum()
-    return float(offset + (root @ root).trace() + covariance.trace() - 2 * crossed)
-
-
-def _square_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def real_features(classifier: Classifier, part: str, per_digit: int | None = None) -> np.ndarray:
