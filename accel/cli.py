@@ -20,6 +20,7 @@ VERBS = {
     "export": "a diffusers pipeline becomes a bundle: checked ONNX graphs and everything an app needs",
     "run": "prompt to image on any engine",
     "bench": "eager against compiled: speed, memory and parity in one table",
+    "evaluate": "how good the pictures are, by a named protocol",
     "inspect": "what is inside a bundle, whether it is intact and whether it runs here",
 }
 

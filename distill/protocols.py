@@ -96,7 +96,7 @@ class Protocol:
         sampling: how pictures are drawn.
         own_sampling: whether the constants that a model carries along (`sampler.json`, or a bundle's) come first.
         dtype: that the networks compute in; None for the model's own.
-        size: height and width in pixels; None for the model's own.
+        size: height and width in pixels.
         seed: picture i is drawn from seed + i.
         batch: pictures at once, if nothing else is asked for; it does not change the pictures.
         format: "png" or "jpeg" (PIL's default quality): how pictures are stored.
@@ -111,8 +111,8 @@ class Protocol:
     prompts: str
     sampling: Sampling
     own_sampling: bool
+    size: int
     dtype: str | None = None
-    size: int | None = None
     seed: int = 0
     batch: int = 1
     format: str = "png"
@@ -124,7 +124,7 @@ class Protocol:
 
 DIGITS = Protocol(
     id="digits",
-    title="500 digits: does a classifier see the digit asked for, and how far are its features from real digits'",
+    title="500 digits, judged by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
     images=500, prompts="digits", sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0), own_sampling=True,
     size=64, batch=50, metrics=(Metric(name="digits", kind="digits"),),
 )  # fmt: skip

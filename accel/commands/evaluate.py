@@ -1,0 +1,95 @@
+"""How good are a model's pictures, by a named protocol."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from .options import add_engine, add_json, engine_options, stages
+
+EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
+
+PROTOCOL_NAMES = ("digits", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
+    parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
+    parser.add_argument(
+        "--out", required=True, help="folder for the pictures and the result; a run that was interrupted goes on there"
+    )
+    parser.add_argument("--sampler", help="pndm, dmd2, dpmpp_2m, ddim or euler (default: the protocol's)")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
+    parser.add_argument("--limit", type=int, help="only the first so many pictures")
+    parser.add_argument("--batch", type=int, help="pictures at once (default: the protocol's); changes only the speed")
+    parser.add_argument("--reference", help="folder of real pictures, where the protocol needs them")
+    parser.add_argument("--captions", help="file of captions (.csv or .txt), where the protocol needs it")
+    parser.add_argument(
+        "--patience", type=float, default=600.0,
+        help="seconds that rank 0 waits for the next picture of another process (default: 600)",
+    )  # fmt: skip
+    add_engine(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from accel.distill.evaluate import evaluate
+    from accel.distill.shards import shard_of
+
+    shard = shard_of(os.environ)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        result = evaluate(
+            args.model, args.protocol, args.out, sampler=args.sampler, steps=args.steps, guidance=args.guidance,
+            limit=args.limit, batch=args.batch, reference=args.reference, captions=args.captions, engine=args.engine,
+            options=engine_options(args), shard=shard, patience=args.patience, progress=stages(bar, task),
+        )  # fmt: skip
+    if result is None:
+        done = {"rank": shard.rank, "processes": shard.world, "out": args.out}
+        print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its pictures are there")
+    elif args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _show(result, args.out)
+    return 0
+
+
+def _show(result: dict[str, Any], out: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']['name']}: {result['title']}", title_justify="left")
+    for column, justify in (("metric", "left"), ("figure", "right"), ("protocol", "left")):
+        # The id is what makes a figure mean something: it may wrap, but nothing of it may be cut off.
+        table.add_column(column, justify=justify, overflow="fold")
+    for figure in result["figures"]:
+        note = f" (floor {figure['floor']:.4g})" if "floor" in figure else ""
+        note += f" ± {figure['deviation']:.2g}" if "deviation" in figure else ""
+        # Text and not markup: the brackets of an id would be taken for a style.
+        table.add_row(_text(figure["name"]), _text(f"{figure['value']:.4g}{note}"), _text(figure["protocol"]))
+    # A pipe has no width; 80 columns would fold the ids that somebody wants to search for.
+    console = Console() if Console().is_terminal else Console(width=160)
+    console.print(table)
+    sampling = result["sampling"]
+    steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"
+    seconds = result["seconds"]
+    print(
+        f"{result['images']} pictures, {sampling['sampler']}, steps {steps}, guidance {sampling['guidance']:g}, "
+        f"{sampling['dtype']}; {result['pictures_made']} of them made now in {seconds['pictures']:.1f} s, "
+        f"measured in {seconds['metrics']:.1f} s\n"
+        f"pictures and result: {out}"
+    )
+
+
+def _text(value: str) -> Any:
+    from rich.text import Text
+
+    return Text(value)

@@ -1,0 +1,168 @@
+"""A folder of numbered pictures that several processes fill together, and that a killed run goes on filling.
+
+    out/run.json               the settings that every picture in it was made with
+    out/pictures/00000.png     written whole or not at all; picture i is made by the process of rank i % world
+
+Nothing else is shared: a process that finds its pictures made has nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from accel.errors import UserError
+from accel.files import read_json, write_json
+
+PICTURES, RUN = "pictures", "run.json"
+SUFFIX = {"png": ".png", "jpeg": ".jpg"}
+POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the pictures a process makes: those whose number leaves `rank` when divided by `world`."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    def indices(self, count: int) -> range:
+        return range(self.rank, count, self.world)
+
+
+def shard_of(environment: Mapping[str, str]) -> Shard:
+    """The shard that torchrun or accelerate gave to this process: RANK, WORLD_SIZE, LOCAL_RANK; all of it without them.
+
+    Raises:
+        UserError: for numbers that do not fit each other.
+    """
+    found = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", environment.get("RANK", "0"))):
+        text = environment.get(name, default)
+        if not text.isdecimal():
+            raise UserError(f"{name} = {text!r} is no whole number", f"unset {name}, or set it as torchrun does")
+        found.append(int(text))
+    rank, world, local = found
+    if rank >= world:
+        raise UserError(
+            f"RANK = {rank} with WORLD_SIZE = {world}",
+            "set both: RANK counts from 0 to WORLD_SIZE - 1; or unset both",
+        )
+    return Shard(rank, world, local)
+
+
+def picture_file(out: Path, index: int, kind: str) -> Path:
+    """Where picture `index` is; `kind` is "png" or "jpeg"."""
+    return out / PICTURES / f"{index:05d}{SUFFIX[kind]}"
+
+
+def save(image: np.ndarray, path: Path, kind: str) -> None:
+    """Write a picture, uint8 [h, w, 3], whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(image).save(file, kind.upper())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}", "free some space, or another --out"
+                        ) from None  # fmt: skip
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Whether a picture is there, can be read to its end and has the size."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size == (size, size)
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder one of these settings, or see that it is.
+
+    Raises:
+        UserError: when it holds pictures of other settings, naming the difference, or cannot be written.
+    """
+    pictures, run = out / PICTURES, out / RUN
+    try:
+        if not run.exists() and out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
+            # Another process of this run may have made the folder and be about to write run.json.
+            if [entry.name for entry in out.iterdir() if entry.name[0] != "."] != [PICTURES] or any(pictures.iterdir()):
+                raise UserError(f"{out} holds files that are not of an evaluation", "choose another --out")
+        pictures.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=out, prefix=f".{RUN}.")
+        os.close(handle)
+        own = Path(name)
+        try:
+            write_json(own, dict(settings))
+            os.link(own, run)  # the first process wins, with a whole file; a rename would let the last one win
+        except OSError:
+            if not run.exists():
+                os.replace(own, run)  # a file system without links
+        finally:
+            own.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be used: {error.strerror}", "choose another --out") from None
+    there = read_json(run, "the record of an earlier run")
+    if not isinstance(there, dict):
+        raise UserError(f"{run} is no table", "choose another --out")
+    differences = [
+        f"{key} was {_short(there.get(key))} and is {_short(settings.get(key))} now"
+        for key in [*settings, *(key for key in there if key not in settings)]
+        if there.get(key) != settings.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"{out} holds pictures of another run: {'; '.join(differences)}",
+            "choose another --out, or ask for the same as before",
+        )
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def wait_for(
+    out: Path, count: int, kind: str, world: int, patience: float, progress: Callable[[int], None] = lambda _: None
+) -> list[Path]:
+    """The files of all pictures, once they are all there.
+
+    Args:
+        patience: seconds without a new picture after which it is an error.
+        progress: called with the number of pictures that are there.
+
+    Raises:
+        UserError: naming the pictures that did not come and whose they are.
+    """
+    files = [picture_file(out, index, kind) for index in range(count)]
+    missing, since = list(range(count)), time.monotonic()
+    while True:
+        still = [index for index in missing if not files[index].exists()]
+        if len(still) < len(missing):
+            since = time.monotonic()
+        missing = still
+        progress(count - len(missing))
+        if not missing:
+            return files
+        if time.monotonic() - since > patience:
+            names = ", ".join(files[index].name for index in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            ranks = ", ".join(str(rank) for rank in sorted({index % world for index in missing}))
+            raise UserError(
+                f"{len(missing)} of {count} pictures did not come within {patience:g} s: {names} (of rank {ranks})",
+                "start those processes again, or run this one alone with WORLD_SIZE=1: finished pictures are kept",
+            )
+        time.sleep(POLL)
