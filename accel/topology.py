@@ -74,8 +74,20 @@ _SDXL = dict(
 )
 
 
-def _remove_blocks(teacher: Mapping[str, Any], student: str) -> dict[str, Any]:
-    """BK-SDM's block removal on a four-stage config: base, small (no mid block) or tiny (no fourth stage either)."""
+# Config fields that may be given once for all stages or as a list with one value per stage.
+_PER_STAGE = (
+    "attention_head_dim", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block",
+    "only_cross_attention",
+)
+
+
+def remove_blocks(teacher: Mapping[str, Any], student: str) -> dict[str, Any]:
+    """BK-SDM's block removal (arXiv 2305.15798, section 3.1) on the config of a four-stage UNet of any width.
+
+    Args:
+        teacher: config with two layers per block.
+        student: `base` (one layer less per stage), `small` (also no mid block) or `tiny` (also no fourth stage).
+    """
     config = dict(teacher) | {"layers_per_block": 1}
     if student in ("small", "tiny"):
         config["mid_block_type"] = None
@@ -83,8 +95,7 @@ def _remove_blocks(teacher: Mapping[str, Any], student: str) -> dict[str, Any]:
         config["block_out_channels"] = config["block_out_channels"][:3]
         config["down_block_types"] = config["down_block_types"][:3]
         config["up_block_types"] = config["up_block_types"][1:]
-        if isinstance(config["attention_head_dim"], tuple):
-            config["attention_head_dim"] = config["attention_head_dim"][:3]
+        config |= {key: config[key][:3] for key in _PER_STAGE if isinstance(config.get(key), (list, tuple))}
     return config
 
 
@@ -100,15 +111,15 @@ def _topologies() -> dict[str, Topology]:
         Topology(name="sd15", family="sd1", parameters=859_520_964, config=_SD1, aliases=("sd14", "sd1", "sd1.5")),
         Topology(
             name="sd15-base", family="sd1", teacher="sd15", parameters=579_384_964,
-            config=_remove_blocks(_SD1, "base"), aliases=("bk-sdm-base", "segmind-sd-small", "sd-small", "small-sd"),
+            config=remove_blocks(_SD1, "base"), aliases=("bk-sdm-base", "segmind-sd-small", "sd-small", "small-sd"),
         ),
         Topology(
             name="sd15-small", family="sd1", teacher="sd15", parameters=482_346_884,
-            config=_remove_blocks(_SD1, "small"), aliases=("bk-sdm-small",),
+            config=remove_blocks(_SD1, "small"), aliases=("bk-sdm-small",),
         ),
         Topology(
             name="sd15-tiny", family="sd1", teacher="sd15", parameters=323_384_964,
-            config=_remove_blocks(_SD1, "tiny"), aliases=("bk-sdm-tiny", "segmind-sd-tiny", "sd-tiny", "tiny-sd"),
+            config=remove_blocks(_SD1, "tiny"), aliases=("bk-sdm-tiny", "segmind-sd-tiny", "sd-tiny", "tiny-sd"),
         ),
         Topology(
             name="sd2", family="sd2", parameters=865_910_724, config=_SD2,
@@ -117,15 +128,15 @@ def _topologies() -> dict[str, Topology]:
         Topology(name="sd21", family="sd2", parameters=865_910_724, config=sd2_1, aliases=("sd2.1", "sd21-768")),
         Topology(
             name="sd2-base", family="sd2", teacher="sd2", parameters=583_480_964,
-            config=_remove_blocks(_SD2, "base"), aliases=("bk-sdm-v2-base",),
+            config=remove_blocks(_SD2, "base"), aliases=("bk-sdm-v2-base",),
         ),
         Topology(
             name="sd2-small", family="sd2", teacher="sd2", parameters=485_787_524,
-            config=_remove_blocks(_SD2, "small"), aliases=("bk-sdm-v2-small",),
+            config=remove_blocks(_SD2, "small"), aliases=("bk-sdm-v2-small",),
         ),
         Topology(
             name="sd2-tiny", family="sd2", teacher="sd2", parameters=326_825_604,
-            config=_remove_blocks(_SD2, "tiny"), aliases=("bk-sdm-v2-tiny",),
+            config=remove_blocks(_SD2, "tiny"), aliases=("bk-sdm-v2-tiny",),
         ),
         Topology(name="sdxl", family="sdxl", parameters=2_567_463_684, config=_SDXL, aliases=("sdxl-base",)),
         Topology(name="ssd-1b", family="sdxl", teacher="sdxl", parameters=1_331_334_404, config=ssd_1b),

@@ -97,3 +97,17 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     return tokenizer(
         list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
+
+
+def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
+    """A batch with `latent_mean`, `latent_std` and `context` on the device, whether it came from a cache or not."""
+    made = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            made[key] = value.to(encoders.device, non_blocking=True)
+    if "latent_mean" not in made:
+        made |= encoders.images(made.pop("pixels"))
+    if "context" not in made:
+        made |= encoders.prompts(made["caption"])
+    return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in made.items()}  # fmt: skip

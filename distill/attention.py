@@ -1,0 +1,68 @@
+"""Attention by name for a UNet that trains: what was asked for, or an error that says why not."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from accel.errors import MissingPackage, UserError
+
+NAMES = ("auto", "sdpa", "flash-attn", "xformers")
+
+
+def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> None:
+    """Choose the attention of a diffusers UNet.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        name: a member of NAMES. `auto` is torch's scaled_dot_product_attention, which itself takes the fastest kernel
+            that fits; `flash-attn` and `xformers` are the packages of these names.
+        device: where the UNet runs.
+        half: whether attention runs in float16 or bfloat16.
+
+    Raises:
+        UserError: when an explicit choice cannot be honoured here.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    if name not in NAMES:
+        raise UserError(f"unknown attention {name!r}", f"one of: {', '.join(NAMES)}")
+    if name in ("auto", "sdpa"):
+        unet.set_attn_processor(AttnProcessor2_0())
+        return
+    module = name.replace("-", "_")
+    if importlib.util.find_spec(module) is None:
+        raise MissingPackage(name, f"--attention {name}", extra=name)
+    if device.type != "cuda":
+        raise UserError(f"--attention {name} needs a CUDA device, this run is on {device.type}", "--attention sdpa")
+    if name == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+        return
+    if not half:
+        raise UserError("--attention flash-attn computes in half precision only", "add --mixed-precision bf16")
+    unet.set_attn_processor(FlashAttention())
+
+
+class FlashAttention:
+    """diffusers attention processor on `flash_attn_func` (Dao 2023, arXiv 2307.08691); no masks, half precision."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, **_):
+        from flash_attn import flash_attn_func
+
+        if attention_mask is not None:
+            raise UserError("flash-attn takes no attention mask", "--attention sdpa")
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def heads(states: torch.Tensor) -> torch.Tensor:  # [b, tokens, heads, width]
+            return states.unflatten(-1, (attn.heads, -1))
+
+        mixed = flash_attn_func(
+            heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context)),
+            softmax_scale=attn.scale,
+        )  # fmt: skip
+        out = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor

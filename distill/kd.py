@@ -1,0 +1,98 @@
+"""Knowledge distillation of a pruned UNet, and plain fine-tuning, which is the same without a teacher.
+
+    L = w_task |eps - S(x_t)|^2 + w_output |T(x_t) - S(x_t)|^2 + w_feature sum_l |T_l(x_t) - S_l(x_t)|^2
+
+(BK-SDM, arXiv 2305.15798, section 3.2.) The teacher is frozen, belongs to no optimizer and to no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel.errors import UserError
+from accel.noise_schedule import NoiseSchedule
+
+from . import losses, students
+from .denoising import added_conditions, noised
+from .encode import Encoders
+from .features import Tapped, pairs
+from .methods import Network, Terms, Turn
+from .pipelines import assemble, save_pipeline
+from .recipes import Distillation, Finetune
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Denoising:
+    """A UNet learns to denoise, with or without a teacher beside it.
+
+    Args:
+        recipe: its settings.
+        encoders: the frozen half of the pipeline; its UNet is the teacher, or what is tuned.
+    """
+
+    turns = (Turn("unet", ("unet",)),)
+
+    def __init__(self, recipe: Distillation | Finetune, encoders: Encoders):
+        self.recipe, self.encoders = recipe, encoders
+        self.schedule = NoiseSchedule.from_config(encoders.source.config("scheduler"))
+        self.weights = {"task": 1.0}
+        self.teacher = None
+        unet = encoders.source.load("unet")
+        taps: list[tuple[str, str]] = []
+        if isinstance(recipe, Distillation):
+            kind = recipe.student
+            student = students.make_student(unet, kind, layers=recipe.layers, init=recipe.init, seed=recipe.seed)
+            self.weights = {
+                "task": recipe.task_weight, "output": recipe.output_weight, "feature": recipe.feature_weight
+            }
+            if not any(self.weights.values()):
+                raise UserError("all loss weights are 0", "give --task-weight, --output-weight or --feature-weight")
+            taps = pairs(recipe.features, kind, student) if recipe.feature_weight else []
+            if recipe.output_weight or recipe.feature_weight:
+                self.teacher = Tapped(unet.requires_grad_(False).eval(), [theirs for theirs, _ in taps])
+            unet = student
+        self.unet = unet.requires_grad_(True).train()
+        module = Tapped(self.unet, [ours for _, ours in taps])
+        self.networks = {"unet": Network(module, self.unet)}
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.teacher is not None:
+            chosen = getattr(self.recipe, "teacher_dtype", "auto")
+            if chosen != "auto" and chosen not in DTYPES:
+                raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
+            self.teacher.to(device, DTYPES.get(chosen, dtype))
+            if self.recipe.compile:
+                self.teacher.compile()
+
+    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+        made, added = noised(batch, self.recipe, self.schedule), added_conditions(batch)
+        out, features = self.networks["unet"].module(made.x_t, made.t, batch["context"], added)
+        terms = {"task": losses.task_loss(out, made.wanted, made.weight)}
+        if self.teacher is not None:
+            wanted, wanted_features = self._teach(made.x_t, made.t, batch["context"], added)
+            terms["output"] = losses.output_loss(out, wanted)
+            if features:
+                terms["feature"] = losses.feature_loss(features, wanted_features)
+        return sum(self.weights[name] * term for name, term in terms.items()), terms
+
+    @torch.no_grad()
+    def _teach(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: dict | None):
+        dtype = next(self.teacher.parameters()).dtype
+        added = added and {name: value.to(dtype) for name, value in added.items()}
+        return self.teacher(x_t.to(dtype), t, context.to(dtype), added)
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        return assemble(self.encoders, self.unet)
+
+    def pipeline(self) -> Any:
+        return self._pipeline
+
+    def save(self, folder: Path) -> None:
+        save_pipeline(self.encoders.source, folder, {"unet": self.unet}, dtype=self.recipe.save_dtype)

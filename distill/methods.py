@@ -1,0 +1,59 @@
+"""What a training method tells the loop: its networks, its turns, its loss, and how its result is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+Terms = dict[str, torch.Tensor]
+
+
+@dataclass
+class Network:
+    """One network that learns.
+
+    Attributes:
+        module: what the loss calls; the loop replaces it by its prepared form (DDP, FSDP2, autocast).
+        model: what is saved and averaged: `module` itself or the part of it that holds the weights.
+    """
+
+    module: nn.Module
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer step: the networks that it changes, and every how many steps it comes."""
+
+    name: str
+    networks: tuple[str, ...]
+    every: int = 1
+
+
+class Method(Protocol):
+    """Knowledge distillation, fine-tuning, LoRA, DMD2: all that differs between them.
+
+    Attributes:
+        networks: what learns, by name.
+        turns: the optimizer steps of one training step, in order.
+    """
+
+    networks: dict[str, Network]
+    turns: Sequence[Turn]
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move what is frozen to the device. dtype: what mixed precision computes in."""
+
+    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+        """Total loss and its terms, each a mean over the batch."""
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline around the networks as they are now, for sample grids; made once."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""

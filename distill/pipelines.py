@@ -1,0 +1,82 @@
+"""Pipelines around a network that learns: assembled in memory for samples, written to a folder as the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from accel.errors import UserError
+from accel.source import Source
+
+from .encode import Encoders
+
+SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def assemble(encoders: Encoders, unet: nn.Module) -> Any:
+    """A diffusers pipeline that samples with DPM-Solver++(2M), made of the parts that are in memory already."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    scheduler = DPMSolverMultistepScheduler.from_config(encoders.source.config("scheduler"))
+    parts = dict(vae=encoders.vae, unet=unet, scheduler=scheduler)
+    (parts["tokenizer"], parts["text_encoder"]), *more = encoders.text
+    if more:
+        (parts["tokenizer_2"], parts["text_encoder_2"]), = more
+        force = encoders.source.index.get("force_zeros_for_empty_prompt", True)
+        made = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=force, add_watermarker=False)
+    else:
+        made = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def save_pipeline(
+    source: Source, folder: Path, networks: Mapping[str, nn.Module], *, dtype: str = "float32",
+    sampler: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a complete diffusers pipeline: the source's files, but for the networks that were trained.
+
+    Args:
+        source: the pipeline that the networks belong to.
+        folder: must exist; files are added.
+        networks: component name -> network.
+        dtype: of the stored weights; the config asks diffusers for float32 as ever.
+        sampler: sampling constants to store beside it, as `sampler.json`; the source's own where None.
+    """
+    if dtype not in SAVE_DTYPES:
+        raise UserError(f"unknown save dtype {dtype!r}", f"one of: {', '.join(SAVE_DTYPES)}")
+    index = dict(source.index)
+    for name in ("safety_checker", "feature_extractor", "image_encoder"):
+        if name in index:
+            index[name] = [None, None]
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    for name in [name for name in index if source.has(name)]:
+        if name not in networks:
+            shutil.copytree(source.path / name, folder / name)
+    for name, network in networks.items():
+        write_network(network, folder / name, SAVE_DTYPES[dtype])
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    constants = sampler or source.sampler()
+    if constants:
+        (folder / "sampler.json").write_text(json.dumps(dict(constants)) + "\n")
+
+
+def write_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """One network as its own library would write it, in one safetensors file of a dtype."""
+    network.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
+    if dtype == torch.float32:
+        return
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                   for name, tensor in load_file(path).items()}  # fmt: skip
+        save_file(tensors, path, metadata={"format": "pt"})

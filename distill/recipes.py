@@ -1,0 +1,213 @@
+"""Everything that decides a training run, as plain data; and the named recipes, as functions.
+
+No torch here: the command line makes its options from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from accel.errors import UserError
+
+
+def option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every method of training has in common."""
+
+    model: str = option("", "pipeline to start from: a diffusers folder, a hub id, or digits")
+
+    data: str = option("", "image folder, webdataset shards, a Hugging Face data set, or digits")
+    image_column: str = option("", "column of the pictures (default: found)")
+    caption_column: str = option("", "column of the captions (default: found)")
+    resolution: int = option(512, "pixels of a side")
+    center_crop: bool = option(True, "crop in the middle, not anywhere")
+    random_flip: bool = option(True, "mirror every second picture")
+    caption_dropout: float = option(0.1, "share of captions left empty, so that guidance works")
+    cache: str = option("auto", "folder of the latent and text cache; auto: in the run folder; none: encode every time")
+    cache_variants: int = option(2, "crops and flips kept of each picture")
+    cache_dtype: str = option("float16", "float16 or float32")
+    workers: int = option(0, "processes that load data")
+
+    steps: int = option(1000, "optimizer steps")
+    batch: int = option(8, "pictures per process and micro-batch")
+    accumulation: int = option(1, "micro-batches per step")
+    learning_rate: float = option(5e-5, "peak learning rate")
+    lr_schedule: str = option("constant", "constant, linear, cosine or polynomial (warm-up comes first)")
+    warmup: int = option(0, "steps of linear warm-up")
+    optimizer: str = option("adamw", "adamw or adamw8bit (needs bitsandbytes)")
+    beta1: float = option(0.9, "AdamW's beta1")
+    beta2: float = option(0.999, "AdamW's beta2")
+    weight_decay: float = option(1e-2, "AdamW's weight decay")
+    epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "clip gradients to this norm")
+    ema: float = option(0.0, "decay of the averaged weights; 0 for none")
+
+    offset_noise: float = option(0.0, "strength of offset noise")
+    input_perturbation: float = option(0.0, "strength of input perturbation")
+    snr_gamma: float = option(0.0, "gamma of min-SNR weighting of the task loss; 0 for none")
+
+    mixed_precision: str = option("no", "no, bf16 or fp16")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    attention: str = option("auto", "auto, sdpa, flash-attn or xformers")
+    compile: bool = option(False, "torch.compile the networks")
+    seed: int = option(0, "of everything random")
+
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep: int = option(3, "checkpoints kept; 0 for all")
+    sample_every: int = option(500, "steps between sample grids; 0 for none")
+    sample_prompts: str = option("", "prompts of the grids, separated by |")
+    sample_steps: int = option(25, "sampler steps of the grids")
+    sample_guidance: float = option(7.5, "guidance scale of the grids")
+    log: str = option("auto", "besides losses.jsonl: auto (tensorboard if installed), tensorboard, wandb, or none")
+    save_dtype: str = option("float32", "dtype of the saved network: float32 or float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Recipe):
+    """Block removal or depth pruning with three-part knowledge distillation (BK-SDM, Distill-SD, SSD-1B)."""
+
+    student: str = option("tiny", "base, small, tiny (SD1.x, SD2.x), ssd-1b or vega (SDXL)")
+    init: str = option("copy", "student's weights at the start: copy the teacher's, or random")
+    layers: str = option("first", "transformer layers that survive: first, spread, or a list like 10:4=0,1,2,6")
+    features: str = option("nota", "feature pairs: nota, segmind or layers")
+    task_weight: float = option(1.0, "weight of the error against the noise")
+    output_weight: float = option(1.0, "weight of the error against the teacher's output")
+    feature_weight: float = option(1.0, "weight of the error against the teacher's features")
+    teacher_dtype: str = option("auto", "dtype of the teacher: auto (as mixed precision), float32, bfloat16, float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Recipe):
+    """Training the whole UNet of a pipeline on."""
+
+    learning_rate: float = option(1e-5, "peak learning rate")
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def base() -> Distillation:
+    """SD1.x or SD2.x without the second layer of each stage (BK-SDM-Base, Segmind's SD-Small)."""
+    return Distillation(student="base")
+
+
+def small() -> Distillation:
+    """Base without the mid block (BK-SDM-Small)."""
+    return Distillation(student="small")
+
+
+def tiny() -> Distillation:
+    """Small without the fourth stage (BK-SDM-Tiny, Segmind's SD-Tiny)."""
+    return Distillation(student="tiny")
+
+
+def finetune() -> Finetune:
+    """The whole UNet, at a low learning rate."""
+    return Finetune()
+
+
+def sd15_base() -> Distillation:
+    """BK-SDM's published setting: 50,000 steps of 256 pictures (here 8 processes x 8 x 4)."""
+    return Distillation(
+        student="base", steps=50_000, batch=8, accumulation=4, learning_rate=5e-5, mixed_precision="bf16",
+        checkpoint_every=5_000, sample_every=2_500,
+    )  # fmt: skip
+
+
+def sd15_small() -> Distillation:
+    return dataclasses.replace(sd15_base(), student="small")
+
+
+def sd15_tiny() -> Distillation:
+    return dataclasses.replace(sd15_base(), student="tiny")
+
+
+def segmind_small() -> Distillation:
+    """Distill-SD's SD-Small, which is our `base`: 100,000 steps of 32, weights 1 / 0.5 / 0.5, its own feature pairs."""
+    return Distillation(
+        student="base", features="segmind", output_weight=0.5, feature_weight=0.5, steps=100_000, batch=4,
+        learning_rate=1e-5, lr_schedule="cosine", mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
+    )  # fmt: skip
+
+
+def segmind_tiny() -> Distillation:
+    """Distill-SD's SD-Tiny: 125,000 steps."""
+    return dataclasses.replace(segmind_small(), student="tiny", steps=125_000)
+
+
+def ssd_1b() -> Distillation:
+    """SSD-1B: layer-level features, weights 1 / 0.5 / 0.5, 1024 px, 251,000 steps of 32 x 4."""
+    return Distillation(
+        student="ssd-1b", features="layers", output_weight=0.5, feature_weight=0.5, resolution=1024, steps=251_000,
+        batch=4, accumulation=4, learning_rate=1e-5, mixed_precision="bf16", gradient_checkpointing=True,
+        checkpoint_every=5_000, sample_every=5_000, sample_guidance=9.0,
+    )  # fmt: skip
+
+
+def vega() -> Distillation:
+    """Segmind-Vega's depths with SSD-1B's published setting; Vega's own was not published."""
+    return dataclasses.replace(ssd_1b(), student="vega")
+
+
+def digits_base() -> Distillation:
+    """The shipped model's students, on two CPU cores in minutes."""
+    return Distillation(
+        model="digits", data="digits", student="base", resolution=64, random_flip=False, cache_variants=1,
+        cache_dtype="float32", steps=300, batch=64, learning_rate=1e-3, lr_schedule="cosine", warmup=20, beta2=0.99,
+        weight_decay=1e-3, ema=0.99, checkpoint_every=50, sample_every=100, sample_guidance=3.0,
+        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)), save_dtype="float16",
+    )  # fmt: skip
+
+
+def digits_small() -> Distillation:
+    return dataclasses.replace(digits_base(), student="small")
+
+
+def digits_tiny() -> Distillation:
+    return dataclasses.replace(digits_base(), student="tiny")
+
+
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    made.__name__: made
+    for made in (
+        base, small, tiny, finetune, sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
+        digits_base, digits_small, digits_tiny,
+    )
+}  # fmt: skip
+
+R = TypeVar("R", bound=Recipe)
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by name (`-` and `_` are the same).
+
+    Raises:
+        UserError: for an unknown name; the known ones are listed.
+    """
+    made = RECIPES.get(name.replace("-", "_"))
+    if made is None:
+        raise UserError(f"unknown recipe {name!r}", f"one of: {', '.join(RECIPES)}")
+    return made()
+
+
+def changed(recipe: R, **fields: Any) -> R:
+    """A recipe with some fields replaced.
+
+    Raises:
+        UserError: for a field that the recipe does not have; the likeliest one, or all, are named.
+    """
+    known = [field.name for field in dataclasses.fields(recipe)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            fix = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{type(recipe).__name__} has no field {name!r}", f"{fix}fields: {', '.join(known)}")
+    return dataclasses.replace(recipe, **fields)

@@ -1,0 +1,148 @@
+"""A training run from a recipe to a folder: data, cache, method, loop, result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from accel._version import __version__
+from accel.errors import UserError
+from accel.files import new_folder
+from accel.source import Source, open_source
+
+from .data import open_data
+from .encode import Encoders
+from .examples import Examples, loader
+from .kd import Denoising
+from .methods import Method
+from .recipes import Distillation, Finetune, Recipe
+from .train import PRECISIONS, Outcome, accelerator_for, train
+
+METHODS: dict[type[Recipe], Any] = {Distillation: Denoising, Finetune: Denoising}
+
+
+def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:
+    """Train as the recipe says; started again after an interruption, go on where it was.
+
+    Args:
+        recipe: the settings; `model` and `data` must be given.
+        out: the result, a diffusers pipeline (or a LoRA); written only when the last step is done.
+        run: checkpoints, logs and samples; `<out>-run` by default.
+        overwrite: replace `out`.
+
+    Returns:
+        How it ended; `stopped` is true when a signal ended it early.
+
+    Raises:
+        UserError: for settings that cannot be honoured, data that cannot be read, a loss that is not finite.
+    """
+    run = run or out.with_name(f"{out.name}-run")
+    for name in ("model", "data"):
+        if not getattr(recipe, name):
+            raise UserError(f"no --{name} given", f"--{name} FOLDER" + (" (a diffusers pipeline)" * (name == "model")))
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
+    console = Console(stderr=True)
+    accelerator = accelerator_for(recipe, run)
+    say = console.print if accelerator.is_main_process else (lambda *_: None)
+    source = open_source(recipe.model)
+    encoders = Encoders(source, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
+    check_resolution(recipe, encoders)
+    batches = batches_of(recipe, encoders, run, accelerator, say)
+    method: Method = METHODS[type(recipe)](recipe, encoders)
+    outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
+    if outcome.stopped:
+        say(f"stopped after step {outcome.steps} of {recipe.steps}; the same command goes on from there")
+        return outcome
+    if accelerator.is_main_process:
+        with new_folder(out, overwrite=overwrite) as folder:
+            method.save(folder)
+            record = training_record(recipe, source, outcome, accelerator)
+            (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        say(f"{out} is ready; checkpoints, losses and samples are in {run}")
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
+    """The UNet halves its input once per stage; what does not divide would come back one cell too small."""
+    stages = len(encoders.source.config("unet")["block_out_channels"])
+    multiple = encoders.factor * 2 ** (stages - 1)
+    if recipe.resolution < multiple or recipe.resolution % multiple:
+        near = max(multiple, round(recipe.resolution / multiple) * multiple)
+        raise UserError(f"resolution {recipe.resolution} is not a multiple of {multiple}", f"--resolution {near}")
+
+
+def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any) -> Any:
+    """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
+    source = open_data(recipe.data, image_column=recipe.image_column, caption_column=recipe.caption_column)
+    placement = dict(
+        seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
+    )
+    cache = None
+    if recipe.cache != "none":
+        folder = run / "cache" if recipe.cache == "auto" else Path(recipe.cache)
+        cache = build_cache(recipe, source, encoders, folder, placement, accelerator)
+    skipped = run / "skipped.jsonl"
+
+    def on_broken(name: str, reason: str) -> None:
+        say(f"skipped {name}: {reason}")
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            with skipped.open("a") as file:
+                file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+
+    examples = Examples(
+        source, **placement, caption_dropout=recipe.caption_dropout, size_conditioning=encoders.sdxl, cache=cache,
+        on_broken=on_broken,
+    )  # fmt: skip
+    say(f"data: {len(examples)} pictures from {recipe.data}" + (", cached" if cache else ""))
+
+    def batches(step: int) -> Iterator[dict[str, Any]]:
+        return loader(
+            examples, step=step, batch=recipe.batch, accumulation=recipe.accumulation, workers=recipe.workers,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+
+    return batches
+
+
+def build_cache(
+    recipe: Recipe, source: Any, encoders: Encoders, folder: Path, placement: dict[str, Any], accelerator: Any
+) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from .cache import build
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
+        task = bar.add_task("latents and texts", total=1.0)
+        return build(
+            source, encoders, folder, **placement, variants=recipe.cache_variants, dtype=recipe.cache_dtype,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+        )  # fmt: skip
+
+
+def training_record(recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any) -> dict[str, Any]:
+    """How the result was made, to be kept beside it."""
+    device = accelerator.device
+    return {
+        "method": type(recipe).__name__,
+        "recipe": dataclasses.asdict(recipe),
+        "steps": outcome.steps,
+        "seconds_per_step": round(outcome.seconds_per_step, 4),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "source_digest": source.digest([name for name in ("unet",) if source.has(name)]),
+        "versions": {"accel": __version__, "torch": torch.__version__},
+    }

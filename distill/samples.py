@@ -1,0 +1,41 @@
+"""Sample grids: the same prompts from the same noise at every interval, on the pipeline that is in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from accel.noise import normal
+from accel.sheet import contact_sheet
+
+from .recipes import Recipe
+
+DEFAULT_PROMPTS = ("a photo of a red fox in the snow", "a bowl of fruit on a wooden table, oil painting")
+
+
+@torch.no_grad()
+def grid(pipeline: Any, recipe: Recipe) -> Any:
+    """One picture per prompt in a row, as a PIL image."""
+    prompts = [text.strip() for text in recipe.sample_prompts.split("|") if text.strip()] or list(DEFAULT_PROMPTS)
+    cells = recipe.resolution // pipeline.vae_scale_factor
+    channels = pipeline.vae.config.latent_channels
+    unet = pipeline.unet
+    training = unet.training
+    unet.eval()
+    try:
+        made = []
+        for start in range(0, len(prompts), recipe.batch):
+            part = prompts[start : start + recipe.batch]
+            seeds = range(recipe.seed + start, recipe.seed + start + len(part))
+            out = pipeline(
+                part, latents=torch.from_numpy(normal(seeds, 0, (channels, cells, cells))).to(pipeline.device),
+                num_inference_steps=recipe.sample_steps, guidance_scale=recipe.sample_guidance,
+                height=recipe.resolution, width=recipe.resolution, output_type="np",
+            )  # fmt: skip
+            made.append((out.images * 255).round().astype(np.uint8))
+    finally:
+        unet.train(training)
+    labels = prompts if len(prompts) <= 12 else ()
+    return contact_sheet({"": np.concatenate(made)}, labels, cell=max(96, recipe.resolution))

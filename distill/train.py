@@ -1,0 +1,401 @@
+"""The training loop, on accelerate: one process or many, exact resume, logs, sample grids.
+
+What learns and how is a `methods.Method`; what is random depends on the seed and the example's index (`draws`); so
+this file knows neither losses nor data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from accel._version import __version__
+from accel.errors import MissingPackage, UserError
+
+from . import checkpoints, samples
+from .encode import Encoders, encoded
+from .methods import Method, Network
+from .recipes import Recipe
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps done, whether it was stopped before the last, and the mean seconds of a step."""
+
+    steps: int
+    stopped: bool
+    seconds_per_step: float
+
+
+def accelerator_for(recipe: Recipe, run: Path) -> Any:
+    """accelerate's `Accelerator` as the launcher and the recipe say (DDP, FSDP2, mixed precision, trackers)."""
+    from accelerate import Accelerator
+
+    if recipe.mixed_precision not in PRECISIONS:
+        raise UserError(f"unknown mixed precision {recipe.mixed_precision!r}", f"one of: {', '.join(PRECISIONS)}")
+    names = [name for name in recipe.log.split(",") if name not in ("none", "")]
+    if recipe.log == "auto":
+        names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"unknown log {name!r}", f"one of: auto, none, {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(name, f"--log {name}", extra="train" if name == "tensorboard" else None)
+    try:
+        return Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
+    except ValueError as error:
+        raise UserError(f"--mixed-precision {recipe.mixed_precision} is not possible here: {error}", "use no") from None
+
+
+def train(
+    method: Method, recipe: Recipe, encoders: Encoders, batches: Any, run: Path, *, accelerator: Any,
+    console: Console | None = None,
+) -> Outcome:
+    """Train to `recipe.steps`, going on from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        method: what learns; its networks are replaced by their prepared forms, and hold the averaged weights at the end
+            where the recipe averages.
+        recipe: the settings.
+        encoders: for batches that come as pixels and captions.
+        batches: (first step) -> iterator over micro-batches, see `examples.loader`.
+        run: folder of checkpoints, logs and samples.
+
+    Raises:
+        UserError: when a loss is not finite (the step and the batch are named; the last checkpoint is intact), or the
+            run folder belongs to other settings.
+    """
+    console = console or Console(stderr=True)
+    loop = Loop(method, recipe, encoders, run, accelerator, console)
+    return loop.run_all(batches)
+
+
+class Loop:
+    """The state of one run: prepared networks, optimizers, averages, and where it is."""
+
+    def __init__(
+        self, method: Method, recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, console: Console
+    ):
+        self.method, self.recipe, self.encoders, self.run = method, recipe, encoders, run
+        self.accelerator, self.console = accelerator, console
+        run.mkdir(parents=True, exist_ok=True)
+        dtype = PRECISIONS[recipe.mixed_precision]
+        encoders.device = accelerator.device
+        method.place(accelerator.device, dtype)
+        for network in method.networks.values():
+            _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
+        self.optimizers = {
+            turn.name: _optimizer(recipe, _parameters(method.networks[name] for name in turn.networks))
+            for turn in method.turns
+        }
+        self.prepare()
+        self.schedulers = {
+            turn.name: _schedule(recipe, self.optimizers[turn.name].optimizer, turn.every) for turn in method.turns
+        }
+        self.averages = self.make_averages()
+        self.kept = {
+            "settings": checkpoints.settings(recipe, accelerator.num_processes),
+            "turns": {turn.name: list(turn.networks) for turn in method.turns},
+            "accel": __version__, "torch": torch.__version__,
+        }  # fmt: skip
+
+    def prepare(self) -> None:
+        """Hand networks and optimizers to accelerate, all in one call, as FSDP2 needs it."""
+        names, turns = list(self.method.networks), list(self.optimizers)
+        things = [self.method.networks[name].module for name in names] + [self.optimizers[turn] for turn in turns]
+        prepared = self.accelerator.prepare(*things)
+        prepared = prepared if isinstance(prepared, tuple) else (prepared,)
+        for name, module in zip(names, prepared, strict=False):
+            self.method.networks[name].module = module
+        self.optimizers = dict(zip(turns, prepared[len(names) :], strict=True))
+
+    def make_averages(self) -> dict[str, Any]:
+        from diffusers.training_utils import EMAModel
+
+        if not self.recipe.ema:
+            return {}
+        if not 0 < self.recipe.ema < 1:
+            raise UserError(f"ema is a decay between 0 and 1, not {self.recipe.ema}", "for example --ema 0.9999")
+        return {
+            name: EMAModel(_parameters([network]), decay=self.recipe.ema)
+            for name, network in self.method.networks.items()
+        }
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, by the argument names of `checkpoints`."""
+        return dict(
+            networks=self.method.networks,
+            averages={name: average.shadow_params for name, average in self.averages.items()},
+            optimizers={turn: optimizer.optimizer for turn, optimizer in self.optimizers.items()},
+            schedulers=self.schedulers, kept=self.kept, accelerator=self.accelerator,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def run_all(self, batches: Any) -> Outcome:
+        first = self.resume()
+        log = Log(self.run, first, self.accelerator, self.recipe)
+        stop = Stop(self.accelerator)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[terms]}"),
+        )  # fmt: skip
+        shown = self.accelerator.is_main_process
+        began, step = time.perf_counter(), first
+        with stop, log, Progress(*columns, console=self.console, disable=not shown) as bar:
+            task = bar.add_task("training", total=self.recipe.steps, completed=first, terms="")
+            with contextlib.closing(batches(first)) as stream:
+                while step < self.recipe.steps and not stop.asked():
+                    figures = self.one_step(step, stream)
+                    step += 1
+                    log.write(step, figures)
+                    bar.update(task, completed=step, terms=_short(figures))
+                    if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
+                        self.checkpoint(step)
+                    if self.recipe.sample_every and (
+                        step % self.recipe.sample_every == 0 or step == self.recipe.steps
+                    ):
+                        self.sample(step)
+            stopped = step < self.recipe.steps
+            if stopped and step > first:
+                self.checkpoint(step)
+        if not stopped:
+            self.use_averages()
+        return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
+
+    def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
+        """Every turn that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms."""
+        micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
+        figures: dict[str, float] = {}
+        for turn in self.method.turns:
+            if step % turn.every:
+                continue
+            optimizer, networks = self.optimizers[turn.name], [self.method.networks[name] for name in turn.networks]
+            sums: dict[str, torch.Tensor] = {}
+            for number, batch in enumerate(micro):
+                last = number + 1 == len(micro)
+                with contextlib.ExitStack() as stack:
+                    if not last:
+                        for network in networks:
+                            stack.enter_context(self.accelerator.no_sync(network.module))
+                    loss, terms = self.method.loss(turn, batch, step)
+                    self.accelerator.backward(loss / len(micro))
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float() / len(micro)
+            values = self.reduced(sums)
+            if not all(math.isfinite(value) for value in values.values()):
+                raise self.not_finite(step, turn.name, values, micro)
+            norm = self.accelerator.clip_grad_norm_(_parameters(networks), self.recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.schedulers[turn.name].step()
+            for name in turn.networks:
+                if name in self.averages:
+                    self.averages[name].step(_parameters([self.method.networks[name]]))
+            prefix = f"{turn.name}/" if len(self.method.turns) > 1 else ""
+            values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
+            values["lr"] = self.schedulers[turn.name].get_last_lr()[0]
+            figures |= {prefix + name: value for name, value in values.items()}
+        return figures
+
+    def reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in sums.values()])
+        mean = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="mean")
+        return dict(zip(sums, mean.tolist(), strict=True))
+
+    def not_finite(self, step: int, turn: str, values: Mapping[str, float], micro: Sequence[Mapping]) -> UserError:
+        from accelerate.utils import gather_object
+
+        names = gather_object([name for batch in micro for name in batch["name"]])
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        newest = checkpoints.all_of(self.run)
+        last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return UserError(
+            f"the loss of turn {turn} is not finite at step {step}: {terms}; batch: {shown}; {last}",
+            "look at these pictures; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
+        )
+
+    # --------------------------------------------------------------------------------------------- checkpoints, samples
+
+    def resume(self) -> int:
+        found = checkpoints.all_of(self.run)
+        if not found:
+            return 0
+        step = checkpoints.read(found[-1], **self.state)
+        for average in self.averages.values():
+            average.optimization_step = step
+        self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}")
+        return step
+
+    def checkpoint(self, step: int) -> None:
+        path = checkpoints.write(self.run, step, keep=self.recipe.keep, **self.state)
+        if self.accelerator.is_main_process:
+            self.console.print(f"step {step}: checkpoint {path}")
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the networks hold their averages."""
+        for name, average in self.averages.items():
+            average.store(_parameters([self.method.networks[name]]))
+        self.use_averages()
+        try:
+            yield
+        finally:
+            for name, average in self.averages.items():
+                average.restore(_parameters([self.method.networks[name]]))
+
+    def use_averages(self) -> None:
+        for name, average in self.averages.items():
+            average.copy_to(_parameters([self.method.networks[name]]))
+
+    def sample(self, step: int) -> None:
+        with self.averaged(), self.accelerator.autocast():
+            picture = samples.grid(self.method.pipeline(), self.recipe)
+        if self.accelerator.is_main_process:
+            path = self.run / "samples" / f"step-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _parameters(networks: Any) -> list[torch.nn.Parameter]:
+    return [value for network in networks for value in network.model.parameters() if value.requires_grad]
+
+
+def _configure(network: Network, recipe: Recipe, device: torch.device, *, half: bool) -> None:
+    from .attention import set_attention
+
+    if hasattr(network.model, "set_attn_processor"):
+        set_attention(network.model, recipe.attention, device=device, half=half)
+    if recipe.gradient_checkpointing:
+        enable = getattr(network.model, "enable_gradient_checkpointing", None) or getattr(
+            network.model, "gradient_checkpointing_enable", None
+        )
+        if enable is None:
+            raise UserError(f"{type(network.model).__name__} has no gradient checkpointing", "leave the option out")
+        enable()
+    if recipe.compile:
+        network.module.compile()
+
+
+def _optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    options = dict(
+        lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+        eps=recipe.epsilon,
+    )  # fmt: skip
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    if recipe.optimizer == "adamw8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingPackage("bitsandbytes", "--optimizer adamw8bit")
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    raise UserError(f"unknown optimizer {recipe.optimizer!r}", "one of: adamw, adamw8bit")
+
+
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, every: int) -> Any:
+    """Learning rate over optimizer steps. It counts a run's steps, not those of all processes together."""
+    from diffusers.optimization import get_scheduler
+
+    known = ("constant", "linear", "cosine", "polynomial")
+    if recipe.lr_schedule not in known:
+        raise UserError(f"unknown schedule {recipe.lr_schedule!r}", f"one of: {', '.join(known)}")
+    name = "constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=recipe.warmup // every, num_training_steps=math.ceil(recipe.steps / every)
+    )
+
+
+def _short(figures: Mapping[str, float]) -> str:
+    shown = [name for name in figures if not name.endswith(("grad_norm", "lr"))]
+    return " ".join(f"{name} {figures[name]:.4f}" for name in shown[:6])
+
+
+class Log:
+    """A JSON line per step in `losses.jsonl`, and the trackers. On resume, lines after the checkpoint are dropped."""
+
+    def __init__(self, run: Path, first: int, accelerator: Any, recipe: Recipe):
+        self.accelerator, self.path = accelerator, run / "losses.jsonl"
+        self.began = time.perf_counter()
+        if accelerator.is_main_process:
+            lines = self.path.read_text().splitlines() if first and self.path.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= first]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        if accelerator.log_with:
+            plain = {name: value for name, value in vars(recipe).items() if isinstance(value, (int, float, str, bool))}
+            accelerator.init_trackers("accel", config=plain)
+
+    def __enter__(self) -> Log:
+        self.file = self.path.open("a") if self.accelerator.is_main_process else None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.file:
+            self.file.close()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        if self.file:
+            seconds = round(time.perf_counter() - self.began, 3)
+            self.file.write(json.dumps({"step": step, **figures, "seconds": seconds}) + "\n")
+            self.file.flush()
+        if self.accelerator.log_with:
+            self.accelerator.log(dict(figures), step=step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut in half
+
+
+class Stop:
+    """Ctrl-C, or a termination signal, ends the run after the step it falls into; a second one at once."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator, self.wanted, self.before = accelerator, False, {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business then
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all of them agree."""
+        if self.accelerator.num_processes == 1:
+            return self.wanted
+        if self.wanted:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
