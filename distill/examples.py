@@ -77,10 +77,7 @@ class Examples(Dataset):
         self._known: dict[int, BrokenItem] = {}
         self._tried: set[int] = set()
         if cache is not None:
-            cache.require(
-                resolution=resolution, center_crop=center_crop, random_flip=random_flip, seed=seed,
-                size_conditioning=size_conditioning,
-            )
+            cache.require(resolution=resolution, center_crop=center_crop, random_flip=random_flip, seed=seed)
 
     def __len__(self) -> int:
         """Rows, that is examples per epoch. Indices go on after it."""

@@ -63,7 +63,7 @@ class Source(Protocol):
     def captions(self, row: int) -> tuple[str, ...]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lines:
     """JSON lines in one block of bytes: millions of rows that forked processes share and do not copy.
 
