@@ -6,6 +6,7 @@ import csv
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from accel.engines import choose
 from accel.errors import UserError
 from accel.files import digest_of, sha256, write_json
 from accel.machine import machine
 
 from . import digits, digits_quality, makers, metrics
 from .protocols import Protocol, Sampling, full_id, overridden, protocol, sampling_changes
-from .shards import PICTURES, Shard, claim, is_whole, picture_file, save, wait_for
+from .shards import PICTURES, Shard, claim, confirm, is_whole, picture_file, save, wait_for
 
 SCHEMA = 1
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -81,6 +83,8 @@ def evaluate(
         real = _reference(chosen, reference)
     progress("opening the model", 0.0)
     opened = makers.open_model(model)
+    if opened.kind == "bundle":
+        engine = choose(engine)  # now, so that the record says which one `auto` was
     usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
     used = overridden(usual, sampler, steps, guidance)
     # Given on the command line, then the protocol's; a bundle computes in its own unless it is told otherwise.
@@ -99,9 +103,8 @@ def evaluate(
     claim(out, settings)
 
     started = time.perf_counter()
-    made, ran_on = _make(
-        chosen, opened, used, size, engine, options, shard, prompts, out, batch or chosen.batch, progress
-    )
+    load = partial(makers.load, opened, used, size, engine, options, shard.local_rank)
+    made, ran_on = _make(chosen, settings, load, shard, prompts, out, batch or chosen.batch, progress)
     making = time.perf_counter() - started
     if shard.rank:
         return None
@@ -120,6 +123,7 @@ def evaluate(
         "images": count,
         "sampling": used.as_dict() | {"dtype": dtype, "size": size, "seed": chosen.seed},
         "model": {"name": opened.name, "kind": opened.kind, "digest": opened.digest},
+        "engine": _engine(opened, engine),
         "ran_on": ran_on,
         "prompts_digest": digest_of(list(prompts)),
         "reference": _described(chosen, real, reference),
@@ -155,9 +159,13 @@ def _settings(
     return {
         "schema": SCHEMA, "protocol": chosen.id, "model": opened.name, "model_digest": opened.digest,
         **used.as_dict(), "dtype": dtype, "size": size, "seed": chosen.seed, "format": chosen.format,
-        "engine": engine if opened.kind == "bundle" else "diffusers",
+        "engine": _engine(opened, engine),
         "provider": options.get("provider"), "prompts_digest": prompts_digest,
     }  # fmt: skip
+
+
+def _engine(opened: makers.Model, engine: str) -> str:
+    return engine if opened.kind == "bundle" else "diffusers"
 
 
 # ------------------------------------------------------------------------------------------------ prompts and reference
@@ -266,22 +274,23 @@ def _described(chosen: Protocol, real: list[Path] | metrics.Statistics, referenc
 
 
 def _make(
-    chosen: Protocol, opened: makers.Model, used: Sampling, size: int, engine: str, options: Mapping[str, Any],
-    shard: Shard, prompts: Sequence[str], out: Path, batch: int, progress: Progress,
+    chosen: Protocol, settings: Mapping[str, Any], load: Callable[[], tuple[makers.Maker, str]], shard: Shard,
+    prompts: Sequence[str], out: Path, batch: int, progress: Progress,
 ) -> tuple[int, str | None]:  # fmt: skip
     """Make the pictures of this shard that are not there; how many that were, and what ran the model, if it ran."""
     own = shard.indices(len(prompts))
     progress("looking for pictures that are there", 0.0)
-    todo = [index for index in own if not is_whole(picture_file(out, index, chosen.format), size)]
+    todo = [index for index in own if not is_whole(picture_file(out, index, chosen.format), chosen.size)]
     if not todo:
         return 0, None
     progress("loading the model", 0.0)
-    make, ran_on = makers.load(opened, used, size, engine, options, shard.local_rank)
+    make, ran_on = load()
     for start in range(0, len(todo), batch):
         done = len(own) - len(todo) + start
         progress(f"pictures: {done} of {len(own)}", done / len(own))
         part = todo[start : start + batch]
         images = make([prompts[index] for index in part], [chosen.seed + index for index in part])
+        confirm(out, settings)
         for index, image in zip(part, images, strict=True):
             save(image, picture_file(out, index, chosen.format), chosen.format)
     progress(f"pictures: {len(own)} of {len(own)}", 1.0)

@@ -267,13 +267,13 @@ def measure(
     """
     require([metric])
     if metric.kind == "clip_score":
-        see, read = open_clip(metric.extractor, device)
+        see, read = _loaded(metric, lambda: open_clip(metric.extractor, device))
         images = seen(pictures, metric.prepare, see, progress=progress)
         texts = [metric.prefix + caption for caption in captions]
         with torch.no_grad():
             embedded = np.concatenate([read(texts[start : start + 64]) for start in range(0, len(texts), 64)])
         return {"value": clip_score(images, embedded)}
-    extractor = EXTRACTORS[metric.extractor][0](device)
+    extractor = _loaded(metric, lambda: EXTRACTORS[metric.extractor][0](device))
     if metric.kind == "inception_score":
         value, deviation = inception_score(seen(pictures, metric.prepare, extractor, progress=progress))
         return {"value": value, "deviation": deviation}
@@ -286,3 +286,15 @@ def measure(
         real = seen(reference, metric.prepare, extractor, batch, lambda share: progress(0.5 + share / 2))
         reference = statistics(real)
     return {"value": frechet_of(made, reference)}
+
+
+def _loaded(metric: Metric, load: Callable[[], Any]) -> Any:
+    """A network of a library, which may have to be downloaded: hours of pictures have been made by now."""
+    try:
+        return load()
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise UserError(
+            f"the network of {metric.name} cannot be loaded: {reason}",
+            "it downloads its weights on first use; the pictures are kept, so run the same again with a network",
+        ) from error

@@ -91,44 +91,66 @@ def is_whole(path: Path, size: int) -> bool:
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder one of these settings, or see that it is.
+    """Make the folder one of these settings, or see that it is. A folder without a picture takes new settings.
 
     Raises:
         UserError: when it holds pictures of other settings, naming the difference, or cannot be written.
     """
     pictures, run = out / PICTURES, out / RUN
     try:
-        if not run.exists() and out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
-            # Another process of this run may have made the folder and be about to write run.json.
-            if [entry.name for entry in out.iterdir() if entry.name[0] != "."] != [PICTURES] or any(pictures.iterdir()):
-                raise UserError(f"{out} holds files that are not of an evaluation", "choose another --out")
+        there = {entry.name for entry in out.iterdir() if entry.name[0] != "."} if out.exists() else set()
+        made = _any_pictures(pictures)
+        if RUN not in there and (there - {PICTURES} or made):
+            raise UserError(f"{out} holds files that are not of an evaluation", "choose another --out")
         pictures.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out, prefix=f".{RUN}.")
-        os.close(handle)
-        own = Path(name)
-        try:
-            write_json(own, dict(settings))
-            os.link(own, run)  # the first process wins, with a whole file; a rename would let the last one win
-        except OSError:
-            if not run.exists():
-                os.replace(own, run)  # a file system without links
-        finally:
-            own.unlink(missing_ok=True)
+        if not run.exists():
+            _write_first(run, settings)
+        elif not made and read_json(run, "the record of an earlier run") != dict(settings):
+            write_json(run, dict(settings))
     except OSError as error:
         raise UserError(f"{out} cannot be used: {error.strerror}", "choose another --out") from None
-    there = read_json(run, "the record of an earlier run")
+    confirm(out, settings)
+
+
+def confirm(out: Path, settings: Mapping[str, Any]) -> None:
+    """See that the folder is still one of these settings: processes of two different runs may have met in it.
+
+    Raises:
+        UserError: when it is not, naming the differences.
+    """
+    there = read_json(out / RUN, "the record of an earlier run")
     if not isinstance(there, dict):
-        raise UserError(f"{run} is no table", "choose another --out")
+        raise UserError(f"{out / RUN} is no table", "choose another --out")
     differences = [
         f"{key} was {_short(there.get(key))} and is {_short(settings.get(key))} now"
         for key in [*settings, *(key for key in there if key not in settings)]
         if there.get(key) != settings.get(key)
     ]
     if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
-            f"{out} holds pictures of another run: {'; '.join(differences)}",
+            f"{out} holds pictures of another run: {'; '.join(differences[:3])}{more}",
             "choose another --out, or ask for the same as before",
         )
+
+
+def _any_pictures(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
+
+
+def _write_first(run: Path, settings: Mapping[str, Any]) -> None:
+    """Write the record unless another process is first: a link, since the last rename would win and not the first."""
+    handle, name = tempfile.mkstemp(dir=run.parent, prefix=f".{run.name}.")
+    os.close(handle)
+    own = Path(name)
+    try:
+        write_json(own, dict(settings))
+        os.link(own, run)
+    except OSError:
+        if not run.exists():
+            os.replace(own, run)  # a file system without links
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

@@ -66,7 +66,7 @@ def _show(result: dict[str, Any], out: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['model']['name']}: {result['title']}", title_justify="left")
+    table = Table()
     for column, justify in (("metric", "left"), ("figure", "right"), ("protocol", "left")):
         # The id is what makes a figure mean something: it may wrap, but nothing of it may be cut off.
         table.add_column(column, justify=justify, overflow="fold")
@@ -77,6 +77,7 @@ def _show(result: dict[str, Any], out: str) -> None:
         table.add_row(_text(figure["name"]), _text(f"{figure['value']:.4g}{note}"), _text(figure["protocol"]))
     # A pipe has no width; 80 columns would fold the ids that somebody wants to search for.
     console = Console() if Console().is_terminal else Console(width=160)
+    print(f"{result['model']['name']}: {result['title']}")
     console.print(table)
     sampling = result["sampling"]
     steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"
