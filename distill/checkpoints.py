@@ -19,10 +19,12 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -142,7 +144,7 @@ def read(
             moments = torch.load(path / f"optimizer-{turn}.pt", weights_only=True)
             set_optimizer_state_dict(models, optimizer, moments, options=options)
             schedulers[turn].load_state_dict(torch.load(path / f"scheduler-{turn}.pt", weights_only=True))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"delete {path}; the one before is used then") from None
     random_file = path / f"rng-{accelerator.process_index}.pt"
     if random_file.is_file():

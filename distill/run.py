@@ -51,7 +51,11 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
         raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
     console = Console(stderr=True)
     accelerator = accelerator_for(recipe, run)
-    say = console.print if accelerator.is_main_process else (lambda *_: None)
+
+    def say(text: str) -> None:
+        if accelerator.is_main_process:
+            console.print(text, soft_wrap=True, markup=False)
+
     source = open_source(recipe.model)
     encoders = Encoders(source, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
     check_resolution(recipe, encoders)
@@ -68,6 +72,8 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         say(f"{out} is ready; checkpoints, losses and samples are in {run}")
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
     return outcome
 
 
@@ -82,7 +88,9 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
 
 def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any) -> Any:
     """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
-    source = open_data(recipe.data, image_column=recipe.image_column, caption_column=recipe.caption_column)
+    source = open_data(
+        recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None
+    )
     placement = dict(
         seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
     )

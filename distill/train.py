@@ -45,6 +45,7 @@ class Outcome:
 def accelerator_for(recipe: Recipe, run: Path) -> Any:
     """accelerate's `Accelerator` as the launcher and the recipe say (DDP, FSDP2, mixed precision, trackers)."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if recipe.mixed_precision not in PRECISIONS:
         raise UserError(f"unknown mixed precision {recipe.mixed_precision!r}", f"one of: {', '.join(PRECISIONS)}")
@@ -56,6 +57,9 @@ def accelerator_for(recipe: Recipe, run: Path) -> Any:
             raise UserError(f"unknown log {name!r}", f"one of: auto, none, {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"--log {name}", extra="train" if name == "tensorboard" else None)
+    # accelerate keeps one state per process; a second run in it may well have another precision.
+    if AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision) != recipe.mixed_precision:
+        AcceleratorState._reset_state()
     try:
         return Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
     except ValueError as error:
@@ -241,13 +245,13 @@ class Loop:
         step = checkpoints.read(found[-1], **self.state)
         for average in self.averages.values():
             average.optimization_step = step
-        self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}")
+        self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
         return step
 
     def checkpoint(self, step: int) -> None:
         path = checkpoints.write(self.run, step, keep=self.recipe.keep, **self.state)
         if self.accelerator.is_main_process:
-            self.console.print(f"step {step}: checkpoint {path}")
+            self.console.print(f"step {step}: checkpoint {path}", soft_wrap=True)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -352,8 +356,8 @@ class Log:
     def __exit__(self, *_: Any) -> None:
         if self.file:
             self.file.close()
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers if self.accelerator.log_with else ():
+            tracker.finish()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         if self.file:

@@ -1,0 +1,119 @@
+"""What distillation is worth on digits: students with and without it, at the same number of steps.
+
+    python benchmarks/digits_students.py --out out/digits-students
+
+trains every row of the table (about an hour on two CPU threads; a run that was interrupted goes on), draws 500 pictures
+with each as `accel evaluate --protocol digits` does, and writes benchmarks/digits-students.json and
+docs/digits-students.png. The students that ship are the rows `tiny` and `small`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from accel import machine
+from accel.distill import digits, digits_quality, recipes
+from accel.distill.run import execute
+from accel.distill.train_digits import load
+from accel.files import write_json
+
+ROOT = Path(__file__).parents[1]
+NO_TEACHER = dict(output_weight=0.0, feature_weight=0.0)
+
+# Row -> (recipe, fields that differ from it, what it shows).
+ROWS = {
+    "tiny": ("digits_tiny", {}, "task + output + features"),
+    "tiny-copied": ("digits_tiny", NO_TEACHER, "task only"),
+    "tiny-random": ("digits_tiny", dict(init="random", **NO_TEACHER), "task only, from random weights"),
+    "small": ("digits_small", {}, "task + output + features"),
+    "small-copied": ("digits_small", NO_TEACHER, "task only"),
+    "small-random": ("digits_small", dict(init="random", **NO_TEACHER), "task only, from random weights"),
+    "tiny-100": ("digits_tiny", dict(steps=100), "task + output + features"),
+    "tiny-copied-100": ("digits_tiny", dict(steps=100, **NO_TEACHER), "task only"),
+    "tiny-random-100": ("digits_tiny", dict(steps=100, init="random", **NO_TEACHER), "task only, from random weights"),
+    "tiny-output": ("digits_tiny", dict(feature_weight=0.0), "task + output"),
+    "tiny-feature": ("digits_tiny", dict(output_weight=0.0), "task + features"),
+    "tiny-segmind": ("digits_tiny", dict(features="segmind"), "task + output + Segmind's features"),
+    "tiny-random-kd": ("digits_tiny", dict(init="random"), "task + output + features, from random weights"),
+}
+
+
+def quality(folder: Path, guidance: float, steps: int) -> dict:
+    """500 pictures, the teacher's sampler and guidance."""
+    texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
+    images = digits_quality.generate(load(folder), list(texts), guidance, steps)
+    return digits_quality.judge(images, torch.tensor(wanted))
+
+
+def run_row(name: str, out: Path, sampler: dict) -> dict:
+    kind, fields, shows = ROWS[name]
+    recipe = recipes.changed(recipes.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
+    folder, result = out / name, out / f"{name}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    if not folder.exists():
+        outcome = execute(recipe, folder)
+        if outcome.stopped:
+            raise KeyboardInterrupt
+    record = json.loads((folder / "training.json").read_text())
+    row = dict(
+        name=name, student=recipe.student, init=recipe.init, losses=shows, steps=recipe.steps,
+        features=recipe.features if recipe.feature_weight else None,
+        seconds_per_step=record["seconds_per_step"], **quality(folder, sampler["guidance"], sampler["steps"]),
+    )
+    write_json(result, row)
+    print(row, flush=True)
+    return row
+
+
+def plot(rows: list[dict], teacher: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.6))
+    labels = [f"{row['student']}, {row['steps']} steps: {row['losses']}" for row in rows]
+    colours = ["#2b6cb0" if row["features"] and row["init"] == "copy" else "#a0aec0" for row in rows]
+    bars = axes.barh(labels, [row["frechet_distance"] for row in rows], color=colours)
+    axes.bar_label(
+        bars, [f" {row['frechet_distance']:.1f}   {row['prompt_accuracy']:.1%}" for row in rows], fontsize=9
+    )
+    axes.axvline(teacher["frechet_distance"], color="#c05621", linestyle="--", linewidth=1)
+    axes.text(teacher["frechet_distance"], -0.9, f" teacher {teacher['frechet_distance']:.1f}", color="#c05621")
+    axes.set_xlabel("Frechet distance to held-out real digits (lower is better); beside it, prompt accuracy")
+    axes.set_xlim(0, 1.18 * max(row["frechet_distance"] for row in rows))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/digits-students"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sampler = json.loads((ROOT / "accel/assets/digits/teacher/sampler.json").read_text())
+    teacher = json.loads((ROOT / "accel/assets/digits/teacher/quality.json").read_text())
+    rows = [run_row(name, args.out, sampler) for name in args.rows]
+    if set(args.rows) == set(ROWS):
+        document = dict(
+            schema="accel-digits-students/1", command="python benchmarks/digits_students.py",
+            machine=dataclasses.asdict(machine.machine()), threads=args.threads, sampler=sampler,
+            teacher={key: teacher[key] for key in ("prompt_accuracy", "frechet_distance", "frechet_floor", "images")},
+            rows=rows,
+        )
+        write_json(ROOT / "benchmarks/digits-students.json", document)
+        plot(rows, document["teacher"], ROOT / "docs/digits-students.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""The loop: exact resume, the same run in any layout, a teacher that stays out of it, and stops that cost nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from accel.distill import checkpoints, recipes
+from accel.distill.kd import Denoising
+from accel.distill.run import execute
+from accel.errors import UserError
+
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve pictures of noise with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 255, (70, 80, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"the {'cat' if number % 2 else 'dog'}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def tiny(source: Path, pictures: Path, **fields) -> recipes.Distillation:
+    common: dict = dict(
+        model=str(source), data=str(pictures), resolution=64, cache="none", steps=6, batch=4, learning_rate=1e-3,
+        ema=0.9, checkpoint_every=2, sample_every=0, log="none", caption_dropout=0.3, seed=7,
+    )
+    return recipes.changed(recipes.tiny(), **common | fields)
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+
+
+def flags(recipe: recipes.Recipe) -> list[str]:
+    given = []
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name == "student" or value == getattr(recipes.tiny(), field.name):
+            continue
+        name = field.name.replace("_", "-")
+        given += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}={value}"]
+    return given
+
+
+def start(recipe: recipes.Recipe, out: Path, *launcher: str) -> subprocess.Popen:
+    command = [*(launcher or [sys.executable, "-m"]), "accel", "distill", "tiny", "--out", str(out), *flags(recipe)]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(sd15, pictures, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    torch.set_num_threads(1)
+    assert not execute(tiny(sd15, pictures), out).stopped
+    return out
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = load_file(first), load_file(second)
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_result_is_a_pipeline_with_averaged_weights(straight):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(straight)
+    assert len(pipeline.unet.up_blocks) == 3 and pipeline.unet.mid_block is None
+    newest = checkpoints.all_of(straight.with_name("out-run"))[-1]
+    assert same_weights(straight / UNET, newest / "unet_ema" / UNET.name)
+    assert not same_weights(straight / UNET, newest / UNET)
+    record = json.loads((straight / "training.json").read_text())
+    assert record["steps"] == 6 and record["recipe"]["student"] == "tiny"
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(straight, sd15, pictures, tmp_path):
+    recipe, out = tiny(sd15, pictures), tmp_path / "out"
+    process = start(recipe, out)
+    log = tmp_path / "out-run" / "losses.jsonl"
+    while process.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < 3):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not out.exists() and 2 < len(lines(tmp_path / "out-run")) < 6
+    done = start(recipe, out)
+    assert done.communicate()[1] is not None and done.returncode == 0
+    assert same_weights(out / UNET, straight / UNET)
+    newest, wanted = (checkpoints.all_of(path)[-1] for path in (tmp_path / "out-run", straight.with_name("out-run")))
+    assert same_weights(newest / UNET, wanted / UNET)
+    ours, theirs = lines(tmp_path / "out-run"), lines(straight.with_name("out-run"))
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def test_ctrl_c_ends_after_a_step_with_a_checkpoint(sd15, pictures, tmp_path):
+    process = start(tiny(sd15, pictures, steps=500, checkpoint_every=1000), tmp_path / "out")
+    log = tmp_path / "out-run" / "losses.jsonl"
+    while process.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from there" in error
+    newest = checkpoints.all_of(tmp_path / "out-run")[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] == len(lines(tmp_path / "out-run"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("moment", ["in a step", "while writing a checkpoint"])
+def test_an_error_costs_no_checkpoint(straight, sd15, pictures, tmp_path, monkeypatch, moment):
+    """The run breaks in its fifth step, or in the middle of its second checkpoint; then it goes on exactly."""
+    calls = []
+    target = (Denoising, "loss") if moment == "in a step" else (checkpoints, "_write_network")
+
+    def breaks(real):
+        def wrapper(*args, **options):
+            calls.append(1)
+            if len(calls) == (5 if moment == "in a step" else 4):
+                raise RuntimeError("the power went off")
+            return real(*args, **options)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, breaks(getattr(*target)))
+        with pytest.raises(RuntimeError, match="power"):
+            execute(tiny(sd15, pictures), tmp_path / "out")
+    assert len(checkpoints.all_of(tmp_path / "out-run")) == (2 if moment == "in a step" else 1)
+    execute(tiny(sd15, pictures), tmp_path / "out")
+    assert same_weights(tmp_path / "out" / UNET, straight / UNET)
+
+
+LAYOUTS = {"two micro-batches": dict(batch=2, accumulation=2), "four micro-batches": dict(batch=1, accumulation=4)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_accumulation_gives_the_gradients_of_the_joint_batch(straight, sd15, pictures, tmp_path, layout):
+    execute(tiny(sd15, pictures, steps=6, checkpoint_every=100, **layout), tmp_path / "out")
+    first, wanted = lines(tmp_path / "out-run")[0], lines(straight.with_name("out-run"))[0]
+    for name in ("loss", "task", "output", "feature", "grad_norm"):
+        assert first[name] == pytest.approx(wanted[name], rel=1e-5), name
+
+
+TWO = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from accel.distill import recipes, run, train
+torch.set_num_threads(1)
+recipe = recipes.changed(recipes.tiny(), **eval(sys.argv[1]))
+real = train.Loop.one_step
+def one_step(self, step, stream):
+    self.accelerator.clip_grad_norm_ = lambda parameters, norm: (
+        save_file({str(i): p.grad.clone() for i, p in enumerate(parameters)},
+                  f"{sys.argv[2]}-{self.accelerator.num_processes}-{self.accelerator.process_index}.safetensors"),
+        torch.zeros(()),
+    )[1]
+    return real(self, step, stream)
+train.Loop.one_step = one_step
+run.execute(recipe, Path(sys.argv[2]))
+"""
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, pictures, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+
+    def gradients(world: int, batch: int) -> list[dict[str, torch.Tensor]]:
+        recipe = tiny(sd15, pictures, steps=1, batch=batch, caption_dropout=0.5)
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv-backend=c10d",
+                    "--rdzv-endpoint=localhost:0"]  # fmt: skip
+        out = tmp_path / f"{world}"
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), repr(dataclasses.asdict(recipe)), str(out)],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (out / UNET).is_file()
+        return [load_file(f"{out}-{world}-{rank}.safetensors") for rank in range(world)]
+
+    (joint,), (first, second) = gradients(1, 4), gradients(2, 2)
+    scale = torch.cat([value.flatten() for value in joint.values()]).norm()
+    for name, value in joint.items():
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - value).norm() <= 1e-5 * scale
+    assert scale > 0
+
+
+def test_the_teacher_stays_as_it_was_and_out_of_everything(sd15, pictures, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    from accel.distill.encode import Encoders
+    from accel.source import open_source
+
+    method = Denoising(tiny(sd15, pictures), Encoders(open_source(sd15)))
+    teacher = UNet2DConditionModel.from_pretrained(sd15 / "unet").state_dict()
+    assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
+    learns = {id(p) for network in method.networks.values() for p in network.module.parameters()}
+    assert not learns & {id(parameter) for parameter in method.teacher.parameters()}
+    assert all(torch.equal(value, teacher[name]) for name, value in method.teacher.unet.state_dict().items())
+    execute(tiny(sd15, pictures, steps=2), tmp_path / "out")
+    (newest,) = checkpoints.all_of(tmp_path / "out-run")
+    student = sum(tensor.numel() for tensor in load_file(newest / UNET).values())
+    assert student == sum(parameter.numel() for parameter in method.unet.parameters())
+    moments = torch.load(newest / "optimizer-unet.pt", weights_only=True)["state"]
+    assert len(moments) == len(list(method.unet.parameters()))
+    assert sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) < 4 * 4 * student + 2_000_000
+
+
+def test_a_checkpoints_network_loads_in_diffusers(straight):
+    from diffusers import UNet2DConditionModel
+
+    newest = checkpoints.all_of(straight.with_name("out-run"))[-1]
+    for name in ("unet", "unet_ema"):
+        assert UNet2DConditionModel.from_pretrained(newest / name).mid_block is None
+
+
+def test_rotation_keeps_the_newest(sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, steps=5, checkpoint_every=1, keep=2), tmp_path / "out")
+    assert [path.name for path in checkpoints.all_of(tmp_path / "out-run")] == ["step-000004", "step-000005"]
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_pictures(sd15, pictures, tmp_path, monkeypatch):
+    real = Denoising.loss
+
+    def loss(self, turn, batch, step):
+        total, terms = real(self, turn, batch, step)
+        return (total * float("nan") if step == 3 else total), terms
+
+    monkeypatch.setattr(Denoising, "loss", loss)
+    with pytest.raises(UserError) as caught:
+        execute(tiny(sd15, pictures), tmp_path / "out")
+    assert "step 3" in caught.value.message and ".png" in caught.value.message
+    assert "step-000002, is intact" in caught.value.message
+    tensors = load_file(checkpoints.all_of(tmp_path / "out-run")[-1] / UNET)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_other_settings_in_the_same_run_folder_are_refused_by_name(straight, sd15, pictures, tmp_path):
+    run = straight.with_name("out-run")
+    with pytest.raises(UserError, match=r"learning_rate was 0.001, is now 0.002"):
+        execute(tiny(sd15, pictures, steps=8, learning_rate=2e-3), tmp_path / "out", run)
+    with pytest.raises(UserError, match=r"global_batch was 4, is now 8"):
+        execute(tiny(sd15, pictures, batch=8), tmp_path / "out", run)
+
+
+def test_the_same_global_batch_may_be_divided_otherwise_on_resume(sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, steps=2), tmp_path / "first", tmp_path / "run")
+    again = tiny(sd15, pictures, steps=4, batch=2, accumulation=2)
+    assert execute(again, tmp_path / "second", tmp_path / "run").steps == 4
+
+
+def test_a_damaged_checkpoint_says_so(sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, steps=2), tmp_path / "first", tmp_path / "run")
+    weights = checkpoints.all_of(tmp_path / "run")[-1] / UNET
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        execute(tiny(sd15, pictures, steps=4), tmp_path / "second", tmp_path / "run")
+
+
+def test_sample_grids_and_tensorboard(sd15, pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    recipe = tiny(
+        sd15, pictures, steps=2, sample_every=1, sample_steps=2, sample_prompts="the cat|the dog", log="tensorboard"
+    )
+    execute(recipe, tmp_path / "out")
+    first, second = (Image.open(tmp_path / f"out-run/samples/step-{n:06d}.png").convert("RGB") for n in (1, 2))
+    assert first.size == second.size and first.tobytes() != second.tobytes()
+    assert list((tmp_path / "out-run").rglob("events.out.tfevents.*"))
+
+
+def test_sdxl_to_vega_and_min_snr_and_offset_noise(sdxl, pictures, tmp_path):
+    recipe = recipes.changed(
+        recipes.vega(), model=str(sdxl), data=str(pictures), resolution=64, cache="none", steps=2, batch=2,
+        accumulation=1, checkpoint_every=2, sample_every=0, log="none", snr_gamma=5.0, offset_noise=0.05,
+        input_perturbation=0.1, mixed_precision="no", gradient_checkpointing=True,
+    )  # fmt: skip
+    execute(recipe, tmp_path / "out")
+    from diffusers import StableDiffusionXLPipeline
+
+    assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "out").unet.mid_block.attentions is not None
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "out-run"))
+
+
+def test_gradient_checkpointing_changes_no_gradient(straight, sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, checkpoint_every=100, gradient_checkpointing=True), tmp_path / "out")
+    first, wanted = lines(tmp_path / "out-run")[0], lines(straight.with_name("out-run"))[0]
+    assert first["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+
+
+def test_mixed_precision_trains_with_a_half_precision_teacher(sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, steps=2, mixed_precision="bf16"), tmp_path / "out")
+    assert all(np.isfinite(line["feature"]) for line in lines(tmp_path / "out-run"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / UNET).values()} == {torch.float32}
+
+
+BAD = {
+    "no model": (dict(model=""), "no --model"), "precision": (dict(mixed_precision="int4"), "unknown mixed precision"),
+    "schedule": (dict(lr_schedule="wavy"), "unknown schedule"), "optimizer": (dict(optimizer="lion"), "unknown optim"),
+    "eight bits": (dict(optimizer="adamw8bit"), "bitsandbytes"), "log": (dict(log="paper"), "unknown log"),
+    "attention": (dict(attention="flash-attn"), "flash-attn"), "xformers": (dict(attention="xformers"), "xformers"),
+    "name": (dict(attention="magic"), "unknown attention"), "ema": (dict(ema=2.0), "between 0 and 1"),
+    "resolution": (dict(resolution=60), "not a multiple of 32"), "features": (dict(features="some"), "unknown feature"),
+    "weights": (dict(task_weight=0.0, output_weight=0.0, feature_weight=0.0), "all loss weights are 0"),
+    "teacher": (dict(teacher_dtype="int8"), "unknown teacher dtype"), "data": (dict(data="nowhere"), "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD.values(), ids=BAD)
+def test_what_cannot_be_honoured_is_an_error_for_people(sd15, pictures, tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        execute(tiny(sd15, pictures, **fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_result_is_not_replaced_unasked(straight, sd15, pictures):
+    before = (straight / UNET).stat().st_mtime_ns
+    with pytest.raises(UserError, match="exists already"):
+        execute(tiny(sd15, pictures), straight)
+    assert (straight / UNET).stat().st_mtime_ns == before
