@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from .assets import resolve
 from .errors import UserError
 from .files import digest_of, read_json, sha256
+from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
 _WEIGHTS = (".safetensors", ".bin")
@@ -28,11 +29,13 @@ class Source:
         path: the folder.
         name: what to call it (folder name or hub id).
         index: model_index.json.
+        loras: LoRA files that `load` adds to the weights.
     """
 
     path: Path
     name: str
     index: Mapping[str, Any]
+    loras: tuple[LoraFile, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -51,7 +54,7 @@ class Source:
         return read_json(path, "sampler.json") if path.is_file() else None
 
     def load(self, component: str) -> nn.Module:
-        """Load one component in float32; weights only, never code."""
+        """Load one component in float32, LoRA files fused; weights only, never code."""
         library, class_name = self.index[component]
         if library not in ("diffusers", "transformers"):
             raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
@@ -69,15 +72,17 @@ class Source:
                 f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
                 "the files may be damaged, or of another model; get them again",
             )
+        if self.loras and component in COMPONENTS:
+            fuse(model, component, self.loras, unet_config=self.config("unet"))
         return model.eval()
 
     def weight_files(self, component: str) -> list[Path]:
         return sorted(p for p in (self.path / component).glob("*") if p.suffix in _WEIGHTS)
 
     def digest(self, components: list[str]) -> str:
-        """sha256 over the weight files of the named components."""
-        files = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
-        return digest_of(files)
+        """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
+        files: dict[str, Any] = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
+        return digest_of(files | {"loras": [file.record() for file in self.loras]} if self.loras else files)
 
     @property
     def family(self) -> str:
@@ -92,12 +97,18 @@ class Source:
         return found.name if found else "custom"
 
 
-def open_source(model: str | Path) -> Source:
+def open_source(model: str | Path, loras: Sequence[str | Path | LoraFile] = ()) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, or take the shipped one (`digits`).
 
+    Args:
+        model: which one.
+        loras: LoRA files to fuse into it, each as FILE or FILE=SCALE (`accel.lora`).
+
     Raises:
-        UserError: for a path that does not exist, a folder that is no pipeline, or a pipeline of another family.
+        UserError: for a path that does not exist, a folder that is no pipeline, a pipeline of another family, or a
+            LoRA file that cannot be read or is for components that the pipeline does not have.
     """
+    files = tuple(lora_file(spec) for spec in loras)
     asked, model = str(model), resolve(model)
     path = Path(model)
     if not path.exists():
@@ -119,10 +130,12 @@ def open_source(model: str | Path) -> Source:
     index = read_json(path / "model_index.json", "model_index.json")
     if not isinstance(index, dict):
         raise UserError(f"{path / 'model_index.json'} is no table", "save it with pipeline.save_pretrained(FOLDER)")
-    source = Source(path, path.resolve().name if Path(asked).exists() else asked, index)
+    source = Source(path, path.resolve().name if Path(asked).exists() else asked, index, files)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not source.has(needed):
             raise UserError(f"{path} is a {index.get('_class_name')} without {needed}", _SUPPORTED)
+    if files:
+        check_components(files, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
     return source
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accel import networks
 from accel.bundle import Bundle, Component, Manifest, seal
 from accel.errors import UserError
 from accel.files import new_folder, require_space
+from accel.lora import LoraFile
 from accel.networks import Network
 from accel.profiles import Range
 from accel.profiles import profile as parse_profile
@@ -40,6 +41,7 @@ def export_pipeline(
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
     adapter: bool = False,
+    loras: Sequence[str | Path | LoraFile] = (),
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
@@ -54,6 +56,7 @@ def export_pipeline(
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
         adapter: give the UNet the inputs of a T2I-Adapter.
+        loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
 
@@ -62,7 +65,7 @@ def export_pipeline(
     """
     check_precision(precision)
     onnx.check_opset(opset)
-    source = open_source(model)
+    source = open_source(model, loras)
     names = _component_names(source, components)
     pipeline = pipeline_constants(source)
     chosen_sampler = checked_sampler(sampler or own_sampler(source))
@@ -93,7 +96,8 @@ def export_pipeline(
             sampler=chosen_sampler,
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))},
+            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))}
+            | ({"loras": [file.record() for file in source.loras]} if source.loras else {}),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,

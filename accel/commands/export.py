@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
     )
     parser.add_argument("--adapter", action="store_true", help="give the UNet the inputs of a T2I-Adapter")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=SCALE]",
+        help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
+    )  # fmt: skip
     parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             components=components,
             sampler=_sampler(args, open_source(args.model)),
             adapter=args.adapter,
+            loras=args.lora,
             overwrite=args.overwrite,
             progress=stages(bar, task),
         )
