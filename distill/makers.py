@@ -142,13 +142,13 @@ def _pipeline_maker(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", f"one of: {', '.join(DTYPES)}")
     device = torch_device(device, local_rank)
-    how = _schedule(source, sampling)  # before the weights, because it is quick to fail
-    pipeline = _assemble(source, sampling)
     try:
-        pipeline.to(device, DTYPES[dtype])
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"device {device!r} is not usable: {reason}", "--device cpu") from None
+    how = _schedule(source, sampling)
+    pipeline = _assemble(source, sampling).to(device, DTYPES[dtype])
     scale = pipeline.vae_scale_factor
     if size % scale:
         raise UserError(f"{size} px is no multiple of {scale}", "choose another protocol for this model")
