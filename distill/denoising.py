@@ -54,6 +54,21 @@ def noised(batch: Mapping[str, Any], recipe: Recipe, schedule: NoiseSchedule) ->
     )
 
 
+def task_terms(out: torch.Tensor, made: Noised, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`task`, the error of a prediction; and `prior`, that of the class pictures, where `batch["prior"]` marks some.
+
+    Args:
+        out: the prediction [b, c, h, w].
+        batch: `prior`, bool [b], for DreamBooth's prior preservation (arXiv 2208.12242, equation 2).
+    """
+
+    def error(rows: Any) -> torch.Tensor:
+        return losses.task_loss(out[rows], made.wanted[rows], None if made.weight is None else made.weight[rows])
+
+    prior = batch.get("prior")
+    return {"task": error(slice(None))} if prior is None else {"task": error(~prior), "prior": error(prior)}
+
+
 def added_conditions(batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
     """SDXL's pooled text embedding and sizes; None for the others."""
     return {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]} if "pooled" in batch else None

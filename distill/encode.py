@@ -21,11 +21,13 @@ class Encoders:
         source: the pipeline folder.
         device: where they run.
         dtype: dtype the text encoders run in. The VAE stays in float32: SDXL's overflows in float16.
+        text_learns: the text encoders are trained, so captions are encoded in the loss and not ahead of it.
     """
 
     source: Source
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    text_learns: bool = False
 
     @cached_property
     def vae(self) -> nn.Module:
@@ -78,8 +80,12 @@ class Encoders:
         The empty caption is what guidance compares with: SDXL's is all zeros where the pipeline says so
         (`force_zeros_for_empty_prompt`), SD1.x and SD2.x encode it like any other.
         """
+        return self.conditions(texts, [model for _, model in self.text])
+
+    def conditions(self, texts: Sequence[str], models: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """As `prompts`, through text encoders that are given, one per tokenizer, and with gradients."""
         hidden, pooled = [], None
-        for tokenizer, model in self.text:
+        for (tokenizer, _), model in zip(self.text, models, strict=True):
             out = model(token_ids(tokenizer, texts).to(self.device), output_hidden_states=self.sdxl)
             hidden.append(out.hidden_states[-2] if self.sdxl else out.last_hidden_state)
             pooled = getattr(out, "text_embeds", pooled)
@@ -107,7 +113,7 @@ def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
             made[key] = value.to(encoders.device, non_blocking=True)
     if "latent_mean" not in made:
         made |= encoders.images(made.pop("pixels"))
-    if "context" not in made:
+    if "context" not in made and not encoders.text_learns:
         made |= encoders.prompts(made["caption"])
     return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for key, value in made.items()}  # fmt: skip

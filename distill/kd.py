@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
 
 from . import losses, students
-from .denoising import added_conditions, noised
+from .denoising import added_conditions, noised, task_terms
 from .encode import Encoders
 from .features import Tapped, pairs
 from .methods import Network, Terms, Turn
@@ -36,12 +37,10 @@ class Denoising:
         encoders: the frozen half of the pipeline; its UNet is the teacher, or what is tuned.
     """
 
-    turns = (Turn("unet", ("unet",)),)
-
     def __init__(self, recipe: Distillation | Finetune, encoders: Encoders):
         self.recipe, self.encoders = recipe, encoders
         self.schedule = NoiseSchedule.from_config(encoders.source.config("scheduler"))
-        self.weights = {"task": 1.0}
+        self.weights = {"task": 1.0, "prior": getattr(recipe, "prior_weight", 0.0)}
         self.teacher = None
         unet = encoders.source.load("unet")
         taps: list[tuple[str, str]] = []
@@ -60,6 +59,9 @@ class Denoising:
         self.unet = unet.requires_grad_(True).train()
         module = Tapped(self.unet, [ours for _, ours in taps])
         self.networks = {"unet": Network(module, self.unet)}
+        self.text = text_networks(encoders) if getattr(recipe, "text_encoder", False) else {}
+        self.networks |= self.text
+        self.turns = (Turn("unet", tuple(self.networks)),)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.teacher is not None:
@@ -71,9 +73,12 @@ class Denoising:
                 self.teacher.compile()
 
     def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+        if self.text:
+            models = [network.module for network in self.text.values()]
+            batch = {**batch, **self.encoders.conditions(batch["caption"], models)}
         made, added = noised(batch, self.recipe, self.schedule), added_conditions(batch)
         out, features = self.networks["unet"].module(made.x_t, made.t, batch["context"], added)
-        terms = {"task": losses.task_loss(out, made.wanted, made.weight)}
+        terms = task_terms(out, made, batch)
         if self.teacher is not None:
             wanted, wanted_features = self._teach(made.x_t, made.t, batch["context"], added)
             terms["output"] = losses.output_loss(out, wanted)
@@ -95,4 +100,28 @@ class Denoising:
         return self._pipeline
 
     def save(self, folder: Path) -> None:
-        save_pipeline(self.encoders.source, folder, {"unet": self.unet}, dtype=self.recipe.save_dtype)
+        networks = {name: network.model for name, network in self.networks.items()}
+        save_pipeline(self.encoders.source, folder, networks, dtype=self.recipe.save_dtype)
+
+
+def text_networks(encoders: Encoders) -> dict[str, Network]:
+    """The text encoders by component name, made to learn: in float32, and frozen where no gradient can reach."""
+    encoders.text_learns = True
+    made = {}
+    for index, (tokenizer, _) in enumerate(encoders.text):
+        name = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+        # From the file again: the frozen one may have been rounded to half precision.
+        model = encoders.source.load(name).to(encoders.device).requires_grad_(True).train()
+        for part in unused_text_modules(encoders, name, model):
+            part.requires_grad_(False)
+        encoders.text[index] = (tokenizer, model)
+        made[name] = Network(model, model)
+    return made
+
+
+def unused_text_modules(encoders: Encoders, name: str, model: nn.Module) -> list[nn.Module]:
+    """What lies behind the last hidden state that is read: SDXL takes its first encoder's last but one."""
+    if not encoders.sdxl or name != "text_encoder":
+        return []
+    inner = getattr(model, "text_model", model)
+    return [inner.encoder.layers[-1], inner.final_layer_norm]

@@ -89,6 +89,36 @@ class Finetune(Recipe):
     """Training the whole UNet of a pipeline on."""
 
     learning_rate: float = option(1e-5, "peak learning rate")
+    text_encoder: bool = option(False, "train the text encoder, or both, too; its captions are not cached then")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Finetune):
+    """Low-rank updates of some layers, everything else frozen (Hu et al. 2021, arXiv 2106.09685)."""
+
+    learning_rate: float = option(1e-4, "peak learning rate")
+    rank: int = option(16, "rank of the updates")
+    alpha: float = option(16.0, "their strength is alpha / rank; equal to rank, every program reads the file right")
+    targets: str = option("to_q,to_k,to_v,to_out.0", "layers of the UNet, by the end of their names")
+    text_targets: str = option("q_proj,k_proj,v_proj,out_proj", "layers of the text encoder(s)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBooth(Lora):
+    """A subject from a few pictures, with prior preservation (Ruiz et al. 2022, arXiv 2208.12242)."""
+
+    data: str = option("", "folder of pictures of the subject; they need no captions")
+    instance_prompt: str = option("", 'caption of these pictures, with a rare word: "a photo of sks dog"')
+    class_prompt: str = option("", 'the same without the rare word: "a photo of a dog"')
+    prior_weight: float = option(1.0, "weight of the loss on pictures of the class; 0 for none")
+    class_images: int = option(200, "pictures of the class that the model draws before training")
+    class_data: str = option("", "folder of pictures of the class, instead of drawing them")
+    class_batch: int = option(4, "pictures of the class drawn at once")
+    rank: int = option(16, "rank of the updates; 0 trains all weights")
+    learning_rate: float = option(0.0, "peak learning rate; 0 means 1e-4, or 1e-6 where all weights are trained")
+    caption_dropout: float = option(0.0, "share of captions left empty, so that guidance works")
+    steps: int = option(800, "optimizer steps")
+    batch: int = option(1, "pictures of the subject per process and micro-batch, and as many of the class")
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -112,6 +142,16 @@ def tiny() -> Distillation:
 def finetune() -> Finetune:
     """The whole UNet, at a low learning rate."""
     return Finetune()
+
+
+def lora() -> Lora:
+    """A LoRA of the attention layers."""
+    return Lora()
+
+
+def dreambooth() -> DreamBooth:
+    """BK-SDM's published setting: 800 steps, batch 1, 200 class pictures, prior weight 1, LoRA at 1e-4."""
+    return DreamBooth()
 
 
 def sd15_base() -> Distillation:
@@ -175,11 +215,21 @@ def digits_tiny() -> Distillation:
     return dataclasses.replace(digits_base(), student="tiny")
 
 
+def digits_lora() -> Lora:
+    """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder of pictures in a new style."""
+    return Lora(
+        model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
+        steps=80, batch=16, learning_rate=2e-3, lr_schedule="cosine", warmup=5, rank=8, alpha=8.0,
+        checkpoint_every=40, sample_every=0, sample_guidance=3.0,
+        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)),
+    )  # fmt: skip
+
+
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     made.__name__: made
     for made in (
-        base, small, tiny, finetune, sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
-        digits_base, digits_small, digits_tiny,
+        base, small, tiny, finetune, lora, dreambooth, sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny,
+        ssd_1b, vega, digits_base, digits_small, digits_tiny, digits_lora,
     )
 }  # fmt: skip
 

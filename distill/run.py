@@ -17,15 +17,19 @@ from accel.errors import UserError
 from accel.files import new_folder
 from accel.source import Source, open_source
 
+from . import dreambooth
 from .data import open_data
 from .encode import Encoders
 from .examples import Examples, loader
 from .kd import Denoising
+from .lora import LowRank
 from .methods import Method
-from .recipes import Distillation, Finetune, Recipe
+from .recipes import Distillation, DreamBooth, Finetune, Lora, Recipe
 from .train import PRECISIONS, Outcome, accelerator_for, train
 
-METHODS: dict[type[Recipe], Any] = {Distillation: Denoising, Finetune: Denoising}
+METHODS: dict[type[Recipe], Any] = {
+    Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method
+}
 
 
 def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:
@@ -59,7 +63,11 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     source = open_source(recipe.model)
     encoders = Encoders(source, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
     check_resolution(recipe, encoders)
-    batches = batches_of(recipe, encoders, run, accelerator, say)
+    if isinstance(recipe, DreamBooth):
+        recipe = dreambooth.settled(recipe, encoders)
+        batches = dreambooth.batches_of(recipe, encoders, run, accelerator, say, stream_of)
+    else:
+        batches = batches_of(recipe, encoders, run, accelerator, say)
     method: Method = METHODS[type(recipe)](recipe, encoders)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:
@@ -91,12 +99,19 @@ def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, 
     source = open_data(
         recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None
     )
+    return stream_of(source, recipe, encoders, run, accelerator, say)
+
+
+def stream_of(
+    source: Any, recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any, suffix: str = ""
+) -> Any:
+    """(first step) -> micro-batches of a data source; `suffix` sets its cache apart from that of another source."""
     placement = dict(
         seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
     )
     cache = None
     if recipe.cache != "none":
-        folder = run / "cache" if recipe.cache == "auto" else Path(recipe.cache)
+        folder = run / f"cache{suffix}" if recipe.cache == "auto" else Path(f"{recipe.cache}{suffix}")
         cache = build_cache(recipe, source, encoders, folder, placement, accelerator)
     skipped = run / "skipped.jsonl"
 
@@ -111,7 +126,7 @@ def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, 
         source, **placement, caption_dropout=recipe.caption_dropout, size_conditioning=encoders.sdxl, cache=cache,
         on_broken=on_broken,
     )  # fmt: skip
-    say(f"data: {len(examples)} pictures from {recipe.data}" + (", cached" if cache else ""))
+    say(f"data{suffix}: {len(examples)} pictures" + (", cached" if cache else ""))
 
     def batches(step: int) -> Iterator[dict[str, Any]]:
         return loader(

@@ -20,6 +20,8 @@ METHODS = {
     "ssd-1b": "SDXL with SSD-1B's transformer depths",
     "vega": "SDXL with Segmind-Vega's transformer depths",
     "finetune": "train the UNet of any pipeline on",
+    "lora": "train a LoRA of any pipeline: a small file of low-rank updates",
+    "dreambooth": "teach any pipeline a subject from a few pictures",
 }
 
 
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
-        print(f"{args.out} is ready: accel export {args.out} BUNDLE")
+        whole = (args.out / "model_index.json").is_file()
+        print(f"{args.out} is ready: accel export {args.out if whole else args.model or 'MODEL'} BUNDLE"
+              + ("" if whole else f" --lora {args.out}"))  # fmt: skip
     return 0
 
 
