@@ -350,6 +350,36 @@ def test_processes_share_the_work_and_the_result_is_the_same(data, encoders, mad
     assert all(cache.verify() == [] for cache in results.values())
 
 
+@pytest.mark.slow
+def test_a_process_group_makes_it_and_mends_it_under_a_finished_index(sd15, data, made, tmp_path):
+    code = f"""
+import sys, torch.distributed as dist
+from accel.distill.cache import build
+from accel.distill.data import open_data
+from accel.distill.encode import Encoders
+from accel.source import open_source
+dist.init_process_group("gloo")
+cache = build(open_data(sys.argv[1]), Encoders(open_source(sys.argv[2])), sys.argv[3], dtype="float32",
+              rank=dist.get_rank(), world=dist.get_world_size(), **{DRAWN!r})
+assert cache.verify() == []
+dist.destroy_process_group()
+"""
+    script = tmp_path / "share.py"
+    script.write_text(code)
+    folder = tmp_path / "cache"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    for damage in (None, "latents-00001.safetensors", "latents-00000.safetensors"):
+        if damage:
+            (folder / damage).write_bytes(b"x")
+        done = subprocess.run(
+            [*launch, str(data.root), str(sd15), str(folder)], capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert damage is None or f"{damage} is damaged; it is made again" in done.stderr
+        assert digests(folder) == digests(made.folder)
+
+
 def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="3 files of the cache .* are missing, the first one text-00001.safetensors"):
