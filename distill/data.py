@@ -44,7 +44,7 @@ def open_data(
     Raises:
         UserError: when nothing is there, or what is there cannot be used, or it is not clear which column is meant.
     """
-    columns = (image_column, caption_column)
+    columns = (image_column or None, caption_column or None)
     if str(spec) == "digits":
         return _open_digits(split)
     path = Path(spec).expanduser()

@@ -99,7 +99,9 @@ def open_saved(folder: Path, image: str | None, caption: str | None, split: str)
     made = _tried(lambda: library.load_from_disk(str(folder)), str(folder))
     if isinstance(made, library.DatasetDict):
         if split not in made:
-            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(made)}", f"--split {next(iter(made))}")
+            raise UserError(
+                f"{folder} has no split {split!r}; it has {', '.join(made)}", f"give one: {folder / next(iter(made))}"
+            )
         made = made[split]
     return _source(made, image, caption, str(folder))
 
@@ -136,7 +138,7 @@ def _tried(load: Callable[[], Any], name: str) -> Any:
         what = "cannot be read as a dataset" if Path(name).exists() else "is neither here nor to be had from the hub"
         raise UserError(
             f"{name} {what} ({type(error).__name__}: {text:.300})",
-            "check the spelling, the split (--split) and the network, or give a folder of pictures",
+            "check the spelling, that it has this split, and the network; or give a folder of pictures",
         ) from None
 
 

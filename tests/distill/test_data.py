@@ -169,6 +169,7 @@ def test_columns_are_guessed_only_when_one_can_be_meant(tmp_path):
     row = {"file_name": "1.png", "url": "http://x", "generated_caption": "new", "width": 16}
     metadata(tmp_path, row)
     assert open_data(tmp_path)[0].captions == ("new",)
+    assert open_data(tmp_path, image_column="", caption_column="")[0].captions == ("new",)
     metadata(tmp_path, row | {"text": "old"})
     with pytest.raises(UserError, match="several may hold the captions: generated_caption, text") as caught:
         open_data(tmp_path)
@@ -242,6 +243,7 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     image = only(tmp_path, "a.png", lambda path: picture(1).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
     assert np.array_equal(np.asarray(image), np.asarray(picture(1)))
@@ -498,8 +500,10 @@ def test_a_saved_dataset_with_splits(tmp_path):
     datasets.DatasetDict({"train": table(), "val": table().select([2])}).save_to_disk(tmp_path / "saved")
     assert len(open_data(tmp_path / "saved")) == 3
     assert strip(seen(open_data(tmp_path / "saved", split="val"))) == [(("one",), 1)]
-    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
+    with pytest.raises(UserError, match="no split 'test'; it has train, val") as caught:
         open_data(tmp_path / "saved", split="test")
+    assert caught.value.fix == f"give one: {tmp_path / 'saved/train'}"
+    assert len(open_data(tmp_path / "saved/val")) == 1
 
 
 def test_parquet_file_and_folder(tmp_path):
