@@ -19,6 +19,9 @@ from .errors import UserError
 
 _CHUNK = 1 << 22
 
+# A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's.
+OWN = ("accel.json", "training.json")
+
 
 def cache_dir() -> Path:
     """This user's cache: `$ACCEL_CACHE`, else the platform's usual place."""
@@ -180,7 +183,7 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} exists already", "choose another folder, or add --overwrite to replace it")
     if out.is_symlink():
         raise UserError(f"{out} is a symbolic link, so it is not overwritten", f"name the folder: {out.resolve()}")
-    if not (out / "accel.json").is_file():
+    if not any((out / name).is_file() for name in OWN):
         raise UserError(f"{out} is not something accel wrote, so it is not overwritten", "choose another folder")
 
 

@@ -152,6 +152,13 @@ def read(
     return state["step"]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has divided its parameters among processes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A full CPU tensor, of a shard of it too."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

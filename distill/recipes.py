@@ -25,6 +25,7 @@ class Recipe:
     model: str = option("", "pipeline to start from: a diffusers folder, a hub id, or digits")
 
     data: str = option("", "image folder, webdataset shards, a Hugging Face data set, or digits")
+    split: str = option("train", "split of a Hugging Face data set")
     image_column: str = option("", "column of the pictures (default: found)")
     caption_column: str = option("", "column of the captions (default: found)")
     resolution: int = option(512, "pixels of a side")

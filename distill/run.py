@@ -17,7 +17,7 @@ from accel.errors import UserError
 from accel.files import new_folder
 from accel.source import Source, open_source
 
-from . import dreambooth
+from . import checkpoints, dreambooth
 from .data import open_data
 from .encode import Encoders
 from .examples import Examples, loader
@@ -30,6 +30,8 @@ from .train import PRECISIONS, Outcome, accelerator_for, train
 METHODS: dict[type[Recipe], Any] = {
     Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method
 }
+
+SHOWN = 5  # broken pictures that are named on the screen
 
 
 def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:
@@ -73,7 +75,13 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     if outcome.stopped:
         say(f"stopped after step {outcome.steps} of {recipe.steps}; the same command goes on from there")
         return outcome
+    sharded = {name: checkpoints.tensors_of(network.model) for name, network in method.networks.items()
+               if checkpoints.is_sharded(network.model)}  # fmt: skip
     if accelerator.is_main_process:
+        if sharded:  # what saves a network wants it whole: a second one, on the CPU
+            method = METHODS[type(recipe)](recipe, Encoders(source))
+        for name, tensors in sharded.items():
+            method.networks[name].model.load_state_dict(tensors, strict=False)
         with new_folder(out, overwrite=overwrite) as folder:
             method.save(folder)
             record = training_record(recipe, source, outcome, accelerator)
@@ -97,8 +105,9 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
 def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any) -> Any:
     """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
     source = open_data(
-        recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None
-    )
+        recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None,
+        split=recipe.split,
+    )  # fmt: skip
     return stream_of(source, recipe, encoders, run, accelerator, say)
 
 
@@ -114,11 +123,14 @@ def stream_of(
         folder = run / f"cache{suffix}" if recipe.cache == "auto" else Path(f"{recipe.cache}{suffix}")
         cache = build_cache(recipe, source, encoders, folder, placement, accelerator)
     skipped = run / "skipped.jsonl"
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        skipped.unlink(missing_ok=True)
 
     def on_broken(name: str, reason: str) -> None:
-        say(f"skipped {name}: {reason}")
+        if len(examples.broken) <= SHOWN:
+            say(f"skipped {name}: {reason}" + f"; more are in {skipped}" * (len(examples.broken) == SHOWN))
         if accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
             with skipped.open("a") as file:
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")
 
@@ -127,6 +139,9 @@ def stream_of(
         on_broken=on_broken,
     )  # fmt: skip
     say(f"data{suffix}: {len(examples)} pictures" + (", cached" if cache else ""))
+    if cache and cache.broken:
+        say(f"{len(cache.broken)} pictures cannot be used and are left out")
+        examples.note([{"name": name, "reason": reason} for name, reason in cache.broken.items()])
 
     def batches(step: int) -> Iterator[dict[str, Any]]:
         return loader(

@@ -119,14 +119,21 @@ class Loop:
         }  # fmt: skip
 
     def prepare(self) -> None:
-        """Hand networks and optimizers to accelerate, all in one call, as FSDP2 needs it."""
-        names, turns = list(self.method.networks), list(self.optimizers)
-        things = [self.method.networks[name].module for name in names] + [self.optimizers[turn] for turn in turns]
-        prepared = self.accelerator.prepare(*things)
-        prepared = prepared if isinstance(prepared, tuple) else (prepared,)
-        for name, module in zip(names, prepared, strict=False):
-            self.method.networks[name].module = module
-        self.optimizers = dict(zip(turns, prepared[len(names) :], strict=True))
+        """Hand networks and optimizers to accelerate: with FSDP2 it takes one network at a time, with its optimizer."""
+        from accelerate.utils import DistributedType
+
+        sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
+        for turn in self.method.turns:
+            networks = [self.method.networks[name] for name in turn.networks]
+            if sharded and len(networks) > 1:
+                raise UserError(
+                    f"FSDP takes one network per optimizer, this run trains {' and '.join(turn.networks)} together",
+                    "launch without FSDP, or train one of them",
+                )
+            modules = [network.module for network in networks]
+            *prepared, self.optimizers[turn.name] = self.accelerator.prepare(*modules, self.optimizers[turn.name])
+            for network, module in zip(networks, prepared, strict=True):
+                network.module = module
 
     def make_averages(self) -> dict[str, Any]:
         from diffusers.training_utils import EMAModel
@@ -269,9 +276,24 @@ class Loop:
         for name, average in self.averages.items():
             average.copy_to(_parameters([self.method.networks[name]]))
 
+    def shards(self) -> list[Any]:
+        """FSDP2's units; none without it."""
+        from torch.distributed.fsdp import FSDPModule
+
+        modules = (module for network in self.method.networks.values() for module in network.module.modules())
+        return [module for module in modules if isinstance(module, FSDPModule)]
+
+    def unshard(self) -> None:
+        """Every process holds the whole networks, until they are sharded again: so that parts of them can be called."""
+        for unit in self.shards():
+            unit.unshard()
+
     def sample(self, step: int) -> None:
         with self.averaged(), self.accelerator.autocast():
+            self.unshard()
             picture = samples.grid(self.method.pipeline(), self.recipe)
+            for unit in self.shards():
+                unit.reshard()
         if self.accelerator.is_main_process:
             path = self.run / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(exist_ok=True)

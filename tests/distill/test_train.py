@@ -204,6 +204,52 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, pict
     assert scale > 0
 
 
+SHARDED = """
+import sys, torch
+from pathlib import Path
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from accel.distill import recipes, run, train
+torch.set_num_threads(1)
+made = train.accelerator_for
+def accelerator_for(recipe, folder):
+    # accelerate's own launcher knows FSDP on GPUs only; the plugin and everything after it is the real thing.
+    accelerator = made(recipe, folder)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"])
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+run.accelerator_for = accelerator_for
+real = train.Loop.run_all
+def run_all(self, batches):
+    assert all(isinstance(p, DTensor) for p in self.method.networks["unet"].model.parameters())
+    return real(self, batches)
+train.Loop.run_all = run_all
+run.execute(recipes.changed(recipes.tiny(), **eval(sys.argv[1])), Path(sys.argv[2]), overwrite=True)
+"""
+
+
+def test_fsdp2_gives_the_weights_of_one_process_also_on_resume(sd15, pictures, tmp_path):
+    recipe = tiny(sd15, pictures, batch=2, sample_every=2, sample_steps=1, sample_prompts="the cat")
+    script, out = tmp_path / "sharded.py", tmp_path / "out"
+    script.write_text(SHARDED)
+    for steps in (2, 4):
+        fields = dataclasses.asdict(recipe) | {"steps": steps}
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+             "--rdzv-endpoint=localhost:0", str(script), repr(fields), str(out)],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "goes on at step 2" in done.stderr
+    execute(tiny(sd15, pictures, steps=4), tmp_path / "one")
+    ours, theirs = load_file(out / UNET), load_file(tmp_path / "one" / UNET)
+    assert set(ours) == set(theirs)
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+
+
 def test_the_teacher_stays_as_it_was_and_out_of_everything(sd15, pictures, tmp_path):
     from diffusers import UNet2DConditionModel
 

@@ -1,0 +1,47 @@
+"""One distillation step at Stable Diffusion 1.5's real size: minutes and gigabytes, so marked slow (`make test-slow`)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+MEASURED = """
+import json, resource, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "accel", *sys.argv[1:]])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({"code": done.returncode, "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+def test_one_step_of_sd15_to_sd_tiny(tmp_path):
+    """Terms are finite, every student parameter learns, and the peak is what teacher, student and Adam take."""
+    source = tmp_path / "sd15"
+    subprocess.run([sys.executable, ROOT / "benchmarks/random_pipeline.py", "sd15", source], check=True)
+    out = tmp_path / "tiny"
+    command = [
+        "distill", "tiny", "--model", source, "--data", "digits", "--resolution", "64", "--batch", "1", "--steps", "1",
+        "--caption-dropout", "0", "--no-random-flip", "--sample-every", "0", "--log", "none", "--cache", "none",
+        "--out", out,
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["code"] == 0, done.stderr
+    (line,) = [json.loads(text) for text in (tmp_path / "tiny-run/losses.jsonl").read_text().splitlines()]
+    assert all(line[name] == line[name] and abs(line[name]) < 1e6 for name in ("task", "output", "feature"))
+    checkpoint = tmp_path / "tiny-run/checkpoints/step-000001"
+    weights = load_file(checkpoint / "unet/diffusion_pytorch_model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == 323_384_964 and len(weights) == 358
+    moments = torch.load(checkpoint / "optimizer-unet.pt", weights_only=True)["state"]
+    assert len(moments) == 358 and all((entry["exp_avg"] != 0).any() for entry in moments.values())
+    teacher, student, rest = 4 * 859_520_964, 4 * 323_384_964, 4 * (123_060_480 + 83_653_863)
+    floor = teacher + 4 * student + rest  # weights, gradients and two moments
+    print(f"peak {result['peak'] / 1e9:.2f} GB, weights and optimizer {floor / 1e9:.2f} GB; {line}")
+    assert result["peak"] < 1.35 * floor
