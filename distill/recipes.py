@@ -217,7 +217,7 @@ def digits_tiny() -> Distillation:
 
 
 def digits_lora() -> Lora:
-    """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder of pictures in a new style."""
+    """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
     return Lora(
         model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
         steps=80, batch=16, learning_rate=2e-3, lr_schedule="cosine", warmup=5, rank=8, alpha=8.0,
