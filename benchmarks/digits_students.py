@@ -4,7 +4,7 @@
 
 trains every row of the table (about an hour on two CPU threads; a run that was interrupted goes on), draws 500 pictures
 with each as `accel evaluate --protocol digits` does, and writes benchmarks/digits-students.json and
-docs/digits-students.png. The students that ship are the rows `tiny` and `small`.
+docs/digits-students.png. `--ship` puts the rows `tiny` and `small` beside the shipped teacher, with a card and figures.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from accel import machine
+from accel.assets import DIGITS
 from accel.distill import digits, digits_quality, recipes
+from accel.distill.digits_card import student_card
 from accel.distill.run import execute
 from accel.distill.train_digits import load
 from accel.files import write_json
@@ -50,6 +55,11 @@ def quality(folder: Path, guidance: float, steps: int) -> dict:
     return digits_quality.judge(images, torch.tensor(wanted))
 
 
+def unet_parameters(folder: Path) -> int:
+    with safe_open(folder / "unet/diffusion_pytorch_model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
 def run_row(name: str, out: Path, sampler: dict) -> dict:
     kind, fields, shows = ROWS[name]
     recipe = recipes.changed(recipes.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
@@ -69,6 +79,18 @@ def run_row(name: str, out: Path, sampler: dict) -> dict:
     write_json(result, row)
     print(row, flush=True)
     return row
+
+
+def ship(row: dict, folder: Path, sampler: dict, teacher: dict) -> None:
+    """Put a student beside the teacher: its pipeline, its figures, its card."""
+    target = DIGITS / row["name"]
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    record = json.loads((target / "training.json").read_text())
+    record["recipe"] |= {"cache": "auto", "log": "auto", "sample_every": 100}  # free to choose; as in the command
+    write_json(target / "training.json", record)
+    write_json(target / "quality.json", row | {"sampler": sampler, "frechet_floor": teacher["frechet_floor"]})
+    (target / "README.md").write_text(student_card(row, record, sampler, teacher))
 
 
 def plot(rows: list[dict], teacher: dict, path: Path) -> None:
@@ -99,11 +121,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/digits-students"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ship", action="store_true", help="put tiny and small into accel/assets/digits")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sampler = json.loads((ROOT / "accel/assets/digits/teacher/sampler.json").read_text())
-    teacher = json.loads((ROOT / "accel/assets/digits/teacher/quality.json").read_text())
+    sampler = json.loads((DIGITS / "teacher/sampler.json").read_text())
+    teacher = json.loads((DIGITS / "teacher/quality.json").read_text())
     rows = [run_row(name, args.out, sampler) for name in args.rows]
+    rows = [row | {"parameters": unet_parameters(args.out / row["name"])} for row in rows]
+    for row in rows if args.ship else ():
+        if row["name"] in ("tiny", "small"):
+            ship(row, args.out / row["name"], sampler, teacher)
     if set(args.rows) == set(ROWS):
         document = dict(
             schema="accel-digits-students/1", command="python benchmarks/digits_students.py",

@@ -1,0 +1,43 @@
+"""The shipped students: what they are, and that they draw what they are asked for."""
+
+import json
+
+import pytest
+import torch
+
+from accel.assets import DIGITS, resolve
+from accel.distill import digits
+from accel.distill.digits_quality import generate, judge
+from accel.distill.students import student_config
+from accel.distill.train_digits import load
+
+STUDENTS = ("tiny", "small")
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_students_unet_is_the_teachers_with_the_blocks_removed(name):
+    pipeline = load(resolve(f"digits/{name}"))
+    wanted = student_config(digits.UNET, name)
+    built = type(pipeline.unet).from_config(wanted)
+    assert {key: value.shape for key, value in built.state_dict().items()} == {
+        key: value.shape for key, value in pipeline.unet.state_dict().items()
+    }
+    assert pipeline.unet.config.mid_block_type is None and pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_draws_the_digit_it_is_asked_for(name):
+    texts, wanted = zip(*digits.prompt_set(4), strict=True)
+    images = generate(load(DIGITS / name), list(texts), guidance=3.0, steps=12, seed=4_000)
+    assert judge(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.97
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_card_the_figures_and_the_record_tell_the_same(name):
+    quality = json.loads((DIGITS / name / "quality.json").read_text())
+    record = json.loads((DIGITS / name / "training.json").read_text())
+    card = (DIGITS / name / "README.md").read_text()
+    assert quality["images"] == 500 and quality["prompt_accuracy"] >= 0.97
+    assert f"{quality['frechet_distance']:.2f}" in card and f"{quality['parameters']:,}" in card
+    assert record["recipe"]["student"] == name and record["steps"] == quality["steps"]
