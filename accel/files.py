@@ -149,12 +149,20 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             try:
                 temporary.chmod(0o755)
                 yield temporary
+                readable(temporary)
                 _refuse_existing(out, overwrite)  # somebody may have made it during the hours of work
                 _replace(out, temporary, previous)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise _disk_error(error, out) from error
+
+
+def readable(folder: Path) -> None:
+    """Let everybody read what was written: safetensors makes files for their owner only, models are for servers too."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o644)
 
 
 def _replace(out: Path, new: Path, previous: Path) -> None:

@@ -116,6 +116,29 @@ def plot(rows: list[dict], teacher: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(rows: list[dict], teacher: dict) -> str:
+    lines = [
+        "| student | start | losses | steps | prompt accuracy | Frechet distance |", "|---|---|---|---|---|---|",
+        f"| *teacher* | | | | {teacher['prompt_accuracy']:.1%} | {teacher['frechet_distance']:.2f} |",
+    ]  # fmt: skip
+    for row in rows:
+        start = {"copy": "teacher's weights", "random": "random weights"}[row["init"]]
+        losses = row["losses"].replace(", from random weights", "")
+        lines.append(
+            f"| {row['student']} | {start} | {losses} | {row['steps']} | {row['prompt_accuracy']:.1%} "
+            f"| {row['frechet_distance']:.2f} |"
+        )
+    floor = teacher["frechet_floor"]
+    return "\n".join([*lines, f"| *real pictures (the floor)* | | | | | {floor:.2f} |"])
+
+
+def write_table(text: str, path: Path) -> None:
+    """Between the markers of the page, so that no figure there is written by hand."""
+    begin, end = "<!-- digits-students -->", "<!-- /digits-students -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/digits-students"))
@@ -140,6 +163,7 @@ def main() -> None:
         )
         write_json(ROOT / "benchmarks/digits-students.json", document)
         plot(rows, document["teacher"], ROOT / "docs/digits-students.png")
+        write_table(table(rows, document["teacher"]), ROOT / "docs/distill.md")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accel.errors import UserError
-from accel.files import read_json
+from accel.files import read_json, readable
 
 from .methods import Network
 from .recipes import Recipe
@@ -100,6 +100,7 @@ def write(
     accelerator.wait_for_everyone()
     if main:
         (partial / "state.json").write_text(json.dumps(dict(kept) | {"step": step}, indent=2) + "\n")
+        readable(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         if keep:

@@ -127,7 +127,6 @@ def save_lora(folder: Path, networks: dict[str, nn.Module], encoders: Encoders) 
         layers[f"{name}_lora_adapter_metadata"] = metadata_of(network)
     cls = StableDiffusionXLPipeline if encoders.sdxl else StableDiffusionPipeline
     cls.save_lora_weights(folder, **layers, weight_name=WEIGHT_NAME)
-    (folder / WEIGHT_NAME).chmod(0o644)  # safetensors lets only its owner read it
     return folder / WEIGHT_NAME
 
 

@@ -124,5 +124,4 @@ def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
     except SafetensorError as error:  # it hides the errno in its text
         code = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from None
-    path.chmod(0o644)  # safetensors makes files that only their owner can read; a bundle is for the server's user too
     return parameters

@@ -30,7 +30,7 @@ FORBIDDEN = {
 # The shared ground knows nobody above it.
 GROUND = (
     "_version", "arrays", "bundle", "errors", "files", "floor", "machine", "networks", "noise", "noise_schedule",
-    "parity", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology",
+    "lora", "parity", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology",
 )
 FORBIDDEN |= {
     f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)

@@ -1,4 +1,4 @@
-"""One distillation step at Stable Diffusion 1.5's real size: minutes and gigabytes, so marked slow (`make test-slow`)."""
+"""One distillation step at the real size of Stable Diffusion 1.5: minutes and gigabytes, so slow (`make test-slow`)."""
 
 from __future__ import annotations
 

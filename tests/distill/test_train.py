@@ -88,6 +88,7 @@ def test_the_result_is_a_pipeline_with_averaged_weights(straight):
     newest = checkpoints.all_of(straight.with_name("out-run"))[-1]
     assert same_weights(straight / UNET, newest / "unet_ema" / UNET.name)
     assert not same_weights(straight / UNET, newest / UNET)
+    assert {path.stat().st_mode & 0o777 for path in straight.rglob("*") if path.is_file()} == {0o644}
     record = json.loads((straight / "training.json").read_text())
     assert record["steps"] == 6 and record["recipe"]["student"] == "tiny"
 
