@@ -16,13 +16,14 @@ import torch
 # One stream per use, so that a new use never shifts the numbers of another. Add at the end only.
 STREAMS = (
     "order", "placement", "caption", "dropout", "posterior", "timestep", "noise", "offset", "perturbation", "instance",
-    "renoise", "critic_timestep", "critic_noise", "critic_adversarial", "real_noise", "adversarial", "steps", "teacher",
+    "renoise", "steps", "matching", "critic", "fake", "real",
 )
 
 
-def generator(seed: int, index: int, stream: str) -> np.random.Generator:
-    """Random numbers of one example for one use (a member of STREAMS)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index, STREAMS.index(stream)))))
+def generator(seed: int, index: int, stream: str, draw: int = 0) -> np.random.Generator:
+    """Random numbers of one example for one use (a member of STREAMS); `draw` counts where a use needs several."""
+    key = (seed, index, STREAMS.index(stream), *([draw] if draw else []))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def row(index: int, count: int, seed: int) -> tuple[int, int]:
@@ -36,15 +37,15 @@ def _shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, epoch, "order").permutation(count)
 
 
-def normal(seed: int, indices: Sequence[int], stream: str, shape: tuple[int, ...]) -> torch.Tensor:
+def normal(seed: int, indices: Sequence[int], stream: str, shape: tuple[int, ...], draw: int = 0) -> torch.Tensor:
     """Standard normal float32 [len(indices), *shape]."""
-    rows = [generator(seed, int(index), stream).standard_normal(shape, dtype=np.float32) for index in indices]
+    rows = [generator(seed, int(index), stream, draw).standard_normal(shape, dtype=np.float32) for index in indices]
     return torch.from_numpy(np.stack(rows))
 
 
-def integers(seed: int, indices: Sequence[int], stream: str, low: int, high: int) -> torch.Tensor:
+def integers(seed: int, indices: Sequence[int], stream: str, low: int, high: int, draw: int = 0) -> torch.Tensor:
     """Whole numbers low <= n < high, int64 [len(indices)]."""
-    return torch.tensor([int(generator(seed, int(index), stream).integers(low, high)) for index in indices])
+    return torch.tensor([int(generator(seed, int(index), stream, draw).integers(low, high)) for index in indices])
 
 
 def micro_batch(step: int, micro: int, *, batch: int, accumulation: int, rank: int, world: int) -> range:

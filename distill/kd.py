@@ -99,6 +99,9 @@ class Denoising:
     def pipeline(self) -> Any:
         return self._pipeline
 
+    def sampling(self) -> dict[str, Any]:
+        return dict(num_inference_steps=self.recipe.sample_steps, guidance_scale=self.recipe.sample_guidance)
+
     def save(self, folder: Path) -> None:
         networks = {name: network.model for name, network in self.networks.items()}
         save_pipeline(self.encoders.source, folder, networks, dtype=self.recipe.save_dtype)

@@ -20,19 +20,22 @@ class Network:
     Attributes:
         module: what the loss calls; the loop replaces it by its prepared form (DDP, FSDP2, autocast).
         model: what is saved and averaged: `module` itself or the part of it that holds the weights.
+        averaged: whether it has an average, where the recipe asks for averages.
     """
 
     module: nn.Module
     model: nn.Module
+    averaged: bool = True
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer step: the networks that it changes, and every how many steps it comes."""
+    """One optimizer step: the networks that it changes, every how many steps it comes, and its own learning rate."""
 
     name: str
     networks: tuple[str, ...]
     every: int = 1
+    learning_rate: float | None = None
 
 
 class Method(Protocol):
@@ -54,6 +57,9 @@ class Method(Protocol):
 
     def pipeline(self) -> Any:
         """A diffusers pipeline around the networks as they are now, for sample grids; made once."""
+
+    def sampling(self) -> dict[str, Any]:
+        """How that pipeline is called: steps or timesteps, guidance."""
 
     def save(self, folder: Path) -> None:
         """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""

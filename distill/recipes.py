@@ -122,6 +122,33 @@ class DreamBooth(Lora):
     batch: int = option(1, "pictures of the subject per process and micro-batch, and as many of the class")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DMD2(Recipe):
+    """Few-step students by improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
+
+    `model` is the generator's start, and the result; `teacher` gives the real score and the fake score's start.
+    """
+
+    teacher: str = option("", "pipeline whose UNet gives the real score (default: the model's own)")
+    few_steps: int = option(4, "steps of the student: 1, 2, 4, 8 or any other number")
+    timesteps: str = option("", "their timesteps, such as 999,749,499,249 or 399 (default: evenly from 999 on)")
+    real_guidance: float = option(8.0, "guidance scale of the real score")
+    ratio: int = option(5, "critic updates for each generator update (two time-scale update rule)")
+    critic_learning_rate: float = option(0.0, "peak learning rate of the fake score; 0 for the generator's")
+    matching_weight: float = option(1.0, "weight of the distribution matching loss")
+    adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
+    discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
+    backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised pictures")
+    low: float = option(0.02, "least timestep of distribution matching, as a share")
+    high: float = option(0.98, "largest timestep of distribution matching, as a share")
+    teacher_dtype: str = option("auto", "dtype of the teacher: auto (as mixed precision), float32, bfloat16, float16")
+    offload_teacher: bool = option(False, "keep the teacher on the CPU between its calls")
+
+    caption_dropout: float = option(0.0, "share of captions left empty; the student needs no guidance")
+    learning_rate: float = option(5e-7, "peak learning rate of the generator")
+    max_grad_norm: float = option(10.0, "clip gradients to this norm")
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -153,6 +180,11 @@ def lora() -> Lora:
 def dreambooth() -> DreamBooth:
     """BK-SDM's published setting: 800 steps, batch 1, 200 class pictures, prior weight 1, LoRA at 1e-4."""
     return DreamBooth()
+
+
+def dmd2() -> DMD2:
+    """Four steps, with DMD2's published weights."""
+    return DMD2()
 
 
 def sd15_base() -> Distillation:
@@ -216,6 +248,16 @@ def digits_tiny() -> Distillation:
     return dataclasses.replace(digits_base(), student="tiny")
 
 
+def digits_dmd2() -> DMD2:
+    """The shipped model in four steps, on two CPU cores."""
+    return DMD2(
+        model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
+        steps=1000, batch=32, learning_rate=5e-5, critic_learning_rate=2e-4, warmup=20, beta2=0.99, weight_decay=1e-3,
+        ema=0.99, real_guidance=3.0, checkpoint_every=100, sample_every=100,
+        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)), save_dtype="float16",
+    )  # fmt: skip
+
+
 def digits_lora() -> Lora:
     """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
     return Lora(
@@ -229,8 +271,9 @@ def digits_lora() -> Lora:
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     made.__name__: made
     for made in (
-        base, small, tiny, finetune, lora, dreambooth, sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny,
-        ssd_1b, vega, digits_base, digits_small, digits_tiny, digits_lora,
+        base, small, tiny, dmd2, finetune, lora, dreambooth,
+        sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
+        digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
     )
 }  # fmt: skip
 

@@ -19,16 +19,18 @@ from accel.source import Source, open_source
 
 from . import checkpoints, dreambooth
 from .data import open_data
+from .dmd2 import DMD2 as DistributionMatching
 from .encode import Encoders
 from .examples import Examples, loader
 from .kd import Denoising
 from .lora import LowRank
 from .methods import Method
-from .recipes import Distillation, DreamBooth, Finetune, Lora, Recipe
+from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe
 from .train import PRECISIONS, Outcome, accelerator_for, train
 
 METHODS: dict[type[Recipe], Any] = {
-    Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method
+    Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method,
+    DMD2: DistributionMatching,
 }
 
 SHOWN = 5  # broken pictures that are named on the screen

@@ -16,8 +16,8 @@ DEFAULT_PROMPTS = ("a photo of a red fox in the snow", "a bowl of fruit on a woo
 
 
 @torch.no_grad()
-def grid(pipeline: Any, recipe: Recipe) -> Any:
-    """One picture per prompt in a row, as a PIL image."""
+def grid(pipeline: Any, recipe: Recipe, sampling: dict[str, Any]) -> Any:
+    """One picture per prompt in a row, as a PIL image; `sampling` is how the pipeline is called."""
     prompts = [text.strip() for text in recipe.sample_prompts.split("|") if text.strip()] or list(DEFAULT_PROMPTS)
     cells = recipe.resolution // pipeline.vae_scale_factor
     channels = pipeline.vae.config.latent_channels
@@ -31,8 +31,7 @@ def grid(pipeline: Any, recipe: Recipe) -> Any:
             seeds = range(recipe.seed + start, recipe.seed + start + len(part))
             out = pipeline(
                 part, latents=torch.from_numpy(normal(seeds, 0, (channels, cells, cells))).to(pipeline.device),
-                num_inference_steps=recipe.sample_steps, guidance_scale=recipe.sample_guidance,
-                height=recipe.resolution, width=recipe.resolution, output_type="np",
+                height=recipe.resolution, width=recipe.resolution, output_type="np", **sampling,
             )  # fmt: skip
             made.append((out.images * 255).round().astype(np.uint8))
     finally:

@@ -104,7 +104,9 @@ class Loop:
         for network in method.networks.values():
             _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
         self.optimizers = {
-            turn.name: _optimizer(recipe, _parameters(method.networks[name] for name in turn.networks))
+            turn.name: _optimizer(
+                recipe, _parameters(method.networks[name] for name in turn.networks), turn.learning_rate
+            )
             for turn in method.turns
         }
         self.prepare()
@@ -145,6 +147,7 @@ class Loop:
         return {
             name: EMAModel(_parameters([network]), decay=self.recipe.ema)
             for name, network in self.method.networks.items()
+            if network.averaged
         }
 
     @property
@@ -250,8 +253,9 @@ class Loop:
         if not found:
             return 0
         step = checkpoints.read(found[-1], **self.state)
-        for average in self.averages.values():
-            average.optimization_step = step
+        for name, average in self.averages.items():
+            updates = (math.ceil(step / turn.every) for turn in self.method.turns if name in turn.networks)
+            average.optimization_step = sum(updates)
         self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
         return step
 
@@ -291,7 +295,7 @@ class Loop:
     def sample(self, step: int) -> None:
         with self.averaged(), self.accelerator.autocast():
             self.unshard()
-            picture = samples.grid(self.method.pipeline(), self.recipe)
+            picture = samples.grid(self.method.pipeline(), self.recipe, self.method.sampling())
             for unit in self.shards():
                 unit.reshard()
         if self.accelerator.is_main_process:
@@ -323,9 +327,11 @@ def _configure(network: Network, recipe: Recipe, device: torch.device, *, half: 
         network.module.compile()
 
 
-def _optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    recipe: Recipe, parameters: list[torch.nn.Parameter], learning_rate: float | None
+) -> torch.optim.Optimizer:
     options = dict(
-        lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+        lr=learning_rate or recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
         eps=recipe.epsilon,
     )  # fmt: skip
     if recipe.optimizer == "adamw":

@@ -1,0 +1,280 @@
+"""DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
+
+A generator G learns to draw in a few steps what its teacher draws in many. Per sample, at a random t,
+
+    grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
+
+mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise what G draws, in
+several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's pictures
+from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from accel.errors import UserError
+from accel.noise_schedule import NoiseSchedule
+from accel.source import open_source
+
+from . import draws, gan
+from .denoising import added_conditions, clean
+from .diffusion import Diffusion, few_steps
+from .encode import Encoders
+from .kd import DTYPES
+from .methods import Network, Terms, Turn
+from .pipelines import assemble, save_pipeline
+from .recipes import DMD2 as Recipe
+
+
+class DMD2:
+    """The method: generator and critic learn in turns; the teacher is frozen.
+
+    Args:
+        recipe: its settings.
+        encoders: the frozen half of the generator's pipeline.
+    """
+
+    def __init__(self, recipe: Recipe, encoders: Encoders):
+        self.recipe, self.encoders = recipe, encoders
+        teacher = open_source(recipe.teacher) if recipe.teacher else encoders.source
+        self.diffusion = Diffusion(NoiseSchedule.from_config(encoders.source.config("scheduler")))
+        check_teacher(encoders, Diffusion(NoiseSchedule.from_config(teacher.config("scheduler"))), self.diffusion)
+        self.timesteps = timesteps_of(recipe, self.diffusion.schedule.T)
+        self.generator = encoders.source.load("unet").requires_grad_(True).train()
+        self.teacher = teacher.load("unet").requires_grad_(False).eval()
+        self.critic = gan.Critic(
+            teacher.load("unet").requires_grad_(True).train(), recipe.resolution // encoders.factor, recipe.seed
+        )
+        if not recipe.adversarial_weight:
+            self.critic.head.requires_grad_(False)
+        self.networks = {
+            "generator": Network(self.generator, self.generator),
+            "critic": Network(self.critic, self.critic, averaged=False),
+        }
+        rate = recipe.critic_learning_rate or recipe.learning_rate
+        self.turns = (
+            Turn("generator", ("generator",), every=recipe.ratio),
+            Turn("critic", ("critic",), learning_rate=rate),
+        )
+        self._drawn: dict[int, torch.Tensor] = {}
+        self.dtype = torch.float32
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        chosen = self.recipe.teacher_dtype
+        if chosen != "auto" and chosen not in DTYPES:
+            raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
+        self.device, self.dtype = device, dtype
+        self.teacher.to("cpu" if self.recipe.offload_teacher else device)
+        if DTYPES.get(chosen, dtype) != self.teacher.dtype:
+            self.teacher.to(DTYPES.get(chosen, dtype))
+        self.empty = self.encoders.prompts([""])
+
+    # ---------------------------------------------------------------------------------------------------- the two turns
+
+    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+        first = batch["index"][0]
+        if turn.name == "generator":
+            x = self.draw(batch, step)
+            self._drawn[first] = x.detach()
+            return self.generator_turn(x, batch)
+        x = self._drawn.pop(first, None)
+        if x is None:
+            with torch.no_grad():
+                x = self.draw(batch, step)
+        return self.critic_turn(x, batch)
+
+    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
+        gradient, diagnostics = self.matching_gradient(x.detach(), batch)
+        terms = {"matching": matching_loss(x, gradient)}
+        total = self.recipe.matching_weight * terms["matching"]
+        if self.recipe.adversarial_weight:
+            t, eps = self.noise_level(batch, "fake", x, draw=2)
+            with gan.frozen(self.critic), self.autocast():
+                logits = self.critic.logits(self.diffusion.add_noise(x, eps, t), t, *conditions(batch))
+            terms["adversarial"] = gan.generator_loss(logits)
+            total = total + self.recipe.adversarial_weight * terms["adversarial"]
+        return total, terms | diagnostics
+
+    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
+        t, eps = self.noise_level(batch, "critic", x)
+        score = (self.diffusion.add_noise(x, eps, t), t, *conditions(batch))
+        fake = real = None
+        if self.recipe.adversarial_weight:
+            fake, real = (
+                (self.diffusion.add_noise(picture, noise, level), level, *conditions(batch))
+                for picture, (level, noise) in (
+                    (x, self.noise_level(batch, "fake", x)),
+                    (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
+                )
+            )
+        said, on_fake, on_real = self.networks["critic"].module(score, fake, real)
+        terms = {"denoising": F.mse_loss(said.float(), self.diffusion.target(x, eps, t).float())}
+        total = terms["denoising"]
+        if on_fake is not None:
+            terms["discriminator"] = gan.discriminator_loss(on_fake, on_real)
+            total = total + self.recipe.discriminator_weight * terms["discriminator"]
+            right = torch.cat([on_fake < 0, on_real > 0]).float().mean()
+            terms["accuracy"] = right  # of the discriminator: 0.5 is guessing, 1 leaves the generator without a slope
+        return total, terms
+
+    # ---------------------------------------------------------------------------------------------------- the generator
+
+    def draw(self, batch: Mapping[str, Any], step: int) -> torch.Tensor:
+        """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
+
+        Which of its steps G is trained at depends on the training step alone, so that all processes agree.
+        """
+        last = int(draws.generator(self.recipe.seed, step, "steps").integers(len(self.timesteps)))
+        z = self.normal(batch, "noise")
+        if self.recipe.backward_simulation or last == 0:
+            with torch.no_grad():
+                for number in range(last):
+                    x = self.generate(z, self.timesteps[number], batch)
+                    z = self.diffusion.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
+        else:
+            real = clean(batch, self.recipe.seed)
+            z = self.diffusion.add_noise(real, z, self.at(last, real))
+        return self.generate(z, self.timesteps[last], batch)
+
+    def generate(self, x_t: torch.Tensor, t: int, batch: Mapping[str, Any]) -> torch.Tensor:
+        """One step: G's x_0 of x_t."""
+        t = torch.full((len(x_t),), t, device=x_t.device)
+        context, added = conditions(batch)
+        with self.autocast():
+            said = self.networks["generator"].module(
+                x_t, t, context, added_cond_kwargs=added, return_dict=False
+            )[0]
+        return self.diffusion.x0(said, x_t, t).float()
+
+    # ----------------------------------------------------------------------------------------------------- the gradient
+
+    @torch.no_grad()
+    def matching_gradient(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
+        """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
+        count = self.diffusion.schedule.T
+        low, high = int(self.recipe.low * count), int(self.recipe.high * count)
+        t = draws.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
+        x_t = self.diffusion.add_noise(x, self.normal(batch, "matching", 1), t)
+        with self.autocast():
+            fake = self.diffusion.x0(self.critic.score(x_t, t, *conditions(batch)), x_t, t)
+        real = self.diffusion.x0(self.guided(x_t, t, batch), x_t, t)
+        gradient = matching_gradient(x, real, fake)
+        error = (x - fake).abs().mean() / (x - real).abs().mean()
+        # Above 1 the fake score knows G's pictures less well than the teacher does: it lags, and the gradient is noise.
+        return gradient.float(), {"gradient": gradient.abs().mean(), "lag": error}
+
+    def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
+        if self.recipe.offload_teacher:
+            self.teacher.to(self.device)
+        dtype = next(self.teacher.parameters()).dtype
+
+        def call(context: torch.Tensor, added: dict | None) -> torch.Tensor:
+            added = added and {name: value.to(dtype) for name, value in added.items()}
+            said = self.teacher(x_t.to(dtype), t, context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+            return said.double()
+
+        context, added = conditions(batch)
+        said = call(context, added)
+        if self.recipe.real_guidance != 1:
+            nothing = self.empty["context"].expand_as(context)
+            if added:
+                added = added | {"text_embeds": self.empty["pooled"].expand_as(added["text_embeds"])}
+            without = call(nothing, added)
+            said = without + self.recipe.real_guidance * (said - without)
+        if self.recipe.offload_teacher:
+            self.teacher.to("cpu")
+        return said
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    def normal(self, batch: Mapping[str, Any], stream: str, draw: int = 0) -> torch.Tensor:
+        like = batch["latent_mean"]
+        return draws.normal(self.recipe.seed, batch["index"], stream, tuple(like.shape[1:]), draw).to(like.device)
+
+    def noise_level(self, batch: Mapping[str, Any], stream: str, like: torch.Tensor, draw: int = 0):
+        """A timestep of all [b] and noise of the shape of `like`."""
+        t = draws.integers(self.recipe.seed, batch["index"], stream, 0, self.diffusion.schedule.T, draw)
+        return t.to(like.device), self.normal(batch, stream, draw + 1)
+
+    def at(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(like),), self.timesteps[number], device=like.device)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        from diffusers import LCMScheduler
+
+        made = assemble(self.encoders, self.generator)
+        made.scheduler = LCMScheduler.from_config(self.encoders.source.config("scheduler"))
+        return made
+
+    def pipeline(self) -> Any:
+        return self._pipeline
+
+    def sampling(self) -> dict[str, Any]:
+        return dict(timesteps=list(self.timesteps), guidance_scale=0.0)
+
+    def save(self, folder: Path) -> None:
+        sampler = {"name": "dmd2", "timesteps": list(self.timesteps), "guidance": 0.0}
+        save_pipeline(
+            self.encoders.source, folder, {"unet": self.generator}, dtype=self.recipe.save_dtype, sampler=sampler
+        )
+
+
+def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Equation 3 of DMD2 with the normalisation of DMD (arXiv 2311.18828, equation 8), float64 [b, c, h, w]."""
+    scale = (x.double() - real.double()).abs().flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
+    return (fake.double() - real.double()) / scale
+
+
+def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient by x is `gradient` / x.numel(): half the squared distance to x - gradient, held fixed."""
+    return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
+
+
+def conditions(batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    return batch["context"], added_conditions(batch)
+
+
+def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
+    """The student's timesteps, falling.
+
+    Raises:
+        UserError: for steps or timesteps that cannot be.
+    """
+    if recipe.timesteps:
+        try:
+            given = tuple(int(text) for text in recipe.timesteps.split(","))
+        except ValueError:
+            raise UserError(f"timesteps {recipe.timesteps!r} are not numbers", "--timesteps 999,749,499,249") from None
+    else:
+        if not 1 <= recipe.few_steps <= training_steps:
+            raise UserError(f"a student of {recipe.few_steps} steps cannot be", "--few-steps 1, 2, 4 or 8")
+        given = tuple(few_steps(recipe.few_steps, training_steps))
+    if list(given) != sorted(set(given), reverse=True) or not 0 <= given[-1] <= given[0] < training_steps:
+        raise UserError(
+            f"timesteps {','.join(map(str, given))} do not fall within 0 to {training_steps - 1}",
+            "--timesteps 999,749,499,249",
+        )
+    return given
+
+
+def check_teacher(encoders: Encoders, teacher: Diffusion, student: Diffusion) -> None:
+    """The three networks must speak of the same noise."""
+    ours, theirs = student.schedule, teacher.schedule
+    if ours.prediction_type != theirs.prediction_type or (ours.alphas_cumprod != theirs.alphas_cumprod).any():
+        raise UserError(
+            f"{encoders.source.name} and the teacher have different noise schedules or prediction types "
+            f"({ours.prediction_type}, {theirs.prediction_type})",
+            "give the pipeline that the student was made of as --teacher",
+        )

@@ -1,0 +1,124 @@
+"""The discriminator of DMD2: a head on the bottleneck of the fake score network (arXiv 2405.14867, section 4.3)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from accel.errors import UserError
+
+
+def head(channels: int, size: int) -> nn.Sequential:
+    """Bottleneck [b, channels, size, size] to one logit [b, 1, 1, 1].
+
+    4x4 convolutions of stride 2 until 4x4 cells are left, then one over all of them, each with group norm and SiLU, and
+    a 1x1 convolution. Bottlenecks of less than 4x4 cells, of small pictures, begin with the convolution over all.
+
+    Raises:
+        UserError: for a size that does not halve down to 4 or below.
+    """
+    layers: list[nn.Module] = []
+    groups = next(count for count in (32, 16, 8, 4, 2, 1) if channels % count == 0)
+
+    def stage(kernel: int, stride: int, padding: int) -> None:
+        layers.extend(
+            (nn.Conv2d(channels, channels, kernel, stride, padding), nn.GroupNorm(groups, channels), nn.SiLU())
+        )
+
+    asked = size
+    while size > 4:
+        if size % 2:
+            raise UserError(
+                f"a bottleneck of {asked} x {asked} cells does not halve down to 4",
+                "choose a resolution whose bottleneck is 4, 8, 16, 32 or 64 cells wide",
+            )
+        stage(4, 2, 1)
+        size //= 2
+    stage(size, size, 0)
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+
+def bottleneck(
+    unet: nn.Module, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None
+) -> torch.Tensor:
+    """What a `UNet2DConditionModel` knows at its narrowest place, [b, C, h, w]; the decoder does not run."""
+    embedding = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t))
+    extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=context, added_cond_kwargs=added)
+    embedding = embedding if extra is None else embedding + extra
+    state = unet.conv_in(x_t)
+    for block in unet.down_blocks:
+        attends = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+        state, _ = block(hidden_states=state, temb=embedding, **attends)
+    if unet.mid_block is None:
+        return state
+    attends = {"encoder_hidden_states": context} if getattr(unet.mid_block, "has_cross_attention", False) else {}
+    return unet.mid_block(state, embedding, **attends)
+
+
+def bottleneck_shape(config: Mapping, cells: int) -> tuple[int, int]:
+    """(channels, cells of a side) of a UNet's bottleneck for latents of `cells` x `cells`."""
+    return config["block_out_channels"][-1], cells // 2 ** (len(config["block_out_channels"]) - 1)
+
+
+class Critic(nn.Module):
+    """The fake score mu_fake and, on its bottleneck, the discriminator D; one network, so that they train together.
+
+    Args:
+        unet: a copy of the teacher.
+        cells: latent cells of a side at the training resolution.
+        seed: of the head's weights.
+    """
+
+    def __init__(self, unet: nn.Module, cells: int, seed: int = 0):
+        super().__init__()
+        self.unet = unet
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = head(*bottleneck_shape(unet.config, cells))
+
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None):
+        """mu_fake's prediction, in the units of the teacher's."""
+        return self.unet(x_t, t, context, added_cond_kwargs=added, return_dict=False)[0]
+
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None):
+        """D(x_t) [b]: positive for real."""
+        return self.head(bottleneck(self.unet, x_t, t, context, added)).flatten(1).mean(1)
+
+    def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):
+        """Everything of one critic turn in one call, as wrappers of several processes need it.
+
+        Args:
+            score: arguments of `score`.
+            fake, real: arguments of `logits`, or None without a discriminator.
+
+        Returns:
+            prediction, logits of the fake ones or None, logits of the real ones or None.
+        """
+        return self.score(*score), *(None if given is None else self.logits(*given) for given in (fake, real))
+
+
+def generator_loss(logits: torch.Tensor) -> torch.Tensor:
+    """softplus(-D(fake)): the non-saturating loss (Goodfellow et al. 2014, arXiv 1406.2661)."""
+    return F.softplus(-logits.float()).mean()
+
+
+def discriminator_loss(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """softplus(D(fake)) + softplus(-D(real))."""
+    return F.softplus(fake.float()).mean() + F.softplus(-real.float()).mean()
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients go through a network but not into it."""
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learns:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learns:
+            parameter.requires_grad_(True)

@@ -1,0 +1,300 @@
+"""DMD2: its gradient against the closed form, its steps against LCMScheduler, what learns and what does not."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, LCMScheduler
+from safetensors.torch import load_file
+
+from accel.distill import checkpoints, draws, recipes
+from accel.distill.data import open_data
+from accel.distill.diffusion import Diffusion, few_steps
+from accel.distill.dmd2 import DMD2, matching_gradient, matching_loss, timesteps_of
+from accel.distill.encode import Encoders, encoded
+from accel.distill.examples import Examples, loader
+from accel.distill.run import execute
+from accel.errors import UserError
+from accel.noise_schedule import NoiseSchedule
+from accel.source import open_source
+
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+
+
+def diffusion(kind: str) -> Diffusion:
+    return Diffusion(NoiseSchedule.from_config(SD | {"prediction_type": kind}))
+
+
+def recipe(model: Path, **fields) -> recipes.DMD2:
+    common: dict = dict(
+        model=str(model), data="digits", resolution=64, random_flip=False, cache="none", steps=4, batch=2, ratio=2,
+        learning_rate=1e-4, ema=0.9, checkpoint_every=2, sample_every=0, log="none",
+    )
+    return recipes.changed(recipes.dmd2(), **common | fields)
+
+
+def method(model: Path, **fields) -> DMD2:
+    made = DMD2(recipe(model, **fields), Encoders(open_source(model)))
+    made.place(torch.device("cpu"), torch.float32)
+    return made
+
+
+def batch_of(made: DMD2, size: int = 2) -> dict:
+    examples = Examples(
+        open_data("digits"), seed=0, resolution=64, center_crop=True, random_flip=False,
+        size_conditioning=made.encoders.sdxl,
+    )  # fmt: skip
+    return encoded(next(loader(examples, batch=size)), made.encoders)
+
+
+# ------------------------------------------------------------------------------------------------------------ equations
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_x0_undoes_the_forward_process(kind):
+    process = diffusion(kind)
+    torch.manual_seed(0)
+    x0, eps, t = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8), torch.tensor([0, 1, 499, 998, 999])
+    x_t = process.add_noise(x0.double(), eps.double(), t)
+    back = process.x0(process.target(x0.double(), eps.double(), t), x_t, t)
+    assert back.dtype == torch.float64 and torch.allclose(back, x0.double(), atol=1e-10)
+    reference = DDPMScheduler(**SD).add_noise(x0, eps, t)
+    assert torch.allclose(x_t.float(), reference, atol=1e-5)
+
+
+def test_the_gradient_of_the_matching_loss_is_the_closed_form():
+    """d loss / d x = (mu_fake - mu_real) / mean|x - mu_real| / (b c h w), per sample; no gradient goes elsewhere."""
+    torch.manual_seed(0)
+    x, real, fake = (torch.randn(3, 4, 8, 8, requires_grad=True) for _ in range(3))
+    gradient = matching_gradient(x.detach(), real, fake).detach()
+    matching_loss(x, gradient).backward()
+    for row in range(3):
+        scale = (x[row] - real[row]).abs().mean()
+        wanted = (fake[row] - real[row]) / scale / x.numel()
+        assert torch.allclose(x.grad[row], wanted, rtol=1e-4, atol=1e-8)
+
+
+def test_following_the_gradient_brings_two_gaussians_together():
+    """G(z) = z + shift, data N(2, 1): both scores are known in closed form, and the shift must find 2."""
+    process = diffusion("sample")
+    shift = torch.zeros(1, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def mean(x_t, a, centre):  # E[x_0 | x_t] for x_0 ~ N(centre, 1)
+        return centre + a.sqrt() * (x_t - a.sqrt() * centre)
+
+    optimizer = torch.optim.SGD([shift], lr=0.5)
+    for _ in range(200):
+        x = torch.randn(64, 1, 1, 1, generator=generator) + shift
+        t = torch.randint(20, 981, (64,), generator=generator)
+        x_t = process.add_noise(x.detach(), torch.randn(x.shape, generator=generator), t).double()
+        a = process.alpha_bar(t).view(-1, 1, 1, 1)
+        gradient = matching_gradient(x.detach(), mean(x_t, a, 2.0), mean(x_t, a, shift.item())).float()
+        optimizer.zero_grad()
+        matching_loss(x, gradient).backward()
+        optimizer.step()
+    assert shift.item() == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "steps"),
+    [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (8, [999, 874, 749, 624, 499, 374, 249, 124])],
+)
+def test_steps_are_the_published_ones(count, steps):
+    assert few_steps(count) == steps
+
+
+def test_a_number_that_does_not_divide_gives_that_many_steps():
+    assert len(few_steps(3)) == 3 and len(few_steps(7)) == 7
+
+
+@pytest.mark.parametrize("fields", [dict(timesteps="399"), dict(timesteps="999,749,499,249"), dict(few_steps=2)])
+def test_timesteps_by_name(fields):
+    wanted = {"399": (399,), "999,749,499,249": (999, 749, 499, 249), "": (999, 499)}[fields.get("timesteps", "")]
+    assert timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000) == wanted
+
+
+@pytest.mark.parametrize("fields", [dict(timesteps="249,999"), dict(timesteps="a"), dict(timesteps="1000"),
+                                    dict(few_steps=0), dict(timesteps="500,500"), dict(few_steps=2000)])  # fmt: skip
+def test_timesteps_that_cannot_be_are_errors_for_people(fields):
+    with pytest.raises(UserError, match="step"):
+        timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000)
+
+
+# ------------------------------------------------------------------------------------------------------------ generator
+
+
+def test_backward_simulation_is_lcm_schedulers_sampling(sd15, monkeypatch):
+    """G's pictures in training are the ones it will draw: LCMScheduler with the same timesteps and the same noise."""
+    made = method(sd15)
+    batch = batch_of(made)
+    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 3)
+    with torch.no_grad():
+        ours = made.draw(batch, step)
+    scheduler = LCMScheduler.from_config(open_source(sd15).config("scheduler"))
+    scheduler.set_timesteps(timesteps=[999, 749, 499, 249])
+    noises = iter([made.normal(batch, "renoise", number) for number in range(3)])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(noises))
+    latents = made.normal(batch, "noise")
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            said = made.generator(latents, t, batch["context"]).sample
+            latents = scheduler.step(said, t, latents, return_dict=False)[0]
+    assert torch.allclose(ours, latents, atol=2e-4)
+
+
+def test_only_the_last_call_of_the_generator_has_a_gradient(sd15):
+    made = method(sd15)
+    batch = batch_of(made)
+    calls = []
+    made.generator.register_forward_hook(lambda module, given, out: calls.append(torch.is_grad_enabled()))
+    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 2)
+    assert made.draw(batch, step).requires_grad
+    assert calls == [False, False, True]
+
+
+def test_without_backward_simulation_the_generator_learns_on_noised_pictures(sd15):
+    made = method(sd15, backward_simulation=False)
+    batch = batch_of(made)
+    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 2)
+    seen = []
+    made.generator.register_forward_pre_hook(lambda module, given: seen.append(given))
+    made.draw(batch, step)
+    ((x_t, t, *_),) = seen
+    assert t.tolist() == [499, 499]
+    clean = batch["latent_mean"]
+    a = made.diffusion.alpha_bar(t)[0]
+    # What is left after taking the picture away is noise of the right size.
+    noise = (x_t - a.sqrt().float() * clean) / (1 - a).sqrt().float()
+    assert noise.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------- who may learn
+
+
+def gradients(module: torch.nn.Module) -> dict[str, bool]:
+    return {name: p.grad is not None and bool((p.grad != 0).any()) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_each_turn_reaches_its_own_network_and_no_other(family, request):
+    made = method(request.getfixturevalue(family))
+    batch = batch_of(made)
+    generator, critic = made.turns
+    total, terms = made.loss(generator, batch, 0)
+    total.backward()
+    assert all(gradients(made.generator).values())
+    assert not any(gradients(made.critic).values()) and not any(gradients(made.teacher).values())
+    assert set(terms) == {"matching", "adversarial", "gradient", "lag"}
+    made.generator.zero_grad(set_to_none=True)
+    total, terms = made.loss(critic, batch, 0)
+    total.backward()
+    assert all(gradients(made.critic).values())
+    assert not any(gradients(made.generator).values()) and not any(gradients(made.teacher).values())
+    assert set(terms) == {"denoising", "discriminator", "accuracy"}
+
+
+def test_the_critic_learns_on_the_pictures_of_the_generators_turn(sd15, monkeypatch):
+    made = method(sd15)
+    batch = batch_of(made)
+    made.loss(made.turns[0], batch, 0)
+    monkeypatch.setattr(made, "draw", lambda *_: pytest.fail("drawn twice"))
+    made.loss(made.turns[1], batch, 0)
+    assert made._drawn == {}
+
+
+def test_without_a_gan_the_head_does_not_learn(sd15):
+    made = method(sd15, adversarial_weight=0.0)
+    batch = batch_of(made)
+    total, terms = made.loss(made.turns[1], batch, 1)
+    total.backward()
+    assert set(terms) == {"denoising"} and not any(gradients(made.critic.head).values())
+
+
+def test_real_guidance_is_classifier_free_guidance(sd15):
+    made = method(sd15, real_guidance=3.0)
+    batch = batch_of(made)
+    x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([500, 20])
+    with torch.no_grad():
+        with_text = made.teacher(x_t, t, batch["context"]).sample
+        without = made.teacher(x_t, t, made.encoders.prompts(["", ""])["context"]).sample
+        ours = made.guided(x_t, t, batch)
+    assert torch.allclose(ours.float(), without + 3.0 * (with_text - without), atol=1e-5)
+
+
+def test_a_pruned_generator_with_the_full_teacher(sd15, sd15_tiny):
+    made = method(sd15_tiny, teacher=str(sd15))
+    assert len(made.generator.up_blocks) == 3 and len(made.teacher.up_blocks) == len(made.critic.unet.up_blocks) == 4
+
+
+def test_a_teacher_of_another_noise_schedule_is_refused(sd15, tmp_path):
+    import shutil
+
+    other = Path(shutil.copytree(sd15, tmp_path / "other"))
+    config = json.loads((other / "scheduler/scheduler_config.json").read_text())
+    (other / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    with pytest.raises(UserError, match="different noise schedules"):
+        method(sd15, teacher=str(other))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_a_run_its_result_and_its_resume(sd15, tmp_path):
+    torch.set_num_threads(1)
+    execute(recipe(sd15), tmp_path / "straight")
+    assert json.loads((tmp_path / "straight/sampler.json").read_text()) == {
+        "name": "dmd2", "timesteps": [999, 749, 499, 249], "guidance": 0.0,
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "straight-run/losses.jsonl").read_text().splitlines()]
+    assert ["generator/loss" in line for line in lines] == [True, False, True, False]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+
+    class Dies(DMD2):
+        def loss(self, turn, batch, step):
+            if step == 3:
+                raise RuntimeError("the power went off")
+            return super().loss(turn, batch, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("accel.distill.run", fromlist=["run"]).METHODS, recipes.DMD2, Dies)
+        with pytest.raises(RuntimeError, match="power"):
+            execute(recipe(sd15), tmp_path / "resumed")
+    execute(recipe(sd15), tmp_path / "resumed")
+    ours, theirs = load_file(tmp_path / "resumed" / UNET), load_file(tmp_path / "straight" / UNET)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = (checkpoints.all_of(tmp_path / f"{name}-run")[-1] for name in ("resumed", "straight"))
+    for name in ("generator", "generator_ema", "critic"):
+        ours, theirs = (load_file(path / name / UNET.name) for path in (first, second))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert not (second / "critic_ema").exists() and not (second / "teacher").exists()
+
+
+def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15_tiny, sd15, tmp_path):
+    import accel
+    from accel.export.pipeline import export_pipeline
+
+    given = recipe(sd15_tiny, teacher=str(sd15), timesteps="399", steps=2, sample_every=2, sample_prompts="the cat")
+    execute(given, tmp_path / "one")
+    export_pipeline(tmp_path / "one", tmp_path / "bundle", profile="batch=1,size=64")
+    pipe = accel.load(tmp_path / "bundle", engine="eager")
+    assert pipe.bundle.manifest.sampler["timesteps"] == [399]
+    assert pipe("the cat", seed=0, output_type="np").images.shape == (1, 64, 64, 3)
+    assert (tmp_path / "one-run/samples/step-000002.png").is_file()
+
+
+def test_two_learning_rates_and_schedules(sd15, tmp_path):
+    given = recipe(sd15, critic_learning_rate=4e-4, lr_schedule="linear", steps=4)
+    execute(given, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out-run/losses.jsonl").read_text().splitlines()]
+    assert [line["critic/lr"] for line in lines] == pytest.approx([3e-4, 2e-4, 1e-4, 0])
+    assert [line["generator/lr"] for line in lines if "generator/lr" in line] == pytest.approx([5e-5, 0])
+
+
+def test_fields_are_options(sd15):
+    assert {field.name for field in dataclasses.fields(recipes.DMD2)} >= {"ratio", "real_guidance", "few_steps"}
+    assert recipes.recipe("digits-dmd2").real_guidance == 3.0
