@@ -1,7 +1,7 @@
 """Checkpoints of a training run: whole or not at all, rotated, and exact.
 
     <run>/checkpoints/step-000500/
-        state.json                  step, recipe, global batch, versions
+        state.json                  step, recipe, global batch, versions, the scaler of float16
         unet/                       the network as diffusers writes it, so that it can be loaded as it is
         unet_ema/                   its average, where there is one
         optimizer-unet.pt           one per turn
@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,6 +35,7 @@ from accel.files import read_json, readable
 from .methods import Network
 from .recipes import Recipe
 
+_PARTIAL = ".partial"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -71,43 +73,96 @@ def write(
     run: Path, step: int, *, networks: Mapping[str, Network], averages: Mapping[str, Sequence[torch.Tensor]],
     optimizers: Mapping[str, Any], schedulers: Mapping[str, Any], kept: Mapping[str, Any], accelerator: Any, keep: int,
 ) -> Path:
-    """Write `step-N` beside the others, then remove the oldest beyond `keep` (0 keeps all). Every rank calls it."""
+    """Write `step-N` beside the others, then remove the oldest beyond `keep` (0 keeps all). Every rank calls it.
+
+    Raises:
+        UserError: when the disk does not take it; the checkpoints before it are intact.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     final = run / "checkpoints" / f"step-{step:06d}"
-    partial = final.with_name(f".{final.name}.partial")
+    partial = final.with_name(f".{final.name}{_PARTIAL}")
     main = accelerator.is_main_process
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save(_random_state(), partial / f"rng-{accelerator.process_index}.pt")
-    for name, network in networks.items():
-        tensors = tensors_of(network.model)
+    with _saving(partial):
         if main:
-            _write_network(network.model, tensors, partial / name)
-        if name in averages:
-            shadow = {key: whole(value) for key, value in zip(_trained(network.model), averages[name], strict=True)}
+            _sweep(final.parent)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        _save(_random_state(), partial / f"rng-{accelerator.process_index}.pt")
+        for name, network in networks.items():
+            tensors = tensors_of(network.model)
             if main:
-                _write_network(network.model, tensors | shadow, partial / f"{name}_ema")
-    for turn, optimizer in optimizers.items():
-        models = nn.ModuleDict({name: networks[name].model for name in kept["turns"][turn]})
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_optimizer_state_dict(models, optimizer, options=options)
+                _write_network(network.model, tensors, partial / name)
+            if name in averages:
+                shadow = {key: whole(value) for key, value in zip(_trained(network.model), averages[name], strict=True)}
+                if main:
+                    _write_network(network.model, tensors | shadow, partial / f"{name}_ema")
+        for turn, optimizer in optimizers.items():
+            models = nn.ModuleDict({name: networks[name].model for name in kept["turns"][turn]})
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            state = get_optimizer_state_dict(models, optimizer, options=options)
+            if main:
+                _save(state, partial / f"optimizer-{turn}.pt")
+                _save(schedulers[turn].state_dict(), partial / f"scheduler-{turn}.pt")
+        accelerator.wait_for_everyone()
         if main:
-            torch.save(state, partial / f"optimizer-{turn}.pt")
-            torch.save(schedulers[turn].state_dict(), partial / f"scheduler-{turn}.pt")
-    accelerator.wait_for_everyone()
-    if main:
-        (partial / "state.json").write_text(json.dumps(dict(kept) | {"step": step}, indent=2) + "\n")
-        readable(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        if keep:
-            for old in all_of(run)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
+            (partial / "state.json").write_text(json.dumps(dict(kept) | scaler | {"step": step}, indent=2) + "\n")
+            readable(partial)
+            _to_disk(partial)
+            if final.exists():
+                _remove(final)
+            os.replace(partial, final)
+            for old in all_of(run)[:-keep] if keep else ():
+                _remove(old)
     accelerator.wait_for_everyone()
     return final
+
+
+@contextlib.contextmanager
+def _saving(partial: Path) -> Iterator[None]:
+    """What fails, or is interrupted, leaves nothing behind; a disk that is full is told in a sentence."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):  # safetensors wraps what the system says
+            said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:200]
+            raise UserError(
+                f"the checkpoint {partial.parent} cannot be written: {said}; the ones before it are intact",
+                "free some space and start again: the run goes on from the last one; --keep 1 needs the least",
+            ) from error
+        raise
+
+
+def _save(value: Any, path: Path) -> None:
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # a C++ stream that failed, without saying why
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _to_disk(folder: Path) -> None:
+    """Before the rename, or a power cut could leave the name without the content."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: a kill in the middle must not leave half a checkpoint under its name."""
+    gone = folder.with_name(f".{folder.name}.old{_PARTIAL}")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs left half-written, or half-removed."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read(
@@ -145,11 +200,13 @@ def read(
             moments = torch.load(path / f"optimizer-{turn}.pt", weights_only=True)
             set_optimizer_state_dict(models, optimizer, moments, options=options)
             schedulers[turn].load_state_dict(torch.load(path / f"scheduler-{turn}.pt", weights_only=True))
+        random_file = path / f"rng-{accelerator.process_index}.pt"
+        if random_file.is_file():
+            _set_random_state(torch.load(random_file, weights_only=True))
+        if accelerator.scaler is not None and "scaler" in state:
+            accelerator.scaler.load_state_dict(state["scaler"])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"delete {path}; the one before is used then") from None
-    random_file = path / f"rng-{accelerator.process_index}.pt"
-    if random_file.is_file():
-        _set_random_state(torch.load(random_file, weights_only=True))
     return state["step"]
 
 

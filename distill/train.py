@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class Loop:
             TimeRemainingColumn(), TextColumn("{task.fields[terms]}"),
         )  # fmt: skip
         shown = self.accelerator.is_main_process
-        began, step = time.perf_counter(), first
+        began, step, kept = time.perf_counter(), first, first
         with stop, log, Progress(*columns, console=self.console, disable=not shown) as bar:
             task = bar.add_task("training", total=self.recipe.steps, completed=first, terms="")
             with contextlib.closing(batches(first)) as stream:
@@ -182,19 +183,24 @@ class Loop:
                     bar.update(task, completed=step, terms=_short(figures))
                     if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
                         self.checkpoint(step)
+                        kept = step
                     if self.recipe.sample_every and (
                         step % self.recipe.sample_every == 0 or step == self.recipe.steps
                     ):
                         self.sample(step)
             stopped = step < self.recipe.steps
-            if stopped and step > first:
+            if stopped and step > kept:
                 self.checkpoint(step)
         if not stopped:
             self.use_averages()
         return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
 
     def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
-        """Every turn that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms."""
+        """Every turn that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms.
+
+        Where float16 overflows, the scaler skips the update and the step counts all the same: the schedules depend on
+        the number of the step alone.
+        """
         micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
         figures: dict[str, float] = {}
         for turn in self.method.turns:
@@ -214,8 +220,14 @@ class Loop:
                     sums[name] = sums.get(name, 0) + value.detach().float() / len(micro)
             values = self.reduced(sums)
             if not all(math.isfinite(value) for value in values.values()):
-                raise self.not_finite(step, turn.name, values, micro)
+                raise self.not_finite("loss", step, turn.name, values, micro)
             norm = self.accelerator.clip_grad_norm_(_parameters(networks), self.recipe.max_grad_norm)
+            values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
+            scaler = self.accelerator.scaler
+            # A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint.
+            if not math.isfinite(values["grad_norm"]) and (scaler is None or scaler.get_scale() < 1):
+                raise self.not_finite("gradient", step, turn.name, values, micro)
+            values["lr"] = self.schedulers[turn.name].get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.schedulers[turn.name].step()
@@ -223,8 +235,6 @@ class Loop:
                 if name in self.averages:
                     self.averages[name].step(_parameters([self.method.networks[name]]))
             prefix = f"{turn.name}/" if len(self.method.turns) > 1 else ""
-            values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
-            values["lr"] = self.schedulers[turn.name].get_last_lr()[0]
             figures |= {prefix + name: value for name, value in values.items()}
         return figures
 
@@ -233,7 +243,9 @@ class Loop:
         mean = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="mean")
         return dict(zip(sums, mean.tolist(), strict=True))
 
-    def not_finite(self, step: int, turn: str, values: Mapping[str, float], micro: Sequence[Mapping]) -> UserError:
+    def not_finite(
+        self, what: str, step: int, turn: str, values: Mapping[str, float], micro: Sequence[Mapping]
+    ) -> UserError:
         from accelerate.utils import gather_object
 
         names = gather_object([name for batch in micro for name in batch["name"]])
@@ -242,7 +254,7 @@ class Loop:
         last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return UserError(
-            f"the loss of turn {turn} is not finite at step {step}: {terms}; batch: {shown}; {last}",
+            f"the {what} of turn {turn} is not finite at step {step}: {terms}; batch: {shown}; {last}",
             "look at these pictures; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
         )
 
@@ -253,6 +265,11 @@ class Loop:
         if not found:
             return 0
         step = checkpoints.read(found[-1], **self.state)
+        if step > self.recipe.steps:
+            raise UserError(
+                f"the run in {self.run} is at step {step} already, {self.recipe.steps} are asked for",
+                f"--steps {step}, another --run folder, or delete the checkpoints beyond step {self.recipe.steps}",
+            )
         for name, average in self.averages.items():
             updates = (math.ceil(step / turn.every) for turn in self.method.turns if name in turn.networks)
             average.optimization_step = sum(updates)
@@ -390,7 +407,9 @@ class Log:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         if self.file:
             seconds = round(time.perf_counter() - self.began, 3)
-            self.file.write(json.dumps({"step": step, **figures, "seconds": seconds}) + "\n")
+            # JSON has no infinity, which is the gradient's norm where float16 overflows.
+            plain = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self.file.write(json.dumps({"step": step, **plain, "seconds": seconds}) + "\n")
             self.file.flush()
         if self.accelerator.log_with:
             self.accelerator.log(dict(figures), step=step)
@@ -423,6 +442,8 @@ class Stop:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        if self.accelerator.is_main_process:  # not print: a signal may come in the middle of one
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     def asked(self) -> bool:
         """Whether any process was asked to stop; all of them agree."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill import checkpoints, recipes
+from accel.distill import checkpoints, recipes, run
 from accel.distill.kd import Denoising
 from accel.distill.run import execute
 from accel.errors import UserError
@@ -301,12 +302,134 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_pictures(sd15, picture
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+def steep(monkeypatch, at: int) -> None:
+    """The square root of zero: a finite loss with a gradient that is not, in one step."""
+    real = Denoising.loss
+
+    def loss(self, turn, batch, step):
+        total, terms = real(self, turn, batch, step)
+        zero = next(self.unet.parameters()).flatten()[0] * 0
+        return (total + zero.sqrt() if step == at else total), terms
+
+    monkeypatch.setattr(Denoising, "loss", loss)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(sd15, pictures, tmp_path, monkeypatch):
+    steep(monkeypatch, at=3)
+    with pytest.raises(UserError, match="the gradient of turn unet is not finite at step 3.*step-000003, is intact"):
+        execute(tiny(sd15, pictures, checkpoint_every=1), tmp_path / "out")
+    newest = checkpoints.all_of(tmp_path / "out-run")[-1]
+    assert newest.name == "step-000003"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(newest / UNET).values())
+
+
+def scaled(monkeypatch, **options) -> None:
+    """Loss scaling as float16 on a GPU has it, on this machine."""
+    made = run.accelerator_for
+
+    def accelerator_for(recipe, folder):
+        accelerator = made(recipe, folder)
+        accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+        return accelerator
+
+    monkeypatch.setattr(run, "accelerator_for", accelerator_for)
+
+
+def test_the_loss_scale_of_float16_goes_on_where_it_was(sd15, pictures, tmp_path, monkeypatch):
+    scaled(monkeypatch, init_scale=4.0, growth_interval=2)
+
+    def scale(step: int) -> float:
+        state = tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "state.json"
+        return json.loads(state.read_text())["scaler"]["scale"]
+
+    execute(tiny(sd15, pictures, steps=2, accumulation=2, batch=2), tmp_path / "first", tmp_path / "run")
+    assert scale(2) == 8
+    execute(tiny(sd15, pictures, steps=4, accumulation=2, batch=2), tmp_path / "second", tmp_path / "run")
+    assert scale(4) == 16
+
+
+def test_an_overflow_of_float16_skips_updates_and_not_more(straight, sd15, pictures, tmp_path, monkeypatch):
+    scaled(monkeypatch, init_scale=4.0)
+    steep(monkeypatch, at=0)
+    recipe = tiny(sd15, pictures, steps=2, checkpoint_every=1, ema=0.0, lr_schedule="linear")
+    execute(recipe, tmp_path / "out")
+    from diffusers import UNet2DConditionModel
+
+    from accel.distill.students import make_student
+
+    begin = make_student(UNet2DConditionModel.from_pretrained(sd15 / "unet"), "tiny").state_dict()
+    first, second = (load_file(path / UNET) for path in checkpoints.all_of(tmp_path / "out-run"))
+    assert all(torch.equal(first[name], begin[name]) for name in begin)
+    assert not all(torch.equal(second[name], begin[name]) for name in begin)
+    logged = lines(tmp_path / "out-run")
+    assert logged[0]["grad_norm"] is None and logged[1]["grad_norm"] > 0
+    assert [line["lr"] for line in logged] == [1e-3, 5e-4]
+
+
+def test_float16_that_overflows_at_any_scale_is_an_error(sd15, pictures, tmp_path, monkeypatch):
+    scaled(monkeypatch, init_scale=0.5)
+    steep(monkeypatch, at=0)
+    with pytest.raises(UserError, match="the gradient of turn unet is not finite"):
+        execute(tiny(sd15, pictures), tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", [UNET, Path("optimizer-unet.pt")], ids=["in the weights", "in the moments"])
+def test_a_full_disk_is_told_and_costs_no_checkpoint(sd15, pictures, tmp_path, monkeypatch, at):
+    """A limit on the size of files stands for it: the system refuses the write in the same places."""
+    real = checkpoints.write
+
+    def write(folder, step, **state):
+        if step == 4:
+            size = (checkpoints.all_of(folder)[-1] / at).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
+        try:
+            return real(folder, step, **state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write", write)
+        with pytest.raises(UserError, match="cannot be written: .*; the ones before it are intact"):
+            execute(tiny(sd15, pictures), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out-run" / "checkpoints").iterdir()] == ["step-000002"]
+    assert execute(tiny(sd15, pictures), tmp_path / "out").steps == 6
+
+
+def test_what_killed_runs_left_is_removed_and_never_read(sd15, pictures, tmp_path):
+    left = tmp_path / "run" / "checkpoints" / ".step-000099.partial"
+    left.mkdir(parents=True)
+    (left / "rng-0.pt").write_bytes(b"half")
+    execute(tiny(sd15, pictures, steps=2), tmp_path / "out", tmp_path / "run")
+    assert [path.name for path in left.parent.iterdir()] == ["step-000002"]
+
+
+def test_a_run_that_is_further_than_asked_for_is_no_result(sd15, pictures, tmp_path):
+    execute(tiny(sd15, pictures, steps=2), tmp_path / "first", tmp_path / "run")
+    with pytest.raises(UserError, match="is at step 2 already, 1 are asked for"):
+        execute(tiny(sd15, pictures, steps=1), tmp_path / "second", tmp_path / "run")
+
+
+def test_the_averages_of_a_turn_that_comes_seldom_go_on_where_they_were(sd15, pictures, tmp_path, monkeypatch):
+    """Their decay warms up with the number of updates."""
+    made = Denoising.__init__
+
+    def seldom(self, *args):
+        made(self, *args)
+        self.turns = (dataclasses.replace(self.turns[0], every=2),)
+
+    monkeypatch.setattr(Denoising, "__init__", seldom)
+    execute(tiny(sd15, pictures, steps=9, checkpoint_every=3), tmp_path / "straight")
+    for steps in (3, 9):
+        execute(tiny(sd15, pictures, steps=steps, checkpoint_every=3), tmp_path / f"{steps}", tmp_path / "run")
+    assert same_weights(tmp_path / "9" / UNET, tmp_path / "straight" / UNET)
+
+
 def test_other_settings_in_the_same_run_folder_are_refused_by_name(straight, sd15, pictures, tmp_path):
-    run = straight.with_name("out-run")
+    folder = straight.with_name("out-run")
     with pytest.raises(UserError, match=r"learning_rate was 0.001, is now 0.002"):
-        execute(tiny(sd15, pictures, steps=8, learning_rate=2e-3), tmp_path / "out", run)
+        execute(tiny(sd15, pictures, steps=8, learning_rate=2e-3), tmp_path / "out", folder)
     with pytest.raises(UserError, match=r"global_batch was 4, is now 8"):
-        execute(tiny(sd15, pictures, batch=8), tmp_path / "out", run)
+        execute(tiny(sd15, pictures, batch=8), tmp_path / "out", folder)
 
 
 def test_the_same_global_batch_may_be_divided_otherwise_on_resume(sd15, pictures, tmp_path):
