@@ -13,10 +13,22 @@ NAMES = ("auto", "sdpa", "flash-attn", "xformers")
 
 
 def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> None:
-    """Choose the attention of a diffusers UNet.
+    """Choose the attention of a diffusers UNet: see `check_attention`."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    check_attention(name, device=device, half=half)
+    if name in ("auto", "sdpa"):
+        unet.set_attn_processor(AttnProcessor2_0())
+    elif name == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    else:
+        unet.set_attn_processor(FlashAttention())
+
+
+def check_attention(name: str, *, device: torch.device, half: bool) -> None:
+    """Whether an attention can be had.
 
     Args:
-        unet: a `UNet2DConditionModel`.
         name: a member of NAMES. `auto` is torch's scaled_dot_product_attention, which itself takes the fastest kernel
             that fits; `flash-attn` and `xformers` are the packages of these names.
         device: where the UNet runs.
@@ -25,24 +37,17 @@ def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> 
     Raises:
         UserError: when an explicit choice cannot be honoured here.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     if name not in NAMES:
         raise UserError(f"unknown attention {name!r}", f"one of: {', '.join(NAMES)}")
     if name in ("auto", "sdpa"):
-        unet.set_attn_processor(AttnProcessor2_0())
         return
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is None:
         raise MissingPackage(name, f"--attention {name}", extra=name)
     if device.type != "cuda":
         raise UserError(f"--attention {name} needs a CUDA device, this run is on {device.type}", "--attention sdpa")
-    if name == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
-        return
-    if not half:
+    if name == "flash-attn" and not half:
         raise UserError("--attention flash-attn computes in half precision only", "add --mixed-precision bf16")
-    unet.set_attn_processor(FlashAttention())
 
 
 class FlashAttention:

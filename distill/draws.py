@@ -17,6 +17,7 @@ import torch
 STREAMS = (
     "order", "placement", "caption", "dropout", "posterior", "timestep", "noise", "offset", "perturbation", "instance",
     "renoise", "steps", "matching", "critic", "fake", "real",
+    "mask", "masked",
 )
 
 

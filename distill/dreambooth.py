@@ -19,19 +19,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from accel.errors import Notice, UserError
 from accel.files import read_json, write_json
 from accel.noise import normal
 
+from . import pipelines
 from .encode import Encoders
 from .items import IMAGE_SUFFIXES, Item, size_of, upright_rgb
 from .kd import Denoising
 from .lora import LowRank
 from .lora import check as check_lora
-from .pipelines import assemble
 from .recipes import DreamBooth
 
 # Class examples are counted from here on, so that they never share their noise with an example of the subject.
@@ -247,21 +246,20 @@ def draw(recipe: DreamBooth, encoders: Encoders, paths: Mapping[int, Path], acce
     from rich.console import Console
     from rich.progress import track
 
-    pipeline = assemble(encoders, encoders.source.load("unet").to(encoders.device))
+    pipeline = pipelines.assemble(encoders, encoders.source.load("unet").to(encoders.device))
     cells = recipe.resolution // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, cells, cells)
+    shape = (encoders.latent_channels, cells, cells)
     numbers = list(paths)
     chunks = [numbers[start : start + recipe.class_batch] for start in range(0, len(numbers), recipe.class_batch)]
     quiet = not accelerator.is_main_process
     for chunk in track(chunks, "class pictures", console=Console(stderr=True), disable=quiet):
         latents = torch.from_numpy(normal([recipe.seed + number for number in chunk], 0, shape))
         with accelerator.autocast():
-            out = pipeline(
-                [recipe.class_prompt] * len(chunk), latents=latents.to(encoders.device),
-                num_inference_steps=recipe.sample_steps, guidance_scale=recipe.sample_guidance,
-                height=recipe.resolution, width=recipe.resolution, output_type="np",
-            )  # fmt: skip
-        for number, image in zip(chunk, (np.asarray(out.images) * 255).round().astype(np.uint8), strict=True):
+            images = pipelines.draw(
+                pipeline, [recipe.class_prompt] * len(chunk), latents, num_inference_steps=recipe.sample_steps,
+                guidance_scale=recipe.sample_guidance,
+            )
+        for number, image in zip(chunk, images, strict=True):
             partial = paths[number].with_name(f".{paths[number].name}")
             Image.fromarray(image).save(partial, format="PNG")
             os.replace(partial, paths[number])

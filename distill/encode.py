@@ -56,6 +56,15 @@ class Encoders:
         """Pixels per latent cell, along one side."""
         return 2 ** (len(self.source.config("vae")["block_out_channels"]) - 1)
 
+    @property
+    def latent_channels(self) -> int:
+        return self.source.config("vae").get("latent_channels", 4)
+
+    @cached_property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes a mask and the latents of the masked picture beside x_t: see `inpainting`."""
+        return self.source.config("unet").get("in_channels", 4) == 2 * self.latent_channels + 1
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the weights that decide what comes out."""
@@ -112,7 +121,9 @@ def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             made[key] = value.to(encoders.device, non_blocking=True)
     if "latent_mean" not in made:
-        made |= encoders.images(made.pop("pixels"))
+        made |= encoders.images(made["pixels"])
+        if not encoders.inpaints:  # which hides parts of them
+            del made["pixels"]
     if "context" not in made and not encoders.text_learns:
         made |= encoders.prompts(made["caption"])
     return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

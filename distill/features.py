@@ -76,7 +76,7 @@ class Tapped(nn.Module):
         super().__init__()
         self.unet = unet
         self.names = tuple(names)
-        self._caught: dict[str, torch.Tensor] = {}
+        self._caught: dict[str, torch.Tensor] | None = None  # only while forward runs
         modules = dict(unet.named_modules())
         for name in self.names:
             if name not in modules:
@@ -85,6 +85,8 @@ class Tapped(nn.Module):
 
     def _catch(self, name: str):
         def hook(module: nn.Module, inputs, output) -> None:
+            if self._caught is None:
+                return  # a pipeline that samples calls the UNet without us
             if isinstance(output, tuple):
                 output = output[0]
             # A transformer returns an object with one field where its caller asked for one.
@@ -93,7 +95,9 @@ class Tapped(nn.Module):
         return hook
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, added=None):
-        out = self.unet(sample, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
-        caught = [self._caught[name] for name in self.names]
-        self._caught.clear()
-        return out, caught
+        self._caught = {}
+        try:
+            out = self.unet(sample, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+            return out, [self._caught[name] for name in self.names]
+        finally:
+            self._caught = None

@@ -18,7 +18,8 @@ from torch import nn
 from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
 
-from . import losses, students
+from . import inpainting, losses, students
+from .attention import set_attention
 from .denoising import added_conditions, noised, task_terms
 from .encode import Encoders
 from .features import Tapped, pairs
@@ -39,6 +40,7 @@ class Denoising:
 
     def __init__(self, recipe: Distillation | Finetune, encoders: Encoders):
         self.recipe, self.encoders = recipe, encoders
+        inpainting.check(recipe, encoders)
         self.schedule = NoiseSchedule.from_config(encoders.source.config("scheduler"))
         self.weights = {"task": 1.0, "prior": getattr(recipe, "prior_weight", 0.0)}
         self.teacher = None
@@ -66,9 +68,11 @@ class Denoising:
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.teacher is not None:
             chosen = getattr(self.recipe, "teacher_dtype", "auto")
-            if chosen != "auto" and chosen not in DTYPES:
-                raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
-            self.teacher.to(device, DTYPES.get(chosen, dtype))
+            dtype = DTYPES.get(chosen, dtype)
+            self.teacher.to(device, dtype)
+            exact = dtype == torch.float32 and self.recipe.attention == "flash-attn"  # which has no float32
+            attention = "sdpa" if exact else self.recipe.attention
+            set_attention(self.teacher.unet, attention, device=device, half=dtype != torch.float32)
             if self.recipe.compile:
                 self.teacher.compile()
 
@@ -77,10 +81,13 @@ class Denoising:
             models = [network.module for network in self.text.values()]
             batch = {**batch, **self.encoders.conditions(batch["caption"], models)}
         made, added = noised(batch, self.recipe, self.schedule), added_conditions(batch)
-        out, features = self.networks["unet"].module(made.x_t, made.t, batch["context"], added)
+        x_t = made.x_t
+        if self.encoders.inpaints:
+            x_t = torch.cat([x_t, inpainting.hidden(batch, self.recipe.seed, self.encoders)], 1)
+        out, features = self.networks["unet"].module(x_t, made.t, batch["context"], added)
         terms = task_terms(out, made, batch)
         if self.teacher is not None:
-            wanted, wanted_features = self._teach(made.x_t, made.t, batch["context"], added)
+            wanted, wanted_features = self._teach(x_t, made.t, batch["context"], added)
             terms["output"] = losses.output_loss(out, wanted)
             if features:
                 terms["feature"] = losses.feature_loss(features, wanted_features)
@@ -89,7 +96,7 @@ class Denoising:
     @torch.no_grad()
     def _teach(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: dict | None):
         dtype = next(self.teacher.parameters()).dtype
-        added = added and {name: value.to(dtype) for name, value in added.items()}
+        # SDXL's sizes stay in float32, as the student gets them: bfloat16 tells 1020 from 1024 pixels, and not finer.
         return self.teacher(x_t.to(dtype), t, context.to(dtype), added)
 
     @cached_property

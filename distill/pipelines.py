@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,21 +23,51 @@ SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def assemble(encoders: Encoders, unet: nn.Module) -> Any:
     """A diffusers pipeline that samples with DPM-Solver++(2M), made of the parts that are in memory already."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
+    from diffusers import DPMSolverMultistepScheduler
 
+    task = "Inpaint" if encoders.inpaints else ""
     scheduler = DPMSolverMultistepScheduler.from_config(encoders.source.config("scheduler"))
     parts = dict(vae=encoders.vae, unet=unet, scheduler=scheduler)
     (parts["tokenizer"], parts["text_encoder"]), *more = encoders.text
     if more:
         (parts["tokenizer_2"], parts["text_encoder_2"]), = more
         force = encoders.source.index.get("force_zeros_for_empty_prompt", True)
-        made = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=force, add_watermarker=False)
+        cls = getattr(diffusers, f"StableDiffusionXL{task}Pipeline")
+        made = cls(**parts, force_zeros_for_empty_prompt=force, add_watermarker=False)
     else:
-        made = StableDiffusionPipeline(
+        made = getattr(diffusers, f"StableDiffusion{task}Pipeline")(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@torch.no_grad()
+def draw(pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, **sampling: Any) -> np.ndarray:
+    """Pictures of an assembled pipeline, uint8 [n, h, w, 3], the UNet under whatever autocast is on.
+
+    The VAE decodes outside of it: SDXL's overflows in float16, and the pictures would be black. An inpainting pipeline
+    paints the whole picture.
+
+    Args:
+        latents: the noise, [n, 4, h/8, w/8].
+        sampling: steps and guidance, as the pipeline calls them.
+    """
+    vae, scale = pipeline.vae, pipeline.vae_scale_factor
+    height, width = (scale * cells for cells in latents.shape[2:])
+    if pipeline.unet.config.in_channels != latents.shape[1]:
+        blank = torch.zeros(1, 3, height, width, device=vae.device)
+        with torch.autocast(vae.device.type, enabled=False):
+            seen = vae.encode(blank).latent_dist.mean * vae.config.scaling_factor
+        sampling |= dict(image=blank, mask_image=blank[:, :1] + 1, masked_image_latents=seen, strength=1.0)
+    made = pipeline(
+        list(prompts), latents=latents.to(vae.device), height=height, width=width, output_type="latent", **sampling
+    ).images
+    with torch.autocast(vae.device.type, enabled=False):
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        decoded = vae.decode(made.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+    return (pipeline.image_processor.postprocess(decoded, "np") * 255).round().astype(np.uint8)
 
 
 def save_pipeline(

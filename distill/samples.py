@@ -10,6 +10,7 @@ import torch
 from accel.noise import normal
 from accel.sheet import contact_sheet
 
+from .pipelines import draw
 from .recipes import Recipe
 
 DEFAULT_PROMPTS = ("a photo of a red fox in the snow", "a bowl of fruit on a wooden table, oil painting")
@@ -29,11 +30,8 @@ def grid(pipeline: Any, recipe: Recipe, sampling: dict[str, Any]) -> Any:
         for start in range(0, len(prompts), recipe.batch):
             part = prompts[start : start + recipe.batch]
             seeds = range(recipe.seed + start, recipe.seed + start + len(part))
-            out = pipeline(
-                part, latents=torch.from_numpy(normal(seeds, 0, (channels, cells, cells))).to(pipeline.device),
-                height=recipe.resolution, width=recipe.resolution, output_type="np", **sampling,
-            )  # fmt: skip
-            made.append((out.images * 255).round().astype(np.uint8))
+            latents = torch.from_numpy(normal(seeds, 0, (channels, cells, cells)))
+            made.append(draw(pipeline, part, latents, **sampling))
     finally:
         unet.train(training)
     labels = prompts if len(prompts) <= 12 else ()

@@ -94,3 +94,10 @@ def test_unknown_names_are_errors_for_people(teachers):
         pairs("all", "tiny", teachers["sd15"])
     with pytest.raises(UserError, match="no module"):
         Tapped(teachers["sd15"], ["down_blocks.9"])
+
+
+def test_activations_are_not_held_after_the_call_or_when_a_pipeline_calls_the_unet(teachers):
+    model = Tapped(teachers["sd15"], ["mid_block"])
+    model.unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 5, 16))
+    assert model._caught is None
+    assert call(model)[1][0].shape == (1, 24, 2, 2) and model._caught is None
