@@ -99,7 +99,7 @@ def inside(root: Path, relative: str, what: str) -> Path:
 
 
 @contextlib.contextmanager
-def _exclusive(target: Path) -> Iterator[None]:
+def exclusive(target: Path) -> Iterator[None]:
     """Hold the only right to write `target`; the kernel gives it back when the process ends, however it ends."""
     import fcntl
 
@@ -139,10 +139,10 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     previous = out.parent / f".{out.name}.previous"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(out):
+        with exclusive(out):
             if previous.exists():
                 _settle(previous, out)  # an earlier process was killed in `_replace`
-            _refuse_existing(out, overwrite)
+            refuse_existing(out, overwrite)
             for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
@@ -150,7 +150,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 temporary.chmod(0o755)
                 yield temporary
                 readable(temporary)
-                _refuse_existing(out, overwrite)  # somebody may have made it during the hours of work
+                refuse_existing(out, overwrite)  # somebody may have made it during the hours of work
                 _replace(out, temporary, previous)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -184,7 +184,8 @@ def _settle(previous: Path, out: Path) -> None:
         os.replace(previous, out)
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Refuse to write where something is, but for an empty folder, or with `overwrite` for one that accel wrote."""
     if not out.is_symlink() and (not out.exists() or (out.is_dir() and not any(out.iterdir()))):
         return
     if not overwrite:

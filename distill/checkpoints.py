@@ -52,6 +52,8 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
     kept = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FREE}
     if recipe.lr_schedule == "constant":
         kept.pop("steps")
+    # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
+    kept["cached"] = recipe.cache != "none"
     return kept | {"method": type(recipe).__name__, "global_batch": recipe.batch * recipe.accumulation * world}
 
 
@@ -181,7 +183,8 @@ def read(
     )
 
     state = read_json(path / "state.json", "the checkpoint's state.json")
-    then, now = state["settings"], kept["settings"]
+    now = kept["settings"]
+    then = {"cached": now.get("cached")} | state["settings"]  # checkpoints of earlier versions do not say
     other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     if other:
         listed = "; ".join(f"{name} was {then.get(name)!r}, is now {now.get(name)!r}" for name in other)

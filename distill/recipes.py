@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from accel.errors import UserError
+from accel.errors import MissingPackage, UserError
 
 
 def option(default: Any, text: str) -> Any:
@@ -276,6 +278,54 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
         digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
     )
 }  # fmt: skip
+
+# The least value that each field may have, and the names that each may be.
+_LEAST = dict.fromkeys(
+    ("batch", "accumulation", "checkpoint_every", "sample_steps", "cache_variants", "ratio", "class_batch"), 1
+) | dict.fromkeys(
+    (
+        "steps", "keep", "sample_every", "workers", "warmup", "seed", "learning_rate", "weight_decay", "snr_gamma",
+        "offset_noise", "input_perturbation", "task_weight", "output_weight", "feature_weight", "sample_guidance",
+    ), 0,
+)  # fmt: skip
+_ABOVE_ZERO = ("max_grad_norm", "epsilon")
+_BELOW_ONE = ("beta1", "beta2")
+_DTYPES = ("float32", "bfloat16", "float16")
+_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "mixed_precision": ("mixed precision", ("no", "bf16", "fp16")),
+    "optimizer": ("optimizer", ("adamw", "adamw8bit")),
+    "lr_schedule": ("schedule", ("constant", "linear", "cosine", "polynomial")),
+    "save_dtype": ("save dtype", ("float32", "float16")),
+    "cache_dtype": ("cache dtype", ("float32", "float16")),
+    "teacher_dtype": ("teacher dtype", ("auto", *_DTYPES)),
+}
+
+
+def check(recipe: Recipe) -> None:
+    """Find at the start what would otherwise fail in the middle of a run, or at its end.
+
+    Raises:
+        UserError: for a number that is out of range, or a name that is unknown.
+        MissingPackage: for an optimizer that is not installed.
+    """
+    for name, value in vars(recipe).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}", f"give a number to {flag}")
+        if name in _LEAST and value < _LEAST[name]:
+            raise UserError(f"{name} is {value}, the least is {_LEAST[name]}", f"{flag} {_LEAST[name]} or more")
+        if name in _ABOVE_ZERO and value <= 0:
+            raise UserError(f"{name} is {value}, where it must be above 0", f"leave {flag} out for the usual value")
+        if name in _BELOW_ONE and not 0 <= value < 1:
+            raise UserError(f"{name} is {value}, where it must be at least 0 and below 1", f"leave {flag} out")
+        if name in _NAMES and value not in _NAMES[name][1]:
+            what, known = _NAMES[name]
+            raise UserError(f"unknown {what} {value!r}", f"one of: {', '.join(known)}")
+    if recipe.ema and not 0 < recipe.ema < 1:
+        raise UserError(f"ema is a decay between 0 and 1, not {recipe.ema}", "for example --ema 0.9999")
+    if recipe.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", "--optimizer adamw8bit")
+
 
 R = TypeVar("R", bound=Recipe)
 

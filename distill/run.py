@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,11 @@ from rich.console import Console
 
 from accel._version import __version__
 from accel.errors import UserError
-from accel.files import new_folder
+from accel.files import exclusive, new_folder, refuse_existing
 from accel.source import Source, open_source
 
-from . import checkpoints, dreambooth
+from . import checkpoints, dreambooth, recipes
+from .attention import check_attention
 from .data import open_data
 from .dmd2 import DMD2 as DistributionMatching
 from .encode import Encoders
@@ -55,10 +58,17 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     for name in ("model", "data"):
         if not getattr(recipe, name):
             raise UserError(f"no --{name} given", f"--{name} FOLDER" + (" (a diffusers pipeline)" * (name == "model")))
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
-    console = Console(stderr=True)
+    recipes.check(recipe)
+    check_places(out, run, overwrite)
     accelerator = accelerator_for(recipe, run)
+    check_attention(recipe.attention, device=accelerator.device, half=recipe.mixed_precision != "no")
+    # Two runs in one folder would write into each other's checkpoints.
+    with exclusive(run.absolute()) if accelerator.is_main_process else contextlib.nullcontext():
+        return _execute(recipe, out, run, accelerator, overwrite)
+
+
+def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: bool) -> Outcome:
+    console = Console(stderr=True)
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
@@ -69,10 +79,12 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     check_resolution(recipe, encoders)
     if isinstance(recipe, DreamBooth):
         recipe = dreambooth.settled(recipe, encoders)
+    # Before the data, whose cache may take hours: what the method refuses is known at once.
+    method: Method = METHODS[type(recipe)](recipe, encoders)
+    if isinstance(recipe, DreamBooth):
         batches = dreambooth.batches_of(recipe, encoders, run, accelerator, say, stream_of)
     else:
         batches = batches_of(recipe, encoders, run, accelerator, say)
-    method: Method = METHODS[type(recipe)](recipe, encoders)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:
         say(f"stopped after step {outcome.steps} of {recipe.steps}; the same command goes on from there")
@@ -93,6 +105,27 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     if accelerator.num_processes > 1:
         accelerator.end_training()
     return outcome
+
+
+def check_places(out: Path, run: Path, overwrite: bool) -> None:
+    """Refuse at the start what would fail after days: a result or a run folder that cannot be written.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    refuse_existing(out, overwrite)
+    ours, theirs = Path(os.path.abspath(out)), Path(os.path.abspath(run))
+    if ours == theirs or ours in theirs.parents:
+        raise UserError(
+            f"the run folder {run} lies in the result {out}, which is written as a whole at the end",
+            f"--run {out}-run, or any other folder",
+        )
+    for flag, path in (("--out", ours.parent), ("--run", theirs)):
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not place.is_dir():
+            raise UserError(f"{path} cannot be a folder: {place} is a file", f"choose another {flag}")
+        if not os.access(place, os.W_OK):
+            raise UserError(f"no permission to write {place}", f"choose another {flag}")
 
 
 def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
@@ -121,7 +154,9 @@ def stream_of(
         seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
     )
     cache = None
-    if recipe.cache != "none":
+    if encoders.inpaints and recipe.cache == "auto":
+        say("no cache: this model is for inpainting, and what its masks leave is encoded every time")
+    elif recipe.cache != "none":
         folder = run / f"cache{suffix}" if recipe.cache == "auto" else Path(f"{recipe.cache}{suffix}")
         cache = build_cache(recipe, source, encoders, folder, placement, accelerator)
     skipped = run / "skipped.jsonl"

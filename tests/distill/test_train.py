@@ -430,6 +430,8 @@ def test_other_settings_in_the_same_run_folder_are_refused_by_name(straight, sd1
         execute(tiny(sd15, pictures, steps=8, learning_rate=2e-3), tmp_path / "out", folder)
     with pytest.raises(UserError, match=r"global_batch was 4, is now 8"):
         execute(tiny(sd15, pictures, batch=8), tmp_path / "out", folder)
+    with pytest.raises(UserError, match=r"cached was False, is now True"):
+        execute(tiny(sd15, pictures, cache=str(tmp_path / "cache")), tmp_path / "out", folder)
 
 
 def test_the_same_global_batch_may_be_divided_otherwise_on_resume(sd15, pictures, tmp_path):
@@ -491,14 +493,91 @@ BAD = {
     "resolution": (dict(resolution=60), "not a multiple of 32"), "features": (dict(features="some"), "unknown feature"),
     "weights": (dict(task_weight=0.0, output_weight=0.0, feature_weight=0.0), "all loss weights are 0"),
     "teacher": (dict(teacher_dtype="int8"), "unknown teacher dtype"), "data": (dict(data="nowhere"), "nowhere"),
+    "saved": (dict(save_dtype="int8"), "unknown save dtype"), "keep": (dict(keep=-1), "keep is -1"),
+    "interval": (dict(checkpoint_every=0), "checkpoint_every is 0"), "batch": (dict(batch=0), "batch is 0"),
+    "accumulation": (dict(accumulation=0), "accumulation is 0"), "seed": (dict(seed=-1), "seed is -1"),
+    "rate": (dict(learning_rate=float("nan")), "learning_rate is nan"), "beta": (dict(beta2=1.0), "beta2 is 1.0"),
+    "clipping": (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"), "layers": (dict(student="vega"), "made of SDXL"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("fields", "words"), BAD.values(), ids=BAD)
 def test_what_cannot_be_honoured_is_an_error_for_people(sd15, pictures, tmp_path, fields, words):
+    """And before the cache is made, which may take hours."""
     with pytest.raises(UserError, match=words):
-        execute(tiny(sd15, pictures, **fields), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        execute(tiny(sd15, pictures, **{"cache": "auto"} | fields), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_refused_at_the_start(sd15, pictures, tmp_path):
+    recipe, file, other = tiny(sd15, pictures, data="nowhere"), tmp_path / "file", tmp_path / "other"
+    file.write_text("mine")
+    other.mkdir()
+    (other / "mine").write_text("mine")
+    for out, run_folder, words in (
+        (tmp_path / "out", tmp_path / "out" / "run", "lies in the result"),
+        (tmp_path / "out", tmp_path / "out", "lies in the result"),
+        (tmp_path / "out", file / "run", "is a file"), (file / "out", tmp_path / "run", "is a file"),
+        (other, None, "not something accel wrote"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            execute(recipe, out, run_folder, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "other"]
+
+
+def test_two_runs_never_share_a_folder(sd15, pictures, tmp_path, monkeypatch):
+    real = Denoising.loss
+
+    def loss(self, turn, batch, step):
+        with pytest.raises(UserError, match="another process is writing"):
+            execute(tiny(sd15, pictures), tmp_path / "other", tmp_path / "run")
+        return real(self, turn, batch, step)
+
+    monkeypatch.setattr(Denoising, "loss", loss)
+    assert execute(tiny(sd15, pictures, steps=1), tmp_path / "out", tmp_path / "run").steps == 1
+
+
+def test_the_teacher_is_told_the_sizes_that_the_student_is_told(sdxl, pictures, tmp_path, monkeypatch):
+    """1023 pixels are 1024 in bfloat16, and another embedding."""
+    from accel.distill import examples
+
+    seen = []
+    real = Denoising._teach
+
+    def teach(self, *args):
+        hook = self.teacher.unet.add_time_proj.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
+        made = real(self, *args)
+        hook.remove()
+        return made
+
+    monkeypatch.setattr(Denoising, "_teach", teach)
+    monkeypatch.setattr(examples, "time_ids", lambda *args: [1023, 1021, 3, 5, 64, 64])
+    recipe = recipes.changed(
+        recipes.vega(), model=str(sdxl), data=str(pictures), resolution=64, cache="none", steps=1, batch=1,
+        accumulation=1, sample_every=0, log="none", mixed_precision="bf16",
+    )  # fmt: skip
+    execute(recipe, tmp_path / "out")
+    assert [ids.tolist() for ids in seen] == [[1023, 1021, 3, 5, 64, 64]]
+
+
+def test_samples_are_decoded_outside_of_autocast(sd15, pictures, tmp_path, monkeypatch):
+    """SDXL's VAE overflows in float16. The UNet runs under it."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    seen = []
+
+    def watched(real):
+        def wrapper(self, *args, **options):
+            seen.append((type(self).__name__, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return real(self, *args, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(AutoencoderKL, "decode", watched(AutoencoderKL.decode))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched(UNet2DConditionModel.forward))
+    recipe = tiny(sd15, pictures, steps=1, sample_every=1, sample_steps=1, mixed_precision="bf16")
+    execute(recipe, tmp_path / "out")
+    assert seen[-2:] == [("UNet2DConditionModel", False, True), ("AutoencoderKL", False, False)]
 
 
 def test_an_existing_result_is_not_replaced_unasked(straight, sd15, pictures):
