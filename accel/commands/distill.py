@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         method = methods.add_parser(
             name, help=text, description=text, usage=f"accel distill {name} --model M --data D --out O [options]",
             epilog=f"example: {EXAMPLE.replace('tiny', name)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         _add_method(method, name)
 

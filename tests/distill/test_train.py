@@ -585,3 +585,12 @@ def test_an_existing_result_is_not_replaced_unasked(straight, sd15, pictures):
     with pytest.raises(UserError, match="exists already"):
         execute(tiny(sd15, pictures), straight)
     assert (straight / UNET).stat().st_mtime_ns == before
+
+
+def test_an_option_is_never_taken_for_another_one(capsys):
+    """--lr is what others call --learning-rate; as an abbreviation it would be --lr-schedule."""
+    from accel.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", "tiny", "--model", "digits", "--data", "digits", "--out", "nowhere", "--lr", "1"])
+    assert caught.value.code == 2 and "unrecognized arguments: --lr" in capsys.readouterr().err
