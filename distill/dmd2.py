@@ -60,7 +60,7 @@ class DMD2:
         }
         rate = recipe.critic_learning_rate or recipe.learning_rate
         self.turns = (
-            Turn("generator", ("generator",), every=recipe.ratio),
+            Turn("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
             Turn("critic", ("critic",), learning_rate=rate),
         )
         self._drawn: dict[int, torch.Tensor] = {}

@@ -30,12 +30,23 @@ class Network:
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer step: the networks that it changes, every how many steps it comes, and its own learning rate."""
+    """One kind of optimizer step: the networks that it changes, when it comes, and its own learning rate.
+
+    It comes at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
+    """
 
     name: str
     networks: tuple[str, ...]
     every: int = 1
+    start: int = 0
     learning_rate: float | None = None
+
+    def due(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def count(self, steps: int) -> int:
+        """How often it comes within the first `steps` steps."""
+        return max(0, -(-(steps - self.start) // self.every))
 
 
 class Method(Protocol):

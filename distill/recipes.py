@@ -136,6 +136,7 @@ class DMD2(Recipe):
     timesteps: str = option("", "their timesteps, such as 999,749,499,249 or 399 (default: evenly from 999 on)")
     real_guidance: float = option(8.0, "guidance scale of the real score")
     ratio: int = option(5, "critic updates for each generator update (two time-scale update rule)")
+    critic_warmup: int = option(0, "steps in which the critic alone learns, before the generator does")
     critic_learning_rate: float = option(0.0, "peak learning rate of the fake score; 0 for the generator's")
     matching_weight: float = option(1.0, "weight of the distribution matching loss")
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")

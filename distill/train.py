@@ -27,7 +27,7 @@ from accel.errors import MissingPackage, UserError
 
 from . import checkpoints, samples
 from .encode import Encoders, encoded
-from .methods import Method, Network
+from .methods import Method, Network, Turn
 from .recipes import Recipe
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,7 +110,7 @@ class Loop:
         }
         self.prepare()
         self.schedulers = {
-            turn.name: _schedule(recipe, self.optimizers[turn.name].optimizer, turn.every) for turn in method.turns
+            turn.name: _schedule(recipe, self.optimizers[turn.name].optimizer, turn) for turn in method.turns
         }
         self.averages = self.make_averages()
         self.kept = {
@@ -200,7 +200,7 @@ class Loop:
         micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
         figures: dict[str, float] = {}
         for turn in self.method.turns:
-            if step % turn.every:
+            if not turn.due(step):
                 continue
             optimizer, networks = self.optimizers[turn.name], [self.method.networks[name] for name in turn.networks]
             sums: dict[str, torch.Tensor] = {}
@@ -267,8 +267,7 @@ class Loop:
                 f"--steps {step}, another --run folder, or delete the checkpoints beyond step {self.recipe.steps}",
             )
         for name, average in self.averages.items():
-            updates = (math.ceil(step / turn.every) for turn in self.method.turns if name in turn.networks)
-            average.optimization_step = sum(updates)
+            average.optimization_step = sum(turn.count(step) for turn in self.method.turns if name in turn.networks)
         self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
         return step
 
@@ -354,13 +353,13 @@ def _optimizer(
     return AdamW8bit(parameters, **options)
 
 
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, every: int) -> Any:
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, turn: Turn) -> Any:
     """Learning rate over optimizer steps. It counts a run's steps, not those of all processes together."""
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule
     return get_scheduler(
-        name, optimizer, num_warmup_steps=recipe.warmup // every, num_training_steps=math.ceil(recipe.steps / every)
+        name, optimizer, num_warmup_steps=recipe.warmup // turn.every, num_training_steps=turn.count(recipe.steps)
     )
 
 

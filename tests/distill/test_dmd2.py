@@ -16,6 +16,7 @@ from accel.distill.diffusion import Diffusion, few_steps
 from accel.distill.dmd2 import DMD2, matching_gradient, matching_loss, timesteps_of
 from accel.distill.encode import Encoders, encoded
 from accel.distill.examples import Examples, loader
+from accel.distill.methods import Turn
 from accel.distill.run import execute
 from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
@@ -285,6 +286,19 @@ def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15_tiny, sd15, tmp_path
     assert pipe.bundle.manifest.sampler["timesteps"] == [399]
     assert pipe("the cat", seed=0, output_type="np").images.shape == (1, 64, 64, 3)
     assert (tmp_path / "one-run/samples/step-000002.png").is_file()
+
+
+def test_the_critic_may_learn_alone_first(sd15, tmp_path):
+    execute(recipe(sd15, critic_warmup=3, ratio=2, steps=6), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out-run/losses.jsonl").read_text().splitlines()]
+    assert ["generator/loss" in line for line in lines] == [False, False, False, True, False, True]
+
+
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (5, 0), (5, 3), (2, 7)])
+def test_a_turn_counts_what_is_due(every, start):
+    turn = Turn("generator", (), every=every, start=start)
+    for steps in range(20):
+        assert turn.count(steps) == sum(turn.due(step) for step in range(steps))
 
 
 def test_two_learning_rates_and_schedules(sd15, tmp_path):
