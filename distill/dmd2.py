@@ -23,7 +23,7 @@ from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
 from accel.source import open_source
 
-from . import draws, gan
+from . import draws, gan, inpainting
 from .denoising import added_conditions, clean
 from .diffusion import Diffusion, few_steps
 from .encode import Encoders
@@ -42,6 +42,9 @@ class DMD2:
     """
 
     def __init__(self, recipe: Recipe, encoders: Encoders):
+        inpainting.check(recipe, encoders)
+        if encoders.inpaints:
+            raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
         self.recipe, self.encoders = recipe, encoders
         teacher = open_source(recipe.teacher) if recipe.teacher else encoders.source
         self.diffusion = Diffusion(NoiseSchedule.from_config(encoders.source.config("scheduler")))
@@ -177,7 +180,6 @@ class DMD2:
         dtype = next(self.teacher.parameters()).dtype
 
         def call(context: torch.Tensor, added: dict | None) -> torch.Tensor:
-            added = added and {name: value.to(dtype) for name, value in added.items()}
             said = self.teacher(x_t.to(dtype), t, context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
             return said.double()
 

@@ -250,7 +250,7 @@ class Loop:
         last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return UserError(
-            f"the {what} of turn {turn} is not finite at step {step}: {terms}; batch: {shown}; {last}",
+            f"the {what} of turn {turn} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
             "look at these pictures; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
         )
 

@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_pictures(sd15, picture
     monkeypatch.setattr(Denoising, "loss", loss)
     with pytest.raises(UserError) as caught:
         execute(tiny(sd15, pictures), tmp_path / "out")
-    assert "step 3" in caught.value.message and ".png" in caught.value.message
+    assert "step 4" in caught.value.message and ".png" in caught.value.message
     assert "step-000002, is intact" in caught.value.message
     tensors = load_file(checkpoints.all_of(tmp_path / "out-run")[-1] / UNET)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
