@@ -286,7 +286,8 @@ _LEAST = dict.fromkeys(
 ) | dict.fromkeys(
     (
         "steps", "critic_warmup", "keep", "sample_every", "workers", "warmup", "seed", "learning_rate", "weight_decay",
-        "snr_gamma", "offset_noise", "input_perturbation", "task_weight", "output_weight", "feature_weight", "sample_guidance",
+        "snr_gamma", "offset_noise", "input_perturbation", "task_weight", "output_weight", "feature_weight",
+        "sample_guidance",
     ), 0,
 )  # fmt: skip
 _ABOVE_ZERO = ("max_grad_norm", "epsilon")
