@@ -305,8 +305,8 @@ def test_two_learning_rates_and_schedules(sd15, tmp_path):
     given = recipe(sd15, critic_learning_rate=4e-4, lr_schedule="linear", steps=4)
     execute(given, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out-run/losses.jsonl").read_text().splitlines()]
-    assert [line["critic/lr"] for line in lines] == pytest.approx([3e-4, 2e-4, 1e-4, 0])
-    assert [line["generator/lr"] for line in lines if "generator/lr" in line] == pytest.approx([5e-5, 0])
+    assert [line["critic/lr"] for line in lines] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+    assert [line["generator/lr"] for line in lines if "generator/lr" in line] == pytest.approx([1e-4, 5e-5])
 
 
 def test_fields_are_options(sd15):
