@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
     os.environ["ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem) -> bool | None:
+    """Tests marked `own_process` run in one: they fork, and threads of engines loaded before would not survive."""
+    if pyfuncitem.get_closest_marker("own_process") is None or "ACCEL_OWN_PROCESS" in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = os.environ | {"ACCEL_OWN_PROCESS": "1"}
+    done = subprocess.run(command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 def make_tokenizer(folder: Path, pad: str = "<|endoftext|>"):

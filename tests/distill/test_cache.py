@@ -130,6 +130,7 @@ def test_every_caption_is_kept_once(made):
     assert made.row(5) == ("05.png", [1, 7])
 
 
+@pytest.mark.own_process
 def test_workers_read_it_too(data, made):
     options = {name: DRAWN[name] for name in ("resolution", "center_crop", "random_flip", "seed")}
     examples = Examples(None, cache=pickle.loads(pickle.dumps(made)), **options)

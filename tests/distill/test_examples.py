@@ -172,6 +172,7 @@ def test_two_processes_see_together_what_one_sees(ten):
         assert torch.equal(joint["pixels"], torch.cat([first["pixels"], second["pixels"]]))
 
 
+@pytest.mark.own_process
 def test_workers_change_nothing_report_what_is_broken_and_are_gone_afterwards(tmp_path):
     folder = write_folder(tmp_path, 12, broken=(4, 5))
     told = []
@@ -192,6 +193,7 @@ def test_workers_change_nothing_report_what_is_broken_and_are_gone_afterwards(tm
     assert sorted(examples.broken) == sorted(told) == ["0004.png", "0005.png"]
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_error_of_a_worker_is_the_error(tmp_path, workers):
     iterator = loader(make(open_data(write_folder(tmp_path, 4, broken=range(4)))), batch=2, workers=workers)
