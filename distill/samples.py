@@ -34,5 +34,7 @@ def grid(pipeline: Any, recipe: Recipe, sampling: dict[str, Any]) -> Any:
             made.append(draw(pipeline, part, latents, **sampling))
     finally:
         unet.train(training)
-    labels = prompts if len(prompts) <= 12 else ()
-    return contact_sheet({"": np.concatenate(made)}, labels, cell=max(96, recipe.resolution))
+    cell = max(96, recipe.resolution)
+    # About eight pixels a letter: longer labels would run into each other.
+    labels = prompts if max(map(len, prompts)) * 8 <= cell else ()
+    return contact_sheet({"": np.concatenate(made)}, labels, cell=cell)

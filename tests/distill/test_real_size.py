@@ -45,3 +45,55 @@ def test_one_step_of_sd15_to_sd_tiny(tmp_path):
     floor = teacher + 4 * student + rest  # weights, gradients and two moments
     print(f"peak {result['peak'] / 1e9:.2f} GB, weights and optimizer {floor / 1e9:.2f} GB; {line}")
     assert result["peak"] < 1.35 * floor
+
+
+DMD2_TURNS = """
+import json, resource, sys
+import torch
+from accel.distill import recipes
+from accel.distill.dmd2 import DMD2
+from accel.distill.encode import Encoders
+from accel.source import open_source
+
+tiny, full = sys.argv[1:]
+recipe = recipes.changed(recipes.dmd2(), model=tiny, teacher=full, data="digits", resolution=64, batch=1)
+method = DMD2(recipe, Encoders(open_source(tiny)))
+method.place(torch.device("cpu"), torch.float32)
+torch.manual_seed(0)
+batch = {"index": [0], "latent_mean": torch.randn(1, 4, 8, 8), "latent_std": torch.rand(1, 4, 8, 8),
+         "context": torch.randn(1, 77, 768)}
+learnt = lambda module: sum(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
+count = lambda module: sum(1 for _ in module.parameters())
+result = {}
+for turn in method.turns:
+    total, terms = method.loss(turn, batch, 0)
+    total.backward()
+    result[turn.name] = {name: learnt(getattr(method, name)) for name in ("generator", "critic", "teacher")}
+    result[turn.name]["terms"] = {name: float(term) for name, term in terms.items()}
+    method.generator.zero_grad(set_to_none=True)
+    method.critic.zero_grad(set_to_none=True)
+result["parameters"] = {name: count(getattr(method, name)) for name in ("generator", "critic", "teacher")}
+result["head"] = sum(p.numel() for p in method.critic.head.parameters())
+result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+def test_one_iteration_of_dmd2_from_sd15_to_sd_tiny(tmp_path):
+    """Each turn reaches all of its own network and nothing of the others; the teacher gets no gradient at all."""
+    sources = []
+    for name in ("sd15-tiny", "sd15"):
+        sources.append(tmp_path / name)
+        subprocess.run([sys.executable, ROOT / "benchmarks/random_pipeline.py", name, sources[-1]], check=True)
+    command = [sys.executable, "-c", DMD2_TURNS, *map(str, sources)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    parameters = result["parameters"]
+    assert parameters["generator"] == 358 and parameters["teacher"] == 686
+    for turn, learns in (("generator", "generator"), ("critic", "critic")):
+        for name in ("generator", "critic", "teacher"):
+            assert result[turn][name] == (parameters[name] if name == learns else 0), (turn, name)
+        assert all(abs(value) < 1e6 for value in result[turn]["terms"].values())  # false for NaN
+    print(f"peak {result['peak'] / 1e9:.2f} GB; {result}")
