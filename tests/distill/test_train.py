@@ -594,3 +594,12 @@ def test_an_option_is_never_taken_for_another_one(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["distill", "tiny", "--model", "digits", "--data", "digits", "--out", "nowhere", "--lr", "1"])
     assert caught.value.code == 2 and "unrecognized arguments: --lr" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_losses(straight, sd15, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    execute(tiny(sd15, pictures, steps=2, lr_schedule="constant", compile=True), tmp_path / "out")
+    for ours, wanted in zip(lines(tmp_path / "out-run"), lines(straight.with_name("out-run")), strict=False):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
