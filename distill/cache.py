@@ -20,7 +20,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections import OrderedDict, deque
@@ -37,7 +36,7 @@ from safetensors.torch import save as serialized
 
 from accel import interrupt
 from accel.errors import Notice, UserError
-from accel.files import cache_dir, digest_of, read_json, require_space, sha256, write_json
+from accel.files import cache_dir, digest_of, read_json, require_space, sha256, write_bytes, write_json
 
 from .encode import Encoders
 from .examples import FIRST, placement_of
@@ -343,7 +342,7 @@ class _Maker:
             self._give_up(f"all {len(rows)}", *next(iter(broken.items())))
         data = _lines(rows)
         files["rows.jsonl"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        _write(self.folder / "rows.jsonl", data)
+        write_bytes(self.folder / "rows.jsonl", data)
         write_json(self.folder / "index.json", {"key": self.key, "files": files, "broken": broken})
 
     def _kept(self, name: str) -> bool:
@@ -360,9 +359,9 @@ class _Maker:
 
     def _put(self, name: str, data: bytes, **note: Any) -> None:
         """A file, then the note that says it is whole."""
-        _write(self.folder / name, data)
+        write_bytes(self.folder / name, data)
         entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} | note
-        _write(_note(self.folder, name), json.dumps(entry).encode())
+        write_bytes(_note(self.folder, name), json.dumps(entry).encode())
 
     # texts
 
@@ -531,21 +530,6 @@ def _intact(path: Path, entry: dict[str, Any]) -> bool:
 
 def _lines(values: Iterable[Any]) -> bytes:
     return "".join(json.dumps(value) + "\n" for value in values).encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never a part of either."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _sweep(folder: Path) -> None:

@@ -233,13 +233,19 @@ def vega() -> Distillation:
     return dataclasses.replace(ssd_1b(), student="vega")
 
 
+# What every recipe of the shipped model has in common: its data, its size, its samples.
+_DIGITS: dict[str, Any] = dict(
+    model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
+    sample_guidance=3.0, sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)),
+)
+
+
 def digits_base() -> Distillation:
     """The shipped model's students, on two CPU cores in minutes."""
     return Distillation(
-        model="digits", data="digits", student="base", resolution=64, random_flip=False, cache_variants=1,
-        cache_dtype="float32", steps=300, batch=64, learning_rate=1e-3, lr_schedule="cosine", warmup=20, beta2=0.99,
-        weight_decay=1e-3, ema=0.99, checkpoint_every=50, sample_every=100, sample_guidance=3.0,
-        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)), save_dtype="float16",
+        **_DIGITS, student="base", save_dtype="float16",
+        steps=300, batch=64, learning_rate=1e-3, lr_schedule="cosine", warmup=20, beta2=0.99,
+        weight_decay=1e-3, ema=0.99, checkpoint_every=50, sample_every=100,
     )  # fmt: skip
 
 
@@ -254,20 +260,18 @@ def digits_tiny() -> Distillation:
 def digits_dmd2() -> DMD2:
     """The shipped model in four steps, on two CPU cores."""
     return DMD2(
-        model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
+        **_DIGITS, save_dtype="float16",
         steps=1000, batch=32, learning_rate=5e-5, critic_learning_rate=2e-4, warmup=20, beta2=0.99, weight_decay=1e-3,
         ema=0.99, real_guidance=3.0, checkpoint_every=100, sample_every=100,
-        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)), save_dtype="float16",
     )  # fmt: skip
 
 
 def digits_lora() -> Lora:
     """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
     return Lora(
-        model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
+        **_DIGITS,
         steps=80, batch=16, learning_rate=2e-3, lr_schedule="cosine", warmup=5, rank=8, alpha=8.0,
-        checkpoint_every=40, sample_every=0, sample_guidance=3.0,
-        sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)),
+        checkpoint_every=40, sample_every=0,
     )  # fmt: skip
 
 

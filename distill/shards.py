@@ -8,6 +8,7 @@ Nothing else is shared: a process that finds its pictures made has nothing to do
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import time
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from accel.errors import UserError
-from accel.files import read_json, write_json
+from accel.files import read_json, write_bytes, write_json
 
 PICTURES, RUN = "pictures", "run.json"
 SUFFIX = {"png": ".png", "jpeg": ".jpg"}
@@ -67,17 +68,14 @@ def picture_file(out: Path, index: int, kind: str) -> Path:
 
 def save(image: np.ndarray, path: Path, kind: str) -> None:
     """Write a picture, uint8 [h, w, 3], whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, kind.upper())
     try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image).save(file, kind.upper())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_bytes(path, data.getvalue())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}", "free some space, or another --out"
-                        ) from None  # fmt: skip
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}", "free some space, or another --out"
+        ) from None
 
 
 def is_whole(path: Path, size: int) -> bool:

@@ -32,6 +32,30 @@ def pytest_pyfunc_call(pyfuncitem) -> bool | None:
     return True
 
 
+def make_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
+    """Pictures of noise, (height, width) = size, with captions about cats and dogs."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"the {'cat' if number % 2 else 'dog'}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twelve_pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("twelve"), 12, (70, 80))
+
+
+@pytest.fixture(scope="session")
+def six_pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("six"), 6)
+
+
 def make_tokenizer(folder: Path, pad: str = "<|endoftext|>"):
     """A CLIPTokenizer over bytes with a few merges, so that words are one or several tokens."""
     from tokenizers.pre_tokenizers import ByteLevel

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .. import report
     from ..bench import check_schema
-    from ..files import read_json
+    from ..files import read_json, write_bytes, write_json
 
     if (args.bundle is None) == (args.saved is None):
         args.wrong_use("give a bundle, or --from FILE")
@@ -58,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         report.show(document)
         if args.json:
-            _write(Path(args.json), json.dumps(document, indent=2) + "\n")
+            write_json(Path(args.json), document)
     if args.html:
-        _write(Path(args.html), report.html(document, images))
+        write_bytes(Path(args.html), report.html(document, images).encode())
     return code
 
 
@@ -115,16 +114,3 @@ def _check_writable(option: str, name: str | None) -> None:
         raise UserError(f"{option} {name}: cannot write a file there", "name a file in a folder that exists")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"{option} {name}: no permission to write there", "name a file in a folder you may write to")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

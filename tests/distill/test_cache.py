@@ -218,7 +218,7 @@ def test_an_interrupted_one_goes_on_and_ends_up_the_same(data, encoders, made, a
 
 def test_a_kill_at_any_moment_is_mended(data, encoders, made, tmp_path, monkeypatch):
     """After every single write, as if the process had ended there: first the file, then the note beside it."""
-    write, json_write = cache_module._write, cache_module.write_json
+    write, json_write = cache_module.write_bytes, cache_module.write_json
     total = 0
     for stop in range(1, 100):
         folder, done = tmp_path / str(stop), 0
@@ -233,13 +233,13 @@ def test_a_kill_at_any_moment_is_mended(data, encoders, made, tmp_path, monkeypa
 
             return inner
 
-        monkeypatch.setattr(cache_module, "_write", counting(write))
+        monkeypatch.setattr(cache_module, "write_bytes", counting(write))
         monkeypatch.setattr(cache_module, "write_json", counting(json_write))
         try:
             build(data, encoders, folder, dtype="float32", **DRAWN)
         except SystemExit:
             total += 1
-        monkeypatch.setattr(cache_module, "_write", write)
+        monkeypatch.setattr(cache_module, "write_bytes", write)
         monkeypatch.setattr(cache_module, "write_json", json_write)
         if total < stop:
             break
