@@ -28,6 +28,7 @@ def open_data(
     image_column: str | None = None,
     caption_column: str | None = None,
     split: str = "train",
+    classes: bool = False,
 ) -> Source:
     """Open training pictures.
 
@@ -40,16 +41,18 @@ def open_data(
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
             the json file. Both are guessed where only one can be meant.
         split: part of a dataset that has several.
+        classes: captions are numbers of classes; a folder without metadata is one of ImageNet's kind, with a folder per
+            class.
 
     Raises:
         UserError: when nothing is there, or what is there cannot be used, or it is not clear which column is meant.
     """
     columns = (image_column or None, caption_column or None)
     if str(spec) == "digits":
-        return _open_digits(split)
+        return _open_digits(split, classes)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _open_folder(path, columns, split)
+        return _open_folder(path, columns, split, classes)
     if path.is_file():
         return _open_file(path, columns, split)
     if "://" in str(spec) or str(spec).startswith("pipe:"):
@@ -65,8 +68,8 @@ def open_data(
     raise UserError(f"no training pictures at {spec}: there is no such file or folder", f"give {_KINDS}")
 
 
-def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str) -> Source:
-    from .folder_source import metadata_file, open_beside, open_metadata
+def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> Source:
+    from .folder_source import metadata_file, open_beside, open_classes, open_metadata
 
     for folder in (path, path / split):
         if metadata := metadata_file(folder):
@@ -83,6 +86,8 @@ def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str)
         from .dataset_source import open_hub
 
         return open_hub(str(path), *columns, split)
+    if classes and (source := open_classes(path / split if (path / split).is_dir() else path)):
+        return source
     if source := open_beside(path):
         return source
     found = sorted({p.suffix or p.name for p in path.iterdir()})
@@ -112,15 +117,17 @@ def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -
 
 @dataclass(frozen=True)
 class DigitsSource:
-    """Scikit-learn's digits as pictures of 64 x 64, with twelve captions each.
+    """Scikit-learn's digits as pictures of 64 x 64, with twelve captions each, or their class as the only one.
 
     Attributes:
         images: uint8 [n, 64, 64, 3].
         labels: int64 [n].
+        classes: the caption is the digit itself.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    classes: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -129,7 +136,8 @@ class DigitsSource:
         return Item(Image.fromarray(self.images[row]), self.captions(row), f"digit {row}, a {self.labels[row]}")
 
     def captions(self, row: int) -> tuple[str, ...]:
-        return digits.prompts(int(self.labels[row]))
+        digit = int(self.labels[row])
+        return (str(digit),) if self.classes else digits.prompts(digit)
 
     @cached_property
     def identity(self) -> str:
@@ -139,9 +147,9 @@ class DigitsSource:
         return digest.hexdigest()
 
 
-def _open_digits(split: str) -> DigitsSource:
+def _open_digits(split: str, classes: bool) -> DigitsSource:
     if split not in ("train", "held-out"):
         raise UserError(f"digits has no split {split!r}", "train or held-out")
     images, labels = digits.dataset(split)
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
-    return DigitsSource(pixels.numpy(), labels.numpy())
+    return DigitsSource(pixels.numpy(), labels.numpy(), classes)

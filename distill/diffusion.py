@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from accel.noise_schedule import NoiseSchedule
 
@@ -24,6 +25,15 @@ class Diffusion:
     """
 
     schedule: NoiseSchedule
+
+    @property
+    def levels(self) -> int:
+        """Number of noise levels; t is one of 0 to levels - 1."""
+        return self.schedule.T
+
+    def start(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What a student's first step sees: noise alone, whichever timestep it is told (arXiv 2405.14867, 4.3)."""
+        return noise
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
         """float64 [b], on the device of t."""
@@ -47,6 +57,12 @@ class Diffusion:
         if kind == "v_prediction":
             return a.sqrt() * seen - (1 - a).sqrt() * said
         return said
+
+    def denoising_loss(
+        self, prediction: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error of a prediction, in the network's own units."""
+        return F.mse_loss(prediction.float(), self.target(x0, eps, t).float())
 
 
 def few_steps(count: int, training_steps: int = 1000) -> list[int]:

@@ -12,7 +12,6 @@ from real ones at every noise level. For several steps G learns on its own inter
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ import torch
 import torch.nn.functional as F
 
 from accel.errors import UserError
-from accel.noise_schedule import NoiseSchedule
-from accel.source import open_source
 
-from . import draws, gan, inpainting
-from .denoising import added_conditions, clean
-from .diffusion import Diffusion, few_steps
+from . import draws, gan
+from .class_to_image import ClassEncoders, ClassToImage
+from .denoising import clean
+from .diffusion import few_steps
 from .encode import Encoders
 from .kd import DTYPES
 from .methods import Network, Terms, Turn
-from .pipelines import assemble, save_pipeline
 from .recipes import DMD2 as Recipe
+from .text_to_image import TextToImage
 
 
 class DMD2:
@@ -38,23 +36,19 @@ class DMD2:
 
     Args:
         recipe: its settings.
-        encoders: the frozen half of the generator's pipeline.
+        encoders: the frozen half of the generator's pipeline, which says what family it is of.
     """
 
-    def __init__(self, recipe: Recipe, encoders: Encoders):
-        inpainting.check(recipe, encoders)
-        if encoders.inpaints:
-            raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
+    def __init__(self, recipe: Recipe, encoders: Encoders | ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
-        teacher = open_source(recipe.teacher) if recipe.teacher else encoders.source
-        self.diffusion = Diffusion(NoiseSchedule.from_config(encoders.source.config("scheduler")))
-        check_teacher(encoders, Diffusion(NoiseSchedule.from_config(teacher.config("scheduler"))), self.diffusion)
-        self.timesteps = timesteps_of(recipe, self.diffusion.schedule.T)
-        self.generator = encoders.source.load("unet").requires_grad_(True).train()
-        self.teacher = teacher.load("unet").requires_grad_(False).eval()
-        self.critic = gan.Critic(
-            teacher.load("unet").requires_grad_(True).train(), recipe.resolution // encoders.factor, recipe.seed
-        )
+        self.family = family = (ClassToImage if isinstance(encoders, ClassEncoders) else TextToImage)(recipe, encoders)
+        if recipe.real_guidance != 1 and not family.guides:
+            raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
+        self.process = family.process
+        self.timesteps = timesteps_of(recipe, self.process.levels)
+        self.generator = family.load(encoders.source).requires_grad_(True).train()
+        self.teacher = family.load(family.teacher).requires_grad_(False).eval()
+        self.critic = gan.Critic(family.load(family.teacher).requires_grad_(True).train(), family, recipe.seed)
         if not recipe.adversarial_weight:
             self.critic.head.requires_grad_(False)
         self.networks = {
@@ -75,9 +69,9 @@ class DMD2:
             raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
         self.device, self.dtype = device, dtype
         self.teacher.to("cpu" if self.recipe.offload_teacher else device)
-        if DTYPES.get(chosen, dtype) != self.teacher.dtype:
+        if DTYPES.get(chosen, dtype) != next(self.teacher.parameters()).dtype:
             self.teacher.to(DTYPES.get(chosen, dtype))
-        self.empty = self.encoders.prompts([""])
+        self.family.ready()
 
     # ---------------------------------------------------------------------------------------------------- the two turns
 
@@ -100,25 +94,25 @@ class DMD2:
         if self.recipe.adversarial_weight:
             t, eps = self.noise_level(batch, "fake", x, draw=2)
             with gan.frozen(self.critic), self.autocast():
-                logits = self.critic.logits(self.diffusion.add_noise(x, eps, t), t, *conditions(batch))
+                logits = self.critic.logits(self.process.add_noise(x, eps, t), t, self.family.conditions(batch))
             terms["adversarial"] = gan.generator_loss(logits)
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
     def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
-        score = (self.diffusion.add_noise(x, eps, t), t, *conditions(batch))
+        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch))
         fake = real = None
         if self.recipe.adversarial_weight:
             fake, real = (
-                (self.diffusion.add_noise(picture, noise, level), level, *conditions(batch))
+                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch))
                 for picture, (level, noise) in (
                     (x, self.noise_level(batch, "fake", x)),
                     (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
                 )
             )
         said, on_fake, on_real = self.networks["critic"].module(score, fake, real)
-        terms = {"denoising": F.mse_loss(said.float(), self.diffusion.target(x, eps, t).float())}
+        terms = {"denoising": self.process.denoising_loss(said, x, eps, t)}
         total = terms["denoising"]
         if on_fake is not None:
             terms["discriminator"] = gan.discriminator_loss(on_fake, on_real)
@@ -135,39 +129,37 @@ class DMD2:
         Which of its steps G is trained at depends on the training step alone, so that all processes agree.
         """
         last = int(draws.generator(self.recipe.seed, step, "steps").integers(len(self.timesteps)))
-        z = self.normal(batch, "noise")
+        noise = self.normal(batch, "noise")
+        z = self.process.start(noise, self.at(0, noise))
         if self.recipe.backward_simulation or last == 0:
             with torch.no_grad():
                 for number in range(last):
                     x = self.generate(z, self.timesteps[number], batch)
-                    z = self.diffusion.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
+                    z = self.process.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
         else:
             real = clean(batch, self.recipe.seed)
-            z = self.diffusion.add_noise(real, z, self.at(last, real))
+            z = self.process.add_noise(real, noise, self.at(last, real))
         return self.generate(z, self.timesteps[last], batch)
 
     def generate(self, x_t: torch.Tensor, t: int, batch: Mapping[str, Any]) -> torch.Tensor:
         """One step: G's x_0 of x_t."""
         t = torch.full((len(x_t),), t, device=x_t.device)
-        context, added = conditions(batch)
         with self.autocast():
-            said = self.networks["generator"].module(
-                x_t, t, context, added_cond_kwargs=added, return_dict=False
-            )[0]
-        return self.diffusion.x0(said, x_t, t).float()
+            said = self.family.call(self.networks["generator"].module, x_t, t, self.family.conditions(batch))
+        return self.process.x0(said, x_t, t).float()
 
     # ----------------------------------------------------------------------------------------------------- the gradient
 
     @torch.no_grad()
     def matching_gradient(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
-        count = self.diffusion.schedule.T
+        count = self.process.levels
         low, high = int(self.recipe.low * count), int(self.recipe.high * count)
         t = draws.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
-        x_t = self.diffusion.add_noise(x, self.normal(batch, "matching", 1), t)
+        x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
         with self.autocast():
-            fake = self.diffusion.x0(self.critic.score(x_t, t, *conditions(batch)), x_t, t)
-        real = self.diffusion.x0(self.guided(x_t, t, batch), x_t, t)
+            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch)), x_t, t)
+        real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()
         # Above 1 the fake score knows G's pictures less well than the teacher does: it lags, and the gradient is noise.
@@ -178,18 +170,15 @@ class DMD2:
         if self.recipe.offload_teacher:
             self.teacher.to(self.device)
         dtype = next(self.teacher.parameters()).dtype
+        conditions = self.family.conditions(batch)
 
-        def call(context: torch.Tensor, added: dict | None) -> torch.Tensor:
-            said = self.teacher(x_t.to(dtype), t, context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
-            return said.double()
+        def call(given: Any) -> torch.Tensor:
+            seen, said_of = self.family.cast(x_t, given, dtype)
+            return self.family.call(self.teacher, seen, t, said_of).double()
 
-        context, added = conditions(batch)
-        said = call(context, added)
+        said = call(conditions)
         if self.recipe.real_guidance != 1:
-            nothing = self.empty["context"].expand_as(context)
-            if added:
-                added = added | {"text_embeds": self.empty["pooled"].expand_as(added["text_embeds"])}
-            without = call(nothing, added)
+            without = call(self.family.unconditional(conditions))
             said = without + self.recipe.real_guidance * (said - without)
         if self.recipe.offload_teacher:
             self.teacher.to("cpu")
@@ -203,7 +192,7 @@ class DMD2:
 
     def noise_level(self, batch: Mapping[str, Any], stream: str, like: torch.Tensor, draw: int = 0):
         """A timestep of all [b] and noise of the shape of `like`."""
-        t = draws.integers(self.recipe.seed, batch["index"], stream, 0, self.diffusion.schedule.T, draw)
+        t = draws.integers(self.recipe.seed, batch["index"], stream, 0, self.process.levels, draw)
         return t.to(like.device), self.normal(batch, stream, draw + 1)
 
     def at(self, number: int, like: torch.Tensor) -> torch.Tensor:
@@ -212,25 +201,11 @@ class DMD2:
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    @cached_property
-    def _pipeline(self) -> Any:
-        from diffusers import LCMScheduler
-
-        made = assemble(self.encoders, self.generator)
-        made.scheduler = LCMScheduler.from_config(self.encoders.source.config("scheduler"))
-        return made
-
-    def pipeline(self) -> Any:
-        return self._pipeline
-
-    def sampling(self) -> dict[str, Any]:
-        return dict(timesteps=list(self.timesteps), guidance_scale=0.0)
+    def samples(self) -> Any:
+        return self.family.samples(self.generator, self.timesteps)
 
     def save(self, folder: Path) -> None:
-        sampler = {"name": "dmd2", "timesteps": list(self.timesteps), "guidance": 0.0}
-        save_pipeline(
-            self.encoders.source, folder, {"unet": self.generator}, dtype=self.recipe.save_dtype, sampler=sampler
-        )
+        self.family.save(folder, self.generator, self.timesteps)
 
 
 def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -242,10 +217,6 @@ def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -
 def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A loss whose gradient by x is `gradient` / x.numel(): half the squared distance to x - gradient, held fixed."""
     return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
-
-
-def conditions(batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-    return batch["context"], added_conditions(batch)
 
 
 def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
@@ -270,13 +241,3 @@ def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
         )
     return given
 
-
-def check_teacher(encoders: Encoders, teacher: Diffusion, student: Diffusion) -> None:
-    """The three networks must speak of the same noise."""
-    ours, theirs = student.schedule, teacher.schedule
-    if ours.prediction_type != theirs.prediction_type or (ours.alphas_cumprod != theirs.alphas_cumprod).any():
-        raise UserError(
-            f"{encoders.source.name} and the teacher have different noise schedules or prediction types "
-            f"({ours.prediction_type}, {theirs.prediction_type})",
-            "give the pipeline that the student was made of as --teacher",
-        )

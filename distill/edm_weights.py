@@ -250,3 +250,29 @@ def _no_edm(problem: str) -> UserError:
         f"these are not the weights of EDM's ADM network: {problem}",
         "give edm-imagenet-64x64-cond-adm, or a student of it by DMD2",
     )
+
+
+def main() -> None:
+    """A published checkpoint to a folder that `accel distill dmd2 --model` and diffusers' UNet2DModel read."""
+    import argparse
+
+    from accel.files import new_folder
+
+    from .class_to_image import save_edm
+
+    parser = argparse.ArgumentParser(prog="python -m accel.distill.edm_weights", description=main.__doc__)
+    parser.add_argument("file", type=Path, help=".bin, .pt or .safetensors with EDM's names")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    args = parser.parse_args()
+    try:
+        net = load(args.file)
+        with new_folder(args.folder, overwrite=args.overwrite) as folder:
+            save_edm(folder, net)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{args.folder} is ready: accel distill dmd2 --model {args.folder} --recipe dmd2_imagenet64 --data ...")
+
+
+if __name__ == "__main__":
+    main()

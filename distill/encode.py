@@ -65,6 +65,11 @@ class Encoders:
         """Whether the UNet takes a mask and the latents of the masked picture beside x_t: see `inpainting`."""
         return self.source.config("unet").get("in_channels", 4) == 2 * self.latent_channels + 1
 
+    @property
+    def uncached(self) -> str:
+        """Why a cache would not help; "" where it does."""
+        return "this model is for inpainting, and what its masks leave is encoded every time" if self.inpaints else ""
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the weights that decide what comes out."""

@@ -187,6 +187,17 @@ def open_beside(folder: Path) -> FolderSource | None:
     return FolderSource(folder, Lines.dump({"file_name": name} for name in pictures), "", "file_name", "")
 
 
+def open_classes(folder: Path) -> FolderSource | None:
+    """Pictures in one folder per class, as ImageNet's; None when there are none.
+
+    The caption is the number of the class: the place of its folder among all, in the order of their names.
+    """
+    pictures = [name for name in sorted(_files(folder)) if name.lower().endswith(IMAGE_SUFFIXES) and "/" in name]
+    classes = {name: number for number, name in enumerate(sorted({name.split("/")[0] for name in pictures}))}
+    rows = ({"file_name": name, "class": classes[name.split("/")[0]]} for name in pictures)
+    return FolderSource(folder, Lines.dump(rows), "the folders", "file_name", "class") if pictures else None
+
+
 def _files(folder: Path) -> Iterator[str]:
     """Names of all files, relative to the folder, linked folders included once."""
     seen: set[str] = set()

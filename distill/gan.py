@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,25 +69,26 @@ class Critic(nn.Module):
     """The fake score mu_fake and, on its bottleneck, the discriminator D; one network, so that they train together.
 
     Args:
-        unet: a copy of the teacher.
-        cells: latent cells of a side at the training resolution.
+        network: a copy of the teacher.
+        family: how it is called and where its bottleneck is (`text_to_image.TextToImage` and others).
         seed: of the head's weights.
     """
 
-    def __init__(self, unet: nn.Module, cells: int, seed: int = 0):
+    def __init__(self, network: nn.Module, family: Any, seed: int = 0):
         super().__init__()
-        self.unet = unet
+        self.network = network
+        self._family = family
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = head(*bottleneck_shape(unet.config, cells))
+            self.head = head(*family.bottleneck_shape())
 
-    def score(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None):
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any) -> torch.Tensor:
         """mu_fake's prediction, in the units of the teacher's."""
-        return self.unet(x_t, t, context, added_cond_kwargs=added, return_dict=False)[0]
+        return self._family.call(self.network, x_t, t, conditions)
 
-    def logits(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None):
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any) -> torch.Tensor:
         """D(x_t) [b]: positive for real."""
-        return self.head(bottleneck(self.unet, x_t, t, context, added)).flatten(1).mean(1)
+        return self.head(self._family.bottleneck(self.network, x_t, t, conditions)).flatten(1).mean(1)
 
     def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):
         """Everything of one critic turn in one call, as wrappers of several processes need it.

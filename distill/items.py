@@ -144,11 +144,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 def clean_captions(value: Any, name: str) -> tuple[str, ...]:
     """A caption or a list of them, white space made single; empty ones of a list are left out.
 
+    A whole number is the number of a class, and its caption is that number.
+
     Raises:
         BrokenItem: when none is left, or one is not text that UTF-8 can hold.
     """
     if value is None:
         raise BrokenItem(name, "it has no caption")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (str(value),)
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
         raise BrokenItem(name, f"its caption is not text: {value!r:.60}")

@@ -18,7 +18,7 @@ from torch import nn
 from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
 
-from . import inpainting, losses, students
+from . import inpainting, losses, samples, students
 from .attention import set_attention
 from .denoising import added_conditions, noised, task_terms
 from .encode import Encoders
@@ -106,8 +106,9 @@ class Denoising:
     def pipeline(self) -> Any:
         return self._pipeline
 
-    def sampling(self) -> dict[str, Any]:
-        return dict(num_inference_steps=self.recipe.sample_steps, guidance_scale=self.recipe.sample_guidance)
+    def samples(self) -> Any:
+        how = dict(num_inference_steps=self.recipe.sample_steps, guidance_scale=self.recipe.sample_guidance)
+        return samples.grid(self.pipeline(), self.recipe, how)
 
     def save(self, folder: Path) -> None:
         networks = {name: network.model for name, network in self.networks.items()}

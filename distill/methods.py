@@ -66,11 +66,8 @@ class Method(Protocol):
     def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         """Total loss and its terms, each a mean over the batch."""
 
-    def pipeline(self) -> Any:
-        """A diffusers pipeline around the networks as they are now, for sample grids; made once."""
-
-    def sampling(self) -> dict[str, Any]:
-        """How that pipeline is called: steps or timesteps, guidance."""
+    def samples(self) -> Any:
+        """Pictures of the sample prompts by the networks as they are now, as a PIL image."""
 
     def save(self, folder: Path) -> None:
         """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""

@@ -190,6 +190,39 @@ def dmd2() -> DMD2:
     return DMD2()
 
 
+def dmd2_sd15() -> DMD2:
+    """DMD2's published SD1.5 in one step, in its first stage: 64 processes x 32, without the GAN.
+
+    The second stage goes on from its result: 5e-7, --adversarial-weight 1e-3.
+    """
+    return DMD2(
+        few_steps=1, real_guidance=1.75, ratio=10, steps=390_000, batch=32, learning_rate=1e-5, warmup=5_000,
+        adversarial_weight=0.0, mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
+    )  # fmt: skip
+
+
+def dmd2_sdxl() -> DMD2:
+    """DMD2's published SDXL in four steps: 64 processes x 2, 19,000 generator updates."""
+    return DMD2(
+        resolution=1024, few_steps=4, real_guidance=8.0, steps=95_000, batch=2, learning_rate=5e-7, warmup=500,
+        mixed_precision="bf16", gradient_checkpointing=True, checkpoint_every=2_500, sample_every=1_000,
+    )  # fmt: skip
+
+
+def dmd2_sdxl_1step() -> DMD2:
+    """DMD2's published SDXL in one step, told t = 399; it starts from a UNet warmed up by `accel distill regress`."""
+    return dataclasses.replace(dmd2_sdxl(), timesteps="399", steps=120_000)
+
+
+def dmd2_imagenet64() -> DMD2:
+    """DMD2's published ImageNet 64 x 64 in one step: 7 processes x 40, 200,000 generator updates."""
+    return DMD2(
+        resolution=64, few_steps=1, real_guidance=1.0, adversarial_weight=3e-3, steps=1_000_000, batch=40,
+        learning_rate=2e-6, warmup=500, mixed_precision="bf16", cache="none", random_flip=False,
+        checkpoint_every=10_000, sample_every=5_000,
+    )  # fmt: skip
+
+
 def sd15_base() -> Distillation:
     """BK-SDM's published setting: 50,000 steps of 256 pictures (here 8 processes x 8 x 4)."""
     return Distillation(
@@ -280,6 +313,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     for made in (
         base, small, tiny, dmd2, finetune, lora, dreambooth,
         sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
+        dmd2_sd15, dmd2_sdxl, dmd2_sdxl_1step, dmd2_imagenet64,
         digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
     )
 }  # fmt: skip

@@ -21,6 +21,7 @@ from accel.source import Source, open_source
 
 from . import checkpoints, dreambooth, recipes
 from .attention import check_attention
+from .class_to_image import ClassEncoders, is_edm, open_edm
 from .data import open_data
 from .dmd2 import DMD2 as DistributionMatching
 from .encode import Encoders
@@ -74,8 +75,8 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         if accelerator.is_main_process:
             console.print(text, soft_wrap=True, markup=False)
 
-    source = open_source(recipe.model)
-    encoders = Encoders(source, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
+    encoders = encoders_of(recipe, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
+    source = encoders.source
     check_resolution(recipe, encoders)
     if isinstance(recipe, DreamBooth):
         recipe = dreambooth.settled(recipe, encoders)
@@ -93,7 +94,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
                if checkpoints.is_sharded(network.model)}  # fmt: skip
     if accelerator.is_main_process:
         if sharded:  # what saves a network wants it whole: a second one, on the CPU
-            method = METHODS[type(recipe)](recipe, Encoders(source))
+            method = METHODS[type(recipe)](recipe, encoders_of(recipe))
         for name, tensors in sharded.items():
             method.networks[name].model.load_state_dict(tensors, strict=False)
         with new_folder(out, overwrite=overwrite) as folder:
@@ -105,6 +106,19 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     if accelerator.num_processes > 1:
         accelerator.end_training()
     return outcome
+
+
+def encoders_of(recipe: Recipe, **options: Any) -> Encoders | ClassEncoders:
+    """What turns pictures and captions into what the recipe's model learns from, by the family of the model.
+
+    Raises:
+        UserError: for a model that this method does not train.
+    """
+    if not is_edm(recipe.model):
+        return Encoders(open_source(recipe.model), **options)
+    if not isinstance(recipe, DMD2):
+        raise UserError(f"{recipe.model} is an EDM model, which is trained by DMD2 alone", "accel distill dmd2")
+    return ClassEncoders(open_edm(recipe.model), **options)
 
 
 def check_places(out: Path, run: Path, overwrite: bool) -> None:
@@ -141,7 +155,7 @@ def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, 
     """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
     source = open_data(
         recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None,
-        split=recipe.split,
+        split=recipe.split, classes=isinstance(encoders, ClassEncoders),
     )  # fmt: skip
     return stream_of(source, recipe, encoders, run, accelerator, say)
 
@@ -154,8 +168,8 @@ def stream_of(
         seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
     )
     cache = None
-    if encoders.inpaints and recipe.cache == "auto":
-        say("no cache: this model is for inpainting, and what its masks leave is encoded every time")
+    if encoders.uncached and recipe.cache == "auto":
+        say(f"no cache: {encoders.uncached}")
     elif recipe.cache != "none":
         folder = run / f"cache{suffix}" if recipe.cache == "auto" else Path(f"{recipe.cache}{suffix}")
         cache = build_cache(recipe, source, encoders, folder, placement, accelerator)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from accel._version import __version__
 from accel.errors import MissingPackage, UserError
 
-from . import checkpoints, samples
+from . import checkpoints
 from .encode import Encoders, encoded
 from .methods import Method, Network, Turn
 from .recipes import Recipe
@@ -307,7 +307,7 @@ class Loop:
     def sample(self, step: int) -> None:
         with self.averaged(), self.accelerator.autocast():
             self.unshard()
-            picture = samples.grid(self.method.pipeline(), self.recipe, self.method.sampling())
+            picture = self.method.samples()
             for unit in self.shards():
                 unit.reshard()
         if self.accelerator.is_main_process:

@@ -168,7 +168,7 @@ def test_without_backward_simulation_the_generator_learns_on_noised_pictures(sd1
     ((x_t, t, *_),) = seen
     assert t.tolist() == [499, 499]
     clean = batch["latent_mean"]
-    a = made.diffusion.alpha_bar(t)[0]
+    a = made.process.alpha_bar(t)[0]
     # What is left after taking the picture away is noise of the right size.
     noise = (x_t - a.sqrt().float() * clean) / (1 - a).sqrt().float()
     assert noise.std().item() == pytest.approx(1.0, abs=0.1)
@@ -229,7 +229,7 @@ def test_real_guidance_is_classifier_free_guidance(sd15):
 
 def test_a_pruned_generator_with_the_full_teacher(sd15, sd15_tiny):
     made = method(sd15_tiny, teacher=str(sd15))
-    assert len(made.generator.up_blocks) == 3 and len(made.teacher.up_blocks) == len(made.critic.unet.up_blocks) == 4
+    assert len(made.generator.up_blocks) == 3 and len(made.teacher.up_blocks) == len(made.critic.network.up_blocks) == 4
 
 
 def test_a_teacher_of_another_noise_schedule_is_refused(sd15, tmp_path):

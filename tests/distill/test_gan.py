@@ -79,10 +79,28 @@ def test_bottleneck_is_the_unets_own_and_the_decoder_does_not_run(name):
     assert torch.equal(ours, full)
 
 
+class Family:
+    """What `gan.Critic` asks of a family, for the UNets of this file."""
+
+    @staticmethod
+    def call(network, x_t, t, conditions):
+        context, added = conditions
+        return network(x_t, t, context, added_cond_kwargs=added).sample
+
+    @staticmethod
+    def bottleneck(network, x_t, t, conditions):
+        return gan.bottleneck(network, x_t, t, *conditions)
+
+    @staticmethod
+    def bottleneck_shape():
+        return gan.bottleneck_shape(unet("sd15").config, 16)
+
+
 def test_one_call_of_the_critic_is_its_parts():
     model = unet("sd15")
-    critic = gan.Critic(model, cells=16, seed=3).eval()
-    given = arguments(model)
+    critic = gan.Critic(model, Family, seed=3).eval()
+    x, t, *conditions = arguments(model)
+    given = (x, t, conditions)
     with torch.no_grad():
         prediction, fake, real = critic(given, given, None)
         assert torch.equal(prediction, critic.score(*given)) and torch.equal(fake, critic.logits(*given))
@@ -90,11 +108,11 @@ def test_one_call_of_the_critic_is_its_parts():
 
 
 def test_gradients_go_through_a_frozen_network_but_not_into_it():
-    critic = gan.Critic(unet("sd15"), cells=16)
-    x, *rest = arguments(critic.unet)
+    critic = gan.Critic(unet("sd15"), Family)
+    x, t, *conditions = arguments(critic.network)
     x.requires_grad_(True)
     with gan.frozen(critic):
-        gan.generator_loss(critic.logits(x, *rest)).backward()
+        gan.generator_loss(critic.logits(x, t, conditions)).backward()
     assert x.grad.abs().sum() > 0
     assert all(parameter.grad is None and parameter.requires_grad for parameter in critic.parameters())
 
