@@ -117,6 +117,17 @@ def test_gradients_go_through_a_frozen_network_but_not_into_it():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in critic.parameters())
 
 
+def test_a_narrow_head_has_a_slope():
+    """Groups of two channels would be normalised to their order: no gradient would reach the generator."""
+    torch.manual_seed(0)
+    slopes = []
+    for channels in (64, 1280):
+        x = torch.randn(4, channels, 4, 4, requires_grad=True)
+        gan.head(channels, 4)(x).sum().backward()
+        slopes.append(float(x.grad.flatten(1).norm(dim=1).mean()))
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.8), slopes
+
+
 def test_losses_are_those_of_goodfellow():
     fake, real = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     wanted = -torch.log(1 - torch.sigmoid(fake)).mean() - torch.log(torch.sigmoid(real)).mean()
