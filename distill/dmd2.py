@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from accel.errors import UserError
 
-from . import draws, gan
+from . import adapters, draws, gan
 from .class_to_image import ClassEncoders, ClassToImage
 from .denoising import clean
 from .diffusion import few_steps
@@ -46,11 +46,12 @@ class DMD2:
             raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
         self.process = family.process
         self.timesteps = timesteps_of(recipe, self.process.levels)
-        self.generator = family.load(encoders.source).requires_grad_(True).train()
-        self.teacher = family.load(family.teacher).requires_grad_(False).eval()
-        self.critic = gan.Critic(family.load(family.teacher).requires_grad_(True).train(), family, recipe.seed)
+        self.generator, fake, self.teacher = adapters.networks(recipe, family)
+        told = len(self.timesteps) if recipe.step_aware and family.guides else 1
+        self.critic = gan.Critic(fake, family, recipe.seed, told)
         if not recipe.adversarial_weight:
             self.critic.head.requires_grad_(False)
+        self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.networks = {
             "generator": Network(self.generator, self.generator),
             "critic": Network(self.critic, self.critic, averaged=False),
@@ -68,44 +69,53 @@ class DMD2:
         if chosen != "auto" and chosen not in DTYPES:
             raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
         self.device, self.dtype = device, dtype
-        self.teacher.to("cpu" if self.recipe.offload_teacher else device)
-        if DTYPES.get(chosen, dtype) != next(self.teacher.parameters()).dtype:
-            self.teacher.to(DTYPES.get(chosen, dtype))
+        adapters.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
+        for network in (self.generator, self.critic.network):
+            adapters.place(network, device, dtype)
         self.family.ready()
 
     # ---------------------------------------------------------------------------------------------------- the two turns
 
     def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         first = batch["index"][0]
+        for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
+            parameter.requires_grad_(turn.name == "critic")
+        number = self.number(step)
         if turn.name == "generator":
             x = self.draw(batch, step)
             self._drawn[first] = x.detach()
-            return self.generator_turn(x, batch)
+            return self.generator_turn(x, batch, number)
         x = self._drawn.pop(first, None)
         if x is None:
             with torch.no_grad():
                 x = self.draw(batch, step)
-        return self.critic_turn(x, batch)
+        return self.critic_turn(x, batch, number)
 
-    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
-        gradient, diagnostics = self.matching_gradient(x.detach(), batch)
+    def number(self, step: int) -> int:
+        """Which of its steps G is trained at. It depends on the training step alone, so that all processes agree."""
+        return int(draws.generator(self.recipe.seed, step, "steps").integers(len(self.timesteps)))
+
+    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
+        """Losses of x, which G's step `number` drew."""
+        gradient, diagnostics = self.matching_gradient(x.detach(), batch, number)
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
         if self.recipe.adversarial_weight:
             t, eps = self.noise_level(batch, "fake", x, draw=2)
-            with gan.frozen(self.critic), self.autocast():
-                logits = self.critic.logits(self.process.add_noise(x, eps, t), t, self.family.conditions(batch))
+            with self.autocast():
+                x_t = self.process.add_noise(x, eps, t)
+                logits = self.critic.logits(x_t, t, self.family.conditions(batch), number)
             terms["adversarial"] = gan.generator_loss(logits)
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
-    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
+    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
-        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch))
+        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), number)
         fake = real = None
         if self.recipe.adversarial_weight:
             fake, real = (
-                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch))
+                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch), number)
                 for picture, (level, noise) in (
                     (x, self.noise_level(batch, "fake", x)),
                     (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
@@ -126,9 +136,9 @@ class DMD2:
     def draw(self, batch: Mapping[str, Any], step: int) -> torch.Tensor:
         """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
 
-        Which of its steps G is trained at depends on the training step alone, so that all processes agree.
+        The last call is that of the step that G is trained at.
         """
-        last = int(draws.generator(self.recipe.seed, step, "steps").integers(len(self.timesteps)))
+        last = self.number(step)
         noise = self.normal(batch, "noise")
         z = self.process.start(noise, self.at(0, noise))
         if self.recipe.backward_simulation or last == 0:
@@ -151,14 +161,14 @@ class DMD2:
     # ----------------------------------------------------------------------------------------------------- the gradient
 
     @torch.no_grad()
-    def matching_gradient(self, x: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Terms]:
+    def matching_gradient(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
         count = self.process.levels
         low, high = int(self.recipe.low * count), int(self.recipe.high * count)
         t = draws.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
         x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
         with self.autocast():
-            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch)), x_t, t)
+            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch), number), x_t, t)
         real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()
@@ -169,7 +179,7 @@ class DMD2:
         """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
         if self.recipe.offload_teacher:
             self.teacher.to(self.device)
-        dtype = next(self.teacher.parameters()).dtype
+        dtype = adapters.dtype_of(self.teacher)
         conditions = self.family.conditions(batch)
 
         def call(given: Any) -> torch.Tensor:

@@ -155,6 +155,10 @@ class Preconditioned(nn.Module):
         self.unet = unet
         self.sigma_data = sigma_data
 
+    @property
+    def core(self) -> nn.Module:
+        return self.unet
+
     def forward(
         self,
         x: torch.Tensor,

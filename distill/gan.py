@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,23 +73,35 @@ class Critic(nn.Module):
         network: a copy of the teacher.
         family: how it is called and where its bottleneck is (`text_to_image.TextToImage` and others).
         seed: of the head's weights.
+        steps: of the student, if the critic is told which of them drew a picture: a vector for each is added to the
+            conditions, zero at first. Without it the scores are those of the mixture of all steps, which can be right
+            while none of them is; only the last one's pictures are ever seen.
     """
 
-    def __init__(self, network: nn.Module, family: Any, seed: int = 0):
+    def __init__(self, network: nn.Module, family: Any, seed: int = 0, steps: int = 1):
         super().__init__()
         self.network = network
         self._family = family
+        self.told = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = head(*family.bottleneck_shape())
 
-    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any) -> torch.Tensor:
-        """mu_fake's prediction, in the units of the teacher's."""
-        return self._family.call(self.network, x_t, t, conditions)
+    @property
+    def core(self) -> nn.Module:
+        return self.network
 
-    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any) -> torch.Tensor:
-        """D(x_t) [b]: positive for real."""
-        return self.head(self._family.bottleneck(self.network, x_t, t, conditions)).flatten(1).mean(1)
+    def tell(self, conditions: Any, step: int) -> Any:
+        return conditions if self.told is None else self._family.tell(conditions, self.told[step])
+
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, step: int = 0) -> torch.Tensor:
+        """mu_fake's prediction, in the units of the teacher's, for what step number `step` of the student draws."""
+        return self._family.call(self.network, x_t, t, self.tell(conditions, step))
+
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, step: int = 0) -> torch.Tensor:
+        """D(x_t) [b]: positive for real, negative for what that step of the student draws."""
+        told = self.tell(conditions, step)
+        return self.head(self._family.bottleneck(self.network, x_t, t, told)).flatten(1).mean(1)
 
     def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):
         """Everything of one critic turn in one call, as wrappers of several processes need it.
@@ -113,16 +124,3 @@ def generator_loss(logits: torch.Tensor) -> torch.Tensor:
 def discriminator_loss(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """softplus(D(fake)) + softplus(-D(real))."""
     return F.softplus(fake.float()).mean() + F.softplus(-real.float()).mean()
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, gradients go through a network but not into it."""
-    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learns:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learns:
-            parameter.requires_grad_(True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from accel.errors import MissingPackage, UserError
@@ -49,7 +51,8 @@ class LowRank(Denoising):
 
     def save(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors`, with alpha in its metadata, and a card."""
-        save_lora(folder, {name: network.model for name, network in self.networks.items()}, self.encoders)
+        networks = {name: network.model for name, network in self.networks.items()}
+        save_lora(folder, networks, self.encoders, form=self.recipe.lora_format)
         (folder / "README.md").write_text(card(self.recipe, self.encoders, tuple(self.networks)))
 
 
@@ -69,7 +72,7 @@ def names_of(text: str) -> tuple[str, ...]:
 
 def adapt(
     model: nn.Module, targets: Sequence[str], rank: int, alpha: float, *, seed: int,
-    without: Sequence[nn.Module] = (), flag: str = "--targets",
+    without: Sequence[nn.Module] = (), flag: str = "--targets", name: str = "default",
 ) -> None:
     """Freeze a network and give some of its layers a trainable low-rank update, in place.
 
@@ -80,24 +83,29 @@ def adapt(
         seed: of A. The global random state is left as it was.
         without: parts that get none, because nothing reads what they compute.
         flag: the option that gave the targets.
+        name: of the adapter.
 
     Raises:
         UserError: for a target that no layer has; the ones that exist are listed.
     """
     from peft import LoraConfig
 
-    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    unknown = [target for target in targets if not any(_ends(name, target) for name in layers)]
+    layers = {
+        path.removesuffix(".base_layer") for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
+    }  # fmt: skip
+    unknown = [target for target in targets if not any(_ends(path, target) for path in layers)]
     if unknown or not targets:
         what = f"no layer of {type(model).__name__} is called {unknown[0]!r}" if unknown else "no target layers given"
         raise UserError(what, f"{flag} with some of: {', '.join(suffixes(layers))}")
     apart = {id(module) for part in without for module in part.modules()}
-    excluded = [name for name, module in model.named_modules() if id(module) in apart and name in layers]
+    excluded = [path for path, module in model.named_modules() if id(module) in apart and path in layers]
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         torch.manual_seed(seed)
         model.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), exclude_modules=excluded or None)
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), exclude_modules=excluded or None), name
         )
 
 
@@ -110,30 +118,59 @@ def suffixes(names: Any) -> list[str]:
     return sorted({re.search(r"[^.]+(\.\d+)*$", name)[0] for name in names})
 
 
-def save_lora(folder: Path, networks: dict[str, nn.Module], encoders: Encoders) -> Path:
-    """Write the updates of networks, by component name, as diffusers' `save_lora_weights` does."""
+def save_lora(
+    folder: Path, networks: dict[str, nn.Module], encoders: Encoders, adapter: str = "default", form: str = "diffusers"
+) -> Path:
+    """Write the updates of networks, by component name, under the names of diffusers or of kohya's programs."""
+    if form == "kohya":
+        return save_kohya(folder, networks, encoders, adapter)
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
 
     layers = {}
     for name, network in networks.items():
-        state = {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(network).items()}
+        state = updates_of(network, adapter)
         if name != "unet":
             # transformers 5 took one level out of CLIP's names; files keep it, and diffusers reads it either way.
             inner = "" if hasattr(network, "text_model") else "text_model."
             state = convert_state_dict_to_diffusers({inner + key: value for key, value in state.items()})
         layers[f"{name}_lora_layers"] = state
-        layers[f"{name}_lora_adapter_metadata"] = metadata_of(network)
+        layers[f"{name}_lora_adapter_metadata"] = metadata_of(network, adapter)
     cls = StableDiffusionXLPipeline if encoders.sdxl else StableDiffusionPipeline
     cls.save_lora_weights(folder, **layers, weight_name=WEIGHT_NAME)
     return folder / WEIGHT_NAME
 
 
-def metadata_of(network: nn.Module) -> dict[str, Any]:
+def save_kohya(folder: Path, networks: dict[str, nn.Module], encoders: Encoders, adapter: str = "default") -> Path:
+    """Write updates as kohya's programs name them: lora_unet_<path with _>, .lora_down.weight, .lora_up.weight, .alpha.
+    """
+    text = ("lora_te1_", "lora_te2_") if encoders.sdxl else ("lora_te_", "")
+    prefixes = dict(unet="lora_unet_", text_encoder=text[0], text_encoder_2=text[1])
+    written = {}
+    for name, network in networks.items():
+        alpha = float(network.peft_config[adapter].lora_alpha)
+        inner = "" if name == "unet" or hasattr(network, "text_model") else "text_model."
+        for key, value in updates_of(network, adapter).items():
+            path, part = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key).groups()
+            full = prefixes[name] + (inner + path).replace(".", "_")
+            written[f"{full}.lora_{'down' if part == 'A' else 'up'}.weight"] = value
+            written[f"{full}.alpha"] = torch.tensor(alpha)
+    save_file(written, folder / WEIGHT_NAME, metadata={"format": "pt"})
+    return folder / WEIGHT_NAME
+
+
+def updates_of(network: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The trained tensors of an adapter, `<layer>.lora_A.weight` [r, in, ...] and `.lora_B.weight` [out, r, ...]."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(network, adapter_name=adapter)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def metadata_of(network: nn.Module, adapter: str = "default") -> dict[str, Any]:
     """What a loader must know of peft's settings, and no more: all of them would hold a path of this machine, and
     fields that another version of peft refuses."""
-    config = network.peft_config["default"]
+    config = network.peft_config[adapter]
     kept = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     excluded = sorted(config.exclude_modules or ())
     return kept | ({"exclude_modules": excluded} if excluded else {})

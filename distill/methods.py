@@ -27,6 +27,14 @@ class Network:
     model: nn.Module
     averaged: bool = True
 
+    @property
+    def core(self) -> nn.Module:
+        """The model of diffusers or transformers inside, which knows attention and gradient checkpointing."""
+        inner = self.model
+        while hasattr(inner, "core"):
+            inner = inner.core
+        return inner
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -104,6 +104,7 @@ class Lora(Finetune):
     alpha: float = option(16.0, "their strength is alpha / rank; equal to rank, every program reads the file right")
     targets: str = option("to_q,to_k,to_v,to_out.0", "layers of the UNet, by the end of their names")
     text_targets: str = option("q_proj,k_proj,v_proj,out_proj", "layers of the text encoder(s)")
+    lora_format: str = option("diffusers", "names in the file: diffusers or kohya (ComfyUI, A1111)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +143,42 @@ class DMD2(Recipe):
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
     discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
     backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised pictures")
+    step_aware: bool = option(True, "tell the critic which of the student's steps drew a picture; see docs/dmd2.md")
     low: float = option(0.02, "least timestep of distribution matching, as a share")
     high: float = option(0.98, "largest timestep of distribution matching, as a share")
     teacher_dtype: str = option("auto", "dtype of the teacher: auto (as mixed precision), float32, bfloat16, float16")
     offload_teacher: bool = option(False, "keep the teacher on the CPU between its calls")
 
+    rank: int = option(0, "rank of the generator's low-rank updates (LoRA); 0 trains all of its weights")
+    alpha: float = option(0.0, "their strength is alpha / rank; 0 for the rank")
+    critic_rank: int = option(0, "rank of the fake score's updates on the frozen teacher; 0 trains a copy of it")
+    targets: str = option(
+        "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
+        "upsamplers.0.conv,time_emb_proj",
+        "layers that get them, by the end of their names (default: those of DMD2's published LoRA)",
+    )
+    lora_format: str = option("diffusers", "names in the LoRA file: diffusers or kohya (ComfyUI, A1111)")
+
     caption_dropout: float = option(0.0, "share of captions left empty; the student needs no guidance")
     learning_rate: float = option(5e-7, "peak learning rate of the generator")
     max_grad_norm: float = option(10.0, "clip gradients to this norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Recipe):
+    """Warm-up of a one-step student on pairs of noise and the teacher's picture (DMD, arXiv 2311.18828)."""
+
+    teacher: str = option("", "pipeline whose UNet makes the pictures (default: the model's own)")
+    timestep: int = option(999, "timestep that the student is told; 399 for SDXL")
+    pairs: str = option("", "folder of the pairs, made where they are missing (default: in the run folder)")
+    pair_count: int = option(10_000, "pairs of noise and picture")
+    pair_steps: int = option(50, "the teacher's steps")
+    pair_guidance: float = option(8.0, "the teacher's guidance scale")
+    loss: str = option("mse", "mse or huber of latents, or lpips of pictures (needs the package lpips)")
+
+    learning_rate: float = option(1e-5, "peak learning rate")
+    steps: int = option(3000, "optimizer steps")
+    batch: int = option(4, "pairs per process and micro-batch")
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -190,23 +219,36 @@ def dmd2() -> DMD2:
     return DMD2()
 
 
+def regress() -> Regression:
+    """DMD2's warm-up of SDXL in one step: 10,000 pairs of 50 steps at guidance 8, 3,000 steps."""
+    return Regression()
+
+
 def dmd2_sd15() -> DMD2:
     """DMD2's published SD1.5 in one step, in its first stage: 64 processes x 32, without the GAN.
 
     The second stage goes on from its result: 5e-7, --adversarial-weight 1e-3.
     """
     return DMD2(
-        few_steps=1, real_guidance=1.75, ratio=10, steps=390_000, batch=32, learning_rate=1e-5, warmup=5_000,
-        adversarial_weight=0.0, mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
+        few_steps=1, real_guidance=1.75, step_aware=False, ratio=10, steps=390_000, batch=32, learning_rate=1e-5,
+        warmup=5_000, adversarial_weight=0.0, mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
     )  # fmt: skip
 
 
 def dmd2_sdxl() -> DMD2:
     """DMD2's published SDXL in four steps: 64 processes x 2, 19,000 generator updates."""
     return DMD2(
-        resolution=1024, few_steps=4, real_guidance=8.0, steps=95_000, batch=2, learning_rate=5e-7, warmup=500,
-        mixed_precision="bf16", gradient_checkpointing=True, checkpoint_every=2_500, sample_every=1_000,
+        resolution=1024, few_steps=4, real_guidance=8.0, step_aware=False, steps=95_000, batch=2, learning_rate=5e-7,
+        warmup=500, mixed_precision="bf16", gradient_checkpointing=True, checkpoint_every=2_500, sample_every=1_000,
     )  # fmt: skip
+
+
+def dmd2_sdxl_lora() -> DMD2:
+    """DMD2's published LoRA of SDXL in four steps: rank 64, alpha 8, 16,000 generator updates.
+
+    The published fake score is a full copy; --critic-rank 64 shares one frozen SDXL among all three networks.
+    """
+    return dataclasses.replace(dmd2_sdxl(), rank=64, alpha=8.0, learning_rate=5e-5, steps=80_000)
 
 
 def dmd2_sdxl_1step() -> DMD2:
@@ -217,8 +259,8 @@ def dmd2_sdxl_1step() -> DMD2:
 def dmd2_imagenet64() -> DMD2:
     """DMD2's published ImageNet 64 x 64 in one step: 7 processes x 40, 200,000 generator updates."""
     return DMD2(
-        resolution=64, few_steps=1, real_guidance=1.0, adversarial_weight=3e-3, steps=1_000_000, batch=40,
-        learning_rate=2e-6, warmup=500, mixed_precision="bf16", cache="none", random_flip=False,
+        resolution=64, few_steps=1, real_guidance=1.0, step_aware=False, adversarial_weight=3e-3, steps=1_000_000,
+        batch=40, learning_rate=2e-6, warmup=500, mixed_precision="bf16", cache="none", random_flip=False,
         checkpoint_every=10_000, sample_every=5_000,
     )  # fmt: skip
 
@@ -311,16 +353,19 @@ def digits_lora() -> Lora:
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     made.__name__: made
     for made in (
-        base, small, tiny, dmd2, finetune, lora, dreambooth,
+        base, small, tiny, dmd2, regress, finetune, lora, dreambooth,
         sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
-        dmd2_sd15, dmd2_sdxl, dmd2_sdxl_1step, dmd2_imagenet64,
+        dmd2_sd15, dmd2_sdxl, dmd2_sdxl_lora, dmd2_sdxl_1step, dmd2_imagenet64,
         digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
     )
 }  # fmt: skip
 
 # The least value that each field may have, and the names that each may be.
 _LEAST = dict.fromkeys(
-    ("batch", "accumulation", "checkpoint_every", "sample_steps", "cache_variants", "ratio", "class_batch"), 1
+    (
+        "batch", "accumulation", "checkpoint_every", "sample_steps", "cache_variants", "ratio", "class_batch",
+        "pair_count", "pair_steps",
+    ), 1,
 ) | dict.fromkeys(
     (
         "steps", "critic_warmup", "keep", "sample_every", "workers", "warmup", "seed", "learning_rate", "weight_decay",
@@ -338,6 +383,7 @@ _NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "save_dtype": ("save dtype", ("float32", "float16")),
     "cache_dtype": ("cache dtype", ("float32", "float16")),
     "teacher_dtype": ("teacher dtype", ("auto", *_DTYPES)),
+    "lora_format": ("LoRA format", ("diffusers", "kohya")),
 }
 
 

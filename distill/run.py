@@ -19,7 +19,7 @@ from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.source import Source, open_source
 
-from . import checkpoints, dreambooth, recipes
+from . import checkpoints, dreambooth, recipes, regression
 from .attention import check_attention
 from .class_to_image import ClassEncoders, is_edm, open_edm
 from .data import open_data
@@ -29,12 +29,12 @@ from .examples import Examples, loader
 from .kd import Denoising
 from .lora import LowRank
 from .methods import Method
-from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe
+from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression
 from .train import PRECISIONS, Outcome, accelerator_for, train
 
 METHODS: dict[type[Recipe], Any] = {
     Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method,
-    DMD2: DistributionMatching,
+    DMD2: DistributionMatching, Regression: regression.Regression,
 }
 
 SHOWN = 5  # broken pictures that are named on the screen
@@ -153,11 +153,17 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
 
 def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any) -> Any:
     """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
-    source = open_data(
+    source = data_of(recipe, encoders)
+    if isinstance(recipe, Regression):
+        return regression.batches_of(recipe, source, encoders, run, accelerator, say)
+    return stream_of(source, recipe, encoders, run, accelerator, say)
+
+
+def data_of(recipe: Recipe, encoders: Encoders | ClassEncoders) -> Any:
+    return open_data(
         recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None,
         split=recipe.split, classes=isinstance(encoders, ClassEncoders),
     )  # fmt: skip
-    return stream_of(source, recipe, encoders, run, accelerator, say)
 
 
 def stream_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
 from accel.source import Source, open_source
 
-from . import gan, inpainting, samples
+from . import adapters, gan, inpainting, samples
 from .denoising import added_conditions
 from .diffusion import Diffusion
 from .encode import Encoders
+from .lora import save_lora
 from .pipelines import assemble, save_pipeline
-from .recipes import DMD2 as Recipe
+from .recipes import DMD2, Regression
 
 Conditions = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
 
@@ -36,7 +38,7 @@ class TextToImage:
 
     guides = True  # a prompt can be left empty, so that guidance is possible
 
-    def __init__(self, recipe: Recipe, encoders: Encoders):
+    def __init__(self, recipe: DMD2 | Regression, encoders: Encoders):
         inpainting.check(recipe, encoders)
         if encoders.inpaints:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
@@ -55,6 +57,16 @@ class TextToImage:
 
     def conditions(self, batch: Mapping[str, Any]) -> Conditions:
         return batch["context"], added_conditions(batch)
+
+    @property
+    def width(self) -> int:
+        """Of what `tell` adds to the conditions."""
+        return self.teacher.config("unet")["cross_attention_dim"]
+
+    def tell(self, conditions: Conditions, vector: torch.Tensor) -> Conditions:
+        """The conditions with a vector [D] added to every token."""
+        context, added = conditions
+        return context + vector.to(context.dtype), added
 
     def unconditional(self, conditions: Conditions) -> Conditions:
         """The conditions of the empty prompt, for as many pictures."""
@@ -75,7 +87,7 @@ class TextToImage:
         return network(x_t, t, context, added_cond_kwargs=added, return_dict=False)[0]
 
     def bottleneck(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions):
-        return gan.bottleneck(network, x_t, t, *conditions)
+        return adapters.within(network, lambda unet: gan.bottleneck(unet, x_t, t, *conditions))
 
     def bottleneck_shape(self) -> tuple[int, int]:
         cells = self.recipe.resolution // self.encoders.factor
@@ -86,12 +98,19 @@ class TextToImage:
         if self._pipeline is None:
             from diffusers import LCMScheduler
 
-            self._pipeline = assemble(self.encoders, generator)
+            self._pipeline = assemble(self.encoders, adapters.within(generator, lambda unet: unet))
             self._pipeline.scheduler = LCMScheduler.from_config(self.encoders.source.config("scheduler"))
-        return samples.grid(self._pipeline, self.recipe, dict(timesteps=list(timesteps), guidance_scale=0.0))
+        how = dict(timesteps=list(timesteps), guidance_scale=0.0)
+        return adapters.within(generator, lambda _: samples.grid(self._pipeline, self.recipe, how))
 
     def save(self, folder: Path, generator: nn.Module, timesteps: Sequence[int]) -> None:
+        """A pipeline, or a LoRA where the generator is one; either with its sampler's constants."""
         sampler = {"name": "dmd2", "timesteps": list(timesteps), "guidance": 0.0}
+        if isinstance(generator, adapters.Adapted):
+            form = self.recipe.lora_format
+            save_lora(folder, {"unet": generator.network}, self.encoders, adapter=adapters.GENERATOR, form=form)
+            (folder / "sampler.json").write_text(json.dumps(sampler) + "\n")
+            return
         save_pipeline(self.encoders.source, folder, {"unet": generator}, dtype=self.recipe.save_dtype, sampler=sampler)
 
 

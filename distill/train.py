@@ -326,11 +326,12 @@ def _parameters(networks: Any) -> list[torch.nn.Parameter]:
 def _configure(network: Network, recipe: Recipe, device: torch.device, *, half: bool) -> None:
     from .attention import set_attention
 
-    if hasattr(network.model, "set_attn_processor"):
-        set_attention(network.model, recipe.attention, device=device, half=half)
+    core = network.core
+    if hasattr(core, "set_attn_processor"):
+        set_attention(core, recipe.attention, device=device, half=half)
     if recipe.gradient_checkpointing:
-        enable = getattr(network.model, "enable_gradient_checkpointing", None) or getattr(
-            network.model, "gradient_checkpointing_enable", None
+        enable = getattr(core, "enable_gradient_checkpointing", None) or getattr(
+            core, "gradient_checkpointing_enable", None
         )
         if enable is None:
             raise UserError(f"{type(network.model).__name__} has no gradient checkpointing", "leave the option out")

@@ -20,6 +20,7 @@ METHODS = {
     "ssd-1b": "SDXL with SSD-1B's transformer depths",
     "vega": "SDXL with Segmind-Vega's transformer depths",
     "dmd2": "a student of few steps, by distribution matching and a discriminator (DMD2)",
+    "regress": "warm a one-step student up on the teacher's own pictures",
     "finetune": "train the UNet of any pipeline on",
     "lora": "train a LoRA of any pipeline: a small file of low-rank updates",
     "dreambooth": "teach any pipeline a subject from a few pictures",

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from accel.distill import checkpoints, draws, recipes
+from accel.distill import adapters, checkpoints, draws, recipes
 from accel.distill.data import open_data
 from accel.distill.diffusion import Diffusion, few_steps
 from accel.distill.dmd2 import DMD2, matching_gradient, matching_loss, timesteps_of
@@ -19,6 +19,7 @@ from accel.distill.examples import Examples, loader
 from accel.distill.methods import Turn
 from accel.distill.run import execute
 from accel.errors import UserError
+from accel.lora import WEIGHT_NAME, fuse, lora_file
 from accel.noise_schedule import NoiseSchedule
 from accel.source import open_source
 
@@ -312,3 +313,94 @@ def test_two_learning_rates_and_schedules(sd15, tmp_path):
 def test_fields_are_options(sd15):
     assert {field.name for field in dataclasses.fields(recipes.DMD2)} >= {"ratio", "real_guidance", "few_steps"}
     assert recipes.recipe("digits-dmd2").real_guidance == 3.0
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize(
+    ("ranks", "bases"), [(dict(rank=2, critic_rank=2), 1), (dict(rank=2), 2), (dict(critic_rank=2), 2), ({}, 3)]
+)
+def test_what_is_frozen_is_shared(sd15, ranks, bases):
+    made = method(sd15, **ranks)
+    networks = (made.generator, made.critic.network, made.teacher)
+    found = {id(adapters.within(network, lambda unet: unet)) for network in networks}
+    assert len(found) == bases
+    batch = batch_of(made)
+    for turn, learns, rests in (
+        (made.turns[0], made.generator, made.critic), (made.turns[1], made.critic, made.generator)
+    ):  # fmt: skip
+        made.loss(turn, batch, 0)[0].backward()
+        reached = gradients(learns)
+        # A of a fresh adapter has no gradient while B is zero; the others have one.
+        assert all(found for name, found in reached.items() if "lora_A" not in name)
+        assert not any(gradients(rests).values())
+        assert not any(value.grad is not None for value in made.teacher.parameters())
+        for network in (learns, rests):
+            network.zero_grad(set_to_none=True)
+
+
+def test_a_lora_run_gives_one_file_that_diffusers_and_we_load(sd15, tmp_path):
+    torch.set_num_threads(1)
+    given = recipe(sd15, rank=2, critic_rank=2, alpha=1.0, learning_rate=1e-2)
+    execute(given, tmp_path / "out")
+    assert json.loads((tmp_path / "out/sampler.json").read_text())["timesteps"] == [999, 749, 499, 249]
+    state = load_file(tmp_path / "out" / WEIGHT_NAME)
+    assert all(key.startswith("unet.") for key in state) and any(value.abs().sum() > 0 for value in state.values())
+    fused = open_source(sd15).load("unet")
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
+    fuse(fused, "unet", [lora_file(tmp_path / "out" / WEIGHT_NAME)], unet_config=open_source(sd15).config("unet"))
+    assert any(not torch.equal(before[name], value) for name, value in fused.state_dict().items())
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path / "out")
+    pipeline.fuse_lora()
+    sample = (torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 7, fused.config.cross_attention_dim))
+    with torch.no_grad():
+        assert torch.allclose(pipeline.unet(*sample).sample, fused(*sample).sample, atol=1e-4)
+
+
+def test_kohyas_names_hold_the_same_updates(sd15, tmp_path):
+    torch.set_num_threads(1)
+    unets = []
+    for form in ("diffusers", "kohya"):
+        execute(recipe(sd15, rank=2, alpha=1.0, lora_format=form, steps=2, learning_rate=1e-2), tmp_path / form)
+        unet = open_source(sd15).load("unet")
+        fuse(unet, "unet", [lora_file(tmp_path / form / WEIGHT_NAME)], unet_config=open_source(sd15).config("unet"))
+        unets.append(unet)
+    state = load_file(tmp_path / "kohya" / WEIGHT_NAME)
+    assert {key.rsplit(".", 2)[-2] for key in state if key.endswith(".weight")} == {"lora_down", "lora_up"}
+    assert all(key.startswith("lora_unet_") for key in state)
+    ours, theirs = (unet.state_dict() for unet in unets)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_gradient_checkpointing_gives_the_same_run(sd15, tmp_path):
+    torch.set_num_threads(1)
+    states = []
+    for name, fields in (("plain", {}), ("again", dict(gradient_checkpointing=True))):
+        execute(recipe(sd15, rank=2, critic_rank=2, steps=2, learning_rate=1e-2, **fields), tmp_path / name)
+        states.append(load_file(tmp_path / name / WEIGHT_NAME))
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=1e-4), name
+
+
+def test_gradient_checkpointing_of_whole_networks(sd15, tmp_path):
+    torch.set_num_threads(1)
+    file, states = "unet/diffusion_pytorch_model.safetensors", []
+    for name, fields in (("plain", {}), ("again", dict(gradient_checkpointing=True))):
+        execute(recipe(sd15, steps=2, **fields), tmp_path / name)
+        states.append(load_file(tmp_path / name / file))
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=3e-4), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(rank=-1), "cannot be"), (dict(rank=2, targets="nothing"), "no layer"),
+        (dict(rank=2, offload_teacher=True), "shares its weights"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said(sd15, fields, said):
+    with pytest.raises(UserError, match=said):
+        method(sd15, **fields)
