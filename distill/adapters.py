@@ -172,7 +172,8 @@ def check(recipe: DMD2) -> None:
 def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """Move a network; what is frozen takes the dtype, what learns stays in float32."""
     model = network.network if isinstance(network, Adapted) else network
-    model.to(device)
+    if any(parameter.device != torch.device(device) for parameter in model.parameters()):
+        model.to(device)
     for parameter in model.parameters():
         wanted = torch.float32 if parameter.requires_grad else dtype
         if parameter.dtype != wanted:

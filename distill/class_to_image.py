@@ -96,6 +96,10 @@ class ClassEncoders:
     uncached = "this model learns from pixels, and there is nothing to encode"
 
     @property
+    def latent_channels(self) -> int:
+        return self.source.config("unet")["in_channels"]
+
+    @property
     def classes(self) -> int | None:
         return self.source.config("unet").get("num_class_embeds")
 

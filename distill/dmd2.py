@@ -121,7 +121,8 @@ class DMD2:
                     (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
                 )
             )
-        said, on_fake, on_real = self.networks["critic"].module(score, fake, real)
+        with self.autocast():
+            said, on_fake, on_real = self.networks["critic"].module(score, fake, real)
         terms = {"denoising": self.process.denoising_loss(said, x, eps, t)}
         total = terms["denoising"]
         if on_fake is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from accel.errors import UserError
 
@@ -125,7 +126,7 @@ def class_index(labels: torch.Tensor, classes: int) -> torch.Tensor:
             f"give whole numbers [b], or one-hot rows [b, {classes}]",
         )
     # Asked before the look-up: an index beyond a table stops a GPU's whole process, with no word about labels.
-    if not torch.compiler.is_compiling() and bool(bad.any()):
+    if not torch.compiler.is_compiling() and not is_fake(bad) and bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise UserError(f"label {row} is no class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
     return index

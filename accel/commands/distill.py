@@ -61,11 +61,14 @@ class _Parser(argparse.ArgumentParser):
 def _add_method(parser: argparse.ArgumentParser, name: str) -> None:
     from accel.distill.recipes import recipe
 
-    parser.add_argument("--out", required=True, type=Path, help="folder to write the trained pipeline to")
+    parser.add_argument("--out", required=name != "dmd2", type=Path, help="folder to write the trained pipeline to")
     parser.add_argument("--run", type=Path, help="checkpoints, losses, samples (default: OUT-run); kept to resume")
     parser.add_argument("--recipe", help="named settings to start from; options given here override its fields")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    if name == "dmd2":
+        parser.add_argument("--plan", action="store_true", help="print the memory that the run would need, and stop")
+        parser.add_argument("--processes", type=int, default=1, help="FSDP2 processes that --plan divides by")
     parser.add_argument("--json", action="store_true", help="print the training record as JSON")
     for field in dataclasses.fields(recipe(name)):
         if field.name == "student":
@@ -96,7 +99,12 @@ def run(args: argparse.Namespace) -> int:
         for field in dataclasses.fields(settings)
         if (value := getattr(args, field.name, None)) is not None
     }
-    outcome = execute(recipes.changed(settings, **given), args.out, args.run, overwrite=args.overwrite)
+    settings = recipes.changed(settings, **given)
+    if getattr(args, "plan", False):
+        return _plan(settings, args)
+    if not args.out:
+        raise UserError("no --out given", "--out FOLDER, or --plan to see what the run needs")
+    outcome = execute(settings, args.out, args.run, overwrite=args.overwrite)
     if outcome.stopped:
         print(f"stopped after step {outcome.steps}; the same command goes on from there", file=sys.stderr)
         return 130
@@ -106,6 +114,18 @@ def run(args: argparse.Namespace) -> int:
         whole = (args.out / "model_index.json").is_file()
         print(f"{args.out} is ready: accel export {args.out if whole else args.model or 'MODEL'} BUNDLE"
               + ("" if whole else f" --lora {args.out}"))  # fmt: skip
+    return 0
+
+
+def _plan(settings: Any, args: argparse.Namespace) -> int:
+    from accel.distill.plan import predict
+    from accel.distill.run import encoders_of
+
+    plan = predict(settings, encoders_of(settings), shards=args.processes)
+    if args.json:
+        print(json.dumps({"peak_bytes": plan.peak, "parts": dict(plan.parts), "parameters": dict(plan.parameters)}))
+    else:
+        print("\n".join(plan.lines()))
     return 0
 
 

@@ -1,0 +1,69 @@
+"""The memory that a run would need, against what is held when it runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accel.distill import plan, recipes
+from accel.distill.data import open_data
+from accel.distill.dmd2 import DMD2
+from accel.distill.encode import Encoders, encoded
+from accel.distill.examples import Examples, loader
+from accel.distill.run import encoders_of
+from accel.source import open_source
+
+
+def recipe(model, **fields):
+    common = dict(model=str(model), data="digits", resolution=64, random_flip=False, cache="none", batch=2, few_steps=1)
+    return recipes.changed(recipes.dmd2(), **common | fields)
+
+
+def measured(given):
+    """Peak bytes of both turns, weights not counted, of tensors that do exist."""
+    method = DMD2(given, Encoders(open_source(given.model)))
+    method.place(torch.device("cpu"), torch.float32)
+    examples = Examples(open_data("digits"), seed=0, resolution=64, random_flip=False)
+    batch = encoded(next(loader(examples, batch=2)), method.encoders)
+    if given.gradient_checkpointing:
+        for network in method.networks.values():
+            network.core.enable_gradient_checkpointing()
+    return max(max(plan.turn_bytes(method, turn, batch, False)) for turn in method.turns)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(gradient_checkpointing=True), dict(rank=2, critic_rank=2)])
+def test_the_prediction_is_what_a_run_holds(sd15, fields):
+    given = recipe(sd15, **fields)
+    predicted = plan.predict(given, encoders_of(given), foreach=False)
+    assert predicted.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
+    unet = open_source(sd15).load("unet")
+    count = sum(p.numel() for p in unet.parameters())
+    whole, learn = predicted.parameters["generator"]
+    if given.rank:
+        assert learn < count < whole and predicted.parts["frozen weights"] == pytest.approx(4 * count, rel=0.01)
+    else:
+        assert whole == learn == count and predicted.parts["frozen weights"] == 4 * count
+        assert predicted.parts["moments"] == 2 * predicted.parts["weights that learn"]
+
+
+def test_more_processes_and_smaller_moments_need_less(sd15):
+    given = recipe(sd15)
+    alone = plan.predict(given, encoders_of(given))
+    shared = plan.predict(recipe(sd15, optimizer="adamw8bit"), encoders_of(given), shards=4)
+    assert shared.parts["moments"] == pytest.approx(alone.parts["moments"] / 16, rel=0.01)
+    assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
+
+
+def test_the_command_loads_no_weights(sd15, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(sd15, tmp_path / "model")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.write_bytes(b"no weights at all")
+    command = [sys.executable, "-m", "accel", "distill", "dmd2", "--model", str(folder), "--resolution", "64"]
+    done = subprocess.run([*command, "--batch", "1", "--plan", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["peak_bytes"] == sum(said["parts"].values()) > 0
