@@ -10,7 +10,7 @@ import numpy as np
 
 from .arrays import concat
 from .engines import Engine
-from .errors import Notice
+from .errors import Notice, UserError
 from .tokenizer import ClipTokenizer
 
 
@@ -47,9 +47,22 @@ def encode(encoders: Mapping[str, tuple[ClipTokenizer, Engine]], prompts: Sequen
     return {"encoder_hidden_states": concat(hidden, axis=-1), "text_embeds": pooled}
 
 
-def time_ids(images: int, height: int, width: int) -> np.ndarray:
-    """SDXL's size conditioning: original size, crop corner (0, 0), target size; float32 [images, 6]."""
-    return np.tile(np.array([height, width, 0, 0, height, width], np.float32), (images, 1))
+def time_ids(
+    images: int, size: Sequence[int], original: Sequence[int] | None = None, crop: Sequence[int] = (0, 0),
+    target: Sequence[int] | None = None,
+) -> np.ndarray:
+    """SDXL's size conditioning (arXiv 2307.01952, section 2.2): float32 [images, 6].
+
+    Args:
+        size: height and width of the picture in pixels.
+        original: size of the picture before it was cropped; None for its own.
+        crop: top and left of the crop.
+        target: size it was cropped to; None for its own.
+    """
+    row = [*(original or size), *crop, *(target or size)]
+    if len(row) != 6 or not all(isinstance(n, (int, float, np.number)) and n >= 0 for n in row):
+        raise UserError(f"size conditioning {row} makes no sense", "give (height, width), and (top, left) for the crop")
+    return np.tile(np.array(row, np.float32), (images, 1))
 
 
 def guidance_embedding(images: int, guidance: float, width: int) -> np.ndarray:
