@@ -140,6 +140,7 @@ class Pipeline:
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
+        prompt_weights: bool = False,
         latents: Any = None,
         renoise: Callable[[int], Any] | None = None,
         output_type: str = "pil",
@@ -165,6 +166,7 @@ class Pipeline:
             control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2).
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the picture's own size.
+            prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.prompts`).
             latents: initial noise [N, C, h, w] with unit variance, instead of a seed's.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
             output_type: "pil", "np" or "latent".
@@ -192,7 +194,8 @@ class Pipeline:
             Chunk(rows, prompts[rows], negatives and negatives[rows], seeds[rows])
             for rows in (slice(i, i + limit) for i in range(0, len(prompts), limit))
         ]
-        run = _Run(self, plan, size, asked, Sizes(original_size, crop, target_size), len(prompts), latents, renoise)
+        sizes = Sizes(original_size, crop, target_size)
+        run = _Run(self, plan, size, asked, sizes, len(prompts), latents, renoise, prompt_weights)
         final, pixels = run(chunks, callback, progress, decode=output_type != "latent")
         if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
             raise UserError(
@@ -210,12 +213,12 @@ class _Run:
 
     def __init__(
         self, pipeline: Pipeline, plan: Plan, size: tuple[int, int], asked: Pictures, sizes: Sizes, total: int,
-        latents: Any, renoise: Callable[[int], Any] | None,
+        latents: Any, renoise: Callable[[int], Any] | None, weighted: bool,
     ):  # fmt: skip
         self.plan, self.size, self.asked, self.sizes, self.total = plan, size, asked, sizes, total
         self.engines, self.tokenizers, self.schedule = pipeline.engines, pipeline.tokenizers, pipeline.schedule
         self.manifest, self.constants = pipeline.bundle.manifest, pipeline.bundle.manifest.pipeline
-        self.latents, self.renoise = latents, renoise
+        self.latents, self.renoise, self.weighted = latents, renoise, weighted
         self.pixels = tuple(side * self.constants["vae_scale"] for side in size)
         self.shape = (self.constants["latent_channels"], *size)
         self.clock = Clock()
@@ -252,9 +255,12 @@ class _Run:
     def _texts(self, chunk: Chunk) -> dict[str, Any]:
         """Text conditioning for the whole (doubled) batch of a chunk."""
         encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
-        feeds = _encode(encoders, chunk.prompts)
+        context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
+        length = next(iter(self.tokenizers.values())).length
+        how = dict(chunks=max(1, context.shape[1] // length), weighted=self.weighted)
+        feeds = _encode(encoders, chunk.prompts, **how)
         if self.plan.guided:
-            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts))
+            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
             if chunk.negatives is None and self.constants["zero_empty_prompt"]:
                 without = {name: value * 0 for name, value in without.items()}
             feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
@@ -336,13 +342,12 @@ class _Run:
         return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
 
 
-def _encode(encoders, prompts: Sequence[str]) -> dict[str, Any]:
-    """Each distinct text is encoded once, within the text encoder's own batch limit."""
+def _encode(encoders, prompts: Sequence[str], **how: Any) -> dict[str, Any]:
+    """Each distinct text is encoded once."""
     distinct = list(dict.fromkeys(prompts))
-    limit = min(engine.component.dims["images"].max for _, engine in encoders.values())
-    runs = [conditioning.encode(encoders, distinct[i : i + limit]) for i in range(0, len(distinct), limit)]
+    found = conditioning.encode(encoders, distinct, **how)
     index = [distinct.index(prompt) for prompt in prompts]
-    return {name: concat([run[name] for run in runs])[index] for name in runs[0]}
+    return {name: value[index] for name, value in found.items()}
 
 
 class _Bar:

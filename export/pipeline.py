@@ -27,6 +27,7 @@ from . import check, onnx, precision
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
 from .precision import check_name as check_precision
+from .share import share_files
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _STAGES = 4
@@ -45,6 +46,7 @@ def export_pipeline(
     adapter: bool | str | Path = False,
     controlnet: str | Path | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
+    share: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
@@ -62,6 +64,7 @@ def export_pipeline(
         adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
         controlnet: folder of a ControlNet to export with it.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
+        share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
 
@@ -74,6 +77,7 @@ def export_pipeline(
         folder = None if isinstance(adapter, bool) else adapter
         model = open_source(model, loras, adapter=folder, controlnet=controlnet)
     source = model
+    base = None if share is None else Bundle.open(share)
     names = _component_names(source, components)
     pipeline = pipeline_constants(source)
     chosen_sampler = checked_sampler(sampler or own_sampler(source))
@@ -111,16 +115,24 @@ def export_pipeline(
             components=records,
         )
         progress("digests", 0.99)
+        if base is not None:
+            share_files(folder, base)
         seal(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
-    """The context has the length that the text encoder was made for, which is also what its tokenizer pads to."""
-    own = source.config("text_encoder").get("max_position_embeddings", 77)
-    if tokens != own:
-        raise UserError(f"a context of {tokens} tokens does not fit this text encoder", f"leave tokens at {own}")
+    """The UNet takes one context of the text encoder's own length, or several of them laid end to end."""
+    own = _own_tokens(source)
+    if tokens % own:
+        raise UserError(
+            f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
+        )
+
+
+def _own_tokens(source: Source) -> int:
+    return source.config("text_encoder").get("max_position_embeddings", 77)
 
 
 def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
@@ -158,7 +170,8 @@ def _unet_config(source: Source) -> dict[str, Any]:
 
 def _network(source: Source, name: str, inputs: Mapping[str, Any], tokens: int) -> Network:
     if name.startswith("text_encoder"):
-        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=tokens)
+        own = _own_tokens(source)
+        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=own)
     if name == "unet":
         return networks.unet(source.load("unet"), tokens=tokens, **inputs)
     if name == control.ADAPTER:

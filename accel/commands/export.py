@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
     parser.add_argument("--variant", help="which weight files of the folder, such as fp16 (default: the plain ones)")
+    parser.add_argument(
+        "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
+    )
     parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             components=components,
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
+            share=args.share,
             overwrite=args.overwrite,
             progress=stages(bar, task),
         )

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--original-size", type=_pair, metavar="HxW", help="SDXL: size before the crop (default: own)")
     parser.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="SDXL: corner of the crop")
     parser.add_argument("--target-size", type=_pair, metavar="HxW", help="SDXL: size cropped to (default: own)")
+    parser.add_argument("--prompt-weights", action="store_true", help="let (words:1.3) in prompts count by that factor")
     parser.add_argument("--low-memory", action="store_true", help="load each component when it is needed, then drop it")
     add_sampling(parser)
     add_engine(parser)
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
+        prompt_weights=args.prompt_weights,
         progress=sys.stderr.isatty(),
     )
     names = [out] if len(result.images) == 1 else [
