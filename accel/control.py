@@ -6,7 +6,7 @@ exported with the inputs of either takes zeros where nothing is to be added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ def prepare(
     if not specs:
         return lambda i, feeds: {}
     images = len(chunk.prompts) * (2 if plan.guided else 1)
-    sizes = {"batch": images} | _inner_sizes(manifest, size)
+    scale = manifest.pipeline["vae_scale"]
+    sizes = {"batch": images} | inner_sizes([side // scale for side in size])
     nothing = {spec.name: unet.array(np.zeros(spec.concrete(sizes), spec.dtype)) for spec in specs}
     if asked.control is None:
         return lambda i, feeds: nothing
@@ -79,11 +80,10 @@ def prepare(
     return residuals
 
 
-def _inner_sizes(manifest: Manifest, size: tuple[int, int]) -> dict[str, int]:
-    """The value of every latent dimension, inner resolutions included."""
-    scale = manifest.pipeline["vae_scale"]
+def inner_sizes(latent: Sequence[int]) -> dict[str, int]:
+    """The value of every latent dimension, inner resolutions included, for latents of (height, width)."""
     sizes = {}
-    for side, pixels in zip(("height", "width"), size, strict=True):
-        sizes[f"latent_{side}"] = pixels // scale
-        sizes |= {f"latent_{side}_{stride}": pixels // scale // stride for stride in (2, 4, 8)}
+    for side, cells in zip(("height", "width"), latent, strict=True):
+        sizes[f"latent_{side}"] = cells
+        sizes |= {f"latent_{side}_{stride}": cells // stride for stride in (2, 4, 8)}
     return sizes

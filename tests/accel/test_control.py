@@ -73,7 +73,7 @@ def made(sd15, sdxl, tmp_path_factory):
     return get
 
 
-def reference(family, kind, source, network, image, **options):
+def control_pipeline(family, kind, source, network):
     import diffusers
 
     classes = {
@@ -86,11 +86,16 @@ def reference(family, kind, source, network, image, **options):
         part = {"controlnet": diffusers.ControlNetModel.from_pretrained(network)}
     else:
         part = {"adapter": diffusers.T2IAdapter.from_pretrained(network)}
-        image = image.convert("L") if family == "sd15" else image
     pipe = getattr(diffusers, classes[family, kind]).from_pretrained(source, **part)
     if family == "sd15":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def reference(family, kind, source, network, image, **options):
+    pipe = control_pipeline(family, kind, source, network)
+    image = image.convert("L") if (family, kind) == ("sd15", "adapter") else image
     latents = torch.from_numpy(noise.normal([5], 0, (4, 16, 16)))
     return pipe(
         "the cat", image=image, num_inference_steps=4, guidance_scale=5.0, height=64, width=64, latents=latents,
@@ -152,6 +157,26 @@ def test_a_control_network_of_another_family_is_refused_with_both_sides(made, sd
     with pytest.raises(UserError, match="another family") as error:
         export_pipeline(open_source(sd15, **part), tmp_path / "out", components=("unet",))
     assert error.value.fix and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd15", "controlnet"), ("sdxl", "adapter")])
+def test_a_diffusers_pipeline_runs_on_the_compiled_control_network(made, edges, family, kind):
+    """Attached, both the UNet and the control network are the bundle's; detached, the pipeline is as it was."""
+    source, network, bundle = made(family, kind)
+    pipe = control_pipeline(family, kind, source, network)
+    options = dict(image=edges, num_inference_steps=2, guidance_scale=4.0, height=64, width=64, output_type="np")
+
+    def draw():
+        return pipe("the cat", generator=torch.Generator().manual_seed(1), **options).images
+
+    before = draw()
+    with accel.attach(pipe, bundle, engine="onnxruntime") as attached:
+        part = "controlnet" if kind == "controlnet" else "t2i_adapter"
+        calls, run = [], attached.engines[part].run
+        attached.engines[part].run = lambda feeds: calls.append(1) or run(feeds)
+        assert np.abs(draw() - before).max() < ONE_STEP_OF_A_PIXEL
+        assert calls
+    assert np.array_equal(draw(), before)
 
 
 def test_a_folder_that_is_no_control_network_is_refused(sd15):
