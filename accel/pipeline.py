@@ -16,7 +16,7 @@ from . import conditioning, control, noise, request, sampler
 from .arrays import cast, concat, synchronize
 from .bundle import Bundle
 from .components import Components
-from .engines import Engine, choose, load_engine
+from .engines import Engine, load_engine
 from .engines.base import to_numpy
 from .errors import UserError
 from .pictures import to_pil
@@ -88,9 +88,9 @@ def load(
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
         bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
-    chosen = {name: choose(by_component.get(name, "auto")) for name in [*wanted, *later]}
     loaders = {
-        name: partial(load_engine, bundle, name, chosen[name], verify=verify, **options) for name in chosen
+        name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
+        for name in [*wanted, *later]
     }
     engines = Components(loaders, passing=low_memory)
     if not low_memory:
