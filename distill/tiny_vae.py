@@ -21,6 +21,7 @@ from torch import nn
 
 from accel.errors import UserError
 
+from . import samples
 from .denoising import clean
 from .encode import Encoders
 from .methods import Network, Terms, Turn
@@ -112,11 +113,9 @@ class TinyVaeMethod:
         self.encoders.text_learns = True
         return pipeline
 
-    def pipeline(self) -> Any:
-        return self._pipeline
-
-    def sampling(self) -> dict[str, Any]:
-        return dict(num_inference_steps=self.recipe.sample_steps, guidance_scale=self.recipe.sample_guidance)
+    def samples(self) -> Any:
+        how = dict(num_inference_steps=self.recipe.sample_steps, guidance_scale=self.recipe.sample_guidance)
+        return samples.grid(self._pipeline, self.recipe, how)
 
     def save(self, folder: Path) -> None:
         """diffusers' folder of an AutoencoderTiny: what `accel export --vae` and `from_pretrained` take."""
