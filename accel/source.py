@@ -196,7 +196,7 @@ def open_source(
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
     if vae is not None:
-        source = _with_vae(source, Path(vae))
+        source = _with_vae(source, Path(resolve(vae)))
     if adapter is not None and controlnet is not None:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
     for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
