@@ -20,7 +20,7 @@ from .tensors import TensorSpec
 
 SCHEMA = 1
 MANIFEST = "accel.json"
-KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "t2i_adapter", "controlnet")
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class Component:
     """One network of a bundle.
 
     Attributes:
-        name: folder name: text_encoder, unet, vae_decoder, vae_encoder, ...
-        kind: which wrapper rebuilds it in torch: text_encoder, unet, vae_decoder, vae_encoder.
+        name: folder name: text_encoder, unet, vae_decoder, vae_encoder, t2i_adapter, controlnet, ...
+        kind: which wrapper rebuilds it in torch, one of `KINDS`.
         graph: ONNX file, relative to the bundle.
         weights: safetensors file that the graph and the eager engine share, relative to the bundle.
         inputs, outputs: tensors in graph order.
         dims: range of each symbolic dimension.
         dtype: dtype of weights and of the floating-point inputs and outputs.
         float32: modules that compute in float32 although `dtype` is lower.
+        wide: those of them whose output is float32 too, because it would not fit.
         parameters: number of parameters.
         parity: what the export measured against torch.
     """
@@ -49,6 +50,7 @@ class Component:
     dims: Mapping[str, Range]
     dtype: str = "float32"
     float32: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     parameters: int = 0
     parity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ class Component:
             "weights": self.weights,
             "dtype": self.dtype,
             "float32": list(self.float32),
+            **({"wide": list(self.wide)} if self.wide else {}),
             "parameters": self.parameters,
             "inputs": [spec.as_dict() for spec in self.inputs],
             "outputs": [spec.as_dict() for spec in self.outputs],
@@ -88,6 +91,7 @@ class Component:
             dims={dim: Range(**limits) for dim, limits in data["dims"].items()},
             dtype=str(data["dtype"]),
             float32=tuple(data["float32"]),
+            wide=tuple(data.get("wide", ())),
             parameters=int(data["parameters"]),
             parity=data["parity"],
         )

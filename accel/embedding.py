@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import control
 from .bundle import Bundle
 from .engines import Engine, choose, load_engine
 from .engines.base import to_torch
 from .errors import UserError
 
-_SLOTS = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae": "vae_decoder"}
+_SLOTS = {
+    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae": "vae_decoder",
+    "adapter": "t2i_adapter", "controlnet": "controlnet",
+}  # fmt: skip
+# diffusers asks for this class by name, so the module stays and only what it computes is exchanged.
+_KEPT = ("controlnet",)
 
 
 class Attached:
@@ -32,7 +38,10 @@ class Attached:
     def detach(self) -> None:
         """Put the original modules back."""
         for name, module in self._originals.items():
-            setattr(self._pipeline, name, module)
+            if name in _KEPT:
+                module.__dict__.pop("forward", None)
+            else:
+                setattr(self._pipeline, name, module)
         self._originals = {}
 
     def __enter__(self) -> Attached:
@@ -74,7 +83,11 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     engines = {component: load_engine(bundle, component, name, **options) for component in slots.values()}
     originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, component in slots.items():
-        setattr(pipeline, slot, _WRAPPERS[component](originals[slot], engines[component]))
+        wrapper = _WRAPPERS[component](originals[slot], engines[component])
+        if slot in _KEPT:
+            originals[slot].__dict__["forward"] = wrapper.forward
+        else:
+            setattr(pipeline, slot, wrapper)
     return Attached(pipeline, originals, engines)
 
 
@@ -86,7 +99,8 @@ def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
     theirs = read_json(bundle.file(f"{record.folder}/config.json"), "the config")
     own = module.config if isinstance(module.config, dict) else module.config.to_dict()
     keys = ("block_out_channels", "cross_attention_dim", "in_channels", "down_block_types", "hidden_size",
-            "num_hidden_layers", "latent_channels", "layers_per_block", "mid_block_type")  # fmt: skip
+            "num_hidden_layers", "latent_channels", "layers_per_block", "mid_block_type", "adapter_type", "channels",
+            "decoder_block_out_channels")  # fmt: skip
     for key in keys:
         a, b = own.get(key), theirs.get(key)
         if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
@@ -126,7 +140,8 @@ class _Compiled(nn.Module):
 class _CompiledUNet(_Compiled):
     def forward(
         self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None,
-        down_intrablock_additional_residuals=None, return_dict=True, cross_attention_kwargs=None, **unsupported,
+        down_intrablock_additional_residuals=None, down_block_additional_residuals=None,
+        mid_block_additional_residual=None, return_dict=True, cross_attention_kwargs=None, **unsupported,
     ):  # fmt: skip
         asked = [name for name, value in unsupported.items() if value is not None]
         asked += ["cross_attention_kwargs"] if cross_attention_kwargs else []
@@ -145,12 +160,55 @@ class _CompiledUNet(_Compiled):
         feeds |= {k: v for k, v in (added_cond_kwargs or {}).items() if k in names}
         for i, feature in enumerate(down_intrablock_additional_residuals or []):
             feeds[f"adapter_features_{i}"] = feature
+        for i, residual in enumerate(down_block_additional_residuals or []):
+            feeds[f"down_residual_{i}"] = residual
+        if mid_block_additional_residual is not None:
+            feeds["mid_residual"] = mid_block_additional_residual
+        feeds |= self._nothing(sample, feeds)
         out = self.call(**feeds)["out_sample"]
         if not return_dict:
             return (out,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=out)
+
+
+    def _nothing(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Zeros for the control inputs that this pipeline does not feed."""
+        missing = [
+            spec for spec in self._hidden.engine.component.inputs
+            if spec.name not in feeds and spec.name.startswith(control.PREFIXES)
+        ]  # fmt: skip
+        sizes = {"batch": len(sample)} | control.inner_sizes(sample.shape[-2:])
+        return {spec.name: torch.zeros(spec.concrete(sizes), device=sample.device) for spec in missing}
+
+
+class _CompiledAdapter(_Compiled):
+    def forward(self, x):
+        return list(self.call(control_image=x).values())
+
+
+class _CompiledControlNet(_Compiled):
+    def forward(
+        self, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale=1.0, guess_mode=False,
+        added_cond_kwargs=None, return_dict=True, **unsupported,
+    ):  # fmt: skip
+        if guess_mode or any(value is not None for value in unsupported.values()):
+            raise UserError("the compiled ControlNet has no guess mode and no further inputs", "detach() first")
+        names = {spec.name for spec in self._hidden.engine.component.inputs}
+        added = {k: v for k, v in (added_cond_kwargs or {}).items() if k in names}
+        *down, middle = (
+            value * conditioning_scale
+            for value in self.call(
+                sample=sample, timestep=torch.as_tensor(timestep).reshape(()), control_image=controlnet_cond,
+                encoder_hidden_states=encoder_hidden_states, **added,
+            ).values()
+        )  # fmt: skip
+        if not return_dict:
+            return tuple(down), middle
+        from diffusers.models.controlnets.controlnet import ControlNetOutput
+
+        return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
 
 
 class _CompiledVae(_Compiled):
@@ -196,4 +254,6 @@ _WRAPPERS = {
     "text_encoder_2": _CompiledTextEncoder,
     "unet": _CompiledUNet,
     "vae_decoder": _CompiledVae,
+    "t2i_adapter": _CompiledAdapter,
+    "controlnet": _CompiledControlNet,
 }

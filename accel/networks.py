@@ -17,6 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .control_networks import (
+    ControlNet,
+    T2IAdapter,
+    feature_specs,
+    residual_shapes,
+    residual_specs,
+    unet_adapter_shapes,
+)
 from .errors import UserError
 from .tensors import TensorSpec
 
@@ -76,9 +84,27 @@ class UNet(nn.Module):
         adapter_features_1: torch.Tensor | None = None,
         adapter_features_2: torch.Tensor | None = None,
         adapter_features_3: torch.Tensor | None = None,
+        down_residual_0: torch.Tensor | None = None,
+        down_residual_1: torch.Tensor | None = None,
+        down_residual_2: torch.Tensor | None = None,
+        down_residual_3: torch.Tensor | None = None,
+        down_residual_4: torch.Tensor | None = None,
+        down_residual_5: torch.Tensor | None = None,
+        down_residual_6: torch.Tensor | None = None,
+        down_residual_7: torch.Tensor | None = None,
+        down_residual_8: torch.Tensor | None = None,
+        down_residual_9: torch.Tensor | None = None,
+        down_residual_10: torch.Tensor | None = None,
+        down_residual_11: torch.Tensor | None = None,
+        mid_residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        features = [adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3]
+        features = (adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3)
         adapter = [feature for feature in features if feature is not None]
+        residuals = (
+            down_residual_0, down_residual_1, down_residual_2, down_residual_3, down_residual_4, down_residual_5,
+            down_residual_6, down_residual_7, down_residual_8, down_residual_9, down_residual_10, down_residual_11,
+        )  # fmt: skip
+        control = tuple(residual for residual in residuals if residual is not None)
         added = None
         if text_embeds is not None:
             # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
@@ -90,6 +116,8 @@ class UNet(nn.Module):
             timestep_cond=timestep_cond,
             added_cond_kwargs=added,
             down_intrablock_additional_residuals=adapter or None,
+            down_block_additional_residuals=control or None,
+            mid_block_additional_residual=mid_residual,
             return_dict=False,
         )
 
@@ -134,11 +162,12 @@ def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states:
     return Network(name, "text_encoder", TextEncoder(model, hidden_states), inputs, tuple(outputs))
 
 
-def unet(model: nn.Module, *, tokens: int = 77, adapter: bool = False) -> Network:
+def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False) -> Network:
     """The network of a UNet2DConditionModel, with whatever extra conditioning its config asks for.
 
     Args:
-        adapter: add the four T2I-Adapter feature inputs (`down_intrablock_additional_residuals` in diffusers).
+        adapter: number of T2I-Adapter feature inputs (`down_intrablock_additional_residuals` in diffusers).
+        control: whether it takes a ControlNet's residuals.
     """
     config = model.config
     latent = ("batch", config.in_channels, "latent_height", "latent_width")
@@ -161,27 +190,11 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: bool = False) -> Networ
         )
     if config.time_cond_proj_dim is not None:
         inputs.append(TensorSpec("timestep_cond", FLOAT, ("batch", config.time_cond_proj_dim)))
-    if adapter:
-        inputs += [
-            TensorSpec(f"adapter_features_{i}", FLOAT, ("batch", channels, height, width))
-            for i, (channels, height, width) in enumerate(_adapter_shapes(config))
-        ]
+    inputs += feature_specs(unet_adapter_shapes(config)[:adapter], "batch")
+    if control:
+        inputs += residual_specs(residual_shapes(config), "batch")
     outputs = (TensorSpec("out_sample", FLOAT, ("batch", config.out_channels, "latent_height", "latent_width")),)
     return Network("unet", "unet", UNet(model), tuple(inputs), outputs)
-
-
-def _adapter_shapes(config: Mapping[str, Any]) -> list[tuple[int, str, str]]:
-    """Channels and sides of the features a T2I-Adapter adds, one after each down block.
-
-    A block with attention takes them before its downsampler, a plain one after it (diffusers' UNet2DConditionModel).
-    """
-    shapes = []
-    last = len(config.block_out_channels) - 1
-    for i, (channels, block) in enumerate(zip(config.block_out_channels, config.down_block_types, strict=True)):
-        stride = 2**i if block.startswith("CrossAttn") or i == last else 2 ** (i + 1)
-        suffix = "" if stride == 1 else f"_{stride}"
-        shapes.append((channels, f"latent_height{suffix}", f"latent_width{suffix}"))
-    return shapes
 
 
 def vae_decoder(model: nn.Module) -> Network:
@@ -208,11 +221,14 @@ def _only(vae: nn.Module, kind: str) -> nn.Module:
     return half
 
 
+CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "T2IAdapter", "ControlNetModel")
 WRAPPERS: Mapping[str, Callable[..., nn.Module]] = {
     "text_encoder": TextEncoder,
     "unet": UNet,
     "vae_decoder": VaeDecoder,
     "vae_encoder": VaeEncoder,
+    "t2i_adapter": T2IAdapter,
+    "controlnet": ControlNet,
 }
 
 
@@ -245,6 +261,8 @@ def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], output
         model = _build(kind, json.loads(config_path.read_text()))
     if kind == "text_encoder":
         module = TextEncoder(model, any(spec.name.startswith("hidden_states.") for spec in outputs))
+    elif kind == "t2i_adapter":
+        module = T2IAdapter(model, len(outputs))
     else:
         module = WRAPPERS[kind](model)
     return module.eval().requires_grad_(False)
@@ -261,10 +279,10 @@ def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     import diffusers
 
     name = config.get("_class_name")
-    if name not in ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny"):
-        raise UserError(f"{name} is not supported", "UNet2DConditionModel, AutoencoderKL and AutoencoderTiny are")
+    if name not in CLASSES:
+        raise UserError(f"{name} is not supported", f"one of: {', '.join(CLASSES)}")
     model = getattr(diffusers, name).from_config(dict(config))
-    return model if kind == "unet" else _only(model, kind)
+    return _only(model, kind) if kind in _OTHER_HALF else model
 
 
 def save_config(network: Network, folder: Path) -> None:
@@ -277,8 +295,12 @@ def save_config(network: Network, folder: Path) -> None:
         model.config.save_pretrained(folder)
 
 
-def keep_float32(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Let the named submodules of a half-precision model compute in float32, casting at their borders."""
+def keep_float32(module: nn.Module, names: tuple[str, ...], wide: tuple[str, ...] = ()) -> None:
+    """Let the named submodules of a half-precision model compute in float32, casting at their borders.
+
+    Args:
+        wide: those of them whose output stays float32, because it is too large for less; its readers are named too.
+    """
 
     def widen(_, args, kwargs):
         cast = lambda x: x.float() if torch.is_tensor(x) and x.is_floating_point() else x  # noqa: E731
@@ -291,4 +313,5 @@ def keep_float32(module: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         part = module.get_submodule(name).float()
         part.register_forward_pre_hook(widen, with_kwargs=True)
-        part.register_forward_hook(narrow(low), with_kwargs=True)
+        if name not in wide:
+            part.register_forward_hook(narrow(low), with_kwargs=True)

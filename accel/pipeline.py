@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import conditioning, noise, sampler
+from . import conditioning, control, noise, request, sampler
 from .arrays import cast, concat, synchronize
 from .bundle import Bundle
-from .engines import Engine, choose, load_engine
+from .components import Components
+from .engines import Engine, load_engine
 from .engines.base import to_numpy
 from .errors import UserError
+from .pictures import to_pil
+from .request import Chunk, Clock, Pictures, Plan, Sizes
+from .start import Start
+from .start import start as start_from
 from .tokenizer import ClipTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 StepCallback = Callable[[int, float, Any], None]
 
 
@@ -30,7 +38,8 @@ class Output:
         images: PIL images; or float32 numpy [N, H, W, 3] in [0, 1]; or latents [N, C, h, w].
         latents: float32 numpy [N, C, h, w], as the sampler left them.
         seeds: the seed of each image.
-        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`.
+        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with a picture to start
+            from also `vae_encoder`.
     """
 
     images: Any
@@ -39,9 +48,22 @@ class Output:
     seconds: dict[str, float]
 
 
+def component_names(bundle: Bundle) -> list[str]:
+    """What an image needs, in the order it is needed.
+
+    Raises:
+        UserError: where the bundle lacks one of them.
+    """
+    present = bundle.manifest.components
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        bundle.component(name)  # says what is missing
+    return [name for name in (*TEXT_ENCODERS, *control.COMPONENTS, "unet", "vae_decoder") if name in present]
+
+
 def load(
-    bundle: str | Path | Bundle, engine: str | Mapping[str, str] = "auto", *, verify: bool = True, **options: Any
-) -> Pipeline:
+    bundle: str | Path | Bundle, engine: str | Mapping[str, str] = "auto", *, verify: bool = True,
+    low_memory: bool = False, **options: Any,
+) -> Pipeline:  # fmt: skip
     """Load a bundle as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
 
     Args:
@@ -49,6 +71,8 @@ def load(
         engine: a name, "auto", or one per component such as {"unet": "openvino", "vae_decoder": "onnxruntime"}
             (components that are not named use "auto").
         verify: compare files with the manifest's digests first.
+        low_memory: load each component when its phase begins and give its memory back when it ends. Every picture
+            then waits for the loading again; peak memory is that of the largest phase.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Raises:
@@ -56,18 +80,22 @@ def load(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    names = [name for name in ("text_encoder", "text_encoder_2") if name in bundle.manifest.components]
-    wanted = [*(names or ["text_encoder"]), "unet", "vae_decoder"]
-    by_component = engine if isinstance(engine, Mapping) else dict.fromkeys(wanted, engine)
+    wanted = component_names(bundle)
+    later = [name for name in ("vae_encoder",) if name in bundle.manifest.components]
+    by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)
     unknown = set(by_component) - set(bundle.manifest.components)
     if unknown and isinstance(engine, Mapping):
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
-        bundle.verify([*wanted, "tokenizer", "tokenizer_2", "scheduler"])
-    engines = {
-        name: load_engine(bundle, name, choose(by_component.get(name, "auto")), verify=verify, **options)
-        for name in wanted
+        bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
+    loaders = {
+        name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
+        for name in [*wanted, *later]
     }
+    engines = Components(loaders, passing=low_memory)
+    if not low_memory:
+        for name in wanted:  # the VAE encoder waits for the first picture to start from
+            engines[name]
     return Pipeline(bundle, engines)
 
 
@@ -76,17 +104,18 @@ class Pipeline:
 
     Attributes:
         bundle: where it came from; `bundle.manifest.sampler` holds the default steps and guidance.
-        engines: the loaded components by name.
+        engines: the components by name.
     """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
-        self.engines = dict(engines)
+        loaded = {name: partial(engines.__getitem__, name) for name in engines}
+        self.engines = engines if isinstance(engines, Components) else Components(loaded)
         self.schedule = sampler.NoiseSchedule.from_folder(bundle.path / "scheduler")
         self.tokenizers = {
             name: ClipTokenizer.from_folder(bundle.path / name.replace("text_encoder", "tokenizer"))
             for name in engines
-            if name.startswith("text_encoder")
+            if name in TEXT_ENCODERS
         }
 
     def __call__(
@@ -102,6 +131,16 @@ class Pipeline:
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        control_image: Any = None,
+        control_scale: float = 1.0,
+        control_end: float = 1.0,
+        original_size: Sequence[int] | None = None,
+        crop: Sequence[int] = (0, 0),
+        target_size: Sequence[int] | None = None,
+        prompt_weights: bool = False,
         latents: Any = None,
         renoise: Callable[[int], Any] | None = None,
         output_type: str = "pil",
@@ -118,6 +157,16 @@ class Pipeline:
             num_images_per_prompt: images per prompt.
             seed: of the first image (the others count on from it), or one per image. The same seed gives the same
                 noise on every engine.
+            image: a picture to start from, or one per image (`accel.pictures.batch`).
+            mask_image: white where to paint, black where the picture is kept.
+            strength: how much of the picture is given up, above 0 to 1: the share of the steps that are run. None for
+                0.8, and for 1 with a mask.
+            control_image: what the bundle's T2I-Adapter or ControlNet is shown.
+            control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter).
+            control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2).
+            original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
+                None for the picture's own size.
+            prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.prompts`).
             latents: initial noise [N, C, h, w] with unit variance, instead of a seed's.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
             output_type: "pil", "np" or "latent".
@@ -127,201 +176,178 @@ class Pipeline:
         Raises:
             UserError: for arguments that do not fit each other or the bundle's profile.
         """
-        manifest = self.bundle.manifest
-        constants = manifest.pipeline
-        plan = self._plan(sampler, steps, timesteps, guidance_scale)
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}", f"one of: {', '.join(OUTPUT_TYPES)}")
+        asked = Pictures(image, mask_image, control_image, control_scale, control_end)
+        if image is not None:
+            strength = strength if strength is not None else 0.8 if mask_image is None else 1.0
+        elif strength is not None:
+            raise UserError(f"strength {strength:g} without a picture", "give the image to start from as well")
+        plan = request.plan(self.bundle.manifest, self.schedule, sampler, steps, timesteps, guidance_scale, strength)
+        prompts, negatives = request.prompts(prompt, negative_prompt, num_images_per_prompt)
         if latents is not None and tuple(latents.shape)[0] != len(prompts):
             raise UserError(f"{tuple(latents.shape)[0]} latents for {len(prompts)} images", "give one per image")
-        seeds = _seeds(seed, len(prompts))
-        size = self._size(height, width, latents)
-        limit = self._images_per_run(plan)
-        bar = _Bar(progress, plan.steps * -(-len(prompts) // limit))
-        parts, clock = [], _Clock()
-        with bar:
-            for start in range(0, len(prompts), limit):
-                rows = slice(start, start + limit)
-                chunk = _Chunk(prompts[rows], negatives and negatives[rows], seeds[rows], size, rows)
-                parts.append(self._run(chunk, plan, latents, renoise, callback, bar, clock, output_type == "latent"))
-        final = np.concatenate([part[0] for part in parts])
-        if not np.isfinite(final).all():
+        seeds = request.seeds(seed, len(prompts))
+        size = request.latent_size(self.bundle.manifest, height, width, latents)
+        limit = request.images_per_run(self.bundle.manifest, plan)
+        chunks = [
+            Chunk(rows, prompts[rows], negatives and negatives[rows], seeds[rows])
+            for rows in (slice(i, i + limit) for i in range(0, len(prompts), limit))
+        ]
+        sizes = Sizes(original_size, crop, target_size)
+        run = _Run(self, plan, size, asked, sizes, len(prompts), latents, renoise, prompt_weights)
+        final, pixels = run(chunks, callback, progress, decode=output_type != "latent")
+        if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
             raise UserError(
                 "the picture is NaN or infinite",
                 "this precision overflows on this model: export with --precision fp32, or use another dtype",
             )
-        if output_type == "latent":
-            return Output(final, final, seeds, clock.seconds)
-        pixels = np.concatenate([part[1] for part in parts]).transpose(0, 2, 3, 1)
-        pixels = np.clip(pixels.astype(np.float32) / 2 + 0.5, 0, 1)
-        assert pixels.shape[1] == (size[0] * constants["vae_scale"])
-        return Output(pixels if output_type == "np" else to_pil(pixels), final, seeds, clock.seconds)
+        if pixels is None:
+            return Output(final, final, seeds, run.clock.seconds)
+        pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+        return Output(pixels if output_type == "np" else to_pil(pixels), final, seeds, run.clock.seconds)
 
-    def _plan(self, name, steps, timesteps, guidance) -> _Plan:
-        own = self.bundle.manifest.sampler
-        name = name or own["name"]
-        if timesteps is None and steps is None and name == own["name"]:
-            timesteps, steps = own.get("timesteps"), own.get("steps")
-        if timesteps is None:
-            timesteps = sampler.grid(name, self.schedule, steps)
-        scale = float(own["guidance"] if guidance is None else guidance)
-        if not 0 <= scale < float("inf"):
-            raise UserError(f"guidance_scale = {scale} makes no sense", "use 0 for none, 3 to 12 for a guided model")
-        embedded = any(spec.name == "timestep_cond" for spec in self.engines["unet"].component.inputs)
-        return _Plan(name, list(timesteps), scale, guided=scale > 1 and not embedded)
 
-    def _images_per_run(self, plan: _Plan) -> int:
-        """How many images the UNet and the decoder can make at once."""
-        batch = self.engines["unet"].component.dims["batch"]
-        images = self.engines["vae_decoder"].component.dims["images"]
-        doubled = 2 if plan.guided else 1
-        if batch.fixed and batch.min != images.min * doubled:
-            raise UserError(
-                f"this bundle's UNet takes a fixed batch of {batch.min}, which does not fit guidance {plan.guidance:g}",
-                "export with --profile native (a range), or with the --guidance you want to run",
-            )
-        return min(batch.max // doubled, images.max)
+class _Run:
+    """One call of a pipeline, phase by phase over all chunks, so that each component is needed for one phase only."""
 
-    def _size(self, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
-        """Latent height and width, checked against the profile."""
-        constants = self.bundle.manifest.pipeline
-        profile, scale = self.bundle.manifest.profile, constants["vae_scale"]
-        dims = self.engines["vae_decoder"].component.dims
-        if latents is not None:
-            height = height or latents.shape[-2] * scale
-            width = width or latents.shape[-1] * scale
-        sides = []
-        for name, value in (("height", height), ("width", width)):
-            limits = dims[name]
-            native = constants["native_size"]
-            if value is None:
-                value = native if limits.admits(native) else limits.opt
-            if not limits.admits(value):
-                raise UserError(
-                    f"{name} {value} is outside profile {profile.name!r} ({limits})",
-                    f"use --{name} within that, or export with another --profile (such as dynamic)",
-                )
-            sides.append(value // scale)
-        return sides[0], sides[1]
+    def __init__(
+        self, pipeline: Pipeline, plan: Plan, size: tuple[int, int], asked: Pictures, sizes: Sizes, total: int,
+        latents: Any, renoise: Callable[[int], Any] | None, weighted: bool,
+    ):  # fmt: skip
+        self.plan, self.size, self.asked, self.sizes, self.total = plan, size, asked, sizes, total
+        self.engines, self.tokenizers, self.schedule = pipeline.engines, pipeline.tokenizers, pipeline.schedule
+        self.manifest, self.constants = pipeline.bundle.manifest, pipeline.bundle.manifest.pipeline
+        self.latents, self.renoise, self.weighted = latents, renoise, weighted
+        self.pixels = tuple(side * self.constants["vae_scale"] for side in size)
+        self.shape = (self.constants["latent_channels"], *size)
+        self.clock = Clock()
 
-    def _run(self, chunk: _Chunk, plan: _Plan, latents, renoise, callback, bar, clock, latent_only):
-        unet, constants = self.engines["unet"], self.bundle.manifest.pipeline
-        with clock("text_encoder"):
-            feeds = self._condition(chunk, plan)
-            synchronize(feeds["encoder_hidden_states"])
-        shape = (constants["latent_channels"], *chunk.size)
-        x = latents[chunk.rows] if latents is not None else noise.normal(chunk.seeds, 0, shape)
-        x = cast(unet.array(x), "float32")
+    def __call__(
+        self, chunks: list[Chunk], callback: StepCallback | None, progress: bool, *, decode: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
+        with self._phase("text_encoder", *self.tokenizers):
+            texts = [self._texts(chunk) for chunk in chunks]
+            for value in texts[-1].values():
+                synchronize(value)
+        starts = [self._start(chunk) for chunk in chunks]
+        bar = _Bar(progress, self.plan.steps * len(chunks))
+        with bar, self._phase("unet", *control.COMPONENTS, "unet"):
+            done = [
+                self._denoise(chunk, text, start, bar, callback)
+                for chunk, text, start in zip(chunks, texts, starts, strict=True)
+            ]
+        if not decode:
+            return np.concatenate(done), None
+        with self._phase("vae_decoder", "vae_decoder"):
+            pixels = [self._decode(x) for x in done]
+        return np.concatenate(done), np.concatenate(pixels)
+
+    @contextmanager
+    def _phase(self, name: str, *components: str) -> Iterator[None]:
+        """Times a phase; with low memory its components leave at the end."""
+        began = time.perf_counter()
+        yield
+        self.clock.add(name, time.perf_counter() - began)
+        self.engines.release(components)
+
+    def _texts(self, chunk: Chunk) -> dict[str, Any]:
+        """Text conditioning for the whole (doubled) batch of a chunk."""
+        encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
+        context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
+        length = next(iter(self.tokenizers.values())).length
+        how = dict(chunks=max(1, context.shape[1] // length), weighted=self.weighted)
+        feeds = _encode(encoders, chunk.prompts, **how)
+        if self.plan.guided:
+            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
+            if chunk.negatives is None and self.constants["zero_empty_prompt"]:
+                without = {name: value * 0 for name, value in without.items()}
+            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
+        return feeds
+
+    def _start(self, chunk: Chunk) -> Start:
+        """The start of a chunk. Pictures are encoded at once, before the UNet takes its memory."""
+        first = noise.normal(chunk.seeds, 0, self.shape)
+        if self.latents is not None:
+            first = np.asarray(to_numpy(self.latents[chunk.rows]), np.float32)
+        record = self.manifest.components["unet"]
+        began = time.perf_counter()
+        made = start_from(
+            self.asked, chunk, self.plan, first, size=self.pixels, total=self.total,
+            channels=record.inputs[0].shape[1], encoder=lambda: self.engines["vae_encoder"], schedule=self.schedule,
+            constants=self.constants,
+        )  # fmt: skip
+        if self.asked.image is not None:
+            self.clock.add("vae_encoder", time.perf_counter() - began)
+            self.engines.release(["vae_encoder"])
+        return made
+
+    def _denoise(self, chunk: Chunk, text: dict[str, Any], start: Start, bar: _Bar, callback) -> np.ndarray:
+        unet, plan = self.engines["unet"], self.plan
         spec = {s.name: s for s in unet.component.inputs}
+        feeds = self._feeds(chunk, text, unet)
+        add = control.prepare(
+            self.asked, chunk, plan, self.manifest, self.engines, size=self.pixels, total=self.total
+        )
+        extra = None if start.extra is None else unet.array(start.extra)
+        index = {t: i for i, t in enumerate(plan.timesteps)}
         dtype = spec["sample"].dtype
 
         def model(x, t):
-            sample = cast(concat([x, x]) if plan.guided else x, dtype)
-            out = unet(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)["out_sample"]
-            out = cast(out, "float32")
+            sample = x if extra is None else concat([x, extra], axis=1)
+            sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
+            inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
+            out = cast(unet(**inputs, **add(index[t], inputs))["out_sample"], "float32")
             if not plan.guided:
                 return out
             without, with_prompt = out[: len(x)], out[len(x) :]
             return without + plan.guidance * (with_prompt - without)
 
         def fresh(i):
-            if renoise is not None:
-                return cast(unet.array(renoise(i)[chunk.rows]), "float32")
-            return unet.array(noise.normal(chunk.seeds, i + 1, shape))
+            if self.renoise is None:
+                return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
+            return cast(unet.array(self.renoise(i)[chunk.rows]), "float32")
 
         def after(i, t, x):
             bar.advance()
             if callback is not None:
                 callback(i, t, x)
 
-        with clock("unet"):
-            x = sampler.sample(
-                plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, noise=fresh, callback=after
-            )
-            synchronize(x)
-        pixels = None
-        if not latent_only:
-            with clock("vae_decoder"):
-                pixels = self._decode(x)
-        return to_numpy(x), pixels
+        x = sampler.sample(
+            plan.sampler, model, cast(unet.array(start.x), "float32"), self.schedule, timesteps=plan.timesteps,
+            noise=fresh, callback=after, start=plan.start,
+            constrain=start.constrain and (lambda i, x: start.constrain(i, x, unet.array)),
+        )  # fmt: skip
+        return to_numpy(x)
 
-    def _condition(self, chunk: _Chunk, plan: _Plan) -> dict[str, Any]:
-        """Everything but sample and timestep that the UNet takes, for the whole (doubled) batch, in its own dtypes."""
-        encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
-        feeds = self._encode(encoders, chunk.prompts)
-        if plan.guided:
-            texts = chunk.negatives or [""] * len(chunk.prompts)
-            without = self._encode(encoders, texts)
-            if chunk.negatives is None and self.bundle.manifest.pipeline["zero_empty_prompt"]:
-                without = {name: value * 0 for name, value in without.items()}
-            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
-        unet = self.engines["unet"]
-        batch = len(chunk.prompts) * (2 if plan.guided else 1)
-        scale = self.bundle.manifest.pipeline["vae_scale"]
+    def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
+        """Everything but sample and timestep that the UNet takes, in its own dtypes."""
+        feeds = dict(text)
+        batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(batch, *(side * scale for side in chunk.size))
+                feeds["time_ids"] = conditioning.time_ids(
+                    batch, self.pixels, self.sizes.original, self.sizes.crop, self.sizes.target
+                )
             elif spec.name == "timestep_cond":
-                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, plan.guidance, spec.shape[-1])
+                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, spec.shape[-1])
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
 
-    @staticmethod
-    def _encode(encoders, prompts: Sequence[str]) -> dict[str, Any]:
-        """Each distinct text is encoded once, within the text encoder's own batch limit."""
-        distinct = list(dict.fromkeys(prompts))
-        limit = min(engine.component.dims["images"].max for _, engine in encoders.values())
-        runs = [conditioning.encode(encoders, distinct[i : i + limit]) for i in range(0, len(distinct), limit)]
-        index = [distinct.index(prompt) for prompt in prompts]
-        return {name: concat([run[name] for run in runs])[index] for name in runs[0]}
-
-    def _decode(self, x: Any) -> np.ndarray:
-        """Latents to pixels, float numpy [N, 3, H, W] in about [-1, 1]."""
-        constants, vae = self.bundle.manifest.pipeline, self.engines["vae_decoder"]
-        z = x * (1.0 / constants["scaling_factor"]) + constants["shift_factor"]
+    def _decode(self, x: np.ndarray) -> np.ndarray:
+        vae = self.engines["vae_decoder"]
+        z = x * (1.0 / self.constants["scaling_factor"]) + self.constants["shift_factor"]
         (spec,) = vae.component.inputs
         return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
 
 
-@dataclass(frozen=True)
-class _Plan:
-    sampler: str
-    timesteps: list[float]
-    guidance: float
-    guided: bool
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    prompts: list[str]
-    negatives: list[str] | None
-    seeds: list[int]
-    size: tuple[int, int]
-    rows: slice
-
-
-class _Clock:
-    """Adds up wall time by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"text_encoder": 0.0, "unet": 0.0, "vae_decoder": 0.0, "total": 0.0}
-
-    def __call__(self, name: str) -> _Clock:
-        self.name = name
-        return self
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.started
-        self.seconds[self.name] += spent
-        self.seconds["total"] += spent
+def _encode(encoders, prompts: Sequence[str], **how: Any) -> dict[str, Any]:
+    """Each distinct text is encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    found = conditioning.encode(encoders, distinct, **how)
+    index = [distinct.index(prompt) for prompt in prompts]
+    return {name: value[index] for name, value in found.items()}
 
 
 class _Bar:
@@ -347,34 +373,3 @@ class _Bar:
     def advance(self) -> None:
         if self.bar:
             self.bar.advance(self.task)
-
-
-def _prompts(prompt, negative, per_prompt: int) -> tuple[list[str], list[str] | None]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise UserError("there is no prompt", "give at least one text")
-    if per_prompt < 1:
-        raise UserError(f"num_images_per_prompt = {per_prompt}", "use a whole number of at least 1")
-    negatives = None
-    if negative is not None:
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if len(negatives) != len(prompts):
-            raise UserError(
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts", "give one, or one per prompt"
-            )
-        negatives = [text for text in negatives for _ in range(per_prompt)]
-    return [text for text in prompts for _ in range(per_prompt)], negatives
-
-
-def _seeds(seed: int | Sequence[int], images: int) -> list[int]:
-    seeds = [seed + i for i in range(images)] if isinstance(seed, (int, np.integer)) else list(seed)
-    if len(seeds) != images or any(s < 0 for s in seeds):
-        raise UserError(f"seed = {seed!r} for {images} images", "use one number of at least 0, or one per image")
-    return seeds
-
-
-def to_pil(pixels: np.ndarray) -> list[Any]:
-    """PIL images of float pixels [N, H, W, 3] in [0, 1]."""
-    from PIL import Image
-
-    return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]

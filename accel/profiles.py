@@ -111,6 +111,11 @@ def _square(name: str, size: int, batch: Range) -> Profile:
 
 
 _TO_4, _ONE = Range(1, 1, 4), fixed(1)
+# Width and height of SDXL's usual pictures, all of about a million pixels (the list on SSD-1B's model card).
+SDXL_ASPECTS = (
+    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640),
+    (640, 1536),
+)  # fmt: skip
 _PROFILES = (
     _square("sd-256", 256, _TO_4),
     _square("sd-512", 512, _TO_4),
@@ -120,6 +125,8 @@ _PROFILES = (
     _square("sdxl-1024", 1024, _TO_4),
     _square("sdxl-1024-static", 1024, _ONE),
     Profile("dynamic", Range(1, 1, 8), Range(256, 512, 1024), Range(256, 512, 1024)),
+    *(Profile(f"sdxl-{w}x{h}", _TO_4, fixed(h), fixed(w)) for w, h in SDXL_ASPECTS),
+    Profile("sdxl-aspects", Range(1, 1, 4), Range(640, 1024, 1536), Range(640, 1024, 1536)),
     Profile("sdxl-dynamic", Range(1, 1, 4), Range(512, 1024, 1536), Range(512, 1024, 1536)),
     Profile("digits", Range(1, 4, 16), fixed(64), fixed(64)),
     Profile("digits-dynamic", Range(1, 4, 16), Range(64, 64, 128), Range(64, 64, 128)),

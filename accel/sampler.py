@@ -14,7 +14,17 @@ import numpy as np
 
 from .errors import UserError
 from .noise_schedule import NoiseSchedule, add_noise
-from .solvers import Callback, Model, Noise, Timesteps, sample_ddim, sample_dmd2, sample_dpmpp_2m, sample_euler
+from .solvers import (
+    Callback,
+    Constrain,
+    Model,
+    Noise,
+    Timesteps,
+    sample_ddim,
+    sample_dmd2,
+    sample_dpmpp_2m,
+    sample_euler,
+)
 
 __all__ = [
     "SAMPLERS", "NoiseSchedule", "Sampler", "add_noise", "dmd2_timesteps", "grid", "needs_noise", "sample",
@@ -106,8 +116,8 @@ def needs_noise(name: str, *, eta: float = 0.0) -> bool:
 
 def sample(
     name: str, model: Model, x, schedule: NoiseSchedule, steps: int | None = None, *,
-    timesteps: Timesteps | None = None, noise: Noise | None = None, callback: Callback | None = None, start: int = 0,
-    **options,
+    timesteps: Timesteps | None = None, noise: Noise | None = None, callback: Callback | None = None,
+    constrain: Constrain | None = None, start: int = 0, **options,
 ):  # fmt: skip
     """Runs a sampler by name.
 
@@ -118,6 +128,7 @@ def sample(
         steps: number of steps of the full grid; None: the sampler's default.
         timesteps: the grid itself, strictly falling, instead of `steps`.
         noise: i -> standard normal array like x; wanted where `needs_noise(name)`.
+        constrain: (i, x) -> x, applied after step i.
         start: number of leading steps to skip.
         options: `eta` of DDIM.
 
@@ -135,7 +146,8 @@ def sample(
         timesteps = grid(name, schedule, steps)
     elif steps is not None and steps != len(timesteps):
         raise UserError(f"steps = {steps}, but {len(timesteps)} timesteps are given", "give one of the two")
-    return chosen.function(model, x, schedule, timesteps, noise=noise, callback=callback, start=start, **options)
+    hooks = dict(noise=noise, callback=callback, constrain=constrain)
+    return chosen.function(model, x, schedule, timesteps, start=start, **hooks, **options)
 
 
 def _sampler(name: str) -> Sampler:

@@ -7,6 +7,7 @@ model, with every solver (Euler too, see there), so one can be exchanged for ano
 
 `model(x, t)` returns the prediction that `schedule.prediction_type` names; guidance is the caller's business.
 `noise(i)` returns standard normal noise like x for step i. `callback(i, t, x)` runs after step i, may raise to stop.
+`constrain(i, x)` returns what x becomes after step i: inpainting puts what is kept back into it.
 `i` always counts from the start of the full grid, so that an image-to-image run with `start` meets the same noise.
 """
 
@@ -22,12 +23,13 @@ from .noise_schedule import NoiseSchedule, add_noise
 Model = Callable[[Any, float], Any]
 Noise = Callable[[int], Any]
 Callback = Callable[[int, float, Any], None]
+Constrain = Callable[[int, Any], Any]
 Timesteps = Sequence[float]
 
 
 def sample_dmd2(
     model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, start: int = 0,
+    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
 ):  # fmt: skip
     """DMD2's few-step sampler (arXiv 2405.14867, section 4.5): predict x0, re-noise with fresh noise, repeat.
 
@@ -40,6 +42,8 @@ def sample_dmd2(
         x = cx * x + cp * model(x, ts[i])
         if i + 1 < len(ts):
             x = add_noise(schedule, x, _draw("dmd2", noise, i), ts[i + 1])
+        if constrain:
+            x = constrain(i, x)
         if callback:
             callback(i, ts[i], x)
     return x
@@ -47,7 +51,8 @@ def sample_dmd2(
 
 def sample_ddim(
     model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    eta: float = 0.0, noise: Noise | None = None, callback: Callback | None = None, start: int = 0,
+    eta: float = 0.0, noise: Noise | None = None, callback: Callback | None = None,
+    constrain: Constrain | None = None, start: int = 0,
 ):  # fmt: skip
     """DDIM (arXiv 2010.02502, eq. 12 and 16); eta = 0 is deterministic, eta = 1 is DDPM's ancestral sampling.
 
@@ -68,6 +73,8 @@ def sample_ddim(
         x = (root * x0x + toward * ex) * x + (root * x0p + toward * ep) * model(x, ts[i])
         if std > 0:
             x = x + std * _draw("ddim", noise, i)
+        if constrain:
+            x = constrain(i, x)
         if callback:
             callback(i, ts[i], x)
     return x
@@ -75,7 +82,7 @@ def sample_ddim(
 
 def sample_euler(
     model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, start: int = 0,
+    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
 ):  # fmt: skip
     """Euler steps on the probability-flow ODE dx/dsigma = eps (arXiv 2206.00364, algorithm 1 without churn).
 
@@ -92,6 +99,8 @@ def sample_euler(
         _, (ex, ep) = _predictions(schedule, 1 / (1 + s**2), ts[i])
         scale, scale_next = math.sqrt(1 + s**2), math.sqrt(1 + s_next**2)
         x = ((scale + (s_next - s) * ex) / scale_next) * x + ((s_next - s) * ep / scale_next) * model(x, ts[i])
+        if constrain:
+            x = constrain(i, x)
         if callback:
             callback(i, ts[i], x)
     return x
@@ -99,7 +108,7 @@ def sample_euler(
 
 def sample_dpmpp_2m(
     model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, start: int = 0,
+    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
 ):  # fmt: skip
     """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), ending on sigma = 0.
 
@@ -126,6 +135,8 @@ def sample_dpmpp_2m(
                 extra = 0.5 * h / h_last  # 1 / (2 r) with r = h_last / h
                 x = keep * x + (move * (1 + extra)) * m + (-move * extra) * m_last
             m_last, h_last = m, h
+        if constrain:
+            x = constrain(i, x)
         if callback:
             callback(i, ts[i], x)
     return x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def save_pipeline(
         index["requires_safety_checker"] = False
     for name in [name for name in index if source.has(name)]:
         if name not in networks:
-            shutil.copytree(source.path / name, folder / name)
+            source.copy(name, folder / name)
     for name, network in networks.items():
         write_network(network, folder / name, SAVE_DTYPES[dtype])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -181,6 +181,22 @@ class Regression(Recipe):
     batch: int = option(4, "pairs per process and micro-batch")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TinyVae(Recipe):
+    """A tiny VAE (TAESD's network) that stands in for the pipeline's own: reconstruction and perceptual loss."""
+
+    width: int = option(64, "channels of every layer")
+    blocks: int = option(3, "residual blocks of every stage")
+    reconstruction_weight: float = option(1.0, "weight of the squared error against the full decoder's pictures")
+    perceptual_weight: float = option(0.1, "weight of the error in the full encoder's features; 0 for none")
+    encoder_weight: float = option(0.1, "weight of the tiny encoder's error; 0 leaves it untrained")
+    caption_dropout: float = option(0.0, "nothing reads captions here")
+    learning_rate: float = option(5e-4, "peak learning rate")
+    lr_schedule: str = option("cosine", "constant, linear, cosine or polynomial (warm-up comes first)")
+    warmup: int = option(50, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -265,6 +281,11 @@ def dmd2_imagenet64() -> DMD2:
     )  # fmt: skip
 
 
+def vae() -> TinyVae:
+    """TAESD's size: 64 channels, three blocks a stage."""
+    return TinyVae()
+
+
 def sd15_base() -> Distillation:
     """BK-SDM's published setting: 50,000 steps of 256 pictures (here 8 processes x 8 x 4)."""
     return Distillation(
@@ -341,6 +362,15 @@ def digits_dmd2() -> DMD2:
     )  # fmt: skip
 
 
+def digits_vae() -> TinyVae:
+    """The shipped model's tiny VAE, on two CPU cores."""
+    return TinyVae(
+        **_DIGITS, save_dtype="float16",
+        steps=1200, batch=12, learning_rate=3e-3, width=16, blocks=2, perceptual_weight=0.02, ema=0.99,
+        checkpoint_every=200, sample_every=0,
+    )  # fmt: skip
+
+
 def digits_lora() -> Lora:
     """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
     return Lora(
@@ -353,10 +383,10 @@ def digits_lora() -> Lora:
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     made.__name__: made
     for made in (
-        base, small, tiny, dmd2, regress, finetune, lora, dreambooth,
+        base, small, tiny, dmd2, regress, finetune, lora, dreambooth, vae,
         sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
         dmd2_sd15, dmd2_sdxl, dmd2_sdxl_lora, dmd2_sdxl_1step, dmd2_imagenet64,
-        digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
+        digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2, digits_vae,
     )
 }  # fmt: skip
 
@@ -364,13 +394,13 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
 _LEAST = dict.fromkeys(
     (
         "batch", "accumulation", "checkpoint_every", "sample_steps", "cache_variants", "ratio", "class_batch",
-        "pair_count", "pair_steps",
+        "pair_count", "pair_steps", "width", "blocks",
     ), 1,
 ) | dict.fromkeys(
     (
         "steps", "critic_warmup", "keep", "sample_every", "workers", "warmup", "seed", "learning_rate", "weight_decay",
         "snr_gamma", "offset_noise", "input_perturbation", "task_weight", "output_weight", "feature_weight",
-        "sample_guidance",
+        "sample_guidance", "reconstruction_weight", "perceptual_weight", "encoder_weight",
     ), 0,
 )  # fmt: skip
 _ABOVE_ZERO = ("max_grad_norm", "epsilon")

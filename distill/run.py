@@ -29,12 +29,13 @@ from .examples import Examples, loader
 from .kd import Denoising
 from .lora import LowRank
 from .methods import Method
-from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression
+from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
+from .tiny_vae import TinyVaeMethod
 from .train import PRECISIONS, Outcome, accelerator_for, train
 
 METHODS: dict[type[Recipe], Any] = {
     Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method,
-    DMD2: DistributionMatching, Regression: regression.Regression,
+    DMD2: DistributionMatching, Regression: regression.Regression, TinyVae: TinyVaeMethod,
 }
 
 SHOWN = 5  # broken pictures that are named on the screen

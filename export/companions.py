@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from accel.control import COMPONENTS
+from accel.files import write_json
 from accel.source import Source
 
 
@@ -18,7 +20,10 @@ def copy_companions(source: Source, folder: Path) -> None:
             )
             if name != "scheduler":
                 complete_tokenizer(folder / name)
-    shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")
+    if source.folders:  # the classes of parts that lie elsewhere; diffusers has no place for a control network
+        write_json(folder / "model_index.json", {k: v for k, v in source.index.items() if k not in COMPONENTS})
+    else:
+        shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")
 
 
 def complete_tokenizer(folder: Path) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
-from accel import networks
+from accel import control, control_networks, networks
 from accel.bundle import Bundle, Component, Manifest, seal
+from accel.control_networks import match_adapter, match_controlnet
 from accel.errors import UserError
 from accel.files import new_folder, require_space
 from accel.lora import LoraFile
@@ -25,6 +27,7 @@ from . import check, onnx, precision
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
 from .precision import check_name as check_precision
+from .share import share_files
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _STAGES = 4
@@ -32,7 +35,7 @@ Progress = Callable[[str, float], None]
 
 
 def export_pipeline(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     *,
     profile: str = "native",
@@ -40,23 +43,28 @@ def export_pipeline(
     opset: int = onnx.DEFAULT_OPSET,
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
-    adapter: bool = False,
+    adapter: bool | str | Path = False,
+    controlnet: str | Path | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
+    share: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
     Args:
-        model: a diffusers pipeline folder or a hub id.
+        model: a diffusers pipeline folder, a hub id or a single file; or a source with parts taken from elsewhere
+            (`accel.source.open_source`).
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.profiles`).
         precision: fp32 or fp16.
         opset: ONNX opset (`export.onnx.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
-        adapter: give the UNet the inputs of a T2I-Adapter.
+        adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
+        controlnet: folder of a ControlNet to export with it.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
+        share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
 
@@ -65,18 +73,23 @@ def export_pipeline(
     """
     check_precision(precision)
     onnx.check_opset(opset)
-    source = open_source(model, loras)
+    if not isinstance(model, Source):
+        folder = None if isinstance(adapter, bool) else adapter
+        model = open_source(model, loras, adapter=folder, controlnet=controlnet)
+    source = model
+    base = None if share is None else Bundle.open(share)
     names = _component_names(source, components)
     pipeline = pipeline_constants(source)
     chosen_sampler = checked_sampler(sampler or own_sampler(source))
     shapes = parse_profile(profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
+    inputs = _control_inputs(source, adapter is True)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"],
         latent_multiple=pipeline["latent_multiple"],
         guidance=float(chosen_sampler["guidance"]) > 1,
     )
-    stored = sum(p.stat().st_size for name in ("text_encoder", "text_encoder_2", "unet", "vae")
+    stored = sum(p.stat().st_size for name in ("text_encoder", "text_encoder_2", "unet", "vae", *control.COMPONENTS)
                  if source.has(name) for p in source.weight_files(name))
     require_space(Path(out).absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
     with new_folder(Path(out), overwrite=overwrite) as folder:
@@ -86,7 +99,7 @@ def export_pipeline(
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
             records[name] = _export_component(
-                source, name, folder / name, dims, precision, opset, adapter, step, shapes.tokens
+                source, name, folder / name, dims, precision, opset, inputs, step, shapes.tokens
             )
         copy_companions(source, folder)
         manifest = Manifest(
@@ -96,23 +109,30 @@ def export_pipeline(
             sampler=chosen_sampler,
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))}
-            | ({"loras": [file.record() for file in source.loras]} if source.loras else {}),
+            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))} | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,
         )
         progress("digests", 0.99)
+        if base is not None:
+            share_files(folder, base)
         seal(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
-    """The context has the length that the text encoder was made for, which is also what its tokenizer pads to."""
-    own = source.config("text_encoder").get("max_position_embeddings", 77)
-    if tokens != own:
-        raise UserError(f"a context of {tokens} tokens does not fit this text encoder", f"leave tokens at {own}")
+    """The UNet takes one context of the text encoder's own length, or several of them laid end to end."""
+    own = _own_tokens(source)
+    if tokens % own:
+        raise UserError(
+            f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
+        )
+
+
+def _own_tokens(source: Source) -> int:
+    return source.config("text_encoder").get("max_position_embeddings", 77)
 
 
 def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
@@ -124,36 +144,68 @@ def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
         raise UserError("no component is to be exported", f"choose from: {', '.join(COMPONENTS)}")
     if "text_encoder" in names and source.has("text_encoder_2"):
         names.insert(names.index("text_encoder") + 1, "text_encoder_2")
-    return names
+    return [*(name for name in control.COMPONENTS if source.has(name)), *names]
+
+
+def _control_inputs(source: Source, adapter: bool) -> dict[str, Any]:
+    """Which control inputs the UNet gets, as `networks.unet` takes them; says early what does not fit."""
+    unet = _unet_config(source)
+    features = len(unet["block_out_channels"]) if adapter else 0
+    if source.has(control.ADAPTER):
+        scale = pipeline_constants(source)["vae_scale"]
+        features = len(match_adapter(source.config(control.ADAPTER), unet, scale))
+    if source.has(control.CONTROLNET):
+        match_controlnet({"addition_embed_type": None} | source.config(control.CONTROLNET), unet)
+    return {"adapter": features, "control": source.has(control.CONTROLNET)}
 
 
 def _weight_folders(names: list[str]) -> list[str]:
     return sorted({"vae" if name.startswith("vae_") else name for name in names})
 
 
-def _network(source: Source, name: str, adapter: bool, tokens: int) -> Network:
+def _unet_config(source: Source) -> dict[str, Any]:
+    """With diffusers' defaults for fields that are younger than some configs."""
+    return {"mid_block_type": "UNetMidBlock2DCrossAttn", "addition_embed_type": None} | source.config("unet")
+
+
+def _network(source: Source, name: str, inputs: Mapping[str, Any], tokens: int) -> Network:
     if name.startswith("text_encoder"):
-        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=tokens)
+        own = _own_tokens(source)
+        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=own)
     if name == "unet":
-        return networks.unet(source.load("unet"), adapter=adapter, tokens=tokens)
+        return networks.unet(source.load("unet"), tokens=tokens, **inputs)
+    if name == control.ADAPTER:
+        model = source.load(name)
+        shapes = match_adapter(model.config, _unet_config(source), pipeline_constants(source)["vae_scale"])
+        return Network(name, name, *control_networks.t2i_adapter(model, shapes))
+    if name == control.CONTROLNET:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(source.config("unet"))
+        shared = networks.unet(unet, tokens=tokens).inputs
+        return Network(name, name, *control_networks.controlnet(source.load(name), shared))
     return getattr(networks, name)(source.load("vae"))
 
 
 def _export_component(
-    source: Source, name: str, folder: Path, dims: Mapping[str, Range], recipe: str, opset: int, adapter: bool,
-    step: Callable[[str, int], None], tokens: int,
+    source: Source, name: str, folder: Path, dims: Mapping[str, Range], recipe: str, opset: int,
+    control_inputs: Mapping[str, Any], step: Callable[[str, int], None], tokens: int,
 ) -> Component:
     """Weights, graph and proof of one network. The float32 original is dropped before anything is traced."""
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    network = _network(source, name, adapter, tokens)
+    network = _network(source, name, control_inputs, tokens)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
-    batches = [onnx.example(network.inputs, sizes, seed=seed) for seed, sizes in enumerate(_check_sizes(limits))]
+    batches = [
+        _as_decoded(source, onnx.example(network.inputs, sizes, seed=seed))
+        for seed, sizes in enumerate(_check_sizes(limits))
+    ]
     # The truth is the source as it was loaded, so that a config or weight lost on the way into the bundle shows too.
     reference, peaks = precision.scan(network.module, batches)
-    chosen = precision.plan(network, recipe, peaks)
+    # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
+    asked = source.family == "sdxl" and name.startswith("vae_") and network.module.model.config.get("force_upcast")
+    chosen = precision.plan(network, recipe, peaks, float32_asked=bool(asked))
     networks.save_config(network, folder)
     parameters = precision.save_weights(network.module.model, folder / onnx.WEIGHTS, chosen)
 
@@ -162,7 +214,7 @@ def _export_component(
     del network
     gc.collect()
     module = networks.rebuild(kind, folder / "config.json", folder / onnx.WEIGHTS, inputs, outputs)
-    networks.keep_float32(module.model, chosen.float32)
+    networks.keep_float32(module.model, chosen.float32, chosen.wide)
     network = Network(name, kind, module, inputs, outputs)
 
     step("tracing", 1)
@@ -191,12 +243,20 @@ def _export_component(
         dims=limits,
         dtype=chosen.dtype,
         float32=chosen.float32,
+        wide=chosen.wide,
         parameters=parameters,
         parity=parity
         | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in batches]}
         | {"operators": operators, "precision_reason": chosen.reason}
         | {"export_seconds": round(time.perf_counter() - started, 2)},
     )
+
+
+def _as_decoded(source: Source, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Noise as loud as what a VAE decoder is fed: latents have unit variance before the scaling factor is undone."""
+    if "latent_sample" in feeds:
+        feeds["latent_sample"] = feeds["latent_sample"] / pipeline_constants(source)["scaling_factor"]
+    return feeds
 
 
 def _check_sizes(limits: Mapping[str, Range]) -> list[dict[str, int]]:

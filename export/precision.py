@@ -21,6 +21,9 @@ from accel.errors import UserError
 from accel.networks import Network
 from accel.tensors import TensorSpec
 
+from . import islands
+from .islands import Peak
+
 PRECISIONS = ("fp32", "fp16")
 
 # float16 ends at 65,504. Activations of unseen prompts are larger than those of a scan; leave a factor of four.
@@ -32,31 +35,35 @@ ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
 
 @dataclass(frozen=True)
 class Plan:
-    """The dtype of a network, the modules that stay float32, and why."""
+    """The dtype of a network, the modules that stay float32 (`wide`: with their outputs), and why."""
 
     dtype: str
     float32: tuple[str, ...] = ()
     reason: str = ""
+    wide: tuple[str, ...] = ()
 
 
-def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[list[tuple], dict[str, float]]:
-    """Run a network in float32 and note the largest magnitude that each inner module puts out.
+def scan(
+    module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> tuple[list[tuple], dict[str, Peak]]:
+    """Run a network in float32 and note the largest magnitude that each inner module takes in and gives out.
 
     Returns:
-        The outputs of every batch, and {module name: largest |activation|}.
+        The outputs of every batch, and {module name: peaks}.
     """
-    peaks: dict[str, float] = {}
+    peaks: dict[str, Peak] = {}
 
     def note(name: str):
-        def hook(_module, _inputs, output):
-            if torch.is_tensor(output) and output.is_floating_point():
-                peak = output.detach().abs().max().item()
-                if not peak <= peaks.get(name, 0.0):  # so that NaN counts as larger
-                    peaks[name] = peak
+        def hook(_module, args, kwargs, output):
+            old = peaks.get(name, Peak())
+            taken = max([old.taken, *map(_magnitude, (*args, *kwargs.values()))], key=_loudness)
+            peaks[name] = Peak(taken, max(old.given, _magnitude(output), key=_loudness))
 
         return hook
 
-    handles = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if name]
+    handles = [
+        part.register_forward_hook(note(name), with_kwargs=True) for name, part in module.named_modules() if name
+    ]
     try:
         with torch.no_grad():
             outputs = [module(**feeds) for feeds in batches]
@@ -66,22 +73,48 @@ def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tu
     return outputs, peaks
 
 
+def _magnitude(value: object) -> float:
+    if torch.is_tensor(value) and value.is_floating_point() and value.numel():
+        return value.detach().abs().max().item()
+    return 0.0
+
+
+def _loudness(peak: float) -> float:
+    """For comparing: NaN counts as the largest."""
+    return peak if peak == peak else float("inf")
+
+
 def check_name(precision: str) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join(PRECISIONS)}")
 
 
-def plan(network: Network, precision: str, peaks: Mapping[str, float]) -> Plan:
-    """Decide dtypes from the recipe's name and what `scan` saw."""
+def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> Plan:
+    """Decide dtypes from the recipe's name and what `scan` saw.
+
+    Args:
+        float32_asked: the model's own config wants float32 (`force_upcast` of SDXL's original VAE). Then the scan's
+            islands have to justify anything lower; weights that were fixed for float16 come with a config that says so.
+    """
     check_name(precision)
     if precision == "fp32":
         return Plan("float32")
-    loud = {name: peak for name, peak in peaks.items() if not peak < FP16_SAFE}
+    loud = {name: peak.given for name, peak in peaks.items() if not peak.given < FP16_SAFE}
+    reason = ""
     if loud:
-        name, peak = max(loud.items(), key=lambda item: item[1])
+        name, peak = max(loud.items(), key=lambda item: _loudness(item[1]))
+        reason = f"activations reach {peak:.3g} in {name.removeprefix('model.')}, too close to float16's 65,504"
+    if loud and network.kind.startswith("vae_"):
+        inner = {name.removeprefix("model."): peak for name, peak in peaks.items() if name.startswith("model.")}
+        found = islands.find(network.module.model, inner, FP16_SAFE)
+        if found:
+            return Plan("float16", found.float32, reason, found.wide)
+    if loud:
+        return Plan("float32", reason=reason)
+    if float32_asked:
         return Plan(
             "float32",
-            reason=f"activations reach {peak:.3g} in {name.removeprefix('model.')}, too close to float16's 65,504",
+            reason="its config asks for float32 (force_upcast); weights fixed for float16 come with it switched off",
         )
     names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
     kept = tuple(name for name in ALWAYS_FLOAT32 if name in names)

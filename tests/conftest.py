@@ -121,8 +121,8 @@ def make_sd15(folder: Path, topology: str = "sd15") -> Path:
     return folder
 
 
-def make_sdxl(folder: Path) -> Path:
-    """An SDXL-topology pipeline, narrowed: two text encoders, time ids, 64 px images."""
+def make_sdxl(folder: Path, topology: str = "sdxl", **overrides) -> Path:
+    """A pipeline of SDXL's family, narrowed: two text encoders, time ids, 64 px images."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -132,9 +132,9 @@ def make_sdxl(folder: Path) -> Path:
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         **narrowed(
-            "sdxl", (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4,
-            attention_head_dim=(2, 4, 4), transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=80,
+            topology, (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4,
+            attention_head_dim=(2, 4, 4), addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+            **({"transformer_layers_per_block": (1, 1, 2)} if topology == "sdxl" else {}), **overrides,
         )
     ).eval()
     pipe = StableDiffusionXLPipeline(
@@ -161,6 +161,12 @@ def sd15_tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def sdxl_maker():
+    """(folder, topology="sdxl", **overrides of the UNet's config) -> folder."""
+    return make_sdxl
 
 
 @pytest.fixture(scope="session")

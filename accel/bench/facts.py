@@ -11,10 +11,11 @@ from .. import __version__
 from ..bundle import Bundle
 from ..engines import status
 from ..machine import machine
+from ..pipeline import component_names
 from . import quality, timing
 from .document import MEASURED, PARTLY, UNMEASURED, Document, Floor, Row, Scope
 from .probe import Process
-from .variants import DTYPES, Variant, component_names
+from .variants import DTYPES, Variant
 from .work import IMAGE, describe
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines import status
 from ..errors import UserError
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, component_names
 from . import facts, quality, timing, variants, work
 from .document import Document
 from .probe import Process, probe
@@ -101,12 +101,13 @@ def measure(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     settings = settings or Settings()
-    names = variants.component_names(bundle)
+    names = component_names(bundle)
     work.check_batch(bundle, settings)
     bundle.verify([bundle.component(name).folder for name in names])
     state = State(bundle, list(chosen if chosen is not None else variants.chosen(None)), settings)
     try:
         with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, _caches(Path(folder)) as caches:
+            state.settings = work.with_control(settings, bundle, Path(folder))
             state.environment = facts.environment(state)
             _probe(state, caches, progress)
             _reference(state, load, progress)

@@ -11,7 +11,7 @@ from ..bundle import Bundle
 from ..engines import ENGINES, load_engine, status
 from ..errors import UserError
 from ..machine import machine
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, component_names
 
 DTYPES = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})
 
@@ -144,15 +144,6 @@ def load(bundle: Bundle, variant: Variant, **options: Any) -> Pipeline:
         name: load_engine(bundle, name, variant.engine, verify=False, **variant.options, **options) for name in names
     }
     return Pipeline(bundle, engines)
-
-
-def component_names(bundle: Bundle) -> list[str]:
-    """What an image needs, in the order it is needed."""
-    wanted = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
-    names = [name for name in wanted if name in bundle.manifest.components]
-    for name in ("text_encoder", "unet", "vae_decoder"):
-        bundle.component(name)  # says what is missing
-    return names
 
 
 def _has_gpu() -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .. import control
 from ..arrays import synchronize
 from ..bundle import Bundle
 from ..engines.base import to_numpy
 from ..errors import UserError
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, component_names
 
 PROMPTS = ("a photo of a lighthouse on a cliff at dusk", "a bowl of oranges on a wooden table", "a red bicycle",
            "a portrait of an old sailor")  # fmt: skip
@@ -31,6 +35,7 @@ class Settings:
         seconds: stop the rounds after this long, though never before five.
         warmup: untimed calls of each scope, at least two.
         memory: measure each variant in a process of its own as well.
+        control: picture file for the bundle's T2I-Adapter or ControlNet; "" where it has none.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -44,6 +49,7 @@ class Settings:
     seconds: float | None = None
     warmup: int = 2
     memory: bool = True
+    control: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch", "rounds"):
@@ -63,7 +69,22 @@ class Settings:
             "width": self.width,
             "steps": self.steps,
             "guidance_scale": self.guidance,
+            **({"control_image": self.control} if self.control else {}),
         }
+
+
+def with_control(settings: Settings, bundle: Bundle, folder: Path) -> Settings:
+    """The settings with a picture of rings and a square, where the bundle has a control network to show it to."""
+    if settings.control or not set(control.COMPONENTS) & set(bundle.manifest.components):
+        return settings
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:256, 0:256]
+    rings = np.hypot(rows - 128, columns - 128) % 32 < 2
+    square = (np.maximum(abs(rows - 160), abs(columns - 96)) // 2) == 20
+    file = folder / "control.png"
+    Image.fromarray(((rings | square) * 255).astype(np.uint8)).convert("RGB").save(file)
+    return replace(settings, control=str(file))
 
 
 def check_batch(bundle: Bundle, settings: Settings) -> None:
@@ -122,8 +143,8 @@ def record(pipeline: Pipeline, call: Mapping[str, Any]) -> tuple[dict[str, Recor
     Returns:
         The recordings by component, and the output.
     """
-    recordings = {name: Recording() for name in pipeline.engines}
-    engines = {name: _Recorder(engine, recordings[name]) for name, engine in pipeline.engines.items()}
+    recordings = {name: Recording() for name in component_names(pipeline.bundle)}
+    engines = {name: _Recorder(pipeline.engines[name], recordings[name]) for name in recordings}
     output = Pipeline(pipeline.bundle, engines)(output_type="np", **call)
     return recordings, output
 
@@ -145,7 +166,7 @@ def calls(pipeline: Pipeline, recordings: Mapping[str, Recording], call: Mapping
 
         return run
 
-    scopes: dict[str, Callable] = {name: component(name) for name in pipeline.engines}
+    scopes: dict[str, Callable] = {name: component(name) for name in recordings}
     scopes[IMAGE] = lambda: pipeline(output_type="np", **call)
     return scopes
 

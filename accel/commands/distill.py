@@ -24,6 +24,7 @@ METHODS = {
     "finetune": "train the UNet of any pipeline on",
     "lora": "train a LoRA of any pipeline: a small file of low-rank updates",
     "dreambooth": "teach any pipeline a subject from a few pictures",
+    "vae": "a tiny VAE that stands in for a pipeline's own, whose decoder costs most of a few-step picture",
 }
 
 
@@ -112,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
         whole = (args.out / "model_index.json").is_file()
-        print(f"{args.out} is ready: accel export {args.out if whole else args.model or 'MODEL'} BUNDLE"
-              + ("" if whole else f" --lora {args.out}"))  # fmt: skip
+        option = "" if whole else f" --{'vae' if args.method == 'vae' else 'lora'} {args.out}"
+        print(f"{args.out} is ready: accel export {args.out if whole else args.model or 'MODEL'} BUNDLE{option}")
     return 0
 
 

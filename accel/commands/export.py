@@ -14,7 +14,7 @@ EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..profiles import PROFILES
 
-    parser.add_argument("model", help="a diffusers pipeline folder or a hub id")
+    parser.add_argument("model", help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint")
     parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
     parser.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: fp32)")
     parser.add_argument(
@@ -27,11 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
     )
-    parser.add_argument("--adapter", action="store_true", help="give the UNet the inputs of a T2I-Adapter")
+    parser.add_argument(
+        "--adapter", nargs="?", const=True, metavar="FOLDER",
+        help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
+    )  # fmt: skip
+    parser.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=SCALE]",
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
+    )
+    parser.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
+    )
+    parser.add_argument("--variant", help="which weight files of the folder, such as fp16 (default: the plain ones)")
+    parser.add_argument(
+        "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
+    )
     parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
@@ -46,21 +61,25 @@ def run(args: argparse.Namespace) -> int:
     from accel.export.pipeline import COMPONENTS, export_pipeline
     from accel.source import open_source
 
+    source = open_source(
+        args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
+        adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
+    )  # fmt: skip
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         bundle = export_pipeline(
-            args.model,
+            source,
             args.out,
             profile=args.profile,
             precision=args.precision,
             opset=args.opset,
             components=components,
-            sampler=_sampler(args, open_source(args.model)),
-            adapter=args.adapter,
-            loras=args.lora,
+            sampler=_sampler(args, source),
+            adapter=args.adapter is True,
+            share=args.share,
             overwrite=args.overwrite,
             progress=stages(bar, task),
         )
@@ -70,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     for component in bundle.manifest.components.values():
         parity = component.parity
         note = f"; kept in float32: {', '.join(component.float32)}" if component.float32 else ""
+        note += f" ({parity['precision_reason']})" if component.wide else ""
         if args.precision != "fp32" and component.dtype == "float32":
             note = f"; kept in float32: {parity['precision_reason']}"
         print(

@@ -21,14 +21,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out.png", help="image file; several images are numbered (default: out.png)")
     parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count on (default: 0)")
+    parser.add_argument("--image", metavar="FILE", help="picture to start from")
+    parser.add_argument("--mask", metavar="FILE", help="with --image: white where to paint, black where to keep")
+    parser.add_argument(
+        "--strength", type=float, help="share of the picture that is given up, 0 to 1 (default: 0.8; with --mask 1)"
+    )
+    parser.add_argument("--control", metavar="FILE", help="picture for the bundle's T2I-Adapter or ControlNet")
+    parser.add_argument("--canny", action="store_true", help="show the edges of --control instead of the picture")
+    parser.add_argument("--control-scale", type=float, default=1.0, help="how strongly it counts (default: 1)")
+    parser.add_argument("--control-end", type=float, default=1.0, help="share of the steps it counts for (default: 1)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
+    parser.add_argument("--original-size", type=_pair, metavar="HxW", help="SDXL: size before the crop (default: own)")
+    parser.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="SDXL: corner of the crop")
+    parser.add_argument("--target-size", type=_pair, metavar="HxW", help="SDXL: size cropped to (default: own)")
+    parser.add_argument("--prompt-weights", action="store_true", help="let (words:1.3) in prompts count by that factor")
+    parser.add_argument("--low-memory", action="store_true", help="load each component when it is needed, then drop it")
     add_sampling(parser)
     add_engine(parser)
     add_json(parser)
 
 
+def _pair(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    return int(first), int(second)
+
+
 def run(args: argparse.Namespace) -> int:
+    from ..pictures import canny
     from ..pipeline import load
 
     if not all(prompt.strip() for prompt in args.prompt):
@@ -43,9 +63,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"cannot write in {out.parent}: {error.strerror}", "choose another --out") from None
     if out.is_dir():
         raise UserError(f"{out} is a folder", "choose another --out")
-    pipeline = load(args.bundle, engine=args.engine, **engine_options(args))
-    unet = pipeline.engines["unet"]
-    if args.engine == "auto" and not args.json:
+    if args.canny and args.control is None:
+        raise UserError("--canny without a picture", "add --control FILE")
+    control = canny(args.control) if args.canny else args.control
+    pipeline = load(args.bundle, engine=args.engine, low_memory=args.low_memory, **engine_options(args))
+    if args.engine == "auto" and not args.json and not args.low_memory:
+        unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
     result = pipeline(
         args.prompt,
@@ -57,6 +80,16 @@ def run(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance,
         num_images_per_prompt=args.images,
         seed=args.seed,
+        image=args.image,
+        mask_image=args.mask,
+        strength=args.strength,
+        control_image=control,
+        control_scale=args.control_scale,
+        control_end=args.control_end,
+        original_size=args.original_size,
+        crop=args.crop,
+        target_size=args.target_size,
+        prompt_weights=args.prompt_weights,
         progress=sys.stderr.isatty(),
     )
     names = [out] if len(result.images) == 1 else [
@@ -66,10 +99,8 @@ def run(args: argparse.Namespace) -> int:
         _save(image, name)
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}
     if args.json:
-        engines = {name: engine.description for name, engine in pipeline.engines.items()}
-        print(json.dumps(
-            {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds, "engines": engines}
-        ))
+        record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
+        print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:
         parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
         print(f"{', '.join(map(str, names))} ({parts})")

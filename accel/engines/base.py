@@ -70,12 +70,10 @@ class Engine(ABC):
             if isinstance(dim, str)
         }
         for side in ("height", "width"):
-            pixels, latent = side, f"latent_{side}"
-            if pixels in dims and latent in dims:
-                if latent in sizes:
-                    sizes[pixels] = sizes[latent] * dims[pixels].min // dims[latent].min
-                elif pixels in sizes:
-                    sizes[latent] = sizes[pixels] * dims[latent].min // dims[pixels].min
+            same = [dim for dim in dims if side in dim]
+            known = next((dim for dim in same if dim in sizes), None)
+            for dim in same if known else ():
+                sizes.setdefault(dim, sizes[known] * dims[dim].min // dims[known].min)
         return sizes
 
     def close(self) -> None:  # noqa: B027 (optional)

@@ -8,6 +8,7 @@ import torch
 
 from accel import noise
 from accel.conditioning import guidance_embedding, time_ids
+from accel.errors import UserError
 
 
 @pytest.mark.parametrize(("guidance", "width"), [(1.0, 256), (7.5, 256), (8.0, 32), (4.0, 33)])
@@ -21,7 +22,10 @@ def test_guidance_embedding_equals_diffusers(guidance, width):
 
 
 def test_time_ids_are_original_size_crop_and_target_size():
-    assert time_ids(2, 768, 1344).tolist() == [[768, 1344, 0, 0, 768, 1344]] * 2
+    assert time_ids(2, (768, 1344)).tolist() == [[768, 1344, 0, 0, 768, 1344]] * 2
+    assert time_ids(1, (64, 96), (512, 600), (3, 4), (70, 80)).tolist() == [[512, 600, 3, 4, 70, 80]]
+    with pytest.raises(UserError, match="size conditioning"):
+        time_ids(1, (64, 64), crop=(1,))
 
 
 def test_noise_is_a_function_of_seed_and_draw_alone():

@@ -57,9 +57,11 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(tmp_path):
     assert "model_index.json" in refusal(tmp_path / "photos", tmp_path).message
 
 
-def test_a_file_instead_of_a_folder_gets_the_way_to_convert_it(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    assert "from_single_file" in refusal(tmp_path / "model.safetensors", tmp_path).fix
+    assert "model.safetensors is no safetensors file" in refusal(tmp_path / "model.safetensors", tmp_path).message
+    (tmp_path / "notes.txt").write_text("x")
+    assert "notes.txt is no weight file" in refusal(tmp_path / "notes.txt", tmp_path).message
 
 
 def test_a_bundle_is_not_exported_again(sd15_bundle, tmp_path):

@@ -1,0 +1,115 @@
+"""Pictures as arrays: what goes into a VAE encoder, a mask, a control network, and what comes out of a decoder.
+
+Sizes, resampling (Lanczos) and thresholds are those of diffusers' image processor, so that pictures are comparable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+
+
+def batch(images: Any, count: int, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
+    """Float32 [count, channels, height, width] in [0, 1].
+
+    Args:
+        images: one picture for all, or one for each of `count`: PIL images, file names, or arrays [H, W, C] or [H, W],
+            uint8 or float in [0, 1].
+        size: height and width; pictures of another size are resized.
+        mode: "RGB" or "L".
+
+    Raises:
+        UserError: for a file that is no picture, an array of another shape, or a wrong number of pictures.
+    """
+    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+    listed = list(images) if several else [images]
+    if len(listed) not in (1, count):
+        raise UserError(f"{len(listed)} pictures for {count} images", "give one, or one for each")
+    made = np.stack([_array(picture, size, mode) for picture in listed])
+    return np.repeat(made, count, axis=0) if len(listed) == 1 else made
+
+
+def masks(images: Any, count: int, size: tuple[int, int]) -> np.ndarray:
+    """Float32 [count, 1, height, width], zeros (keep) and ones (paint), of pictures that are white where to paint."""
+    return (batch(images, count, size, "L") >= 0.5).astype(np.float32)
+
+
+def shrunk(mask: np.ndarray, factor: int) -> np.ndarray:
+    """A mask in latent pixels: the upper left of each square, as nearest-neighbour interpolation takes it."""
+    return mask[:, :, ::factor, ::factor]
+
+
+def to_pil(pixels: np.ndarray) -> list[Any]:
+    """PIL images of float pixels [N, H, W, 3] in [0, 1]."""
+    from PIL import Image
+
+    return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
+
+
+def canny(image: Any, low: float = 100, high: float = 200) -> Any:
+    """White edges on black (Canny 1986), a PIL image: what canny control networks are shown.
+
+    Args:
+        image: as in `batch`, one picture.
+        low, high: hysteresis thresholds on a gradient of 8-bit pixels, as OpenCV counts them.
+
+    Raises:
+        MissingPackage: where neither opencv nor scikit-image is installed.
+    """
+    from PIL import Image
+
+    from .errors import MissingPackage
+
+    grey = np.asarray(_opened(image).convert("L"))
+    try:
+        import cv2
+
+        edges = cv2.Canny(grey, low, high)
+    except ImportError:
+        try:
+            from skimage.feature import canny as skimage_canny
+        except ImportError:
+            raise MissingPackage("scikit-image", "--canny", "control") from None
+        # OpenCV sums |dx| + |dy| of a Sobel kernel of weight 4; scikit-image's gradient is that kernel's mean.
+        edges = skimage_canny(grey.astype(float), 1.0, low / 4, high / 4).astype(np.uint8) * 255
+    return Image.fromarray(edges).convert("RGB")
+
+
+def _array(picture: Any, size: tuple[int, int], mode: str) -> np.ndarray:
+    from PIL import Image
+
+    height, width = size
+    image = _opened(picture).convert(mode)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    array = np.asarray(image, np.float32) / 255
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _opened(picture: Any) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(picture, (str, Path)):
+        try:
+            return Image.open(picture)
+        except FileNotFoundError:
+            raise UserError(f"no such picture: {picture}", "check the path") from None
+        except (UnidentifiedImageError, OSError):
+            raise UserError(f"{picture} is no picture that can be read", "use PNG, JPEG or WebP") from None
+    if isinstance(picture, Image.Image):
+        return picture
+    array = np.asarray(picture)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise UserError(f"a picture of shape {array.shape}", "give [height, width, 3], [height, width] or a PIL image")
+    if array.dtype != np.uint8:
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise UserError("a picture with values outside 0 to 1", "scale it, or give uint8 from 0 to 255")
+        array = (array * 255).round().astype(np.uint8)
+    return Image.fromarray(array)
+

@@ -1,0 +1,236 @@
+"""Family x task x engine: the largest difference from diffusers' own pipeline, on shrunk models with random weights.
+
+    python benchmarks/family_matrix.py --json benchmarks/family-matrix.json --readme README.md
+
+Every cell is one picture of 64 x 64 px in float32 with guidance, made twice from the same noise: by diffusers and by a
+bundle. Numbers are in units of 1/255; the promise is below one. A cell without a number says why. Exit code 1 where a
+number is one or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+import accel
+from accel import noise
+from accel.engines import ENGINES, status
+from accel.export.pipeline import export_pipeline
+from accel.files import write_json
+from accel.machine import machine
+from accel.source import open_source
+from accel.start import _OF_IMAGE, _OF_MASKED
+
+ROOT = Path(__file__).parents[1]
+SEED, STEPS, GUIDANCE, SIZE = 7, 4, 5.0, 64
+FAMILIES = ("sd1", "sdxl", "ssd-1b")
+TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "LoRA")
+COLUMNS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What diffusers is called with, what a bundle is called with, and the bundle."""
+
+    pipeline: str
+    parts: dict[str, Any]
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+    bundle: Any
+    draws: tuple[int, ...] = (0,)
+
+
+def picture() -> Image.Image:
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+    return Image.fromarray(np.stack([rows * 3, columns * 3, (rows + columns) % 64 * 3], -1).astype(np.uint8))
+
+
+def mask() -> Image.Image:
+    array = np.zeros((SIZE, SIZE), np.uint8)
+    array[16:48, 20:60] = 255
+    return Image.fromarray(array)
+
+
+def loud(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights whose effect shows: a fresh ControlNet adds nothing."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() > 1):
+            parameter.copy_(torch.randn_like(parameter) * 0.5 / parameter[0].numel() ** 0.5)
+    return model
+
+
+def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """(task, what makes its case): sources and bundles are made once a family, when they are needed."""
+    import diffusers
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    make = importlib.import_module("conftest")
+    xl = family != "sd1"
+    source = make.make_sdxl(folder / "source", family) if xl else make.make_sd15(folder / "source")
+    prefix = "StableDiffusionXL" if xl else "StableDiffusion"
+    name = "euler" if xl else "ddim"
+    made: dict[str, Any] = {}
+
+    def bundle(kind: str, **parts: Any) -> Any:
+        if kind not in made:
+            made[kind] = export_pipeline(
+                open_source(source, **parts), folder / kind, profile="batch=1-2,size=64",
+                sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE},
+            )  # fmt: skip
+        return made[kind]
+
+    def adapter() -> Case:
+        model = diffusers.T2IAdapter(
+            in_channels=3, channels=[8, 16, 16, 16], num_res_blocks=1, downscale_factor=8 if xl else 4,
+            adapter_type="full_adapter_xl" if xl else "full_adapter",
+        )  # fmt: skip
+        loud(model).save_pretrained(folder / "t2i")
+        return Case(f"{prefix}AdapterPipeline", {"adapter": model}, {"image": picture()}, {"control_image": picture()},
+                    bundle("adapter", adapter=folder / "t2i"))  # fmt: skip
+
+    def controlnet() -> Case:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(source / "unet")
+        config = dict(diffusers.ControlNetModel.from_unet(unet).config)
+        model = diffusers.ControlNetModel.from_config(config | {"conditioning_embedding_out_channels": (8, 16, 16)})
+        loud(model).save_pretrained(folder / "control")
+        return Case(f"{prefix}ControlNetPipeline", {"controlnet": model}, {"image": picture()},
+                    {"control_image": picture()}, bundle("controlnet", controlnet=folder / "control"))  # fmt: skip
+
+    def lora() -> Case:
+        from safetensors.torch import save_file
+
+        torch.manual_seed(6)
+        state = {}
+        for layer, module in open_source(source).load("unet").named_modules():
+            if layer.endswith(("to_q", "to_v")):
+                state[f"unet.{layer}.lora_A.weight"] = torch.randn(4, module.weight.shape[1]) * 0.2
+                state[f"unet.{layer}.lora_B.weight"] = torch.randn(module.weight.shape[0], 4) * 0.2
+        save_file(state, folder / "lora.safetensors")
+        fused = export_pipeline(
+            source, folder / "lora-bundle", profile="batch=1-2,size=64", loras=[f"{folder / 'lora.safetensors'}=0.7"],
+            components=("text_encoder", "unet", "vae_decoder"),
+            sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE}, share=bundle("plain").path,
+        )  # fmt: skip
+        return Case(f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {}, fused)
+
+    start = {"image": picture(), "strength": 0.6}
+    hole = {"image": picture(), "mask_image": mask(), "strength": 0.6}
+    yield "txt2img", lambda: Case(f"{prefix}Pipeline", {}, {}, {}, bundle("plain"))
+    yield "img2img", lambda: Case(f"{prefix}Img2ImgPipeline", {}, start, start, bundle("plain"), (_OF_IMAGE, 0))
+    yield "inpaint", lambda: Case(
+        f"{prefix}InpaintPipeline", {}, hole, hole, bundle("plain"), (_OF_IMAGE, 0, _OF_MASKED)
+    )
+    yield "T2I-Adapter", adapter
+    yield "ControlNet", controlnet
+    yield "LoRA", lora
+
+
+@contextmanager
+def our_noise(draws: tuple[int, ...]) -> Iterator[None]:
+    """diffusers draws our noise, in the order in which it asks for it."""
+    import diffusers.models.autoencoders.vae as vae
+
+    queue = iter(draws)
+
+    def drawn(shape, **_: Any) -> torch.Tensor:
+        return torch.from_numpy(noise.normal([SEED], next(queue), tuple(shape)[1:]))
+
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("diffusers.pipelines")]
+    with mock.patch.object(vae, "randn_tensor", drawn):
+        patches = [mock.patch.object(m, "randn_tensor", drawn) for m in modules if "randn_tensor" in vars(m)]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def reference(case: Case, source: Path) -> np.ndarray:
+    import diffusers
+
+    parts = {key: value for key, value in case.parts.items() if key != "lora"}
+    pipe = getattr(diffusers, case.pipeline).from_pretrained(source, **parts)
+    if "XL" not in case.pipeline:
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    if "lora" in case.parts:
+        file = case.parts["lora"]
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        pipe.fuse_lora(lora_scale=0.7)
+    pipe.set_progress_bar_config(disable=True)
+    size = {} if case.pipeline.endswith("Img2ImgPipeline") else {"height": SIZE, "width": SIZE}
+    with our_noise(case.draws):
+        return pipe(
+            "the cat", num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np", **size, **case.theirs
+        ).images
+
+
+def cell(case: Case, expected: np.ndarray, engine: str) -> float | str:
+    if engine not in ENGINES or not status(engine).ok:
+        return "no GPU here" if engine == "tensorrt" else "cannot run here"
+    try:
+        found = accel.load(case.bundle, engine=engine)("the cat", seed=SEED, output_type="np", **case.ours).images
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return float(np.abs(found - expected).max() * 255)
+
+
+def table(rows: dict[str, dict[str, dict[str, float | str]]]) -> str:
+    lines = ["| family | task | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for family, tasks in rows.items():
+        for task, cells in tasks.items():
+            shown = [f"{v:.2g}" if isinstance(v, float) else str(v) for v in (cells[column] for column in COLUMNS)]
+            lines.append(f"| {family} | {task} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--compile", default="txt2img", help="tasks that torch.compile is run on (it is slow)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--readme", type=Path, help="replace the table between <!-- matrix --> and <!-- /matrix -->")
+    args = parser.parse_args()
+    rows: dict[str, dict[str, dict[str, float | str]]] = {}
+    for family in args.families.split(","):
+        with tempfile.TemporaryDirectory() as place:
+            for task, build in cases(family, Path(place)):
+                case = build()
+                expected = reference(case, Path(place) / "source")
+                cells = rows.setdefault(family, {}).setdefault(task, {})
+                for engine in COLUMNS:
+                    skipped = engine == "compile" and task not in args.compile.split(",")
+                    cells[engine] = "not run" if skipped else cell(case, expected, engine)
+                print(family, task, cells, flush=True)
+    text = table(rows)
+    print(text)
+    names = ("torch", "diffusers", "onnxruntime", "openvino")
+    here = {"cpu": machine().cpu, "versions": {name: version(name) for name in names}}
+    if args.json:
+        write_json(args.json, {"unit": "1/255, largest difference of a pixel", "cells": rows, **here})
+    if args.readme:
+        before, _, rest = args.readme.read_text().partition("<!-- matrix -->")
+        _, _, after = rest.partition("<!-- /matrix -->")
+        words = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
+        args.readme.write_text(f"{before}<!-- matrix -->\n{text}\n\n{here['cpu']}; {words}\n<!-- /matrix -->{after}")
+    numbers = [v for tasks in rows.values() for cells in tasks.values() for v in cells.values() if isinstance(v, float)]
+    return int(max(numbers) >= 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
