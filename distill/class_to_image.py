@@ -194,6 +194,9 @@ class ClassToImage:
         """x_t stays in float32: the preconditioning around F needs it, and hands F its own dtype."""
         return x_t, conditions
 
+    def rows(self, conditions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return conditions[rows]
+
     def call(self, network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         return network(x_t, self.process.sigma(t).to(x_t.dtype), conditions)
 

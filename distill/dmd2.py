@@ -80,42 +80,51 @@ class DMD2:
         first = batch["index"][0]
         for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
             parameter.requires_grad_(turn.name == "critic")
-        number = self.number(step)
+        last = self.last(batch, step)
         if turn.name == "generator":
-            x = self.draw(batch, step)
+            x = self.draw(batch, last)
             self._drawn[first] = x.detach()
-            return self.generator_turn(x, batch, number)
+            return self.generator_turn(x, batch, last)
         x = self._drawn.pop(first, None)
         if x is None:
             with torch.no_grad():
-                x = self.draw(batch, step)
-        return self.critic_turn(x, batch, number)
+                x = self.draw(batch, last)
+        return self.critic_turn(x, batch, last)
 
-    def number(self, step: int) -> int:
-        """Which of its steps G is trained at. It depends on the training step alone, so that all processes agree."""
-        return int(draws.generator(self.recipe.seed, step, "steps").integers(len(self.timesteps)))
+    def last(self, batch: Mapping[str, Any], step: int) -> torch.Tensor:
+        """At which of its steps G is trained, for each picture [b]: all of them in turn, or one that all share.
 
-    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
-        """Losses of x, which G's step `number` drew."""
-        gradient, diagnostics = self.matching_gradient(x.detach(), batch, number)
+        Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
+        is fitted to the last one it met, and pushes what the other steps draw away from it.
+        """
+        count, rows = len(self.timesteps), len(batch["index"])
+        if self.recipe.mixed_steps and rows >= count:
+            return torch.tensor([index % count for index in batch["index"]])
+        return torch.full((rows,), int(draws.generator(self.recipe.seed, step, "steps").integers(count)))
+
+    def generator_turn(
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor
+    ) -> tuple[torch.Tensor, Terms]:
+        """Losses of x, which G's steps `last` [b] drew."""
+        gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
         if self.recipe.adversarial_weight:
             t, eps = self.noise_level(batch, "fake", x, draw=2)
             with self.autocast():
                 x_t = self.process.add_noise(x, eps, t)
-                logits = self.critic.logits(x_t, t, self.family.conditions(batch), number)
+                logits = self.critic.logits(x_t, t, self.family.conditions(batch), last)
             terms["adversarial"] = gan.generator_loss(logits)
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
-    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
+    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
-        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), number)
+        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
         fake = real = None
         if self.recipe.adversarial_weight:
             fake, real = (
-                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch), number)
+                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch), last)
                 for picture, (level, noise) in (
                     (x, self.noise_level(batch, "fake", x)),
                     (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
@@ -134,42 +143,60 @@ class DMD2:
 
     # ---------------------------------------------------------------------------------------------------- the generator
 
-    def draw(self, batch: Mapping[str, Any], step: int) -> torch.Tensor:
+    def draw(self, batch: Mapping[str, Any], last: torch.Tensor) -> torch.Tensor:
         """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
 
-        The last call is that of the step that G is trained at.
+        Args:
+            last: the step of each picture's last call, [b].
         """
-        last = self.number(step)
         noise = self.normal(batch, "noise")
-        z = self.process.start(noise, self.at(0, noise))
-        if self.recipe.backward_simulation or last == 0:
-            with torch.no_grad():
-                for number in range(last):
-                    x = self.generate(z, self.timesteps[number], batch)
-                    z = self.process.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
-        else:
-            real = clean(batch, self.recipe.seed)
-            z = self.process.add_noise(real, noise, self.at(last, real))
-        return self.generate(z, self.timesteps[last], batch)
+        if not self.recipe.backward_simulation:
+            return self.draw_from_real(batch, last, noise)
+        z, drawn = self.process.start(noise, self.at(0, noise)), {}
+        for number in range(int(last.max()) + 1):
+            for row, x in self.generate(z, number, batch, (last == number).nonzero().flatten()):
+                drawn[row] = x
+            later = (last > number).nonzero().flatten()
+            if len(later):
+                with torch.no_grad():
+                    made = dict(self.generate(z, number, batch, later))
+                x = torch.stack([made.get(row, noise[row]) for row in range(len(z))])
+                z = self.process.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
+        return torch.stack([drawn[row] for row in range(len(z))])
 
-    def generate(self, x_t: torch.Tensor, t: int, batch: Mapping[str, Any]) -> torch.Tensor:
-        """One step: G's x_0 of x_t."""
-        t = torch.full((len(x_t),), t, device=x_t.device)
+    def draw_from_real(self, batch: Mapping[str, Any], last: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """As `draw`, but G's last call sees noised real pictures, as it never does when it draws."""
+        real, drawn = clean(batch, self.recipe.seed), {}
+        for number in last.unique().tolist():
+            at = self.at(number, noise)
+            z = self.process.add_noise(real, noise, at) if number else self.process.start(noise, at)
+            drawn |= dict(self.generate(z, number, batch, (last == number).nonzero().flatten()))
+        return torch.stack([drawn[row] for row in range(len(noise))])
+
+    def generate(self, z: torch.Tensor, number: int, batch: Mapping[str, Any], rows: torch.Tensor) -> Any:
+        """Step `number` for some pictures of the batch: (row, G's x_0 of it) of each."""
+        if not len(rows):
+            return ()
+        x_t = z[rows.to(z.device)]
+        t = self.at(number, x_t)
+        conditions = self.family.rows(self.family.conditions(batch), rows.to(z.device))
         with self.autocast():
-            said = self.family.call(self.networks["generator"].module, x_t, t, self.family.conditions(batch))
-        return self.process.x0(said, x_t, t).float()
+            said = self.family.call(self.networks["generator"].module, x_t, t, conditions)
+        return zip(rows.tolist(), self.process.x0(said, x_t, t).float(), strict=True)
 
     # ----------------------------------------------------------------------------------------------------- the gradient
 
     @torch.no_grad()
-    def matching_gradient(self, x: torch.Tensor, batch: Mapping[str, Any], number: int) -> tuple[torch.Tensor, Terms]:
+    def matching_gradient(
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor
+    ) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
         count = self.process.levels
         low, high = int(self.recipe.low * count), int(self.recipe.high * count)
         t = draws.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
         x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
         with self.autocast():
-            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch), number), x_t, t)
+            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch), last), x_t, t)
         real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()

@@ -91,16 +91,16 @@ class Critic(nn.Module):
     def core(self) -> nn.Module:
         return self.network
 
-    def tell(self, conditions: Any, step: int) -> Any:
-        return conditions if self.told is None else self._family.tell(conditions, self.told[step])
+    def tell(self, conditions: Any, steps: torch.Tensor | None) -> Any:
+        return conditions if self.told is None else self._family.tell(conditions, self.told[steps])
 
-    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, step: int = 0) -> torch.Tensor:
-        """mu_fake's prediction, in the units of the teacher's, for what step number `step` of the student draws."""
-        return self._family.call(self.network, x_t, t, self.tell(conditions, step))
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
+        """mu_fake's prediction, in the units of the teacher's, for what the student's steps [b] draw."""
+        return self._family.call(self.network, x_t, t, self.tell(conditions, steps))
 
-    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, step: int = 0) -> torch.Tensor:
-        """D(x_t) [b]: positive for real, negative for what that step of the student draws."""
-        told = self.tell(conditions, step)
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
+        """D(x_t) [b]: positive for real, negative for what those steps of the student draw."""
+        told = self.tell(conditions, steps)
         return self.head(self._family.bottleneck(self.network, x_t, t, told)).flatten(1).mean(1)
 
     def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):

@@ -143,6 +143,7 @@ class DMD2(Recipe):
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
     discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
     backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised pictures")
+    mixed_steps: bool = option(True, "train all of the student's steps in each batch; off: one step a batch")
     step_aware: bool = option(True, "tell the critic which of the student's steps drew a picture; see docs/dmd2.md")
     low: float = option(0.02, "least timestep of distribution matching, as a share")
     high: float = option(0.98, "largest timestep of distribution matching, as a share")
@@ -240,13 +241,17 @@ def regress() -> Regression:
     return Regression()
 
 
+# DMD2 as it was published: one step of the student a batch, and a critic that does not know which.
+_PUBLISHED = dict(step_aware=False, mixed_steps=False)
+
+
 def dmd2_sd15() -> DMD2:
     """DMD2's published SD1.5 in one step, in its first stage: 64 processes x 32, without the GAN.
 
     The second stage goes on from its result: 5e-7, --adversarial-weight 1e-3.
     """
     return DMD2(
-        few_steps=1, real_guidance=1.75, step_aware=False, ratio=10, steps=390_000, batch=32, learning_rate=1e-5,
+        **_PUBLISHED, few_steps=1, real_guidance=1.75, ratio=10, steps=390_000, batch=32, learning_rate=1e-5,
         warmup=5_000, adversarial_weight=0.0, mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
     )  # fmt: skip
 
@@ -254,7 +259,7 @@ def dmd2_sd15() -> DMD2:
 def dmd2_sdxl() -> DMD2:
     """DMD2's published SDXL in four steps: 64 processes x 2, 19,000 generator updates."""
     return DMD2(
-        resolution=1024, few_steps=4, real_guidance=8.0, step_aware=False, steps=95_000, batch=2, learning_rate=5e-7,
+        **_PUBLISHED, resolution=1024, few_steps=4, real_guidance=8.0, steps=95_000, batch=2, learning_rate=5e-7,
         warmup=500, mixed_precision="bf16", gradient_checkpointing=True, checkpoint_every=2_500, sample_every=1_000,
     )  # fmt: skip
 
@@ -275,7 +280,7 @@ def dmd2_sdxl_1step() -> DMD2:
 def dmd2_imagenet64() -> DMD2:
     """DMD2's published ImageNet 64 x 64 in one step: 7 processes x 40, 200,000 generator updates."""
     return DMD2(
-        resolution=64, few_steps=1, real_guidance=1.0, step_aware=False, adversarial_weight=3e-3, steps=1_000_000,
+        **_PUBLISHED, resolution=64, few_steps=1, real_guidance=1.0, adversarial_weight=3e-3, steps=1_000_000,
         batch=40, learning_rate=2e-6, warmup=500, mixed_precision="bf16", cache="none", random_flip=False,
         checkpoint_every=10_000, sample_every=5_000,
     )  # fmt: skip

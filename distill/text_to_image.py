@@ -63,10 +63,15 @@ class TextToImage:
         """Of what `tell` adds to the conditions."""
         return self.teacher.config("unet")["cross_attention_dim"]
 
-    def tell(self, conditions: Conditions, vector: torch.Tensor) -> Conditions:
-        """The conditions with a vector [D] added to every token."""
+    def tell(self, conditions: Conditions, vectors: torch.Tensor) -> Conditions:
+        """The conditions with a vector, one of [b, D], added to every token."""
         context, added = conditions
-        return context + vector.to(context.dtype), added
+        return context + vectors.unsqueeze(1).to(context.dtype), added
+
+    def rows(self, conditions: Conditions, rows: torch.Tensor) -> Conditions:
+        """The conditions of some pictures."""
+        context, added = conditions
+        return context[rows], added and {name: value[rows] for name, value in added.items()}
 
     def unconditional(self, conditions: Conditions) -> Conditions:
         """The conditions of the empty prompt, for as many pictures."""

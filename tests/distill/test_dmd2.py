@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from accel.distill import adapters, checkpoints, draws, recipes
+from accel.distill import adapters, checkpoints, recipes
 from accel.distill.data import open_data
 from accel.distill.diffusion import Diffusion, few_steps
 from accel.distill.dmd2 import DMD2, matching_gradient, matching_loss, timesteps_of
@@ -134,9 +134,8 @@ def test_backward_simulation_is_lcm_schedulers_sampling(sd15, monkeypatch):
     """G's pictures in training are the ones it will draw: LCMScheduler with the same timesteps and the same noise."""
     made = method(sd15)
     batch = batch_of(made)
-    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 3)
     with torch.no_grad():
-        ours = made.draw(batch, step)
+        ours = made.draw(batch, torch.tensor([3, 3]))
     scheduler = LCMScheduler.from_config(open_source(sd15).config("scheduler"))
     scheduler.set_timesteps(timesteps=[999, 749, 499, 249])
     noises = iter([made.normal(batch, "renoise", number) for number in range(3)])
@@ -154,18 +153,57 @@ def test_only_the_last_call_of_the_generator_has_a_gradient(sd15):
     batch = batch_of(made)
     calls = []
     made.generator.register_forward_hook(lambda module, given, out: calls.append(torch.is_grad_enabled()))
-    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 2)
-    assert made.draw(batch, step).requires_grad
+    assert made.draw(batch, torch.tensor([2, 2])).requires_grad
     assert calls == [False, False, True]
+
+
+def test_a_batch_of_all_steps_is_those_of_one_step_put_together(sd15):
+    """And a picture's last call, and no other, has a gradient."""
+    made = method(sd15)
+    batch = batch_of(made, 8)
+    last = made.last(batch, 0)
+    assert last.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    calls = []
+    made.generator.register_forward_pre_hook(
+        lambda module, given: calls.append((int(given[1][0]), len(given[0]), torch.is_grad_enabled()))
+    )
+    together = made.draw(batch, last)
+    assert calls == [(999, 2, True), (999, 6, False), (749, 2, True), (749, 4, False), (499, 2, True), (499, 2, False),
+                     (249, 2, True)]  # fmt: skip
+    for number in range(4):
+        alone = made.draw(batch, torch.full((8,), number))
+        rows = last == number
+        assert torch.allclose(together[rows], alone[rows], atol=1e-4)
+
+
+def test_one_step_a_batch_is_the_same_for_all_processes(sd15):
+    made = method(sd15, mixed_steps=False)
+    batch = batch_of(made, 4)
+    steps = [made.last(batch, step) for step in range(30)]
+    assert all(len(set(last.tolist())) == 1 for last in steps) and {int(last[0]) for last in steps} == {0, 1, 2, 3}
+    assert made.last(batch | {"index": [7, 8]}, 3).tolist() == made.last(batch, 3)[:2].tolist()
+
+
+def test_the_critic_is_told_which_step_drew_a_picture(sd15):
+    made = method(sd15)
+    batch = batch_of(made, 8)
+    with torch.no_grad():
+        made.critic.told[2] += 1
+        x_t, t = torch.randn(8, 4, 16, 16), torch.full((8,), 500)
+        conditions = made.family.conditions(batch)
+        told = made.critic.score(x_t, t, conditions, made.last(batch, 0))
+        plain = made.critic._family.call(made.critic.network, x_t, t, conditions)
+    differs = [not torch.allclose(one, other, atol=1e-5) for one, other in zip(told, plain, strict=True)]
+    assert differs == [False, False, True, False] * 2
+    assert method(sd15, step_aware=False).critic.told is None and method(sd15, few_steps=1).critic.told is None
 
 
 def test_without_backward_simulation_the_generator_learns_on_noised_pictures(sd15):
     made = method(sd15, backward_simulation=False)
     batch = batch_of(made)
-    step = next(step for step in range(50) if draws.generator(0, step, "steps").integers(4) == 2)
     seen = []
     made.generator.register_forward_pre_hook(lambda module, given: seen.append(given))
-    made.draw(batch, step)
+    made.draw(batch, torch.tensor([2, 2]))
     ((x_t, t, *_),) = seen
     assert t.tolist() == [499, 499]
     clean = batch["latent_mean"]
