@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "model",
-        help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint; for int8 a float32 bundle too",
+        help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint; for int8 a bundle too",
     )
     parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
     parser.add_argument(
