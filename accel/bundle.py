@@ -39,6 +39,8 @@ class Component:
         wide: those of them whose output is float32 too, because it would not fit.
         parameters: number of parameters.
         parity: what the export measured against torch.
+        int8: how it is quantised, empty where it is not: `recipe`; `layers` (name -> traits, `accel.int8.TRAITS`);
+            `graphs` (engine -> its own file, for engines that need one); `calibration`; `audit`; `verdict`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Component:
     wide: tuple[str, ...] = ()
     parameters: int = 0
     parity: Mapping[str, Any] = field(default_factory=dict)
+    int8: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,7 +70,7 @@ class Component:
             "outputs": [spec.as_dict() for spec in self.outputs],
             "dims": {name: vars(dim) for name, dim in self.dims.items()},
             "parity": dict(self.parity),
-        }
+        } | ({"int8": dict(self.int8)} if self.int8 else {})
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> Component:
@@ -79,6 +82,9 @@ class Component:
                     raise ValueError(f"{name}: {spec['name']} has an unknown dimension {dim!r}")
         if data["kind"] not in KINDS:
             raise ValueError(f"{name}: unknown kind {data['kind']!r}")
+        if int8 := data.get("int8", {}):
+            _require(data, f"component {name}", int8=dict)
+            _require(int8, f"int8 of {name}", recipe=dict, layers=dict, graphs=dict, calibration=dict)
         for dim, limits in data["dims"].items():
             _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
         return cls(
@@ -94,11 +100,21 @@ class Component:
             wide=tuple(data.get("wide", ())),
             parameters=int(data["parameters"]),
             parity=data["parity"],
+            int8=int8,
         )
 
     @property
     def folder(self) -> str:
         return self.graph.rpartition("/")[0]
+
+    def graph_for(self, engine: str) -> str:
+        """The ONNX file that an engine loads."""
+        return self.int8.get("graphs", {}).get(engine, self.graph)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, for people: float32, int8 + float16, ..."""
+        return f"int8 + {self.dtype}" if self.int8 else self.dtype
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Manifest:
             scaling_factor, shift_factor, latent_multiple, native_size (pixels).
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled.
         profile: accepted batches and sizes.
-        precision: name of the recipe (fp32, fp16, ...).
+        precision: name of the recipe (fp32, fp16, int8, ...).
         source: name and weights digest of the pipeline it was made from.
         exporter: package versions, opset.
         components: the networks.
@@ -224,7 +240,7 @@ class Bundle:
         for entry in manifest.files:
             inside(path, entry, "the manifest entry")
         for component in manifest.components.values():
-            for entry in (component.graph, component.weights):
+            for entry in (component.graph, component.weights, *component.int8.get("graphs", {}).values()):
                 bundle.file(entry)
         return bundle
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import control
 from .bundle import Bundle
-from .engines import Engine, choose, load_engine
+from .engines import Engine, load_engine
 from .engines.base import to_torch
 from .errors import UserError
 
@@ -67,7 +67,6 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    name = choose(engine)
     slots = {
         slot: component
         for slot, component in _SLOTS.items()
@@ -80,7 +79,7 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         )
     for slot, component in slots.items():
         _same_network(getattr(pipeline, slot), bundle, component)
-    engines = {component: load_engine(bundle, component, name, **options) for component in slots.values()}
+    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
     originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, component in slots.items():
         wrapper = _WRAPPERS[component](originals[slot], engines[component])

@@ -79,9 +79,9 @@ def machine() -> Machine:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return Machine(
-        cpu=info.get("model name") or platform.processor() or platform.machine() or "unknown",
+        cpu=_cpu(info),
         cores=psutil.cpu_count(logical=False),
-        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=_threads(),
         isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
         memory=min(psutil.virtual_memory().total, _container_memory() or sys.maxsize),
         gpus=_gpus(),
@@ -89,6 +89,19 @@ def machine() -> Machine:
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
     )
+
+
+def machine_name() -> str:
+    """What tells this processor from others as far as speed goes: its model and the threads this process may use."""
+    return f"{_cpu(_cpuinfo())}, {_threads()} threads"
+
+
+def _cpu(info: Mapping[str, str]) -> str:
+    return info.get("model name") or platform.processor() or platform.machine() or "unknown"
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:

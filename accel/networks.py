@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from . import int8_packed
 from .control_networks import (
     ControlNet,
     T2IAdapter,
@@ -232,16 +233,24 @@ WRAPPERS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
-def rebuild(kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpec, ...], outputs) -> nn.Module:
+def rebuild(
+    kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpec, ...], outputs,
+    int8_layers: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The module of a bundle's component: built from its config, weights memory-mapped from its safetensors file.
 
     The file's dtypes are kept exactly, so float16 and float32 modules come back as they were exported.
+
+    Args:
+        int8_layers: {name: traits} of the layers that are stored in int8.
 
     Raises:
         UserError: when config and weights do not belong together.
     """
     module = on_meta(kind, config_path, inputs, outputs)
     model = module.model
+    if int8_layers:
+        int8_packed.place(model, int8_layers)
     try:
         model.load_state_dict(load_file(weights), strict=True, assign=True)
     except RuntimeError as error:

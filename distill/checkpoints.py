@@ -52,6 +52,8 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
     kept = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FREE}
     if recipe.lr_schedule == "constant":
         kept.pop("steps")
+    if not recipe.qat:
+        kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"
     return kept | {"method": type(recipe).__name__, "global_batch": recipe.batch * recipe.accumulation * world}

@@ -84,7 +84,7 @@ def evaluate(
     progress("opening the model", 0.0)
     opened = makers.open_model(model)
     if opened.kind == "bundle":
-        engine = choose(engine)  # now, so that the record says which one `auto` was
+        engine = choose(engine, opened.origin.component("unet"))  # now, so that the record says which one `auto` was
     usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
     used = overridden(usual, sampler, steps, guidance)
     # Given on the command line, then the protocol's; a bundle computes in its own unless it is told otherwise.

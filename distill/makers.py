@@ -218,7 +218,7 @@ def _bundle_maker(
             f"the protocol's sampler is pndm, which the bundle {bundle.path} cannot run",
             "evaluate the pipeline folder, or add --sampler dpmpp_2m, which becomes a part of the protocol's name",
         )
-    engine = choose(engine)
+    engine = choose(engine, bundle.component("unet"))
     if engine in ("eager", "compile") and torch.cuda.is_available():
         options["device"] = torch_device(options.get("device"), local_rank)
     pipeline = load(bundle, engine, **options)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from accel.errors import MissingPackage, UserError
+from accel.int8_recipe import LEVELS
 
 
 def option(default: Any, text: str) -> Any:
@@ -52,6 +53,9 @@ class Recipe:
     epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "clip gradients to this norm")
     ema: float = option(0.0, "decay of the averaged weights; 0 for none")
+
+    qat: str = option("", "train for int8: which layers round (conv, ff, qkv or all); empty for none")
+    qat_ranges: str = option("learned", "ranges of the rounded activations: learned, or observed")
 
     offset_noise: float = option(0.0, "strength of offset noise")
     input_perturbation: float = option(0.0, "strength of input perturbation")
@@ -417,6 +421,8 @@ _NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "lr_schedule": ("schedule", ("constant", "linear", "cosine", "polynomial")),
     "save_dtype": ("save dtype", ("float32", "float16")),
     "cache_dtype": ("cache dtype", ("float32", "float16")),
+    "qat": ("int8 level", ("", *LEVELS)),
+    "qat_ranges": ("way of choosing ranges", ("learned", "observed")),
     "teacher_dtype": ("teacher dtype", ("auto", *_DTYPES)),
     "lora_format": ("LoRA format", ("diffusers", "kohya")),
 }
@@ -441,7 +447,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{name} is {value}, where it must be at least 0 and below 1", f"leave {flag} out")
         if name in _NAMES and value not in _NAMES[name][1]:
             what, known = _NAMES[name]
-            raise UserError(f"unknown {what} {value!r}", f"one of: {', '.join(known)}")
+            raise UserError(f"unknown {what} {value!r}", f"one of: {', '.join(name for name in known if name)}")
     if recipe.ema and not 0 < recipe.ema < 1:
         raise UserError(f"ema is a decay between 0 and 1, not {recipe.ema}", "for example --ema 0.9999")
     if recipe.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from accel import int8_file
 from accel._version import __version__
 from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.source import Source, open_source
 
-from . import checkpoints, dreambooth, recipes, regression
+from . import checkpoints, dreambooth, qat, recipes, regression
 from .attention import check_attention
 from .class_to_image import ClassEncoders, is_edm, open_edm
 from .data import open_data
@@ -87,6 +88,8 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         batches = dreambooth.batches_of(recipe, encoders, run, accelerator, say, stream_of)
     else:
         batches = batches_of(recipe, encoders, run, accelerator, say)
+    qat.attach(method, recipe)
+    qat.calibrate(method, recipe, accelerator.device, say)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:
         say(f"stopped after step {outcome.steps} of {recipe.steps}; the same command goes on from there")
@@ -96,10 +99,14 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     if accelerator.is_main_process:
         if sharded:  # what saves a network wants it whole: a second one, on the CPU
             method = METHODS[type(recipe)](recipe, encoders_of(recipe))
+            qat.attach(method, recipe)
         for name, tensors in sharded.items():
             method.networks[name].model.load_state_dict(tensors, strict=False)
+        trained = qat.detach(method, recipe)
         with new_folder(out, overwrite=overwrite) as folder:
             method.save(folder)
+            if trained:
+                int8_file.write(folder, trained)
             record = training_record(recipe, source, outcome, accelerator)
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         say(f"{out} is ready; checkpoints, losses and samples are in {run}")

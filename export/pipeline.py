@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from accel.profiles import Range
 from accel.profiles import profile as parse_profile
 from accel.source import Source, open_source
 
-from . import check, onnx, precision
+from . import component, int8_options, onnx, precision
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
+from .precision import INT8
 from .precision import check_name as check_precision
 from .share import share_files
 
@@ -49,15 +51,16 @@ def export_pipeline(
     share: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
+    int8: int8_options.Options | None = None,
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
     Args:
         model: a diffusers pipeline folder, a hub id or a single file; or a source with parts taken from elsewhere
-            (`accel.source.open_source`).
+            (`accel.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.profiles`).
-        precision: fp32 or fp16.
+        precision: fp32, fp16, or one of `export.precision.INT8`.
         opset: ONNX opset (`export.onnx.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
@@ -67,12 +70,23 @@ def export_pipeline(
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
+        int8: how to quantise, where the precision asks for it.
 
     Raises:
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the gate.
     """
     check_precision(precision)
     onnx.check_opset(opset)
+    if precision in INT8:
+        _check_int8(components, share is not None)
+        high = partial(
+            export_pipeline, model, profile=profile, opset=opset, components=components, sampler=sampler,
+            adapter=adapter, controlnet=controlnet, loras=loras, overwrite=True,
+        )  # fmt: skip
+        return int8_options.export(
+            model, Path(out), precision, int8 or int8_options.Options(), high, loras=loras,
+            changed=bool(sampler or adapter or controlnet), overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     if not isinstance(model, Source):
         folder = None if isinstance(adapter, bool) else adapter
         model = open_source(model, loras, adapter=folder, controlnet=controlnet)
@@ -120,6 +134,16 @@ def export_pipeline(
         seal(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
+
+
+def _check_int8(components: Sequence[str], shares: bool) -> None:
+    if missing := {"text_encoder", "unet", "vae_decoder"} - set(components):
+        raise UserError(
+            f"int8 is calibrated on whole pictures, which need the {' and the '.join(sorted(missing))} too",
+            "leave --components out",
+        )
+    if shares:
+        raise UserError("an int8 bundle cannot share files with another one", "leave --share out")
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
@@ -190,66 +214,22 @@ def _export_component(
     source: Source, name: str, folder: Path, dims: Mapping[str, Range], recipe: str, opset: int,
     control_inputs: Mapping[str, Any], step: Callable[[str, int], None], tokens: int,
 ) -> Component:
-    """Weights, graph and proof of one network. The float32 original is dropped before anything is traced."""
+    """Weights, graph and proof of one network."""
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
     network = _network(source, name, control_inputs, tokens)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
-    batches = [
-        _as_decoded(source, onnx.example(network.inputs, sizes, seed=seed))
-        for seed, sizes in enumerate(_check_sizes(limits))
-    ]
+    batches = [_as_decoded(source, feeds) for feeds in component.batches(network, limits)]
     # The truth is the source as it was loaded, so that a config or weight lost on the way into the bundle shows too.
-    reference, peaks = precision.scan(network.module, batches)
+    truth, peaks = precision.scan(network.module, batches)
     # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
     asked = source.family == "sdxl" and name.startswith("vae_") and network.module.model.config.get("force_upcast")
     chosen = precision.plan(network, recipe, peaks, float32_asked=bool(asked))
     networks.save_config(network, folder)
-    parameters = precision.save_weights(network.module.model, folder / onnx.WEIGHTS, chosen)
-
-    inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
-    kind = network.kind
-    del network
-    gc.collect()
-    module = networks.rebuild(kind, folder / "config.json", folder / onnx.WEIGHTS, inputs, outputs)
-    networks.keep_float32(module.model, chosen.float32, chosen.wide)
-    network = Network(name, kind, module, inputs, outputs)
-
-    step("tracing", 1)
-    onnx.export_graph(network, limits, folder, opset=opset)
-    operators = check.structure(folder / onnx.GRAPH)
-
-    step("checking against torch", 2)
-    low = [_cast(feeds, inputs) for feeds in batches]
-    with torch.no_grad():
-        own = [[t.float().numpy() for t in module(**feeds)] for feeds in low]
-    truth = [[t.numpy() for t in run] for run in reference]
-    del module, network, reference
-    gc.collect()
-    step("checking against torch", 3)
-    exported = [[a.astype("float32") for a in run] for run in check.run_onnx(folder / onnx.GRAPH, low)]
-    floor = check.worst(own, truth)
-    # Where everything stayed float32 there is no rounding to allow for.
-    parity = check.gate(name, chosen.dtype, check.worst(exported, truth), floor)
-    return Component(
-        name=name,
-        kind=kind,
-        graph=f"{name}/{onnx.GRAPH}",
-        weights=f"{name}/{onnx.WEIGHTS}",
-        inputs=inputs,
-        outputs=outputs,
-        dims=limits,
-        dtype=chosen.dtype,
-        float32=chosen.float32,
-        wide=chosen.wide,
-        parameters=parameters,
-        parity=parity
-        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in batches]}
-        | {"operators": operators, "precision_reason": chosen.reason}
-        | {"export_seconds": round(time.perf_counter() - started, 2)},
-    )
+    record = component.write(network, chosen, batches, truth, limits, folder, opset=opset, step=step)
+    return replace(record, parity=record.parity | {"export_seconds": round(time.perf_counter() - started, 2)})
 
 
 def _as_decoded(source: Source, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -257,23 +237,3 @@ def _as_decoded(source: Source, feeds: dict[str, torch.Tensor]) -> dict[str, tor
     if "latent_sample" in feeds:
         feeds["latent_sample"] = feeds["latent_sample"] / pipeline_constants(source)["scaling_factor"]
     return feeds
-
-
-def _check_sizes(limits: Mapping[str, Range]) -> list[dict[str, int]]:
-    """Two sizes within the profile: the smallest, and one that differs in every free dimension.
-
-    Height and width of one tensor pair grow by different steps, so that swapped axes cannot go unnoticed.
-    """
-
-    def sizes(steps: Mapping[str, int]) -> dict[str, int]:
-        result = {}
-        for dim, limit in limits.items():
-            grow = next((n for side, n in steps.items() if side in dim), 0)
-            result[dim] = min(limit.max, limit.min + grow * limit.multiple)
-        return result
-
-    return [sizes({}), sizes({"height": 1, "width": 2, "batch": 1, "images": 1})]
-
-
-def _cast(feeds: Mapping[str, torch.Tensor], specs) -> dict[str, torch.Tensor]:
-    return {spec.name: feeds[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}

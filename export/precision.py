@@ -25,6 +25,8 @@ from . import islands
 from .islands import Peak
 
 PRECISIONS = ("fp32", "fp16")
+# Made from a float32 bundle by `quantize`: int8 with the rest in float32 or float16; auto: where it pays.
+INT8 = {"int8": "float32", "int8-fp16": "float16", "auto": "float32"}
 
 # float16 ends at 65,504. Activations of unseen prompts are larger than those of a scan; leave a factor of four.
 FP16_SAFE = 65504.0 / 4
@@ -85,8 +87,8 @@ def _loudness(peak: float) -> float:
 
 
 def check_name(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *INT8):
+        raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
 
 
 def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .. import __version__, int8_verdict
 from ..bundle import Bundle
 from ..engines import status
 from ..machine import machine
@@ -100,6 +100,13 @@ def _standing_notes(state: State) -> list[str]:
         "paired rounds; a call shorter than 50 ms follows an untimed one",
         "parity is against eager fp32 on the same weights, prompts and noise; images in units of 1/255",
     ]
+    for name in component_names(state.bundle):
+        record = state.bundle.component(name)
+        if record.int8:
+            notes.append(
+                f"{name} is int8, and eager rounds as it does; what the export measured against float32: "
+                + "; ".join(int8_verdict.lines(record))
+            )
     if state.settings.memory:
         notes.append(
             "load, first image and memory come from a process that runs one variant alone, with the files in the page "

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+from .. import int8_verdict
+from ..bundle import MANIFEST
 from .options import stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
@@ -14,9 +17,16 @@ EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..profiles import PROFILES
 
-    parser.add_argument("model", help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint")
+    parser.add_argument(
+        "model",
+        help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint; for int8 a bundle too",
+    )
     parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
-    parser.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: fp32)")
+    parser.add_argument(
+        "--precision", default="fp32",
+        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and the same picture "
+        "(default: fp32)",
+    )  # fmt: skip
     parser.add_argument(
         "--profile",
         default="native",
@@ -50,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
+    _add_int8(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
@@ -59,9 +70,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from accel.export.pipeline import COMPONENTS, export_pipeline
+    from accel.export.precision import INT8
     from accel.source import open_source
 
-    source = open_source(
+    given = any(value is not None for value in (args.sampler, args.steps, args.guidance))
+    is_bundle = args.precision in INT8 and (Path(args.model) / MANIFEST).is_file() and not given
+    source = args.model if is_bundle else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
     )  # fmt: skip
@@ -82,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
             share=args.share,
             overwrite=args.overwrite,
             progress=stages(bar, task),
+            int8=_int8(args),
         )
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))
@@ -90,17 +105,56 @@ def run(args: argparse.Namespace) -> int:
         parity = component.parity
         note = f"; kept in float32: {', '.join(component.float32)}" if component.float32 else ""
         note += f" ({parity['precision_reason']})" if component.wide else ""
-        if args.precision != "fp32" and component.dtype == "float32":
+        if parity.get("precision_reason") and component.dtype == "float32":
             note = f"; kept in float32: {parity['precision_reason']}"
+        what = "float32" if component.int8 else "torch"
         print(
-            f"{component.name:<15} {component.parameters / 1e6:9.1f} M  {component.dtype:<8} "
-            f"differs from torch by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e}){note}"
+            f"{component.name:<15} {component.parameters / 1e6:9.1f} M  {component.precision:<14} "
+            f"differs from {what} by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e}){note}"
         )
+        for line in int8_verdict.lines(component):
+            print(f"{'':<15} {line}")
     print(f"{bundle.path} is ready: accel run {bundle.path} --prompt ...")
     return 0
 
 
-def _sampler(args: argparse.Namespace, source) -> dict[str, Any] | None:
+def _add_int8(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("int8")
+    group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: prompts of our own)")
+    group.add_argument("--calibration-images", type=int, default=32, help="pictures to calibrate on (default: 32)")
+    group.add_argument("--int8-components", help="what is to be int8: unet,text_encoder,vae_decoder (default: all)")
+    group.add_argument("--int8-level", help="conv, ff (+ feed-forward), qkv (+ queries, keys, values) or all (default)")
+    group.add_argument(
+        "--int8-keep", action="append", default=[], metavar="LAYER",
+        help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
+    )  # fmt: skip
+    group.add_argument("--collector", help="how ranges are chosen: mse (default), percentile or max")
+    group.add_argument("--smooth", type=float, help="SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)")
+    group.add_argument(
+        "--budget", type=float, metavar="DB",
+        help="leave the most sensitive layers in higher precision until pictures are this close to float32's",
+    )  # fmt: skip
+    group.add_argument("--sensitivity", type=Path, metavar="DIR", help="write what each layer costs, as table and plot")
+
+
+def _int8(args: argparse.Namespace) -> Any:
+    """The options of the group, as `accel.export` takes them."""
+    from accel.export.int8_options import Options
+    from accel.int8_recipe import Int8
+
+    given = {
+        "level": args.int8_level, "keep": tuple(args.int8_keep) or None, "collector": args.collector,
+        "smooth": args.smooth,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    return Options(
+        recipe=Int8(**given) if given else None, prompts=args.calibration, images=args.calibration_images,
+        budget=args.budget, sensitivity=args.sensitivity,
+        networks=tuple(name.strip() for name in (args.int8_components or "").split(",") if name.strip()),
+    )  # fmt: skip
+
+
+def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store, where any was given; the rest from the source."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from .. import int8_verdict
 from ..bundle import Bundle, Component
 from ..engines import ENGINES, status
 from ..errors import UserError
@@ -68,11 +69,13 @@ def _parity(component: Component) -> str:
     error, limit = component.parity.get("relative_l2"), component.parity.get("limit")
     if not isinstance(error, float) or not isinstance(limit, float):
         return "difference from torch not measured"
-    return f"differs from torch by {error:.1e} (limit {limit:.1e})"
+    return f"differs from {'float32' if component.int8 else 'torch'} by {error:.1e} (limit {limit:.1e})"
 
 
 def _print_component(component: Component) -> None:
-    print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.dtype}, {_parity(component)}")
+    print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.precision}, {_parity(component)}")
+    for line in int8_verdict.lines(component):
+        print(f"      {line}")
     for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
         for spec in specs:
             shape = ", ".join(f"{d} {component.dims[d]}" if isinstance(d, str) else str(d) for d in spec.shape)

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Component
 from ..errors import UserError
+from ..machine import machine_name
 from .base import Engine, Status
 
 # Fastest first: the order in which `auto` asks.
@@ -36,20 +37,23 @@ def status(name: str) -> Status:
     return import_module(ENGINES[name]).status()
 
 
-def choose(name: str = "auto") -> str:
+def choose(name: str = "auto", component: Component | None = None) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
     On a machine with a GPU that ONNX Runtime can drive, `auto` prefers it; otherwise the fastest CPU engine.
-    `compile` is never chosen by itself, because its first call takes minutes.
+    `compile` is never chosen by itself, because its first call takes minutes. For an int8 component `auto` goes by what
+    its export measured: never an engine on which int8 was slower, never pictures outside the parity budget.
 
     Raises:
-        UserError: when the named engine cannot run here, with the fix.
+        UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
     """
     if name != "auto":
         state = status(name)
         if not state.ok:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
+    if component is not None and component.int8:
+        return _choose_int8(component)
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail:
         return "onnxruntime"
@@ -57,6 +61,34 @@ def choose(name: str = "auto") -> str:
         if candidate != "compile" and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def _choose_int8(component: Component) -> str:
+    verdict = component.int8.get("verdict", {})
+    parity = verdict.get("parity", {})
+    if parity.get("ok") is False:
+        raise UserError(
+            f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
+            f"float32, {parity.get('budget', float('nan')):g} asked for), so auto does not choose it",
+            "name an engine to use it all the same, or export with --precision auto, or with --budget",
+        )
+    able = [name for name in ("openvino", "onnxruntime") if status(name).ok]
+    measured = verdict.get("engines", {})
+    if verdict.get("machine") == machine_name():
+        offered = set(verdict.get("offered", ())) & set(able)
+        faster = {name: entry["int8_seconds"] for name, entry in measured.items() if name in offered}
+        if faster:
+            return min(faster, key=faster.__getitem__)
+        if measured:
+            raise UserError(
+                f"int8 of {component.name} is not faster than float32 on this machine ("
+                + ", ".join(f"{name} {entry.get('speedup', 0):.2f}x" for name, entry in measured.items())
+                + "), so auto does not choose it",
+                "name an engine to use it all the same, or export with --precision auto",
+            )
+    if able:
+        return able[0]
+    raise UserError("no engine that runs int8 is installed", 'pip install "accel-diffusion[cpu]"')
 
 
 def load_engine(
@@ -77,7 +109,7 @@ def load_engine(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     record = bundle.component(component)
-    name = choose(engine)
+    name = choose(engine, record)
     if verify:
         bundle.verify([record.folder])
     try:

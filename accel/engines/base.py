@@ -108,15 +108,15 @@ def to_torch(value: Any, device: str) -> Any:
     return torch.from_dlpack(value).to(device)
 
 
-def graph_file(bundle: Bundle, component: Component) -> Path:
-    """The ONNX file of a component, after making sure that its external data stay inside the bundle.
+def graph_file(bundle: Bundle, component: Component, engine: str = "") -> Path:
+    """The ONNX file of a component that an engine loads, once its external data are known to stay inside the bundle.
 
     Raises:
         UserError: when the graph reads a file that is not part of the bundle.
     """
     import onnx
 
-    path = bundle.file(component.graph)
+    path = bundle.file(component.graph_for(engine))
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:

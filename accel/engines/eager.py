@@ -57,6 +57,7 @@ class Eager(Engine):
             bundle.file(component.weights),
             component.inputs,
             component.outputs,
+            component.int8.get("layers"),
         )
         compute = component.dtype if dtype == "auto" else DTYPES[dtype]
         if dtype == "auto":
@@ -68,7 +69,8 @@ class Eager(Engine):
         self.module = module.to(device)
         self.device = device
         self.compute = getattr(torch, compute)
-        self.description = f"torch {torch.__version__}, {device}, {compute}"
+        note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
+        self.description = f"torch {torch.__version__}, {device}, {compute}{note}"
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device)

@@ -62,7 +62,13 @@ class OnnxRuntime(Engine):
             raise MissingPackage("onnxruntime", "the onnxruntime engine", "cpu") from None
         available = ort.get_available_providers()
         if provider == "auto":
-            provider = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+            provider = "cuda" if PROVIDERS["cuda"] in available and not component.int8 else "cpu"
+        if provider == "cuda" and component.int8:
+            raise UserError(
+                f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
+                "float16",
+                "--provider cpu, --provider tensorrt, or export with --precision fp16",
+            )
         if provider not in PROVIDERS:
             raise UserError(f"unknown provider {provider!r}", f"one of: auto, {', '.join(PROVIDERS)}")
         if PROVIDERS[provider] not in available:
@@ -77,7 +83,12 @@ class OnnxRuntime(Engine):
             options.add_session_config_entry(key, value)
         chain = _providers(provider, device_id, bundle)
         try:
-            self.session = ort.InferenceSession(str(graph_file(bundle, component)), options, providers=chain)
+            own = "onnxruntime" if provider == "cpu" else ""
+            self.session = ort.InferenceSession(
+                str(graph_file(bundle, component, own)), options, providers=chain,
+                # It would turn a product and its bias into a float one before int8 is looked at (static shapes).
+                disabled_optimizers=["MatMulAddFusion"] if component.int8 else None,
+            )  # fmt: skip
         except UserError:
             raise
         except Exception as error:
@@ -95,7 +106,7 @@ class OnnxRuntime(Engine):
         self.native = "torch" if self.binding else "numpy"
         self.device = f"cuda:{device_id}" if self.on_gpu else "cpu"
         self.device_id = device_id
-        self.description = f"onnxruntime {ort.__version__}, {provider}"
+        self.description = f"onnxruntime {ort.__version__}, {provider}" + (", int8" if component.int8 else "")
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device) if self.binding else super().array(value)

@@ -71,7 +71,8 @@ class OpenVino(Engine):
                 "export the model again, or try another engine",
             ) from None
         self.request = self.model.create_infer_request()
-        self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {dtype}"
+        precision = f"int8 + {dtype}" if component.int8 else dtype
+        self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
         if dtype != "fp32":
             self._try_out(dtype)
 

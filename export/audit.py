@@ -1,0 +1,108 @@
+"""Which layers of an int8 graph an engine really runs in int8, read off the engine's own optimised graph.
+
+Every fusion that int8 depends on can fail without a word, and the model then runs, in float, slower than before. So the
+engine is asked: ONNX Runtime for the graph it saved after optimisation, OpenVINO for its runtime model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from accel.bundle import Bundle, Component
+from accel.engines import load_engine, status
+from accel.engines.base import graph_file
+from accel.errors import UserError
+
+EXPECTED = 0.95  # share of the quantised layers that must run in int8
+
+_CONV, _LINEAR = "conv", "linear"
+_INT8 = {
+    "QLinearConv": _CONV, "ConvInteger": _CONV,
+    "MatMulIntegerToFloat": _LINEAR, "QLinearMatMul": _LINEAR, "QGemm": _LINEAR, "DynamicQuantizeMatMul": _LINEAR,
+}  # fmt: skip
+_FLOAT = {
+    "Conv": _CONV, "FusedConv": _CONV, "NhwcFusedConv": _CONV,
+    "MatMul": _LINEAR, "FusedMatMul": _LINEAR, "Gemm": _LINEAR, "FusedGemm": _LINEAR,
+}  # fmt: skip
+ENGINES = ("onnxruntime", "openvino")
+
+
+def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
+    """Count the layers with weights that an engine runs in int8 and in float.
+
+    Returns:
+        {"int8": {"conv": n, "linear": n}, "float": {...}, "layers": how many were quantised, "share": of these run in
+        int8, "graph": file, "ok": whether the share is at least `EXPECTED`}.
+
+    Raises:
+        UserError: for an engine that cannot be audited, or cannot run here.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
+    if not (state := status(engine)).ok:
+        raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
+    int8, floats = {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](bundle, component)
+    # With the begin-of-text token apart, one layer is two products: the integer one is counted.
+    layers = len(component.int8["layers"])
+    share = min(sum(int8.values()), layers) / layers
+    return {
+        "int8": dict(int8), "float": dict(floats), "layers": layers, "share": round(share, 4),
+        "graph": component.graph_for(engine), "ok": share >= EXPECTED,
+    }  # fmt: skip
+
+
+def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory(prefix="accel-audit-") as folder:
+        saved = Path(folder) / "optimised.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(saved)
+        # Weights go to a file of their own: a graph above protobuf's 2 GB could not be saved.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        ort.InferenceSession(
+            str(graph_file(bundle, component, "onnxruntime")), options, providers=["CPUExecutionProvider"],
+            disabled_optimizers=["MatMulAddFusion"],
+        )  # fmt: skip
+        model = onnx.load(str(saved), load_external_data=False)
+    return _count(model.graph)
+
+
+def _count(graph: onnx.GraphProto) -> tuple[Counter, Counter]:
+    constant = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
+        if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
+            constant.update(node.output)
+    int8, floats = Counter(), Counter()
+    for node in graph.node:
+        if node.op_type in _INT8:
+            int8[_INT8[node.op_type]] += 1
+        elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
+            floats[_FLOAT[node.op_type]] += 1
+    return int8, floats
+
+
+def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    engine = load_engine(bundle, component.name, "openvino", verify=False)
+    kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
+    int8, floats = Counter(), Counter()
+    for node in engine.model.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = kinds.get(_text(info, "layerType"))
+        if kind is not None:
+            # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
+            (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
+    engine.close()
+    return int8, floats
+
+
+def _text(info: Any, key: str) -> str:
+    value = info[key] if key in info else ""
+    return value if isinstance(value, str) else str(getattr(value, "value", value))

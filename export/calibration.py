@@ -1,0 +1,105 @@
+"""What a model is calibrated on: real prompts, drawn exactly as they will be drawn when it is deployed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accel.assets import DIGITS
+from accel.errors import Notice, UserError
+from accel.files import digest_of
+from accel.pipeline import Pipeline
+
+IMAGES = 32
+FEW = 16
+_AT_ONCE = 8
+_TEXT_KEYS = ("text", "prompt", "caption")
+# Pictures that judge are drawn from other noise than those that calibrated.
+HELD_OUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts, noise, and how they are drawn.
+
+    Attributes:
+        prompts: one per picture.
+        seed: of the first picture's noise.
+        sampling: arguments of the pipeline that differ from the bundle's own. Right calibration has none: steps,
+            timesteps and guidance are the deployed ones. (Wrong ones are for measuring what right ones are worth.)
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, pipeline: Pipeline, progress: Callable[[float], None] = lambda fraction: None) -> np.ndarray:
+        """Draw all pictures, float32 [n, h, w, 3] in 0..1, a few at a time."""
+        made = []
+        for start in range(0, len(self.prompts), _AT_ONCE):
+            part = list(self.prompts[start : start + _AT_ONCE])
+            made.append(pipeline(part, seed=self.seed + start, output_type="np", **self.sampling).images)
+            progress(min(1.0, (start + _AT_ONCE) / len(self.prompts)))
+        return np.concatenate(made)
+
+    def held_out(self, images: int) -> Calibration:
+        """The same prompts from other noise."""
+        prompts = tuple(self.prompts[i % len(self.prompts)] for i in range(images))
+        return Calibration(prompts, self.seed + HELD_OUT, self.sampling)
+
+    def record(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes into the manifest; its digest is part of every engine's key, through the manifest's own."""
+        kept = {"images": len(self.prompts), "seed": self.seed, "sampler": dict(sampler) | dict(self.sampling)}
+        return kept | {"digest": digest_of(kept | {"prompts": list(self.prompts)})}
+
+
+def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> Calibration:
+    """A set of `images` pictures, the prompts repeated as often as needed.
+
+    Raises:
+        UserError: for no prompts, or no pictures. Warns when there are so few that ranges will be too narrow.
+    """
+    prompts = [text.strip() for text in prompts if text.strip()]
+    if not prompts:
+        raise UserError("there are no calibration prompts", "give a file with one prompt per line to --calibration")
+    if images < 1:
+        raise UserError(f"{images} calibration pictures are none", f"--calibration-images {IMAGES}")
+    if images < FEW:
+        warnings.warn(
+            f"only {images} calibration picture{'s' * (images > 1)}: ranges may be too narrow, {IMAGES} are usual",
+            Notice, stacklevel=2,
+        )  # fmt: skip
+    return Calibration(tuple(prompts[i % len(prompts)] for i in range(images)), seed)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one per line, or of a .jsonl file whose lines have text, prompt or caption.
+
+    Raises:
+        UserError: for a file that is missing, unreadable, or has none.
+    """
+    fix = "give a file with one prompt per line, or .jsonl with a text in each line"
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the calibration prompts {path} cannot be read ({error})", fix) from None
+    if path.suffix == ".jsonl":
+        try:
+            entries = [json.loads(line) for line in lines]
+            lines = [next(entry[key] for key in _TEXT_KEYS if key in entry) for entry in entries]
+        except (ValueError, StopIteration, TypeError):
+            raise UserError(f"a line of {path} has no text, prompt or caption", fix) from None
+    if not lines:
+        raise UserError(f"{path} has no prompts in it", fix)
+    return lines
+
+
+def default_prompts(name: str) -> list[str]:
+    """Prompts for a model by its name: the digits' own for the shipped ones, everyday ones for all others."""
+    return read_prompts((DIGITS if name.split("/")[0] == "digits" else DIGITS.parent) / "prompts.txt")

@@ -1,0 +1,124 @@
+"""What a user says about int8, checked before hours of work, and the way from any model to an int8 bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accel import int8_file
+from accel.bundle import MANIFEST, Bundle
+from accel.errors import UserError
+from accel.files import refuse_existing
+from accel.int8_recipe import Int8
+from accel.source import Source, open_source
+
+from . import calibration, parity
+from .precision import INT8
+from .quantize import QUANTISED, Progress, Settings, quantize
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `--precision int8` is to be done.
+
+    Attributes:
+        recipe: which layers; None for the trained student's own, or the default one.
+        prompts: file of calibration prompts; None for prompts of our own.
+        images: calibration pictures.
+        budget: least PSNR in dB. Given, layers are left in higher precision until it holds; None: `parity.BUDGET`, and
+            the verdict says whether it holds.
+        sensitivity: folder for the table and the plot of what each layer costs; None for none.
+        networks: what is to be int8, out of `quantize.QUANTISED`; empty for all of them.
+        threads: of the engines whose speed is measured; 0 lets them choose.
+    """
+
+    recipe: Int8 | None = None
+    prompts: Path | None = None
+    images: int = calibration.IMAGES
+    budget: float | None = None
+    sensitivity: Path | None = None
+    threads: int = 0
+    networks: tuple[str, ...] = ()
+    judged: int = field(default=parity.PICTURES)
+
+
+def export(
+    model: str | Path | Source, out: Path, precision: str, options: Options, high: Callable[..., Bundle], *,
+    loras: Sequence[Any] = (), changed: bool = False, overwrite: bool = False,
+    progress: Progress = lambda stage, fraction: None,
+) -> Bundle:
+    """Quantise a float32 bundle, or export a pipeline as one first.
+
+    Args:
+        model: a float32 bundle, or what `high` exports.
+        high: (folder, progress=...) -> the float32 bundle of the model.
+        loras: LoRA files that `high` fuses; one that was trained for int8 brings its ranges.
+        changed: whether `high` changes the model in any other way, which a bundle no longer can be.
+
+    Raises:
+        UserError: for options that cannot be honoured, before anything is exported.
+    """
+    refuse_existing(out, overwrite)
+    if options.budget is not None and not 0 < options.budget < 100:
+        raise UserError(f"a parity budget of {options.budget:g} dB makes no sense", "such as --budget 30")
+    _networks(options.networks)
+    is_bundle = not isinstance(model, Source) and (Path(model) / MANIFEST).is_file()
+    if is_bundle and (loras or changed):
+        raise UserError(f"{model} is a bundle, which is quantised as it is", "give the pipeline that it was made of")
+    given = None if options.prompts is None else calibration.read_prompts(options.prompts)
+    trained = None if is_bundle else _trained(model, loras)
+    if trained is not None and options.recipe is not None:
+        name = model.name if isinstance(model, Source) else model
+        raise UserError(f"{name} was trained with its own int8 recipe", "leave the recipe's options out")
+    scratch = out.parent / f".{out.name}.float"
+    try:
+        if is_bundle:
+            bundle = Bundle.open(model)
+            bundle.verify()
+        else:
+            bundle = high(scratch, progress=lambda stage, done: progress(stage, 0.3 * done))
+        prompts = given or calibration.default_prompts(bundle.manifest.source["name"])
+        settings = Settings(
+            recipe=trained.recipe if trained else options.recipe or Int8(),
+            calibration=calibration.calibration(prompts, options.images),
+            dtype=INT8[precision],
+            strict=precision != "auto",
+            budget=options.budget if options.budget is not None else parity.BUDGET,
+            keep_budget=options.budget is not None,
+            sensitivity=options.sensitivity,
+            judged=options.judged,
+            networks=_networks(options.networks),
+            trained=trained.scales if trained else None,
+            threads=options.threads,
+        )
+        return quantize(
+            bundle, out, settings, name=precision, overwrite=overwrite,
+            progress=lambda stage, done: progress(stage, 0.3 + 0.7 * done),
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _networks(names: tuple[str, ...]) -> tuple[str, ...]:
+    """In the order of `QUANTISED`; SDXL's second text encoder goes with the first."""
+    if unknown := [name for name in names if name not in QUANTISED]:
+        raise UserError(f"{unknown[0]!r} cannot be int8", f"some of: {', '.join(QUANTISED)}")
+    wanted = {*names, "text_encoder_2"} if "text_encoder" in names else set(names)
+    return tuple(name for name in QUANTISED if name in wanted) if names else QUANTISED
+
+
+def _trained(model: str | Path | Source, loras: Sequence[Any]) -> int8_file.Trained | None:
+    """Ranges that were learned for the weights that are to be exported: a LoRA's, or the pipeline's own."""
+    source = model if isinstance(model, Source) else open_source(model, loras)
+    found = [trained for file in source.loras if (trained := int8_file.find(file.path.parent)) is not None]
+    if len(source.loras) > 1 and found:
+        raise UserError(
+            "a LoRA that was trained for int8 has ranges for itself alone",
+            "fuse it alone, or delete its int8.safetensors",
+        )
+    if found:
+        return found[0]
+    return None if source.loras else int8_file.find(source.path)

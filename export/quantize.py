@@ -1,0 +1,236 @@
+"""A float32 bundle to an int8 one: calibrated on its own pictures, checked, audited, and judged.
+
+The pipeline is run as it will be deployed, with its own steps, timesteps and guidance, and every layer that is to be
+quantised watches its input. A student that was trained with fake quantisation brings its own ranges instead.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel import int8, int8_packed, networks
+from accel.bundle import MANIFEST, Bundle, Component, seal
+from accel.errors import Notice, UserError
+from accel.files import new_folder
+from accel.int8_ranges import observe
+from accel.int8_recipe import Int8
+from accel.networks import Network
+from accel.pipeline import Pipeline, load
+
+from . import component, parity, precision, sensitivity, uint8, verdict
+from .calibration import Calibration
+
+QUANTISED = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides an int8 export.
+
+    Attributes:
+        recipe: which layers, how (`accel.int8_recipe`). What it keeps by name is meant for the UNet.
+        calibration: what is drawn to calibrate.
+        dtype: of everything that is not int8: float32, or float16 for a GPU.
+        strict: the UNet is int8 whatever it is worth; the verdict says what it is. Otherwise, and for the other
+            networks always, a component that is slower or outside the budget stays as it was.
+        budget: least PSNR, in dB, of pictures against float32.
+        keep_budget: leave layers of the UNet in higher precision until the budget holds.
+        sensitivity: folder to write the table and the plot of what each layer costs to, or None.
+        judged: pictures that parity is measured on.
+        networks: what is to be int8, if it is worth it.
+        trained: scales of a student trained with fake quantisation, by layer; empty to calibrate.
+        threads: of the engines whose speed is measured; 0 lets them choose.
+    """
+
+    recipe: Int8
+    calibration: Calibration
+    dtype: str = "float32"
+    strict: bool = True
+    budget: float = parity.BUDGET
+    keep_budget: bool = False
+    sensitivity: Path | None = None
+    judged: int = parity.PICTURES
+    networks: tuple[str, ...] = QUANTISED
+    trained: Mapping[str, torch.Tensor] | None = None
+    threads: int = 0
+
+
+def quantize(
+    bundle: Bundle, out: Path, settings: Settings, *, name: str = "int8", overwrite: bool = False,
+    progress: Progress = lambda stage, fraction: None,
+) -> Bundle:
+    """Write the int8 bundle of a float32 bundle.
+
+    Args:
+        bundle: complete, in float32.
+        out: folder to write; it appears only when everything has succeeded.
+        name: of the precision, for the manifest.
+
+    Raises:
+        UserError: for a bundle that is not float32, a recipe that fits no layer, a graph that differs from torch.
+    """
+    lower = [entry.name for entry in bundle.manifest.components.values() if entry.precision != "float32"]
+    if lower:
+        raise UserError(f"{bundle.path}: {lower[0]} is not float32", "export with --precision fp32 first")
+    names = [entry for entry in settings.networks if entry in bundle.manifest.components]
+    with new_folder(out, overwrite=overwrite) as folder:
+        _copy(bundle, folder)
+        records = dict(bundle.manifest.components)
+        pipeline = load(bundle, "eager", device="cpu")
+        models = {entry: pipeline.engines[entry].module.model for entry in names}
+        progress("calibration", 0.0)
+        kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
+        progress("parity", 0.4)
+        judge = parity.Judge(pipeline, models, settings.calibration.held_out(settings.judged), settings.budget)
+        if settings.keep_budget or settings.sensitivity:
+            kept["unet"] |= _by_sensitivity(judge, models["unet"], settings, bundle, progress)
+        found = {entry: judge.component(entry) for entry in names}
+        origin = settings.calibration.record(bundle.manifest.sampler)
+        for place, entry in enumerate(names):
+            if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
+                _stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
+                continue
+            shutil.rmtree(folder / entry)
+
+            def step(stage: str, done: int, entry: str = entry, place: int = place) -> None:
+                progress(f"{entry}: {stage}", 0.5 + 0.3 * (place + done / 4) / len(names))
+
+            trained = settings.trained is not None and entry == "unet"
+            about = {"recipe": _recipe_of(settings.recipe, entry).as_dict(), "kept": kept[entry]}
+            about["calibration"] = origin | {"ranges": "trained" if trained else "calibrated"}
+            records[entry] = _write(pipeline, bundle, entry, folder / entry, settings.dtype, about, step)
+        del pipeline, models, judge
+        manifest = replace(bundle.manifest, precision=name, components=records)
+        seal(folder, manifest)
+        _race(Bundle.open(folder), bundle, records, found, settings, folder, progress)
+        seal(folder, replace(manifest, components=records))
+    progress("done", 1.0)
+    return Bundle.open(out)
+
+
+def calibrate(
+    pipeline: Pipeline, models: Mapping[str, nn.Module], settings: Settings,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, dict[str, str]]:
+    """Attach fake quantisation to the networks of a pipeline, with the ranges that its own pictures need.
+
+    Returns:
+        Per network {layer that stays in higher precision though the recipe names it: why}.
+    """
+    for entry, model in models.items():
+        int8.attach(model, _recipe_of(settings.recipe, entry), names=_trained_layers(settings, entry))
+    dead = observe(list(models.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
+    kept = {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(models, dead, strict=True)}
+    for entry, names in kept.items():
+        if names:
+            warnings.warn(
+                f"{entry}: {len(names)} layers see nothing but zeros and stay in higher precision, the first one is "
+                f"{next(iter(names))}",
+                Notice, stacklevel=2,
+            )  # fmt: skip
+    if settings.trained is not None:
+        int8.set_scales(models["unet"], settings.trained)
+    return kept
+
+
+def _by_sensitivity(
+    judge: parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
+) -> dict[str, str]:
+    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must."""
+    rows = sensitivity.measure(
+        judge, "unet", [name for name, _ in int8.fake_layers(unet)],
+        lambda done: progress("sensitivity, layer by layer", 0.4 + 0.1 * done),
+    )  # fmt: skip
+    kept: dict[str, str] = {}
+    if settings.keep_budget:
+        names = sensitivity.leave(judge, "unet", rows)
+        int8.detach(unet, names)
+        kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
+    if settings.sensitivity:
+        sensitivity.write(settings.sensitivity, rows, bundle.manifest.source["name"], kept)
+    return kept
+
+
+def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
+    if settings.trained is None or entry != "unet":
+        return None
+    return [key.removesuffix(".input_scale") for key in settings.trained if key.endswith(".input_scale")]
+
+
+def _recipe_of(recipe: Int8, entry: str) -> Int8:
+    return recipe if entry == "unet" else replace(recipe, keep=())
+
+
+def _write(
+    pipeline: Pipeline, bundle: Bundle, entry: str, folder: Path, dtype: str, about: dict[str, Any],
+    step: component.Step,
+) -> Component:
+    """One network with packed layers: weights, graphs, proof. It is gone from the pipeline afterwards."""
+    started = time.perf_counter()
+    engine = pipeline.engines.pop(entry)
+    record, module = engine.component, engine.module
+    network = Network(entry, record.kind, module, record.inputs, record.outputs)
+    folder.mkdir()
+    networks.save_config(network, folder)
+    batches = component.batches(network, record.dims)
+    layers = int8.traits(module.model)
+    int8.set_mode(module.model, "pass")
+    truth, peaks = precision.scan(module, batches)
+    chosen = precision.plan(network, "fp32" if dtype == "float32" else "fp16", peaks)
+    int8_packed.pack(module.model, getattr(torch, chosen.dtype))
+    made = component.write(
+        network, chosen, batches, truth, record.dims, folder, opset=bundle.manifest.exporter["opset"], step=step,
+        layers=layers,
+    )  # fmt: skip
+    seconds = {"export_seconds": round(time.perf_counter() - started, 2)}
+    graphs = {"onnxruntime": f"{entry}/{uint8.FILE}"}
+    return replace(
+        made, parameters=record.parameters, parity=made.parity | seconds,
+        int8=about | {"layers": layers, "graphs": graphs},
+    )  # fmt: skip
+
+
+def _race(
+    low: Bundle, high: Bundle, records: dict[str, Component], found: Mapping[str, dict], settings: Settings,
+    folder: Path, progress: Progress,
+) -> None:
+    """Write each verdict into its record; where int8 does not pay, put the float network back."""
+    for entry, record in list(records.items()):
+        if not record.int8:
+            continue
+        said = verdict.judge(
+            low, high, entry, found[entry], threads=settings.threads, say=lambda text: progress(text, 0.85)
+        )
+        audits = said.pop("audit")
+        if said["offered"] or (settings.strict and entry == "unet"):
+            records[entry] = replace(record, int8=dict(record.int8) | {"audit": audits, "verdict": said})
+            continue
+        records[entry] = high.component(entry)
+        shutil.rmtree(folder / entry)
+        shutil.copytree(high.path / entry, folder / entry)
+        _stay(records, entry, "int8 is not faster on this machine", said)
+
+
+def _stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:
+    """Note in a float component's record why it is not int8."""
+    record = records[entry]
+    note = {"precision_reason": f"int8 was tried: {reason}", "int8_tried": dict(measured)}
+    records[entry] = replace(record, parity=dict(record.parity) | note)
+
+
+def _copy(bundle: Bundle, folder: Path) -> None:
+    """Everything but the manifest; a component that turns int8 is written anew afterwards."""
+    for entry in bundle.manifest.files:
+        if entry != MANIFEST:
+            (folder / entry).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.file(entry), folder / entry)

@@ -1,0 +1,517 @@
+"""int8 bundles: what is in them, that engines really run them in int8, and what is offered."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+
+import accel
+from accel import engines, int8_packed, networks
+from accel import int8 as fake
+from accel.bundle import Bundle
+from accel.errors import Notice, UserError
+from accel.export import audit, check, parity, quantize, sensitivity, uint8, verdict
+from accel.export.calibration import Calibration, calibration, default_prompts, read_prompts
+from accel.export.int8_options import Options
+from accel.export.onnx import example
+from accel.export.pipeline import export_pipeline
+from accel.int8_recipe import Int8
+from accel.machine import machine_name
+from accel.parity import relative_l2
+
+SAMPLER = {"name": "dmd2", "timesteps": [999, 499], "guidance": 0.0}
+QUICK = dict(images=2, judged=1)
+SMALL = dict(networks=("vae_decoder",), **QUICK)  # what does not depend on the network is tested on the smallest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Speed is measured in three rounds: what is tested is what becomes of the figures."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(verdict, "SECONDS", 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def floating(sd15_tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("float") / "bundle"
+    export_pipeline(sd15_tiny, out, profile="batch=1-2,size=64", sampler=SAMPLER,
+                    components=("text_encoder", "unet", "vae_decoder"))  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def int8(floating, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export_pipeline(floating, out, precision="int8", int8=Options(networks=("unet",), **QUICK))
+    return out
+
+
+def unet_of(bundle: Path):
+    return Bundle.open(bundle).component("unet")
+
+
+def graph_of(bundle: Path, file: str = "model.onnx") -> onnx.ModelProto:
+    return onnx.load(str(bundle / "unet" / file), load_external_data=False)
+
+
+def module_of(bundle: Path) -> torch.nn.Module:
+    record, folder = unet_of(bundle), bundle / "unet"
+    return networks.rebuild(
+        "unet", folder / "config.json", folder / "model.safetensors", record.inputs, record.outputs,
+        record.int8["layers"],
+    )  # fmt: skip
+
+
+def feeds_of(bundle: Path, seed: int = 3) -> dict[str, torch.Tensor]:
+    record = unet_of(bundle)
+    return example(record.inputs, {dim: limits.min for dim, limits in record.dims.items()}, seed=seed)
+
+
+# -------------------------------------------------------------------------------------------------- what is in a bundle
+
+
+def test_weights_are_stored_once_as_int8(int8, floating):
+    record = unet_of(int8)
+    layers = record.int8["layers"]
+    with safe_open(int8 / "unet" / "model.safetensors", "pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert all(stored[f"{layer}.weight"] == "I8" for layer in layers)
+    assert {name for name, dtype in stored.items() if dtype == "I8"} == {f"{layer}.weight" for layer in layers}
+    weights = (int8 / "unet" / "model.safetensors").stat().st_size
+    assert weights < 0.55 * (floating / "unet" / "model.safetensors").stat().st_size  # narrow: a quarter at real size
+    for file in ("model.onnx", uint8.FILE):
+        graph = graph_of(int8, file)
+        places = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in graph.graph.initializer}
+        assert all(places[f"{layer}.weight"]["location"] == "model.safetensors" for layer in layers)
+        assert (int8 / "unet" / file).stat().st_size < 1_000_000
+    assert record.precision == "int8 + float32" and record.parameters == unet_of(floating).parameters
+
+
+def test_the_manifest_says_how_it_was_made(int8):
+    record = unet_of(int8)
+    assert record.int8["calibration"]["ranges"] == "calibrated" and record.int8["calibration"]["images"] == 2
+    assert record.int8["calibration"]["sampler"]["timesteps"] == [999, 499]
+    assert Int8.from_dict(record.int8["recipe"]) == Int8()
+    assert record.int8["verdict"]["machine"] == machine_name()
+    assert "to_k" in " ".join(name for name, traits in record.int8["layers"].items() if "bos" in traits)
+    assert not any("conv_in" in name or "time_emb" in name for name in record.int8["layers"])
+
+
+def test_the_calibration_set_is_part_of_every_key(int8, tmp_path, edit_manifest, floating):
+    import shutil
+
+    set_one, set_two = Calibration(("a", "b")), Calibration(("a", "c"))
+    digests = {calibrated.record(SAMPLER)["digest"] for calibrated in (set_one, set_two, Calibration(("a", "b"), 1))}
+    assert len(digests) == 3 and set_one.record(SAMPLER)["digest"] in digests
+    assert set_one.record({**SAMPLER, "timesteps": [999]})["digest"] not in digests
+    other = Path(shutil.copytree(int8, tmp_path / "other"))
+    edit_manifest(other, lambda data: data["components"]["unet"]["int8"]["calibration"].update(digest="0"))
+    assert Bundle.open(other).digest != Bundle.open(int8).digest
+
+
+# ----------------------------------------------------------------------------------------------------------- the graphs
+
+
+@pytest.mark.parametrize("file", ["model.onnx", uint8.FILE])
+def test_every_layer_is_torchs_layer_to_1e_5(int8, file):
+    module = module_of(int8)
+    int8_packed.set_outputs(module, file == uint8.FILE)
+    layers = unet_of(int8).int8["layers"]
+    errors = check.layers(int8 / "unet" / file, module.model, feeds_of(int8), list(layers))
+    assert len(errors) == len(layers) > 50
+    # A sum that comes out on the other side of an output's rounding is one step of 127 away: rare, and not an error.
+    rounded = {name for name, traits in layers.items() if "output" in traits and file == uint8.FILE}
+    assert max(error for name, error in errors.items() if name not in rounded) < 1e-5
+    assert np.median([*errors.values()]) < 1e-5
+    assert all(error < 0.02 for error in errors.values())
+
+
+def test_unsigned_activations_are_exactly_the_signed_ones(int8, tmp_path):
+    """Rule 2: uint8 around 128 is int8 around 0."""
+    model = graph_of(int8)
+    uint8.rewrite(model, {})
+    derived = int8 / "unet" / "test.onnx"
+    try:
+        onnx.save(model, str(derived))
+        onnx.checker.check_model(str(derived), full_check=True)
+        feeds = feeds_of(int8)
+        (one,), (two,) = check.run_onnx(int8 / "unet" / "model.onnx", [feeds]), check.run_onnx(derived, [feeds])
+    finally:
+        derived.unlink()
+    assert np.array_equal(one[0], two[0])
+    kinds = {t.name: t.data_type for t in model.graph.initializer if not t.dims}
+    zeros = {kinds[n.input[2]] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    assert zeros == {onnx.TensorProto.UINT8}
+
+
+def test_the_canonical_graph_is_what_tensorrt_demands(int8):
+    """Signed, symmetric, nothing quantised but weights and the inputs of layers with weights."""
+    graph = graph_of(int8).graph
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if not t.dims and not t.external_data}
+    quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    layers = unet_of(int8).int8["layers"]
+    assert len(quantize) == len(layers)
+    assert all(constants[node.input[2]].dtype == np.int8 and constants[node.input[2]] == 0 for node in quantize)
+    assert not any(node.input[1].endswith("output_scale") for node in quantize)
+
+
+def test_rule_5_linear_weights_lie_as_they_are_multiplied(int8):
+    graph = graph_of(int8).graph
+    made_by = {out: node for node in graph.node for out in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in made_by]
+    weights = [made_by[node.input[1]] for node in products]
+    assert not any(node.op_type == "Transpose" and node.input[0].endswith(".weight") for node in weights)
+    dequantized = [node for node in weights if node.op_type == "DequantizeLinear"]
+    assert dequantized and all(node.attribute[0].i == 1 for node in dequantized)
+
+
+def test_rule_6_attention_products_stay_float(int8):
+    graph = graph_of(int8, uint8.FILE).graph
+    made_by = {out: node for node in graph.node for out in node.output}
+    attention = [
+        node for node in graph.node
+        if node.op_type == "MatMul" and any(made_by.get(n) and made_by[n].op_type == "Softmax" for n in node.input)
+    ]  # fmt: skip
+    assert attention
+    for node in attention:
+        assert not any(made_by[name].op_type == "DequantizeLinear" for name in node.input if name in made_by)
+
+
+# ----------------------------------------------------------------------------------------------- what engines really do
+
+
+def count(graph: Path, disabled=("MatMulAddFusion",), **entries: str) -> dict[str, dict[str, int]]:
+    """What ONNX Runtime makes of a graph."""
+    import onnxruntime as ort
+
+    saved = graph.with_name("optimised.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(saved), 4
+    for key, value in entries.items():
+        options.add_session_config_entry(key.replace("__", "."), value)
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
+    found = audit._count(onnx.load(str(saved), load_external_data=False).graph)
+    saved.unlink()
+    return {"int8": dict(found[0]), "float": dict(found[1])}
+
+
+def kinds_of(bundle: Path) -> dict[str, int]:
+    layers = unet_of(bundle).int8["layers"]
+    convs = sum("output" in traits for traits in layers.values())
+    return {"conv": convs, "linear": len(layers) - convs}
+
+
+def test_rule_1_integer_convolutions_need_the_derived_file(int8):
+    assert count(int8 / "unet" / uint8.FILE)["int8"] == kinds_of(int8)
+    assert count(int8 / "unet" / "model.onnx")["int8"].get("conv", 0) == 0, "outputs are not quantised"
+
+
+def test_rule_4_static_shapes_want_one_optimizer_off(int8):
+    """MatMulAddFusion makes a float Gemm of a product and its bias, where shapes are known."""
+    model = graph_of(int8, uint8.FILE)
+    sizes = {"batch": 1, "latent_height": 16, "latent_width": 16}
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
+    static = int8 / "unet" / "static.onnx"
+    try:
+        onnx.save(model, str(static))
+        wanted = kinds_of(int8)
+        assert count(static)["int8"] == wanted
+        assert count(static, disabled=())["int8"].get("linear", 0) < wanted["linear"]
+    finally:
+        static.unlink()
+
+
+def test_rule_3_no_signed_kernels_are_asked_for(int8):
+    engine = accel.load_engine(int8, "unet", "onnxruntime")
+    with pytest.raises(Exception, match="qdqisint8allowed"):
+        engine.session.get_session_options().get_session_config_entry("session.qdqisint8allowed")
+
+
+def test_rule_7_no_int8_on_onnxruntimes_cuda(int8, monkeypatch):
+    import onnxruntime as ort
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(UserError, match="CUDA provider does not run int8"):
+        accel.load_engine(int8, "unet", "onnxruntime", provider="cuda")
+    assert accel.load_engine(int8, "unet", "onnxruntime").device == "cpu"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_audit_counts_and_can_fail(int8, engine, monkeypatch):
+    pytest.importorskip(engine)
+    bundle = Bundle.open(int8)
+    found = audit.audit(bundle, bundle.component("unet"), engine)
+    assert found["share"] == 1 and found["ok"] and sum(found["float"].values()) > 0
+    assert unet_of(int8).int8["audit"][engine] == found
+    if engine == "onnxruntime":  # the canonical graph runs partly in float there, and that is found
+        record = bundle.component("unet")
+        broken = copy.copy(record)
+        object.__setattr__(broken, "int8", dict(record.int8) | {"graphs": {}})
+        found = audit.audit(bundle, broken, engine)
+        assert not found["ok"] and found["share"] < 0.9
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_are_as_close_to_float_as_torchs_int8_is(int8, floating, engine):
+    """End to end int8 is chaotic, so distances to float32 are compared, not outputs."""
+    pytest.importorskip(engine)
+    feeds = {name: tensor.numpy() for name, tensor in feeds_of(int8).items()}
+    truth = accel.load_engine(floating, "unet", "eager")(**feeds)["out_sample"].numpy()
+    own = accel.load_engine(int8, "unet", "eager")(**feeds)["out_sample"].numpy()
+    found = accel.load_engine(int8, "unet", engine)(**feeds)["out_sample"]
+    floor = relative_l2(own, truth)
+    assert 0 < floor < 0.2
+    assert relative_l2(found, truth) < 2 * floor
+
+
+def test_the_whole_pipeline_runs_on_every_engine(int8, floating):
+    truth = accel.load(floating, "eager")("the cat", seed=5, output_type="np").images
+    for engine in ("eager", "onnxruntime", "openvino"):
+        made = accel.load(int8, engine)("the cat", seed=5, output_type="np").images
+        assert parity.compare(made, truth, 1.0).psnr > 20
+        assert not np.array_equal(made, truth)
+
+
+# ---------------------------------------------------------------------------------------------------- what auto chooses
+
+
+@pytest.fixture
+def judged(int8, tmp_path, edit_manifest):
+    """A bundle whose verdict says what a test wants."""
+    import shutil
+
+    bundle = Path(shutil.copytree(int8, tmp_path / "judged"))
+
+    def change(ok=True, machine=None, **speeds: float):
+        def write(data):
+            entry = data["components"]["unet"]["int8"]["verdict"]
+            entry["machine"], entry["parity"]["ok"] = machine or machine_name(), ok
+            entry["offered"] = [name for name, speed in speeds.items() if speed > 1 and ok]
+            entry["engines"] = {
+                name: {"int8_seconds": 1 / speed, "float_seconds": 1.0, "speedup": speed, "faster": speed > 1}
+                for name, speed in speeds.items()
+            }
+
+        edit_manifest(bundle, write)
+        return unet_of(bundle)
+
+    return change
+
+
+def test_auto_takes_the_fastest_engine_on_which_int8_is_faster(judged):
+    assert engines.choose("auto", judged(onnxruntime=3.0, openvino=2.0)) == "onnxruntime"
+    assert engines.choose("auto", judged(onnxruntime=0.9, openvino=1.5)) == "openvino"
+
+
+def test_auto_never_takes_slower_or_worse_and_a_name_still_does(judged):
+    slower = judged(onnxruntime=0.9, openvino=0.8)
+    with pytest.raises(UserError, match="not faster than float32 on this machine.*0.90x.*\n.*precision auto"):
+        engines.choose("auto", slower)
+    with pytest.raises(UserError, match="outside its parity budget"):
+        engines.choose("auto", judged(ok=False, onnxruntime=3.0))
+    assert engines.choose("onnxruntime", slower) == "onnxruntime"
+
+
+def test_speeds_of_another_machine_decide_nothing(judged):
+    assert engines.choose("auto", judged(machine="elsewhere", onnxruntime=0.5)) in ("openvino", "onnxruntime")
+
+
+def test_float16_around_int8_has_no_casts_inside(floating, tmp_path):
+    """For GPUs: scales in float16, so that what is dequantised is float16 as well."""
+    bundle = export_pipeline(floating, tmp_path / "half", precision="int8-fp16", int8=Options(**SMALL))
+    record = bundle.component("vae_decoder")
+    assert record.dtype == "float16" and record.precision == "int8 + float16"
+    with safe_open(tmp_path / "half" / "vae_decoder" / "model.safetensors", "pt") as file:
+        kinds = {name.rpartition(".")[2]: file.get_slice(name).get_dtype() for name in file.keys()  # noqa: SIM118
+                 if name.rpartition(".")[0] in record.int8["layers"]}  # fmt: skip
+    assert kinds == {"weight": "I8", **dict.fromkeys(("weight_scale", "input_scale", "output_scale", "bias"), "F16")}
+    operators = record.parity["operators"]
+    assert operators["QuantizeLinear"] == len(record.int8["layers"]) and operators.get("Cast", 0) < 10
+
+
+def test_precision_auto_keeps_float_where_int8_is_slower(floating, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "FASTER", 1e9)
+    bundle = export_pipeline(floating, tmp_path / "auto", precision="auto", int8=Options(**SMALL))
+    assert all(record.precision == "float32" for record in bundle.manifest.components.values())
+    record = bundle.component("vae_decoder")
+    assert "not faster" in record.parity["precision_reason"] and record.parity["int8_tried"]["engines"]
+    bundle.verify()
+    assert not (tmp_path / "auto" / "vae_decoder" / uint8.FILE).exists()
+    accel.load(bundle, "onnxruntime")("the cat")
+
+
+def test_the_command_line_says_what_was_measured(floating, tmp_path, capsys, monkeypatch):
+    from accel.cli import main
+
+    monkeypatch.setattr(verdict, "FASTER", 0.0)
+
+    out = tmp_path / "strict"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat\nthe dog\n")
+    code = main(["export", str(floating), str(out), "--precision", "int8", "--calibration", str(prompts),
+                 "--calibration-images", "2", "--int8-components", "vae_decoder", "--collector", "max"])  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 0 and "only 2 calibration pictures" in said.err, said.err
+    assert "layers run in int8" in said.out and "dB from float32's" in said.out
+    assert main(["inspect", str(out)]) == 0
+    assert "int8:" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- sensitivity and budgets
+
+
+class Pretend:
+    """A judge for whom every layer has a cost that adds up."""
+
+    budget = 30.0
+
+    def __init__(self, **costs: float):
+        self.costs = costs
+
+    def component(self, network, layers=None):
+        total = sum(self.costs[layer] for layer in (self.costs if layers is None else layers))
+        psnr = 100.0 if not total else -10 * np.log10(total)
+        return {"psnr": psnr, "ok": psnr >= self.budget}
+
+
+def test_the_budget_leaves_out_the_worst_layers_and_no_more():
+    judge = Pretend(a=1e-5, b=2e-3, c=1e-4, d=1e-2, e=2e-4)
+    rows = sensitivity.measure(judge, "unet", list(judge.costs))
+    assert [row.layer for row in rows] == ["d", "b", "e", "c", "a"]
+    assert sensitivity.leave(judge, "unet", rows) == ["d", "b"]
+    easy = Pretend(a=1e-5)
+    assert sensitivity.leave(easy, "unet", sensitivity.measure(easy, "unet", ["a"])) == []
+    hard = Pretend(a=1e-2)
+    with pytest.raises(UserError, match="no layer can compute in int8 within 30 dB.*20.0 dB"):
+        sensitivity.leave(hard, "unet", sensitivity.measure(hard, "unet", ["a"]))
+
+
+@pytest.fixture(scope="module")
+def calibrated(floating):
+    """A calibrated pipeline in torch, its UNet, and a judge of its pictures."""
+    settings = quantize.Settings(Int8(level="conv"), Calibration(("the cat", "the dog")))
+    pipeline = accel.load(floating, "eager")
+    models = {"unet": pipeline.engines["unet"].module.model}
+    assert quantize.calibrate(pipeline, models, settings) == {"unet": {}}
+    return pipeline, models["unet"], parity.Judge(pipeline, models, settings.calibration.held_out(1))
+
+
+def test_a_budget_is_met_and_the_table_and_plot_are_written(calibrated, tmp_path):
+    from PIL import Image
+
+    _, unet, judge = calibrated
+    before = judge.component("unet")["psnr"]
+    assert 10 < before < 90 and judge.component("unet", [])["psnr"] == 100
+    judge.budget = before + 3
+    rows = sensitivity.measure(judge, "unet", [name for name, _ in fake.fake_layers(unet)])
+    kept = sensitivity.leave(judge, "unet", rows)
+    assert 0 < len(kept) < len(rows)
+    rest = [row.layer for row in rows if row.layer not in kept]
+    assert judge.component("unet", rest)["psnr"] >= before + 3
+    sensitivity.write(tmp_path, rows, "a model", dict.fromkeys(kept, "sensitive"))
+    table = json.loads((tmp_path / "sensitivity.json").read_text())
+    errors = [row["mse"] for row in table["layers"]]
+    assert errors == sorted(errors, reverse=True) and table["kept"] == sorted(kept)
+    assert sum(block["layers"] for block in table["blocks"].values()) == len(errors) == len(rows)
+    assert Image.open(tmp_path / "sensitivity.png").size[0] > 500
+    assert "| block |" in (tmp_path / "sensitivity.md").read_text()
+
+
+def test_calibration_sees_the_deployed_steps_and_no_others(floating):
+    """And the ranges are those of the pictures, however many times they are drawn."""
+    seen = []
+
+    def scales(pictures: Calibration) -> dict[str, torch.Tensor]:
+        pipeline = accel.load(floating, "eager")
+        unet = pipeline.engines["unet"].module.model
+        unet.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
+        quantize.calibrate(pipeline, {"unet": unet}, quantize.Settings(Int8(level="conv"), pictures))
+        return fake.scales(unet)
+
+    once, twice = (scales(Calibration(("the cat",) * count, 0)) for count in (1, 1))
+    assert set(seen) == {999.0, 499.0}
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
+    with pytest.raises(UserError, match="cannot be read.*\n.*one prompt per line"):
+        read_prompts(tmp_path / "none.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(UserError, match="no prompts in it"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(prompts=empty))
+    assert not (tmp_path / "out").exists()
+    lines = tmp_path / "captions.jsonl"
+    lines.write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    assert read_prompts(lines) == ["a cat"]
+    lines.write_text("{}\n")
+    with pytest.raises(UserError, match="no text, prompt or caption"):
+        read_prompts(lines)
+    with pytest.raises(UserError, match="no calibration prompts"):
+        calibration([" "])
+    with pytest.raises(UserError, match="0 calibration pictures"):
+        calibration(["a"], 0)
+
+
+def test_too_few_pictures_are_said_with_their_number():
+    with pytest.warns(Notice, match="only 3 calibration pictures"):
+        calibration(["a"], 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        assert len(calibration(["a", "b"], 32).prompts) == 32
+    assert len(default_prompts("digits/tiny")) == 70 and len(default_prompts("org/model")) == 32
+
+
+def test_a_recipe_that_names_no_layer(floating, tmp_path):
+    with pytest.raises(UserError, match="no layer is called 'blocks'.*\n.*some of: .*conv_in"):
+        export_pipeline(floating, tmp_path / "out", precision="int8",
+                        int8=Options(recipe=Int8(keep=("blocks",)), **QUICK))  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_named(sd15_tiny, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(sd15_tiny, tmp_path / "source"))
+    (path,) = (source / "unet").glob("*.safetensors")
+    state = load_file(path)
+    state["conv_out.bias"][0] = float("nan")
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="conv_out.bias is not finite"):
+        export_pipeline(source, tmp_path / "out", profile="batch=1,size=64", precision="int8")
+    with pytest.raises(UserError, match="calibrated on whole pictures"):
+        export_pipeline(sd15_tiny, tmp_path / "out", precision="int8", components=("unet",))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_options_that_cannot_be(floating, int8, tmp_path):
+    with pytest.raises(UserError, match="budget of 0 dB"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(budget=0.0))
+    with pytest.raises(UserError, match="is not float32"):
+        export_pipeline(int8, tmp_path / "out", precision="int8", int8=Options(**QUICK))
+    with pytest.raises(UserError, match="is quantised as it is"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER)
+    with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(networks=("tokenizer",)))
+    with pytest.raises(UserError, match="unknown precision 'int4'\n.*int8"):
+        export_pipeline(floating, tmp_path / "out", precision="int4")
+    with pytest.raises(UserError, match="exists already"):
+        export_pipeline(floating, int8, precision="int8")
