@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .options import stages
+from .options import add_build, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 
@@ -50,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
+    parser.add_argument(
+        "--engine", default="onnx", choices=("onnx", "tensorrt"),
+        help="onnx: graphs for every engine; tensorrt: plans for this GPU as well (default: onnx)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    add_build(parser.add_argument_group("with --engine tensorrt"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from accel.export.pipeline import COMPONENTS, export_pipeline
     from accel.source import open_source
 
+    if args.engine == "tensorrt":
+        from accel import trt
+        from accel.cuda import Cuda
+
+        trt.load(), Cuda(args.gpu)  # before the export takes minutes
     source = open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
@@ -83,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=stages(bar, task),
         )
+    if args.engine == "tensorrt":
+        build_plans(bundle, args, (), [])
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))
         return 0

@@ -15,6 +15,7 @@ from .base import Engine, Status
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
     {
+        "tensorrt": "accel.engines.tensorrt",
         "openvino": "accel.engines.openvino",
         "onnxruntime": "accel.engines.onnxruntime",
         "compile": "accel.engines.compile",
@@ -36,11 +37,11 @@ def status(name: str) -> Status:
     return import_module(ENGINES[name]).status()
 
 
-def choose(name: str = "auto") -> str:
+def choose(name: str = "auto", bundle: Bundle | None = None, component: str = "unet") -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
-    On a machine with a GPU that ONNX Runtime can drive, `auto` prefers it; otherwise the fastest CPU engine.
-    `compile` is never chosen by itself, because its first call takes minutes.
+    `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
+    drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes.
 
     Raises:
         UserError: when the named engine cannot run here, with the fix.
@@ -50,13 +51,27 @@ def choose(name: str = "auto") -> str:
         if not state.ok:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
+    if bundle is not None and _has_plan(bundle, component):
+        return "tensorrt"
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail:
         return "onnxruntime"
     for candidate in ENGINES:
-        if candidate != "compile" and status(candidate).ok:
+        if candidate not in ("compile", "tensorrt") and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def _has_plan(bundle: Bundle, component: str) -> bool:
+    """Whether a TensorRT plan of the component passes the pre-flight here. Costs nothing where there are no plans."""
+    from .. import plans, trt
+    from ..cuda import Cuda
+
+    found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
+    if not found or not status("tensorrt").ok:
+        return False
+    here = plans.Here.of(trt.load().__version__, Cuda().gpu)
+    return any(plans.preflight(bundle, plan, here).ok for plan in found)
 
 
 def load_engine(
@@ -77,7 +92,7 @@ def load_engine(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     record = bundle.component(component)
-    name = choose(engine)
+    name = choose(engine, bundle, component)
     if verify:
         bundle.verify([record.folder])
     try:

@@ -29,8 +29,9 @@ FORBIDDEN = {
 }
 # The shared ground knows nobody above it.
 GROUND = (
-    "_version", "arrays", "bundle", "errors", "files", "floor", "machine", "networks", "noise", "noise_schedule",
-    "lora", "parity", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology",
+    "_version", "arrays", "bundle", "cuda", "errors", "files", "floor", "graph", "machine", "networks", "noise",
+    "noise_schedule", "lora", "parity", "plans", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer",
+    "topology", "trt", "trust",
 )
 FORBIDDEN |= {
     f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)
