@@ -441,6 +441,22 @@ class Runtime(_Behaviour):
         return self._trt.ICudaEngine(header, onnx.load_from_string(body[8 + length :]), self._logger)
 
 
+_sessions: dict[bytes, Any] = {}
+
+
+def _session(data: bytes):
+    """One session per model, not per engine: making one takes longer than running it."""
+    import onnxruntime
+
+    key = hashlib.sha256(data).digest()
+    if key not in _sessions:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        _sessions[key] = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return _sessions[key]
+
+
 class ICudaEngine(_Behaviour):
     def __init__(self, header, model, logger):
         self._header, self._model, self._logger, self._session = header, model, logger, None
@@ -458,15 +474,9 @@ class ICudaEngine(_Behaviour):
         return found[0]
 
     def _run(self, feeds):
-        import onnxruntime
-
         with self._lock:
             if self._session is None:
-                options = onnxruntime.SessionOptions()
-                options.intra_op_num_threads = 1
-                options.log_severity_level = 3
-                data = self._model.SerializeToString()
-                self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+                self._session = _session(self._model.SerializeToString())
             session = self._session
         names = [v.name for v in self._model.graph.output]
         return dict(zip(names, session.run(names, feeds), strict=True))

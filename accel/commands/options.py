@@ -16,6 +16,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile); an OpenVINO device (openvino)")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
+    parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
+    parser.add_argument("--plan", help="key of the plan to use; by default the newest that fits (tensorrt)")
+    parser.add_argument(
+        "--allow-host-code", action="store_true", default=None, help="let a version-compatible plan run its own runtime"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (onnxruntime, openvino)")
 
 
@@ -23,7 +28,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, by the names the engines use."""
     return {
         name: getattr(args, name)
-        for name in ("device", "dtype", "provider", "threads")
+        for name in ("device", "dtype", "provider", "threads", "cuda_graph", "plan", "allow_host_code")
         if getattr(args, name, None) is not None
     }
 

@@ -19,6 +19,7 @@ from ..plans import Here, Plan
 from ..profiles import Range
 from .base import Engine, Status, to_torch
 
+CUDA_GRAPHS = ("off", "step", "loop")
 _ALIGNMENT = 512
 _GRAPHS = 4  # captured shapes per thread: each holds its buffers
 
@@ -106,7 +107,8 @@ class TensorRT(Engine):
     Args:
         device: "auto", "cuda" or "cuda:1".
         plan: key of the plan to use; by default the newest that fits.
-        cuda_graph: replay a captured CUDA graph for each shape instead of launching kernels one by one.
+        cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
+            lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
         streaming_budget: bytes of weights to keep on the GPU, for plans built with weight streaming; None: TensorRT's
             own choice.
         allow_host_code: let a version-compatible plan run the TensorRT runtime that it carries inside.
@@ -117,7 +119,7 @@ class TensorRT(Engine):
 
     def __init__(
         self, bundle: Bundle, component: Component, *, device: str = "auto", plan: str | None = None,
-        cuda_graph: bool = False, streaming_budget: int | None = None, allow_host_code: bool = False,
+        cuda_graph: str = "off", streaming_budget: int | None = None, allow_host_code: bool = False,
     ):  # fmt: skip
         super().__init__(bundle, component)
         self.bundle = bundle
@@ -135,8 +137,11 @@ class TensorRT(Engine):
         if options["weight_streaming"]:
             own = self.engine.get_weight_streaming_automatic_budget
             self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
+        if cuda_graph not in CUDA_GRAPHS:
+            raise UserError(f"unknown cuda_graph {cuda_graph!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
         self.cuda_graph = cuda_graph
         self.epoch = 0
+        self.loops: dict[tuple, Any] = {}
         self._local = threading.local()
         if options["strip_plan"]:
             self._fill()
@@ -216,16 +221,16 @@ class TensorRT(Engine):
         """
         candidates = []
         for i, profile in enumerate(self.plan.identity["profiles"]):
-            outside, distance = [], 0.0
+            outside, misfit, distance = [], 0.0, 0.0
             for name, (low, best, high) in profile["shapes"].items():
                 for axis, size in enumerate(shapes[name]):
                     distance += abs(math.log(size / best[axis]))
-                    if not low[axis] <= size <= high[axis]:
-                        outside.append(f"{name} {list(shapes[name])} is not within {low} to {high}")
-                        break
-            candidates.append((len(outside), distance, i, outside, profile["name"]))
-        misfits, _, index, outside, name = min(candidates)
-        if misfits:
+                    misfit += math.log(max(size / high[axis], low[axis] / size, 1.0))
+                if not all(a <= size <= b for a, size, b in zip(low, shapes[name], high, strict=True)):
+                    outside.append(f"{name} {list(shapes[name])} is not within {low} to {high}")
+            candidates.append((misfit, distance, i, outside, profile["name"]))
+        misfit, _, index, outside, name = min(candidates)
+        if misfit:
             raise UserError(
                 f"no profile of this plan takes that; the closest is {name!r}, where {outside[0]}",
                 f"accel build {self.bundle.path} --components {self.component.name} --profile ... (one that does)",
@@ -260,7 +265,7 @@ class TensorRT(Engine):
         profile = self.nearest({name: tuple(value.shape) for name, value in feeds.items()})
         outputs = {s.name: self.cuda.empty(s.concrete(sizes), s.dtype) for s in self.component.outputs}
         with self.cuda.on(work.stream):
-            if self.cuda_graph:
+            if self.cuda_graph != "off":
                 self._replay(sizes, feeds, outputs)
                 return outputs
             if not hasattr(local, "context"):
