@@ -1,15 +1,16 @@
 """Compiled plans beside a bundle: their identity, and whether they may and can run here.
 
-    my-bundle/engines/<key>/unet.plan  unet.json
+    my-bundle/engines/<key>/unet.plan  unet.json  unet.sig
 
-The key is the digest of everything that changes a plan. `unet.json` says what it was built from, for and with; it is
-signed. TensorRT has no call that tells in advance whether a plan fits, so `preflight` does, before any byte is
-deserialised, with the reason and what to type.
+The key is the digest of everything that changes a plan. `unet.json` says what it was built from, for and with, and
+`unet.sig` is this user's signature of that text. TensorRT has no call that tells in advance whether a plan fits, so
+`preflight` does, before any byte is deserialised, with the reason and what to type.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from . import trust
 from .bundle import Bundle, Component
 from .errors import UserError
-from .files import digest_of, inside, read_json, sha256, write_bytes, write_json
+from .files import digest_of, inside, sha256, write_bytes, write_json
 from .machine import Gpu
 from .trt import numbers
 
@@ -53,14 +54,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan and its record."""
+    """A plan, its record, and the record's own text."""
 
     path: Path
     record: Mapping[str, Any]
-
-    @property
-    def unsigned(self) -> dict[str, Any]:
-        return {name: value for name, value in self.record.items() if name != "signature"}
+    text: bytes
 
     @property
     def key(self) -> str:
@@ -115,14 +113,16 @@ def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> Plan:
         folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         write_bytes(path, data)
-        write_record(path, {"schema": SCHEMA, **record})
+        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **record})
+        sign(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})", "check permissions and free space") from None
     return read(bundle, record["key"], record["component"])
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_json(path.with_suffix(".json"), {**record, "signature": trust.sign(record)})
+def sign(path: Path) -> None:
+    """Put this user's signature beside a plan and its record."""
+    write_bytes(path.with_suffix(".sig"), trust.sign(path.with_suffix(".json").read_bytes()).encode() + b"\n")
 
 
 def read(bundle: Bundle, key: str, component: str) -> Plan:
@@ -135,14 +135,18 @@ def read(bundle: Bundle, key: str, component: str) -> Plan:
     described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the plan's record")
     if not described.is_file():
         raise UserError(f"{path} has no {described.name}: accel did not build it", _rebuild(bundle, component))
-    record = read_json(described, "the plan's record")
+    try:
+        text = described.read_bytes()
+        record = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        record = None
     if not isinstance(record, dict) or any(not isinstance(record.get(k), kind) for k, kind in _WANTED.items()):
         raise UserError(f"{described} is damaged", _rebuild(bundle, component))
     if not isinstance(record["plan"].get("bytes"), int) or record["component"] != component:
         raise UserError(f"{described} is damaged", _rebuild(bundle, component))
     if record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
-    return Plan(path, record)
+    return Plan(path, record, text)
 
 
 def find(bundle: Bundle, component: str | None = None) -> list[Plan | UserError]:
@@ -195,7 +199,10 @@ def damage(plan: Plan, data: bytes | None = None) -> Verdict | None:
 
 def trusted(plan: Plan) -> bool:
     """Whether it carries this user's signature."""
-    return trust.signed(plan.unsigned, plan.record.get("signature"))
+    try:
+        return trust.signed(plan.text, plan.path.with_suffix(".sig").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return False
 
 
 def digest_bytes(data: bytes) -> str:

@@ -2,20 +2,18 @@
 
 A TensorRT plan is executable code, also with host code disallowed (NVIDIA's security notes say so). A digest beside it
 proves that it is whole, not who made it. So every plan is signed (HMAC-SHA256, RFC 2104) with a key that only this user
-can read; a plan from elsewhere has no such signature until `accel trust` gives it one.
+can read; a plan from elsewhere has no such signature until `accel trust` gives it one. What is signed is the text of
+the plan's record, which holds the plan's sha256: bytes, so that any language can check it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 from .files import cache_dir
@@ -27,15 +25,16 @@ def key_file() -> Path:
     return cache_dir() / "plans.key"
 
 
-def sign(record: Mapping[str, Any]) -> str:
-    """The signature of a record; creates this user's key where there is none yet."""
-    return _mac(record, _key(create=True))
+def sign(record: bytes) -> str:
+    """The signature of a record, in hex; creates this user's key where there is none yet."""
+    return hmac.new(_key(create=True), record, hashlib.sha256).hexdigest()
 
 
-def signed(record: Mapping[str, Any], signature: Any) -> bool:
-    """Whether a signature is this user's, of exactly this record."""
+def signed(record: bytes, signature: str) -> bool:
+    """Whether a signature is this user's, of exactly these bytes."""
     key = _key(create=False)
-    return key is not None and isinstance(signature, str) and hmac.compare_digest(_mac(record, key), signature)
+    ours = b"" if key is None else hmac.new(key, record, hashlib.sha256).hexdigest().encode()
+    return bool(ours) and hmac.compare_digest(ours, signature.strip().encode("utf-8", "replace"))
 
 
 def private(path: Path) -> bool:
@@ -45,11 +44,6 @@ def private(path: Path) -> bool:
         if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
             return False
     return True
-
-
-def _mac(record: Mapping[str, Any], key: bytes) -> str:
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
 def _key(create: bool) -> bytes | None:

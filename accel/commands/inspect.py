@@ -16,6 +16,9 @@ EXAMPLE = "accel inspect my-bundle"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument(
+        "--for", dest="target", choices=("tensorrt",), help="check every graph against what that engine's parser takes"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
     add_json(parser)
 
@@ -30,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
             problem = error
     engines = {name: status(name) for name in ENGINES}
     compiled = _plans(bundle)
+    refused = _operators(bundle) if args.target else {}
     if args.json:
         print(json.dumps({
             "manifest": bundle.manifest.as_dict(),
@@ -38,13 +42,30 @@ def run(args: argparse.Namespace) -> int:
             "problem": str(problem) if problem else None,
             "engines": {name: vars(state) for name, state in engines.items()},
             "plans": compiled,
+            **({"tensorrt_operators": refused} if args.target else {}),
         }, indent=2))
     else:
         _print(bundle, args.no_verify, problem, engines)
         for entry in compiled:
             print(f"  plan      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
                   f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}")
-    return 1 if problem else 0
+        for name, rows in refused.items():
+            print(f"  {name:<15} {'no: ' + str(len(rows)) + ' nodes' if rows else 'every node is one'} "
+                  f"{'that TensorRT does not take' if rows else 'that TensorRT takes'}")
+            for row in rows[:10]:
+                print(f"      {row['operator']} {row['node']}: {row['reason']}")
+    return 1 if problem or any(refused.values()) else 0
+
+
+def _operators(bundle: Bundle) -> dict[str, list[dict]]:
+    """Component -> the nodes that TensorRT's published operator matrix does not list."""
+    from accel.export.operators import check
+    from accel.graph import graph_file
+
+    return {
+        name: [vars(problem) for problem in check(graph_file(bundle, component))]
+        for name, component in bundle.manifest.components.items()
+    }
 
 
 def _here() -> tuple[plans.Here | None, UserError | None]:

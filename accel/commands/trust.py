@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     if args.yes:
         for plan in foreign:
-            plans.write_record(plan.path, plan.unsigned)
+            plans.sign(plan.path)
     if args.json:
         print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
         return 0
