@@ -54,12 +54,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", default="onnx", choices=("onnx", "tensorrt"),
         help="onnx: graphs for every engine; tensorrt: plans for this GPU as well (default: onnx)",
     )  # fmt: skip
+    parser.add_argument(
+        "--target", default="bundle", choices=("bundle", "triton-server"),
+        help="triton-server: a model repository for NVIDIA Triton; MODEL may be a bundle then (default: bundle)",
+    )  # fmt: skip
+    parser.add_argument("--backend", default="onnxruntime", help="with triton-server: onnxruntime or tensorrt")
+    parser.add_argument("--instances", type=int, default=1, help="with triton-server: copies of each model per device")
+    parser.add_argument("--kind", default="gpu", help="with triton-server: gpu or cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     add_build(parser.add_argument_group("with --engine tensorrt"))
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.target == "triton-server":
+        return _triton_server(args)
+    return _bundle(args)
+
+
+def _triton_server(args: argparse.Namespace) -> int:
+    """A bundle as it is, or a pipeline by way of a bundle that is thrown away, as a model repository."""
+    import copy
+    import tempfile
+    from pathlib import Path
+
+    from accel.bundle import MANIFEST, Bundle
+    from accel.export.triton_server import Serving, write
+    from accel.files import refuse_existing
+
+    serving = Serving(backend=args.backend, instances=args.instances, kind=args.kind)
+    serving.check()
+    refuse_existing(Path(args.out), args.overwrite)
+    if (Path(args.model) / MANIFEST).is_file():
+        write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            inner = copy.copy(args)
+            inner.out, inner.json, inner.quiet = str(Path(folder) / "bundle"), False, True
+            inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
+            _bundle(inner)
+            write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
+    if args.json:
+        print(json.dumps({"repository": args.out, "backend": args.backend}))
+    else:
+        print(f"{args.out} is ready: tritonserver --model-repository {args.out}")
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -95,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.engine == "tensorrt":
         build_plans(bundle, args, (), [])
+    if getattr(args, "quiet", False):
+        return 0
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))
         return 0

@@ -13,11 +13,8 @@ import numpy as np
 
 from ..bundle import Bundle, Component
 from ..errors import MissingPackage, UserError
-from ..files import cache_dir
 from .base import Engine, Status, check_threads, graph_file, to_torch
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-
+from .providers import PROVIDERS, chain
 
 def status() -> Status:
     if find_spec("onnxruntime") is None:
@@ -39,6 +36,7 @@ class OnnxRuntime(Engine):
             when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
             the latents that the sampler still needs.
         session: further session config entries.
+        provider_options: options of the GPU provider by ONNX Runtime's names, over ours (`accel.engines.providers`).
     """
 
     name = "onnxruntime"
@@ -53,6 +51,7 @@ class OnnxRuntime(Engine):
         threads: int = 0,
         io_binding: bool | None = None,
         session: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
         check_threads(threads)
@@ -75,9 +74,9 @@ class OnnxRuntime(Engine):
         options.intra_op_num_threads = threads
         for key, value in (session or {}).items():
             options.add_session_config_entry(key, value)
-        chain = _providers(provider, device_id, bundle)
+        providers = chain(provider, device_id, bundle, component, provider_options)
         try:
-            self.session = ort.InferenceSession(str(graph_file(bundle, component)), options, providers=chain)
+            self.session = ort.InferenceSession(str(graph_file(bundle, component)), options, providers=providers)
         except UserError:
             raise
         except Exception as error:
@@ -132,26 +131,6 @@ class OnnxRuntime(Engine):
 
     def close(self) -> None:
         del self.session
-
-
-def _providers(provider: str, device_id: int, bundle: Bundle) -> list:
-    """The chosen provider, then what it may hand operators to."""
-    cpu = PROVIDERS["cpu"]
-    if provider == "cpu":
-        return [cpu]
-    cuda = (PROVIDERS["cuda"], {"device_id": device_id})
-    if provider == "cuda":
-        return [cuda, cpu]
-    cache = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32]
-    cache.mkdir(parents=True, exist_ok=True)
-    tensorrt = {
-        "device_id": device_id,
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache.parent),
-    }
-    return [(PROVIDERS["tensorrt"], tensorrt), cuda, cpu]
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> OnnxRuntime:
