@@ -16,6 +16,7 @@ from ..errors import MissingPackage, UserError
 from .base import Engine, Status, check_threads, graph_file, to_torch
 from .providers import PROVIDERS, chain
 
+
 def status() -> Status:
     if find_spec("onnxruntime") is None:
         return Status(False, "onnxruntime is not installed", 'pip install "accel-diffusion[cpu]" (or [cuda])')
