@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .errors import MissingPackage, UserError
 from .machine import Gpu
+
+
+_capturing = threading.Lock()
 
 
 class Cuda:
@@ -93,7 +97,8 @@ class Cuda:
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # One capture at a time, and other threads may go on allocating meanwhile.
+        with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

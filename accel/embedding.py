@@ -67,7 +67,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    name = choose(engine)
+    if engine != "auto":
+        choose(engine)  # before anything is loaded
     slots = {
         slot: component
         for slot, component in _SLOTS.items()
@@ -80,7 +81,7 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         )
     for slot, component in slots.items():
         _same_network(getattr(pipeline, slot), bundle, component)
-    engines = {component: load_engine(bundle, component, name, **options) for component in slots.values()}
+    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
     originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, component in slots.items():
         wrapper = _WRAPPERS[component](originals[slot], engines[component])

@@ -257,7 +257,8 @@ def _compile(
                 f"accel inspect {bundle.path} --for tensorrt says which operators it does not take",
             )
         config = _configure(module, builder, network, profiles, options)
-        config.progress_monitor = job.monitor()
+        monitor = job.monitor()  # named, so that it lives as long as the build
+        config.progress_monitor = monitor
         cache = timing_cache.path_for(here)
         if options.timing_cache:
             timing_cache.give(config, cache)

@@ -96,7 +96,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def to_torch(value: Any, device: str) -> Any:
-    """A torch tensor on a device of a numpy array, a torch tensor or a DLPack object."""
+    """A torch tensor on a device of a numpy array, a torch tensor, a DLPack or a `__cuda_array_interface__` object."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -106,4 +106,6 @@ def to_torch(value: Any, device: str) -> Any:
         # torch shares numpy's memory; it takes none that runs backwards, and warns where it must not write.
         shared = array.flags.writeable and all(step >= 0 for step in array.strides)
         return torch.from_numpy(array if shared else array.copy()).to(device)
+    if not hasattr(value, "__dlpack__") and hasattr(value, "__cuda_array_interface__"):
+        return torch.as_tensor(value, device=device)
     return torch.from_dlpack(value).to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from .. import sampler
@@ -46,8 +47,9 @@ class FixedLoop:
             float32 latents like x, in memory of their own.
         """
         self.unet.cuda.activate()
-        feeds = {"sample": x.repeat(1 + self.guided, 1, 1, 1), **conditioning}
-        sizes = self.unet.sizes(feeds | {s.name: x.new_zeros(()) for s in self.unet.component.inputs if not s.shape})
+        shapes = {name: tuple(value.shape) for name, value in conditioning.items()}
+        shapes |= {"sample": (len(x) * (1 + self.guided), *x.shape[1:]), "timestep": ()}
+        sizes = self.unet.sizes({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
         key = tuple(x.shape)
         graph = self._graphs.get(key)
         if graph is None or graph.bound.stale:

@@ -419,6 +419,26 @@ def test_a_plan_whose_tensors_are_others_is_refused(bundle, tensorrt, monkeypatc
         accel.load_engine(bundle, "unet", "tensorrt")
 
 
+def test_the_benchmark_has_variants_of_it(bundle, tensorrt):
+    from accel.bench import variants
+
+    build(bundle, ("text_encoder", "unet", "vae_decoder"))
+    chosen = variants.chosen("tensorrt,tensorrt:step,tensorrt:loop")
+    assert [v.name for v in chosen] == ["tensorrt", "tensorrt:step", "tensorrt:loop"]
+    assert set(variants.LIBRARIES) >= {v.engine for v in chosen}
+    pipe = variants.load(bundle, chosen[2])
+    assert pipe.engines["unet"].cuda_graph == "loop" and pipe("the cat").images[0].size == (64, 64)
+
+
+def test_attach_takes_plans_where_they_fit(bundle, sd15, tensorrt):
+    from diffusers import DiffusionPipeline
+
+    build(bundle, ("unet",))
+    pipe = DiffusionPipeline.from_pretrained(sd15, local_files_only=True)
+    with accel.attach(pipe, bundle) as attached:
+        assert attached.engines["unet"].name == "tensorrt" and attached.engines["vae_decoder"].name == "openvino"
+
+
 def test_the_command_line(bundle, tensorrt, tmp_path, capsys):
     build(bundle, ("text_encoder", "unet", "vae_decoder"))
     out = tmp_path / "cat.png"
