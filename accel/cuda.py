@@ -10,7 +10,6 @@ from typing import Any
 from .errors import MissingPackage, UserError
 from .machine import Gpu
 
-
 _capturing = threading.Lock()
 
 
