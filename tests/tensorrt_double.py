@@ -586,20 +586,13 @@ class IExecutionContext(_Behaviour):
         self._memory = (int(memory), int(size))
 
     def get_tensor_shape(self, name):
-        sizes = self._sizes()
-        value = self._engine._value(name)
-        return tuple(
-            d.dim_value if d.HasField("dim_value") else sizes.get(d.dim_param, -1)
-            for d in value.type.tensor_type.shape.dim
-        )
-
-    def _sizes(self):
-        sizes = {}
-        for value in self._engine._model.graph.input:
-            for d, n in zip(value.type.tensor_type.shape.dim, self._shapes.get(value.name, ()), strict=False):
-                if d.dim_param:
-                    sizes[d.dim_param] = n
-        return sizes
+        """As TensorRT infers it; found here by a run on zeros."""
+        shape = _shape(self._engine._value(name))
+        if name in self._shapes or -1 not in shape or self.infer_shapes():
+            return self._shapes.get(name, shape)
+        inputs = self._engine._model.graph.input
+        feeds = {v.name: np.zeros(self._shapes.get(v.name, _shape(v)), _NUMPY[_dtype(v)]) for v in inputs}
+        return self._engine._run(feeds)[name].shape
 
     def infer_shapes(self):
         dynamic = [v.name for v in self._engine._model.graph.input if -1 in _shape(v)]
