@@ -17,6 +17,7 @@ import re
 import struct
 import threading
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -752,7 +753,7 @@ def make(version: str, world: World | None = None) -> ModuleType:
     (stem,) = [stem for stem in VERSIONS if stem.startswith(version)]
     api = json.loads(VERSIONS[stem].read_text())
     module = ModuleType("tensorrt")
-    module.__version__ = stem
+    module.__version__, module.__spec__ = stem, ModuleSpec("tensorrt", None)  # torch asks whether there is one
     module._world = world or World(stem)
     kinds: dict[str, type] = {}
     for name, entry in api.items():
