@@ -9,7 +9,6 @@ from typing import Any
 from .engines import ENGINES, status
 
 _OPTIONAL = {
-    "tensorrt": ("ONNX Runtime's tensorrt provider", "tensorrt"),
     "sklearn": ("training and judging the digits model", "train"),
 }
 _PACKAGES = (

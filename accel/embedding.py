@@ -11,7 +11,7 @@ from torch import nn
 
 from . import control
 from .bundle import Bundle
-from .engines import Engine, load_engine
+from .engines import Engine, choose, load_engine
 from .engines.base import to_torch
 from .errors import UserError
 
@@ -67,6 +67,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
+    if engine != "auto":
+        choose(engine)  # before anything is loaded
     slots = {
         slot: component
         for slot, component in _SLOTS.items()

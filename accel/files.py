@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import UserError
 
@@ -108,15 +108,7 @@ def exclusive(target: Path) -> Iterator[None]:
     """Hold the only right to write `target`; the kernel gives it back when the process ends, however it ends."""
     import fcntl
 
-    # The lock lies in the cache, not beside the target: a lock file may never be deleted while others may wait on it.
-    name = f"{digest_of(str(target))[:32]}.lock"
-    folder = cache_dir() / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / name).open("a")
-    except OSError:
-        handle = (Path(tempfile.gettempdir()) / f"accel-{os.getuid()}-{name}").open("a")
-    with handle:
+    with _lock_file(target) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -124,6 +116,27 @@ def exclusive(target: Path) -> Iterator[None]:
                 f"another process is writing {target} right now", "wait for it to finish, or choose another folder"
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def waiting_for(target: Path) -> Iterator[None]:
+    """Like `exclusive`, for work of moments: waits until the others are done."""
+    import fcntl
+
+    with _lock_file(target) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_file(target: Path) -> TextIO:
+    # The lock lies in the cache, not beside the target: a lock file may never be deleted while others may wait on it.
+    name = f"{digest_of(str(target))[:32]}.lock"
+    folder = cache_dir() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / name).open("a")
+    except OSError:
+        return (Path(tempfile.gettempdir()) / f"accel-{os.getuid()}-{name}").open("a")
 
 
 @contextlib.contextmanager

@@ -314,8 +314,19 @@ class _Run:
             if callback is not None:
                 callback(i, t, x)
 
+        x = cast(unet.array(start.x), "float32")
+        plain = not plan.start and start.constrain is None and callback is None
+        if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
+            from .engines.loop import loop_of
+
+            loop = loop_of(unet, plan.sampler, self.schedule, plan.timesteps, plan.guidance if plan.guided else 0.0)
+            draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
+            x = loop(x, feeds, [fresh(i) for i in range(draws)])
+            for _ in range(plan.steps):
+                bar.advance()
+            return to_numpy(x)
         x = sampler.sample(
-            plan.sampler, model, cast(unet.array(start.x), "float32"), self.schedule, timesteps=plan.timesteps,
+            plan.sampler, model, x, self.schedule, timesteps=plan.timesteps,
             noise=fresh, callback=after, start=plan.start,
             constrain=start.constrain and (lambda i, x: start.constrain(i, x, unet.array)),
         )  # fmt: skip

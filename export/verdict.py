@@ -17,7 +17,7 @@ from accel.engines import Engine, load_engine, status
 from accel.errors import UserError
 from accel.machine import machine_name
 
-from .audit import ENGINES, audit
+from .int8_audit import ENGINES, audit
 from .onnx import example
 
 SECONDS, ROUNDS = 20.0, 25  # per engine, whichever comes first; at least three rounds

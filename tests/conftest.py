@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,28 @@ def edit_manifest():
         path.write_text(json.dumps(data))
 
     return edit
+
+
+def _double(name: str):
+    """One of the doubles that lie beside this file, as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(params=["10.16", "11.4"])
+def tensorrt(request, monkeypatch, tmp_path):
+    """A `tensorrt` module of both versions and a GPU, as doubles; `tensorrt._world` arranges failures and remembers."""
+    from accel import cuda, trt
+
+    cuda_double = _double("cuda_double")
+    module = _double("tensorrt_double").make(request.param)
+    module._world.cuda = cuda_double.Cuda
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(trt, "installed", lambda: module.__version__)
+    for place in (cuda, import_module("accel.engines.tensorrt"), import_module("accel.export.tensorrt")):
+        monkeypatch.setattr(place, "Cuda", cuda_double.Cuda)
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    return module

@@ -24,10 +24,11 @@ _DEVICES: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
         "compile": ("device", {"cpu": "cpu", "cuda": "cuda"}),
         "openvino": ("device", {"cpu": "CPU", "gpu": "GPU"}),
         "onnxruntime": ("provider", {"cpu": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}),
+        "tensorrt": ("cuda_graph", {"step": "step", "loop": "loop"}),
     }
 )
 _DEFAULT = ("eager", "eager:bf16", "compile", "compile:bf16", "onnxruntime", "openvino", "openvino:bf16")
-_DEFAULT_GPU = ("eager:fp16", "compile:fp16")
+_DEFAULT_GPU = ("eager:fp16", "compile:fp16", "tensorrt", "tensorrt:step")
 # What each engine imports before any model is loaded, to tell the model's memory from the libraries'. diffusers and
 # transformers load lazily, so the modules of the networks are named.
 _TORCH = (
@@ -35,7 +36,10 @@ _TORCH = (
     "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"eager": _TORCH, "compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+    {
+        "eager": _TORCH, "compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"),
+        "tensorrt": ("torch", "tensorrt"),
+    }  # fmt: skip
 )
 _LOW_PRECISION_ISA = MappingProxyType(
     {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "asimdhp")}
@@ -49,7 +53,8 @@ class Variant:
     Attributes:
         engine: a name out of `accel.engines.ENGINES`.
         dtype: "fp32", "bf16" or "fp16"; "" for an engine that computes in the bundle's own dtypes.
-        device: suffix that names the device or provider; "" for the engine's own choice.
+        device: suffix that names the device, the provider, or what is captured as a CUDA graph; "" for the engine's own
+            choice.
         asked: whether the user named it, so that not being able to run it is a failure.
     """
 

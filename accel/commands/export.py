@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import int8_verdict
 from ..bundle import MANIFEST
-from .options import stages
+from .options import add_build, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 
@@ -61,11 +61,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
     _add_int8(parser)
+    parser.add_argument(
+        "--engine", default="onnx", choices=("onnx", "tensorrt"),
+        help="onnx: graphs for every engine; tensorrt: plans for this GPU as well (default: onnx)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", default="bundle", choices=("bundle", "triton-server"),
+        help="triton-server: a model repository for NVIDIA Triton; MODEL may be a bundle then (default: bundle)",
+    )  # fmt: skip
+    parser.add_argument("--backend", default="onnxruntime", help="with triton-server: onnxruntime or tensorrt")
+    parser.add_argument("--instances", type=int, default=1, help="with triton-server: copies of each model per device")
+    parser.add_argument("--kind", default="gpu", help="with triton-server: gpu or cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    add_build(parser.add_argument_group("with --engine tensorrt"))
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.target == "triton-server":
+        return _triton_server(args)
+    return _bundle(args)
+
+
+def _triton_server(args: argparse.Namespace) -> int:
+    """A bundle as it is, or a pipeline by way of a bundle that is thrown away, as a model repository."""
+    import copy
+    import tempfile
+    from pathlib import Path
+
+    from accel.bundle import MANIFEST, Bundle
+    from accel.export.triton_server import Serving, write
+    from accel.files import refuse_existing
+
+    serving = Serving(backend=args.backend, instances=args.instances, kind=args.kind)
+    serving.check()
+    refuse_existing(Path(args.out), args.overwrite)
+    if (Path(args.model) / MANIFEST).is_file():
+        write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            inner = copy.copy(args)
+            inner.out, inner.json, inner.quiet = str(Path(folder) / "bundle"), False, True
+            inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
+            _bundle(inner)
+            write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
+    if args.json:
+        print(json.dumps({"repository": args.out, "backend": args.backend}))
+    else:
+        print(f"{args.out} is ready: tritonserver --model-repository {args.out}")
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -75,6 +122,11 @@ def run(args: argparse.Namespace) -> int:
 
     given = any(value is not None for value in (args.sampler, args.steps, args.guidance))
     is_bundle = args.precision in INT8 and (Path(args.model) / MANIFEST).is_file() and not given
+    if args.engine == "tensorrt":
+        from accel import trt
+        from accel.cuda import Cuda
+
+        trt.load(), Cuda(args.gpu)  # before the export takes minutes
     source = args.model if is_bundle else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
@@ -98,6 +150,10 @@ def run(args: argparse.Namespace) -> int:
             progress=stages(bar, task),
             int8=_int8(args),
         )
+    if args.engine == "tensorrt":
+        build_plans(bundle, args, (), [])
+    if getattr(args, "quiet", False):
+        return 0
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import int8_verdict
+from .. import int8_verdict, plans
 from ..bundle import Bundle, Component
 from ..engines import ENGINES, status
 from ..errors import UserError
@@ -16,6 +16,9 @@ EXAMPLE = "accel inspect my-bundle"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument(
+        "--for", dest="target", choices=("tensorrt",), help="check every graph against what that engine's parser takes"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
     add_json(parser)
 
@@ -29,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         except UserError as error:
             problem = error
     engines = {name: status(name) for name in ENGINES}
+    compiled = _plans(bundle)
+    refused = _operators(bundle) if args.target else {}
     if args.json:
         print(json.dumps({
             "manifest": bundle.manifest.as_dict(),
@@ -36,10 +41,61 @@ def run(args: argparse.Namespace) -> int:
             "intact": None if args.no_verify else problem is None,
             "problem": str(problem) if problem else None,
             "engines": {name: vars(state) for name, state in engines.items()},
+            "plans": compiled,
+            **({"tensorrt_operators": refused} if args.target else {}),
         }, indent=2))
     else:
         _print(bundle, args.no_verify, problem, engines)
-    return 1 if problem else 0
+        for entry in compiled:
+            print(f"  plan      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
+                  f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}")
+        for name, rows in refused.items():
+            print(f"  {name:<15} {'no: ' + str(len(rows)) + ' nodes' if rows else 'every node is one'} "
+                  f"{'that TensorRT does not take' if rows else 'that TensorRT takes'}")
+            for row in rows[:10]:
+                print(f"      {row['operator']} {row['node']}: {row['reason']}")
+    return 1 if problem or any(refused.values()) else 0
+
+
+def _operators(bundle: Bundle) -> dict[str, list[dict]]:
+    """Component -> the nodes that TensorRT's published operator matrix does not list."""
+    from accel.export.operators import check
+    from accel.graph import graph_file
+
+    return {
+        name: [vars(problem) for problem in check(graph_file(bundle, component))]
+        for name, component in bundle.manifest.components.items()
+    }
+
+
+def _here() -> tuple[plans.Here | None, UserError | None]:
+    """What plans would run on here, or why there is nothing."""
+    from .. import trt
+    from ..cuda import Cuda
+
+    try:
+        return plans.Here.of(trt.load().__version__, Cuda().gpu), None
+    except UserError as error:
+        return None, error
+
+
+def _plans(bundle: Bundle) -> list[dict]:
+    """The TensorRT plans beside a bundle and what the pre-flight says of each, on this machine where it has a GPU."""
+    found = plans.find(bundle)
+    here, missing = _here() if found else (None, None)
+    rows = []
+    for plan in found:
+        if isinstance(plan, UserError):
+            rows.append({"what": "?", "key": None, "ok": False, "reason": plan.message, "fix": plan.fix})
+            continue
+        verdict = plans.preflight(bundle, plan, here)
+        if verdict.ok and missing:
+            verdict = plans.Verdict(False, missing.message, missing.fix)
+        profiles = ", ".join(p["name"] for p in plan.identity["profiles"])
+        built = f"TensorRT {plan.identity['tensorrt']}, {plan.identity['gpu']}"
+        what = f"{plan.component} {plan.key[:8]} ({built}, {profiles})"
+        rows.append({"what": what, "key": plan.key, "ok": verdict.ok, "reason": verdict.reason, "fix": verdict.fix})
+    return rows
 
 
 def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines) -> None:

@@ -10,10 +10,17 @@ from .. import interrupt
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino (default: auto)")
+    parser.add_argument(
+        "--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino, tensorrt (default: auto)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile); an OpenVINO device (openvino)")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
+    parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
+    parser.add_argument("--plan", help="key of the plan to use; by default the newest that fits (tensorrt)")
+    parser.add_argument(
+        "--allow-host-code", action="store_true", default=None, help="let a version-compatible plan run its own runtime"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (onnxruntime, openvino)")
 
 
@@ -21,7 +28,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, by the names the engines use."""
     return {
         name: getattr(args, name)
-        for name in ("device", "dtype", "provider", "threads")
+        for name in ("device", "dtype", "provider", "threads", "cuda_graph", "plan", "allow_host_code")
         if getattr(args, name, None) is not None
     }
 
@@ -30,6 +37,56 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="dmd2, dpmpp_2m, ddim or euler (default: the bundle's own)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the bundle's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 or 1 for none (default: the bundle's own)")
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    """Options of `export.tensorrt.BuildOptions`."""
+    parser.add_argument("--optimization-level", type=int, default=3, help="0 (fast build) to 5 (longest search)")
+    parser.add_argument("--tf32", action="store_true", help="let float32 layers multiply in TF32")
+    parser.add_argument("--workspace", type=size, metavar="SIZE", help="cap on scratch memory, such as 2G or 512M")
+    parser.add_argument("--no-timing-cache", action="store_true", help="measure every kernel again")
+    parser.add_argument("--refittable", action="store_true", help="weights can be exchanged afterwards (LoRA)")
+    parser.add_argument("--version-compatible", action="store_true", help="also for later TensorRT; may be slower")
+    parser.add_argument(
+        "--hardware-compatible", default="none", choices=("none", "ampere_plus", "same_compute_capability"),
+        help="also for other GPUs; may be slower (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--strip-plan", action="store_true", help="leave weights out; the bundle has them")
+    parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
+    parser.add_argument("--gpu", type=int, default=0, help="which GPU (default: 0)")
+
+
+def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]) -> list[Any]:
+    """Run a build as `add_build`'s options say, with a progress bar and lines on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from accel.export.tensorrt import BuildOptions, build
+
+    options = BuildOptions(
+        optimization_level=args.optimization_level, tf32=args.tf32, workspace=args.workspace,
+        timing_cache=not args.no_timing_cache, refittable=args.refittable, version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible, strip_plan=args.strip_plan,
+        weight_streaming=args.weight_streaming,
+    )  # fmt: skip
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    columns = (TextColumn("{task.description:<48}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        return build(
+            bundle, components, profiles=profiles, options=options, device=args.gpu,
+            force=getattr(args, "force", False), progress=stages(bar, task), announce=console.print,
+        )  # fmt: skip
+
+
+def size(text: str) -> int:
+    """Bytes of `512M`, `2G` or a plain number."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512M or 2G") from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

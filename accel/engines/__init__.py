@@ -16,6 +16,7 @@ from .base import Engine, Status
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
     {
+        "tensorrt": "accel.engines.tensorrt",
         "openvino": "accel.engines.openvino",
         "onnxruntime": "accel.engines.onnxruntime",
         "compile": "accel.engines.compile",
@@ -37,12 +38,13 @@ def status(name: str) -> Status:
     return import_module(ENGINES[name]).status()
 
 
-def choose(name: str = "auto", component: Component | None = None) -> str:
+def choose(name: str = "auto", component: Component | None = None, bundle: Bundle | None = None) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
-    On a machine with a GPU that ONNX Runtime can drive, `auto` prefers it; otherwise the fastest CPU engine.
-    `compile` is never chosen by itself, because its first call takes minutes. For an int8 component `auto` goes by what
-    its export measured: never an engine on which int8 was slower, never pictures outside the parity budget.
+    `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
+    drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes. For
+    an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never pictures
+    outside the parity budget.
 
     Raises:
         UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
@@ -53,25 +55,32 @@ def choose(name: str = "auto", component: Component | None = None) -> str:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
     if component is not None and component.int8:
+        _check_parity(component)
+    if bundle is not None and component is not None and _has_plan(bundle, component.name):
+        return "tensorrt"
+    if component is not None and component.int8:
         return _choose_int8(component)
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail:
         return "onnxruntime"
     for candidate in ENGINES:
-        if candidate != "compile" and status(candidate).ok:
+        if candidate not in ("compile", "tensorrt") and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
 
 
-def _choose_int8(component: Component) -> str:
-    verdict = component.int8.get("verdict", {})
-    parity = verdict.get("parity", {})
+def _check_parity(component: Component) -> None:
+    parity = component.int8.get("verdict", {}).get("parity", {})
     if parity.get("ok") is False:
         raise UserError(
             f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
             f"float32, {parity.get('budget', float('nan')):g} asked for), so auto does not choose it",
             "name an engine to use it all the same, or export with --precision auto, or with --budget",
         )
+
+
+def _choose_int8(component: Component) -> str:
+    verdict = component.int8.get("verdict", {})
     able = [name for name in ("openvino", "onnxruntime") if status(name).ok]
     measured = verdict.get("engines", {})
     if verdict.get("machine") == machine_name():
@@ -89,6 +98,18 @@ def _choose_int8(component: Component) -> str:
     if able:
         return able[0]
     raise UserError("no engine that runs int8 is installed", 'pip install "accel-diffusion[cpu]"')
+
+
+def _has_plan(bundle: Bundle, component: str) -> bool:
+    """Whether a TensorRT plan of the component passes the pre-flight here. Costs nothing where there are no plans."""
+    from .. import plans, trt
+    from ..cuda import Cuda
+
+    found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
+    if not found or not status("tensorrt").ok:
+        return False
+    here = plans.Here.of(trt.load().__version__, Cuda().gpu)
+    return any(plans.preflight(bundle, plan, here).ok for plan in found)
 
 
 def load_engine(
@@ -109,7 +130,7 @@ def load_engine(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     record = bundle.component(component)
-    name = choose(engine, record)
+    name = choose(engine, record, bundle)
     if verify:
         bundle.verify([record.folder])
     try:

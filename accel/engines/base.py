@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle, Component
 from ..errors import UserError
-from ..files import inside
+from ..graph import graph_file
 from ..tensors import check
+
+__all__ = ["Engine", "Status", "check_threads", "graph_file", "to_numpy", "to_torch"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def to_torch(value: Any, device: str) -> Any:
-    """A torch tensor on a device of a numpy array, a torch tensor or a DLPack object."""
+    """A torch tensor on a device of a numpy array, a torch tensor, a DLPack or a `__cuda_array_interface__` object."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -105,38 +106,6 @@ def to_torch(value: Any, device: str) -> Any:
         # torch shares numpy's memory; it takes none that runs backwards, and warns where it must not write.
         shared = array.flags.writeable and all(step >= 0 for step in array.strides)
         return torch.from_numpy(array if shared else array.copy()).to(device)
+    if not hasattr(value, "__dlpack__") and hasattr(value, "__cuda_array_interface__"):
+        return torch.as_tensor(value, device=device)
     return torch.from_dlpack(value).to(device)
-
-
-def graph_file(bundle: Bundle, component: Component, engine: str = "") -> Path:
-    """The ONNX file of a component that an engine loads, once its external data are known to stay inside the bundle.
-
-    Raises:
-        UserError: when the graph reads a file that is not part of the bundle.
-    """
-    import onnx
-
-    path = bundle.file(component.graph_for(engine))
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise UserError(f"{path} is no readable ONNX file ({type(error).__name__})", "export the model again") from None
-    tensors = [*_tensors(model.graph)] + [t for f in model.functions for t in _tensors(f)]
-    locations = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    for location in sorted(locations):
-        inside(path.parent, location, "the graph's external data")
-        bundle.file(f"{component.folder}/{location}")
-    return path
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every tensor of an ONNX graph or function, in attributes and subgraphs too: any of them may name a file."""
-    yield from getattr(graph, "initializer", ())
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for inner in (attribute.g, *attribute.graphs):
-            yield from _tensors(inner)

@@ -13,10 +13,8 @@ import numpy as np
 
 from ..bundle import Bundle, Component
 from ..errors import MissingPackage, UserError
-from ..files import cache_dir
 from .base import Engine, Status, check_threads, graph_file, to_torch
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+from .providers import PROVIDERS, chain
 
 
 def status() -> Status:
@@ -39,6 +37,7 @@ class OnnxRuntime(Engine):
             when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
             the latents that the sampler still needs.
         session: further session config entries.
+        provider_options: options of the GPU provider by ONNX Runtime's names, over ours (`accel.engines.providers`).
     """
 
     name = "onnxruntime"
@@ -53,6 +52,7 @@ class OnnxRuntime(Engine):
         threads: int = 0,
         io_binding: bool | None = None,
         session: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
         check_threads(threads)
@@ -81,11 +81,11 @@ class OnnxRuntime(Engine):
         options.intra_op_num_threads = threads
         for key, value in (session or {}).items():
             options.add_session_config_entry(key, value)
-        chain = _providers(provider, device_id, bundle)
+        providers = chain(provider, device_id, bundle, component, provider_options)
         try:
             own = "onnxruntime" if provider == "cpu" else ""
             self.session = ort.InferenceSession(
-                str(graph_file(bundle, component, own)), options, providers=chain,
+                str(graph_file(bundle, component, own)), options, providers=providers,
                 # It would turn a product and its bias into a float one before int8 is looked at (static shapes).
                 disabled_optimizers=["MatMulAddFusion"] if component.int8 else None,
             )  # fmt: skip
@@ -143,26 +143,6 @@ class OnnxRuntime(Engine):
 
     def close(self) -> None:
         del self.session
-
-
-def _providers(provider: str, device_id: int, bundle: Bundle) -> list:
-    """The chosen provider, then what it may hand operators to."""
-    cpu = PROVIDERS["cpu"]
-    if provider == "cpu":
-        return [cpu]
-    cuda = (PROVIDERS["cuda"], {"device_id": device_id})
-    if provider == "cuda":
-        return [cuda, cpu]
-    cache = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32]
-    cache.mkdir(parents=True, exist_ok=True)
-    tensorrt = {
-        "device_id": device_id,
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache.parent),
-    }
-    return [(PROVIDERS["tensorrt"], tensorrt), cuda, cpu]
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> OnnxRuntime:

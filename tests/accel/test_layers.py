@@ -30,9 +30,9 @@ FORBIDDEN = {
 }
 # The shared ground knows nobody above it.
 GROUND = (
-    "_version", "arrays", "bundle", "errors", "files", "floor", "int8", "int8_file", "int8_packed", "int8_ranges",
-    "int8_recipe", "int8_verdict", "lora", "machine", "networks", "noise", "noise_schedule", "parity", "profiles",
-    "sampler", "solvers", "source", "tensors", "tokenizer", "topology",
+    "_version", "arrays", "bundle", "cuda", "errors", "files", "floor", "graph", "int8", "int8_file", "int8_packed",
+    "int8_ranges", "int8_recipe", "int8_verdict", "lora", "machine", "networks", "noise", "noise_schedule", "parity",
+    "plans", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology", "trt", "trust",
 )
 FORBIDDEN |= {
     f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)

@@ -16,7 +16,8 @@ from accel import engines, int8_packed, networks
 from accel import int8 as fake
 from accel.bundle import Bundle
 from accel.errors import Notice, UserError
-from accel.export import audit, check, parity, quantize, sensitivity, uint8, verdict
+from accel.export import check, parity, quantize, sensitivity, uint8, verdict
+from accel.export import int8_audit as audit
 from accel.export.calibration import Calibration, calibration, default_prompts, read_prompts
 from accel.export.int8_options import Options
 from accel.export.onnx import example

@@ -16,8 +16,8 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.engines import load_engine, status
-from accel.engines.base import graph_file
 from accel.errors import UserError
+from accel.graph import graph_file
 
 EXPECTED = 0.95  # share of the quantised layers that must run in int8
 

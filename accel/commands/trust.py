@@ -1,0 +1,53 @@
+"""Let TensorRT plans run that you have not built yourself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .. import plans
+from ..bundle import Bundle
+from ..errors import UserError
+from .options import add_json
+
+EXAMPLE = "accel trust my-bundle --yes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description += ". A plan is executable code: running one is running a program of whoever made it."
+    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("--yes", action="store_true", help="sign them; without it they are only shown")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    found = plans.find(bundle)
+    whole = [plan for plan in found if isinstance(plan, plans.Plan)]
+    foreign = [plan for plan in whole if not plans.trusted(plan)]
+    for plan in foreign:
+        broken = plans.damage(plan)
+        if broken:
+            raise UserError(f"{plan.path} cannot be trusted: {broken.reason}", "get it again, or build it here")
+    rows = [
+        {"component": p.component, "key": p.key, "sha256": p.record["plan"]["sha256"], "gpu": p.identity["gpu"],
+         "tensorrt": p.identity["tensorrt"], "built": p.record["built"]} for p in foreign
+    ]  # fmt: skip
+    if args.yes:
+        for plan in foreign:
+            plans.sign(plan.path)
+    if args.json:
+        print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
+        return 0
+    for problem in (entry for entry in found if isinstance(entry, UserError)):
+        print(f"left out: {problem.message}")
+    for row in rows:
+        print(f"{row['component']} {row['key'][:8]}: TensorRT {row['tensorrt']}, {row['gpu']}, "
+              f"built {row['built'][:16]}, sha256 {row['sha256']}")
+    if not foreign:
+        print(f"{len(whole)} plans, all of them yours already" if whole else f"{bundle.path} has no TensorRT plans")
+    elif args.yes:
+        print(f"{len(rows)} plans carry your signature now")
+    else:
+        print(f"compare these with what their maker says; then: accel trust {bundle.path} --yes")
+    return 0

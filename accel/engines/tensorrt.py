@@ -1,0 +1,324 @@
+"""TensorRT: plans that `accel build` made for this GPU, on torch's memory, without copies."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+from .. import plans, trt
+from ..bundle import Bundle, Component
+from ..cuda import Cuda
+from ..errors import UserError
+from ..graph import graph_file
+from ..plans import Here, Plan
+from ..profiles import Range
+from .base import Engine, Status, to_torch
+
+CUDA_GRAPHS = ("off", "step", "loop")
+_ALIGNMENT = 512
+_GRAPHS = 4  # captured shapes per thread: each holds its buffers
+
+
+def status() -> Status:
+    version = trt.installed()
+    if version is None:
+        return Status(False, "tensorrt is not installed", 'pip install "accel-diffusion[tensorrt]"')
+    try:
+        version = trt.load().__version__
+        gpu = Cuda().gpu
+    except UserError as error:
+        return Status(False, error.message, error.fix)
+    return Status(True, f"tensorrt {version} on {gpu.name}")
+
+
+class Workspace:
+    """One thread's stream and scratch memory on one device, shared by all its engines: they run one after another.
+
+    The largest engine decides its size, so text encoder, UNet and VAE together need no more scratch than one of them.
+    """
+
+    def __init__(self, cuda: Cuda):
+        self.cuda, self.stream, self.memory = cuda, cuda.stream(), None
+
+    @property
+    def handle(self) -> int:
+        return self.cuda.handle(self.stream)
+
+    def scratch(self, size: int) -> tuple[int, int]:
+        """Address and size of at least `size` bytes. Growing moves it, which captured graphs have to notice."""
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = None
+            self.memory = self.cuda.empty((max(size, _ALIGNMENT),), "uint8")
+        return self.memory.data_ptr(), self.memory.numel()
+
+
+_threads = threading.local()
+
+
+def workspace(cuda: Cuda) -> Workspace:
+    """The calling thread's workspace on a device; it lives as long as an engine of the thread holds it."""
+    if not hasattr(_threads, "workspaces"):
+        _threads.workspaces = WeakValueDictionary()
+    found = _threads.workspaces.get(cuda.index)
+    if found is None:
+        found = _threads.workspaces[cuda.index] = Workspace(cuda)
+    return found
+
+
+class Bound:
+    """An execution context tied to fixed buffers for one shape: what a CUDA graph can be captured from.
+
+    TensorRT leaves undefined what a graph does after its context was changed, so each captured shape has one of these.
+
+    Attributes:
+        inputs, outputs: the buffers. Fill, `enqueue`, read.
+    """
+
+    def __init__(self, engine: TensorRT, sizes: Mapping[str, int]):
+        component, cuda = engine.component, engine.cuda
+        self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
+        self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}
+        self.outputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.outputs}
+        with cuda.on(self.workspace.stream):
+            profile = engine.nearest({name: tuple(t.shape) for name, t in self.inputs.items()})
+            self.context = engine.context()
+            self.scratch = engine.prepare(self.context, profile, self.inputs, self.outputs, self.workspace)
+
+    @property
+    def stale(self) -> bool:
+        """Whether scratch memory has moved or weights have changed since."""
+        memory = self.workspace.memory
+        return self.epoch != self.engine.epoch or memory is None or memory.data_ptr() != self.scratch
+
+    def enqueue(self) -> None:
+        self.engine.execute(self.context, self.workspace)
+
+
+class TensorRT(Engine):
+    """A component's plan on TensorRT.
+
+    Any number of threads may call one engine: each has its own context, stream and scratch memory.
+
+    Args:
+        device: "auto", "cuda" or "cuda:1".
+        plan: key of the plan to use; by default the newest that fits.
+        cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
+            lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
+        streaming_budget: bytes of weights to keep on the GPU, for plans built with weight streaming; None: TensorRT's
+            own choice.
+        allow_host_code: let a version-compatible plan run the TensorRT runtime that it carries inside.
+    """
+
+    name = "tensorrt"
+    native = "torch"
+
+    def __init__(
+        self, bundle: Bundle, component: Component, *, device: str = "auto", plan: str | None = None,
+        cuda_graph: str = "off", streaming_budget: int | None = None, allow_host_code: bool = False,
+    ):  # fmt: skip
+        super().__init__(bundle, component)
+        self.bundle = bundle
+        self.module = trt.load()
+        self.cuda = Cuda(_index(device))
+        self.device = self.cuda.device
+        self.plan, data = plans.choose(
+            bundle, component.name, Here.of(self.module.__version__, self.cuda.gpu), plan
+        )
+        self.cuda.activate()
+        self.engine = self._deserialize(data, allow_host_code)
+        self.component = replace(component, dims=_hull(component, self.plan))
+        self._check_tensors()
+        options = self.plan.identity["options"]
+        if options["weight_streaming"]:
+            own = self.engine.get_weight_streaming_automatic_budget
+            self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
+        if cuda_graph not in CUDA_GRAPHS:
+            raise UserError(f"unknown cuda_graph {cuda_graph!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
+        self.cuda_graph = cuda_graph
+        self.epoch = 0
+        self.loops: dict[tuple, Any] = {}
+        self._local = threading.local()
+        if options["strip_plan"]:
+            self._fill()
+        found = ", ".join(p["name"] for p in self.plan.identity["profiles"])
+        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {found}"
+
+    def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
+        """The engine of bytes that have passed the pre-flight."""
+        name, options = self.component.name, self.plan.identity["options"]
+        if options["version_compatible"] and not allow_host_code:
+            raise UserError(
+                f"the plan of {name} is version-compatible: it carries a runtime of its own, which is code to be run",
+                "--allow-host-code, or build it without --version-compatible",
+            )
+        with trt.collect() as messages:
+            self.runtime = self.module.Runtime(trt.logger(self.module))
+            if allow_host_code:
+                self.runtime.engine_host_code_allowed = True
+            engine = self.runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise UserError(
+                f"TensorRT refuses the plan of {name}: {messages.last()}",
+                f"accel build {self.bundle.path} --components {name} --force",
+            )
+        return engine
+
+    def _check_tensors(self) -> None:
+        """The plan must have the manifest's tensors: a wrong address would be read without a word."""
+        found = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        wanted = {spec.name for spec in (*self.component.inputs, *self.component.outputs)}
+        kinds = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
+        wrong = found ^ wanted or {
+            spec.name for spec in (*self.component.inputs, *self.component.outputs)
+            if self.engine.get_tensor_dtype(spec.name) != getattr(self.module.DataType, kinds[spec.dtype])
+        }  # fmt: skip
+        if wrong:
+            raise UserError(
+                f"the plan of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
+                f"accel build {self.bundle.path} --components {self.component.name} --force",
+            )
+
+    def _fill(self) -> None:
+        """Give a stripped plan its weights, out of the graph that it was built from."""
+        work = workspace(self.cuda)
+        with trt.collect() as messages, self.cuda.on(work.stream):
+            logger = trt.logger(self.module)
+            refitter = self.module.Refitter(self.engine, logger)
+            parser = self.module.OnnxParserRefitter(refitter, logger)
+            done = parser.refit_from_file(str(graph_file(self.bundle, self.component)))
+            done = done and refitter.refit_cuda_engine_async(work.handle)
+            self.cuda.synchronize(work.stream)
+        if not done:
+            raise UserError(
+                f"the weights of {self.component.name} do not go into its stripped plan: {messages.last()}",
+                f"accel build {self.bundle.path} --components {self.component.name} --force",
+            )
+
+    def array(self, value: Any) -> Any:
+        return to_torch(value, self.device)
+
+    def context(self) -> Any:
+        """A new execution context of the calling thread, whose scratch memory we provide."""
+        with trt.collect() as messages:
+            made = self.engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if made is None:
+            raise UserError(
+                f"TensorRT gives no execution context of {self.component.name}: {messages.last()}",
+                "free the GPU's memory (nvidia-smi shows who has it)",
+            )
+        return made
+
+    def nearest(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The profile that takes these shapes and was optimised for the closest ones.
+
+        Raises:
+            UserError: when none takes them, with what the closest one takes.
+        """
+        candidates = []
+        for i, profile in enumerate(self.plan.identity["profiles"]):
+            outside, misfit, distance = [], 0.0, 0.0
+            for name, (low, best, high) in profile["shapes"].items():
+                for axis, size in enumerate(shapes[name]):
+                    distance += abs(math.log(size / best[axis]))
+                    misfit += math.log(max(size / high[axis], low[axis] / size, 1.0))
+                if not all(a <= size <= b for a, size, b in zip(low, shapes[name], high, strict=True)):
+                    outside.append(f"{name} {list(shapes[name])} is not within {low} to {high}")
+            candidates.append((misfit, distance, i, outside, profile["name"]))
+        misfit, _, index, outside, name = min(candidates)
+        if misfit:
+            raise UserError(
+                f"no profile of this plan takes that; the closest is {name!r}, where {outside[0]}",
+                f"accel build {self.bundle.path} --components {self.component.name} --profile ... (one that does)",
+            )
+        return index
+
+    def prepare(
+        self, context: Any, profile: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any], work: Workspace
+    ) -> int:
+        """Tell a context its profile, shapes, addresses and scratch memory; returns the scratch memory's address."""
+        if context.active_optimization_profile != profile:
+            self._must(context.set_optimization_profile_async(profile, work.handle), "the profile")
+        shapes = self.plan.identity["profiles"][profile]["shapes"]
+        for name, tensor in inputs.items():
+            if name in shapes:
+                self._must(context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            self._must(context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}")
+        address, size = work.scratch(self.engine.get_device_memory_size_for_profile_v2(profile))
+        context.set_device_memory(address, size)
+        return address
+
+    def execute(self, context: Any, work: Workspace) -> None:
+        with trt.collect() as messages:
+            if not context.execute_async_v3(work.handle):
+                raise UserError(f"TensorRT could not run {self.component.name}: {messages.last()}", "see accel doctor")
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        self.cuda.activate()
+        sizes, local, work = self.sizes(feeds), self._local, workspace(self.cuda)
+        local.workspace = work  # holds it
+        profile = self.nearest({name: tuple(value.shape) for name, value in feeds.items()})
+        outputs = {s.name: self.cuda.empty(s.concrete(sizes), s.dtype) for s in self.component.outputs}
+        with self.cuda.on(work.stream):
+            if self.cuda_graph != "off":
+                self._replay(sizes, feeds, outputs)
+                return outputs
+            if not hasattr(local, "context"):
+                local.context = self.context()
+            held = {name: value.contiguous() for name, value in feeds.items()}
+            self.prepare(local.context, profile, held, outputs, work)
+            self.execute(local.context, work)
+        return outputs
+
+    def _replay(self, sizes: Mapping[str, int], feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Copy in, replay this shape's graph, copy out; capture it first where there is none that is still valid."""
+        if not hasattr(self._local, "graphs"):
+            self._local.graphs = OrderedDict()
+        graphs, key = self._local.graphs, tuple(sorted(sizes.items()))
+        bound, replay = graphs.pop(key, (None, None))
+        if bound is None or bound.stale:
+            bound, replay = Bound(self, sizes), None
+        for name, value in feeds.items():
+            bound.inputs[name].copy_(value)
+        if replay is None:
+            bound.enqueue()  # TensorRT wants one ordinary run before a capture
+            replay = self.cuda.capture(bound.workspace.stream, bound.enqueue)
+        replay()
+        for name, value in outputs.items():
+            value.copy_(bound.outputs[name])
+        graphs[key] = bound, replay
+        while len(graphs) > _GRAPHS:
+            graphs.popitem(last=False)
+
+    @staticmethod
+    def _must(ok: bool, what: str) -> None:
+        assert ok, f"TensorRT refuses {what}, although the pre-flight and the profile allow it"
+
+    def close(self) -> None:
+        self._local = threading.local()
+        del self.engine, self.runtime
+
+
+def _index(device: str) -> int:
+    kind, _, number = device.partition(":")
+    if device != "auto" and (kind != "cuda" or not (number or "0").isdigit()):
+        raise UserError(f"TensorRT does not run on {device!r}", "--device cuda or --device cuda:1")
+    return int(number or 0)
+
+
+def _hull(component: Component, plan: Plan) -> dict[str, Range]:
+    """The dimensions a plan takes: from the smallest to the largest of all its profiles."""
+    dims = {}
+    for name, limits in component.dims.items():
+        low, best, high = zip(*(profile["dims"][name] for profile in plan.identity["profiles"]), strict=True)
+        dims[name] = Range(min(low), best[0], max(high), limits.multiple)
+    return dims
+
+
+def load(bundle: Bundle, component: Component, **options: Any) -> TensorRT:
+    return TensorRT(bundle, component, **options)

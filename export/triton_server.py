@@ -1,0 +1,178 @@
+"""A bundle as a model repository of NVIDIA Triton Inference Server, for those who outgrow one machine.
+
+    OUT/accel.json                                     the manifest, for the client
+    OUT/<component>/config.pbtxt  1/model.onnx (+ model.safetensors) or 1/model.plan
+
+Text encoders and VAE take requests of different clients in one batch (dynamic batching). The UNet does not: its
+timestep is one number for the whole batch, and requests of different clients are at different steps. There the batch is
+the client's own, and concurrency comes from instances.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel import plans
+from accel.bundle import MANIFEST, Bundle, Component
+from accel.errors import UserError
+from accel.files import new_folder
+from accel.plans import Plan
+from accel.profiles import Range
+from accel.tensors import TensorSpec
+
+BACKENDS = ("onnxruntime", "tensorrt")
+_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
+          "int32": "TYPE_INT32"}  # fmt: skip
+
+
+class Word(str):
+    """A word of the text format that is not quoted: an enum's member."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a repository is to be served.
+
+    Attributes:
+        backend: "onnxruntime" or "tensorrt" (needs plans, and a server with their TensorRT and their GPU).
+        instances: copies of each model per device.
+        kind: "gpu" or "cpu".
+        queue_microseconds: how long a request may wait for others to share its batch.
+    """
+
+    backend: str = "onnxruntime"
+    instances: int = 1
+    kind: str = "gpu"
+    queue_microseconds: int = 2000
+
+    def check(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"unknown backend {self.backend!r}", f"one of: {', '.join(BACKENDS)}")
+        if self.kind not in ("gpu", "cpu") or (self.kind, self.backend) == ("cpu", "tensorrt"):
+            raise UserError(f"{self.backend} does not run on {self.kind!r}", "use gpu, or onnxruntime on cpu")
+        if self.instances < 1 or self.queue_microseconds < 0:
+            raise UserError(f"{self.instances} instances, {self.queue_microseconds} us", "at least 1, and not below 0")
+
+
+def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, overwrite: bool = False) -> Path:
+    """Write the repository; it appears only when it is whole.
+
+    Raises:
+        UserError: for a bundle without plans where the backend is TensorRT, or changed files.
+    """
+    serving = serving or Serving()
+    serving.check()
+    bundle.verify()
+    components = bundle.manifest.components.values()
+    chosen = {c.name: _plan(bundle, c.name) if serving.backend == "tensorrt" else None for c in components}
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
+        for component in components:
+            version = folder / component.name / "1"
+            version.mkdir(parents=True)
+            plan = chosen[component.name]
+            if plan is None:
+                shutil.copyfile(bundle.file(component.graph), version / "model.onnx")
+                shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
+            else:
+                shutil.copyfile(plan.path, version / "model.plan")
+            text = text_format(config(component, serving, plan))
+            (folder / component.name / "config.pbtxt").write_text(text)
+    return Path(out)
+
+
+def _plan(bundle: Bundle, component: str) -> Plan:
+    """The newest plan that belongs to this bundle; the server's machine need not be this one."""
+    for plan in plans.find(bundle, component):
+        if isinstance(plan, Plan) and plans.preflight(bundle, plan, None).ok:
+            return plan
+    raise UserError(f"{bundle.path} has no TensorRT plan of {component}", f"accel build {bundle.path}")
+
+
+def config(component: Component, serving: Serving, plan: Plan | None = None) -> dict[str, Any]:
+    """Triton's `ModelConfig` of a component, as data (the field names are its protobuf's)."""
+    dims = dict(component.dims)
+    profiles = plan.identity["profiles"] if plan else []
+    for name, ends in (profiles[0]["dims"] if profiles else {}).items():
+        dims[name] = Range(ends[0], ends[1], ends[2], dims[name].multiple)
+    batched = _batch(component, dims)
+    made: dict[str, Any] = {
+        "name": component.name,
+        "backend": serving.backend,
+        "default_model_filename": "model.plan" if plan else "model.onnx",
+        "max_batch_size": dims[batched].max if batched else 0,
+        "input": [_tensor(spec, component, bool(batched)) for spec in component.inputs],
+        "output": [_tensor(spec, component, bool(batched)) for spec in component.outputs],
+        "instance_group": [
+            {"count": serving.instances, "kind": Word(f"KIND_{serving.kind.upper()}")}
+            | ({"profile": ["0"]} if profiles else {})
+        ],
+        "model_warmup": [_warmup(component, dims, batched)],
+    }
+    if batched and dims[batched].max > 1:
+        preferred = sorted({dims[batched].opt, dims[batched].max} - {1})
+        made["dynamic_batching"] = {
+            "preferred_batch_size": preferred, "max_queue_delay_microseconds": serving.queue_microseconds
+        }
+    return made
+
+
+def _batch(component: Component, dims: Mapping[str, Range]) -> str | None:
+    """The dimension that Triton may batch over: the first of every input, free, and starting at one."""
+    first = {spec.shape[0] if spec.shape else None for spec in component.inputs}
+    name = first.pop() if len(first) == 1 else None
+    return name if isinstance(name, str) and not component.dims[name].fixed and dims[name].min == 1 else None
+
+
+def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, Any]:
+    free = lambda d: isinstance(d, str) and not component.dims[d].fixed  # noqa: E731
+    sizes = [-1 if free(d) else component.dims[d].min if isinstance(d, str) else d for d in spec.shape]
+    made: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype])}
+    if not sizes:  # Triton has no scalars: the client sends [1]
+        return made | {"dims": [1], "reshape": {"shape": []}}
+    return made | {"dims": sizes[1:] if batched else sizes}
+
+
+def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None) -> dict[str, Any]:
+    """One run at the shapes the model is best for, before the server says it is ready."""
+    sizes = {name: limits.opt for name, limits in dims.items()}
+    inputs = {}
+    for spec in component.inputs:
+        shape = list(spec.concrete(sizes))
+        inputs[spec.name] = {
+            "data_type": Word(_TYPES[spec.dtype]), "dims": (shape[1:] if batched else shape) or [1], "zero_data": True
+        }
+    return {"name": "ready", "batch_size": sizes[batched] if batched else 0, "inputs": inputs}
+
+
+def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
+    """Protobuf's text format of plain data: dicts are messages, lists repeat, `inputs` is a map."""
+    lines: list[str] = []
+    pad = "  " * indent
+    for name, value in data.items():
+        if name == "inputs":
+            for key, entry in value.items():
+                lines += [f"{pad}inputs {{", f'{pad}  key: "{key}"', f"{pad}  value {{"]
+                lines += [text_format(entry, indent + 2).rstrip("\n"), f"{pad}  }}", f"{pad}}}"]
+            continue
+        for item in _items(value):
+            if isinstance(item, Mapping):
+                inner = text_format(item, indent + 1).rstrip("\n")
+                lines += [f"{pad}{name} {{", *([inner] if inner else []), f"{pad}}}"]
+            else:
+                lines.append(f"{pad}{name}: {_scalar(item)}")
+    return "\n".join(lines) + "\n"
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) and not isinstance(value, Word) else str(value)

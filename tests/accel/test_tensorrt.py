@@ -1,0 +1,451 @@
+"""Running plans, against doubles of TensorRT and CUDA: the double computes with ONNX Runtime on the given addresses."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import accel
+from accel import plans
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.engines.loop import FixedLoop
+from accel.engines.refit import Refit
+from accel.engines.tensorrt import workspace
+from accel.errors import UserError
+from accel.export.tensorrt import BuildOptions, build
+
+
+@pytest.fixture
+def bundle(bundle_copy):
+    return Bundle.open(bundle_copy)
+
+
+def inputs(batch=2, height=16, width=16, seed=0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "sample": rng.standard_normal((batch, 4, height, width), dtype=np.float32),
+        "timestep": np.array(500, np.float32),
+        "encoder_hidden_states": rng.standard_normal((batch, 77, 32), dtype=np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def session(sd15_bundle):
+    """The UNet's graph on ONNX Runtime itself, as it is written; once, because making a session takes seconds."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(sd15_bundle / "unet" / "model.onnx"), options)
+
+
+@pytest.fixture
+def expected(session):
+    return lambda feeds: session.run(["out_sample"], feeds)[0]
+
+
+def test_a_plan_computes_what_the_graph_computes(bundle, tensorrt, expected):
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    for feeds in (inputs(), inputs(3, 16, 32), inputs(8, 32, 24)):
+        out = unet(**feeds)["out_sample"]
+        assert torch.is_tensor(out) and np.array_equal(out.numpy(), expected(feeds))
+    assert tensorrt.__version__ in unet.description and "Double GPU" in unet.description
+    unet.close()
+
+
+@pytest.mark.parametrize("graph", ["off", "step", "loop"])
+def test_the_picture_is_the_one_of_onnx_runtime(bundle, tensorrt, graph):
+    build(bundle, ("text_encoder", "unet", "vae_decoder"))
+    ours = accel.load(bundle, "tensorrt", cuda_graph=graph)
+    theirs = accel.load(bundle, "onnxruntime", threads=1)
+    for options in ({"seed": 3}, {"seed": 4, "height": 128}, {"seed": 3}, {"sampler": "dmd2", "steps": 3, "seed": 1},
+                    {"sampler": "dmd2", "steps": 3, "seed": 2, "guidance_scale": 0}):  # fmt: skip
+        a, b = (pipe("the cat", output_type="np", **options) for pipe in (ours, theirs))
+        assert np.abs(a.images - b.images).max() < 1e-5, options
+
+
+def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
+    assert accel.load_engine(bundle, "unet").name == "openvino"
+    build(bundle, ("unet",))
+    assert accel.load_engine(bundle, "unet").name == "tensorrt"
+    assert accel.load_engine(bundle, "vae_decoder").name == "openvino"
+
+
+def test_dlpack_and_strided_inputs(bundle, tensorrt, expected):
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    feeds = inputs()
+    wanted = expected(feeds)
+    strided = torch.tensor(feeds["sample"].transpose(0, 1, 3, 2).copy()).transpose(2, 3)
+    assert not strided.is_contiguous()
+
+    class Foreign:
+        """Another library's array."""
+
+        def __init__(self, tensor):
+            self.tensor, self.dtype, self.shape = tensor, tensor.dtype, tensor.shape
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    given = feeds | {"sample": strided, "encoder_hidden_states": Foreign(torch.tensor(feeds["encoder_hidden_states"]))}
+    assert np.array_equal(unet(**given)["out_sample"].numpy(), wanted)
+
+
+def test_tensors_in_place_are_not_copied(bundle, tensorrt, monkeypatch):
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    sample = torch.tensor(inputs()["sample"])
+    seen = {}
+    monkeypatch.setattr(unet, "prepare", lambda c, p, held, *rest: seen.update(held) or prepare(c, p, held, *rest))
+    prepare = type(unet).prepare.__get__(unet)
+    unet(**inputs() | {"sample": sample})
+    assert seen["sample"].data_ptr() == sample.data_ptr()
+
+
+# Profiles
+
+
+def test_the_closest_profile_runs_and_a_misfit_says_why(bundle, tensorrt, expected):
+    names = ["batch=1,size=64", "batch=1-4,size=64-96", "batch=1-2,height=64-128,width=128"]
+    build(bundle, ("unet",), profiles=names)
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    pick = lambda *shape: unet.nearest({"sample": shape, "encoder_hidden_states": (shape[0], 77, 32)})  # noqa: E731
+    assert [pick(2, 4, 16, 16), pick(1, 4, 16, 16), pick(8, 4, 24, 24), pick(4, 4, 32, 32)] == [0, 1, 1, 2]
+    for feeds in (inputs(2), inputs(8, 24, 24), inputs(4, 32, 32), inputs(2)):
+        assert np.array_equal(unet(**feeds)["out_sample"].numpy(), expected(feeds))
+    with pytest.raises(UserError, match="no profile of this plan takes that; the closest is 'batch=1-4") as caught:
+        unet(**inputs(8, 32, 32))
+    assert "[8, 4, 32, 32] is not within" in caught.value.message
+    with pytest.raises(UserError, match="batch 9 is outside profile"):
+        unet(**inputs(9))
+
+
+def test_a_plan_for_less_than_the_bundle_splits_the_work(bundle, tensorrt):
+    build(bundle, ("text_encoder", "unet", "vae_decoder"), profiles=["batch=1-2,size=128"])
+    pipe = accel.load(bundle, "tensorrt")
+    assert pipe.engines["unet"].component.dims["batch"].max == 4
+    made = pipe("the cat", num_images_per_prompt=3, output_type="np")  # two and one
+    assert made.images.shape == (3, 128, 128, 3)
+    with pytest.raises(UserError, match="height 64 is outside"):
+        pipe("the cat", height=64)
+
+
+# Scratch memory, threads, graphs
+
+
+def test_one_scratch_memory_serves_all_engines_of_a_thread(bundle, tensorrt):
+    build(bundle, ("text_encoder", "unet", "vae_decoder"))
+    pipe = accel.load(bundle, "tensorrt")
+    pipe("the cat")
+    tensorrt._world.executed.clear()
+    pipe("the cat")
+    assert len({memory for memory, _ in tensorrt._world.executed}) == 1
+    work = workspace(pipe.engines["unet"].cuda)
+    largest = max(engine.engine.device_memory_size_v2 for engine in pipe.engines.values())
+    assert work.memory.numel() == largest
+
+
+def test_threads_have_contexts_streams_and_scratch_of_their_own(bundle, tensorrt, expected):
+    build(bundle, ("unet",))
+    for graph in ("off", "step"):
+        unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph=graph)
+        cases = [inputs(2, seed=i) for i in range(4)]
+        wanted, found, errors = [expected(feeds) for feeds in cases], [None] * 4, []
+
+        def run(i, unet=unet, found=found, errors=errors, cases=cases):
+            try:
+                for _ in range(3):
+                    found[i] = unet(**cases[i])["out_sample"].numpy()
+            except BaseException as error:
+                errors.append(error)
+
+        tensorrt._world.executed.clear()
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == [] and all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert len({memory for memory, _ in tensorrt._world.executed}) == 4
+
+
+def count_captures(engine, monkeypatch) -> list:
+    captured, capture = [], engine.cuda.capture
+    monkeypatch.setattr(engine.cuda, "capture", lambda *a: captured.append(1) or capture(*a))
+    return captured
+
+
+def test_a_graph_is_captured_once_per_shape_and_again_when_memory_moves(bundle, tensorrt, monkeypatch, expected):
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="step")
+    captured = count_captures(unet, monkeypatch)
+
+    def check(feeds, captures):
+        assert np.array_equal(unet(**feeds)["out_sample"].numpy(), expected(feeds))
+        assert len(captured) == captures
+
+    check(inputs(seed=1), 1)
+    check(inputs(seed=2), 1)
+    check(inputs(4, seed=3), 2)
+    check(inputs(2, 32, 32, seed=3), 3)
+    check(inputs(seed=4), 3)
+    old = workspace(unet.cuda).memory  # held, so that the new one lies elsewhere
+    workspace(unet.cuda).scratch(10 << 20)  # another engine needed more
+    assert workspace(unet.cuda).memory.data_ptr() != old.data_ptr()
+    check(inputs(seed=5), 4)
+    check(inputs(seed=6), 4)
+    for batch in (3, 5, 6, 7):
+        unet(**inputs(batch))
+    check(inputs(4, seed=3), 9)  # only so many shapes are held
+
+
+def test_outputs_of_a_graph_are_not_overwritten_by_the_next_call(bundle, tensorrt):
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="step")
+    first = unet(**inputs(seed=1))["out_sample"]
+    copy = first.clone()
+    unet(**inputs(seed=2))
+    assert torch.equal(first, copy)
+
+
+@pytest.mark.parametrize("name, steps", [("dmd2", 4), ("dpmpp_2m", 5), ("euler", 3)])
+def test_a_loop_is_one_graph_and_makes_the_same_latents(bundle, tensorrt, name, steps, expected):
+    from accel import sampler
+    from accel.noise_schedule import NoiseSchedule
+
+    build(bundle, ("unet",))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="loop")
+    schedule = NoiseSchedule.from_folder(bundle.path / "scheduler")
+    timesteps = sampler.grid(name, schedule, steps)
+    loop = FixedLoop(unet, name, schedule, timesteps)
+    draws = steps - 1 if sampler.needs_noise(name) else 0
+    for seed, batch in ((0, 1), (1, 1), (2, 2), (3, 1)):
+        rng = np.random.default_rng(seed)
+        x, *noise = (torch.tensor(rng.standard_normal((batch, 4, 16, 16), np.float32)) for _ in range(1 + draws))
+        text = torch.tensor(rng.standard_normal((batch, 77, 32), np.float32))
+        found = loop(x, {"encoder_hidden_states": text}, noise)
+        tensorrt._world.calls.clear()
+
+        def model(x, t, text=text):
+            feeds = {"sample": x.numpy(), "timestep": np.array(t, np.float32), "encoder_hidden_states": text.numpy()}
+            return torch.tensor(expected(feeds))
+
+        wanted = sampler.sample(name, model, x, schedule, timesteps=timesteps, noise=noise.__getitem__)
+        assert torch.allclose(found, wanted, atol=1e-5)
+    assert loop.captures == 2  # one per batch
+    old = workspace(unet.cuda).memory  # held, so that the new one lies elsewhere
+    workspace(unet.cuda).scratch(10 << 20)
+    assert workspace(unet.cuda).memory.data_ptr() != old.data_ptr()
+    loop(x, {"encoder_hidden_states": text}, noise)
+    assert loop.captures == 3
+
+
+# LoRA by refit
+
+
+def make_lora(folder, modules, seed, rank=2, scale=0.5):
+    """A LoRA in diffusers' format on linear layers of the UNet, with random weights."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, (out, into) in modules.items():
+        state[f"unet.{name}.lora_A.weight"] = scale * torch.randn(rank, into, generator=generator)
+        state[f"unet.{name}.lora_B.weight"] = scale * torch.randn(out, rank, generator=generator)
+    folder.mkdir()
+    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+@pytest.fixture
+def loras(bundle, tmp_path):
+    """Two LoRA files: one on self-attention, one on cross-attention and one of the former's layers."""
+    weights = load_file(bundle.path / "unet" / "model.safetensors")
+    shapes = {key.removesuffix(".weight"): tuple(value.shape) for key, value in weights.items()}
+    first = {key: shape for key, shape in shapes.items() if key.endswith(("attn1.to_q", "attn1.to_v"))}
+    second = {key: shape for key, shape in shapes.items() if key.endswith("attn2.to_k")} | dict([min(first.items())])
+    assert len(first) > 4 and len(second) > 4
+    return make_lora(tmp_path / "a", first, 1), make_lora(tmp_path / "b", second, 2)
+
+
+@pytest.mark.parametrize("graph", ["off", "step"])
+def test_a_to_b_to_a_leaves_no_residue(bundle, tensorrt, loras, graph, expected):
+    a, b = loras
+    build(bundle, ("unet",), options=BuildOptions(refittable=True))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph=graph)
+    out = lambda: unet(**inputs())["out_sample"].clone()  # noqa: E731
+    refit, base = Refit(unet), out()
+    assert np.array_equal(base.numpy(), expected(inputs()))
+    own = refit.digest
+    digest_a, out_a = refit.loras([a]), out()
+    digest_b, out_b = refit.loras([b]), out()
+    assert len({own, digest_a, digest_b}) == 3
+    assert not torch.equal(out_a, base) and not torch.equal(out_a, out_b) and not torch.equal(out_b, base)
+    assert refit.loras([a]) == digest_a and torch.equal(out(), out_a)
+    both = refit.loras([f"{a}=0.5", b])
+    assert both not in (digest_a, digest_b, own)
+    assert refit.loras([]) == own and torch.equal(out(), base) and refit.changed == frozenset()
+
+
+def test_refit_equals_fusing_before_export(bundle, tensorrt, loras):
+    from accel import networks
+    from accel.lora import fuse, lora_file
+
+    build(bundle, ("unet",), options=BuildOptions(refittable=True))
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    Refit(unet).loras([loras[0]])
+    record = bundle.component("unet")
+    module = networks.rebuild("unet", bundle.path / "unet/config.json", bundle.path / "unet/model.safetensors",
+                              record.inputs, record.outputs)  # fmt: skip
+    fuse(module.model, "unet", [lora_file(loras[0])])
+    with torch.no_grad():
+        (wanted,) = module(**{name: torch.tensor(value) for name, value in inputs().items()})
+    assert torch.allclose(unet(**inputs())["out_sample"], wanted, atol=1e-4)
+
+
+def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt, loras, monkeypatch, tmp_path):
+    build(bundle, ("unet",))
+    plain = accel.load_engine(bundle, "unet", "tensorrt")
+    with pytest.raises(UserError, match="not built to be refitted") as caught:
+        Refit(plain)
+    assert caught.value.fix.endswith("--refittable")
+    build(bundle, ("unet",), options=BuildOptions(refittable=True))
+    unet = accel.load_engine(bundle, "unet", "tensorrt")
+    before, refit = unet(**inputs())["out_sample"], Refit(unet)
+    own = refit.digest
+    with pytest.raises(UserError, match="does not fit this model"):
+        refit.loras([make_lora(tmp_path / "c", {"down_blocks.0.nothing": (4, 4)}, 3)])
+    tensorrt._world.fail.add("refit")
+    with pytest.raises(UserError, match="does not refit unet: .*missing weights"):
+        refit.loras([loras[0]])
+    assert refit.digest == own and torch.equal(unet(**inputs())["out_sample"], before)
+    monkeypatch.setattr(tensorrt, "__version__", "11.3.0.99")
+    with pytest.raises(UserError, match="drop the bias"):
+        Refit(unet)
+
+
+# What goes wrong, goes wrong with a reason
+
+
+def test_no_plan_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
+    with pytest.raises(UserError, match="has no TensorRT plan of unet") as caught:
+        accel.load_engine(bundle, "unet", "tensorrt")
+    assert caught.value.fix == f"accel build {bundle.path} --components unet"
+    for device, message in (("cuda:7", "GPU 7 is not usable"), ("cpu", "does not run on 'cpu'")):
+        with pytest.raises(UserError, match=message):
+            accel.load_engine(bundle, "unet", "tensorrt", device=device)
+    with pytest.raises(UserError, match="cuda_graph"):
+        build(bundle, ("unet",))
+        accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="yes")
+    monkeypatch.setattr("accel.trt.installed", lambda: None)
+    with pytest.raises(UserError, match="tensorrt is not installed"):
+        accel.load_engine(bundle, "unet", "tensorrt")
+
+
+def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
+    (good,) = build(bundle, ("unet",))
+    (newer,) = build(bundle, ("unet",), options=BuildOptions(optimization_level=5))
+    assert accel.load_engine(bundle, "unet", "tensorrt").plan.key == newer.key
+    assert accel.load_engine(bundle, "unet", "tensorrt", plan=good.key).plan.key == good.key
+    newer.path.write_bytes(b"broken")
+    assert accel.load_engine(bundle, "unet", "tensorrt").plan.key == good.key
+    with pytest.raises(UserError, match="it has 6 bytes"):
+        accel.load_engine(bundle, "unet", "tensorrt", plan=newer.key)
+    good.path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="and 1 more that do not fit"):
+        accel.load_engine(bundle, "unet", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    "fail, message", [("deserialize", "TensorRT refuses the plan of unet: .*magic tag"),
+                      ("context", "no execution context of unet: .*OutOfMemory"),
+                      ("execute", "could not run unet: .*illegal memory access")],
+)  # fmt: skip
+def test_tensorrts_own_failures_carry_its_words(bundle, tensorrt, fail, message):
+    build(bundle, ("unet",))
+    tensorrt._world.fail.add(fail)
+    with pytest.raises(UserError, match=message):
+        accel.load_engine(bundle, "unet", "tensorrt")(**inputs())
+
+
+def test_plans_are_never_handed_to_tensorrt_before_the_preflight(bundle, tensorrt):
+    (plan,) = build(bundle, ("unet",))
+    data = bytearray(plan.path.read_bytes())
+    data[-5] ^= 1
+    plan.path.write_bytes(data)
+    tensorrt._world.calls.clear()
+    with pytest.raises(UserError, match="changed after it was built"):
+        accel.load_engine(bundle, "unet", "tensorrt")
+    assert tensorrt._world.calls == []
+
+
+def test_host_code_is_not_run_unasked(bundle, tensorrt, expected):
+    build(bundle, ("unet",), options=BuildOptions(version_compatible=True))
+    with pytest.raises(UserError, match="carries a runtime of its own") as caught:
+        accel.load_engine(bundle, "unet", "tensorrt")
+    assert "--allow-host-code" in caught.value.fix
+    unet = accel.load_engine(bundle, "unet", "tensorrt", allow_host_code=True)
+    assert np.array_equal(unet(**inputs())["out_sample"].numpy(), expected(inputs()))
+
+
+def test_a_stripped_plan_gets_its_weights_from_the_bundle(bundle, tensorrt, expected):
+    (whole,) = build(bundle, ("unet",))
+    (plan,) = build(bundle, ("unet",), options=BuildOptions(strip_plan=True))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", plan=plan.key)
+    assert np.array_equal(unet(**inputs())["out_sample"].numpy(), expected(inputs()))
+
+
+def test_weight_streaming_sets_the_budget_before_contexts_are_made(bundle, tensorrt, expected):
+    (plan,) = build(bundle, ("unet",), options=BuildOptions(weight_streaming=True))
+    unet = accel.load_engine(bundle, "unet", "tensorrt", streaming_budget=4096)
+    assert unet.engine.weight_streaming_budget_v2 == 4096
+    assert np.array_equal(unet(**inputs())["out_sample"].numpy(), expected(inputs()))
+
+
+def test_a_plan_whose_tensors_are_others_is_refused(bundle, tensorrt, monkeypatch):
+    build(bundle, ("unet",))
+    monkeypatch.setattr(tensorrt.ICudaEngine, "get_tensor_dtype", lambda *_: tensorrt.DataType.HALF)
+    with pytest.raises(UserError, match="differ in encoder_hidden_states, out_sample, sample, timestep"):
+        accel.load_engine(bundle, "unet", "tensorrt")
+
+
+def test_the_benchmark_has_variants_of_it(bundle, tensorrt):
+    from accel.bench import variants
+
+    build(bundle, ("text_encoder", "unet", "vae_decoder"))
+    chosen = variants.chosen("tensorrt,tensorrt:step,tensorrt:loop")
+    assert [v.name for v in chosen] == ["tensorrt", "tensorrt:step", "tensorrt:loop"]
+    assert set(variants.LIBRARIES) >= {v.engine for v in chosen}
+    pipe = variants.load(bundle, chosen[2])
+    assert pipe.engines["unet"].cuda_graph == "loop" and pipe("the cat").images[0].size == (64, 64)
+
+
+def test_attach_takes_plans_where_they_fit(bundle, sd15, tensorrt):
+    from diffusers import DiffusionPipeline
+
+    build(bundle, ("unet",))
+    pipe = DiffusionPipeline.from_pretrained(sd15, local_files_only=True)
+    with accel.attach(pipe, bundle) as attached:
+        assert attached.engines["unet"].name == "tensorrt" and attached.engines["vae_decoder"].name == "openvino"
+
+
+def test_the_command_line(bundle, tensorrt, tmp_path, capsys):
+    build(bundle, ("text_encoder", "unet", "vae_decoder"))
+    out = tmp_path / "cat.png"
+    command = ["run", str(bundle.path), "--prompt", "the cat", "--engine", "tensorrt", "--cuda-graph", "loop"]
+    assert main([*command, "--out", str(out)]) == 0 and out.is_file()
+    plan = plans.find(bundle, "unet")[0]
+    plan.path.write_text("hello")
+    assert main([*command, "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "it has 5 bytes" in told and f"accel build {bundle.path} --components unet" in told

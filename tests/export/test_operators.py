@@ -1,0 +1,106 @@
+"""What TensorRT's published operator matrix says of a graph."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.export.operators import MATRIX, check
+
+
+def graph(*nodes, dtype=TensorProto.FLOAT, initializers=(), opset=20, domains=()):
+    x = helper.make_tensor_value_info("x", dtype, [1, 4, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.UNDEFINED, None)
+    made = helper.make_graph(list(nodes), "g", [x], [y], list(initializers))
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
+    return helper.make_model(made, opset_imports=imports)
+
+
+def const(name, value):
+    return numpy_helper.from_array(np.asarray(value), name)
+
+
+def test_every_graph_of_a_bundle_passes(sd15_bundle):
+    for component in Bundle.open(sd15_bundle).manifest.components.values():
+        assert check(sd15_bundle / component.graph) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [20, 23])
+def test_sdxl_and_the_newer_opset_pass(sdxl, tmp_path, opset):
+    from accel.export.pipeline import export_pipeline
+
+    bundle = export_pipeline(sdxl, tmp_path / "out", profile="batch=1-2,size=64-128", opset=opset)
+    assert {name: check(bundle.path / c.graph) for name, c in bundle.manifest.components.items()} == {
+        name: [] for name in bundle.manifest.components
+    }
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        (graph(helper.make_node("BitShift", ["x", "x"], ["y"])), "no such operator"),
+        (graph(helper.make_node("Fast", ["x"], ["y"], domain="mine"), domains=["mine"]), "not standard ONNX"),
+        (graph(helper.make_node("Sigmoid", ["x"], ["y"])), None),
+        (graph(helper.make_node("Sigmoid", ["x"], ["y"]), dtype=TensorProto.FLOAT16), None),
+        (graph(helper.make_node("Relu", ["x"], ["y"]), dtype=TensorProto.INT16), "x is INT16"),
+        (graph(helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT16)), "y is INT16"),
+        (graph(helper.make_node("Relu", ["x"], ["y"]), opset=25), "opset 25"),
+        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="cubic"), initializers=[
+            const("s", np.ones(4, np.float32))]), "mode = cubic"),
+        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="nearest"), initializers=[
+            const("s", np.ones(4, np.float32))]), None),
+        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", antialias=1), initializers=[
+            const("s", np.ones(4, np.float32))]), "antialiasing"),
+        (graph(helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"]), initializers=[
+            const("w", np.ones(8, np.float32))]), "only the first"),
+        (graph(helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), initializers=[
+            const("s", np.float32(1)), const("z", np.int8(3))]), "zero point is not 0"),
+        (graph(helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), initializers=[
+            const("s", np.float32(1)), const("z", np.int8(0))]), None),
+        (graph(helper.make_node("DequantizeLinear", ["x", "s"], ["y"]), dtype=TensorProto.UINT8, initializers=[
+            const("s", np.float32(1))]), "x is UINT8"),
+        (graph(helper.make_node("ReduceMean", ["x", "x"], ["y"])), "axes must be a constant"),
+        (graph(helper.make_node("Attention", ["x", "x", "x"], ["y"], softcap=1.0), opset=23), "softcap"),
+        (graph(helper.make_node("Attention", ["x", "x", "x"], ["y"]), opset=23), None),
+        (graph(helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2])), "dilations"),
+        (graph(helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[1, 1])), None),
+    ],
+)  # fmt: skip
+def test_operators_types_and_attributes(model, reason):
+    found = check(model)
+    assert (found == []) if reason is None else (len(found) == 1 and reason in found[0].reason), found
+
+
+def test_subgraphs_are_walked():
+    inner = helper.make_graph([helper.make_node("Det", ["x"], ["z"])], "then", [], [
+        helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])  # fmt: skip
+    other = helper.make_graph([helper.make_node("Relu", ["x"], ["z"])], "else", [], [
+        helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])  # fmt: skip
+    node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=other)
+    (found,) = check(graph(node, initializers=[const("c", np.bool_(True))]))
+    assert found.operator == "Det"
+
+
+def test_the_matrix_names_operators_that_exist():
+    known = {schema.name for schema in onnx.defs.get_all_schemas_with_history()}
+    assert set(MATRIX) - known == set() and len(MATRIX) > 140
+
+
+def test_inspect_says_it(bundle_copy, capsys):
+    assert main(["inspect", str(bundle_copy), "--for", "tensorrt", "--no-verify"]) == 0
+    assert "every node is one that TensorRT takes" in capsys.readouterr().out
+    path = bundle_copy / "vae_decoder" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[0].op_type = "Hardmax"
+    model.graph.node.append(helper.make_node("Multinomial", ["x"], ["nothing"], name="bad"))
+    path.write_bytes(model.SerializeToString())
+    assert main(["inspect", str(bundle_copy), "--for", "tensorrt", "--no-verify", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["tensorrt_operators"]["vae_decoder"]
+    assert row["operator"] == "Multinomial" and row["node"] == "bad"

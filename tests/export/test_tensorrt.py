@@ -1,0 +1,447 @@
+"""Building plans, against doubles of TensorRT 10.16 and 11.4: order, profiles, failures, audit, identity, trust."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from accel import plans, trust
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.errors import UserError
+from accel.export import plan_audit as audit
+from accel.export import timing_cache
+from accel.export.tensorrt import BuildOptions, build
+
+VAE = ("vae_decoder",)
+
+
+@pytest.fixture
+def bundle(bundle_copy):
+    return Bundle.open(bundle_copy)
+
+
+def here(tensorrt) -> plans.Here:
+    from accel.export.tensorrt import Cuda
+
+    return plans.Here.of(tensorrt.__version__, Cuda().gpu)
+
+
+def verdict(bundle, tensorrt, component="vae_decoder") -> plans.Verdict:
+    (plan,) = plans.find(bundle, component)
+    assert isinstance(plan, plans.Plan), plan
+    return plans.preflight(bundle, plan, here(tensorrt))
+
+
+# The double itself
+
+
+def test_what_a_version_does_not_have_does_not_exist(tensorrt):
+    with pytest.raises(AttributeError):
+        tensorrt.BuilderFlag.SOME_FLAG  # noqa: B018
+    with pytest.raises(AttributeError):
+        tensorrt.Builder.platform_has_fast_fp64  # noqa: B018
+    assert hasattr(tensorrt.BuilderFlag, "FP16") == tensorrt.__version__.startswith("10.")
+    logger = type("Log", (tensorrt.ILogger,), {"log": lambda *_: None})()
+    config = tensorrt.Builder(logger).create_builder_config()
+    with pytest.raises(AttributeError, match="has no int8_calibratr"):
+        config.int8_calibratr = None
+    with pytest.raises(TypeError):
+        config.set_flag("REFIT")
+    with pytest.raises(TypeError):
+        config.set_memory_pool_limit(pool=tensorrt.MemoryPoolType.WORKSPACE, size=1)
+    with pytest.raises(TypeError):
+        config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE)
+    profile = tensorrt.Builder(logger).create_optimization_profile()
+    with pytest.raises(TypeError):
+        profile.set_shape("x", (1,), (1,), "12")
+    if hasattr(tensorrt.BuilderFlag, "FP16"):
+        assert tensorrt.BuilderFlag.FP16.value == 0
+    with pytest.raises(NotImplementedError):
+        config.set_preview_feature(tensorrt.PreviewFeature(0), True)
+
+
+# Building
+
+
+def test_a_build_goes_in_order_and_is_kept(bundle, tensorrt):
+    said = []
+    (plan,) = build(bundle, VAE, announce=said.append)
+    assert tensorrt._world.calls == ["Builder", "network", "parse", "config", "profile", "build", "deserialize"]
+    assert plan.path == bundle.path / "engines" / plan.key / "vae_decoder.plan" and plan.path.is_file()
+    assert "building needs about" in said[0] and "in fp32" in said[1]
+    assert verdict(bundle, tensorrt).ok
+    bundle.verify()  # plans lie beside what the manifest lists
+    assert build(bundle, VAE, announce=said.append)[0].key == plan.key and "built already" in said[-1]
+    assert tensorrt._world.calls.count("build") == 1
+    build(bundle, VAE, force=True)
+    assert tensorrt._world.calls.count("build") == 2
+
+
+def test_several_profiles_become_one_plan(bundle, tensorrt):
+    (plan,) = build(bundle, ("unet",), profiles=["batch=1,size=64", "batch=1-4,height=64-128,width=128"])
+    first, second = plan.identity["profiles"]
+    # Guidance 5 doubles the UNet's batch; a range leaves room for both.
+    assert first["shapes"]["sample"] == [[2, 4, 16, 16]] * 3
+    assert second["shapes"]["sample"] == [[1, 4, 16, 32], [2, 4, 32, 32], [8, 4, 32, 32]]
+    assert second["shapes"]["encoder_hidden_states"][0] == [1, 77, 32] and "timestep" not in first["shapes"]
+
+
+@pytest.mark.parametrize(
+    "profiles, message",
+    [(["batch=1-9,size=64"], "batch"), (["batch=1,size=256"], "256"), (["batch=1,size=80"], "no multiple"),
+     (["nonsense"], "unknown profile"), (["batch=1,size=64", "batch=1,size=64"], "twice")],
+)  # fmt: skip
+def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle, tensorrt, profiles, message):
+    with pytest.raises(UserError, match=message):
+        build(bundle, profiles=profiles)
+    assert tensorrt._world.calls == [] and not (bundle.path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    "options, flags",
+    [(BuildOptions(), set()), (BuildOptions(refittable=True), {"REFIT"}), (BuildOptions(tf32=True), {"TF32"}),
+     (BuildOptions(strip_plan=True), {"REFIT_IDENTICAL", "STRIP_PLAN"}),
+     (BuildOptions(strip_plan=True, refittable=True), {"REFIT", "STRIP_PLAN"}),
+     (BuildOptions(version_compatible=True, weight_streaming=True), {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"})],
+)  # fmt: skip
+def test_options_are_flags_of_both_versions_and_part_of_the_key(bundle, tensorrt, options, flags):
+    (plan,) = build(bundle, VAE, options=options)
+    data = plan.path.read_bytes()
+    start = data.index(b'{"version"')
+    header, _ = json.JSONDecoder().raw_decode(data[start : start + 4000].decode("utf-8", "replace"))
+    assert set(header["flags"]) == flags
+    plain = plans.key_of({**plan.identity, "options": BuildOptions().identity()})
+    assert (plan.key == plain) == (options == BuildOptions())
+
+
+@pytest.mark.parametrize(
+    "options", [BuildOptions(optimization_level=6), BuildOptions(workspace=5), BuildOptions(hardware_compatible="all")]
+)
+def test_options_without_sense_are_refused(bundle, tensorrt, options):
+    with pytest.raises(UserError):
+        build(bundle, VAE, options=options)
+
+
+def test_refittable_plans_are_refused_where_tensorrt_gets_them_wrong(bundle, tensorrt, monkeypatch):
+    monkeypatch.setattr(tensorrt, "__version__", "11.3.0.99")
+    with pytest.raises(UserError, match="drop the bias") as caught:
+        build(bundle, VAE, options=BuildOptions(refittable=True))
+    assert "11.4" in caught.value.fix
+
+
+def test_too_old_and_missing_are_said(bundle, tensorrt, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(tensorrt, "__version__", "10.9.0")
+    with pytest.raises(UserError, match="too old"):
+        build(bundle)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UserError, match="not installed") as caught:
+        build(bundle)
+    assert "accel-diffusion[tensorrt]" in caught.value.fix
+
+
+def test_the_memory_estimate_warns_when_the_gpu_is_full(bundle, tensorrt, monkeypatch):
+    from accel.export.tensorrt import Cuda
+
+    monkeypatch.setattr(Cuda, "free_bytes", 1000)
+    said = []
+    build(bundle, VAE, announce=said.append)
+    assert "only 0.0 GB of the GPU are free" in said[0]
+
+
+def test_the_activation_estimate_counts_what_lives_at_once(bundle):
+    from accel.export.memory import peak
+    from accel.export.shapes import dims_of
+
+    component = bundle.component("vae_decoder")
+    sizes = {k: v.max for k, v in dims_of(bundle, component, bundle.manifest.profile).items()}
+    small = {k: v.min for k, v in dims_of(bundle, component, bundle.manifest.profile).items()}
+    # Four pictures of 128 px at the decoder's narrow width of 8 float32 channels: at least input and output of a layer.
+    assert 2 * 4 * 8 * 128 * 128 * 4 <= peak(bundle, component, sizes) <= 8 * 4 * 8 * 128 * 128 * 4
+    assert peak(bundle, component, sizes) == pytest.approx(16 * peak(bundle, component, small), rel=0.05)
+
+
+# What fails, fails with TensorRT's own words and leaves nothing behind
+
+
+def test_an_operator_without_importer_is_named(bundle, tensorrt):
+    tensorrt._world.fail.add("Softmax")
+    with pytest.raises(UserError, match="No importer registered for op: Softmax.*node") as caught:
+        build(bundle, VAE)
+    assert "accel inspect" in caught.value.fix and not (bundle.path / "engines").exists()
+
+
+def test_no_plan_tells_the_last_error_line(bundle, tensorrt):
+    tensorrt._world.fail.add("build")
+    with pytest.raises(UserError, match="Could not find any implementation for node /conv_in"):
+        build(bundle, VAE)
+    assert not (bundle.path / "engines").exists()
+
+
+def test_a_plan_that_does_not_load_is_not_kept(bundle, tensorrt):
+    tensorrt._world.fail.add("deserialize")
+    with pytest.raises(UserError, match="does not load its own plan.*magic tag"):
+        build(bundle, VAE)
+    assert not (bundle.path / "engines").exists()
+
+
+def test_progress_rises_and_ctrl_c_ends_the_build_at_its_next_step(bundle, tensorrt):
+    seen = []
+    tensorrt._world.steps, tensorrt._world.on_step = 8, lambda _: time.sleep(0.15)
+    build(bundle, VAE, progress=lambda stage, fraction: seen.append((stage, fraction)))
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(set(fractions)) > 3
+    assert any("Tactic Selection" in stage for stage, _ in seen)
+
+    reached = []
+
+    def on_step(step):
+        reached.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+    tensorrt._world.steps, tensorrt._world.on_step = 20, on_step
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(bundle, ("text_encoder",))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert plans.find(bundle, "text_encoder") == []
+    tensorrt._world.on_step = None
+    build(bundle, ("text_encoder",))  # and can be started again
+
+
+# Timing cache
+
+
+def test_the_timing_cache_is_one_file_per_gpu_and_version_and_only_grows(bundle, tensorrt):
+    build(bundle, VAE)
+    path = timing_cache.path_for(here(tensorrt))
+    stamp, first = json.loads(path.read_bytes())
+    assert tensorrt.__version__ in path.name and "Conv" in first
+    path.write_text(json.dumps([stamp, ["from another build"]]))
+    build(bundle, ("text_encoder",))
+    assert "from another build" in json.loads(path.read_bytes())[1]
+    path.write_bytes(b"garbage")  # counts as empty
+    build(bundle, VAE, force=True)
+    assert "Conv" in json.loads(path.read_bytes())[1]
+    before = path.read_bytes()
+    build(bundle, ("unet",), options=BuildOptions(timing_cache=False))
+    assert path.read_bytes() == before
+
+
+# Audit
+
+
+def layer(kind, name, dtype, tactic=""):
+    tensor = {"Name": "x", "Dimensions": [1], "Format/Datatype": dtype}
+    return {"Name": name, "LayerType": kind, "Inputs": [tensor], "Outputs": [tensor], "TacticName": tactic}
+
+
+def test_the_audit_counts_the_layers_that_do_the_work():
+    layers = [
+        layer("CaskConvolution", "conv", "Thirty-two wide channel vectorized row major Int8 format."),
+        layer("gemm", "matmul_myl0_7", "Half"),
+        layer("kgen", "__myl_FcMulAdd_myl0_8", "Half"),
+        layer("kgen", "__myl_AddCastMean_myl0_8", "Float"),  # no matrix product in it
+        layer("Reformat", "Reformatting CopyNode for conv", "Float"),
+        layer("CaskGemmConvolution", "wide", "Float"),
+        layer("CaskConvolution", "bf", "BFloat16"),
+        layer("gemm", "told by its tactic", "N/A due to dynamic shapes", "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n"),
+        layer("gemm", "untold", "N/A due to dynamic shapes"),
+        "a name only",
+    ]
+    found = audit.audit(json.dumps({"Layers": layers}))
+    assert found["heavy"] == {"bf16": 1, "fp16": 3, "fp32": 1, "int8": 1, "unknown": 1} and found["layers"] == 10
+    assert found["float32_layers"] == ["wide"]
+    assert "6 convolutions" in audit.check("unet", "fp16", found)
+
+
+@pytest.mark.parametrize(
+    "wanted, heavy, ok",
+    [("fp16", {"fp16": 5, "fp32": 5}, True), ("fp16", {"fp16": 4, "fp32": 5}, False), ("fp32", {"fp32": 5}, True),
+     ("int8", {"fp16": 5}, False), ("int8", {"int8": 1, "fp16": 5}, True), ("int8", {"int8": 2, "fp32": 5}, False),
+     ("fp16", {"unknown": 5}, True), ("fp16", {}, True)],
+)  # fmt: skip
+def test_a_plan_that_is_mostly_float32_is_refused(wanted, heavy, ok):
+    found = {"layers": 9, "heavy": heavy, "float32_layers": []}
+    if ok:
+        audit.check("unet", wanted, found)
+    else:
+        with pytest.raises(UserError, match="was to run in"):
+            audit.check("unet", wanted, found)
+
+
+def test_the_build_of_an_fp16_graph_that_ran_in_float32_keeps_nothing(bundle_copy, edit_manifest, tensorrt):
+    edit_manifest(bundle_copy, lambda data: data["components"]["vae_decoder"].update(dtype="float16"))
+    bundle = Bundle.open(bundle_copy)
+    with pytest.raises(UserError, match="was to run in fp16.*in fp32"):
+        build(bundle, VAE)
+    assert plans.find(bundle) == []
+
+
+def test_the_audit_lies_beside_the_plan(bundle, tensorrt):
+    (plan,) = build(bundle, VAE)
+    record = json.loads(plan.path.with_suffix(".json").read_text())
+    assert record["audit"]["wanted"] == "fp32" and record["audit"]["heavy"]["fp32"] > 10
+
+
+# Identity and trust: what a new user would do wrong
+
+
+def test_another_gpu_another_tensorrt_another_system(bundle, tensorrt):
+    build(bundle, VAE)
+    (plan,) = plans.find(bundle)
+    now = here(tensorrt)
+    for other, reason in (
+        (plans.Here("9.9.9", now.gpu, now.compute_capability), "TensorRT"),
+        (plans.Here(now.tensorrt, "Other GPU", now.compute_capability), "Other GPU"),
+        (plans.Here(now.tensorrt, now.gpu, "8.6"), "8.6"),
+        (plans.Here(now.tensorrt, now.gpu, now.compute_capability, "Windows AMD64"), "Windows"),
+    ):
+        found = plans.preflight(bundle, plan, other)
+        assert not found.ok and reason in found.reason and found.fix.startswith(f"accel build {bundle.path}")
+
+
+def test_what_compatible_plans_take(bundle, tensorrt):
+    now = here(tensorrt)
+    build(bundle, VAE, options=BuildOptions(version_compatible=True, hardware_compatible="ampere_plus"))
+    (plan,) = plans.find(bundle)
+    major = int(now.tensorrt.split(".")[0])
+
+    def ok(version, capability="8.6"):
+        return plans.preflight(bundle, plan, plans.Here(version, "Other GPU", capability)).ok
+
+    assert ok(f"{major}.99.0") and ok(f"{major + 1}.0.0") and not ok(f"{major + 2}.0.0") and not ok(f"{major}.0.0")
+    assert not ok(now.tensorrt, "7.5")
+
+
+def test_a_flipped_byte(bundle, tensorrt):
+    (plan,) = build(bundle, VAE)
+    data = bytearray(plan.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    plan.path.write_bytes(data)
+    assert "changed after it was built" in verdict(bundle, tensorrt).reason
+    plan.path.write_bytes(data[:-1])
+    assert "bytes where" in verdict(bundle, tensorrt).reason
+    plan.path.unlink()
+    with pytest.raises(UserError, match="no TensorRT plan"):
+        plans.choose(bundle, "vae_decoder", here(tensorrt))
+
+
+def test_an_edited_record(bundle, tensorrt):
+    (plan,) = build(bundle, VAE)
+    path = plan.path.with_suffix(".json")
+    whole = path.read_text()
+    for change, reason in (
+        (lambda r: r["identity"]["options"].update(version_compatible=True), "record was changed"),
+        (lambda r: r["audit"].update(wanted="int8"), "signature"),
+        (lambda r: r.update(key="0" * 32), "record was changed"),
+    ):
+        record = json.loads(whole)
+        change(record)
+        path.write_text(json.dumps(record))
+        assert reason in verdict(bundle, tensorrt).reason
+    path.write_text(whole)
+    assert verdict(bundle, tensorrt).ok
+    signature = path.with_suffix(".sig").read_text()
+    for text in ("0" * 64, "", signature[:-2], "ü"):
+        path.with_suffix(".sig").write_text(text)
+        assert "signature" in verdict(bundle, tensorrt).reason
+    path.with_suffix(".sig").unlink()
+    assert "signature" in verdict(bundle, tensorrt).reason
+    newer = whole.replace('"schema": 1', '"schema": 2')
+    for text, reason in (("no json", "damaged"), ("[]", "damaged"), (newer, "newer")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=reason):
+            plans.choose(bundle, "vae_decoder", here(tensorrt))
+
+
+def test_a_bundle_that_was_exported_again_has_stale_plans(bundle_copy, tensorrt, edit_manifest):
+    build(Bundle.open(bundle_copy), VAE)
+    for name, reason in (("model.onnx", "another ONNX graph"), ("model.safetensors", "weights")):
+        original = (bundle_copy / "accel.json").read_text()
+        edit_manifest(bundle_copy, lambda data, name=name: data["files"][f"vae_decoder/{name}"].update(sha256="0" * 64))
+        found = verdict(Bundle.open(bundle_copy), tensorrt)
+        assert reason in found.reason and "accel build" in found.fix
+        (bundle_copy / "accel.json").write_text(original)
+    edit_manifest(bundle_copy, lambda data: data["exporter"].update(opset=23))
+    assert "another exporter" in verdict(Bundle.open(bundle_copy), tensorrt).reason
+
+
+def test_a_plan_from_elsewhere_runs_only_after_trust(bundle, tensorrt, capsys):
+    (plan,) = build(bundle, VAE)
+    trust.key_file().unlink()  # as if another user had built it
+    assert "not built by you" in verdict(bundle, tensorrt).reason
+    build(bundle, ("text_encoder",))  # makes a key of our own
+    assert "not built by you" in verdict(bundle, tensorrt).reason and "accel trust" in verdict(bundle, tensorrt).fix
+    assert main(["trust", str(bundle.path)]) == 0
+    shown = capsys.readouterr().out
+    assert plan.record["plan"]["sha256"] in shown and "--yes" in shown and not verdict(bundle, tensorrt).ok
+    assert main(["trust", str(bundle.path), "--yes"]) == 0
+    assert verdict(bundle, tensorrt).ok
+    assert "yours already" in (main(["trust", str(bundle.path)]), capsys.readouterr().out)[1]
+
+
+def test_trust_does_not_sign_what_is_damaged(bundle, tensorrt):
+    (plan,) = build(bundle, VAE)
+    trust.key_file().unlink()
+    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    assert main(["trust", str(bundle.path), "--yes"]) == 1
+    assert not plans.trusted(plans.find(bundle)[0])
+
+
+def test_a_text_file_named_plan_and_a_folder_that_others_may_write(bundle, tensorrt):
+    folder = bundle.path / "engines" / "whatever"
+    folder.mkdir(parents=True)
+    (folder / "vae_decoder.plan").write_text("hello")
+    with pytest.raises(UserError, match="accel did not build it"):
+        plans.choose(bundle, "vae_decoder", here(tensorrt))
+    (folder / "vae_decoder.plan").unlink()
+    (plan,) = build(bundle, VAE)
+    plan.path.parent.chmod(0o777)
+    assert "others can write" in verdict(bundle, tensorrt).reason
+
+
+def test_a_plan_behind_a_link_is_refused(bundle, tensorrt, tmp_path):
+    (plan,) = build(bundle, VAE)
+    elsewhere = tmp_path / "elsewhere"
+    plan.path.parent.rename(elsewhere)
+    plan.path.parent.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="symbolic link"):
+        plans.choose(bundle, "vae_decoder", here(tensorrt))
+
+
+def test_the_key_is_private_and_made_once(tensorrt):
+    first = trust.sign(b"a")
+    assert trust.key_file().stat().st_mode & 0o777 == 0o600 and trust.sign(b"a") == first
+    assert trust.signed(b"a", first) and not trust.signed(b"b", first) and not trust.signed(b"a", "")
+    trust.key_file().chmod(0o644)
+    with pytest.raises(UserError, match="read or written by others"):
+        trust.sign(b"a")
+
+
+# The command line
+
+
+def test_the_verbs(bundle, tensorrt, capsys, monkeypatch):
+    assert main(["build", str(bundle.path), "--components", "vae_decoder", "--workspace", "256M"]) == 0
+    told = capsys.readouterr()
+    assert "runs on TensorRT" in told.out and "building needs" in told.err
+    assert main(["inspect", str(bundle.path), "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["plans"]
+    assert not entry["ok"] and "no CUDA device" in entry["reason"] or entry["ok"]
+    assert main(["build", str(bundle.path), "--components", "nothing"]) == 1
+    assert "has no component" in capsys.readouterr().err
+    assert main(["build", str(bundle.path), "--components", "vae_decoder", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["identity"]["options"]["workspace"] is None

@@ -1,0 +1,113 @@
+"""Model repositories for Triton: each config.pbtxt is parsed by the published protobuf, compared with the graph."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import onnxruntime
+import pytest
+
+from accel import plans
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.errors import UserError
+from accel.export.triton_server import Serving, write
+
+text_format = pytest.importorskip("google.protobuf.text_format")
+# The package's own __init__ wants gRPC, which the messages do not.
+model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+
+NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+ONNX_TYPES = {1: "TYPE_FP32", 10: "TYPE_FP16", 7: "TYPE_INT64", 6: "TYPE_INT32"}
+
+
+def parsed(out, name):
+    return text_format.Parse((out / name / "config.pbtxt").read_text(), model_config.ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def repository(sd15_bundle, tmp_path_factory):
+    return write(Bundle.open(sd15_bundle), tmp_path_factory.mktemp("triton") / "repo", Serving(instances=2, kind="cpu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_shapes_and_types_are_the_graphs(repository, name):
+    config = parsed(repository, name)
+    assert config.name == name and config.backend == "onnxruntime"
+    assert config.default_model_filename == "model.onnx" and (repository / name / "1" / "model.onnx").is_file()
+    graph = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph
+    for ours, theirs in ((config.input, graph.input), (config.output, graph.output)):
+        assert [t.name for t in ours] == [v.name for v in theirs]
+        for tensor, value in zip(ours, theirs, strict=True):
+            kind = model_config.DataType.Name(tensor.data_type)
+            assert kind == ONNX_TYPES[value.type.tensor_type.elem_type]
+            sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim]
+            if not sizes:
+                assert list(tensor.dims) == [1] and tensor.HasField("reshape") and list(tensor.reshape.shape) == []
+            elif config.max_batch_size:
+                assert sizes[0] == -1 and list(tensor.dims) == sizes[1:]
+            else:
+                assert list(tensor.dims) == sizes
+
+
+def test_what_is_batched_and_what_is_not(repository):
+    for name in ("text_encoder", "vae_decoder", "vae_encoder"):
+        config = parsed(repository, name)
+        assert config.max_batch_size == 4 and list(config.dynamic_batching.preferred_batch_size) == [4]
+        assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+    unet = parsed(repository, "unet")  # one timestep for the whole batch
+    assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
+    (group,) = unet.instance_group
+    assert group.count == 2 and group.kind == model_config.ModelInstanceGroup.KIND_CPU
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_warm_up_is_a_call_that_the_graph_takes(repository, name):
+    import numpy as np
+
+    config = parsed(repository, name)
+    (warmup,) = config.model_warmup
+    assert set(warmup.inputs) == {t.name for t in config.input}
+    session = onnxruntime.InferenceSession(repository / name / "1" / "model.onnx")
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    feeds = {}
+    for value in session.get_inputs():
+        given = warmup.inputs[value.name]
+        shape = [warmup.batch_size, *given.dims] if config.max_batch_size else list(given.dims)
+        feeds[value.name] = np.zeros(shape if value.shape else (), kinds[value.type])
+        assert given.zero_data
+    session.run(None, feeds)
+
+
+def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
+    from accel.export.tensorrt import build
+
+    bundle = Bundle.open(bundle_copy)
+    with pytest.raises(UserError, match="no TensorRT plan of text_encoder"):
+        write(bundle, tmp_path / "repo", Serving("tensorrt"))
+    assert not (tmp_path / "repo").exists()
+    build(bundle, profiles=["batch=1-2,size=64"])
+    out = write(bundle, tmp_path / "repo", Serving("tensorrt"))
+    config = parsed(out, "vae_decoder")
+    assert config.backend == "tensorrt" and config.max_batch_size == 2
+    assert list(config.instance_group[0].profile) == ["0"]
+    assert (out / "vae_decoder/1/model.plan").read_bytes() == plans.find(bundle, "vae_decoder")[0].path.read_bytes()
+    assert list(config.model_warmup[0].inputs["latent_sample"].dims) == [4, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "serving", [Serving("pytorch"), Serving(instances=0), Serving("tensorrt", kind="cpu"), Serving(kind="tpu")]
+)
+def test_options_without_sense(sd15_bundle, tmp_path, serving):
+    with pytest.raises(UserError):
+        write(Bundle.open(sd15_bundle), tmp_path / "repo", serving)
+
+
+def test_the_command_line(sd15_bundle, tmp_path, capsys):
+    command = ["export", str(sd15_bundle), str(tmp_path / "repo"), "--target", "triton-server", "--kind", "cpu"]
+    assert main(command) == 0 and "tritonserver --model-repository" in capsys.readouterr().out
+    assert main(command) == 1 and "exists already" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backend"] == "onnxruntime"
+    assert json.loads((tmp_path / "repo/accel.json").read_text())["schema"] == 1

@@ -1,0 +1,857 @@
+"""A `tensorrt` module made from the published API of one version, which builds and runs plans on the CPU.
+
+What the API file does not name does not exist here: a removed flag, a misspelt keyword, an attribute that only one
+version has raise. Calls are checked against the signatures as the bindings print them. A "plan" is the ONNX model with
+what the builder was told, sealed with a digest; "running" one is ONNX Runtime on the memory behind the addresses. So
+parity, profiles, scratch memory, CUDA graphs and refit are tested for real; speed and TensorRT's own opinions are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import inspect
+import json
+import re
+import struct
+import threading
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+API = Path(__file__).parent / "tensorrt_api"
+VERSIONS = {path.stem: path for path in sorted(API.glob("*.json"))}
+MAGIC = b"plan of the double"
+SCRATCH_ALIGNMENT = 256
+
+_CONSTANTS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32",
+              "int64": "INT64", "bool": "BOOL", "uint8": "UINT8", "fp8": "FP8", "int4": "INT4", "fp4": "FP4",
+              "e8m0": "E8M0"}  # fmt: skip
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
+          "INT8": np.int8, "UINT8": np.uint8}  # fmt: skip
+_ONNX = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 3: "INT8", 2: "UINT8", 16: "BF16"}
+_PRECISION_FLAGS = {"FP16", "INT8", "BF16", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS",
+                    "PREFER_PRECISION_CONSTRAINTS"}  # fmt: skip
+
+
+@dataclass
+class World:
+    """What a test may arrange, and what it may look at afterwards.
+
+    Attributes:
+        version, gpu: what the plans are made for.
+        cuda: the CUDA double; asked whether a stream is being captured.
+        fail: operators the parser refuses, or "build" / "deserialize" / "context" / "execute" / "refit" to let fail.
+        steps: progress steps of a build.
+        on_step: called with the number of each step.
+        calls: names of the API calls, in order.
+        dtype: datatype that the inspector reports for all layers, instead of the graph's.
+    """
+
+    version: str
+    gpu: str = "Double GPU"
+    cuda: Any = None
+    fail: set[str] = field(default_factory=set)
+    steps: int = 3
+    on_step: Any = None
+    calls: list[str] = field(default_factory=list)
+    dtype: str | None = None
+    executed: list[tuple] = field(default_factory=list)
+
+
+class _Behaviour:
+    """Base of what the generated classes do. Own state has names with an underscore."""
+
+    _world: World
+    _trt: ModuleType
+
+    def _log(self, severity: str, text: str) -> None:
+        self._logger.log(getattr(self._trt.ILogger.Severity, severity), text)
+
+
+class ILogger(_Behaviour):
+    def __init__(self):
+        self._ready = True
+
+    def log(self, severity, msg):
+        raise TypeError("log is for subclasses to define")
+
+
+class IProgressMonitor(_Behaviour):
+    def __init__(self):
+        self._ready = True
+
+    def phase_start(self, phase_name, parent_phase, num_steps):
+        raise TypeError("phase_start is for subclasses to define")
+
+    phase_finish = step_complete = phase_start
+
+
+class Weights(_Behaviour):
+    def __init__(self, a):
+        self._array = np.ascontiguousarray(a)
+
+    @property
+    def size(self):
+        return self._array.size
+
+    @property
+    def nbytes(self):
+        return self._array.nbytes
+
+    def numpy(self):
+        return self._array
+
+
+class IHostMemory(_Behaviour):
+    def __init__(self, data):
+        self._data = data
+
+    @property
+    def nbytes(self):
+        return len(self._data)
+
+    def __bytes__(self):
+        return self._data
+
+
+class ITensor(_Behaviour):
+    def __init__(self, name, shape, dtype):
+        self._name, self._shape, self._dtype = name, shape, dtype
+
+    name = property(lambda self: self._name)
+    shape = property(lambda self: self._shape)
+    dtype = property(lambda self: self._dtype)
+
+
+class INetworkDefinition(_Behaviour):
+    def __init__(self, flags):
+        self._flags, self._model = flags, None
+
+    @property
+    def num_inputs(self):
+        return len(self._model.graph.input) if self._model else 0
+
+    @property
+    def num_layers(self):
+        return len(self._model.graph.node) if self._model else 0
+
+    def get_input(self, index):
+        value = self._model.graph.input[index]
+        return self._trt.ITensor(value.name, _shape(value), getattr(self._trt.DataType, _dtype(value)))
+
+
+def _shape(value) -> tuple[int, ...]:
+    return tuple(d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim)
+
+
+def _admits(shape, given) -> bool:
+    return len(given) == len(shape) and all(d in (-1, x) for d, x in zip(shape, given, strict=True))
+
+
+def _dtype(value) -> str:
+    return _ONNX[value.type.tensor_type.elem_type]
+
+
+class ParserError(_Behaviour):
+    def __init__(self, text, node):
+        self._text, self._node = text, node
+
+    def desc(self):
+        return self._text
+
+    def node_name(self):
+        return self._node.name if self._node is not None else ""
+
+    def node_operator(self):
+        return self._node.op_type if self._node is not None else ""
+
+
+class OnnxParser(_Behaviour):
+    def __init__(self, network, logger):
+        assert isinstance(network, self._trt.INetworkDefinition) and isinstance(logger, self._trt.ILogger)
+        self._network, self._logger, self._errors = network, logger, []
+
+    def parse_from_file(self, model):
+        import onnx
+
+        self._world.calls.append("parse")
+        try:
+            loaded = onnx.load(model)
+        except Exception as error:
+            self._errors.append(self._trt.ParserError(f"could not open or parse {model}: {error}", None))
+            return False
+        for node in loaded.graph.node:
+            if node.op_type in self._world.fail:
+                self._errors.append(self._trt.ParserError(f"No importer registered for op: {node.op_type}", node))
+        if self._errors:
+            return False
+        self._network._model = loaded
+        return True
+
+    @property
+    def num_errors(self):
+        return len(self._errors)
+
+    def get_error(self, index):
+        return self._errors[index]
+
+
+class IOptimizationProfile(_Behaviour):
+    def __init__(self):
+        self._shapes = {}
+
+    def set_shape(self, input, min, opt, max):
+        shapes = [tuple(map(int, s)) for s in (min, opt, max)]
+        if not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
+            raise ValueError(f"profile of {input} is not ordered: {shapes}")
+        self._shapes[input] = shapes
+
+    def get_shape(self, input):
+        return self._shapes[input]
+
+
+class ITimingCache(_Behaviour):
+    def __init__(self, entries, stamp):
+        self._entries, self._stamp = entries, stamp
+
+    def combine(self, input_cache, ignore_mismatch):
+        if input_cache._stamp != self._stamp and not ignore_mismatch:
+            return False
+        self._entries |= input_cache._entries
+        return True
+
+    def serialize(self):
+        return self._trt.IHostMemory(json.dumps([self._stamp, sorted(self._entries)]).encode())
+
+
+class IBuilderConfig(_Behaviour):
+    def __init__(self):
+        self._flags, self._limits, self._profiles, self._cache = set(), {}, [], None
+        self._settings = {
+            "builder_optimization_level": 3, "profiling_verbosity": self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
+            "hardware_compatibility_level": self._trt.HardwareCompatibilityLevel.NONE, "progress_monitor": None,
+            "max_num_tactics": -1, "avg_timing_iterations": 1,
+        }  # fmt: skip
+
+    def set_flag(self, flag):
+        self._flags.add(flag.name)
+
+    def clear_flag(self, flag):
+        self._flags.discard(flag.name)
+
+    def get_flag(self, flag):
+        return flag.name in self._flags
+
+    def set_memory_pool_limit(self, pool, pool_size):
+        self._limits[pool.name] = int(pool_size)
+
+    def get_memory_pool_limit(self, pool):
+        return self._limits.get(pool.name, 0)
+
+    def add_optimization_profile(self, profile):
+        self._world.calls.append("profile")
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
+
+    @property
+    def num_optimization_profiles(self):
+        return len(self._profiles)
+
+    def create_timing_cache(self, serialized_timing_cache):
+        stamp = [self._world.version, self._world.gpu]
+        if not serialized_timing_cache:
+            return self._trt.ITimingCache(set(), stamp)
+        try:
+            stamp, entries = json.loads(bytes(serialized_timing_cache))
+        except ValueError:
+            return None
+        return self._trt.ITimingCache(set(entries), stamp)
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        if cache._stamp != [self._world.version, self._world.gpu] and not ignore_mismatch:
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self._cache
+
+
+def _setting(name):
+    def write(self, value):
+        old = self._settings[name]
+        if old is not None and not isinstance(value, type(old)):
+            raise TypeError(f"{name} = {value!r}")
+        self._settings[name] = value
+
+    return property(lambda self: self._settings[name], write)
+
+
+for _name in ("builder_optimization_level", "profiling_verbosity", "hardware_compatibility_level", "progress_monitor",
+              "max_num_tactics", "avg_timing_iterations"):  # fmt: skip
+    setattr(IBuilderConfig, _name, _setting(_name))
+
+
+class Builder(_Behaviour):
+    def __init__(self, logger):
+        assert isinstance(logger, self._trt.ILogger) and logger._ready, "ILogger.__init__ was not called"
+        self._logger = logger
+        self._world.calls.append("Builder")
+
+    def create_network(self, flags=0):
+        self._world.calls.append("network")
+        return self._trt.INetworkDefinition(flags)
+
+    def create_builder_config(self):
+        self._world.calls.append("config")
+        return self._trt.IBuilderConfig()
+
+    def create_optimization_profile(self):
+        return self._trt.IOptimizationProfile()
+
+    def build_serialized_network(self, network, config):
+        self._world.calls.append("build")
+        problem = self._problem(network, config)
+        if problem:
+            self._log("ERROR", problem)
+            return None
+        if not self._progress(config._settings["progress_monitor"]):
+            self._log("WARNING", "IBuilder::buildSerializedNetwork: canceled by the progress monitor")
+            return None
+        if "build" in self._world.fail:
+            self._log("WARNING", "some tactics do not have sufficient workspace memory to run")
+            self._log("ERROR", "Error Code 10: Internal Error (Could not find any implementation for node /conv_in)")
+            return None
+        if config._cache is not None:
+            config._cache._entries |= {node.op_type for node in network._model.graph.node}
+        return self._trt.IHostMemory(_plan(self._world, network, config))
+
+    def _problem(self, network, config) -> str:
+        strong = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        if not int(network._flags) & strong:
+            return "the double builds strongly typed networks only"
+        if config._flags & _PRECISION_FLAGS:
+            return "Error Code 3: precision flags are not allowed in a strongly typed network"
+        if network._model is None:
+            return "Error Code 4: network has no layers"
+        dynamic = {v.name: _shape(v) for v in network._model.graph.input if -1 in _shape(v)}
+        if dynamic and not config._profiles:
+            return "Error Code 4: network has dynamic inputs but no optimization profile"
+        for profile in config._profiles:
+            for name, shape in dynamic.items():
+                given = profile._shapes.get(name)
+                if given is None:
+                    return f"Error Code 4: input {name} has no shape in a profile"
+                if any(not _admits(shape, g) for g in given):
+                    return f"Error Code 4: static dimension mismatch in profile of {name}"
+        return ""
+
+    def _progress(self, monitor) -> bool:
+        """Phases within phases, as TensorRT reports them; from a thread of its own, as it may."""
+        if monitor is None:
+            return True
+        assert monitor._ready, "IProgressMonitor.__init__ was not called"
+        going = []
+
+        def report():
+            monitor.phase_start("Building Engine", None, 2)
+            monitor.phase_start("Tactic Selection", "Building Engine", self._world.steps)
+            keep = True
+            for step in range(self._world.steps):
+                if self._world.on_step:
+                    self._world.on_step(step)
+                keep = keep and monitor.step_complete("Tactic Selection", step)
+            monitor.phase_finish("Tactic Selection")
+            keep = keep and monitor.step_complete("Building Engine", 0)
+            monitor.phase_finish("Building Engine")
+            going.append(keep)
+
+        thread = threading.Thread(target=report)
+        thread.start()
+        thread.join()
+        return bool(going and going[0])
+
+
+def _plan(world: World, network, config) -> bytes:
+    model = network._model
+    header = {
+        "version": world.version, "gpu": world.gpu, "flags": sorted(config._flags),
+        "hardware": config._settings["hardware_compatibility_level"].name,
+        "verbosity": config._settings["profiling_verbosity"].name,
+        "profiles": [p._shapes for p in config._profiles],
+        "streamable": "WEIGHT_STREAMING" in config._flags, "stripped": "STRIP_PLAN" in config._flags,
+        "reported": world.dtype,
+    }  # fmt: skip
+    if header["stripped"]:
+        for tensor in model.graph.initializer:
+            if _refittable(tensor):
+                tensor.raw_data = b"\0" * len(tensor.raw_data)
+    head = json.dumps(header).encode()
+    body = struct.pack("<Q", len(head)) + head + model.SerializeToString()
+    return MAGIC + hashlib.sha256(body).digest() + body
+
+
+def _refittable(tensor) -> bool:
+    return tensor.data_type in (1, 10) and len(tensor.dims) > 0 and len(tensor.raw_data) > 0
+
+
+class Runtime(_Behaviour):
+    def __init__(self, logger):
+        assert isinstance(logger, self._trt.ILogger)
+        self._logger, self._host_code = logger, False
+
+    @property
+    def engine_host_code_allowed(self):
+        return self._host_code
+
+    @engine_host_code_allowed.setter
+    def engine_host_code_allowed(self, value):
+        self._host_code = value
+
+    def deserialize_cuda_engine(self, serialized_engine):
+        import onnx
+
+        self._world.calls.append("deserialize")
+        data = bytes(serialized_engine)
+        body = data[len(MAGIC) + 32 :]
+        sound = data.startswith(MAGIC) and hashlib.sha256(body).digest() == data[len(MAGIC) : len(MAGIC) + 32]
+        if not sound or "deserialize" in self._world.fail:
+            self._log("ERROR", "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magic tag)")
+            return None
+        (length,) = struct.unpack("<Q", body[:8])
+        header = json.loads(body[8 : 8 + length])
+        lean = "VERSION_COMPATIBLE" in header["flags"]
+        if lean and not self._host_code:
+            self._log("ERROR", "Error Code 9: API Usage Error (engine_host_code_allowed is false)")
+            return None
+        major = lambda version: int(version.partition(".")[0])  # noqa: E731
+        newer = 0 <= major(self._world.version) - major(header["version"]) <= 1
+        if header["version"] != self._world.version and not (lean and newer):
+            self._log("ERROR", f"Error Code 6: The engine plan file is not compatible with this version of TensorRT, "
+                               f"expecting library version {header['version']} got {self._world.version}")
+            return None
+        if header["gpu"] != self._world.gpu and header["hardware"] == "NONE":
+            self._log("ERROR", "Error Code 6: The engine plan file is generated on an incompatible device")
+            return None
+        return self._trt.ICudaEngine(header, onnx.load_from_string(body[8 + length :]), self._logger)
+
+
+_sessions: dict[bytes, Any] = {}
+
+
+def _session(data: bytes):
+    """One session per model, not per engine: making one takes longer than running it."""
+    import onnxruntime
+
+    key = hashlib.sha256(data).digest()
+    if key not in _sessions:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        _sessions[key] = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return _sessions[key]
+
+
+class ICudaEngine(_Behaviour):
+    def __init__(self, header, model, logger):
+        self._header, self._model, self._logger, self._session = header, model, logger, None
+        self._weights = {t.name: t for t in model.graph.initializer}
+        self._filled = not header["stripped"]
+        self._budget, self._lock = 0, threading.Lock()
+
+    def _values(self):
+        return [*self._model.graph.input, *self._model.graph.output]
+
+    def _value(self, name):
+        found = [v for v in self._values() if v.name == name]
+        if not found:
+            raise RuntimeError(f"no tensor {name}")
+        return found[0]
+
+    def _run(self, feeds):
+        with self._lock:
+            if self._session is None:
+                self._session = _session(self._model.SerializeToString())
+            session = self._session
+        names = [v.name for v in self._model.graph.output]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    num_io_tensors = property(lambda self: len(self._values()))
+    num_layers = property(lambda self: len(self._model.graph.node))
+    num_optimization_profiles = property(lambda self: max(1, len(self._header["profiles"])))
+    refittable = property(lambda self: bool({"REFIT", "REFIT_IDENTICAL"} & set(self._header["flags"])))
+
+    @property
+    def device_memory_size_v2(self):
+        return max(self.get_device_memory_size_for_profile_v2(i) for i in range(self.num_optimization_profiles))
+
+    def get_device_memory_size_for_profile_v2(self, profile_index):
+        shapes = self._header["profiles"][profile_index] if self._header["profiles"] else {}
+        return 4096 + 16 * sum(int(np.prod(s[2])) for s in shapes.values())
+
+    @property
+    def streamable_weights_size(self):
+        return sum(len(t.raw_data) for t in self._model.graph.initializer) if self._header["streamable"] else 0
+
+    @property
+    def weight_streaming_budget_v2(self):
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, value):
+        assert self._header["streamable"]
+        self._budget = value
+
+    def get_tensor_name(self, index):
+        return self._values()[index].name
+
+    def get_tensor_mode(self, name):
+        inputs = {v.name for v in self._model.graph.input}
+        return self._trt.TensorIOMode.INPUT if name in inputs else self._trt.TensorIOMode.OUTPUT
+
+    def get_tensor_shape(self, name):
+        return _shape(self._value(name))
+
+    def get_tensor_dtype(self, name):
+        return getattr(self._trt.DataType, _dtype(self._value(name)))
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        shape = _shape(self._value(name))
+        profiles = self._header["profiles"]
+        return [tuple(s) for s in profiles[profile_index][name]] if -1 in shape else [shape] * 3
+
+    def create_execution_context(self, strategy=None):
+        if "context" in self._world.fail:
+            self._log("ERROR", "Error Code 2: OutOfMemory (Requested size was 1 bytes)")
+            return None
+        assert strategy is None or isinstance(strategy, self._trt.ExecutionContextAllocationStrategy)
+        user = strategy is not None and strategy.name == "USER_MANAGED"
+        return self._trt.IExecutionContext(self, user)
+
+    def create_engine_inspector(self):
+        return self._trt.EngineInspector(self)
+
+
+class IExecutionContext(_Behaviour):
+    def __init__(self, engine, user_managed):
+        self._engine, self._user, self._thread = engine, user_managed, threading.get_ident()
+        self._shapes, self._addresses, self._profile, self._memory = {}, {}, 0, None
+        self._logger = engine._logger
+
+    def _own_thread(self):
+        if threading.get_ident() != self._thread:
+            raise AssertionError("an execution context is used from a thread that did not make it")
+
+    active_optimization_profile = property(lambda self: self._profile)
+
+    def set_optimization_profile_async(self, profile_index, stream_handle):
+        self._own_thread()
+        assert stream_handle, "the default stream"
+        if profile_index >= self._engine.num_optimization_profiles:
+            return False
+        if profile_index != self._profile:
+            self._profile, self._shapes = profile_index, {}
+        return True
+
+    def set_input_shape(self, name, shape):
+        self._own_thread()
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
+        shape = tuple(map(int, shape))
+        if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+            self._log("ERROR", f"Error Code 3: {name} {shape} is not within profile {self._profile} {low} {high}")
+            return False
+        self._shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name, memory):
+        self._own_thread()
+        self._engine._value(name)
+        self._addresses[name] = int(memory)
+        return True
+
+    def get_tensor_address(self, name):
+        return self._addresses.get(name, 0)
+
+    def set_device_memory(self, memory, size):
+        self._own_thread()
+        assert self._user, "set_device_memory needs USER_MANAGED"
+        assert memory % SCRATCH_ALIGNMENT == 0, "scratch memory is not aligned"
+        if size < self._engine.get_device_memory_size_for_profile_v2(self._profile):
+            raise AssertionError("scratch memory is too small")
+        self._memory = (int(memory), int(size))
+
+    def get_tensor_shape(self, name):
+        """As TensorRT infers it; found here by a run on zeros."""
+        shape = _shape(self._engine._value(name))
+        if name in self._shapes or -1 not in shape or self.infer_shapes():
+            return self._shapes.get(name, shape)
+        inputs = self._engine._model.graph.input
+        feeds = {v.name: np.zeros(self._shapes.get(v.name, _shape(v)), _NUMPY[_dtype(v)]) for v in inputs}
+        return self._engine._run(feeds)[name].shape
+
+    def infer_shapes(self):
+        dynamic = [v.name for v in self._engine._model.graph.input if -1 in _shape(v)]
+        return [name for name in dynamic if name not in self._shapes]
+
+    def execute_async_v3(self, stream_handle):
+        self._own_thread()
+        self._world.calls.append("execute")
+        assert stream_handle, "the default stream"
+        if "execute" in self._world.fail:
+            self._log("ERROR", "Error Code 1: Cuda Runtime (an illegal memory access was encountered)")
+            return False
+        names = [v.name for v in self._engine._values()]
+        missing = [n for n in names if not self._addresses.get(n)] + self.infer_shapes()
+        if missing:
+            self._log("ERROR", f"Error Code 3: no address or shape for {missing}")
+            return False
+        if self._user and self._memory is None:
+            self._log("ERROR", "Error Code 3: no device memory")
+            return False
+        if not self._engine._filled:
+            self._log("ERROR", "Error Code 9: the engine was stripped of its weights and has not been refitted")
+            return False
+        work = self._work(dict(self._addresses), dict(self._shapes), self._memory)
+        capture = self._world.cuda.capturing(stream_handle) if self._world.cuda else None
+        if capture is not None:
+            capture.append(work)
+        else:
+            work()
+        return True
+
+    def _work(self, addresses, shapes, memory):
+        engine, world = self._engine, self._world
+
+        def run():
+            if memory:  # real kernels write there: whoever keeps data in it finds out
+                ctypes.memset(memory[0], 0x7F, engine.get_device_memory_size_for_profile_v2(self._profile))
+            feeds = {}
+            for value in engine._model.graph.input:
+                dtype = np.dtype(_NUMPY[_dtype(value)])
+                shape = shapes.get(value.name, _shape(value))
+                count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+                feeds[value.name] = np.frombuffer(ctypes.string_at(addresses[value.name], count), dtype).reshape(shape)
+            for name, array in engine._run(feeds).items():
+                array = np.ascontiguousarray(array)
+                ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
+            world.executed.append((memory, dict(shapes)))
+
+        return run
+
+
+class EngineInspector(_Behaviour):
+    def __init__(self, engine):
+        self._engine, self._context = engine, None
+
+    @property
+    def execution_context(self):
+        return self._context
+
+    @execution_context.setter
+    def execution_context(self, value):
+        assert isinstance(value, self._trt.IExecutionContext) and not value.infer_shapes()
+        self._context = value
+
+    def get_engine_information(self, format):
+        import onnx
+
+        assert format.name == "JSON"
+        engine = self._engine
+        model = onnx.shape_inference.infer_shapes(engine._model)
+        graph = model.graph
+        types = {v.name: _dtype(v) for v in [*graph.value_info, *graph.input, *graph.output]}
+        if -1 in [d for v in graph.input for d in _shape(v)] and self._context is None:
+            types = dict.fromkeys(types, "unknown")  # "N/A due to dynamic shapes"
+        types |= {t.name: _ONNX.get(t.data_type, "FLOAT") for t in graph.initializer}
+        spelt = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BFloat16"}
+        kinds = {"Conv": "CaskConvolution", "Gemm": "gemm", "MatMul": "gemm"}
+        layers = []
+        for node in graph.node:
+            dtype = engine._header["reported"] or spelt.get(types.get(node.input[0] if node.input else "", ""), "Int64")
+            tensor = lambda name, dtype=dtype: {"Name": name, "Dimensions": [], "Format/Datatype": dtype}  # noqa: E731
+            layers.append({
+                "Name": node.name or node.output[0], "LayerType": kinds.get(node.op_type, "kgen"),
+                "Inputs": [tensor(n) for n in node.input], "Outputs": [tensor(n) for n in node.output],
+                "TacticName": "", "Metadata": f"[ONNX Layer: {node.name}]",
+            })  # fmt: skip
+        if engine._header["verbosity"] != "DETAILED":
+            layers = [layer["Name"] for layer in layers]
+        return json.dumps({"Layers": layers, "Bindings": [v.name for v in engine._values()]})
+
+
+class Refitter(_Behaviour):
+    def __init__(self, engine, logger):
+        assert engine.refittable
+        self._engine, self._logger, self._pending = engine, logger, {}
+
+    def get_all_weights(self):
+        return [t.name for t in self._engine._model.graph.initializer if _refittable(t)]
+
+    def get_missing_weights(self):
+        return [] if self._engine._filled else [n for n in self.get_all_weights() if n not in self._pending]
+
+    def get_weights_prototype(self, weights_name):
+        import onnx
+
+        tensor = self._engine._weights[weights_name]
+        return self._trt.Weights(onnx.numpy_helper.to_array(tensor))
+
+    def set_named_weights(self, name, weights, location=None):
+        self._world.calls.append("set_named_weights")
+        if name not in self._engine._weights:
+            self._log("ERROR", f"Error Code 3: no weights named {name}")
+            return False
+        if weights._array.nbytes != len(self._engine._weights[name].raw_data):
+            self._log("ERROR", f"Error Code 3: {name} has another size or type")
+            return False
+        self._pending[name] = weights  # TensorRT keeps a pointer: the caller keeps the array alive
+        return True
+
+    def refit_cuda_engine_async(self, stream_handle):
+        assert stream_handle, "the default stream"
+        return self.refit_cuda_engine()
+
+    def refit_cuda_engine(self):
+        if "refit" in self._world.fail or self.get_missing_weights():
+            self._log("ERROR", "Error Code 4: missing weights in refitter")
+            return False
+        for name, weights in self._pending.items():
+            self._engine._weights[name].raw_data = weights._array.tobytes()
+        self._engine._session, self._engine._filled = None, True
+        return True
+
+
+class OnnxParserRefitter(_Behaviour):
+    def __init__(self, refitter, logger):
+        self._refitter, self._logger = refitter, logger
+
+    num_errors = property(lambda self: 0)
+
+    def refit_from_file(self, model):
+        import onnx
+
+        wanted = set(self._refitter.get_all_weights())
+        for tensor in onnx.load(model).graph.initializer:
+            if tensor.name in wanted:
+                array = onnx.numpy_helper.to_array(tensor)
+                self._refitter.set_named_weights(tensor.name, self._trt.Weights(array))
+        return True
+
+
+_BEHAVIOURS = {c.__name__: c for c in list(globals().values())
+               if isinstance(c, type) and issubclass(c, _Behaviour) and c is not _Behaviour}  # fmt: skip
+
+
+def make(version: str, world: World | None = None) -> ModuleType:
+    """The module `tensorrt` of a version: exactly the names of its API file; `module._world` is the test's handle."""
+    (stem,) = [stem for stem in VERSIONS if stem.startswith(version)]
+    api = json.loads(VERSIONS[stem].read_text())
+    module = ModuleType("tensorrt")
+    module.__version__, module.__spec__ = stem, ModuleSpec("tensorrt", None)  # torch asks whether there is one
+    module._world = world or World(stem)
+    kinds: dict[str, type] = {}
+    for name, entry in api.items():
+        if isinstance(entry, dict):
+            kinds[name] = _enum(name, entry["enum"])
+    for name, entry in api.items():
+        if entry == "class" and "." not in name:
+            kinds[name] = _class(name, api, kinds, module)
+    for name, entry in api.items():
+        owner, _, member = name.rpartition(".")
+        if owner and isinstance(entry, dict):
+            setattr(kinds[owner], member, kinds[name])
+        elif owner and entry == "Severity":
+            setattr(kinds[owner], member, getattr(kinds["ILogger.Severity"], member))
+        elif not owner and name in kinds:
+            setattr(module, name, kinds[name])
+        elif not owner and name in _CONSTANTS:
+            setattr(module, name, getattr(kinds["DataType"], _CONSTANTS[name]))
+    return module
+
+
+def _enum(name: str, members: dict[str, int]) -> type:
+    made = enum.Enum(name.rpartition(".")[2], members)
+    made.__int__ = lambda self: self.value
+    return made
+
+
+def _class(name: str, api: dict[str, Any], kinds: dict[str, type], module: ModuleType) -> type:
+    """A class with the members that the API names, and no others, acting as its behaviour does."""
+    behaviour = _BEHAVIOURS.get(name, _Behaviour)
+    members = {key.partition(".")[2]: entry for key, entry in api.items() if key.startswith(f"{name}.")}
+    own = {n for n in vars(behaviour) if not n.startswith("_")}
+    assert own <= set(members), f"the double's {name} has what {module.__version__} has not: {own - set(members)}"
+    body: dict[str, Any] = {"_trt": module, "_world": module._world}
+    for member, entry in members.items():
+        if isinstance(entry, dict) or entry == "Severity":
+            continue
+        if member in own:
+            found = inspect.getattr_static(behaviour, member)
+            body[member] = found if isinstance(found, property) else _checked(f"{name}.{member}", found, entry, kinds)
+        elif entry == "property":
+            body[member] = property(_not_done(name, member))
+        else:
+            body[member] = _not_done(name, member)
+
+    def setter(self, attribute, value):
+        ours = type(self) is not made  # a subclass written in Python may hold what it likes
+        if not ours and not attribute.startswith("_") and members.get(attribute) != "property":
+            raise AttributeError(f"{name} of TensorRT {module.__version__} has no {attribute}")
+        object.__setattr__(self, attribute, value)
+
+    body["__setattr__"] = setter
+    made = type(name, (behaviour,), body)
+    return made
+
+
+def _not_done(name: str, member: str):
+    def call(*_, **__):
+        raise NotImplementedError(f"the double does not do {name}.{member}")
+
+    return call
+
+
+def _checked(what: str, function, printed: str, kinds: dict[str, type]):
+    """The function, called only as the binding's signature allows."""
+    inner = re.search(r"\((.*)\)(?: ->|$)", printed)[1]
+    parameters, types = [], {}
+    if "*args" in inner:
+        return function
+    for part in filter(None, re.split(r", (?=\w+:)", inner)):
+        label, _, rest = part.partition(": ")
+        kind, _, default = rest.partition(" = ")
+        types[label] = kind
+        parameters.append(inspect.Parameter(
+            label, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None if default else inspect.Parameter.empty,
+        ))  # fmt: skip
+    signature = inspect.Signature(parameters)
+
+    def call(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        for label, value in list(bound.arguments.items())[1:]:
+            if not _fits(value, types[label], kinds):
+                raise TypeError(f"{what}: {label} = {value!r} is no {types[label]}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _fits(value: Any, kind: str, kinds: dict[str, type]) -> bool:
+    if kind == "SupportsInt":
+        return isinstance(value, (int, np.integer))
+    if kind in ("str", "bool"):
+        return isinstance(value, {"str": str, "bool": bool}[kind])
+    if kind == "Buffer":
+        return isinstance(value, (bytes, bytearray, memoryview, kinds["IHostMemory"]))
+    if kind == "Dims":
+        return isinstance(value, (tuple, list)) and all(isinstance(v, (int, np.integer)) for v in value)
+    if kind in kinds:
+        return isinstance(value, kinds[kind])
+    return True
