@@ -137,6 +137,53 @@ The distance is taken in the features of the classifier that ships beside this f
 """
 
 
+def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
+    """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
+    recipe = record["recipe"]
+    start = "the pruned tiny" if recipe["teacher"] else "the teacher"
+    steps = len(row["timesteps"])
+    kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
+    extra = f" --model {recipe['model']} --teacher {recipe['teacher']}" if recipe["teacher"] else ""
+    lines = "".join(
+        f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
+    )
+    return f"""---
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+
+# Digits {row['name']}
+
+The digits model in {steps} step{'s' * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from {start}. No
+guidance: the UNet runs once a step.
+
+```python
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{row['name']}")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe("a handwritten seven", height=64, width=64, timesteps={row['timesteps']}, guidance_scale=0)
+```
+
+## Training
+
+`accel distill dmd2 --recipe {kind}{extra} --out OUT`: {record['steps']} steps of {recipe['batch']}, \
+{record['steps'] * record['seconds_per_step'] / 60:.0f} minutes on {record['threads']} CPU thread of a busy machine.
+`training.json` has every setting.
+
+## Figures
+
+{row['images']} pictures, measured on the stored weights; one training.
+
+| | prompt accuracy | Frechet distance to 500 held-out real images |
+|---|---|---|
+| **this** | {row['prompt_accuracy']:.1%} | {row['frechet_distance']:.2f} |
+{lines}
+The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
+limits are the teacher's.
+"""
+
+
 def picture_grid(images: torch.Tensor, columns: int) -> Any:
     """Pictures [n, 3, h, w] in -1..1, n a multiple of `columns`, as one PIL image."""
     from PIL import Image

@@ -12,7 +12,7 @@ every figure is given with its floor: 500 real training images against the 500 h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,10 @@ def frechet_floor(classifier: Classifier, per_digit: int = digits.HELD_OUT_PER_D
 
 
 def generate(
-    pipeline: Any, texts: list[str], guidance: float, steps: int = 25, seed: int = 0, batch: int = 50
+    pipeline: Any, texts: list[str], guidance: float, steps: int = 25, seed: int = 0, batch: int = 50,
+    timesteps: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Pictures [len(texts), 3, 64, 64] in -1..1 by any diffusers pipeline.
+    """Pictures [len(texts), 3, 64, 64] in -1..1 by any diffusers pipeline, in `steps` or at given `timesteps`.
 
     Picture i starts from noise of seed `seed + i`, so it does not depend on the batch it is made in.
     """
@@ -128,9 +129,9 @@ def generate(
         part = texts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
         result = pipeline(
-            part, guidance_scale=guidance, num_inference_steps=steps, generator=generators, output_type="pt",
-            height=digits.SIZE, width=digits.SIZE,
-        )
+            part, guidance_scale=guidance, generator=generators, output_type="pt", height=digits.SIZE,
+            width=digits.SIZE, **(dict(timesteps=list(timesteps)) if timesteps else dict(num_inference_steps=steps)),
+        )  # fmt: skip
         made.append(result.images.float().cpu() * 2 - 1)
     return torch.cat(made)
 

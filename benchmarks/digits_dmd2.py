@@ -1,0 +1,209 @@
+"""What few-step distillation is worth on digits, over several seeds, and which of its parts matter.
+
+    python benchmarks/digits_dmd2.py --out out/digits-dmd2 --rows 4step 1step --seeds 0 1 2
+
+trains every row that is not there yet (ten to fifteen minutes each on one CPU thread; two side by side on two cores:
+run it twice with different rows; a run that was interrupted goes on), draws 500 pictures with each in its own steps,
+and with the undistilled networks in the same ones. With all rows of all seeds there it writes benchmarks/digits-dmd2.json,
+docs/digits-dmd2.png and the table of docs/dmd2.md. `--ship` puts seed 0 of the four students beside the teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+
+from accel import machine
+from accel.assets import DIGITS
+from accel.distill import digits, digits_quality, recipes
+from accel.distill.digits_card import few_step_card, picture_grid
+from accel.distill.run import execute
+from accel.distill.train_digits import load
+from accel.files import write_json
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(model="digits/tiny", teacher="digits")
+
+# Row -> (recipe, fields that differ from it, what it shows).
+ROWS = {
+    "4step": ("digits_dmd2", {}, "4 steps"),
+    "1step": ("digits_dmd2_1step", {}, "1 step"),
+    "tiny-4step": ("digits_dmd2", TINY, "tiny, 4 steps"),
+    "tiny-1step": ("digits_dmd2_1step", TINY, "tiny, 1 step"),
+    "4step-no-gan": ("digits_dmd2", dict(adversarial_weight=0.0), "4 steps, without the GAN"),
+    "4step-one-scale": ("digits_dmd2", dict(ratio=1, critic_learning_rate=3e-4), "4 steps, without two time scales"),
+    "4step-real-inputs": ("digits_dmd2", dict(backward_simulation=False), "4 steps, without backward simulation"),
+    "4step-published": ("digits_dmd2", dict(mixed_steps=False, step_aware=False), "4 steps, one step a batch"),
+}
+SHIPPED = ("4step", "1step", "tiny-4step", "tiny-1step")
+# Undistilled networks in the students' steps, and the teacher as it is meant to be used.
+BASELINES = {
+    "teacher, 25 steps, guidance 1.5": ("teacher", None, 1.5),
+    "teacher, 25 steps, guidance 3": ("teacher", None, 3.0),
+    "teacher, 4 steps": ("teacher", (999, 749, 499, 249), 0.0),
+    "teacher, 1 step": ("teacher", (999,), 0.0),
+    "tiny, 4 steps, not distilled": ("tiny", (999, 749, 499, 249), 0.0),
+    "tiny, 1 step, not distilled": ("tiny", (999,), 0.0),
+}
+
+
+def pictures(
+    folder: Path, timesteps: tuple[int, ...] | None, guidance: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """500 pictures [500, 3, 64, 64] in -1..1, and the digits asked for; by LCMScheduler where timesteps are given."""
+    texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
+    pipeline = load(folder)
+    if timesteps is None:
+        return digits_quality.generate(pipeline, list(texts), guidance, seed=seed), torch.tensor(wanted)
+    from diffusers import LCMScheduler
+
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    made = digits_quality.generate(pipeline, list(texts), guidance, seed=seed, timesteps=list(timesteps))
+    return made, torch.tensor(wanted)
+
+
+def first_noise(seed: int) -> int:
+    """The first picture's noise in the judgement of a seed: no two seeds share any."""
+    return seed * 100_000
+
+
+def run_row(name: str, seed: int, out: Path) -> dict:
+    kind, fields, shows = ROWS[name]
+    recipe = recipes.changed(
+        recipes.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
+    )
+    folder, result = out / f"{name}-{seed}", out / f"{name}-{seed}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    if not folder.exists() and execute(recipe, folder).stopped:
+        raise KeyboardInterrupt
+    record = json.loads((folder / "training.json").read_text())
+    timesteps = json.loads((folder / "sampler.json").read_text())["timesteps"]
+    images, wanted = pictures(folder, tuple(timesteps), 0.0, first_noise(seed))
+    picture_grid(images[:50], 10).save(out / f"{name}-{seed}.png")
+    row = dict(
+        name=name, shows=shows, seed=seed, timesteps=timesteps, steps=record["steps"],
+        seconds_per_step=record["seconds_per_step"], **digits_quality.judge(images, wanted),
+    )  # fmt: skip
+    write_json(result, row)
+    print(row, flush=True)
+    return row
+
+
+def baseline(name: str, seed: int, out: Path) -> dict:
+    folder, timesteps, guidance = BASELINES[name]
+    result = out / f"baseline-{list(BASELINES).index(name)}-{seed}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    images, wanted = pictures(DIGITS / folder, timesteps, guidance, first_noise(seed))
+    row = dict(name=name, shows=name, seed=seed, **digits_quality.judge(images, wanted))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(result, row)
+    print(row, flush=True)
+    return row
+
+
+def ship(row: dict, folder: Path, baselines: list[dict]) -> None:
+    target = DIGITS / row["name"]
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    record = json.loads((target / "training.json").read_text())
+    record["recipe"] |= {"cache": "auto", "log": "auto", "sample_every": 100}  # free to choose; as in the command
+    write_json(target / "training.json", record)
+    write_json(target / "quality.json", row)
+    (target / "README.md").write_text(few_step_card(row, record, baselines))
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """One line per name: mean and range over seeds."""
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = [row for row in rows if row["name"] == name]
+        distance = [row["frechet_distance"] for row in found]
+        lines.append(
+            dict(
+                name=name, shows=found[0]["shows"], seeds=len(found), frechet_distance=statistics.mean(distance),
+                least=min(distance), largest=max(distance),
+                prompt_accuracy=statistics.mean(row["prompt_accuracy"] for row in found),
+                least_accuracy=min(row["prompt_accuracy"] for row in found),
+            )
+        )
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    head = ["| | seeds | Frechet distance (range) | prompt accuracy (least) |", "|---|---|---|---|"]
+    return "\n".join(
+        head + [
+            f"| {line['shows']} | {line['seeds']} | {line['frechet_distance']:.2f} ({line['least']:.2f} to "
+            f"{line['largest']:.2f}) | {line['prompt_accuracy']:.1%} ({line['least_accuracy']:.1%}) |"
+            for line in lines
+        ]
+    )  # fmt: skip
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2))
+    colours = ["#a0aec0" if line["name"] in BASELINES else "#2b6cb0" for line in lines]
+    means = [line["frechet_distance"] for line in lines]
+    errors = [[line["frechet_distance"] - line["least"] for line in lines],
+              [line["largest"] - line["frechet_distance"] for line in lines]]  # fmt: skip
+    shows = [line["shows"] for line in lines]
+    bars = axes.barh(shows, means, xerr=errors, color=colours, ecolor="#4a5568", capsize=2)
+    labels = [f"   {line['frechet_distance']:.1f}   {line['prompt_accuracy']:.1%}" for line in lines]
+    axes.bar_label(bars, labels, fontsize=9)
+    title = "Digits in few steps: grey not distilled, blue distilled; beside the bar, prompt accuracy"
+    figure.suptitle(title, fontsize=10)
+    axes.set_xlabel("Frechet distance to held-out real digits (lower is better); the line is the range over seeds")
+    axes.set_xlim(0, 1.25 * max(line["largest"] for line in lines))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def write_table(text: str, path: Path) -> None:
+    begin, end = "<!-- digits-dmd2 -->", "<!-- /digits-dmd2 -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/digits-dmd2"))
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ship", action="store_true", help="put seed 0 of the students into accel/assets/digits")
+    parser.add_argument("--write", action="store_true", help="write table, plot and JSON of the rows that are there")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    baselines = [baseline(name, seed, args.out) for name in BASELINES for seed in args.seeds]
+    rows = [run_row(name, seed, args.out) for seed in args.seeds for name in args.rows]
+    for row in rows if args.ship else ():
+        if row["name"] in SHIPPED and row["seed"] == 0:
+            ship(row, args.out / f"{row['name']}-0", [line for line in baselines if line["seed"] == 0])
+    if args.write:
+        lines = summary(baselines + rows)
+        document = dict(
+            schema="accel-digits-dmd2/1", command="python benchmarks/digits_dmd2.py --write",
+            machine=dataclasses.asdict(machine.machine()), threads=args.threads, summary=lines, rows=baselines + rows,
+        )  # fmt: skip
+        write_json(ROOT / "benchmarks/digits-dmd2.json", document)
+        plot(lines, ROOT / "docs/digits-dmd2.png")
+        write_table(table(lines), ROOT / "docs/dmd2.md")
+
+
+if __name__ == "__main__":
+    main()
