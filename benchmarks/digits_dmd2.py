@@ -4,7 +4,7 @@
 
 trains every row that is not there yet (ten to fifteen minutes each on one CPU thread; two side by side on two cores:
 run it twice with different rows; a run that was interrupted goes on), draws 500 pictures with each in its own steps,
-and with the undistilled networks in the same ones. With all rows of all seeds there it writes benchmarks/digits-dmd2.json,
+and with the undistilled networks in the same ones. `--write` writes benchmarks/digits-dmd2.json,
 docs/digits-dmd2.png and the table of docs/dmd2.md. `--ship` puts seed 0 of the four students beside the teacher.
 """
 
