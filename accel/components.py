@@ -35,6 +35,12 @@ class Components(Mapping[str, Engine]):
     def __len__(self) -> int:
         return len(self._loaders)
 
+    def take(self, name: str) -> Engine:
+        """A component that is the caller's from now on; asked for again, it is loaded again."""
+        engine = self[name]
+        del self._loaded[name]
+        return engine
+
     def release(self, names: Iterable[str]) -> None:
         """Their phase is over: with `passing` their memory goes, else nothing happens."""
         if not self.passing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from . import conditioning, control, noise, request, sampler
 from .arrays import cast, concat, synchronize
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
 from .components import Components
 from .engines import Engine, load_engine
 from .engines.base import to_numpy
@@ -188,8 +188,9 @@ class Pipeline:
         if latents is not None and tuple(latents.shape)[0] != len(prompts):
             raise UserError(f"{tuple(latents.shape)[0]} latents for {len(prompts)} images", "give one per image")
         seeds = request.seeds(seed, len(prompts))
-        size = request.latent_size(self.bundle.manifest, height, width, latents)
-        limit = request.images_per_run(self.bundle.manifest, plan)
+        manifest = self._limits()
+        size = request.latent_size(manifest, height, width, latents)
+        limit = request.images_per_run(manifest, plan)
         chunks = [
             Chunk(rows, prompts[rows], negatives and negatives[rows], seeds[rows])
             for rows in (slice(i, i + limit) for i in range(0, len(prompts), limit))
@@ -206,6 +207,14 @@ class Pipeline:
             return Output(final, final, seeds, run.clock.seconds)
         pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
         return Output(pixels if output_type == "np" else to_pil(pixels), final, seeds, run.clock.seconds)
+
+    def _limits(self) -> Manifest:
+        """The manifest with the sizes that the engines take: a TensorRT plan may take fewer than the bundle allows."""
+        manifest = self.bundle.manifest
+        if getattr(self.engines, "passing", False):  # they are loaded when it is their turn
+            return manifest
+        own = {name: self.engines[name].component for name in ("unet", "vae_decoder") if name in self.engines}
+        return replace(manifest, components={**manifest.components, **own})
 
 
 class _Run:

@@ -189,8 +189,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write table, plot and JSON of the rows that are there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    baselines = [baseline(name, seed, args.out) for name in BASELINES for seed in args.seeds]
     rows = [run_row(name, seed, args.out) for seed in args.seeds for name in args.rows]
+    baselines = [baseline(name, seed, args.out) for name in BASELINES for seed in args.seeds]
     for row in rows if args.ship else ():
         if row["name"] in SHIPPED and row["seed"] == 0:
             ship(row, args.out / f"{row['name']}-0", [line for line in baselines if line["seed"] == 0])

@@ -26,6 +26,7 @@ from accel._version import __version__
 from accel.errors import MissingPackage, UserError
 
 from . import checkpoints
+from .adapters import Adapted
 from .encode import Encoders, encoded
 from .methods import Method, Network, Turn
 from .recipes import Recipe
@@ -130,6 +131,11 @@ class Loop:
                 raise UserError(
                     f"FSDP takes one network per optimizer, this run trains {' and '.join(turn.networks)} together",
                     "launch without FSDP, or train one of them",
+                )
+            if sharded and any(isinstance(part, Adapted) for network in networks for part in network.model.modules()):
+                raise UserError(
+                    "FSDP cannot shard a network that several updates share",
+                    "launch without FSDP, or leave out --rank and --critic-rank",
                 )
             modules = [network.module for network in networks]
             *prepared, self.optimizers[turn.name] = self.accelerator.prepare(*modules, self.optimizers[turn.name])

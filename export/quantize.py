@@ -177,7 +177,7 @@ def _write(
 ) -> Component:
     """One network with packed layers: weights, graphs, proof. It is gone from the pipeline afterwards."""
     started = time.perf_counter()
-    engine = pipeline.engines.pop(entry)
+    engine = pipeline.engines.take(entry)
     record, module = engine.component, engine.module
     network = Network(entry, record.kind, module, record.inputs, record.outputs)
     folder.mkdir()

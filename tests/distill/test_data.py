@@ -137,7 +137,7 @@ def test_everything_that_makes_a_row_unusable(tmp_path):
         "gone.png": (None, "x", "No such file"),
         "blank.png": (whole, " \n ", "its caption is empty"),
         "none.png": (whole, None, "it has no caption"),
-        "number.png": (whole, 7, "its caption is not text: 7"),
+        "number.png": (whole, 7.5, "its caption is not text: 7.5"),
         "list.png": (whole, ["a", 1], "its caption is not text"),
         "half.png": (whole, "\ud83d", "its caption is not UTF-8"),
         "../outside.png": (None, "x", "it points outside the folder"),
