@@ -91,21 +91,21 @@ class DMD2:
                 x = self.draw(batch, last)
         return self.critic_turn(x, batch, last)
 
-    def last(self, batch: Mapping[str, Any], step: int) -> torch.Tensor:
-        """At which of its steps G is trained, for each picture [b]: all of them in turn, or one that all share.
+    def last(self, batch: Mapping[str, Any], step: int) -> list[int]:
+        """At which of its steps G is trained, for each picture of a batch: all of them in turn, or one that all share.
 
         Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
         is fitted to the last one it met, and pushes what the other steps draw away from it.
         """
         count, rows = len(self.timesteps), len(batch["index"])
         if self.recipe.mixed_steps and rows >= count:
-            return torch.tensor([index % count for index in batch["index"]])
-        return torch.full((rows,), int(draws.generator(self.recipe.seed, step, "steps").integers(count)))
+            return [index % count for index in batch["index"]]
+        return [int(draws.generator(self.recipe.seed, step, "steps").integers(count))] * rows
 
     def generator_turn(
-        self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
-        """Losses of x, which G's steps `last` [b] drew."""
+        """Losses of x, which G's steps `last` drew."""
         gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
@@ -118,7 +118,7 @@ class DMD2:
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
-    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor) -> tuple[torch.Tensor, Terms]:
+    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
         score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
         fake = real = None
@@ -143,52 +143,53 @@ class DMD2:
 
     # ---------------------------------------------------------------------------------------------------- the generator
 
-    def draw(self, batch: Mapping[str, Any], last: torch.Tensor) -> torch.Tensor:
+    def draw(self, batch: Mapping[str, Any], last: list[int]) -> torch.Tensor:
         """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
 
         Args:
-            last: the step of each picture's last call, [b].
+            last: the step of each picture's last call.
         """
         noise = self.normal(batch, "noise")
         if not self.recipe.backward_simulation:
             return self.draw_from_real(batch, last, noise)
         z, drawn = self.process.start(noise, self.at(0, noise)), {}
-        for number in range(int(last.max()) + 1):
-            for row, x in self.generate(z, number, batch, (last == number).nonzero().flatten()):
+        for number in range(max(last) + 1):
+            for row, x in self.generate(z, number, batch, [row for row, step in enumerate(last) if step == number]):
                 drawn[row] = x
-            later = (last > number).nonzero().flatten()
-            if len(later):
+            later = [row for row, step in enumerate(last) if step > number]
+            if later:
                 with torch.no_grad():
                     made = dict(self.generate(z, number, batch, later))
                 x = torch.stack([made.get(row, noise[row]) for row in range(len(z))])
                 z = self.process.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
         return torch.stack([drawn[row] for row in range(len(z))])
 
-    def draw_from_real(self, batch: Mapping[str, Any], last: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def draw_from_real(self, batch: Mapping[str, Any], last: list[int], noise: torch.Tensor) -> torch.Tensor:
         """As `draw`, but G's last call sees noised real pictures, as it never does when it draws."""
         real, drawn = clean(batch, self.recipe.seed), {}
-        for number in last.unique().tolist():
+        for number in sorted(set(last)):
             at = self.at(number, noise)
             z = self.process.add_noise(real, noise, at) if number else self.process.start(noise, at)
-            drawn |= dict(self.generate(z, number, batch, (last == number).nonzero().flatten()))
+            drawn |= dict(self.generate(z, number, batch, [row for row, step in enumerate(last) if step == number]))
         return torch.stack([drawn[row] for row in range(len(noise))])
 
-    def generate(self, z: torch.Tensor, number: int, batch: Mapping[str, Any], rows: torch.Tensor) -> Any:
+    def generate(self, z: torch.Tensor, number: int, batch: Mapping[str, Any], rows: list[int]) -> Any:
         """Step `number` for some pictures of the batch: (row, G's x_0 of it) of each."""
-        if not len(rows):
+        if not rows:
             return ()
-        x_t = z[rows.to(z.device)]
+        chosen = torch.tensor(rows, device=z.device)
+        x_t = z[chosen]
         t = self.at(number, x_t)
-        conditions = self.family.rows(self.family.conditions(batch), rows.to(z.device))
+        conditions = self.family.rows(self.family.conditions(batch), chosen)
         with self.autocast():
             said = self.family.call(self.networks["generator"].module, x_t, t, conditions)
-        return zip(rows.tolist(), self.process.x0(said, x_t, t).float(), strict=True)
+        return zip(rows, self.process.x0(said, x_t, t).float(), strict=True)
 
     # ----------------------------------------------------------------------------------------------------- the gradient
 
     @torch.no_grad()
     def matching_gradient(
-        self, x: torch.Tensor, batch: Mapping[str, Any], last: torch.Tensor
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
         count = self.process.levels

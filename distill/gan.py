@@ -91,15 +91,15 @@ class Critic(nn.Module):
     def core(self) -> nn.Module:
         return self.network
 
-    def tell(self, conditions: Any, steps: torch.Tensor | None) -> Any:
+    def tell(self, conditions: Any, steps: list[int] | None) -> Any:
         return conditions if self.told is None else self._family.tell(conditions, self.told[steps])
 
-    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
-        """mu_fake's prediction, in the units of the teacher's, for what the student's steps [b] draw."""
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
+        """mu_fake's prediction, in the units of the teacher's, for what the student's `steps` draw, one a row."""
         return self._family.call(self.network, x_t, t, self.tell(conditions, steps))
 
-    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
-        """D(x_t) [b]: positive for real, negative for what those steps of the student draw."""
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
+        """D(x_t) [b]: positive for real, negative for what those `steps` of the student draw."""
         told = self.tell(conditions, steps)
         return self.head(self._family.bottleneck(self.network, x_t, t, told)).flatten(1).mean(1)
 

@@ -62,7 +62,7 @@ def test_one_step_is_the_samplers(model):
     made = method(model)
     batch = batch_of(made)
     with torch.no_grad():
-        ours = made.draw(batch, torch.tensor([0, 0]))
+        ours = made.draw(batch, [0, 0])
         wanted = one_step(made.generator, made.normal(batch, "noise"), batch["context"])
     assert torch.allclose(ours, wanted, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_several_steps_add_noise_of_each_level(model):
     batch = batch_of(made)
     seen = []
     made.generator.register_forward_pre_hook(lambda module, given: seen.append(given))
-    made.draw(batch, torch.tensor([1, 1]))
+    made.draw(batch, [1, 1])
     (_, first, _), (x_t, sigma, _) = seen
     assert first.tolist() == [80.0, 80.0]
     assert sigma.tolist() == pytest.approx([float(made.process.sigmas[499])] * 2)
