@@ -28,29 +28,41 @@ def demo(tmp_path_factory):
     return out
 
 
-def test_demo_measures_speed_and_shows_the_same_picture(demo):
-    document = json.loads((demo / "demo.json").read_text())
+@pytest.mark.parametrize("name, steps", [("4step", 4), ("1step", 1)])
+def test_demo_measures_speed_and_shows_the_same_picture(demo, name, steps):
+    document = json.loads((demo / f"{name}.json").read_text())
+    assert document["work"]["steps"] == steps and document["work"]["guidance"] == 0
     rows = {row["variant"]: row for row in document["rows"]}
     assert {"eager", "onnxruntime"} <= set(rows)
-    for name, row in rows.items():
+    for variant, row in rows.items():
         assert row["status"] == "measured" and row["scopes"]["image"]["timing"]["p50_s"] > 0
-        if name != "eager":
+        if variant != "eager":
             assert row["parity"]["image"]["max_abs"] <= 1  # in 1/255
             assert row["scopes"]["image"]["speedup"]["eager"]["ratio"] > 0
-    assert Image.open(demo / "demo.png").size[0] > 900
-    assert "<html" in (demo / "demo.html").read_text()
+    assert "<html" in (demo / f"{name}.html").read_text()
 
 
-def test_the_compiled_model_draws_the_digits_that_were_asked_for(demo):
+def test_one_sheet_shows_every_model_on_every_engine(demo):
+    width, height = Image.open(demo / "demo.png").size
+    assert width > 900 and height > 2 * 3 * 96  # two engines and their difference at least, of each model
+
+
+@pytest.mark.parametrize("name", ["4step", "1step"])
+def test_the_compiled_model_draws_the_digits_that_were_asked_for(demo, name):
     torch = pytest.importorskip("torch")
     import accel
     from accel.distill.digits import prompt_set
     from accel.distill.digits_quality import prompt_accuracy
 
     texts, digits = zip(*prompt_set(2), strict=True)
-    images = accel.load(demo / "bundle", engine="onnxruntime")(list(texts), output_type="np").images
+    images = accel.load(demo / name, engine="onnxruntime")(list(texts), output_type="np").images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     assert prompt_accuracy(pixels, torch.tensor(digits)) >= 0.9
+
+
+def test_two_models_of_one_name_are_refused(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "out"), "--model", "digits/1step", "other/1step"]) == 1
+    assert "two models of one name" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_demo_does_not_write_over_a_folder_that_is_in_use(demo, capsys):

@@ -1,6 +1,9 @@
 """Pairs of the teacher's ODE, and the warm-up on them."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file
 from accel.distill import pairs, recipes
 from accel.distill.data import open_data
 from accel.distill.encode import Encoders
-from accel.distill.regression import pseudo_huber
+from accel.distill.regression import Regression, pseudo_huber
 from accel.distill.run import execute
 from accel.errors import MissingPackage, UserError
 from accel.source import open_source
@@ -106,3 +109,34 @@ def test_pseudo_huber_is_the_distance_far_from_zero():
 def test_what_cannot_be_is_said(sd15, tmp_path, fields, error, said):
     with pytest.raises(error, match=said):
         execute(recipe(sd15, **fields), tmp_path / "out")
+
+
+def test_lpips_compares_decoded_pictures_and_its_slope_reaches_the_latent(sd15, monkeypatch):
+    """Of pictures in -1..1, as the package expects; a stand-in takes its place, which is not on every machine."""
+    seen = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, pictures, wanted):
+            seen.append((pictures, wanted))
+            return self.weight * (pictures - wanted).square().mean((1, 2, 3), keepdim=True)
+
+    package = types.ModuleType("lpips")
+    package.LPIPS, package.__spec__ = LPIPS, importlib.machinery.ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    given = recipe(sd15, loss="lpips")
+    encoders = Encoders(open_source(given.model))
+    method = Regression(given, encoders)
+    method.place(torch.device("cpu"), torch.float32)
+    wanted = torch.randn(2, 4, 8, 8)
+    batch = {"z": torch.randn(2, 4, 8, 8), "latent_mean": wanted} | encoders.prompts(["a cat", "a dog"])
+    error, _ = method.loss(method.turns[0], batch, 0)
+    error.backward()
+    (pictures, compared), expected = seen[0], encoders.vae.decode(wanted / encoders.vae.config.scaling_factor).sample
+    assert torch.equal(compared, expected.clamp(-1, 1)) and pictures.shape == compared.shape
+    assert all((p.grad != 0).any() for p in method.unet.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in method.unet.parameters()) == len(list(method.unet.parameters()))
+    assert method.perceptual.weight.grad is None and all(p.grad is None for p in encoders.vae.parameters())
