@@ -61,16 +61,22 @@ def parts(chosen: Topology) -> Iterator[tuple[str, str, Callable]]:
         yield "scheduler", "diffusers", lambda: PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **_SCHEDULE)
 
 
-def write(name: str, out: Path, seed: int = 0) -> None:
-    """Write the pipeline folder; `name` is a topology of family sd1 or sdxl."""
+def write(name: str, out: Path, seed: int = 0, *, weights: bool = True) -> None:
+    """Write the pipeline folder; `name` is a topology of family sd1 or sdxl. Without weights: the configs alone."""
     chosen = topology(name)
     assert chosen.family in ("sd1", "sdxl"), "SD2's text encoder is not built here"
     torch.manual_seed(seed)
     xl = chosen.family == "sdxl"
     index: dict = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
     for component, library, build in parts(chosen):
-        model = build()
-        model.save_pretrained(out / component)
+        whole = weights or component == "scheduler"
+        with torch.device("cpu" if whole else "meta"):
+            model = build()
+        if whole:
+            model.save_pretrained(out / component)
+        else:
+            save_config = model.config.save_pretrained if library == "transformers" else model.save_config
+            save_config(out / component)
         index[component] = [library, type(model).__name__]
         del model
         gc.collect()

@@ -7,7 +7,7 @@ A model is a folder as diffusers would write it, with `unet/` (a `UNet2DModel`) 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class ClassEncoders:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     text_learns: bool = False
+    open: Callable[[str], EDMSource] = open_edm
 
     sdxl = False
     inpaints = False
@@ -165,7 +166,7 @@ class ClassToImage:
 
     def __init__(self, recipe: Recipe, encoders: ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
-        self.teacher = open_edm(recipe.teacher) if recipe.teacher else encoders.source
+        self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         constants, theirs = encoders.source.config("scheduler"), self.teacher.config("scheduler")
         for name in ("sigma_min", "sigma_max", "rho", "sigma_data"):
             if constants.get(name) != theirs.get(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.source import Source
+from accel.source import Source, open_source
 
 
 @dataclass
@@ -22,12 +22,14 @@ class Encoders:
         device: where they run.
         dtype: dtype the text encoders run in. The VAE stays in float32: SDXL's overflows in float16.
         text_learns: the text encoders are trained, so captions are encoded in the loss and not ahead of it.
+        open: how another pipeline of this kind is opened, a teacher's.
     """
 
     source: Source
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     text_learns: bool = False
+    open: Callable[[str], Source] = open_source
 
     @cached_property
     def vae(self) -> nn.Module:

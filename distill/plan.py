@@ -221,7 +221,9 @@ def batch_of(recipe: DMD2, encoders: Any) -> dict[str, Any]:
 
 def hollow(encoders: Encoders | ClassEncoders) -> Any:
     """The encoders with prompts of the right shape and no networks behind them."""
-    made = dataclasses.replace(encoders, source=Hollow(encoders.source))
+    made = dataclasses.replace(
+        encoders, source=Hollow(encoders.source), open=lambda model: Hollow(encoders.open(model))
+    )
     if isinstance(encoders, ClassEncoders):
         return made
     unet = encoders.source.config("unet")

@@ -12,7 +12,7 @@ from torch import nn
 
 from accel.errors import UserError
 from accel.noise_schedule import NoiseSchedule
-from accel.source import Source, open_source
+from accel.source import Source
 
 from . import adapters, gan, inpainting, samples
 from .denoising import added_conditions
@@ -43,7 +43,7 @@ class TextToImage:
         if encoders.inpaints:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
         self.recipe, self.encoders = recipe, encoders
-        self.teacher = open_source(recipe.teacher) if recipe.teacher else encoders.source
+        self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         self.process = Diffusion(NoiseSchedule.from_config(encoders.source.config("scheduler")))
         check_teacher(encoders.source, self.teacher, self.process)
         self._pipeline: Any = None

@@ -62,7 +62,9 @@ def test_the_command_loads_no_weights(sd15, tmp_path):
     folder = shutil.copytree(sd15, tmp_path / "model")
     for path in (folder / "unet").glob("*.safetensors"):
         path.write_bytes(b"no weights at all")
+    teacher = shutil.copytree(folder, tmp_path / "teacher")
     command = [sys.executable, "-m", "accel", "distill", "dmd2", "--model", str(folder), "--resolution", "64"]
+    command += ["--teacher", str(teacher)]
     done = subprocess.run([*command, "--batch", "1", "--plan", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
