@@ -135,6 +135,7 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
     dtype = PRECISIONS[recipe.mixed_precision]
     with torch.device("meta"):
         method = Method(recipe, hollow(encoders))
+        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # what has no content cannot be moved
         method.place(torch.device("meta"), dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(method)

@@ -56,6 +56,14 @@ def test_more_processes_and_smaller_moments_need_less(sd15):
     assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
 
 
+def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(sd15):
+    given = recipe(sd15, teacher=str(sd15))
+    near = plan.predict(given, encoders_of(given))
+    away = plan.predict(recipes.changed(given, offload_teacher=True), encoders_of(given))
+    assert near.parts["frozen weights"] == 4 * near.parameters["teacher"][0] and "frozen weights" not in away.parts
+    assert near.peak - near.parts["frozen weights"] <= away.peak <= near.peak
+
+
 def test_the_command_loads_no_weights(sd15, tmp_path):
     import shutil
 
