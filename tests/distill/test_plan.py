@@ -1,5 +1,6 @@
 """The memory that a run would need, against what is held when it runs."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -33,33 +34,36 @@ def measured(given):
     return max(max(plan.turn_bytes(method, turn, batch, False)) for turn in method.turns)
 
 
+@functools.cache
+def predicted(model, **fields):
+    given = recipe(model, **fields)
+    return plan.predict(given, encoders_of(given), foreach=False)
+
+
 @pytest.mark.parametrize("fields", [{}, dict(gradient_checkpointing=True), dict(rank=2, critic_rank=2)])
 def test_the_prediction_is_what_a_run_holds(sd15, fields):
+    said = predicted(sd15, **fields)
     given = recipe(sd15, **fields)
-    predicted = plan.predict(given, encoders_of(given), foreach=False)
-    assert predicted.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
+    assert said.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
     unet = open_source(sd15).load("unet")
     count = sum(p.numel() for p in unet.parameters())
-    whole, learn = predicted.parameters["generator"]
+    whole, learn = said.parameters["generator"]
     if given.rank:
-        assert learn < count < whole and predicted.parts["frozen weights"] == pytest.approx(4 * count, rel=0.01)
+        assert learn < count < whole and said.parts["frozen weights"] == pytest.approx(4 * count, rel=0.01)
     else:
-        assert whole == learn == count and predicted.parts["frozen weights"] == 4 * count
-        assert predicted.parts["moments"] == 2 * predicted.parts["weights that learn"]
+        assert whole == learn == count and said.parts["frozen weights"] == 4 * count
+        assert said.parts["moments"] == 2 * said.parts["weights that learn"]
 
 
 def test_more_processes_and_smaller_moments_need_less(sd15):
-    given = recipe(sd15)
-    alone = plan.predict(given, encoders_of(given))
-    shared = plan.predict(recipe(sd15, optimizer="adamw8bit"), encoders_of(given), shards=4)
+    alone = predicted(sd15)
+    shared = plan.predict(recipe(sd15, optimizer="adamw8bit"), encoders_of(recipe(sd15)), shards=4)
     assert shared.parts["moments"] == pytest.approx(alone.parts["moments"] / 16, rel=0.01)
     assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
 
 
 def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(sd15):
-    given = recipe(sd15, teacher=str(sd15))
-    near = plan.predict(given, encoders_of(given))
-    away = plan.predict(recipes.changed(given, offload_teacher=True), encoders_of(given))
+    near, away = predicted(sd15), predicted(sd15, teacher=str(sd15), offload_teacher=True)
     assert near.parts["frozen weights"] == 4 * near.parameters["teacher"][0] and "frozen weights" not in away.parts
     assert near.peak - near.parts["frozen weights"] <= away.peak <= near.peak
 
