@@ -28,7 +28,21 @@ from .encode import Encoders
 from .kd import DTYPES
 from .methods import Network, Terms, Turn
 from .recipes import DMD2 as Recipe
+from .symptoms import Symptom
 from .text_to_image import TextToImage
+
+SYMPTOMS = (
+    Symptom(
+        "generator/lag", 1.25,
+        "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
+        "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
+    ),
+    Symptom(
+        "critic/accuracy", 0.95,
+        "the discriminator tells every drawn picture from a real one, and the generator has no slope to follow",
+        "a smaller --discriminator-weight or --critic-learning-rate",
+    ),
+)  # fmt: skip
 
 
 class DMD2:
@@ -38,6 +52,8 @@ class DMD2:
         recipe: its settings.
         encoders: the frozen half of the generator's pipeline, which says what family it is of.
     """
+
+    symptoms = SYMPTOMS
 
     def __init__(self, recipe: Recipe, encoders: Encoders | ClassEncoders):
         self.recipe, self.encoders = recipe, encoders

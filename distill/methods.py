@@ -63,6 +63,8 @@ class Method(Protocol):
     Attributes:
         networks: what learns, by name.
         turns: the optimizer steps of one training step, in order.
+
+    It may have `symptoms`, a sequence of `symptoms.Symptom`: what in its figures tells that a run goes wrong.
     """
 
     networks: dict[str, Network]

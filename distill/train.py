@@ -30,6 +30,7 @@ from .adapters import Adapted
 from .encode import Encoders, encoded
 from .methods import Method, Network, Turn
 from .recipes import Recipe
+from .symptoms import Watch
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRACKERS = ("tensorboard", "wandb")
@@ -168,7 +169,7 @@ class Loop:
     def run_all(self, batches: Any) -> Outcome:
         first = self.resume()
         log = Log(self.run, first, self.accelerator, self.recipe)
-        stop = Stop(self.accelerator)
+        stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "symptoms", ()))
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[terms]}"),
@@ -183,6 +184,8 @@ class Loop:
                     step += 1
                     log.write(step, figures)
                     bar.update(task, completed=step, terms=_short(figures))
+                    for text in watch.see(figures) if shown else ():
+                        self.console.print(text, soft_wrap=True, highlight=False)
                     if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
                         self.checkpoint(step)
                         kept = step

@@ -1,0 +1,46 @@
+"""What the figures of a run say about why it fails, said while it runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+WINDOW = 50  # values of a figure; one alone says nothing
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """A figure whose mean over `WINDOW` values must stay below a bound.
+
+    Attributes:
+        figure: as in losses.jsonl.
+        above: the bound.
+        means: what it means for the run to be above it.
+        fix: what to type next.
+    """
+
+    figure: str
+    above: float
+    means: str
+    fix: str
+
+
+class Watch:
+    """Says each symptom once."""
+
+    def __init__(self, symptoms: Sequence[Symptom]):
+        self._open = list(symptoms)
+        self._values: dict[str, deque[float]] = {one.figure: deque(maxlen=WINDOW) for one in symptoms}
+
+    def see(self, figures: Mapping[str, float]) -> Iterator[str]:
+        """The symptoms that these figures complete, as text for people."""
+        for name, values in self._values.items():
+            if name in figures:
+                values.append(figures[name])
+        for one in tuple(self._open):
+            values = self._values[one.figure]
+            mean = sum(values) / len(values) if len(values) == WINDOW else 0.0
+            if mean > one.above:
+                self._open.remove(one)
+                yield f"{one.figure} is {mean:.3g} on average of {WINDOW} values: {one.means}\n  try: {one.fix}"
