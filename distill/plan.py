@@ -143,7 +143,7 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
             for network in method.networks.values():
                 network.core.enable_gradient_checkpointing()
         learn = {turn.name: learning(method.networks[name].model) for turn in method.turns for name in turn.networks}
-        used = [turn_bytes(method, turn, batch_of(recipe, method.encoders), foreach) for turn in method.turns]
+        used = [turn_bytes(method, turn, batch_of(recipe, method.encoders), foreach, shards) for turn in method.turns]
         modules = (method.generator, method.critic, method.teacher)
         frozen = bytes_of({id(p): p for module in modules for p in weights(module) if not p.requires_grad}.values())
         named = dict(zip(("generator", "critic", "teacher"), modules, strict=True))
@@ -183,10 +183,20 @@ def fake(method: Method) -> None:
     method.family.ready()
 
 
-def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool) -> tuple[int, int]:
+def turn_bytes(
+    method: Method, turn: Any, batch: dict[str, Any], foreach: bool, shards: int = 1
+) -> tuple[int, int]:
     """(peak of a turn outside of the teacher's call, peak inside of it), weights not counted."""
     inside = [0]
     plain = method.guided
+    learn = [p for name in turn.networks for p in learning(method.networks[name].model)]
+    parts: list[torch.Tensor] = []
+
+    def keep_a_part(parameter: torch.Tensor) -> None:
+        parts.append(parameter.grad.flatten()[: -(-parameter.numel() // shards)].clone())
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(keep_a_part) for p in learn] if shards > 1 else []
     with Live() as live:
 
         def guided(*args: Any) -> torch.Tensor:
@@ -202,8 +212,10 @@ def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool) 
             del loss, _
         finally:
             method.guided = plain
+            for hook in hooks:
+                hook.remove()
         method._drawn.clear()
-        gradients = sum(bytes_of(learning(method.networks[name].model)) for name in turn.networks)
+        gradients = bytes_of(learn) // shards
         for name in turn.networks:
             method.networks[name].model.zero_grad(set_to_none=True)
     return max(live.peak, gradients * (2 if foreach else 1)), inside[0]
