@@ -150,6 +150,29 @@ def make_sdxl(folder: Path, topology: str = "sdxl", **overrides) -> Path:
     return folder
 
 
+def completed(bundle, base):
+    """A bundle with those components of the base that it lacks: what exporting them again would give, at no cost.
+
+    Both are `accel.bundle.Bundle`s of the same text encoders and VAE.
+    """
+    import shutil
+    from dataclasses import replace
+
+    from accel.bundle import Bundle, seal
+
+    own, others = bundle.manifest.components, base.manifest.components
+    lacking = {name: record for name, record in others.items() if name not in own}
+    for record in lacking.values():
+        shutil.copytree(base.path / record.folder, bundle.path / record.folder)
+    seal(bundle.path, replace(bundle.manifest, components={**lacking, **own}))
+    return Bundle.open(bundle.path)
+
+
+@pytest.fixture(scope="session", name="completed")
+def _completed():
+    return completed
+
+
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15") / "tiny-sd15")
@@ -178,6 +201,19 @@ def sd15_bundle(sd15, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("bundle") / "sd15"
     export_pipeline(sd15, out, profile="batch=1-4,size=64-128", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5})
+    return out
+
+
+@pytest.fixture(scope="session")
+def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
+    """The narrowed SDXL pipeline as an fp32 bundle without VAE encoder: batch 1-2, 64 px high, 64 to 96 px wide."""
+    from accel.export.pipeline import export_pipeline
+
+    out = tmp_path_factory.mktemp("bundle") / "sdxl"
+    export_pipeline(
+        sdxl, out, profile="batch=1-2,height=64,width=64-96", components=("text_encoder", "unet", "vae_decoder"),
+        sampler={"name": "euler", "steps": 3, "guidance": 5.0},
+    )  # fmt: skip
     return out
 
 

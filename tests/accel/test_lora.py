@@ -120,9 +120,13 @@ def test_convolutions_and_feed_forward_layers(sd15, tmp_path):
     assert_same_weights(sd15, [LoraFile(make_lora(sd15, tmp_path, targets=wide, text=["fc1", "q_proj"], alpha=2))])
 
 
-def test_several_files_add_up(sd15, lora15, tmp_path):
-    other = make_lora(sd15, tmp_path, targets=["to_k", "to_v"], text=None, rank=2, alpha=8, seed=3)
-    assert_same_weights(sd15, [LoraFile(lora15, 0.5), LoraFile(other, -1.25)])
+@pytest.mark.parametrize("model, file", [("sd15", "lora15"), ("sdxl", "lora_xl")])
+def test_several_files_add_up(model, file, request, tmp_path):
+    """One counts backwards; SDXL's are for both text encoders, SD1.5's second one for the UNet alone."""
+    model, file = (request.getfixturevalue(name) for name in (model, file))
+    text = ["k_proj", "fc1"] if model.name.endswith("sdxl") else None
+    other = make_lora(model, tmp_path, targets=["to_k", "to_v"], text=text, rank=2, alpha=8, seed=3)
+    assert_same_weights(model, [LoraFile(file, 0.5), LoraFile(other, -1.25)])
 
 
 @pytest.mark.parametrize("model, file", [("sd15", "lora15"), ("sdxl", "lora_xl")])
