@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import weights
 from .errors import UserError
 from .files import sha256
 
@@ -207,22 +208,11 @@ def made_for(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors, float32 or as stored where not floating, and the header's metadata."""
-    import pickle
-
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            tensors, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {_line(error)}", "give a LoRA as .safetensors") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no table of tensors", "give a LoRA as .safetensors")
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, metadata
+    tensors = weights.read(path)
+    return (
+        {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()},
+        weights.metadata(path),
+    )
 
 
 def _folded(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

@@ -264,6 +264,14 @@ def test_a_truncated_file_is_named_before_anything_is_loaded(sd15, tmp_path, cut
     assert "again" in error.value.fix
 
 
+@pytest.mark.parametrize("header", [b"[]", b"{}{", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b'{"a": {}}'])
+def test_a_header_that_makes_no_sense_is_no_safetensors_file(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="no safetensors file"):
+        open_source(file)
+
+
 def test_a_truncated_file_in_a_folder_is_named(sd15, tmp_path):
     copy = Path(shutil.copytree(sd15, tmp_path / "copy"))
     (file,) = (copy / "unet").glob("*.safetensors")
@@ -346,16 +354,18 @@ def dmd2_unet(sdxl):
     [("dmd2_sdxl_4step_unet_fp16.bin", [999, 749, 499, 249]), ("dmd2_sdxl_1step_unet_fp16.bin", [399])],
 )
 def test_a_dmd2_unet_brings_its_weights_and_its_sampling_constants(sdxl, dmd2_unet, tmp_path, name, timesteps):
+    """tests/accel/test_control.py exports one and makes its picture; here the decoder stands for the bundle."""
     torch.save(dmd2_unet, tmp_path / name)
     out = tmp_path / "bundle"
     command = ["export", str(sdxl), str(out), "--unet", str(tmp_path / name), "--steps", str(len(timesteps))]
-    assert main([*command, "--components", "unet", "--profile", "static"]) == 0
+    assert main([*command, "--components", "vae_decoder", "--profile", "static"]) == 0
     manifest = Bundle.open(out).manifest
     assert dict(manifest.sampler) == {"name": "dmd2", "timesteps": timesteps, "guidance": 0.0}
     assert manifest.source["parts"]["unet"]["name"] == name
-    stored = load_file(out / "unet/model.safetensors")
-    assert all(torch.equal(stored[key], value.float()) for key, value in dmd2_unet.items())
-    assert dict(open_source(sdxl, unet=tmp_path / name).sampler()) == dict(manifest.sampler)
+    opened = open_source(sdxl, unet=tmp_path / name)
+    loaded = opened.load("unet").state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in dmd2_unet.items())
+    assert dict(opened.sampler()) == dict(manifest.sampler)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.75])

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -300,12 +302,26 @@ def test_files_that_are_no_lora_of_ours(sd15, tmp_path, tensors, text):
     assert text in message and "odd.safetensors" in message
 
 
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
 def test_a_damaged_file_and_a_missing_one(sd15, lora15, tmp_path):
-    (tmp_path / "cut.safetensors").write_bytes(lora15.read_bytes()[:1000])
-    assert "cannot be read" in refusal(sd15, tmp_path / "cut.safetensors")
+    for size in (4, 1000, lora15.stat().st_size - 100):
+        (tmp_path / "cut.safetensors").write_bytes(lora15.read_bytes()[:size])
+        assert re.search("cut.safetensors is (truncated|no safetensors)", refusal(sd15, tmp_path / "cut.safetensors"))
     assert "no such LoRA file" in refusal(sd15, tmp_path / "nothing.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
-    assert "no LoRA weights" in refusal(sd15, tmp_path / "empty.safetensors")
+    assert "holds no weights" in refusal(sd15, tmp_path / "empty.safetensors")
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(sd15, tmp_path):
+    torch.save({"x.lora_A.weight": torch.zeros(1), "callback": Payload(tmp_path / "proof")}, tmp_path / "evil.bin")
+    assert "refused" in refusal(sd15, tmp_path / "evil.bin") and not (tmp_path / "proof").exists()
 
 
 def test_weights_that_are_not_finite(sd15, lora15, tmp_path):
