@@ -147,7 +147,7 @@ def fuse(
         updates = read(file, unet_config).get(component, {})
         misfits = []
         for name, update in updates.items():
-            module = next((modules[alias] for alias in _aliases(name) if alias in modules), None)
+            module = next((modules[alias] for alias in weights.aliases(name) if alias in modules), None)
             problem = _misfit(module, update)
             if problem:
                 misfits.append(f"{component}.{name} ({problem})")
@@ -295,11 +295,6 @@ def _factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _aliases(name: str) -> tuple[str, ...]:
-    """transformers once kept CLIP's text model one level deeper; files of both times are about."""
-    return (name, name.removeprefix("text_model."), f"text_model.{name}")
 
 
 def _misfit(module: nn.Module | None, update: Update) -> str:

@@ -23,7 +23,6 @@ from .sampler import dmd2_timesteps
 from .topology import identify
 
 _SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
-_ELSEWHERE = "optimum-onnx exports it: optimum-cli export onnx --model MODEL OUT"
 # Published few-step weights, by their file names: they are meant to be sampled in one way only (DMD2's README).
 _DMD2 = re.compile(r"dmd2.*?(?P<steps>[1248])step", re.IGNORECASE)
 
@@ -190,7 +189,8 @@ def open_source(
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not source.has(needed):
             kind = index.get("_class_name")
-            fix = _ELSEWHERE if re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind)) else _SUPPORTED
+            other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
+            fix = checkpoint.ELSEWHERE if other else _SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     if unet is not None:
         files["unet"] = Path(unet)

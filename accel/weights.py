@@ -106,6 +106,11 @@ def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
     return [path for path in files if path.suffix == SAFETENSORS] or files, variant
 
 
+def aliases(name: str) -> tuple[str, ...]:
+    """Names of one weight: transformers once kept CLIP's text model a level deeper, and files of both times are about."""
+    return (name, name.removeprefix("text_model."), f"text_model.{name}")
+
+
 def is_code(error: BaseException | None) -> bool:
     """Whether torch refused a pickle because it holds more than weights."""
     while error is not None:

@@ -5,7 +5,7 @@
 Every stage is a process of its own, which gives all of its memory back; its peak is what the system counted for it
 (ru_maxrss: resident memory, mapped files included). The stages:
 
-    weights       a pipeline folder with random weights (18 GB on the disk; skipped where --source names one)
+    weights       a pipeline folder with random weights (14 GB on the disk; skipped where --source names one)
     export        accel export --components unet
     torch         one step in float32 on the source's weights: the truth
     onnxruntime   the same step on the bundle
