@@ -107,7 +107,7 @@ def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
 
 
 def aliases(name: str) -> tuple[str, ...]:
-    """Names of one weight: transformers once kept CLIP's text model a level deeper, and files of both times are about."""
+    """Names of one weight: transformers once kept CLIP's text model a level deeper, and files of both times exist."""
     return (name, name.removeprefix("text_model."), f"text_model.{name}")
 
 
