@@ -175,8 +175,9 @@ def test_four_steps_with_a_canny_adapter_and_a_tiny_vae_equal_diffusers(few_step
     pipe = accel.load(bundle, engine=engine)
     controlled = dict(control_image=edges, control_scale=0.8, seed=5, output_type="np")
     found = pipe("the cat", control_end=0.5, **controlled).images
-    assert expected.std() > 0.01 and np.abs(found - expected).max() < ONE_STEP_OF_A_PIXEL
-    assert np.abs(found - pipe("the cat", **controlled).images).max() > ONE_STEP_OF_A_PIXEL, "half is not all"
+    error = np.abs(found - expected).max()
+    assert expected.std() > 0.01 and error < ONE_STEP_OF_A_PIXEL
+    assert np.abs(found - pipe("the cat", **controlled).images).max() > 10 * error, "half of the steps are not all"
 
 
 @pytest.mark.parametrize("engine", ["eager", "openvino"])
