@@ -266,18 +266,27 @@ def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) ->
 
 
 def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
+    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them."""
+    if configs_only:
+        return _snapshot(repo, (), ())
+    plain, half = ("safetensors", ("*.fp16*",)), ("fp16*.safetensors", ())
+    wishes = (plain, half, ("bin", ("*.fp16*",)))
+    if variant is not None:
+        wishes = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
+    for kind, ignored in wishes:
+        path = _snapshot(repo, (kind,), ignored)
+        if any(file.suffix in weights.SUFFIXES for file in path.glob("unet/*")):
+            break
+    return path
+
+
+def _snapshot(repo: str, kinds: Sequence[str], ignored: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
-    kinds = ("json", "txt") if configs_only else ("json", "txt", "safetensors", "model")
-    allow = ["*.json", "*.txt", *(f"{f}/*.{s}" for f in folders for s in kinds)]
-    ignore = ["*non_ema*", "*.fp16.*"]
-    if variant is not None and not configs_only:
-        allow = [pattern for pattern in allow if not pattern.endswith("safetensors")]
-        allow += [f"{f}/*.{variant}*.safetensors" for f in folders]
-        ignore = ["*non_ema*"]
+    allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
     try:
-        return Path(snapshot_download(repo, allow_patterns=allow, ignore_patterns=ignore))
+        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
     except Exception as error:
         raise UserError(
             f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",

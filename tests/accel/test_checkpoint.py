@@ -332,6 +332,59 @@ def test_plain_files_go_before_variants_and_a_missing_variant_is_named(with_vari
     assert "fp16" in error.value.fix
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(folder): a hub whose one repository, `org/name`, holds the files of a folder."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def make(folder: Path) -> Path:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+        def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+            assert repo == "org/name"
+            for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / name, tmp_path / "snapshot" / name)
+            return str(tmp_path / "snapshot")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return tmp_path / "snapshot"
+
+    return make
+
+
+def fetched(snapshot: Path) -> list[str]:
+    return sorted(p.name for p in snapshot.rglob("*") if p.suffix in (".safetensors", ".bin") and "vae" in p.parts)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_hub_repository_with_halves_alone_gives_them(with_variant, sd15, hub, variant):
+    snapshot = hub(with_variant)
+    assert_exactly(open_source("org/name", variant=variant), sd15)
+    assert fetched(snapshot) == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_of_a_hub_repository_with_everything_plain_safetensors_are_fetched(sd15, hub, tmp_path):
+    folder = Path(shutil.copytree(sd15, tmp_path / "all"))
+    for name in ("unet", "vae"):
+        for other in ("fp16.safetensors", "bin", "non_ema.safetensors"):
+            (folder / name / f"diffusion_pytorch_model.{other}").write_bytes(b"not to be fetched")
+    snapshot = hub(folder)
+    assert open_source("org/name").name == "org/name"
+    assert fetched(snapshot) == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_hub_repository_of_pickles_gives_them(sd15, hub, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path / "pickles"
+    StableDiffusionPipeline.from_pretrained(sd15).save_pretrained(folder, safe_serialization=False)
+    snapshot = hub(folder)
+    assert_exactly(open_source("org/name"), sd15, torch.float32)
+    assert fetched(snapshot) == ["diffusion_pytorch_model.bin"]
+
+
 def test_a_shard_that_is_missing_is_an_error(with_variant):
     next(iter(sorted((with_variant / "unet").glob("*00002*.safetensors")))).unlink()
     with pytest.raises(UserError):
