@@ -174,17 +174,31 @@ def _completed():
 
 
 @pytest.fixture(scope="session")
-def sd15(tmp_path_factory) -> Path:
+def stored_graphs(tmp_path_factory):
+    """Exports of this session trace each network once; workers share what they made."""
+    from accel.export import onnx
+
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    place.mkdir(exist_ok=True)
+    real = onnx.export_graph
+    onnx.export_graph = _double("stored_graphs").remembering(real, place)
+    yield
+    onnx.export_graph = real
+
+
+@pytest.fixture(scope="session")
+def sd15(stored_graphs, tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15") / "tiny-sd15")
 
 
 @pytest.fixture(scope="session")
-def sd15_tiny(tmp_path_factory) -> Path:
+def sd15_tiny(stored_graphs, tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15tiny") / "tiny-sd15-tiny", "sd15-tiny")
 
 
 @pytest.fixture(scope="session")
-def sdxl(tmp_path_factory) -> Path:
+def sdxl(stored_graphs, tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
 
 
@@ -239,12 +253,23 @@ def edit_manifest():
 
 
 def _double(name: str):
-    """One of the doubles that lie beside this file, as a module."""
+    """One of the files that lie beside this one, as a module."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def doubles():
+    """doubles(name): a module that lies beside this file."""
+    return _double
+
+
+@pytest.fixture(scope="session")
+def vae_maker():
+    return make_vae
 
 
 @pytest.fixture(params=["10.16", "11.4"])
