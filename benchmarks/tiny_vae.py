@@ -87,7 +87,7 @@ def card(name: str, result: dict, record: dict) -> str:
     hours = record["steps"] * record["seconds_per_step"] / 3600
     rows = "\n".join(
         f"| {engine} | {times['full']} | {times['tiny']} | {times['speedup']}x |"
-        for engine, times in result["decode_ms"].items()
+        for engine, times in result["decode_cpu_ms"].items()
     )
     return f"""---
 library_name: diffusers
