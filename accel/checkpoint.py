@@ -15,6 +15,7 @@ from torch import nn
 
 from .errors import UserError
 from .topology import TOPOLOGIES
+from .weights import aliases
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -25,11 +26,11 @@ BASES = {
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-_ELSEWHERE = "optimum-onnx exports it: optimum-cli export onnx --model MODEL OUT"
+ELSEWHERE = "optimum-onnx exports it: optimum-cli export onnx --model MODEL OUT"
 _OTHERS = {
-    "joint_blocks.": ("Stable Diffusion 3", _ELSEWHERE),
-    "double_blocks.": ("Flux", _ELSEWHERE),
-    "single_blocks.": ("Flux", _ELSEWHERE),
+    "joint_blocks.": ("Stable Diffusion 3", ELSEWHERE),
+    "double_blocks.": ("Flux", ELSEWHERE),
+    "single_blocks.": ("Flux", ELSEWHERE),
     "clip_txt_mapper.": ("Stable Cascade", "run it with diffusers"),
     "conditioner.embedders.0.model.": ("SDXL's refiner", "export the base model; few-step students need no refiner"),
 }
@@ -154,7 +155,10 @@ def build(
         model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)
     tensors = plain(state, component, config)
     wanted = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
-    tensors = {_known(key, wanted): value for key, value in tensors.items() if not key.endswith("position_ids")}
+    tensors = {
+        next((alias for alias in aliases(key) if alias in wanted), key): value
+        for key, value in tensors.items() if not key.endswith("position_ids")
+    }  # fmt: skip
     if problem := misfit(tensors, wanted):
         raise UserError(
             f"{name} does not fit the {component}: {problem}", "give a base of the family that the file was made for"
@@ -163,8 +167,3 @@ def build(
     model.load_state_dict(full, strict=False, assign=True)
     return model.eval()
 
-
-def _known(key: str, wanted: Tensors) -> str:
-    """transformers once kept CLIP's text model one level deeper; files of both times are about."""
-    aliases = (key, key.removeprefix("text_model."), f"text_model.{key}")
-    return next((alias for alias in aliases if alias in wanted), key)

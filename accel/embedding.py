@@ -173,7 +173,6 @@ class _CompiledUNet(_Compiled):
 
         return UNet2DConditionOutput(sample=out)
 
-
     def _nothing(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Zeros for the control inputs that this pipeline does not feed."""
         missing = [

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import weights
 from .errors import UserError
 from .files import sha256
 
@@ -146,7 +147,7 @@ def fuse(
         updates = read(file, unet_config).get(component, {})
         misfits = []
         for name, update in updates.items():
-            module = next((modules[alias] for alias in _aliases(name) if alias in modules), None)
+            module = next((modules[alias] for alias in weights.aliases(name) if alias in modules), None)
             problem = _misfit(module, update)
             if problem:
                 misfits.append(f"{component}.{name} ({problem})")
@@ -207,22 +208,11 @@ def made_for(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors, float32 or as stored where not floating, and the header's metadata."""
-    import pickle
-
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            tensors, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {_line(error)}", "give a LoRA as .safetensors") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no table of tensors", "give a LoRA as .safetensors")
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, metadata
+    tensors = weights.read(path)
+    return (
+        {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()},
+        weights.metadata(path),
+    )
 
 
 def _folded(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -305,11 +295,6 @@ def _factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _aliases(name: str) -> tuple[str, ...]:
-    """transformers once kept CLIP's text model one level deeper; files of both times are about."""
-    return (name, name.removeprefix("text_model."), f"text_model.{name}")
 
 
 def _misfit(module: nn.Module | None, update: Update) -> str:

@@ -23,7 +23,6 @@ from .sampler import dmd2_timesteps
 from .topology import identify
 
 _SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
-_ELSEWHERE = "optimum-onnx exports it: optimum-cli export onnx --model MODEL OUT"
 # Published few-step weights, by their file names: they are meant to be sampled in one way only (DMD2's README).
 _DMD2 = re.compile(r"dmd2.*?(?P<steps>[1248])step", re.IGNORECASE)
 
@@ -190,7 +189,8 @@ def open_source(
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not source.has(needed):
             kind = index.get("_class_name")
-            fix = _ELSEWHERE if re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind)) else _SUPPORTED
+            other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
+            fix = checkpoint.ELSEWHERE if other else _SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     if unet is not None:
         files["unet"] = Path(unet)
@@ -266,18 +266,27 @@ def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) ->
 
 
 def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
+    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them."""
+    if configs_only:
+        return _snapshot(repo, (), ())
+    plain, half = ("safetensors", ("*.fp16*",)), ("fp16*.safetensors", ())
+    wishes = (plain, half, ("bin", ("*.fp16*",)))
+    if variant is not None:
+        wishes = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
+    for kind, ignored in wishes:
+        path = _snapshot(repo, (kind,), ignored)
+        if any(file.suffix in weights.SUFFIXES for file in path.glob("unet/*")):
+            break
+    return path
+
+
+def _snapshot(repo: str, kinds: Sequence[str], ignored: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
-    kinds = ("json", "txt") if configs_only else ("json", "txt", "safetensors", "model")
-    allow = ["*.json", "*.txt", *(f"{f}/*.{s}" for f in folders for s in kinds)]
-    ignore = ["*non_ema*", "*.fp16.*"]
-    if variant is not None and not configs_only:
-        allow = [pattern for pattern in allow if not pattern.endswith("safetensors")]
-        allow += [f"{f}/*.{variant}*.safetensors" for f in folders]
-        ignore = ["*non_ema*"]
+    allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
     try:
-        return Path(snapshot_download(repo, allow_patterns=allow, ignore_patterns=ignore))
+        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
     except Exception as error:
         raise UserError(
             f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",

@@ -49,16 +49,38 @@ def check_safetensors(path: Path) -> None:
         UserError: naming the file, for one that is truncated or no safetensors at all.
     """
     size = path.stat().st_size
+    length, header = _header(path)
+    try:
+        ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise _no_safetensors(path) from None
+    if header is None or size < wanted:
+        raise UserError(f"{path} is truncated: it has {size:,} bytes where its header says {wanted:,}", _AGAIN)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; empty for a pickle, which says nothing."""
+    header = _header(path)[1] if path.suffix == SAFETENSORS else None
+    return (header or {}).get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[int, dict | None]:
+    """Length of the header, and the header; None where the file ends within it."""
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else None
     except (struct.error, ValueError):
-        raise UserError(f"{path} is no safetensors file ({size:,} bytes)", _AGAIN) from None
-    ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
-    wanted = 8 + length + max(ends, default=0)
-    if header is None or size < wanted:
-        raise UserError(f"{path} is truncated: it has {size:,} bytes where its header says {wanted:,}", _AGAIN)
+        raise _no_safetensors(path) from None
+    if not (header is None or isinstance(header, dict)):
+        raise _no_safetensors(path)
+    return length, header
+
+
+def _no_safetensors(path: Path) -> UserError:
+    return UserError(f"{path} is no safetensors file ({path.stat().st_size:,} bytes)", _AGAIN)
 
 
 def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
@@ -82,6 +104,11 @@ def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
         raise UserError(f"{folder} has no variant {variant!r}", f"it has: {names}")
     files = found.get(variant, [])
     return [path for path in files if path.suffix == SAFETENSORS] or files, variant
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """Names of one weight: transformers once kept CLIP's text model a level deeper, and files of both times exist."""
+    return (name, name.removeprefix("text_model."), f"text_model.{name}")
 
 
 def is_code(error: BaseException | None) -> bool:

@@ -1,16 +1,19 @@
 """Family x task x engine: the largest difference from diffusers' own pipeline, on shrunk models with random weights.
 
-    python benchmarks/family_matrix.py --json benchmarks/family-matrix.json --readme README.md
+    python benchmarks/family_matrix.py --readme README.md
+    python benchmarks/family_matrix.py --families sdxl --tasks img2img,inpaint --engines eager,onnxruntime
 
 Every cell is one picture of 64 x 64 px in float32 with guidance, made twice from the same noise: by diffusers and by a
-bundle. Numbers are in units of 1/255; the promise is below one. A cell without a number says why. Exit code 1 where a
-number is one or more.
+bundle. Numbers are in units of 1/255; the promise is below one. A cell without a number says why. Cells are kept in
+benchmarks/family-matrix.json, so that the table can be measured in pieces, on one machine. Exit code 1 where a number
+is one or more, or an engine failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,17 +31,20 @@ from PIL import Image
 import accel
 from accel import noise
 from accel.engines import ENGINES, status
-from accel.export.pipeline import export_pipeline
+from accel.export.pipeline import COMPONENTS, export_pipeline
 from accel.files import write_json
 from accel.machine import machine
 from accel.source import open_source
 from accel.start import _OF_IMAGE, _OF_MASKED
 
 ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "benchmarks" / "family-matrix.json"
 SEED, STEPS, GUIDANCE, SIZE = 7, 4, 5.0, 64
 FAMILIES = ("sd1", "sdxl", "ssd-1b")
 TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "LoRA")
 COLUMNS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
+# One shape: symbolic sizes take most of the time of tracing, and the tests export with them.
+PROFILE = f"batch=1,size={SIZE}"
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,20 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
     name = "euler" if xl else "ddim"
     made: dict[str, Any] = {}
 
+    def exported(kind: str, components: tuple[str, ...], **parts: Any) -> Any:
+        return export_pipeline(
+            open_source(source, **parts), folder / kind, profile=PROFILE, components=components,
+            sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE},
+        )  # fmt: skip
+
+    def plain() -> Any:
+        if not made:
+            made["plain"] = exported("plain", COMPONENTS)
+        return made["plain"]
+
     def bundle(kind: str, **parts: Any) -> Any:
-        if kind not in made:
-            made[kind] = export_pipeline(
-                open_source(source, **parts), folder / kind, profile="batch=1-2,size=64",
-                sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE},
-            )  # fmt: skip
-        return made[kind]
+        """What differs from the plain bundle is exported, the rest is the plain one's."""
+        return make.completed(exported(kind, ("unet",), **parts), plain())
 
     def adapter() -> Case:
         model = diffusers.T2IAdapter(
@@ -120,20 +133,15 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
                 state[f"unet.{layer}.lora_A.weight"] = torch.randn(4, module.weight.shape[1]) * 0.2
                 state[f"unet.{layer}.lora_B.weight"] = torch.randn(module.weight.shape[0], 4) * 0.2
         save_file(state, folder / "lora.safetensors")
-        fused = export_pipeline(
-            source, folder / "lora-bundle", profile="batch=1-2,size=64", loras=[f"{folder / 'lora.safetensors'}=0.7"],
-            components=("text_encoder", "unet", "vae_decoder"),
-            sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE}, share=bundle("plain").path,
-        )  # fmt: skip
+        fused = bundle("lora", loras=[f"{folder / 'lora.safetensors'}=0.7"])
         return Case(f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {}, fused)
 
     start = {"image": picture(), "strength": 0.6}
     hole = {"image": picture(), "mask_image": mask(), "strength": 0.6}
-    yield "txt2img", lambda: Case(f"{prefix}Pipeline", {}, {}, {}, bundle("plain"))
-    yield "img2img", lambda: Case(f"{prefix}Img2ImgPipeline", {}, start, start, bundle("plain"), (_OF_IMAGE, 0))
-    yield "inpaint", lambda: Case(
-        f"{prefix}InpaintPipeline", {}, hole, hole, bundle("plain"), (_OF_IMAGE, 0, _OF_MASKED)
-    )
+    yield "txt2img", lambda: Case(f"{prefix}Pipeline", {}, {}, {}, plain())
+    yield "img2img", lambda: Case(f"{prefix}Img2ImgPipeline", {}, start, start, plain(), (_OF_IMAGE, 0))
+    drawn = (_OF_IMAGE, 0, _OF_MASKED)
+    yield "inpaint", lambda: Case(f"{prefix}InpaintPipeline", {}, hole, hole, plain(), drawn)
     yield "T2I-Adapter", adapter
     yield "ControlNet", controlnet
     yield "LoRA", lora
@@ -182,54 +190,82 @@ def reference(case: Case, source: Path) -> np.ndarray:
 
 def cell(case: Case, expected: np.ndarray, engine: str) -> float | str:
     if engine not in ENGINES or not status(engine).ok:
-        return "no GPU here" if engine == "tensorrt" else "cannot run here"
+        return "not run: needs a GPU" if engine == "tensorrt" else "not run: not installed"
     try:
         found = accel.load(case.bundle, engine=engine)("the cat", seed=SEED, output_type="np", **case.ours).images
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    except Exception as error:  # of whatever library; the other cells are still worth having
+        return failure("", error)
     return float(np.abs(found - expected).max() * 255)
 
 
-def table(rows: dict[str, dict[str, dict[str, float | str]]]) -> str:
+def failure(where: str, error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"failed{where}: {type(error).__name__}: {line[:80]}"
+
+
+def measured(family: str, tasks: list[str], engines: list[str]) -> Iterator[tuple[str, dict[str, float | str]]]:
+    """(task, cells by engine), one task after the other."""
+    with tempfile.TemporaryDirectory() as place:
+        for task, build in cases(family, Path(place)):
+            if task not in tasks:
+                continue
+            try:
+                case = build()
+                expected = reference(case, Path(place) / "source")
+            except Exception as error:
+                yield task, dict.fromkeys(engines, failure(" before any engine", error))
+            else:
+                yield task, {engine: cell(case, expected, engine) for engine in engines}
+
+
+def kept(file: Path, document: dict[str, Any]) -> dict[str, dict[str, dict[str, float | str]]]:
+    """The cells of an earlier run on the same machine with the same versions."""
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    return old["cells"] if old and all(old[key] == document[key] for key in ("cpu", "versions")) else {}
+
+
+def table(cells: dict[str, dict[str, dict[str, float | str]]]) -> str:
     lines = ["| family | task | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for family, tasks in rows.items():
-        for task, cells in tasks.items():
-            shown = [f"{v:.2g}" if isinstance(v, float) else str(v) for v in (cells[column] for column in COLUMNS)]
+    for family in (name for name in FAMILIES if name in cells):
+        for task in (name for name in TASKS if name in cells[family]):
+            values = [cells[family][task].get(column, "not measured") for column in COLUMNS]
+            shown = [f"{value:.2g}" if isinstance(value, float) else value for value in values]
             lines.append(f"| {family} | {task} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
+def into_readme(readme: Path, document: dict[str, Any]) -> None:
+    before, _, rest = readme.read_text().partition("<!-- matrix -->")
+    _, _, after = rest.partition("<!-- /matrix -->")
+    words = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    told = f"{table(document['cells'])}\n\n{document['cpu']}; {words}."
+    readme.write_text(f"{before}<!-- matrix -->\n{told}\n<!-- /matrix -->{after}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--compile", default="txt2img", help="tasks that torch.compile is run on (it is slow)")
-    parser.add_argument("--json", type=Path)
+    for name, values in (("families", FAMILIES), ("tasks", TASKS), ("engines", COLUMNS)):
+        parser.add_argument(f"--{name}", default=",".join(values), help="comma-separated (default: all of them)")
+    parser.add_argument("--json", type=Path, default=CELLS, help="where cells are kept (default: %(default)s)")
     parser.add_argument("--readme", type=Path, help="replace the table between <!-- matrix --> and <!-- /matrix -->")
     args = parser.parse_args()
-    rows: dict[str, dict[str, dict[str, float | str]]] = {}
-    for family in args.families.split(","):
-        with tempfile.TemporaryDirectory() as place:
-            for task, build in cases(family, Path(place)):
-                case = build()
-                expected = reference(case, Path(place) / "source")
-                cells = rows.setdefault(family, {}).setdefault(task, {})
-                for engine in COLUMNS:
-                    skipped = engine == "compile" and task not in args.compile.split(",")
-                    cells[engine] = "not run" if skipped else cell(case, expected, engine)
-                print(family, task, cells, flush=True)
-    text = table(rows)
-    print(text)
+    families, tasks, engines = (getattr(args, name).split(",") for name in ("families", "tasks", "engines"))
     names = ("torch", "diffusers", "onnxruntime", "openvino")
-    here = {"cpu": machine().cpu, "versions": {name: version(name) for name in names}}
-    if args.json:
-        write_json(args.json, {"unit": "1/255, largest difference of a pixel", "cells": rows, **here})
+    document = {
+        "unit": "1/255, largest difference of a pixel from diffusers", "cpu": machine().cpu,
+        "versions": {name: version(name) for name in names},
+    }  # fmt: skip
+    document["cells"] = cells = kept(args.json, document)
+    for family in families:
+        for task, row in measured(family, tasks, engines):
+            cells.setdefault(family, {}).setdefault(task, {}).update(row)
+            print(family, task, row, flush=True)
+            write_json(args.json, document)
+    print(table(cells))
     if args.readme:
-        before, _, rest = args.readme.read_text().partition("<!-- matrix -->")
-        _, _, after = rest.partition("<!-- /matrix -->")
-        words = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
-        args.readme.write_text(f"{before}<!-- matrix -->\n{text}\n\n{here['cpu']}; {words}\n<!-- /matrix -->{after}")
-    numbers = [v for tasks in rows.values() for cells in tasks.values() for v in cells.values() if isinstance(v, float)]
-    return int(max(numbers) >= 1)
+        into_readme(args.readme, document)
+    values = [value for rows in cells.values() for row in rows.values() for value in row.values()]
+    return int(any(value.startswith("failed") if isinstance(value, str) else value >= 1 for value in values))
 
 
 if __name__ == "__main__":

@@ -150,18 +150,55 @@ def make_sdxl(folder: Path, topology: str = "sdxl", **overrides) -> Path:
     return folder
 
 
+def completed(bundle, base):
+    """A bundle with those components of the base that it lacks: what exporting them again would give, at no cost.
+
+    Both are `accel.bundle.Bundle`s of the same text encoders and VAE.
+    """
+    import shutil
+    from dataclasses import replace
+
+    from accel.bundle import Bundle, seal
+
+    own, others = bundle.manifest.components, base.manifest.components
+    lacking = {name: record for name, record in others.items() if name not in own}
+    for record in lacking.values():
+        shutil.copytree(base.path / record.folder, bundle.path / record.folder)
+    seal(bundle.path, replace(bundle.manifest, components={**lacking, **own}))
+    return Bundle.open(bundle.path)
+
+
+@pytest.fixture(scope="session", name="completed")
+def _completed():
+    return completed
+
+
 @pytest.fixture(scope="session")
-def sd15(tmp_path_factory) -> Path:
+def stored_graphs(tmp_path_factory):
+    """Exports of this session trace each network once; workers share what they made."""
+    from accel.export import onnx
+
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    place.mkdir(exist_ok=True)
+    real = onnx.export_graph
+    onnx.export_graph = _double("stored_graphs").remembering(real, place)
+    yield
+    onnx.export_graph = real
+
+
+@pytest.fixture(scope="session")
+def sd15(stored_graphs, tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15") / "tiny-sd15")
 
 
 @pytest.fixture(scope="session")
-def sd15_tiny(tmp_path_factory) -> Path:
+def sd15_tiny(stored_graphs, tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15tiny") / "tiny-sd15-tiny", "sd15-tiny")
 
 
 @pytest.fixture(scope="session")
-def sdxl(tmp_path_factory) -> Path:
+def sdxl(stored_graphs, tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
 
 
@@ -178,6 +215,19 @@ def sd15_bundle(sd15, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("bundle") / "sd15"
     export_pipeline(sd15, out, profile="batch=1-4,size=64-128", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5})
+    return out
+
+
+@pytest.fixture(scope="session")
+def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
+    """The narrowed SDXL pipeline as an fp32 bundle without VAE encoder: batch 1-2, 64 px high, 64 to 96 px wide."""
+    from accel.export.pipeline import export_pipeline
+
+    out = tmp_path_factory.mktemp("bundle") / "sdxl"
+    export_pipeline(
+        sdxl, out, profile="batch=1-2,height=64,width=64-96", components=("text_encoder", "unet", "vae_decoder"),
+        sampler={"name": "euler", "steps": 3, "guidance": 5.0},
+    )  # fmt: skip
     return out
 
 
@@ -203,12 +253,23 @@ def edit_manifest():
 
 
 def _double(name: str):
-    """One of the doubles that lie beside this file, as a module."""
+    """One of the files that lie beside this one, as a module."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def doubles():
+    """doubles(name): a module that lies beside this file."""
+    return _double
+
+
+@pytest.fixture(scope="session")
+def vae_maker():
+    return make_vae
 
 
 @pytest.fixture(params=["10.16", "11.4"])

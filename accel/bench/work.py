@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import control
+from .. import control, pictures
 from ..arrays import synchronize
 from ..bundle import Bundle
 from ..engines.base import to_numpy
@@ -74,8 +74,17 @@ class Settings:
 
 
 def with_control(settings: Settings, bundle: Bundle, folder: Path) -> Settings:
-    """The settings with a picture of rings and a square, where the bundle has a control network to show it to."""
-    if settings.control or not set(control.COMPONENTS) & set(bundle.manifest.components):
+    """The settings with a picture of rings and a square, where the bundle has a control network to show it to.
+
+    Raises:
+        UserError: for a picture of one's own that cannot be read, or that the bundle has no network for.
+    """
+    controlled = bool(set(control.COMPONENTS) & set(bundle.manifest.components))
+    if settings.control and not controlled:
+        raise UserError(f"{bundle.path} has no T2I-Adapter or ControlNet", "leave --control out")
+    if settings.control:
+        pictures.batch(settings.control, 1, (8, 8))  # before minutes of measuring
+    if settings.control or not controlled:
         return settings
     from PIL import Image
 

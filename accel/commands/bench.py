@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's own)")
+    parser.add_argument(
+        "--control", metavar="FILE", help="picture for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="samples of every time (default: 10)")
     parser.add_argument("--seconds", type=float, help="stop after this long, but not before five rounds")
     parser.add_argument("--no-memory", action="store_true", help="do not run each variant in a process of its own")
@@ -73,6 +76,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
     settings = bench.Settings(
         prompts=tuple(args.prompt or PROMPTS), seed=args.seed, batch=args.batch, height=args.height, width=args.width,
         steps=args.steps, guidance=args.guidance, rounds=args.rounds, seconds=args.seconds, memory=not args.no_memory,
+        control=args.control or "",
     )  # fmt: skip
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -102,6 +106,7 @@ def _command(args: argparse.Namespace) -> str:
         if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):
             words.append(f"--{name} {value}")
     words += [f"--prompt {json.dumps(prompt)}" for prompt in args.prompt or ()]
+    words += [f"--control {Path(args.control).name}"] if args.control else []
     return " ".join(words + ["--no-memory"] * args.no_memory)
 
 

@@ -264,6 +264,14 @@ def test_a_truncated_file_is_named_before_anything_is_loaded(sd15, tmp_path, cut
     assert "again" in error.value.fix
 
 
+@pytest.mark.parametrize("header", [b"[]", b"{}{", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b'{"a": {}}'])
+def test_a_header_that_makes_no_sense_is_no_safetensors_file(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="no safetensors file"):
+        open_source(file)
+
+
 def test_a_truncated_file_in_a_folder_is_named(sd15, tmp_path):
     copy = Path(shutil.copytree(sd15, tmp_path / "copy"))
     (file,) = (copy / "unet").glob("*.safetensors")
@@ -324,6 +332,59 @@ def test_plain_files_go_before_variants_and_a_missing_variant_is_named(with_vari
     assert "fp16" in error.value.fix
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(folder): a hub whose one repository, `org/name`, holds the files of a folder."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def make(folder: Path) -> Path:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+        def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+            assert repo == "org/name"
+            for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / name, tmp_path / "snapshot" / name)
+            return str(tmp_path / "snapshot")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return tmp_path / "snapshot"
+
+    return make
+
+
+def fetched(snapshot: Path) -> list[str]:
+    return sorted(p.name for p in snapshot.rglob("*") if p.suffix in (".safetensors", ".bin") and "vae" in p.parts)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_hub_repository_with_halves_alone_gives_them(with_variant, sd15, hub, variant):
+    snapshot = hub(with_variant)
+    assert_exactly(open_source("org/name", variant=variant), sd15)
+    assert fetched(snapshot) == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_of_a_hub_repository_with_everything_plain_safetensors_are_fetched(sd15, hub, tmp_path):
+    folder = Path(shutil.copytree(sd15, tmp_path / "all"))
+    for name in ("unet", "vae"):
+        for other in ("fp16.safetensors", "bin", "non_ema.safetensors"):
+            (folder / name / f"diffusion_pytorch_model.{other}").write_bytes(b"not to be fetched")
+    snapshot = hub(folder)
+    assert open_source("org/name").name == "org/name"
+    assert fetched(snapshot) == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_hub_repository_of_pickles_gives_them(sd15, hub, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path / "pickles"
+    StableDiffusionPipeline.from_pretrained(sd15).save_pretrained(folder, safe_serialization=False)
+    snapshot = hub(folder)
+    assert_exactly(open_source("org/name"), sd15, torch.float32)
+    assert fetched(snapshot) == ["diffusion_pytorch_model.bin"]
+
+
 def test_a_shard_that_is_missing_is_an_error(with_variant):
     next(iter(sorted((with_variant / "unet").glob("*00002*.safetensors")))).unlink()
     with pytest.raises(UserError):
@@ -346,16 +407,18 @@ def dmd2_unet(sdxl):
     [("dmd2_sdxl_4step_unet_fp16.bin", [999, 749, 499, 249]), ("dmd2_sdxl_1step_unet_fp16.bin", [399])],
 )
 def test_a_dmd2_unet_brings_its_weights_and_its_sampling_constants(sdxl, dmd2_unet, tmp_path, name, timesteps):
+    """tests/accel/test_control.py exports one and makes its picture; here the decoder stands for the bundle."""
     torch.save(dmd2_unet, tmp_path / name)
     out = tmp_path / "bundle"
     command = ["export", str(sdxl), str(out), "--unet", str(tmp_path / name), "--steps", str(len(timesteps))]
-    assert main([*command, "--components", "unet", "--profile", "static"]) == 0
+    assert main([*command, "--components", "vae_decoder", "--profile", "static"]) == 0
     manifest = Bundle.open(out).manifest
     assert dict(manifest.sampler) == {"name": "dmd2", "timesteps": timesteps, "guidance": 0.0}
     assert manifest.source["parts"]["unet"]["name"] == name
-    stored = load_file(out / "unet/model.safetensors")
-    assert all(torch.equal(stored[key], value.float()) for key, value in dmd2_unet.items())
-    assert dict(open_source(sdxl, unet=tmp_path / name).sampler()) == dict(manifest.sampler)
+    opened = open_source(sdxl, unet=tmp_path / name)
+    loaded = opened.load("unet").state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in dmd2_unet.items())
+    assert dict(opened.sampler()) == dict(manifest.sampler)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.75])

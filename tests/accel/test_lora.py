@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -120,9 +122,13 @@ def test_convolutions_and_feed_forward_layers(sd15, tmp_path):
     assert_same_weights(sd15, [LoraFile(make_lora(sd15, tmp_path, targets=wide, text=["fc1", "q_proj"], alpha=2))])
 
 
-def test_several_files_add_up(sd15, lora15, tmp_path):
-    other = make_lora(sd15, tmp_path, targets=["to_k", "to_v"], text=None, rank=2, alpha=8, seed=3)
-    assert_same_weights(sd15, [LoraFile(lora15, 0.5), LoraFile(other, -1.25)])
+@pytest.mark.parametrize("model, file", [("sd15", "lora15"), ("sdxl", "lora_xl")])
+def test_several_files_add_up(model, file, request, tmp_path):
+    """One counts backwards; SDXL's are for both text encoders, SD1.5's second one for the UNet alone."""
+    model, file = (request.getfixturevalue(name) for name in (model, file))
+    text = ["k_proj", "fc1"] if model.name.endswith("sdxl") else None
+    other = make_lora(model, tmp_path, targets=["to_k", "to_v"], text=text, rank=2, alpha=8, seed=3)
+    assert_same_weights(model, [LoraFile(file, 0.5), LoraFile(other, -1.25)])
 
 
 @pytest.mark.parametrize("model, file", [("sd15", "lora15"), ("sdxl", "lora_xl")])
@@ -296,12 +302,26 @@ def test_files_that_are_no_lora_of_ours(sd15, tmp_path, tensors, text):
     assert text in message and "odd.safetensors" in message
 
 
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
 def test_a_damaged_file_and_a_missing_one(sd15, lora15, tmp_path):
-    (tmp_path / "cut.safetensors").write_bytes(lora15.read_bytes()[:1000])
-    assert "cannot be read" in refusal(sd15, tmp_path / "cut.safetensors")
+    for size in (4, 1000, lora15.stat().st_size - 100):
+        (tmp_path / "cut.safetensors").write_bytes(lora15.read_bytes()[:size])
+        assert re.search("cut.safetensors is (truncated|no safetensors)", refusal(sd15, tmp_path / "cut.safetensors"))
     assert "no such LoRA file" in refusal(sd15, tmp_path / "nothing.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
-    assert "no LoRA weights" in refusal(sd15, tmp_path / "empty.safetensors")
+    assert "holds no weights" in refusal(sd15, tmp_path / "empty.safetensors")
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(sd15, tmp_path):
+    torch.save({"x.lora_A.weight": torch.zeros(1), "callback": Payload(tmp_path / "proof")}, tmp_path / "evil.bin")
+    assert "refused" in refusal(sd15, tmp_path / "evil.bin") and not (tmp_path / "proof").exists()
 
 
 def test_weights_that_are_not_finite(sd15, lora15, tmp_path):

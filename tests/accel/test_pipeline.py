@@ -104,26 +104,6 @@ def test_pil_images_are_rounded_as_diffusers_does(pipelines, reference):
     assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
 
 
-def test_sdxl_equals_diffusers(sdxl, tmp_path_factory):
-    from diffusers import StableDiffusionXLPipeline
-
-    from accel.export.pipeline import export_pipeline
-
-    bundle = export_pipeline(
-        sdxl, tmp_path_factory.mktemp("sdxl") / "b", profile="batch=1-2,size=64",
-        components=("text_encoder", "unet", "vae_decoder"), sampler={"name": "euler", "steps": 3, "guidance": 5.0},
-    )  # fmt: skip
-    reference = StableDiffusionXLPipeline.from_pretrained(sdxl)
-    reference.set_progress_bar_config(disable=True)
-    for negative in (None, "a dog"):
-        expected = reference(
-            "the cat", negative_prompt=negative, num_inference_steps=3, guidance_scale=5.0, height=64, width=64,
-            latents=latents_of([5]), output_type="np",
-        ).images  # fmt: skip
-        actual = accel.load(bundle, engine="onnxruntime")("the cat", negative, seed=5, output_type="np").images
-        assert np.abs(actual - expected).max() < ONE_STEP_OF_A_PIXEL
-
-
 def test_a_picture_does_not_depend_on_its_batch(pipelines):
     pipe = pipelines("onnxruntime")
     together = pipe(["the cat", "a dog"], num_images_per_prompt=3, seed=10, output_type="np", steps=2)

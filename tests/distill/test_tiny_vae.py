@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,25 +88,52 @@ def test_psnr_of_equal_pictures_has_no_end_and_noise_lowers_it(method):
     assert 15 < psnr(method.tiny, z, own + 0.2 * torch.randn_like(own)) < 30
 
 
+# The one that ships
+
+
+def test_the_shipped_decoder_is_as_good_as_its_figures_say():
+    from diffusers import AutoencoderTiny
+
+    from accel.assets import DIGITS
+    from accel.distill import digits
+
+    folder = DIGITS / "tiny-vae"
+    quality, card = json.loads((folder / "quality.json").read_text()), (folder / "README.md").read_text()
+    tiny, vae = AutoencoderTiny.from_pretrained(folder).eval(), open_source("digits").load("vae")
+    pictures = digits.dataset("held-out")[0][::4]
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+        full = vae.decode(latents).sample.clamp(-1, 1)
+    found = psnr(tiny, latents * vae.config.scaling_factor, full)
+    # A quarter of the pictures stands for all of them.
+    assert found > 25 and found == pytest.approx(quality["psnr_against_full_db"], abs=0.3)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in
+             (("tiny_decoder", tiny.decoder), ("full_decoder", vae.decoder))}  # fmt: skip
+    assert count == quality["parameters"] and count["tiny_decoder"] < 0.3 * count["full_decoder"]
+    for figure in (quality["psnr_against_full_db"], *count.values()):
+        assert f"{figure:,}" in card
+
+
 # Everything downstream takes it
 
 
 @pytest.fixture(scope="module")
-def tiny(sd15, tmp_path_factory):
+def tiny(sd15, sd15_bundle, completed, tmp_path_factory):
     """(pipeline, folder of a tiny VAE with random weights, bundle with it)."""
     from diffusers import AutoencoderTiny
 
+    from accel.bundle import Bundle
     from accel.export.pipeline import export_pipeline
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(2)
     config = tiny_config(open_source(sd15).config("vae"), 8, 1)
     AutoencoderTiny(**config).save_pretrained(folder / "tiny-vae")
-    bundle = export_pipeline(
+    halves = export_pipeline(
         open_source(sd15, vae=folder / "tiny-vae"), folder / "bundle", profile="batch=1-2,size=64",
-        sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 3.0},
+        components=("vae_decoder", "vae_encoder"), sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 3.0},
     )  # fmt: skip
-    return sd15, folder / "tiny-vae", bundle
+    return sd15, folder / "tiny-vae", completed(halves, Bundle.open(sd15_bundle))
 
 
 def tiny_pipeline(tiny):

@@ -50,3 +50,15 @@ def test_sdxl_in_fp16_fits_24_gib_and_goes_beyond_protobufs_2_gb(tmp_path):
     weights = (tmp_path / "bundle/unet/model.safetensors").stat().st_size
     assert weights > 5e9
     assert peak < 24 * 2**30, f"{peak / 2**30:.1f} GiB"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_sdxl_runs_its_stages_on_a_narrowed_network(sdxl, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/sdxl_real_size.py", "--work", tmp_path / "work", "--source", sdxl,
+               "--size", "64", "--json", tmp_path / "result.json"]  # fmt: skip
+    subprocess.run(command, check=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["stages"]) == {"export", "torch", "onnxruntime"} and result["fits_24_gib"]
+    assert all(2**26 < values["peak_bytes"] < 2**33 for values in result["stages"].values())
+    assert 0 < result["parity"]["step_relative_l2"] < result["parity"]["limit"] < 0.1
+    assert result["files_bytes"]["model.safetensors"] > 2 * result["parameters"]
