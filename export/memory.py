@@ -26,7 +26,8 @@ class Estimate:
     host: int
 
     def __str__(self) -> str:
-        return f"about {_gb(self.device)} on the GPU and {_gb(self.host)} of host memory (estimated, not measured)"
+        needs = f"about {_gb(self.device)} on the GPU and {_gb(self.host)} of host memory"
+        return f"{needs} (counted from the graph; never compared with a real build)"
 
 
 def estimate(bundle: Bundle, component: Component, dims: Mapping[str, Range], workspace: int | None) -> Estimate:
