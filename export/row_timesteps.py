@@ -35,6 +35,9 @@ def with_row_timesteps(model: onnx.ModelProto) -> onnx.ModelProto | None:
                 node.input[i] = given.name
     for node in spread:
         graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
     batch = next(v for v in graph.input if v.name == "sample").type.tensor_type.shape.dim[0]
     given.type.tensor_type.shape.dim.add().CopyFrom(batch)
     return changed

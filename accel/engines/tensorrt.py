@@ -79,8 +79,8 @@ class TensorRT(Engine):
         self._local = threading.local()
         if options["strip_plan"]:
             self._fill()
-        found = ", ".join(p["name"] for p in self.plan.identity["profiles"])
-        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {found}"
+        self.profile = ", ".join(p["name"] for p in self.plan.identity["profiles"])
+        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
         """The engine of bytes that have passed the pre-flight."""
