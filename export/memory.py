@@ -29,7 +29,7 @@ class Estimate:
 
     def __str__(self) -> str:
         needs = f"about {_gb(self.device)} on the GPU and {_gb(self.host)} of host memory"
-        return f"{needs} (counted from the graph; never compared with a real build)"
+        return f"{needs} (counted from the graph, attention unfused; never compared with a real build)"
 
 
 def estimate(bundle: Bundle, component: Component, dims: Mapping[str, Range], workspace: int | None) -> Estimate:
