@@ -60,6 +60,7 @@ def small_unet(**config):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_unets_of_sd2_and_of_sdxl_with_control_pass(tmp_path):
     from accel import networks
 
@@ -72,6 +73,7 @@ def test_unets_of_sd2_and_of_sdxl_with_control_pass(tmp_path):
     assert check(exported(networks.unet(sd2), tmp_path / "sd2", "float16")) == []
 
 
+@pytest.mark.slow
 def test_control_networks_and_tiny_vaes_pass(tmp_path):
     import diffusers
 
