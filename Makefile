@@ -23,8 +23,8 @@ test: $(VENV)/.installed  ## lint and the CPU tests, at most 15 minutes
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
-test-gpu: $(VENV)/.installed  ## what only a CUDA device can show
-	$(BIN)/python -m pytest -q -m gpu
+test-gpu: $(VENV)/.installed  ## what only a CUDA device can show; says what it skips and why
+	$(BIN)/python -m pytest -q -rs -m gpu
 
 bench: demo  ## every engine of this machine on the demo's bundle
 	$(BIN)/accel bench out/demo/bundle --prompt "a handwritten seven" --json out/bench.json --html out/bench.html

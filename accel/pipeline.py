@@ -324,11 +324,11 @@ class _Run:
                 callback(i, t, x)
 
         x = cast(unet.array(start.x), "float32")
-        plain = not plan.start and start.constrain is None and callback is None
+        plain = not plan.start and extra is None and start.constrain is None and callback is None
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
-            from .engines.loop import loop_of
+            from .engines.loop import FixedLoop
 
-            loop = loop_of(unet, plan.sampler, self.schedule, plan.timesteps, plan.guidance if plan.guided else 0.0)
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, plan.guidance if plan.guided else 0.0)
             draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):

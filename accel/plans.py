@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
         "precision": manifest.precision,
         "dtype": component.dtype,
         "float32": list(component.float32),
+        "int8": {name: component.int8.get(name) for name in ("recipe", "calibration")} if component.int8 else {},
     }
 
 
@@ -167,13 +169,17 @@ def preflight(bundle: Bundle, plan: Plan, here: Here | None, data: bytes | None 
         here: None leaves out what depends on the machine.
         data: the plan's bytes, where they are in memory already.
     """
-    rebuild = _rebuild(bundle, plan.component)
+    signed = trusted(plan)
+    rebuild = _rebuild(bundle, plan.component, plan if signed else None)
     if broken := damage(plan, data):
         return Verdict(False, broken.reason, rebuild)
+    if not trust.owned(plan.path):
+        copied = f"cp -r {shlex.quote(str(bundle.path))} my-copy && accel build my-copy"
+        return Verdict(False, "it or its folder belongs to another user, who can exchange it", copied)
     if not trust.private(plan.path):
         reason = "others can write it or its folder, so it may be anybody's code"
-        return Verdict(False, reason, f"chmod -R go-w {plan.path.parent}")
-    if not trusted(plan):
+        return Verdict(False, reason, f"chmod -R go-w {shlex.quote(str(plan.path.parent))}")
+    if not signed:
         return Verdict(
             False, "it does not carry your signature: a plan is executable code, and this one was not built by you",
             f"{rebuild}   (or, if you know where it comes from: accel trust {bundle.path})",
@@ -279,5 +285,23 @@ def choose(bundle: Bundle, component: str, here: Here, key: str | None = None) -
     raise UserError(f"the TensorRT plan{name} of {component} cannot be used: {first.reason}{more}", first.fix)
 
 
-def _rebuild(bundle: Bundle, component: str) -> str:
-    return f"accel build {bundle.path} --components {component}"
+def _rebuild(bundle: Bundle, component: str, plan: Plan | None = None) -> str:
+    """What to type for a plan of this component; with `plan`, for one with its options and, if they fit, its profiles.
+
+    Only a signed plan's: what a stranger's record says is not to be copied into a shell.
+    """
+    words = ["accel", "build", str(bundle.path), "--components", component]
+    if plan is None or component not in bundle.manifest.components:
+        return shlex.join(words)
+    now, profiles = bundle.component(component).dims, plan.identity["profiles"]
+    fits = all(
+        name in now and now[name].min <= low and high <= now[name].max
+        for profile in profiles for name, (low, _, high) in profile["dims"].items()
+    )  # fmt: skip
+    if fits and [profile["name"] for profile in profiles] != [bundle.manifest.profile.name]:
+        words += [word for profile in profiles for word in ("--profile", profile["name"])]
+    usual = {"optimization_level": 3, "hardware_compatible": "none"}
+    for name, value in plan.identity["options"].items():
+        if value is not None and value is not False and value != usual.get(name):
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)

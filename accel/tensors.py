@@ -92,7 +92,7 @@ def check(
             if isinstance(dim, str) and not dims[dim].admits(size):
                 raise UserError(
                     f"{component}: {dim.replace('_', ' ')} {size} is outside profile {profile!r} ({dims[dim]})",
-                    "ask for a size the profile allows, or export again with another --profile",
+                    "ask for a size the profile allows, or export again (TensorRT: build again) with another --profile",
                 )
 
 

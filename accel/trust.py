@@ -37,13 +37,14 @@ def signed(record: bytes, signature: str) -> bool:
     return bool(ours) and hmac.compare_digest(ours, signature.strip().encode("utf-8", "replace"))
 
 
+def owned(path: Path) -> bool:
+    """Whether a file and its folder belong to this user (or root)."""
+    return all(place.stat().st_uid in (0, os.getuid()) for place in (path, path.parent))
+
+
 def private(path: Path) -> bool:
     """Whether nobody but this user (and root) can have written a file, or can replace it in its folder."""
-    for place in (path, path.parent):
-        found = place.stat()
-        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
-            return False
-    return True
+    return owned(path) and not any(place.stat().st_mode & stat.S_IWOTH for place in (path, path.parent))
 
 
 def _key(create: bool) -> bytes | None:

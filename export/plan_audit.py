@@ -79,6 +79,7 @@ def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:
     if not total:
         return "the inspector does not say what its layers compute in"
     text = ", ".join(f"{count} in {name}" for name, count in known.items())
+    untold = f"; {heavy['unknown']} more do not tell" if heavy.get("unknown") else ""
     low = wanted in ("fp16", "bf16", "int8")
     if low and known.get("fp32", 0) * 2 > total or wanted == "int8" and not known.get("int8"):
         raise UserError(
@@ -86,7 +87,7 @@ def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:
             f"{text}; the plan is not kept",
             f"check the ONNX graph's precision: accel inspect BUNDLE; or export again with --precision {wanted}",
         )
-    return f"{total} convolutions and matrix products: {text}"
+    return f"{total} convolutions and matrix products: {text}{untold}"
 
 
 def _is_heavy(layer: Mapping[str, Any]) -> bool:

@@ -102,6 +102,11 @@ def build(
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
     for component in records:  # before the first of them takes minutes
+        if options.refittable and component.int8:
+            raise UserError(
+                f"{component.name} is int8: its rounding is that of its weights, so they are not exchanged",
+                "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
+            )
         for profile in chosen:
             shapes.dims_of(bundle, component, profile)
     bundle.verify([component.folder for component in records])
@@ -148,7 +153,7 @@ def _build_one(
 
 def wanted(component: Component) -> str:
     """The precision that a component's graph has: int8 where it is quantised, else that of its weights."""
-    if "QuantizeLinear" in component.parity.get("operators", {}):
+    if component.int8:
         return "int8"
     return {"float16": "fp16", "bfloat16": "bf16"}.get(component.dtype, "fp32")
 

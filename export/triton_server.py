@@ -3,26 +3,31 @@
     OUT/accel.json                                     the manifest, for the client
     OUT/<component>/config.pbtxt  1/model.onnx (+ model.safetensors) or 1/model.plan
 
-Text encoders and VAE take requests of different clients in one batch (dynamic batching). The UNet does not: its
-timestep is one number for the whole batch, and requests of different clients are at different steps. There the batch is
-the client's own, and concurrency comes from instances.
+Requests of different clients go through in one batch (dynamic batching). For that a UNet on ONNX Runtime gets one
+timestep for each row, because clients are at different steps; a plan has the one timestep that it was built with, so
+there the batch is the client's own, and concurrency comes from instances.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from accel import plans
 from accel.bundle import MANIFEST, Bundle, Component
 from accel.errors import UserError
 from accel.files import new_folder
+from accel.graph import graph_file
 from accel.plans import Plan
 from accel.profiles import Range
 from accel.tensors import TensorSpec
+
+from .row_timesteps import with_row_timesteps
 
 BACKENDS = ("onnxruntime", "tensorrt")
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
@@ -76,7 +81,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
             version.mkdir(parents=True)
             plan = chosen[component.name]
             if plan is None:
-                shutil.copyfile(bundle.file(component.graph), version / "model.onnx")
+                component = _graph(bundle, component, version / "model.onnx")
                 shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
             else:
                 shutil.copyfile(plan.path, version / "model.plan")
@@ -91,6 +96,19 @@ def _plan(bundle: Bundle, component: str) -> Plan:
         if isinstance(plan, Plan) and plans.preflight(bundle, plan, None).ok:
             return plan
     raise UserError(f"{bundle.path} has no TensorRT plan of {component}", f"accel build {bundle.path}")
+
+
+def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
+    """Write the graph as it is served; returns the component with the inputs that it has there."""
+    model = onnx.load(str(graph_file(bundle, component, "onnxruntime")), load_external_data=False)
+    rows = with_row_timesteps(model)
+    to.write_bytes((rows or model).SerializeToString())
+    if rows is None:
+        return component
+    batch = component.inputs[0].shape[0]
+    return replace(component, inputs=tuple(
+        replace(spec, shape=(batch,)) if spec.name == "timestep" else spec for spec in component.inputs
+    ))  # fmt: skip
 
 
 def config(component: Component, serving: Serving, plan: Plan | None = None) -> dict[str, Any]:
@@ -132,9 +150,10 @@ def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, 
     free = lambda d: isinstance(d, str) and not component.dims[d].fixed  # noqa: E731
     sizes = [-1 if free(d) else component.dims[d].min if isinstance(d, str) else d for d in spec.shape]
     made: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype])}
-    if not sizes:  # Triton has no scalars: the client sends [1]
+    sizes = sizes[1:] if batched else sizes
+    if not sizes:  # Triton has no scalars: the client sends [1], or [rows, 1]
         return made | {"dims": [1], "reshape": {"shape": []}}
-    return made | {"dims": sizes[1:] if batched else sizes}
+    return made | {"dims": sizes}
 
 
 def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None) -> dict[str, Any]:

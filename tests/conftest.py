@@ -286,3 +286,24 @@ def tensorrt(request, monkeypatch, tmp_path):
         monkeypatch.setattr(place, "Cuda", cuda_double.Cuda)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     return module
+
+
+@pytest.fixture
+def with_plan_of_unet(tensorrt, tmp_path):
+    """bundle -> its pipeline on ONNX Runtime, and the same with a UNet on TensorRT that may capture the whole loop."""
+
+    def make(folder: Path):
+        import shutil
+
+        import accel
+        from accel.bundle import Bundle
+        from accel.export.tensorrt import build
+        from accel.pipeline import Pipeline
+
+        bundle = Bundle.open(shutil.copytree(folder, tmp_path / "with-plan"))
+        build(bundle, ("unet",))
+        plain = accel.load(bundle, "onnxruntime", threads=1)
+        unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="loop")
+        return plain, Pipeline(bundle, {**plain.engines, "unet": unet})
+
+    return make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from .. import plans
 from ..bundle import Bundle
 from .options import add_build, add_json, build_plans
 
@@ -37,5 +38,7 @@ def run(args: argparse.Namespace) -> int:
             f"{plan.component:<15} {plan.record['plan']['bytes'] / 1e6:9.1f} MB  {plan.record['seconds']:7.1f} s  "
             f"{', '.join(p['name'] for p in profiles)}; {layers}"
         )
-    print(f"{bundle.path} runs on TensorRT: accel run {bundle.path} --engine tensorrt --prompt ...")
+    compiled = {plan.component for plan in plans.find(bundle) if isinstance(plan, plans.Plan)}
+    engine = "tensorrt" if compiled >= set(bundle.manifest.components) else "auto"  # the rest elsewhere
+    print(f"{bundle.path} is ready: accel run {bundle.path} --engine {engine} --prompt ...")
     return 0

@@ -6,20 +6,18 @@ the initial noise to the final latents; a call copies noise and conditioning in,
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from .. import sampler
 from ..noise_schedule import NoiseSchedule
-from .tensorrt import Bound, TensorRT
+from .captured import Bound, Graph
+from .tensorrt import TensorRT
 
 
 class FixedLoop:
-    """All steps of one grid on one UNet, captured anew for each shape and after weights or scratch memory changed.
-
-    Belongs to the thread that made it.
+    """All steps of one grid on one UNet. The graphs are the engine's, one for each thread, shape and grid.
 
     Args:
         unet: a loaded TensorRT UNet.
@@ -31,9 +29,7 @@ class FixedLoop:
         self, unet: TensorRT, name: str, schedule: NoiseSchedule, timesteps: Sequence[float], guidance: float = 0.0
     ):
         self.unet, self.name, self.schedule = unet, name, schedule
-        self.timesteps, self.guidance = list(timesteps), guidance
-        self.captures = 0
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self.timesteps, self.guidance = tuple(timesteps), guidance
 
     def __call__(self, x: Any, conditioning: Mapping[str, Any], noise: Sequence[Any] = ()) -> Any:
         """Noise to latents.
@@ -46,27 +42,18 @@ class FixedLoop:
         Returns:
             float32 latents like x, in memory of their own.
         """
-        self.unet.cuda.activate()
-        shapes = {name: tuple(value.shape) for name, value in conditioning.items()}
-        shapes |= {"sample": (len(x) * (1 + self.guided), *x.shape[1:]), "timestep": ()}
-        sizes = self.unet.sizes({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
-        key = tuple(x.shape)
-        graph = self._graphs.get(key)
-        if graph is None or graph.bound.stale:
-            graph = _Graph(self, x, sizes, len(noise))
-            self._graphs[key] = graph
-        cuda, stream = self.unet.cuda, graph.bound.workspace.stream
+        cuda = self.unet.cuda
+        cuda.activate()
+        # The schedule is held by the graph, so as long as there is a graph no other schedule has its id.
+        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), tuple(x.shape))
+        graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
         result = cuda.empty(tuple(x.shape), "float32")
-        with cuda.on(stream):
+        with cuda.on(graph.bound.workspace.stream):
             for name, value in conditioning.items():
                 graph.bound.inputs[name].copy_(value)
             for buffer, value in zip((graph.x, *graph.noise), (x, *noise), strict=True):
                 buffer.copy_(value)
-            if graph.replay is None:
-                graph.run()  # TensorRT and torch want one ordinary run before a capture
-                graph.replay = cuda.capture(stream, graph.run)
-                self.captures += 1
-            graph.replay()
+            graph.run()
             result.copy_(graph.result)
         return result
 
@@ -74,30 +61,25 @@ class FixedLoop:
     def guided(self) -> bool:
         return self.guidance > 1
 
-
-def loop_of(
-    unet: TensorRT, name: str, schedule: NoiseSchedule, timesteps: Sequence[float], guidance: float
-) -> FixedLoop:
-    """The calling thread's loop of an engine for these steps; it lives as long as the engine."""
-    key = (threading.get_ident(), name, tuple(timesteps), guidance)
-    if key not in unet.loops:
-        unet.loops[key] = FixedLoop(unet, name, schedule, timesteps, guidance)
-    return unet.loops[key]
+    def _sizes(self, x: Any, conditioning: Mapping[str, Any]) -> dict[str, int]:
+        shapes = {name: tuple(value.shape) for name, value in conditioning.items()}
+        shapes |= {"sample": (len(x) * (1 + self.guided), *x.shape[1:]), "timestep": ()}
+        return self.unet.sizes({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
 
 
-class _Graph:
+class _Loop(Graph):
     """Buffers of one shape, and the loop over them."""
 
     def __init__(self, loop: FixedLoop, x: Any, sizes: Mapping[str, int], draws: int):
         import torch
 
-        cuda = loop.unet.cuda
-        self.loop, self.bound, self.replay, self.result = loop, Bound(loop.unet, sizes), None, None
-        self.x, *self.noise = (cuda.empty(tuple(x.shape), "float32") for _ in range(1 + draws))
+        super().__init__(Bound(loop.unet, sizes), self.sample)
+        self.loop, self.result = loop, None
+        self.x, *self.noise = (loop.unet.cuda.empty(tuple(x.shape), "float32") for _ in range(1 + draws))
         kind = self.bound.inputs["timestep"].dtype
         self.times = {t: torch.tensor(t, dtype=kind, device=loop.unet.device) for t in loop.timesteps}
 
-    def run(self) -> None:
+    def sample(self) -> None:
         loop = self.loop
         self.result = sampler.sample(
             loop.name, self.model, self.x, loop.schedule, timesteps=loop.timesteps, noise=self.noise.__getitem__

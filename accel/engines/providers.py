@@ -49,7 +49,7 @@ def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, 
         "trt_context_memory_sharing_enable": True,
         # TensorRT 10 reads these on weakly typed networks; for 11 the graph alone decides.
         "trt_fp16_enable": component.dtype == "float16",
-        "trt_int8_enable": "QuantizeLinear" in component.parity.get("operators", {}),
+        "trt_int8_enable": bool(component.int8),
         **shapes(component),
     }
 

@@ -16,7 +16,8 @@ from .. import trt
 from ..errors import UserError
 from ..files import digest_of
 from ..lora import LoraFile, fuse, lora_file
-from .tensorrt import TensorRT, workspace
+from .tensorrt import TensorRT
+from .workspace import workspace
 
 
 class Refit:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 from .. import plans, trt
 from ..bundle import Bundle, Component
@@ -18,10 +16,10 @@ from ..graph import graph_file
 from ..plans import Here, Plan
 from ..profiles import Range
 from .base import Engine, Status, to_torch
+from .captured import Bound, Captures, Graph
+from .workspace import Workspace, workspace
 
 CUDA_GRAPHS = ("off", "step", "loop")
-_ALIGNMENT = 512
-_GRAPHS = 4  # captured shapes per thread: each holds its buffers
 
 
 def status() -> Status:
@@ -34,69 +32,6 @@ def status() -> Status:
     except UserError as error:
         return Status(False, error.message, error.fix)
     return Status(True, f"tensorrt {version} on {gpu.name}")
-
-
-class Workspace:
-    """One thread's stream and scratch memory on one device, shared by all its engines: they run one after another.
-
-    The largest engine decides its size, so text encoder, UNet and VAE together need no more scratch than one of them.
-    """
-
-    def __init__(self, cuda: Cuda):
-        self.cuda, self.stream, self.memory = cuda, cuda.stream(), None
-
-    @property
-    def handle(self) -> int:
-        return self.cuda.handle(self.stream)
-
-    def scratch(self, size: int) -> tuple[int, int]:
-        """Address and size of at least `size` bytes. Growing moves it, which captured graphs have to notice."""
-        if self.memory is None or self.memory.numel() < size:
-            self.memory = None
-            self.memory = self.cuda.empty((max(size, _ALIGNMENT),), "uint8")
-        return self.memory.data_ptr(), self.memory.numel()
-
-
-_threads = threading.local()
-
-
-def workspace(cuda: Cuda) -> Workspace:
-    """The calling thread's workspace on a device; it lives as long as an engine of the thread holds it."""
-    if not hasattr(_threads, "workspaces"):
-        _threads.workspaces = WeakValueDictionary()
-    found = _threads.workspaces.get(cuda.index)
-    if found is None:
-        found = _threads.workspaces[cuda.index] = Workspace(cuda)
-    return found
-
-
-class Bound:
-    """An execution context tied to fixed buffers for one shape: what a CUDA graph can be captured from.
-
-    TensorRT leaves undefined what a graph does after its context was changed, so each captured shape has one of these.
-
-    Attributes:
-        inputs, outputs: the buffers. Fill, `enqueue`, read.
-    """
-
-    def __init__(self, engine: TensorRT, sizes: Mapping[str, int]):
-        component, cuda = engine.component, engine.cuda
-        self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
-        self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}
-        self.outputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.outputs}
-        with cuda.on(self.workspace.stream):
-            profile = engine.nearest({name: tuple(t.shape) for name, t in self.inputs.items()})
-            self.context = engine.context()
-            self.scratch = engine.prepare(self.context, profile, self.inputs, self.outputs, self.workspace)
-
-    @property
-    def stale(self) -> bool:
-        """Whether scratch memory has moved or weights have changed since."""
-        memory = self.workspace.memory
-        return self.epoch != self.engine.epoch or memory is None or memory.data_ptr() != self.scratch
-
-    def enqueue(self) -> None:
-        self.engine.execute(self.context, self.workspace)
 
 
 class TensorRT(Engine):
@@ -141,12 +76,11 @@ class TensorRT(Engine):
             raise UserError(f"unknown cuda_graph {cuda_graph!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
         self.cuda_graph = cuda_graph
         self.epoch = 0
-        self.loops: dict[tuple, Any] = {}
         self._local = threading.local()
         if options["strip_plan"]:
             self._fill()
-        found = ", ".join(p["name"] for p in self.plan.identity["profiles"])
-        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {found}"
+        self.profile = ", ".join(p["name"] for p in self.plan.identity["profiles"])
+        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
         """The engine of bytes that have passed the pre-flight."""
@@ -275,25 +209,26 @@ class TensorRT(Engine):
             self.execute(local.context, work)
         return outputs
 
-    def _replay(self, sizes: Mapping[str, int], feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Copy in, replay this shape's graph, copy out; capture it first where there is none that is still valid."""
+    @property
+    def graphs(self) -> Captures:
+        """The calling thread's captured graphs."""
         if not hasattr(self._local, "graphs"):
-            self._local.graphs = OrderedDict()
-        graphs, key = self._local.graphs, tuple(sorted(sizes.items()))
-        bound, replay = graphs.pop(key, (None, None))
-        if bound is None or bound.stale:
-            bound, replay = Bound(self, sizes), None
+            self._local.graphs = Captures()
+        return self._local.graphs
+
+    def _replay(self, sizes: Mapping[str, int], feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Copy in, replay this shape's graph, copy out."""
+
+        def make() -> Graph:
+            bound = Bound(self, sizes)
+            return Graph(bound, bound.enqueue)
+
+        graph = self.graphs.get(tuple(sorted(sizes.items())), make)
         for name, value in feeds.items():
-            bound.inputs[name].copy_(value)
-        if replay is None:
-            bound.enqueue()  # TensorRT wants one ordinary run before a capture
-            replay = self.cuda.capture(bound.workspace.stream, bound.enqueue)
-        replay()
+            graph.bound.inputs[name].copy_(value)
+        graph.run()
         for name, value in outputs.items():
-            value.copy_(bound.outputs[name])
-        graphs[key] = bound, replay
-        while len(graphs) > _GRAPHS:
-            graphs.popitem(last=False)
+            value.copy_(graph.bound.outputs[name])
 
     @staticmethod
     def _must(ok: bool, what: str) -> None:

@@ -244,6 +244,17 @@ def test_a_diffusers_pipeline_runs_on_the_compiled_control_network(made, edges, 
     assert np.array_equal(draw(), before)
 
 
+@pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+def test_a_controlled_unet_on_tensorrt_runs_step_by_step(made, edges, tensorrt, with_plan_of_unet):
+    """What is added differs from step to step, so there is no graph of the whole loop to replay."""
+    theirs, ours = with_plan_of_unet(made("sd15", "controlnet")[2].path)
+    for options in (dict(control_image=edges), dict(control_image=edges, control_end=0.5), {}):
+        found, expected = (
+            pipe("the cat", steps=2, seed=5, output_type="latent", **options).latents for pipe in (ours, theirs)
+        )
+        assert np.abs(found - expected).max() < 1e-4, options
+
+
 def test_a_folder_that_is_no_control_network_is_refused(sd15):
     with pytest.raises(UserError, match="UNet2DConditionModel"):
         open_source(sd15, controlnet=sd15 / "unet")

@@ -131,6 +131,24 @@ def test_inpainting_with_nine_channels_equals_diffusers(inpainting, picture, mas
     assert np.abs(found.images - expected).max() < ONE_STEP_OF_A_PIXEL
 
 
+@pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+@pytest.mark.parametrize("channels", [4, 9])
+def test_what_differs_from_the_captured_loop_runs_step_by_step(
+    sd15_bundle, inpainting, tensorrt, picture, mask, channels, with_plan_of_unet
+):
+    """A whole-loop CUDA graph holds plain text to image; a picture, a mask and a callback need the steps one by one."""
+    theirs, ours = with_plan_of_unet(sd15_bundle if channels == 4 else inpainting[1])
+    cases = [dict(image=picture, mask_image=mask, strength=strength) for strength in (1.0, 0.6)]
+    if channels == 4:
+        cases += [dict(image=picture, strength=0.6), dict(callback=lambda i, t, x: None)]
+    for options in cases:
+        found, expected = (
+            pipe("the cat", steps=3, sampler="euler", seed=SEED, output_type="latent", **options).latents
+            for pipe in (ours, theirs)
+        )
+        assert np.abs(found - expected).max() < 1e-4, options
+
+
 def test_an_inpainting_model_without_a_picture_says_what_it_needs(inpainting):
     with pytest.raises(UserError, match="inpainting model") as error:
         accel.load(inpainting[1], engine="onnxruntime")("the cat", steps=1)

@@ -31,6 +31,86 @@ def test_every_graph_of_a_bundle_passes(sd15_bundle):
         assert check(sd15_bundle / component.graph) == []
 
 
+def exported(network, folder, dtype="float32"):
+    """The graph of a network, traced as an export does it."""
+    from accel import networks
+    from accel.export import onnx as tracing
+    from accel.export import precision
+    from accel.profiles import Profile, Range
+
+    side = Range(64, 64, 128)
+    dims = Profile("p", Range(1, 1, 2), side, side).dims(vae_scale=8, latent_multiple=2, guidance=False)
+    folder.mkdir()
+    networks.save_config(network, folder)
+    inputs, outputs = (precision.with_dtype(specs, dtype) for specs in (network.inputs, network.outputs))
+    precision.save_weights(network.module.model, folder / tracing.WEIGHTS, precision.Plan(dtype))
+    module = networks.rebuild(network.kind, folder / "config.json", folder / tracing.WEIGHTS, inputs, outputs)
+    tracing.export_graph(networks.Network(network.name, network.kind, module, inputs, outputs), dims, folder)
+    return folder / tracing.GRAPH
+
+
+def small_unet(**config):
+    """Two levels, the attention of each family; an operator does not depend on how often it occurs."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4, **config,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_unets_of_sd2_and_of_sdxl_with_control_pass(tmp_path):
+    from accel import networks
+
+    sdxl = small_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
+        use_linear_projection=True, transformer_layers_per_block=(2, 1),
+    )  # fmt: skip
+    sd2 = small_unet(use_linear_projection=True)
+    assert check(exported(networks.unet(sdxl, adapter=2, control=True), tmp_path / "sdxl")) == []
+    assert check(exported(networks.unet(sd2), tmp_path / "sd2", "float16")) == []
+
+
+@pytest.mark.slow
+def test_control_networks_and_tiny_vaes_pass(tmp_path):
+    import diffusers
+
+    from accel import control_networks, networks
+
+    unet = small_unet()
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=3)
+    adapter = diffusers.T2IAdapter(3, [8, 16], num_res_blocks=1, downscale_factor=8)
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )  # fmt: skip
+    made = {
+        "controlnet": control_networks.controlnet(controlnet, networks.unet(unet).inputs),
+        "t2i_adapter": control_networks.t2i_adapter(adapter, [(8, 1), (16, 2)]),
+    }
+    found = [networks.Network(name, name, *parts) for name, parts in made.items()]
+    for network in (*found, networks.vae_decoder(tiny), networks.vae_encoder(tiny)):
+        network.module.eval()
+        assert check(exported(network, tmp_path / network.name)) == [], network.name
+
+
+@pytest.mark.slow
+def test_int8_graphs_pass(sd15_bundle, tmp_path):
+    """The signed graph is TensorRT's; the other, ONNX Runtime's, has zero points and is refused with that reason."""
+    from accel.export.int8_options import Options
+    from accel.export.pipeline import export_pipeline
+
+    options = Options(networks=("unet", "vae_decoder"), images=1, judged=1)
+    bundle = export_pipeline(sd15_bundle, tmp_path / "out", precision="int8", int8=options)
+    for name in ("unet", "vae_decoder"):
+        component = bundle.component(name)
+        assert component.int8 and check(bundle.path / component.graph_for("tensorrt")) == []
+        refused = check(bundle.path / component.graph_for("onnxruntime"))
+        assert {problem.operator for problem in refused} == {"QuantizeLinear", "DequantizeLinear"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, 23])
 def test_sdxl_and_the_newer_opset_pass(sdxl, tmp_path, opset):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
 
 from accel import plans
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import UserError
+from accel.export.row_timesteps import with_row_timesteps
 from accel.export.triton_server import Serving, write
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -43,29 +46,49 @@ def test_names_shapes_and_types_are_the_graphs(repository, name):
             kind = model_config.DataType.Name(tensor.data_type)
             assert kind == ONNX_TYPES[value.type.tensor_type.elem_type]
             sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim]
+            if config.max_batch_size:
+                assert sizes.pop(0) == -1
             if not sizes:
                 assert list(tensor.dims) == [1] and tensor.HasField("reshape") and list(tensor.reshape.shape) == []
-            elif config.max_batch_size:
-                assert sizes[0] == -1 and list(tensor.dims) == sizes[1:]
             else:
                 assert list(tensor.dims) == sizes
 
 
-def test_what_is_batched_and_what_is_not(repository):
-    for name in ("text_encoder", "vae_decoder", "vae_encoder"):
+def test_requests_of_several_clients_share_a_batch(repository):
+    for name in NAMES:
         config = parsed(repository, name)
-        assert config.max_batch_size == 4 and list(config.dynamic_batching.preferred_batch_size) == [4]
+        largest = 8 if name == "unet" else 4  # guidance doubles the UNet's
+        assert config.max_batch_size == largest and largest in config.dynamic_batching.preferred_batch_size
         assert config.dynamic_batching.max_queue_delay_microseconds == 2000
-    unet = parsed(repository, "unet")  # one timestep for the whole batch
-    assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
-    (group,) = unet.instance_group
-    assert group.count == 2 and group.kind == model_config.ModelInstanceGroup.KIND_CPU
+        (group,) = config.instance_group
+        assert group.count == 2 and group.kind == model_config.ModelInstanceGroup.KIND_CPU
+
+
+def test_rows_at_different_steps_compute_what_they_compute_alone(repository, sd15_bundle):
+    """Two clients in one batch of the served UNet, each alone on the bundle's own."""
+    rng = np.random.default_rng(0)
+    sample = rng.standard_normal((2, 4, 16, 16), np.float32)
+    text = rng.standard_normal((2, 77, 32), np.float32)
+    times = np.array([999, 3.5], np.float32)
+    served = onnxruntime.InferenceSession(repository / "unet" / "1" / "model.onnx")
+    (together,) = served.run(None, {"sample": sample, "timestep": times, "encoder_hidden_states": text})
+    own = onnxruntime.InferenceSession(sd15_bundle / "unet" / "model.onnx")
+    for row in range(2):
+        feeds = {"sample": sample[[row]], "timestep": times[row, ...], "encoder_hidden_states": text[[row]]}
+        assert np.abs(own.run(None, feeds)[0] - together[row]).max() < 1e-5
+    assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_a_graph_that_uses_its_timestep_otherwise_stays_as_it_is():
+    value = helper.make_tensor_value_info
+    timestep, out = value("timestep", onnx.TensorProto.FLOAT, []), value("y", onnx.TensorProto.FLOAT, None)
+    for nodes in ([], [helper.make_node("Sin", ["timestep"], ["y"])],
+                  [helper.make_node("Unsqueeze", ["timestep", "axes"], ["y"])]):  # fmt: skip
+        assert with_row_timesteps(helper.make_model(helper.make_graph(nodes, "g", [timestep], [out]))) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_warm_up_is_a_call_that_the_graph_takes(repository, name):
-    import numpy as np
-
     config = parsed(repository, name)
     (warmup,) = config.model_warmup
     assert set(warmup.inputs) == {t.name for t in config.input}
@@ -74,8 +97,9 @@ def test_the_warm_up_is_a_call_that_the_graph_takes(repository, name):
     feeds = {}
     for value in session.get_inputs():
         given = warmup.inputs[value.name]
-        shape = [warmup.batch_size, *given.dims] if config.max_batch_size else list(given.dims)
-        feeds[value.name] = np.zeros(shape if value.shape else (), kinds[value.type])
+        declared = next(t for t in config.input if t.name == value.name)
+        shape = list(declared.reshape.shape) if declared.HasField("reshape") else list(given.dims)
+        feeds[value.name] = np.zeros([warmup.batch_size, *shape], kinds[value.type])
         assert given.zero_data
     session.run(None, feeds)
 
@@ -94,6 +118,10 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     assert list(config.instance_group[0].profile) == ["0"]
     assert (out / "vae_decoder/1/model.plan").read_bytes() == plans.find(bundle, "vae_decoder")[0].path.read_bytes()
     assert list(config.model_warmup[0].inputs["latent_sample"].dims) == [4, 16, 16]
+    unet = parsed(out, "unet")  # a plan has one timestep for the whole batch
+    assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
+    (timestep,) = (tensor for tensor in unet.input if tensor.name == "timestep")
+    assert list(timestep.dims) == [1] and list(timestep.reshape.shape) == []
 
 
 @pytest.mark.parametrize(

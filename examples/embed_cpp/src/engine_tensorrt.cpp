@@ -83,7 +83,8 @@ class TensorRt : public Engine {
 public:
     TensorRt(const Bundle& bundle, const std::string& component) {
         std::string reason = "there is none", plan;
-        for (const auto& folder : fs::directory_iterator(fs::path(bundle.path) / "engines")) {
+        std::error_code missing;  // a bundle without plans has no such folder
+        for (const auto& folder : fs::directory_iterator(fs::path(bundle.path) / "engines", missing)) {
             fs::path base = folder.path() / component;
             auto with = [&](const char* suffix) { return fs::path(base.string() + suffix); };
             if (!fs::exists(with(".plan")) || !fs::exists(with(".json")) || !fs::exists(with(".sig"))) continue;
