@@ -103,16 +103,29 @@ SD15_SCHEDULER = dict(
 
 def make_sd15(folder: Path, topology: str = "sd15") -> Path:
     """An SD1.5-topology pipeline, narrowed: 64 px images, 16x16 latents."""
+    from accel.topology import narrowed
+
+    channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
+    return make_sd1(folder, **narrowed(topology, channels, sample_size=16))
+
+
+def make_smallest(folder: Path) -> Path:
+    """A pipeline of SD1's family with every kind of layer in two stages of one: 32 px images, 8x8 latents."""
+    return make_sd1(
+        folder, sample_size=8, layers_per_block=1, block_out_channels=(8, 16), mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def make_sd1(folder: Path, **config) -> Path:
+    """A pipeline of SD1's family around a UNet of this config."""
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    from accel.topology import narrowed
-
     tokenizer = make_tokenizer(folder / "tokenizer-made")
     torch.manual_seed(1)
-    channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
     unet = UNet2DConditionModel(
-        **narrowed(topology, channels, sample_size=16, cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
+        **config | dict(cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
     ).eval()
     pipe = StableDiffusionPipeline(
         vae=make_vae(), text_encoder=make_text_encoder(len(tokenizer), 32), tokenizer=tokenizer, unet=unet,
@@ -158,6 +171,11 @@ def sd15(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sd15_tiny(tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15tiny") / "tiny-sd15-tiny", "sd15-tiny")
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory) -> Path:
+    return make_smallest(tmp_path_factory.mktemp("smallest") / "smallest")
 
 
 @pytest.fixture(scope="session")
