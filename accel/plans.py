@@ -84,7 +84,7 @@ def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
         "precision": manifest.precision,
         "dtype": component.dtype,
         "float32": list(component.float32),
-    }
+    } | ({"calibration": component.int8["calibration"]["digest"]} if component.int8 else {})
 
 
 def identity(

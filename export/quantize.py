@@ -161,17 +161,19 @@ def _by_sensitivity(
     judge: parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
 ) -> dict[str, str]:
     """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must."""
+    layers = [name for name, _ in int8.fake_layers(unet)]
     rows = sensitivity.measure(
-        judge, "unet", [name for name, _ in int8.fake_layers(unet)],
+        judge, "unet", sensitivity.one_by_one(layers),
         lambda done: progress("sensitivity, layer by layer", 0.4 + 0.1 * done),
     )  # fmt: skip
+    blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
     if settings.keep_budget:
         names = sensitivity.leave(judge, "unet", rows)
         int8.detach(unet, names)
         kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
     if settings.sensitivity:
-        sensitivity.write(settings.sensitivity, rows, bundle.manifest.source["name"], kept)
+        sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
     return kept
 
 

@@ -199,6 +199,18 @@ def sd15_bundle(sd15, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def smallest_bundle(smallest, tmp_path_factory) -> Path:
+    """The smallest pipeline as an fp32 bundle: batch 1-4, 32 to 64 px."""
+    from accel.export.pipeline import export_pipeline
+
+    out = tmp_path_factory.mktemp("bundle") / "smallest"
+    export_pipeline(
+        smallest, out, profile="batch=1-4,size=32-64", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5}
+    )
+    return out
+
+
 @pytest.fixture
 def bundle_copy(sd15_bundle, tmp_path) -> Path:
     """A bundle that a test may break."""

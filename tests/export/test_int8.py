@@ -136,6 +136,9 @@ def test_the_calibration_set_is_part_of_every_key(int8, tmp_path, edit_manifest,
     other = Path(shutil.copytree(int8, tmp_path / "other"))
     edit_manifest(other, lambda data: data["components"]["unet"]["int8"]["calibration"].update(digest="0"))
     assert Bundle.open(other).digest != Bundle.open(int8).digest
+    identities = [plans.sources(Bundle.open(bundle), unet_of(bundle)) for bundle in (other, int8)]
+    assert identities[0]["calibration"] != identities[1]["calibration"]
+    assert "calibration" not in plans.sources(Bundle.open(floating), unet_of(floating))
 
 
 # ----------------------------------------------------------------------------------------------------------- the graphs
@@ -450,6 +453,15 @@ def test_the_inspection_says_what_was_measured(int8, capsys):
     assert "int8:" in said and "layers run in int8" in said and "dB from float32's" in said
 
 
+def test_the_report_of_a_benchmark_names_it(int8):
+    from accel import bench
+
+    settings = bench.Settings(rounds=1, memory=False, steps=1)
+    found = bench.measure(int8, [bench.parse("onnxruntime")], settings).document.as_dict()
+    (note,) = [note for note in found["notes"] if note.startswith("unet is int8")]
+    assert "layers run in int8" in note and "dB from float32's" in note
+
+
 # ---------------------------------------------------------------------------------------------- sensitivity and budgets
 
 
@@ -469,14 +481,14 @@ class Pretend:
 
 def test_the_budget_leaves_out_the_worst_layers_and_no_more():
     judge = Pretend(a=1e-5, b=2e-3, c=1e-4, d=1e-2, e=2e-4)
-    rows = sensitivity.measure(judge, "unet", list(judge.costs))
-    assert [row.layer for row in rows] == ["d", "b", "e", "c", "a"]
+    rows = sensitivity.measure(judge, "unet", sensitivity.one_by_one(list(judge.costs)))
+    assert [row.name for row in rows] == ["d", "b", "e", "c", "a"]
     assert sensitivity.leave(judge, "unet", rows) == ["d", "b"]
     easy = Pretend(a=1e-5)
-    assert sensitivity.leave(easy, "unet", sensitivity.measure(easy, "unet", ["a"])) == []
+    assert sensitivity.leave(easy, "unet", sensitivity.measure(easy, "unet", {"a": ["a"]})) == []
     hard = Pretend(a=1e-2)
     with pytest.raises(UserError, match="no layer can compute in int8 within 30 dB.*20.0 dB"):
-        sensitivity.leave(hard, "unet", sensitivity.measure(hard, "unet", ["a"]))
+        sensitivity.leave(hard, "unet", sensitivity.measure(hard, "unet", {"a": ["a"]}))
 
 
 @pytest.fixture(scope="module")
@@ -496,16 +508,20 @@ def test_a_budget_is_met_and_the_table_and_plot_are_written(calibrated, tmp_path
     before = judge.component("unet")["psnr"]
     assert 10 < before < 90 and judge.component("unet", [])["psnr"] == 100
     judge.budget = before + 3
-    rows = sensitivity.measure(judge, "unet", [name for name, _ in fake.fake_layers(unet)])
+    layers = [name for name, _ in fake.fake_layers(unet)]
+    rows = sensitivity.measure(judge, "unet", sensitivity.one_by_one(layers))
     kept = sensitivity.leave(judge, "unet", rows)
     assert 0 < len(kept) < len(rows)
-    rest = [row.layer for row in rows if row.layer not in kept]
+    rest = [row.name for row in rows if row.name not in kept]
     assert judge.component("unet", rest)["psnr"] >= before + 3
-    sensitivity.write(tmp_path, rows, "a model", dict.fromkeys(kept, "sensitive"))
+    blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers))
+    sensitivity.write(tmp_path, rows, blocks, "a model", dict.fromkeys(kept, "sensitive"))
     table = json.loads((tmp_path / "sensitivity.json").read_text())
     errors = [row["mse"] for row in table["layers"]]
     assert errors == sorted(errors, reverse=True) and table["kept"] == sorted(kept)
-    assert sum(block["layers"] for block in table["blocks"].values()) == len(errors) == len(rows)
+    assert sum(block["layers"] for block in table["blocks"]) == len(errors) == len(rows)
+    down = next(row for row in blocks if row.name == "down_blocks.0.resnets")
+    assert down.psnr == judge.component("unet", [name for name in layers if name.startswith(down.name)])["psnr"]
     assert Image.open(tmp_path / "sensitivity.png").size[0] > 500
     assert "| block |" in (tmp_path / "sensitivity.md").read_text()
 
