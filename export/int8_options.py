@@ -16,8 +16,9 @@ from accel.int8_recipe import Int8
 from accel.source import Source, open_source
 
 from . import calibration, parity
+from .int8_limits import refuse_inpainting
 from .precision import INT8
-from .quantize import QUANTISED, Progress, Settings, quantize, refuse_inpainting
+from .quantize import QUANTISED, Progress, Settings, quantize
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from accel.source import Source, open_source
 from . import component, int8_options, onnx
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
+from .int8_limits import refuse_control
 from .precision import INT8
 from .precision import check_name as check_precision
-from .quantize import refuse_control
 from .share import share_files
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")

@@ -6,7 +6,6 @@ quantised watches its input. A student that was trained with fake quantisation b
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel import control, int8, int8_packed, networks, plans
+from accel import control, int8, int8_packed, networks
 from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.errors import Notice, UserError
 from accel.files import new_folder
@@ -28,8 +27,9 @@ from accel.int8_recipe import Int8
 from accel.networks import Network
 from accel.pipeline import Pipeline, load
 
-from . import component, half, parity, sensitivity, uint8, verdict
+from . import component, gate, half, parity, sensitivity, uint8
 from .calibration import Calibration
+from .int8_limits import refuse_control, refuse_inpainting
 
 QUANTISED = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
 Progress = Callable[[str, float], None]
@@ -93,7 +93,7 @@ def quantize(
         if settings.strict:
             refuse_control()
         names.remove("unet")
-        _stay(records, "unet", "calibration has no control pictures", {})
+        gate.stay(records, "unet", "calibration has no control pictures", {})
     with new_folder(out, overwrite=overwrite) as folder:
         _copy(bundle, folder)
         pipeline = load(bundle, "eager", device="cpu")
@@ -108,7 +108,7 @@ def quantize(
         origin = settings.calibration.record(bundle.manifest.sampler)
         for place, entry in enumerate(names):
             if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
-                _stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
+                gate.stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
                 continue
             shutil.rmtree(folder / entry)
 
@@ -125,9 +125,9 @@ def quantize(
         manifest = replace(bundle.manifest, precision=name, components=records)
         seal(folder, manifest)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-            raced = _race(folder, bundle, records, found, settings, Path(scratch), progress)
+            raced = gate.decide(folder, bundle, records, found, settings, Path(scratch), progress)
             seal(folder, replace(manifest, components=records))
-            _keep_plans(raced, records, folder)
+            gate.keep_plans(raced, records, folder)
     progress("done", 1.0)
     return Bundle.open(out)
 
@@ -216,48 +216,6 @@ def _write(
     )  # fmt: skip
 
 
-def _race(
-    folder: Path, bundle: Bundle, records: dict[str, Component], found: Mapping[str, dict], settings: Settings,
-    scratch: Path, progress: Progress,
-) -> Bundle:
-    """Write each verdict into its record; where int8 does not pay, put the float network back.
-
-    Where none of the engines that it is made for can run here, parity alone decides, and the verdict has no speeds.
-
-    Returns:
-        The int8 bundle as it was measured, with TensorRT's plans where there are any.
-    """
-    engines = verdict.engines_for(settings.dtype)
-    low, high = Bundle.open(folder), bundle
-    if "tensorrt" in engines:  # it leaves plans in the bundles
-        low, high = (_linked(own, scratch / name) for name, own in (("int8", low), ("float", high)))
-    for entry, record in list(records.items()):
-        if not record.int8:
-            continue
-        if settings.dtype != "float32" and engines:
-            high = _halved(bundle, entry, scratch / f"{entry}-half")
-        said = verdict.judge(
-            low, high, entry, found[entry], engines, threads=settings.threads, say=lambda text: progress(text, 0.85)
-        )
-        audits = said.pop("audit")
-        if said["offered"] or not engines or (settings.strict and entry == "unet"):
-            records[entry] = replace(record, int8=dict(record.int8) | {"audit": audits, "verdict": said})
-            continue
-        shutil.rmtree(folder / entry)
-        shutil.copytree(high.path / entry, folder / entry)
-        records[entry] = high.component(entry)
-        _stay(records, entry, "int8 is not faster on this machine", said)
-    return low
-
-
-def _keep_plans(raced: Bundle, records: Mapping[str, Component], folder: Path) -> None:
-    """Plans of components that are offered on TensorRT: they took minutes to build, and fit what was sealed."""
-    for plan in plans.find(raced):
-        offered = records[plan.component].int8.get("verdict", {}).get("offered", ())
-        if "tensorrt" in offered:
-            shutil.copytree(plan.path.parent, folder / plans.FOLDER / plan.key, dirs_exist_ok=True)
-
-
 def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path) -> None:
     """Components that are not int8, in float16."""
     for entry, record in records.items():
@@ -268,51 +226,6 @@ def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path)
         notes = {key: record.parity[key] for key in ("int8_tried",) if key in record.parity}
         reasons = [text for text in (record.parity.get("precision_reason"), made.parity["precision_reason"]) if text]
         records[entry] = replace(made, parity=made.parity | notes | {"precision_reason": "; ".join(reasons)})
-
-
-def _halved(bundle: Bundle, entry: str, folder: Path) -> Bundle:
-    """A bundle of one component, in float16."""
-    made = half.write(bundle, entry, folder / entry)
-    seal(folder, replace(bundle.manifest, precision="fp16", components={entry: made}))
-    return Bundle.open(folder)
-
-
-def _linked(bundle: Bundle, folder: Path) -> Bundle:
-    """The same bundle in another folder, without plans and without copies where links are possible."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-    shutil.copytree(bundle.path, folder, copy_function=link, ignore=shutil.ignore_patterns(plans.FOLDER))
-    return Bundle.open(folder)
-
-
-def _stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:
-    """Note in a float component's record why it is not int8."""
-    record = records[entry]
-    note = {"precision_reason": f"int8 was tried: {reason}", "int8_tried": dict(measured)}
-    records[entry] = replace(record, parity=dict(record.parity) | note)
-
-
-def refuse_control() -> None:
-    """Raise the UserError about a UNet with inputs for an adapter or a ControlNet."""
-    raise UserError(
-        "a UNet with a T2I-Adapter or ControlNet cannot be int8: calibration has no control pictures, and its ranges "
-        "would be too narrow where they add to it",
-        "--int8-components text_encoder,vae_decoder; or export without the adapter or ControlNet",
-    )
-
-
-def refuse_inpainting(channels: int) -> None:
-    """Raise a UserError for a UNet whose input has the nine channels of inpainting models."""
-    if channels == 9:
-        raise UserError(
-            "an inpainting model cannot be int8: calibration draws from prompts, without pictures and masks",
-            "--precision fp16",
-        )
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
