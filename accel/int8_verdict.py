@@ -15,6 +15,8 @@ def lines(component: Component) -> list[str]:
         f"int8: {len(component.int8['layers'])} layers, ranges {component.int8['calibration']['ranges']}; pictures "
         f"{parity['psnr']:.1f} dB from float32's (budget {parity['budget']:g}{'' if parity['ok'] else ': NOT MET'})"
     ]
+    if not verdict["engines"]:
+        lines.append("speed was not measured: TensorRT, which int8 with float16 is made for, cannot run here")
     for engine, entry in verdict["engines"].items():
         if "error" in entry:
             lines.append(f"{engine}: {entry['error']}")
@@ -22,8 +24,8 @@ def lines(component: Component) -> list[str]:
         audit = audits.get(engine, {"share": float("nan"), "ok": True})
         share = f"{audit['share']:.0%} of the layers run in int8" + ("" if audit["ok"] else ", TOO FEW")
         lines.append(
-            f"{engine}: {entry['float_seconds'] * 1e3:.1f} ms in float32, {entry['int8_seconds'] * 1e3:.1f} ms in int8 "
-            f"({entry['speedup']:.2f}x); {share}"
+            f"{engine}: {entry['float_seconds'] * 1e3:.1f} ms in {verdict.get('against', 'float32')}, "
+            f"{entry['int8_seconds'] * 1e3:.1f} ms in int8 ({entry['speedup']:.2f}x); {share}"
             + ("" if engine in verdict["offered"] else "; auto does not choose it")
         )
     return lines

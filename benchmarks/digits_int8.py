@@ -1,21 +1,29 @@
-"""What int8 costs the digits models, by calibration, and what wrong calibration costs: a table for docs/int8.md.
+"""What int8 costs the digits models: by calibration, right and wrong, by training, and on each engine.
 
-    python benchmarks/digits_int8.py out/digits-int8 digits/tiny my-4-step-student my-1-step-student
+    python benchmarks/digits_int8.py out/digits-int8 --write
+    python benchmarks/digits_int8.py out/digits-int8 --models digits digits/tiny --skip trained --images 50
+    python benchmarks/digits_int8.py out/digits-int8 --students my-1-step my-4-step
 
-Each model is exported in float32, quantised in several ways in torch (the arithmetic of the exported graphs), and once
-as a bundle that every engine runs. Judged are `--images` pictures of the prompts of `accel.distill.digits.prompt_set`:
-how many are the digit asked for, their Frechet distance to held-out real digits, and the PSNR against float32's from
-the same noise.
+takes the teacher, tiny, and whichever few-step students are beside them. Each is exported in float32 and quantised in
+several ways in torch (the arithmetic of the exported graphs), exported in int8 for every engine, and trained on for
+`--qat-steps` updates with rounding, and as long without. Judged are `--images` pictures of the prompts of
+`accel.distill.digits.prompt_set`: how many are the digit asked for, their Frechet distance to held-out real digits, and
+the PSNR against float32's from the same noise.
+
+Every row is a file in the out folder: a run that was interrupted goes on. A model whose weights changed is another
+model. `--write` makes benchmarks/digits-int8.json and the tables of docs/int8.md of the rows that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +31,133 @@ import numpy as np
 import torch
 
 from accel import int8
+from accel.assets import DIGITS
 from accel.bundle import Bundle
-from accel.distill import digits, digits_quality
+from accel.distill import digits, digits_quality, recipes
+from accel.distill.run import execute
+from accel.engines import status
 from accel.errors import Notice
 from accel.export.calibration import Calibration, calibration, default_prompts
 from accel.export.int8_options import Options
 from accel.export.pipeline import export_pipeline
+from accel.files import digest_of, write_json
 from accel.int8_ranges import observe
 from accel.int8_recipe import Int8
 from accel.machine import machine
 from accel.parity import psnr
 from accel.pipeline import Pipeline, load
+from accel.source import open_source
 
+ROOT = Path(__file__).parents[1]
+RESULT, PAGE = ROOT / "benchmarks/digits-int8.json", ROOT / "docs/int8.md"
+BEGIN, END = "<!-- digits-int8 -->", "<!-- /digits-int8 -->"
+FEW_STEPS = ("4step", "1step", "tiny-4step", "tiny-1step")
 ENGINES = ("onnxruntime", "openvino")
+PARTS = ("torch", "engines", "trained")
+FIRST_NOISE = 5_000_000
 
 
-def judged(pipeline: Pipeline, images: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Pictures of the prompt set from fixed noise, and what the classifier says of them."""
-    texts, wanted = zip(*digits.prompt_set(images // 10), strict=True)
-    pictures = Calibration(texts, 5_000_000).run(pipeline)
-    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
-    return pictures, digits_quality.judge(tensor, torch.tensor(wanted))
+@dataclass(frozen=True)
+class Model:
+    """One pipeline, and the folder in which everything that is made of it lies."""
+
+    name: str
+    out: Path
+    images: int
+
+    @cached_property
+    def folder(self) -> Path:
+        weights = open_source(self.name).digest(["unet", "vae", "text_encoder"])
+        return self.out / f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{digest_of(weights)[:8]}"
+
+    @property
+    def few_steps(self) -> tuple[int, ...] | None:
+        """A few-step student's timesteps."""
+        own = open_source(self.name).sampler() or {}
+        return tuple(own["timesteps"]) if "timesteps" in own else None
+
+    def bundle(self, source: str, name: str, **options: Any) -> Path:
+        """A bundle of a pipeline or another bundle, made once."""
+        place = self.folder / name
+        if not place.exists():
+            say(f"{self.name}: exporting {name}")
+            export_pipeline(source, place, **options)
+        return place
+
+    @property
+    def high(self) -> Path:
+        return self.bundle(self.name, "float32", profile="digits")
+
+    @property
+    def low(self) -> Path:
+        return self.bundle(str(self.high), "int8", precision="int8", int8=Options())
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """In torch, for the ways that are no bundles."""
+        return load(Bundle.open(self.high), "eager")
+
+    @cached_property
+    def truth(self) -> np.ndarray:
+        path = self.folder / f"truth-{self.images}.npy"
+        if not path.is_file():
+            np.save(path, draw(load(self.high, "onnxruntime"), self.images))
+        return np.load(path)
+
+    def row(self, way: str, make: Callable[[], np.ndarray]) -> dict[str, Any]:
+        """What is said of the pictures that `make` draws, from its file if it is there."""
+        name = f"{re.sub('[^a-z0-9]+', '-', way.lower()).strip('-')}-{self.images}.json"
+        path = self.folder / "rows" / name
+        if not path.is_file():
+            started = time.perf_counter()
+            pictures = make()
+            found = {"way": way, **judged(pictures), "psnr": min(psnr(pictures, self.truth, 1.0), 100.0)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+            say(f"{self.name}, {way}: {json.dumps(found)} ({time.perf_counter() - started:.0f} s)")
+        return json.loads(path.read_text())
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def draw(pipeline: Pipeline, images: int) -> np.ndarray:
+    """Pictures of the prompt set from fixed noise, [n, 64, 64, 3] in 0..1."""
+    texts, _ = zip(*digits.prompt_set(images // 10), strict=True)
+    return Calibration(texts, FIRST_NOISE).run(pipeline)
+
+
+def judged(pictures: np.ndarray) -> dict[str, float]:
+    """What the classifier says of pictures of the prompt set."""
+    _, wanted = zip(*digits.prompt_set(len(pictures) // 10), strict=True)
+    return digits_quality.judge(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
+
+
+# ------------------------------------------------------------------------------------------- by calibration, in torch
+
+
+def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[torch.nn.Module, Int8], Any]]]:
+    """(name, recipe, what gives the attached layers of a network their ranges)."""
+    right = calibration(default_prompts("digits"), 32)
+
+    def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8], Any]:
+        return lambda unet, recipe: observe([unet], recipe, run)
+
+    calibrated = seeing(lambda: right.run(pipeline))
+    yield "all layers", Int8(), calibrated
+    yield "convolutions only", Int8(level="conv"), calibrated
+    yield "+ feed-forward", Int8(level="ff"), calibrated
+    yield "+ queries, keys, values", Int8(level="qkv"), calibrated
+    yield "all, range: max", Int8(collector="max"), calibrated
+    yield "all, range: percentile 99.99", Int8(collector="percentile"), calibrated
+    yield "all, begin-of-text not apart", Int8(bos_apart=False), calibrated
+    yield "all, SmoothQuant 0.5", Int8(smooth=0.5), calibrated
+    yield "all, outputs of convolutions float", Int8(outputs=False), calibrated
+    other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
+    yield "*wrong:* other timesteps", Int8(), seeing(lambda: replace(right, sampling=other).run(pipeline))
+    yield "*wrong:* random latents, the pipeline never run", Int8(), seeing(random_latents(pipeline))
+    yield "*wrong:* the field's usual collector, 16 batches", Int8(), usual_collector(right, pipeline)
 
 
 def random_latents(pipeline: Pipeline) -> Callable[[], None]:
@@ -64,123 +178,198 @@ def random_latents(pipeline: Pipeline) -> Callable[[], None]:
     return run
 
 
-def ways(pipeline: Pipeline, right: Calibration) -> Iterator[tuple[str, Int8, Callable[[], Any]]]:
-    """(name, recipe, what is run to calibrate) of everything that is compared in torch."""
-    run = lambda: right.run(pipeline)  # noqa: E731
-    yield "all layers", Int8(), run
-    yield "convolutions only", Int8(level="conv"), run
-    yield "+ feed-forward", Int8(level="ff"), run
-    yield "+ queries, keys, values", Int8(level="qkv"), run
-    yield "all, range: max", Int8(collector="max"), run
-    yield "all, range: percentile 99.99", Int8(collector="percentile"), run
-    yield "all, begin-of-text not apart", Int8(bos_apart=False), run
-    yield "all, SmoothQuant 0.5", Int8(smooth=0.5), run
-    yield "all, outputs of convolutions float", Int8(outputs=False), run
-    few = steps_of(pipeline) < 10
-    wrong = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
-    yield f"wrong timesteps ({wrong['steps']} steps)", Int8(), lambda: replace(right, sampling=wrong).run(pipeline)
-    yield "wrong latents (random, never run)", Int8(), random_latents(pipeline)
-
-
-def steps_of(pipeline: Pipeline) -> int:
-    own = pipeline.bundle.manifest.sampler
-    return len(own["timesteps"]) if "timesteps" in own else own["steps"]
-
-
-def usual_collector(model: torch.nn.Module, right: Calibration, pipeline: Pipeline) -> None:
+def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8], None]:
     """The field's collector: sums of batch maxima per step, divided by the number of steps, the least of all steps.
 
     (ModelOpt's PercentileCalibrator; it sees 16 batches of one picture here, as its examples do.)
     """
+    own = pipeline.bundle.manifest.sampler
+    steps = len(own["timesteps"]) if "timesteps" in own else own["steps"]
     sums: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
-    steps = steps_of(pipeline)
 
     def collect(name: str) -> Callable[[torch.Tensor], None]:
         def see(x: torch.Tensor) -> None:
             step = calls.get(name, 0) % steps
             calls[name] = calls.get(name, 0) + 1
-            own = sums.setdefault(name, {})
-            own[step] = own.get(step, 0.0) + x.abs().max().item()
+            found = sums.setdefault(name, {})
+            found[step] = found.get(step, 0.0) + x.abs().max().item()
 
         return see
 
-    for name, quantizer in int8.ranges(model):
-        quantizer.observer = collect(name)
-    int8.set_mode(model, "observe")
-    for index in range(16):
-        Calibration(right.prompts[index : index + 1], index).run(pipeline)
-    for name, quantizer in int8.ranges(model):
-        quantizer.set_scale(min(total / steps for total in sums[name].values()) / 127)
-    int8.set_mode(model, "quantize")
+    def give(unet: torch.nn.Module, recipe: Int8) -> None:
+        for name, quantizer in int8.ranges(unet):
+            quantizer.observer = collect(name)
+        int8.set_mode(unet, "observe")
+        for index in range(16):
+            Calibration(right.prompts[index : index + 1], index).run(pipeline)
+        for name, quantizer in int8.ranges(unet):
+            quantizer.set_scale(min(total / steps for total in sums[name].values()) / 127)
+        int8.set_mode(unet, "quantize")
+
+    return give
 
 
-def compare(model: str, out: Path, images: int, only: str = "") -> dict[str, Any]:
-    """All rows of one model; `only` leaves out the ways in torch that have another name."""
-    name = Path(model).name
-    high, low = out / f"{name}-float32", out / f"{name}-int8"
-    if not high.exists():
-        export_pipeline(model, high, profile="digits")
-    pipeline = load(Bundle.open(high), "eager")
-    unet = pipeline.engines["unet"].module.model
-    right = calibration(default_prompts("digits"), 32)
-    truth, figures = judged(pipeline, images)
-    rows = [{"way": "float32", **figures}]
-    print(json.dumps(rows[-1]), flush=True)
+def in_torch(model: Model) -> list[dict[str, Any]]:
+    few = model.few_steps is not None
+    rows = [model.row("float32", lambda: model.truth)]
+    for way, recipe, give in ways(model.pipeline, few):
 
-    def add(way: str) -> None:
-        pictures, found = judged(pipeline, images)
-        rows.append({"way": way, **found, "psnr": psnr(pictures, truth, 1.0)})
-        print(json.dumps(rows[-1]), flush=True)
-        int8.detach(unet)
+        def make(recipe: Int8 = recipe, give: Callable = give) -> np.ndarray:
+            unet = model.pipeline.engines["unet"].module.model
+            int8.attach(unet, recipe)
+            try:
+                give(unet, recipe)
+                return draw(model.pipeline, model.images)
+            finally:
+                int8.detach(unet)
 
-    for way, recipe, run in ways(pipeline, right):
-        if only and way != only:
-            continue
-        int8.attach(unet, recipe)
-        observe([unet], recipe, run)
-        add(way)
-    if not only:
-        int8.attach(unet, Int8())
-        usual_collector(unet, right, pipeline)
-        add("the field's usual collector, 16 batches")
-    if not low.exists():
-        export_pipeline(str(high), low, precision="int8", int8=Options())
-    bundle = Bundle.open(low)
-    for engine in ENGINES:
-        for folder in (high, low):
-            own = load(folder, engine)
-            started = time.perf_counter()
-            pictures, found = judged(own, images)
-            seconds = time.perf_counter() - started
-            rows.append({
-                "way": f"{engine}, {'float32' if folder == high else 'int8 bundle'}", **found,
-                "psnr": min(psnr(pictures, truth, 1.0), 200.0), "images_per_second": images / seconds,
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
-    size = {place.name: sum(p.stat().st_size for p in (place / "unet").glob("*.safetensors")) for place in (high, low)}
-    sampler = bundle.manifest.sampler
-    return {"model": name, "sampler": dict(sampler), "rows": rows, "unet_bytes": size,
-            "verdict": bundle.component("unet").int8["verdict"], "audit": bundle.component("unet").int8["audit"]}
+        rows.append(model.row(way, make))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- other ways
+
+
+def on_engines(model: Model) -> list[dict[str, Any]]:
+    return [
+        model.row(f"{engine}, {place.name}", lambda: draw(load(place, engine), model.images))  # noqa: B023
+        for engine in ENGINES if status(engine).ok
+        for place in (model.high, model.low)
+    ]  # fmt: skip
+
+
+def trained(model: Model, steps: int) -> list[dict[str, Any]]:
+    """Trained on for int8, and as long without rounding, which may help by itself."""
+    rows = []
+    for qat, ways in (("all", {"int8": "trained for int8"}),
+                      ("", {"float32": "trained as long, float32", "int8": "trained as long, then calibrated"})):
+        kind = f"{'qat' if qat else 'plain'}-{steps}"
+        pipeline = model.folder / kind
+        for precision, way in ways.items():
+            options = dict(precision="int8", int8=Options(networks=("unet",))) if precision == "int8" else {}
+
+            def make() -> np.ndarray:
+                if not pipeline.exists():  # noqa: B023
+                    say(f"{model.name}: training {kind}")  # noqa: B023
+                    if execute(training(model, qat, steps), pipeline).stopped:  # noqa: B023
+                        raise KeyboardInterrupt
+                place = model.bundle(
+                    str(pipeline), f"{kind}-{precision}", profile="digits", **options  # noqa: B023
+                )  # fmt: skip
+                return draw(load(place, "onnxruntime"), model.images)
+
+            rows.append(model.row(f"{way} ({steps} updates)", make))
+    return rows
+
+
+def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
+    """A few-step student goes on by DMD2 against the teacher that it came from, any other by fine-tuning."""
+    common = dict(
+        model=model.name, steps=steps, warmup=max(1, steps // 8), qat=qat, cache=str(model.out / "cache"),
+        sample_every=0, log="none", checkpoint_every=max(1, steps // 2), ema=0.9,
+    )  # fmt: skip
+    if model.few_steps is not None:
+        recipe = recipes.recipe("digits_dmd2_1step" if len(model.few_steps) == 1 else "digits_dmd2")
+        # The critic starts as the teacher, so it must learn what the student draws before it says where to go.
+        return recipes.changed(recipe, **common, teacher="digits", learning_rate=1e-4, critic_warmup=30)
+    digit = recipes.recipe("digits_lora")
+    fields = {name: getattr(digit, name) for name in (
+        "data", "resolution", "random_flip", "cache_variants", "cache_dtype", "sample_guidance", "sample_prompts",
+    )}  # fmt: skip
+    return recipes.changed(recipes.finetune(), **fields, **common, batch=32, learning_rate=1e-4, save_dtype="float16")
+
+
+# --------------------------------------------------------------------------------------------------------- the result
+
+
+def compare(model: Model, parts: tuple[str, ...], qat_steps: int) -> dict[str, Any]:
+    """All rows of one model; what is in the out folder is not made again."""
+    rows: list[dict[str, Any]] = []
+    if "torch" in parts:
+        rows += in_torch(model)
+    if "engines" in parts:
+        rows += on_engines(model)
+    if "trained" in parts:
+        rows += trained(model, qat_steps)
+    bundle = Bundle.open(model.low)
+    size = {place.name: sum(p.stat().st_size for p in (place / "unet").glob("*.safetensors"))
+            for place in (model.high, model.low)}  # fmt: skip
+    return {
+        "model": model.name, "sampler": dict(bundle.manifest.sampler), "images": model.images, "rows": rows,
+        "unet_bytes": size,
+        "int8": {name: {key: record.int8[key] for key in ("verdict", "audit")} if record.int8
+                 else {"tried": record.parity.get("int8_tried"), "reason": record.parity.get("precision_reason")}
+                 for name, record in bundle.manifest.components.items()},
+    }  # fmt: skip
+
+
+def tables(models: list[Mapping[str, Any]]) -> str:
+    """Quality by way, then speed by engine."""
+    names = [model["model"] for model in models]
+    by_way: dict[str, dict[str, str]] = {}
+    for model in models:
+        for row in model["rows"]:
+            cell = f"{row['prompt_accuracy']:.1%}, {row['frechet_distance']:.1f}"
+            if row["psnr"] < 100:
+                cell += f", {row['psnr']:.1f} dB"
+            by_way.setdefault(row["way"], {})[model["model"]] = cell
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {way} | {' | '.join(cells.get(name, '') for name in names)} |" for way, cells in by_way.items()]
+    lines += ["", "| model | UNet's weights, MB | engine | UNet float32, ms | int8, ms | | layers in int8 |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for model in models:
+        unet, size = model["int8"]["unet"], model["unet_bytes"]
+        for engine, entry in unet["verdict"]["engines"].items():
+            lines.append(
+                f"| {model['model']} | {size['float32'] / 1e6:.1f} to {size['int8'] / 1e6:.1f} | {engine} | "
+                f"{entry['float_seconds'] * 1e3:.1f} | {entry['int8_seconds'] * 1e3:.1f} | {entry['speedup']:.2f}x | "
+                f"{unet['audit'][engine]['share']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def write(models: list[dict[str, Any]], threads: int) -> None:
+    """JSON and tables; models that an earlier run wrote stay, unless they are here again."""
+    new = {model["model"] for model in models}
+    earlier = json.loads(RESULT.read_text())["models"] if RESULT.is_file() else []
+    models = [model for model in earlier if model["model"] not in new] + models
+    write_json(RESULT, {
+        "schema": "accel-digits-int8/1", "command": "python benchmarks/digits_int8.py out/digits-int8 --write",
+        "machine": machine().as_dict(), "threads": threads, "models": models,
+    })  # fmt: skip
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(models)}\n{END}{rest.split(END)[1]}")
+
+
+def shipped() -> list[str]:
+    """The teacher, tiny, and the few-step students that are there."""
+    return ["digits", "digits/tiny", *(f"digits/{name}" for name in FEW_STEPS if (DIGITS / name).is_dir())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--only", default="", help='leave out all ways but one, such as "all layers"')
+    parser.add_argument("--models", nargs="*", help="out of: " + ", ".join(shipped()))
+    parser.add_argument("--students", nargs="*", default=[], metavar="PATH", help="further pipelines")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
+    parser.add_argument("--images", type=int, default=500, help="a multiple of 10 (default: 500)")
+    parser.add_argument("--qat-steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/digits-int8.json and docs/int8.md")
     args = parser.parse_args()
+    if args.images < 10 or args.images % 10:
+        parser.error("--images is a multiple of 10")
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", Notice)
-    found = {"machine": machine().as_dict(), "images": args.images, "models": []}
-    for model in args.models:
-        print(model, flush=True)
-        found["models"].append(compare(model, args.out, args.images, args.only))
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [*(shipped() if args.models is None else args.models), *args.students]
+    parts = tuple(part for part in PARTS if part not in args.skip)
+    found = [compare(Model(name, args.out, args.images), parts, args.qat_steps) for name in names]
+    if args.write:
+        write(found, args.threads)
+    else:
+        print(tables(found))
 
 
 if __name__ == "__main__":

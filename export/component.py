@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,54 @@ Step = Callable[[str, int], None]
 Feeds = Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What a network answers in float32 before anything is done to it, and the dtypes that follow from that.
+
+    Attributes:
+        batches: inputs to check with.
+        outputs: what the float32 network answers to them.
+        chosen: dtypes.
+    """
+
+    batches: Sequence[Feeds]
+    outputs: Sequence[Sequence[torch.Tensor]]
+    chosen: precision.Plan
+
+
+def truth(
+    network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float
+) -> Truth:
+    """Run a network at the ends of its profile, and plan its dtypes.
+
+    Args:
+        limits: range of each symbolic dimension.
+        recipe: fp32 or fp16.
+        family, scaling_factor: of the pipeline.
+    """
+    feeds = [_as_decoded(own, scaling_factor) for own in batches(network, limits)]
+    outputs, peaks = precision.scan(network.module, feeds)
+    # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
+    asked = family == "sdxl" and network.kind.startswith("vae_") and network.module.model.config.get("force_upcast")
+    return Truth(feeds, outputs, precision.plan(network, recipe, peaks, float32_asked=bool(asked)))
+
+
 def write(
-    network: Network, chosen: precision.Plan, batches: Sequence[Feeds], truth: Sequence[Sequence[torch.Tensor]],
-    limits: Mapping[str, Range], folder: Path, *, opset: int, step: Step, layers: Mapping[str, Any] | None = None,
+    network: Network, known: Truth, limits: Mapping[str, Range], folder: Path, *, opset: int, step: Step,
+    layers: Mapping[str, Any] | None = None,
 ) -> Component:
     """Write weights and graph of a network whose config lies in `folder` already, and check them.
 
     Args:
         network: its weights are consumed on the way, so that there is never a second copy of them in memory.
-        chosen: dtypes.
-        batches: inputs to check with.
-        truth: what the float32 network answers to them.
+        known: what the float32 network answers, and the dtypes to write.
         limits: range of each symbolic dimension.
         layers: {name: traits} of the layers that are packed in int8 (`accel.int8_packed`).
 
     Raises:
         UserError: when the graph differs from torch by more than the gate.
     """
-    name, kind = network.name, network.kind
+    name, kind, chosen = network.name, network.kind, known.chosen
     inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
     parameters = precision.save_weights(network.module.model, folder / onnx.WEIGHTS, chosen)
     del network
@@ -51,8 +82,8 @@ def write(
     operators = check.structure(folder / onnx.GRAPH)
 
     step("checking against torch", 2)
-    low = [_cast(feeds, inputs) for feeds in batches]
-    expected = [[t.numpy() for t in run] for run in truth]
+    low = [_cast(feeds, inputs) for feeds in known.batches]
+    expected = [[t.numpy() for t in run] for run in known.outputs]
     graphs = {folder / onnx.GRAPH: _run(module, low)}
     if layers:
         graphs[uint8.derive(folder)] = _with_outputs(module, low)
@@ -80,7 +111,7 @@ def write(
         wide=chosen.wide,
         parameters=parameters,
         parity=parity
-        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in batches]}
+        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in known.batches]}
         | {"operators": operators, "precision_reason": chosen.reason},
     )
 
@@ -98,6 +129,13 @@ def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, tor
 
     chosen = [sizes({}), sizes({"height": 1, "width": 2, "batch": 1, "images": 1})]
     return [onnx.example(network.inputs, own, seed=seed) for seed, own in enumerate(chosen)]
+
+
+def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[str, torch.Tensor]:
+    """Noise as loud as what a VAE decoder is fed: latents have unit variance before the scaling factor is undone."""
+    if "latent_sample" in feeds:
+        feeds["latent_sample"] = feeds["latent_sample"] / scaling_factor
+    return feeds
 
 
 def _run(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:

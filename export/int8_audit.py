@@ -1,21 +1,22 @@
 """Which layers of an int8 graph an engine really runs in int8, read off the engine's own optimised graph.
 
 Every fusion that int8 depends on can fail without a word, and the model then runs, in float, slower than before. So the
-engine is asked: ONNX Runtime for the graph it saved after optimisation, OpenVINO for its runtime model.
+engine is asked: ONNX Runtime for the graph it saved after optimisation, OpenVINO for its runtime model, TensorRT's
+inspector for the layers of the plan.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from accel.bundle import Bundle, Component
-from accel.engines import load_engine, status
+from accel.engines import fitting_plan, load_engine, status
 from accel.errors import UserError
 from accel.graph import graph_file
 
@@ -30,7 +31,7 @@ _FLOAT = {
     "Conv": _CONV, "FusedConv": _CONV, "NhwcFusedConv": _CONV,
     "MatMul": _LINEAR, "FusedMatMul": _LINEAR, "Gemm": _LINEAR, "FusedGemm": _LINEAR,
 }  # fmt: skip
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
 
 def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
@@ -41,13 +42,14 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
         int8, "graph": file, "ok": whether the share is at least `EXPECTED`}.
 
     Raises:
-        UserError: for an engine that cannot be audited, or cannot run here.
+        UserError: for an engine that cannot be audited, or cannot run here; for TensorRT without a plan.
     """
     if engine not in ENGINES:
         raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
     if not (state := status(engine)).ok:
         raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
-    int8, floats = {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](bundle, component)
+    read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
+    int8, floats = read(bundle, component)
     # With the begin-of-text token apart, one layer is two products: the integer one is counted.
     layers = len(component.int8["layers"])
     share = min(sum(int8.values()), layers) / layers
@@ -75,7 +77,8 @@ def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int
     return _count(model.graph)
 
 
-def _count(graph: onnx.GraphProto) -> tuple[Counter, Counter]:
+def _count(graph: onnx.GraphProto, int8_nodes: Collection[str] = ()) -> tuple[Counter, Counter]:
+    """Layers with weights, in int8 (by their operator, or by name) and in float."""
     constant = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
         if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
@@ -85,7 +88,7 @@ def _count(graph: onnx.GraphProto) -> tuple[Counter, Counter]:
         if node.op_type in _INT8:
             int8[_INT8[node.op_type]] += 1
         elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
-            floats[_FLOAT[node.op_type]] += 1
+            (int8 if node.name in int8_nodes else floats)[_FLOAT[node.op_type]] += 1
     return int8, floats
 
 
@@ -101,6 +104,23 @@ def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], 
             (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
     engine.close()
     return int8, floats
+
+
+def _tensorrt(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """TensorRT fuses layers, so those of the plan cannot be counted: each tells which nodes of the graph it holds."""
+    plan = fitting_plan(bundle, component.name)
+    if plan is None:
+        raise UserError(
+            f"{component.name} has no TensorRT plan that fits here", f"accel build {bundle.path} --components "
+            f"{component.name}"
+        )  # fmt: skip
+    found = plan.record["audit"]
+    if found["heavy"].get("int8") and not found.get("int8_nodes"):
+        raise UserError(
+            f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
+        )
+    model = onnx.load(str(graph_file(bundle, component, "tensorrt")), load_external_data=False)
+    return _count(model.graph, set(found.get("int8_nodes", ())))
 
 
 def _text(info: Any, key: str) -> str:

@@ -16,6 +16,7 @@ from accel.int8_recipe import Int8
 from accel.source import Source, open_source
 
 from . import calibration, parity
+from .int8_limits import refuse_inpainting
 from .precision import INT8
 from .quantize import QUANTISED, Progress, Settings, quantize
 
@@ -69,10 +70,12 @@ def export(
     if is_bundle and (loras or changed):
         raise UserError(f"{model} is a bundle, which is quantised as it is", "give the pipeline that it was made of")
     given = None if options.prompts is None else calibration.read_prompts(options.prompts)
-    trained = None if is_bundle else _trained(model, loras)
+    source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
+    if source is not None:
+        refuse_inpainting(source.config("unet").get("in_channels", 4))
+    trained = None if source is None else _trained(source)
     if trained is not None and options.recipe is not None:
-        name = model.name if isinstance(model, Source) else model
-        raise UserError(f"{name} was trained with its own int8 recipe", "leave the recipe's options out")
+        raise UserError(f"{source.name} was trained with its own int8 recipe", "leave the recipe's options out")
     scratch = out.parent / f".{out.name}.float"
     try:
         if is_bundle:
@@ -110,9 +113,8 @@ def _networks(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in QUANTISED if name in wanted) if names else QUANTISED
 
 
-def _trained(model: str | Path | Source, loras: Sequence[Any]) -> int8_file.Trained | None:
+def _trained(source: Source) -> int8_file.Trained | None:
     """Ranges that were learned for the weights that are to be exported: a LoRA's, or the pipeline's own."""
-    source = model if isinstance(model, Source) else open_source(model, loras)
     found = [trained for file in source.loras if (trained := int8_file.find(file.path.parent)) is not None]
     if len(source.loras) > 1 and found:
         raise UserError(

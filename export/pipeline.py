@@ -24,9 +24,10 @@ from accel.profiles import Range
 from accel.profiles import profile as parse_profile
 from accel.source import Source, open_source
 
-from . import component, int8_options, onnx, precision
+from . import component, int8_options, onnx
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
+from .int8_limits import refuse_control
 from .precision import INT8
 from .precision import check_name as check_precision
 from .share import share_files
@@ -78,13 +79,16 @@ def export_pipeline(
     check_precision(precision)
     onnx.check_opset(opset)
     if precision in INT8:
+        wanted = int8 or int8_options.Options()
         _check_int8(components, share is not None)
+        if precision != "auto" and (not wanted.networks or "unet" in wanted.networks):
+            _check_controlled(model, adapter, controlnet)
         high = partial(
             export_pipeline, model, profile=profile, opset=opset, components=components, sampler=sampler,
             adapter=adapter, controlnet=controlnet, loras=loras, overwrite=True,
         )  # fmt: skip
         return int8_options.export(
-            model, Path(out), precision, int8 or int8_options.Options(), high, loras=loras,
+            model, Path(out), precision, wanted, high, loras=loras,
             changed=bool(sampler or adapter or controlnet), overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not isinstance(model, Source):
@@ -144,6 +148,11 @@ def _check_int8(components: Sequence[str], shares: bool) -> None:
         )
     if shares:
         raise UserError("an int8 bundle cannot share files with another one", "leave --share out")
+
+
+def _check_controlled(model: str | Path | Source, adapter: Any, controlnet: Any) -> None:
+    if adapter or controlnet or isinstance(model, Source) and any(map(model.has, control.COMPONENTS)):
+        refuse_control()
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
@@ -221,19 +230,9 @@ def _export_component(
     network = _network(source, name, control_inputs, tokens)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
-    batches = [_as_decoded(source, feeds) for feeds in component.batches(network, limits)]
     # The truth is the source as it was loaded, so that a config or weight lost on the way into the bundle shows too.
-    truth, peaks = precision.scan(network.module, batches)
-    # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
-    asked = source.family == "sdxl" and name.startswith("vae_") and network.module.model.config.get("force_upcast")
-    chosen = precision.plan(network, recipe, peaks, float32_asked=bool(asked))
+    scaling_factor = pipeline_constants(source)["scaling_factor"]
+    known = component.truth(network, limits, recipe, family=source.family, scaling_factor=scaling_factor)
     networks.save_config(network, folder)
-    record = component.write(network, chosen, batches, truth, limits, folder, opset=opset, step=step)
+    record = component.write(network, known, limits, folder, opset=opset, step=step)
     return replace(record, parity=record.parity | {"export_seconds": round(time.perf_counter() - started, 2)})
-
-
-def _as_decoded(source: Source, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Noise as loud as what a VAE decoder is fed: latents have unit variance before the scaling factor is undone."""
-    if "latent_sample" in feeds:
-        feeds["latent_sample"] = feeds["latent_sample"] / pipeline_constants(source)["scaling_factor"]
-    return feeds

@@ -28,6 +28,8 @@ _DATATYPES = (
     ("int8", re.compile(r"int8", re.IGNORECASE)),
     ("fp32", re.compile(r"float|fp32", re.IGNORECASE)),
 )
+# Built with detailed verbosity, each layer says which nodes of the graph it was made of.
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TACTICS = (
     ("int8", re.compile(r"i8i8|i8f|s8s8|imma", re.IGNORECASE)),
     ("fp16", re.compile(r"f16f16|h\d{4}|hmma|fp16", re.IGNORECASE)),
@@ -44,21 +46,27 @@ def audit(information: str) -> dict[str, Any]:
 
     Returns:
         `layers`: all layers; `heavy`: {precision or "unknown": how many} of convolutions, matrix products, attention;
-        `float32_layers`: names of heavy float32 layers, at most 20.
+        `float32_layers`: names of heavy float32 layers, at most 20; `int8_nodes`: names of the ONNX nodes that heavy
+        int8 layers were made of.
     """
     try:
         layers = json.loads(information).get("Layers", [])
     except (ValueError, AttributeError):
         layers = []
     heavy: Counter[str] = Counter()
-    float32 = []
+    float32, int8_nodes = [], []
     for layer in layers:
         if isinstance(layer, Mapping) and _is_heavy(layer):
             precision = _precision(layer)
             heavy[precision] += 1
             if precision == "fp32":
                 float32.append(str(layer.get("Name"))[:200])
-    return {"layers": len(layers), "heavy": dict(sorted(heavy.items())), "float32_layers": float32[:20]}
+            if precision == "int8":
+                int8_nodes += _NODE.findall(str(layer.get("Metadata", "")))
+    return {
+        "layers": len(layers), "heavy": dict(sorted(heavy.items())), "float32_layers": float32[:20],
+        "int8_nodes": int8_nodes,
+    }  # fmt: skip
 
 
 def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ quantised watches its input. A student that was trained with fake quantisation b
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel import int8, int8_packed, networks
+from accel import control, int8, int8_packed, networks
 from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.errors import Notice, UserError
 from accel.files import new_folder
@@ -26,8 +27,9 @@ from accel.int8_recipe import Int8
 from accel.networks import Network
 from accel.pipeline import Pipeline, load
 
-from . import component, parity, precision, sensitivity, uint8, verdict
+from . import component, gate, half, parity, sensitivity, uint8
 from .calibration import Calibration
+from .int8_limits import refuse_control, refuse_inpainting
 
 QUANTISED = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
 Progress = Callable[[str, float], None]
@@ -77,28 +79,36 @@ def quantize(
         name: of the precision, for the manifest.
 
     Raises:
-        UserError: for a bundle that is not float32, a recipe that fits no layer, a graph that differs from torch.
+        UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into pictures, a recipe
+            that fits no layer, a graph that differs from torch.
     """
     lower = [entry.name for entry in bundle.manifest.components.values() if entry.precision != "float32"]
     if lower:
         raise UserError(f"{bundle.path}: {lower[0]} is not float32", "export with --precision fp32 first")
     names = [entry for entry in settings.networks if entry in bundle.manifest.components]
+    records = dict(bundle.manifest.components)
+    unet = bundle.component("unet").inputs
+    refuse_inpainting(unet[0].shape[1])
+    if "unet" in names and any(spec.name.startswith(control.PREFIXES) for spec in unet):
+        if settings.strict:
+            refuse_control()
+        names.remove("unet")
+        gate.stay(records, "unet", "calibration has no control pictures", {})
     with new_folder(out, overwrite=overwrite) as folder:
         _copy(bundle, folder)
-        records = dict(bundle.manifest.components)
         pipeline = load(bundle, "eager", device="cpu")
         models = {entry: pipeline.engines[entry].module.model for entry in names}
         progress("calibration", 0.0)
         kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
         progress("parity", 0.4)
         judge = parity.Judge(pipeline, models, settings.calibration.held_out(settings.judged), settings.budget)
-        if settings.keep_budget or settings.sensitivity:
+        if "unet" in names and (settings.keep_budget or settings.sensitivity):
             kept["unet"] |= _by_sensitivity(judge, models["unet"], settings, bundle, progress)
         found = {entry: judge.component(entry) for entry in names}
         origin = settings.calibration.record(bundle.manifest.sampler)
         for place, entry in enumerate(names):
             if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
-                _stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
+                gate.stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
                 continue
             shutil.rmtree(folder / entry)
 
@@ -110,10 +120,14 @@ def quantize(
             about["calibration"] = origin | {"ranges": "trained" if trained else "calibrated"}
             records[entry] = _write(pipeline, bundle, entry, folder / entry, settings.dtype, about, step)
         del pipeline, models, judge
+        if settings.dtype != "float32":
+            _halve_the_rest(bundle, records, folder)
         manifest = replace(bundle.manifest, precision=name, components=records)
         seal(folder, manifest)
-        _race(Bundle.open(folder), bundle, records, found, settings, folder, progress)
-        seal(folder, replace(manifest, components=records))
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+            raced = gate.decide(folder, bundle, records, found, settings, Path(scratch), progress)
+            seal(folder, replace(manifest, components=records))
+            gate.keep_plans(raced, records, folder)
     progress("done", 1.0)
     return Bundle.open(out)
 
@@ -147,17 +161,19 @@ def _by_sensitivity(
     judge: parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
 ) -> dict[str, str]:
     """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must."""
+    layers = [name for name, _ in int8.fake_layers(unet)]
     rows = sensitivity.measure(
-        judge, "unet", [name for name, _ in int8.fake_layers(unet)],
+        judge, "unet", sensitivity.one_by_one(layers),
         lambda done: progress("sensitivity, layer by layer", 0.4 + 0.1 * done),
     )  # fmt: skip
+    blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
     if settings.keep_budget:
         names = sensitivity.leave(judge, "unet", rows)
         int8.detach(unet, names)
         kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
     if settings.sensitivity:
-        sensitivity.write(settings.sensitivity, rows, bundle.manifest.source["name"], kept)
+        sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
     return kept
 
 
@@ -177,21 +193,21 @@ def _write(
 ) -> Component:
     """One network with packed layers: weights, graphs, proof. It is gone from the pipeline afterwards."""
     started = time.perf_counter()
-    engine = pipeline.engines.take(entry)
-    record, module = engine.component, engine.module
-    network = Network(entry, record.kind, module, record.inputs, record.outputs)
+    engine, manifest = pipeline.engines.take(entry), bundle.manifest
+    record, model = engine.component, engine.module.model
+    network = Network(entry, record.kind, engine.module, record.inputs, record.outputs)
     folder.mkdir()
     networks.save_config(network, folder)
-    batches = component.batches(network, record.dims)
-    layers = int8.traits(module.model)
-    int8.set_mode(module.model, "pass")
-    truth, peaks = precision.scan(module, batches)
-    chosen = precision.plan(network, "fp32" if dtype == "float32" else "fp16", peaks)
-    int8_packed.pack(module.model, getattr(torch, chosen.dtype))
-    made = component.write(
-        network, chosen, batches, truth, record.dims, folder, opset=bundle.manifest.exporter["opset"], step=step,
-        layers=layers,
+    layers = int8.traits(model)
+    int8.set_mode(model, "pass")
+    known = component.truth(
+        network, record.dims, "fp32" if dtype == "float32" else "fp16", family=manifest.family,
+        scaling_factor=manifest.pipeline["scaling_factor"],
     )  # fmt: skip
+    int8_packed.pack(model, getattr(torch, known.chosen.dtype))
+    made = component.write(
+        network, known, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
+    )
     seconds = {"export_seconds": round(time.perf_counter() - started, 2)}
     graphs = {"onnxruntime": f"{entry}/{uint8.FILE}"}
     return replace(
@@ -200,32 +216,16 @@ def _write(
     )  # fmt: skip
 
 
-def _race(
-    low: Bundle, high: Bundle, records: dict[str, Component], found: Mapping[str, dict], settings: Settings,
-    folder: Path, progress: Progress,
-) -> None:
-    """Write each verdict into its record; where int8 does not pay, put the float network back."""
-    for entry, record in list(records.items()):
-        if not record.int8:
+def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path) -> None:
+    """Components that are not int8, in float16."""
+    for entry, record in records.items():
+        if record.int8:
             continue
-        said = verdict.judge(
-            low, high, entry, found[entry], threads=settings.threads, say=lambda text: progress(text, 0.85)
-        )
-        audits = said.pop("audit")
-        if said["offered"] or (settings.strict and entry == "unet"):
-            records[entry] = replace(record, int8=dict(record.int8) | {"audit": audits, "verdict": said})
-            continue
-        records[entry] = high.component(entry)
         shutil.rmtree(folder / entry)
-        shutil.copytree(high.path / entry, folder / entry)
-        _stay(records, entry, "int8 is not faster on this machine", said)
-
-
-def _stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:
-    """Note in a float component's record why it is not int8."""
-    record = records[entry]
-    note = {"precision_reason": f"int8 was tried: {reason}", "int8_tried": dict(measured)}
-    records[entry] = replace(record, parity=dict(record.parity) | note)
+        made = half.write(bundle, entry, folder / entry)
+        notes = {key: record.parity[key] for key in ("int8_tried",) if key in record.parity}
+        reasons = [text for text in (record.parity.get("precision_reason"), made.parity["precision_reason"]) if text]
+        records[entry] = replace(made, parity=made.parity | notes | {"precision_reason": "; ".join(reasons)})
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:

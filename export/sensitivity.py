@@ -1,4 +1,4 @@
-"""What each layer costs: the error of the final picture when that layer alone computes in int8.
+"""What each layer and block costs: the error of the final picture when it alone computes in int8.
 
 The error that counts is the picture's after all steps, not the layer's own: few-step students have no later steps to
 repair an early error, and a layer near the end may be wrong without anybody seeing it.
@@ -23,28 +23,41 @@ _BLOCK = re.compile(r"^((?:down|up)_blocks\.\d+|mid_block)\.?(resnets|attentions
 
 @dataclass(frozen=True)
 class Row:
-    """A layer, the mean squared error and the PSNR in dB of the pictures when it alone is in int8."""
+    """Layers, by their own or their block's name; the mean squared error and the PSNR in dB of the pictures when they
+    alone are in int8."""
 
-    layer: str
+    name: str
+    layers: tuple[str, ...]
     mse: float
     psnr: float
 
-    @property
-    def block(self) -> str:
-        found = _BLOCK.match(self.layer)
-        return ".".join(part for part in found.groups() if part) if found else self.layer.partition(".")[0]
-
 
 def measure(
-    judge: Judge, network: str, layers: Sequence[str], progress: Callable[[float], None] = lambda done: None
+    judge: Judge, network: str, groups: Mapping[str, Sequence[str]],
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Row]:
-    """One row per layer, the most sensitive first. Draws all pictures once per layer."""
+    """One row per group of layers, the most sensitive first. Draws all pictures once per group."""
     rows = []
-    for done, layer in enumerate(layers):
-        psnr = judge.component(network, [layer])["psnr"]
-        rows.append(Row(layer, 10 ** (-psnr / 10), psnr))
-        progress((done + 1) / len(layers))
+    for done, (name, layers) in enumerate(groups.items()):
+        psnr = judge.component(network, layers)["psnr"]
+        rows.append(Row(name, tuple(layers), 10 ** (-psnr / 10), psnr))
+        progress((done + 1) / len(groups))
     return sorted(rows, key=lambda row: -row.mse)
+
+
+def one_by_one(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Groups of one layer each."""
+    return {layer: [layer] for layer in layers}
+
+
+def by_block(layers: Sequence[str]) -> dict[str, list[str]]:
+    """The layers of each block: down_blocks.0.resnets, down_blocks.0.attentions, mid_block.resnets, ..."""
+    blocks: dict[str, list[str]] = {}
+    for layer in layers:
+        found = _BLOCK.match(layer)
+        name = ".".join(part for part in found.groups() if part) if found else layer.partition(".")[0]
+        blocks.setdefault(name, []).append(layer)
+    return blocks
 
 
 def leave(judge: Judge, network: str, rows: Sequence[Row]) -> list[str]:
@@ -55,7 +68,7 @@ def leave(judge: Judge, network: str, rows: Sequence[Row]) -> list[str]:
     """
 
     def holds(count: int) -> bool:
-        return judge.component(network, [row.layer for row in rows[count:]])["ok"]
+        return judge.component(network, [row.name for row in rows[count:]])["ok"]
 
     if holds(0):
         return []
@@ -70,37 +83,28 @@ def leave(judge: Judge, network: str, rows: Sequence[Row]) -> list[str]:
             f"{rows[-1].psnr:.1f} dB)",
             "ask for a smaller --budget",
         )
-    return [row.layer for row in rows[:high]]
+    return [row.name for row in rows[:high]]
 
 
-def by_block(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
-    """{block: (layers, sum of their squared errors)}, the largest sum first."""
-    sums: dict[str, tuple[int, float]] = {}
-    for row in rows:
-        count, total = sums.get(row.block, (0, 0.0))
-        sums[row.block] = (count + 1, total + row.mse)
-    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
-
-
-def write(folder: Path, rows: Sequence[Row], title: str, kept: Mapping[str, str]) -> None:
-    """`sensitivity.json`, `sensitivity.md` and `sensitivity.png` in a folder."""
+def write(folder: Path, rows: Sequence[Row], blocks: Sequence[Row], title: str, kept: Mapping[str, str]) -> None:
+    """`sensitivity.json`, `sensitivity.md` and `sensitivity.png` in a folder, of all layers and of all blocks."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sensitivity.json", {
         "model": title, "kept": sorted(kept),
-        "layers": [{"layer": row.layer, "psnr": row.psnr, "mse": row.mse} for row in rows],
-        "blocks": {block: {"layers": count, "mse": total} for block, (count, total) in by_block(rows).items()},
+        "layers": [{"layer": row.name, "psnr": row.psnr, "mse": row.mse} for row in rows],
+        "blocks": [{"block": row.name, "layers": len(row.layers), "psnr": row.psnr, "mse": row.mse} for row in blocks],
     })  # fmt: skip
-    write_bytes(folder / "sensitivity.md", markdown(rows, title, kept).encode())
+    write_bytes(folder / "sensitivity.md", markdown(rows, blocks, title, kept).encode())
     write_bytes(folder / "sensitivity.png", plot(rows, kept))
 
 
-def markdown(rows: Sequence[Row], title: str, kept: Mapping[str, str]) -> str:
-    lines = [f"# What int8 costs {title}, layer by layer", ""]
-    lines += ["| block | layers | sum of squared errors |", "|---|---|---|"]
-    lines += [f"| {block} | {count} | {total:.2e} |" for block, (count, total) in by_block(rows).items()]
+def markdown(rows: Sequence[Row], blocks: Sequence[Row], title: str, kept: Mapping[str, str]) -> str:
+    lines = [f"# What int8 costs {title}, each block and each layer alone", ""]
+    lines += ["| block | layers | PSNR, dB | squared error |", "|---|---|---|---|"]
+    lines += [f"| {row.name} | {len(row.layers)} | {row.psnr:.1f} | {row.mse:.2e} |" for row in blocks]
     lines += ["", "| layer | PSNR, dB | squared error | |", "|---|---|---|---|"]
     lines += [
-        f"| {row.layer} | {row.psnr:.1f} | {row.mse:.2e} | {'kept' if row.layer in kept else ''} |" for row in rows
+        f"| {row.name} | {row.psnr:.1f} | {row.mse:.2e} | {'kept' if row.name in kept else ''} |" for row in rows
     ]
     return "\n".join(lines) + "\n"
 
@@ -125,8 +129,8 @@ def plot(rows: Sequence[Row], kept: Mapping[str, str], count: int = 40) -> bytes
     for place, (row, value) in enumerate(zip(shown, logs, strict=True)):
         y = 22 + place * bar
         end = left + max(2, span * (value - low) / max(high - low, 1))
-        draw.rectangle([left, y, end, y + bar - 5], fill="#d9822b" if row.layer in kept else "#3a6ea5")
-        draw.text((left - 8 - draw.textlength(row.layer), y), row.layer, fill="black")
+        draw.rectangle([left, y, end, y + bar - 5], fill="#d9822b" if row.name in kept else "#3a6ea5")
+        draw.text((left - 8 - draw.textlength(row.name), y), row.name, fill="black")
     draw.text((left, 4), "squared error of the picture, this layer alone in int8 (orange: kept in float)", fill="black")
     out = io.BytesIO()
     image.save(out, "PNG")

@@ -103,16 +103,29 @@ SD15_SCHEDULER = dict(
 
 def make_sd15(folder: Path, topology: str = "sd15") -> Path:
     """An SD1.5-topology pipeline, narrowed: 64 px images, 16x16 latents."""
+    from accel.topology import narrowed
+
+    channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
+    return make_sd1(folder, **narrowed(topology, channels, sample_size=16))
+
+
+def make_smallest(folder: Path) -> Path:
+    """A pipeline of SD1's family with every kind of layer in two stages of one: 32 px images, 8x8 latents."""
+    return make_sd1(
+        folder, sample_size=8, layers_per_block=1, block_out_channels=(8, 16), mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def make_sd1(folder: Path, **config) -> Path:
+    """A pipeline of SD1's family around a UNet of this config."""
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    from accel.topology import narrowed
-
     tokenizer = make_tokenizer(folder / "tokenizer-made")
     torch.manual_seed(1)
-    channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
     unet = UNet2DConditionModel(
-        **narrowed(topology, channels, sample_size=16, cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
+        **config | dict(cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
     ).eval()
     pipe = StableDiffusionPipeline(
         vae=make_vae(), text_encoder=make_text_encoder(len(tokenizer), 32), tokenizer=tokenizer, unet=unet,
@@ -198,6 +211,11 @@ def sd15_tiny(stored_graphs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smallest(stored_graphs, tmp_path_factory) -> Path:
+    return make_smallest(tmp_path_factory.mktemp("smallest") / "smallest")
+
+
+@pytest.fixture(scope="session")
 def sdxl(stored_graphs, tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
 
@@ -228,6 +246,18 @@ def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
         sdxl, out, profile="batch=1-2,height=64,width=64-96", components=("text_encoder", "unet", "vae_decoder"),
         sampler={"name": "euler", "steps": 3, "guidance": 5.0},
     )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def smallest_bundle(smallest, tmp_path_factory) -> Path:
+    """The smallest pipeline as an fp32 bundle: batch 1-4, 32 to 64 px."""
+    from accel.export.pipeline import export_pipeline
+
+    out = tmp_path_factory.mktemp("bundle") / "smallest"
+    export_pipeline(
+        smallest, out, profile="batch=1-4,size=32-64", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5}
+    )
     return out
 
 

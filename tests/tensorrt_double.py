@@ -671,9 +671,14 @@ class EngineInspector(_Behaviour):
         types |= {t.name: _ONNX.get(t.data_type, "FLOAT") for t in graph.initializer}
         spelt = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BFloat16"}
         kinds = {"Conv": "CaskConvolution", "Gemm": "gemm", "MatMul": "gemm"}
+        # A product of two dequantised tensors is one integer kernel with them.
+        dequantized = {n for node in graph.node if node.op_type == "DequantizeLinear" for n in node.output}
         layers = []
         for node in graph.node:
-            dtype = engine._header["reported"] or spelt.get(types.get(node.input[0] if node.input else "", ""), "Int64")
+            dtype = spelt.get(types.get(node.input[0] if node.input else "", ""), "Int64")
+            if node.op_type in kinds and dequantized.issuperset(node.input[:2]):
+                dtype = "Int8"
+            dtype = engine._header["reported"] or dtype
             tensor = lambda name, dtype=dtype: {"Name": name, "Dimensions": [], "Format/Datatype": dtype}  # noqa: E731
             layers.append({
                 "Name": node.name or node.output[0], "LayerType": kinds.get(node.op_type, "kgen"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, Component
-from ..errors import UserError
+from ..errors import Notice, UserError
 from ..machine import machine_name
 from .base import Engine, Status
+
+if TYPE_CHECKING:
+    from ..plans import Plan
 
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
@@ -24,7 +28,7 @@ ENGINES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-__all__ = ["ENGINES", "Engine", "Status", "choose", "load_engine", "status"]
+__all__ = ["ENGINES", "Engine", "Status", "choose", "fitting_plan", "load_engine", "status"]
 
 
 def status(name: str) -> Status:
@@ -44,7 +48,7 @@ def choose(name: str = "auto", component: Component | None = None, bundle: Bundl
     `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
     drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes. For
     an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never pictures
-    outside the parity budget.
+    outside the parity budget; where nothing was measured it says so.
 
     Raises:
         UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
@@ -55,11 +59,9 @@ def choose(name: str = "auto", component: Component | None = None, bundle: Bundl
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
     if component is not None and component.int8:
-        _check_parity(component)
-    if bundle is not None and component is not None and _has_plan(bundle, component.name):
+        return _choose_int8(component, None if bundle is None else fitting_plan(bundle, component.name))
+    if bundle is not None and component is not None and fitting_plan(bundle, component.name):
         return "tensorrt"
-    if component is not None and component.int8:
-        return _choose_int8(component)
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail:
         return "onnxruntime"
@@ -79,37 +81,58 @@ def _check_parity(component: Component) -> None:
         )
 
 
-def _choose_int8(component: Component) -> str:
-    verdict = component.int8.get("verdict", {})
-    able = [name for name in ("openvino", "onnxruntime") if status(name).ok]
-    measured = verdict.get("engines", {})
-    if verdict.get("machine") == machine_name():
-        offered = set(verdict.get("offered", ())) & set(able)
-        faster = {name: entry["int8_seconds"] for name, entry in measured.items() if name in offered}
-        if faster:
-            return min(faster, key=faster.__getitem__)
-        if measured:
-            raise UserError(
-                f"int8 of {component.name} is not faster than float32 on this machine ("
-                + ", ".join(f"{name} {entry.get('speedup', 0):.2f}x" for name, entry in measured.items())
-                + "), so auto does not choose it",
-                "name an engine to use it all the same, or export with --precision auto",
-            )
+def _choose_int8(component: Component, plan: Plan | None) -> str:
+    """By what was measured on this processor, and on the GPU that the plan, if there is one, was built for."""
+    _check_parity(component)
+    name, verdict = component.name, component.int8.get("verdict", {})
+    able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (plan is not None)
+    places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {"tensorrt": plan and plan.identity["gpu"]}
+    measured = {
+        engine: entry for engine, entry in verdict.get("engines", {}).items()
+        if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
+    }  # fmt: skip
+    if plan is not None and "tensorrt" not in measured:
+        _not_measured(component, "tensorrt")
+        return "tensorrt"
+    offered = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
+    faster = {engine: entry["int8_seconds"] for engine, entry in offered.items() if engine in able}
+    if faster:
+        return min(faster, key=faster.__getitem__)
+    if offered:
+        raise UserError(
+            f"int8 of {name} is worth it on {' and '.join(offered)} alone, which cannot run here now",
+            f"accel doctor says why; name one of {', '.join(able)} to use it all the same",
+        )
+    if measured:
+        raise UserError(
+            f"int8 of {name} is not faster than {verdict.get('against', 'float32')} on this machine ("
+            + ", ".join(f"{engine} {entry.get('speedup', 0):.2f}x" for engine, entry in measured.items())
+            + "), so auto does not choose it",
+            "name an engine to use it all the same, or export with --precision auto",
+        )
     if able:
+        _not_measured(component, able[0])
         return able[0]
     raise UserError("no engine that runs int8 is installed", 'pip install "accel-diffusion[cpu]"')
 
 
-def _has_plan(bundle: Bundle, component: str) -> bool:
-    """Whether a TensorRT plan of the component passes the pre-flight here. Costs nothing where there are no plans."""
+def _not_measured(component: Component, engine: str) -> None:
+    warnings.warn(
+        f"whether int8 of {component.name} is faster on {engine} was not measured on this machine: `accel bench` does",
+        Notice, stacklevel=4,
+    )  # fmt: skip
+
+
+def fitting_plan(bundle: Bundle, component: str) -> Plan | None:
+    """The newest TensorRT plan of a component that passes the pre-flight here; costs nothing where there are none."""
     from .. import plans, trt
     from ..cuda import Cuda
 
     found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
     if not found or not status("tensorrt").ok:
-        return False
+        return None
     here = plans.Here.of(trt.load().__version__, Cuda().gpu)
-    return any(plans.preflight(bundle, plan, here).ok for plan in found)
+    return next((plan for plan in found if plans.preflight(bundle, plan, here).ok), None)
 
 
 def load_engine(

@@ -5,6 +5,7 @@ Needs neither torch nor diffusers. With a GPU provider and torch present, tensor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
-from ..errors import MissingPackage, UserError
+from ..errors import MissingPackage, Notice, UserError
 from .base import Engine, Status, check_threads, graph_file, to_torch
 from .providers import PROVIDERS, chain
 
@@ -61,13 +62,15 @@ class OnnxRuntime(Engine):
         except ImportError:
             raise MissingPackage("onnxruntime", "the onnxruntime engine", "cpu") from None
         available = ort.get_available_providers()
+        slow = f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
         if provider == "auto":
             provider = "cuda" if PROVIDERS["cuda"] in available and not component.int8 else "cpu"
+            if PROVIDERS["cuda"] in available and component.int8:
+                warnings.warn(f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT plans for the GPU",
+                              Notice, stacklevel=3)  # fmt: skip
         if provider == "cuda" and component.int8:
             raise UserError(
-                f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
-                "float16",
-                "--provider cpu, --provider tensorrt, or export with --precision fp16",
+                f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16"
             )
         if provider not in PROVIDERS:
             raise UserError(f"unknown provider {provider!r}", f"one of: auto, {', '.join(PROVIDERS)}")

@@ -49,7 +49,7 @@ def loader(broken: dict[str, Exception]):
 
 
 @pytest.fixture(scope="module")
-def result(sd15_bundle):
+def result(smallest_bundle):
     """eager and onnxruntime measured for real; compile fails as it does without a compiler."""
     chosen = [bench.parse("eager"), bench.parse("onnxruntime"), bench.parse("compile", asked=False)]
 
@@ -61,7 +61,7 @@ def result(sd15_bundle):
     settings = bench.Settings(rounds=5, memory=False, steps=2, batch=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(facts, "_PEAK_SECONDS", 0.01)
-        return bench.measure(sd15_bundle, chosen, settings, command="accel bench sd15", load=load)
+        return bench.measure(smallest_bundle, chosen, settings, command="accel bench smallest", load=load)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_wrong_variants_are_refused(text):
     assert error.value.fix
 
 
-def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monkeypatch, sd15_bundle):
+def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monkeypatch, smallest_bundle):
     monkeypatch.setattr(variants, "status", lambda name: Status(name != "openvino", "openvino is not installed", "pip"))
     with pytest.raises(UserError, match="not installed"):
         bench.chosen("eager,openvino")
     chosen = [bench.parse("eager"), bench.parse("openvino", asked=False)]
-    found = bench.measure(sd15_bundle, chosen, QUICK, load=loader({}))
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=loader({}))
     assert row(found.document.as_dict(), "openvino")["reason"] == "openvino is not installed"
     assert found.failed == ()
 
@@ -227,20 +227,19 @@ def test_what_failed_by_itself_says_why_and_does_not_fail_the_run(result, saved)
     assert result.failed == ()
 
 
-def test_what_was_asked_for_and_failed_fails_the_run(sd15_bundle):
-    found = bench.measure(
-        sd15_bundle, [bench.parse("eager"), bench.parse("compile")], QUICK, load=loader({"compile": OSError("no g++")})
-    )
+def test_what_was_asked_for_and_failed_fails_the_run(smallest_bundle):
+    chosen, load = [bench.parse("eager"), bench.parse("compile")], loader({"compile": OSError("no g++")})
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=load)
     assert found.failed == ("compile",)
 
 
-def test_an_interrupt_keeps_what_was_measured(sd15_bundle):
+def test_an_interrupt_keeps_what_was_measured(smallest_bundle):
     def progress(stage, fraction):
         if stage.startswith("round 2"):
             raise KeyboardInterrupt
 
     settings = bench.Settings(rounds=9, memory=False, steps=2)
-    found = bench.measure(sd15_bundle, [bench.parse("eager")], settings, load=loader({}), progress=progress)
+    found = bench.measure(smallest_bundle, [bench.parse("eager")], settings, load=loader({}), progress=progress)
     data = found.document.as_dict()
     assert data["interrupted"] and row(data, "eager")["status"] == "interrupted"
     assert row(data, "eager")["scopes"]["image"]["timing"]["n"] == 2
@@ -249,20 +248,20 @@ def test_an_interrupt_keeps_what_was_measured(sd15_bundle):
 
 
 @pytest.mark.parametrize("stage", ["reference", "starting"])
-def test_an_early_interrupt_still_gives_a_document(sd15_bundle, stage, monkeypatch):
+def test_an_early_interrupt_still_gives_a_document(smallest_bundle, stage, monkeypatch):
     def progress(name, fraction):
         if name.startswith(stage):
             raise KeyboardInterrupt
 
     if stage == "starting":
         monkeypatch.setattr(facts, "environment", lambda state: (_ for _ in ()).throw(KeyboardInterrupt))
-    data = bench.measure(sd15_bundle, [bench.parse("eager")], QUICK, load=loader({}), progress=progress).document
+    data = bench.measure(smallest_bundle, [bench.parse("eager")], QUICK, load=loader({}), progress=progress).document
     assert "not measured" in printed(data.as_dict())
     assert "<html" in report.html(json.loads(json.dumps(data.as_dict())))
 
 
-def test_a_batch_that_would_be_split_is_refused(sd15_bundle):
-    bundle = Bundle.open(sd15_bundle)
+def test_a_batch_that_would_be_split_is_refused(smallest_bundle):
+    bundle = Bundle.open(smallest_bundle)
     work.check_batch(bundle, bench.Settings(batch=4))
     with pytest.raises(UserError, match="outside profile"):
         work.check_batch(bundle, bench.Settings(batch=5))
@@ -274,8 +273,8 @@ def test_wrong_settings_are_refused(wrong):
         bench.Settings(**wrong)
 
 
-def test_every_variant_is_fed_the_same(sd15_bundle):
-    bundle = Bundle.open(sd15_bundle)
+def test_every_variant_is_fed_the_same(smallest_bundle):
+    bundle = Bundle.open(smallest_bundle)
     call = QUICK.call()
     one, _ = work.record(variants.load(bundle, bench.parse("eager")), call)
     two, _ = work.record(variants.load(bundle, bench.parse("onnxruntime")), call)
@@ -284,23 +283,23 @@ def test_every_variant_is_fed_the_same(sd15_bundle):
     np.testing.assert_array_equal(one["unet"].feeds[0]["sample"], two["unet"].feeds[0]["sample"])
 
 
-def test_a_process_of_its_own(sd15_bundle, tmp_path):
+def test_a_process_of_its_own(smallest_bundle, tmp_path):
     ballast = np.ones(60_000_000)  # a parent larger than the child must not show in the child's peak
-    found = probing.probe(sd15_bundle, "onnxruntime", QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
+    found = probing.probe(smallest_bundle, "onnxruntime", QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
     assert found.reason == "" and found.load_s > 0 and found.first_image_s > 0 and found.second_image_s > 0
     assert found.baseline_rss_bytes <= found.loaded_rss_bytes <= found.peak_rss_bytes < ballast.nbytes
     broken = probing.probe(tmp_path, "onnxruntime", QUICK.call(), {})
     assert "is no bundle" in broken.reason and broken.load_s is None
 
 
-def test_a_variant_that_kills_its_process_is_not_loaded_again(sd15_bundle, monkeypatch):
+def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, monkeypatch):
     crash = probing.Process(crashed="the process died of SIGSEGV", reason="the process died of SIGSEGV")
     monkeypatch.setattr(
         measuring, "probe", lambda path, name, *_: crash if name == "onnxruntime" else probing.Process(reason="skipped")
     )
     settings = bench.Settings(rounds=1, steps=2)
     found = bench.measure(
-        sd15_bundle, [bench.parse("eager"), bench.parse("onnxruntime")], settings,
+        smallest_bundle, [bench.parse("eager"), bench.parse("onnxruntime")], settings,
         load=loader({"onnxruntime": AssertionError("loaded")}),
     )  # fmt: skip
     assert row(found.document.as_dict(), "onnxruntime")["reason"] == "the process died of SIGSEGV"
@@ -334,13 +333,13 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_command_line(sd15_bundle, tmp_path, capsys):
+def test_command_line(smallest_bundle, tmp_path, capsys):
     out, page = tmp_path / "bench.json", tmp_path / "bench.html"
-    words = [str(sd15_bundle), "--engines", "onnxruntime", "--rounds", "1", "--steps", "1", "--no-memory"]
+    words = [str(smallest_bundle), "--engines", "onnxruntime", "--rounds", "1", "--steps", "1", "--no-memory"]
     assert command.run(arguments(*words, "--json", "-", "--html", str(page))) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["command"] == "accel bench sd15 --engines onnxruntime --steps 1 --rounds 1 --no-memory"
-    assert str(sd15_bundle.parent) not in json.dumps(document)
+    assert document["command"] == "accel bench smallest --engines onnxruntime --steps 1 --rounds 1 --no-memory"
+    assert str(smallest_bundle.parent) not in json.dumps(document)
     assert "data:image/png" in page.read_text()
     out.write_text(json.dumps(document))
     assert command.run(arguments("--from", str(out))) == 0

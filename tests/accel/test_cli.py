@@ -36,6 +36,31 @@ def accel(capsys):
 
 
 @pytest.fixture
+def bundle_copy(smallest_bundle, tmp_path) -> Path:
+    """A bundle that a test may break."""
+    return Path(shutil.copytree(smallest_bundle, tmp_path / "bundle"))
+
+
+_LOADED = {}
+
+
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """Engines are loaded once for all requests that are refused after that."""
+    from accel import pipeline
+
+    load = pipeline.load_engine
+
+    def cached(bundle, name, engine="auto", **options):
+        key = (bundle.path, name, engine, tuple(sorted(options.items())))
+        if key not in _LOADED:
+            _LOADED[key] = load(bundle, name, engine, **options)
+        return _LOADED[key]
+
+    monkeypatch.setattr(pipeline, "load_engine", cached)
+
+
+@pytest.fixture
 def refused(accel):
     """Run the command line, which must fail with one message that has a fix."""
 
@@ -104,13 +129,13 @@ def test_every_verb_has_help_with_an_example(accel, verb):
 
 
 @pytest.mark.parametrize("verb", [["inspect"], ["run", "--prompt", "x"]])
-def test_a_path_that_does_not_exist_or_is_no_bundle(refused, tmp_path, sd15, verb):
+def test_a_path_that_does_not_exist_or_is_no_bundle(refused, tmp_path, smallest, verb):
     out = ["--out", tmp_path / "o.png"] if verb[0] == "run" else []
     verb, *rest = verb
     assert "no such folder" in refused(verb, tmp_path / "nothing", *rest, *out)
     (tmp_path / "photos").mkdir()
     assert "is no bundle" in refused(verb, tmp_path / "photos", *rest, *out)
-    assert f"fix: accel export {sd15}" in refused(verb, sd15, *rest, *out)
+    assert f"fix: accel export {smallest}" in refused(verb, smallest, *rest, *out)
     assert not (tmp_path / "o.png").exists()
 
 
@@ -143,9 +168,9 @@ def test_a_damaged_bundle_is_not_run(accel, refused, bundle_copy, tmp_path, edit
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--height", "256"], ["256", "64 to 128"]),
-        (["--width", "65"], ["65", "64 to 128"]),
-        (["--height", "0"], ["height 0", "64 to 128"]),
+        (["--height", "256"], ["256", "32 to 64"]),
+        (["--width", "65"], ["65", "32 to 64"]),
+        (["--height", "0"], ["height 0", "32 to 64"]),
         (["--width", "-64"], ["-64"]),
         (["--steps", "0"], ["steps"]),
         (["--steps", "-3"], ["steps"]),
@@ -172,44 +197,47 @@ def test_a_damaged_bundle_is_not_run(accel, refused, bundle_copy, tmp_path, edit
         (["--out", "picture.exe"], ["picture.exe"]),
     ],
 )
-def test_a_request_that_cannot_be_met_says_why(refused, sd15_bundle, tmp_path, monkeypatch, args, words):
+def test_a_request_that_cannot_be_met_says_why(
+    refused, loaded_once, smallest_bundle, tmp_path, monkeypatch, args, words
+):
     monkeypatch.chdir(tmp_path)
     defaults = {"--engine": "onnxruntime", "--out": "o.png"}
     rest = [item for key, value in defaults.items() if key not in args for item in (key, value)]
-    err = refused("run", sd15_bundle, "--prompt", "x", *args, *rest)
+    err = refused("run", smallest_bundle, "--prompt", "x", *args, *rest)
     assert all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_that_is_not_installed_says_how_to_install_it(refused, sd15_bundle, tmp_path, monkeypatch):
+def test_an_engine_that_is_not_installed_says_how_to_install_it(refused, smallest_bundle, tmp_path, monkeypatch):
     from accel.engines import openvino
 
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
-    err = refused("run", sd15_bundle, "--prompt", "x", "--engine", "openvino", "--out", tmp_path / "o.png")
+    err = refused("run", smallest_bundle, "--prompt", "x", "--engine", "openvino", "--out", tmp_path / "o.png")
     assert "openvino is not installed" in err and 'pip install "accel-diffusion[openvino]"' in err
 
 
-def test_auto_goes_on_without_an_engine_that_is_not_installed(accel, sd15_bundle, tmp_path, monkeypatch):
+def test_auto_goes_on_without_an_engine_that_is_not_installed(accel, smallest_bundle, tmp_path, monkeypatch):
     from accel.engines import openvino
 
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
-    code, _, err = accel("run", sd15_bundle, "--prompt", "x", "--out", tmp_path / "o.png")
+    code, _, err = accel("run", smallest_bundle, "--prompt", "x", "--out", tmp_path / "o.png")
     assert code == 0
     assert "engine: onnxruntime" in err
     assert (tmp_path / "o.png").exists()
 
 
-def test_a_prompt_that_is_too_long_is_cut_with_a_note_that_says_where(accel, sd15_bundle, tmp_path):
+def test_a_prompt_that_is_too_long_is_cut_with_a_note_that_says_where(accel, smallest_bundle, tmp_path):
     prompt = "the cat " * 40 + "zebra"
-    code, _, err = accel("run", sd15_bundle, "--prompt", prompt, "--engine", "onnxruntime", "--out", tmp_path / "o.png")
+    out = tmp_path / "o.png"
+    code, _, err = accel("run", smallest_bundle, "--prompt", prompt, "--engine", "onnxruntime", "--out", out)
     assert code == 0
     assert err.count("note:") == 1 and "zebra" in err
     assert (tmp_path / "o.png").exists()
 
 
-def test_several_prompts_and_images_are_numbered_and_reported_as_json(accel, sd15_bundle, tmp_path):
+def test_several_prompts_and_images_are_numbered_and_reported_as_json(accel, smallest_bundle, tmp_path):
     code, out, _ = accel(
-        "run", sd15_bundle, "--prompt", "the cat", "--prompt", "the dog", "--images", 2, "--seed", 5, "--width", 128,
+        "run", smallest_bundle, "--prompt", "the cat", "--prompt", "the dog", "--images", 2, "--seed", 5, "--width", 64,
         "--engine", "onnxruntime", "--json", "--out", tmp_path / "new" / "o.png",
     )
     report = json.loads(out)
@@ -219,10 +247,11 @@ def test_several_prompts_and_images_are_numbered_and_reported_as_json(accel, sd1
     assert set(report["seconds"]) >= {"text_encoder", "unet", "vae_decoder", "total"}
 
 
-def test_an_image_file_that_exists_survives_a_run_that_fails(refused, sd15_bundle, tmp_path):
-    (tmp_path / "o.png").write_bytes(b"precious")
-    refused("run", sd15_bundle, "--prompt", "x", "--steps", 0, "--engine", "onnxruntime", "--out", tmp_path / "o.png")
-    assert (tmp_path / "o.png").read_bytes() == b"precious"
+def test_an_image_file_that_exists_survives_a_run_that_fails(refused, smallest_bundle, tmp_path):
+    out = tmp_path / "o.png"
+    out.write_bytes(b"precious")
+    refused("run", smallest_bundle, "--prompt", "x", "--steps", 0, "--engine", "onnxruntime", "--out", out)
+    assert out.read_bytes() == b"precious"
 
 
 @pytest.fixture
@@ -242,8 +271,8 @@ def drop_privileges() -> None:
         os.seteuid(65534)
 
 
-def test_an_image_in_an_unwritable_place_is_refused_before_the_work(refused, sd15_bundle, user_folder, monkeypatch):
-    bundle = shutil.copytree(sd15_bundle, user_folder / "bundle")
+def test_an_image_in_an_unwritable_place_is_refused_before_the_work(refused, smallest_bundle, user_folder, monkeypatch):
+    bundle = shutil.copytree(smallest_bundle, user_folder / "bundle")
     locked = user_folder / "locked"
     locked.mkdir(mode=0o555)
     monkeypatch.setattr("accel.pipeline.Pipeline.__call__", lambda *_, **__: pytest.fail("the work was done first"))
@@ -252,15 +281,15 @@ def test_an_image_in_an_unwritable_place_is_refused_before_the_work(refused, sd1
         assert str(locked) in refused("run", bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", out)
 
 
-def test_an_image_below_a_file_or_over_a_folder_is_refused(refused, sd15_bundle, tmp_path):
+def test_an_image_below_a_file_or_over_a_folder_is_refused(refused, smallest_bundle, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for out in (tmp_path / "file" / "o.png", tmp_path / "folder.png"):
-        refused("run", sd15_bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", out)
+        refused("run", smallest_bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", out)
 
 
-def test_a_bundle_that_may_not_be_read_is_named(refused, sd15_bundle, user_folder):
-    bundle = Path(shutil.copytree(sd15_bundle, user_folder / "bundle"))
+def test_a_bundle_that_may_not_be_read_is_named(refused, smallest_bundle, user_folder):
+    bundle = Path(shutil.copytree(smallest_bundle, user_folder / "bundle"))
     (bundle / "unet/model.safetensors").chmod(0)
     drop_privileges()
     err = refused("run", bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", user_folder / "o.png")
@@ -279,15 +308,15 @@ def test_a_bundle_that_may_not_be_read_is_named(refused, sd15_bundle, user_folde
         (["--sampler", "ddpm"], "ddpm"), (["--sampler", "dmd2", "--steps", "0"], "steps"),
     ],
 )
-def test_an_export_with_wrong_options_says_so_and_leaves_nothing(refused, sd15, tmp_path, args, words):
-    assert words in refused("export", sd15, tmp_path / "a" / "out", *args)
+def test_an_export_with_wrong_options_says_so_and_leaves_nothing(refused, smallest, tmp_path, args, words):
+    assert words in refused("export", smallest, tmp_path / "a" / "out", *args)
     assert not (tmp_path / "a").exists() or list((tmp_path / "a").iterdir()) == []
 
 
-def test_an_export_of_nan_weights_names_the_weight_and_keeps_the_old_bundle(refused, sd15, bundle_copy, tmp_path):
+def test_an_export_of_nan_weights_names_the_weight_and_keeps_the_old_bundle(refused, smallest, bundle_copy, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    source = Path(shutil.copytree(sd15, tmp_path / "source"))
+    source = Path(shutil.copytree(smallest, tmp_path / "source"))
     (path,) = (source / "text_encoder").glob("*.safetensors")
     state = load_file(path)
     name = next(key for key in state if key.endswith("fc2.weight"))
@@ -300,28 +329,28 @@ def test_an_export_of_nan_weights_names_the_weight_and_keeps_the_old_bundle(refu
     assert [p.name for p in bundle_copy.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_an_export_to_where_something_is_keeps_it(refused, sd15, bundle_copy, tmp_path):
+def test_an_export_to_where_something_is_keeps_it(refused, smallest, bundle_copy, tmp_path):
     before = contents(bundle_copy)
-    assert "--overwrite" in refused("export", sd15, bundle_copy)
+    assert "--overwrite" in refused("export", smallest, bundle_copy)
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "me.jpg").write_text("me")
-    assert "not something accel wrote" in refused("export", sd15, photos, "--overwrite")
-    assert "not something accel wrote" in refused("export", sd15, sd15, "--overwrite")
+    assert "not something accel wrote" in refused("export", smallest, photos, "--overwrite")
+    assert "not something accel wrote" in refused("export", smallest, smallest, "--overwrite")
     assert contents(bundle_copy) == before and contents(photos) == {"me.jpg": b"me"}
 
 
-def test_an_export_to_a_place_without_permission_is_refused_at_once(refused, sd15, user_folder):
-    source = shutil.copytree(sd15, user_folder / "source")
+def test_an_export_to_a_place_without_permission_is_refused_at_once(refused, smallest, user_folder):
+    source = shutil.copytree(smallest, user_folder / "source")
     locked = user_folder / "locked"
     locked.mkdir(mode=0o555)
     drop_privileges()
     assert "no permission" in refused("export", source, locked / "out", "--components", "vae_decoder")
 
 
-def test_an_export_prints_its_manifest_as_json(accel, sd15, tmp_path):
+def test_an_export_prints_its_manifest_as_json(accel, smallest, tmp_path):
     code, out, _ = accel(
-        "export", sd15, tmp_path / "out", "--components", " vae_decoder", "--profile", "static", "--json",
+        "export", smallest, tmp_path / "out", "--components", " vae_decoder", "--profile", "static", "--json",
         "--sampler", "dmd2", "--steps", 2,
     )
     assert code == 0
@@ -348,8 +377,8 @@ def running_export(source: Path, out: Path) -> subprocess.Popen:
     return process
 
 
-def test_ctrl_c_in_the_middle_of_an_export_leaves_nothing(sd15, tmp_path):
-    process = running_export(sd15, tmp_path / "out")
+def test_ctrl_c_in_the_middle_of_an_export_leaves_nothing(smallest, tmp_path):
+    process = running_export(smallest, tmp_path / "out")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -357,19 +386,19 @@ def test_ctrl_c_in_the_middle_of_an_export_leaves_nothing(sd15, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_is_never_taken_for_a_bundle_and_the_next_one_tidies_up(refused, accel, sd15, tmp_path):
-    process = running_export(sd15, tmp_path / "out")
+def test_a_killed_export_is_never_taken_for_a_bundle_and_the_next_one_tidies_up(refused, accel, smallest, tmp_path):
+    process = running_export(smallest, tmp_path / "out")
     process.kill()
     process.communicate()
     (partial,) = tmp_path.iterdir()
     refused("inspect", tmp_path / "out")
     refused("inspect", partial)
-    code, _, _ = accel("export", sd15, tmp_path / "out", "--components", "text_encoder", "--profile", "static")
+    code, _, _ = accel("export", smallest, tmp_path / "out", "--components", "text_encoder", "--profile", "static")
     assert code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_is_really_full_is_named(refused, sd15, tmp_path):
+def test_a_disk_that_is_really_full_is_named(refused, smallest, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
@@ -381,10 +410,10 @@ def test_a_disk_that_is_really_full_is_named(refused, sd15, tmp_path):
         # As if the estimate had been met when the work began: somebody else fills the disk meanwhile.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("accel.export.pipeline.require_space", lambda *_: None)
-            err = refused("export", sd15, disk / "out", "--components", "text_encoder", "--profile", "static")
+            err = refused("export", smallest, disk / "out", "--components", "text_encoder", "--profile", "static")
         assert "no space left" in err
         assert list(disk.iterdir()) == []
-        assert "are needed" in refused("export", sd15, disk / "out", "--components", "text_encoder")
+        assert "are needed" in refused("export", smallest, disk / "out", "--components", "text_encoder")
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
@@ -392,8 +421,8 @@ def test_a_disk_that_is_really_full_is_named(refused, sd15, tmp_path):
 # Reports
 
 
-def test_inspect_and_doctor_print_json(accel, sd15_bundle):
-    code, out, _ = accel("inspect", sd15_bundle, "--json")
+def test_inspect_and_doctor_print_json(accel, smallest_bundle):
+    code, out, _ = accel("inspect", smallest_bundle, "--json")
     report = json.loads(out)
     assert code == 0 and report["intact"] is True and report["problem"] is None
     assert report["manifest"]["components"].keys() == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
@@ -402,15 +431,15 @@ def test_inspect_and_doctor_print_json(accel, sd15_bundle):
     assert json.loads(out)["engines"]["onnxruntime"]["ok"]
 
 
-def test_inspect_for_people_names_every_component_and_engine(accel, sd15_bundle):
-    code, out, _ = accel("inspect", sd15_bundle)
+def test_inspect_for_people_names_every_component_and_engine(accel, smallest_bundle):
+    code, out, _ = accel("inspect", smallest_bundle)
     assert code == 0
     for word in ("text_encoder", "unet", "vae_decoder", "onnxruntime", "eager", "files match", "latent_sample"):
         assert word in out
 
 
-def test_a_reader_that_goes_away_is_no_error_message(sd15_bundle):
-    command = f"{sys.executable} -m accel inspect {sd15_bundle} --json | head -n 1"
+def test_a_reader_that_goes_away_is_no_error_message(smallest_bundle):
+    command = f"{sys.executable} -m accel inspect {smallest_bundle} --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 def common(source: Path, pictures: Path, **fields) -> dict:
     return dict(
-        model=str(source), data=str(pictures), resolution=64, cache="none", steps=4, batch=2, learning_rate=1e-3,
-        ema=0.9, checkpoint_every=2, sample_every=0, sample_steps=2, sample_prompts="the cat", sample_guidance=3.0,
+        model=str(source), data=str(pictures), resolution=32, cache="none", steps=2, batch=2, learning_rate=1e-3,
+        ema=0.9, checkpoint_every=1, sample_every=0, sample_steps=1, sample_prompts="the cat", sample_guidance=3.0,
         log="none", seed=7, qat="all",
     ) | fields  # fmt: skip
 
@@ -31,6 +31,14 @@ def common(source: Path, pictures: Path, **fields) -> dict:
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tuned(smallest, six_pictures, tmp_path_factory) -> Path:
+    """The smallest pipeline fine-tuned for int8, without interruption."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    assert not execute(recipes.changed(recipes.finetune(), **common(smallest, six_pictures)), out).stopped
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +74,20 @@ def test_ranges_are_learned_averaged_and_in_every_checkpoint(straight):
         assert torch.allclose(averaged[name].exp(), kept, rtol=1e-5)
 
 
-def test_a_resumed_run_is_the_same_run(straight, sd15, six_pictures, tmp_path):
-    recipe = recipes.changed(recipes.tiny(), **common(sd15, six_pictures))
-    execute(recipes.changed(recipe, steps=2), tmp_path / "half", tmp_path / "run")
+def test_a_resumed_run_is_the_same_run(tuned, smallest, six_pictures, tmp_path):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures))
+    execute(recipes.changed(recipe, steps=1), tmp_path / "half", tmp_path / "run")
     execute(recipe, tmp_path / "out", tmp_path / "run")
     for file in (UNET, Path(int8_file.FILE)):
-        ours, theirs = load_file(tmp_path / "out" / file), load_file(straight / file)
+        ours, theirs = load_file(tmp_path / "out" / file), load_file(tuned / file)
         assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(UserError, match="qat was 'all', is now 'conv'"):
         execute(recipes.changed(recipe, qat="conv"), tmp_path / "other", tmp_path / "run")
 
 
-def test_observed_ranges_are_no_parameters_but_are_kept(sd15, six_pictures, tmp_path):
+def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_pictures, tmp_path):
     recipe = recipes.changed(
-        recipes.finetune(), **common(sd15, six_pictures, steps=2, qat="conv", qat_ranges="observed")
+        recipes.finetune(), **common(smallest, six_pictures, steps=1, qat="conv", qat_ranges="observed")
     )
     execute(recipe, tmp_path / "out")
     (folder,) = checkpoints.all_of(tmp_path / "out-run")
@@ -109,9 +117,9 @@ def test_a_network_that_several_adapters_share_cannot_round(sd15, six_pictures):
         qat.attach(DMD2(recipe, Encoders(open_source(sd15))), recipe)
 
 
-def test_training_without_the_option_is_untouched(sd15, six_pictures):
-    recipe = recipes.changed(recipes.finetune(), **common(sd15, six_pictures, qat=""))
-    method = Denoising(recipe, Encoders(open_source(sd15)))
+def test_training_without_the_option_is_untouched(smallest, six_pictures):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures, qat=""))
+    method = Denoising(recipe, Encoders(open_source(smallest)))
     assert qat.attach(method, recipe) == [] and qat.detach(method, recipe) is None
     qat.calibrate(method, recipe, CPU)
     assert not any(isinstance(part, int8.FakeQuantized) for part in method.unet.modules())
@@ -120,15 +128,15 @@ def test_training_without_the_option_is_untouched(sd15, six_pictures):
         recipes.check(recipes.changed(recipe, qat="convs"))
 
 
-def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(sd15, six_pictures, tmp_path):
+def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(smallest, six_pictures, tmp_path):
     pytest.importorskip("peft")
     from accel.distill.lora import LowRank
 
     # All kinds of layers that can have an update: attention, feed-forward, convolutions.
     targets = "to_q,to_k,ff.net.2,conv1"
-    fields = common(sd15, six_pictures, rank=2, alpha=3.0, targets=targets, steps=2, ema=0.0)
+    fields = common(smallest, six_pictures, rank=2, alpha=3.0, targets=targets, steps=2, ema=0.0)
     recipe = recipes.changed(recipes.lora(), **fields)
-    method = LowRank(recipe, Encoders(open_source(sd15)))
+    method = LowRank(recipe, Encoders(open_source(smallest)))
     names = qat.attach(method, recipe)
     assert not any("lora_" in name or "base_layer" in name for name in names)
     method.place(CPU, torch.float32)
@@ -147,7 +155,7 @@ def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(sd15, six_pictures, 
     rounding = model(*feeds)[0]
     scales = qat.detach(method, recipe).scales
     method.save(tmp_path)
-    plain = open_source(sd15, [tmp_path]).load("unet")
+    plain = open_source(smallest, [tmp_path]).load("unet")
     int8.attach(plain, qat.recipe_of(recipe), names=names)
     int8.set_scales(plain, scales)
     int8.set_mode(plain, "quantize")
@@ -164,28 +172,29 @@ def _fused_weight(method, recipe, layer: str) -> torch.Tensor:
     return model.get_submodule(layer).fake_weight()
 
 
-def test_a_trained_student_is_exported_with_its_own_ranges(straight, tmp_path, monkeypatch):
+def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monkeypatch):
     from accel.export import verdict
     from accel.export.int8_options import Options
     from accel.export.pipeline import export_pipeline
     from accel.int8_recipe import Int8
 
     monkeypatch.setattr(verdict, "SECONDS", 0.0)
-    sampler = {"name": "dmd2", "timesteps": [999, 499], "guidance": 0.0}
-    options = Options(images=16, judged=1, networks=("unet",))
-    bundle = export_pipeline(straight, tmp_path / "out", profile="batch=1,size=64", precision="int8", sampler=sampler,
+    monkeypatch.setattr(verdict, "ENGINES", ("onnxruntime",))
+    sampler = {"name": "dmd2", "timesteps": [999], "guidance": 0.0}
+    options = Options(images=1, judged=1, networks=("unet",))
+    bundle = export_pipeline(tuned, tmp_path / "out", profile="batch=1,size=32", precision="int8", sampler=sampler,
                              components=("text_encoder", "unet", "vae_decoder"), int8=options)  # fmt: skip
     record = bundle.component("unet")
     assert record.int8["calibration"]["ranges"] == "trained"
-    stored, trained = load_file(tmp_path / "out" / "unet" / "model.safetensors"), int8_file.find(straight)
+    stored, trained = load_file(tmp_path / "out" / "unet" / "model.safetensors"), int8_file.find(tuned)
     for name, value in trained.scales.items():
         assert torch.allclose(stored[name], value, rtol=1e-6), name
     with pytest.raises(UserError, match="was trained with its own int8 recipe"):
-        export_pipeline(straight, tmp_path / "no", precision="int8", int8=Options(recipe=Int8()))
+        export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Options(recipe=Int8()))
 
 
-def test_a_damaged_range_file_is_refused(straight, tmp_path):
-    trained = int8_file.find(straight)
+def test_a_damaged_range_file_is_refused(tuned, tmp_path):
+    trained = int8_file.find(tuned)
     broken = dict(trained.scales)
     name = next(iter(broken))
     broken[name] = torch.tensor(0.0)
@@ -198,9 +207,9 @@ def test_a_damaged_range_file_is_refused(straight, tmp_path):
     assert int8_file.find(tmp_path / "elsewhere") is None
 
 
-def test_ranges_survive_a_deep_copy(sd15, six_pictures):
-    recipe = recipes.changed(recipes.finetune(), **common(sd15, six_pictures))
-    method = Denoising(recipe, Encoders(open_source(sd15)))
+def test_ranges_survive_a_deep_copy(smallest, six_pictures):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures))
+    method = Denoising(recipe, Encoders(open_source(smallest)))
     qat.attach(method, recipe)
     twin = copy.deepcopy(method.unet)
     assert [name for name, _ in int8.ranges(twin)] == [name for name, _ in int8.ranges(method.unet)]

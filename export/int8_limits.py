@@ -1,0 +1,23 @@
+"""UNets that cannot be int8 yet: calibration draws from prompts alone, so it has no pictures to show them."""
+
+from __future__ import annotations
+
+from accel.errors import UserError
+
+
+def refuse_control() -> None:
+    """Raise the UserError about a UNet with inputs for an adapter or a ControlNet."""
+    raise UserError(
+        "a UNet with a T2I-Adapter or ControlNet cannot be int8: calibration has no control pictures, and its ranges "
+        "would be too narrow where they add to it",
+        "--int8-components text_encoder,vae_decoder; or export without the adapter or ControlNet",
+    )
+
+
+def refuse_inpainting(channels: int) -> None:
+    """Raise a UserError for a UNet whose input has the nine channels of inpainting models."""
+    if channels == 9:
+        raise UserError(
+            "an inpainting model cannot be int8: calibration draws from prompts, without pictures and masks",
+            "--precision fp16",
+        )
