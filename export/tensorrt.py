@@ -186,6 +186,7 @@ class _Job:
 
     def run(self, work: Callable[[], Any]) -> Any:
         outcome: dict[str, Any] = {}
+        done = threading.Event()  # not join: Ctrl-C in it makes Python 3.11 take a running thread for an ended one
 
         def target():
             try:
@@ -193,19 +194,22 @@ class _Job:
                 outcome["result"] = work()
             except BaseException as error:
                 outcome["error"] = error
+            finally:
+                done.set()
 
         thread = threading.Thread(target=target, name="tensorrt-build", daemon=True)
         thread.start()
         interrupted: BaseException | None = None
-        while thread.is_alive():
+        while not done.is_set():
             try:
-                thread.join(0.1)
+                done.wait(0.1)
                 if interrupted is None:
                     interrupt.check()
                     self.progress(self.stage, self.fraction)
             except BaseException as error:  # Ctrl-C, or the caller's progress bar failed: end the build, then go on
                 interrupted = error
                 self.cancelled.set()
+        thread.join()
         if interrupted is not None:
             raise interrupted
         if "error" in outcome:
