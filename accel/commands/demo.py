@@ -12,7 +12,7 @@ from .options import stages
 
 EXAMPLE = "accel demo --out out/demo"
 
-MODELS = ("digits/4step", "digits/1step")
+MODELS = ("digits", "digits/1step")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GAIN = 50.0
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls per engine (default: 5)")
     parser.add_argument(
         "--model", nargs="+", default=MODELS, dest="models", metavar="MODEL",
-        help=f"digits models to show: digits is the teacher in 25 steps (default: {' '.join(MODELS)})",
+        help=f"digits models to show: `digits` is the teacher in 25 steps (default: {' '.join(MODELS)})",
     )  # fmt: skip
 
 

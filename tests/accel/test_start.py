@@ -137,7 +137,7 @@ def test_what_differs_from_the_captured_loop_runs_step_by_step(
     sd15_bundle, inpainting, tensorrt, picture, mask, channels, with_plan_of_unet
 ):
     """A whole-loop CUDA graph holds plain text to image; a picture, a mask and a callback need the steps one by one."""
-    theirs, ours = with_plan_of_unet(sd15_bundle if channels == 4 else inpainting[1])
+    theirs, ours = with_plan_of_unet(sd15_bundle if channels == 4 else inpainting[1].path)
     cases = [dict(image=picture, mask_image=mask, strength=strength) for strength in (1.0, 0.6)]
     if channels == 4:
         cases += [dict(image=picture, strength=0.6), dict(callback=lambda i, t, x: None)]
