@@ -366,7 +366,9 @@ class Builder(_Behaviour):
             for step in range(self._world.steps):
                 if self._world.on_step:
                     self._world.on_step(step)
-                keep = keep and monitor.step_complete("Tactic Selection", step)
+                keep = monitor.step_complete("Tactic Selection", step)
+                if not keep:
+                    break
             monitor.phase_finish("Tactic Selection")
             keep = keep and monitor.step_complete("Building Engine", 0)
             monitor.phase_finish("Building Engine")
