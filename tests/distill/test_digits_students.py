@@ -8,10 +8,12 @@ import torch
 from accel.assets import DIGITS, resolve
 from accel.distill import digits
 from accel.distill.digits_quality import generate, judge
+from accel.distill.recipes import recipe
 from accel.distill.students import student_config
 from accel.distill.train_digits import load
 
 STUDENTS = ("tiny", "small")
+FEW_STEPS = ("1step",)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -41,3 +43,26 @@ def test_the_card_the_figures_and_the_record_tell_the_same(name):
     assert quality["images"] == 500 and quality["prompt_accuracy"] >= 0.97
     assert f"{quality['frechet_distance']:.2f}" in card and f"{quality['parameters']:,}" in card
     assert record["recipe"]["student"] == name and record["steps"] == quality["steps"]
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_a_few_step_student_draws_the_digit_it_is_asked_for_in_its_steps(name):
+    from diffusers import LCMScheduler
+
+    texts, wanted = zip(*digits.prompt_set(6), strict=True)
+    pipeline = load(DIGITS / name)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
+    images = generate(pipeline, list(texts), guidance=0.0, seed=4_000, timesteps=timesteps)
+    assert judge(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_a_few_step_students_card_figures_and_record_tell_the_same(name):
+    quality = json.loads((DIGITS / name / "quality.json").read_text())
+    record = json.loads((DIGITS / name / "training.json").read_text())
+    card = (DIGITS / name / "README.md").read_text()
+    assert quality["images"] == 500 and quality["prompt_accuracy"] >= 0.97
+    assert f"{quality['frechet_distance']:.2f}" in card and str(quality["timesteps"]) in card
+    kind = "digits_dmd2_1step" if len(quality["timesteps"]) == 1 else "digits_dmd2"
+    assert f"--recipe {kind}" in card and record["steps"] == recipe(kind).steps == quality["steps"]
