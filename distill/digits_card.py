@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import recipes
+
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
@@ -139,11 +141,10 @@ The distance is taken in the features of the classifier that ships beside this f
 
 def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
     """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
-    recipe = record["recipe"]
-    start = "the pruned tiny" if recipe["teacher"] else "the teacher"
-    steps = len(row["timesteps"])
+    recipe, steps = record["recipe"], len(row["timesteps"])
     kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
-    extra = f" --model {recipe['model']} --teacher {recipe['teacher']}" if recipe["teacher"] else ""
+    usual = vars(recipes.recipe(kind))
+    extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
     lines = "".join(
         f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
     )
@@ -154,8 +155,8 @@ library_name: diffusers
 
 # Digits {row['name']}
 
-The digits model in {steps} step{'s' * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from {start}. No
-guidance: the UNet runs once a step.
+The digits model in {steps} step{'s' * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
+`{recipe['model']}`. No guidance: the UNet runs once a step.
 
 ```python
 from diffusers import LCMScheduler, StableDiffusionPipeline
