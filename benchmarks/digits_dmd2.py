@@ -51,6 +51,7 @@ ROWS: dict[str, tuple[str, dict, str]] = {
         "digits_dmd2", dict(mixed_steps=False, step_aware=False), "4 steps, one step a batch, as published",
     ),
 }
+BESIDE = ("cache", "log", "sample_every", "checkpoint_every", "keep", "workers")  # what no weight depends on
 SHIPPED = ("1step", "4step", "tiny-1step", "tiny-4step")
 # Undistilled networks in the students' steps, and the teacher as it is meant to be used.
 BASELINES = {
@@ -89,6 +90,7 @@ def digest(name: str) -> str:
         return ""
     kind, fields, _ = ROWS[name]
     settings = dataclasses.asdict(recipes.changed(recipes.recipe(kind), **fields))
+    settings = {name: value for name, value in settings.items() if name not in BESIDE}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

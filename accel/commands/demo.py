@@ -12,7 +12,7 @@ from .options import stages
 
 EXAMPLE = "accel demo --out out/demo"
 
-MODELS = ("digits", "digits/1step")
+MODELS = ("digits/4step", "digits/1step")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GAIN = 50.0
 
