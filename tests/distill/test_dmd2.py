@@ -350,7 +350,7 @@ def test_two_learning_rates_and_schedules(sd15, tmp_path):
 
 def test_fields_are_options(sd15):
     assert {field.name for field in dataclasses.fields(recipes.DMD2)} >= {"ratio", "real_guidance", "few_steps"}
-    assert recipes.recipe("digits-dmd2").real_guidance == 1.25
+    assert recipes.recipe("digits-dmd2").real_guidance == 1.3
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRA
