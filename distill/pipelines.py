@@ -104,6 +104,9 @@ def save_pipeline(
 def write_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """One network as its own library would write it, in one safetensors file of a dtype."""
     network.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
+    config = json.loads((folder / "config.json").read_text())
+    if config.pop("_name_or_path", None):  # the folder that it was trained from, which is nobody else's business
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if dtype == torch.float32:
         return
     for path in folder.glob("*.safetensors"):

@@ -290,6 +290,7 @@ def test_a_run_its_result_and_its_resume(sd15, tmp_path):
     assert json.loads((tmp_path / "straight/sampler.json").read_text()) == {
         "name": "dmd2", "timesteps": [999, 749, 499, 249], "guidance": 0.0,
     }  # fmt: skip
+    assert str(sd15) not in (tmp_path / "straight/unet/config.json").read_text()  # where it was trained
     lines = [json.loads(line) for line in (tmp_path / "straight-run/losses.jsonl").read_text().splitlines()]
     assert ["generator/loss" in line for line in lines] == [True, False, True, False]
     assert all(np.isfinite(value) for line in lines for value in line.values())
