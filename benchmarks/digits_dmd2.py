@@ -19,6 +19,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import pages
 import torch
 
 from accel import machine
@@ -179,34 +180,16 @@ def table(lines: list[dict]) -> str:
 
 
 def plot(lines: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2))
-    colours = ["#a0aec0" if line["name"] in BASELINES else "#2b6cb0" for line in lines]
-    means = [line["frechet_distance"] for line in lines]
-    errors = [[line["frechet_distance"] - line["least"] for line in lines],
-              [line["largest"] - line["frechet_distance"] for line in lines]]  # fmt: skip
-    shows = [line["shows"] for line in lines]
-    bars = axes.barh(shows, means, xerr=errors, color=colours, ecolor="#4a5568", capsize=2)
-    labels = [f"   {line['frechet_distance']:.1f}   {line['prompt_accuracy']:.1%}" for line in lines]
-    axes.bar_label(bars, labels, fontsize=9)
-    title = "Digits in few steps: grey not distilled, blue distilled; beside the bar, prompt accuracy"
-    figure.suptitle(title, fontsize=10)
-    axes.set_xlabel("Frechet distance to held-out real digits (lower is better); the line is the range over seeds")
-    axes.set_xlim(0, 1.25 * max(line["largest"] for line in lines))
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def write_table(text: str, path: Path) -> None:
-    begin, end = "<!-- digits-dmd2 -->", "<!-- /digits-dmd2 -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+    rows = [
+        (line["shows"], line["frechet_distance"], f"{line['frechet_distance']:.1f}   {line['prompt_accuracy']:.1%}",
+         "#a0aec0" if line["name"] in BASELINES else "#2b6cb0")
+        for line in lines
+    ]  # fmt: skip
+    pages.bars(
+        path, rows, "Digits in few steps: grey not distilled, blue distilled; beside the bar, prompt accuracy",
+        "Frechet distance to held-out real digits (lower is better); the line is the range over seeds",
+        ranges=[(line["least"], line["largest"]) for line in lines],
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -233,7 +216,7 @@ def main() -> None:
         )  # fmt: skip
         write_json(RESULT, document)
         plot(lines, ROOT / "docs/digits-dmd2.png")
-        write_table(table(lines), ROOT / "docs/dmd2.md")
+        pages.put(ROOT / "docs/dmd2.md", "digits-dmd2", table(lines))
 
 
 if __name__ == "__main__":

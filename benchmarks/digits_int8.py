@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 
 from accel import int8
@@ -50,7 +51,6 @@ from accel.source import open_source
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/digits-int8.json", ROOT / "docs/int8.md"
-BEGIN, END = "<!-- digits-int8 -->", "<!-- /digits-int8 -->"
 FEW_STEPS = ("4step", "1step", "tiny-4step", "tiny-1step")
 ENGINES = ("onnxruntime", "openvino")
 PARTS = ("torch", "engines", "trained")
@@ -338,8 +338,7 @@ def write(models: list[dict[str, Any]], threads: int) -> None:
         "schema": "accel-digits-int8/1", "command": "python benchmarks/digits_int8.py out/digits-int8 --write",
         "machine": machine().as_dict(), "threads": threads, "models": models,
     })  # fmt: skip
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(models)}\n{END}{rest.split(END)[1]}")
+    pages.put(PAGE, "digits-int8", tables(models))
 
 
 def shipped() -> list[str]:

@@ -16,6 +16,7 @@ import math
 import shutil
 from pathlib import Path
 
+import pages
 import torch
 from safetensors import safe_open
 
@@ -94,28 +95,17 @@ def ship(row: dict, folder: Path, sampler: dict, teacher: dict) -> None:
 
 
 def plot(rows: list[dict], teacher: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.6))
-    labels = [f"{row['student']}, {row['steps']} steps: {row['losses']}" for row in rows]
-    colours = ["#a0aec0" if row["losses"].startswith("task only") else "#2b6cb0" for row in rows]
-    bars = axes.barh(labels, [row["frechet_distance"] for row in rows], color=colours)
-    axes.bar_label(
-        bars, [f" {row['frechet_distance']:.1f}   {row['prompt_accuracy']:.1%}" for row in rows], fontsize=9
-    )
-    wanted, colour = teacher["frechet_distance"], "#c05621"
-    axes.axvline(wanted, color=colour, linestyle="--", linewidth=1)
-    axes.text(wanted, len(rows) - 0.35, f" teacher {wanted:.1f}", color=colour)
-    figure.suptitle("Digits students: blue with a teacher, grey without; beside the bar, prompt accuracy", fontsize=10)
-    axes.set_xlabel("Frechet distance to held-out real digits (lower is better)")
-    axes.set_xlim(0, 1.25 * max(row["frechet_distance"] for row in rows))
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    shown = [
+        (f"{row['student']}, {row['steps']} steps: {row['losses']}", row["frechet_distance"],
+         f"{row['frechet_distance']:.1f}   {row['prompt_accuracy']:.1%}",
+         "#a0aec0" if row["losses"].startswith("task only") else "#2b6cb0")
+        for row in rows
+    ]  # fmt: skip
+    wanted = teacher["frechet_distance"]
+    pages.bars(
+        path, shown, "Digits students: blue with a teacher, grey without; beside the bar, prompt accuracy",
+        "Frechet distance to held-out real digits (lower is better)", line=(wanted, f"teacher {wanted:.1f}"),
+    )  # fmt: skip
 
 
 def table(rows: list[dict], teacher: dict) -> str:
@@ -132,13 +122,6 @@ def table(rows: list[dict], teacher: dict) -> str:
         )
     floor = teacher["frechet_floor"]
     return "\n".join([*lines, f"| *real pictures (the floor)* | | | | | {floor:.2f} |"])
-
-
-def write_table(text: str, path: Path) -> None:
-    """Between the markers of the page, so that no figure there is written by hand."""
-    begin, end = "<!-- digits-students -->", "<!-- /digits-students -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -165,7 +148,7 @@ def main() -> None:
         )
         write_json(ROOT / "benchmarks/digits-students.json", document)
         plot(rows, document["teacher"], ROOT / "docs/digits-students.png")
-        write_table(table(rows, document["teacher"]), ROOT / "docs/distill.md")
+        pages.put(ROOT / "docs/distill.md", "digits-students", table(rows, document["teacher"]))
 
 
 if __name__ == "__main__":

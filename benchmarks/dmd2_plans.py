@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pages
 from random_pipeline import write
 
 from accel import __version__
@@ -74,9 +75,7 @@ def main() -> None:
         document = {"schema": "accel-dmd2-plans/1", "command": "python benchmarks/dmd2_plans.py --write",
                     "accel": __version__, "rows": rows}  # fmt: skip
         write_json(ROOT / "benchmarks/dmd2-plans.json", document)
-        path, (begin, end) = ROOT / "docs/dmd2.md", ("<!-- dmd2-plans -->", "<!-- /dmd2-plans -->")
-        before, rest = path.read_text().split(begin)
-        path.write_text(f"{before}{begin}\n{table(rows)}\n{end}{rest.split(end)[1]}")
+        pages.put(ROOT / "docs/dmd2.md", "dmd2-plans", table(rows))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pages
 import torch
 from PIL import Image
 
@@ -235,11 +236,8 @@ def table(cells: dict[str, dict[str, dict[str, float | str]]]) -> str:
 
 
 def into_readme(readme: Path, document: dict[str, Any]) -> None:
-    before, _, rest = readme.read_text().partition("<!-- matrix -->")
-    _, _, after = rest.partition("<!-- /matrix -->")
     words = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    told = f"{table(document['cells'])}\n\n{document['cpu']}; {words}."
-    readme.write_text(f"{before}<!-- matrix -->\n{told}\n<!-- /matrix -->{after}")
+    pages.put(readme, "matrix", f"{table(document['cells'])}\n\n{document['cpu']}; {words}.")
 
 
 def main() -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pages
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ("digits.json", "sd15-tiny-256.json")
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NONE = "not measured"
 
 
@@ -61,12 +62,8 @@ def table(document: dict) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
     parts = [table(json.loads((ROOT / "benchmarks" / name).read_text())) for name in RESULTS]
-    readme.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + after)
+    pages.put(ROOT / "README.md", "results", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -41,7 +42,6 @@ from accel.topology import narrowed, topology
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/sd-tiny-int8.json", ROOT / "docs/int8.md"
-BEGIN, END = "<!-- sd-tiny-int8 -->", "<!-- /sd-tiny-int8 -->"
 SAMPLER = {"name": "dmd2", "timesteps": [999, 749, 499, 249], "guidance": 0.0}
 # What is to be shown: the best engine's speed over the best float32, and distances over fake quantisation's own.
 FASTER, FARTHER = 2.5, 1.2
@@ -259,8 +259,7 @@ def main() -> None:
     print(table(found))
     if args.write:
         write_json(RESULT, found)
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}")
+        pages.put(PAGE, "sd-tiny-int8", table(found))
 
 
 if __name__ == "__main__":

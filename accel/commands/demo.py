@@ -83,12 +83,12 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
         bundle,
         [bench.parse(name) for name in engines],
         bench.Settings(prompts=("a handwritten seven",), rounds=args.rounds, memory=False),
-        command=f"accel demo --rounds {args.rounds}",
+        command=f"accel demo --model {model} --rounds {args.rounds}",
         progress=stages(bar, task, f"{folder.name}, bench: "),
     )
     document = result.document.as_dict()
-    write_json(folder.with_suffix(".json"), document)
-    folder.with_suffix(".html").write_text(report.html(document, result.images))
+    write_json(folder.parent / f"{folder.name}.json", document)
+    (folder.parent / f"{folder.name}.html").write_text(report.html(document, result.images))
     return result
 
 
