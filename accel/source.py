@@ -266,16 +266,20 @@ def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) ->
 
 
 def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
-    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them."""
-    if configs_only:
-        return _snapshot(repo, (), ())
-    plain, half = ("safetensors", ("*.fp16*",)), ("fp16*.safetensors", ())
-    wishes = (plain, half, ("bin", ("*.fp16*",)))
+    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them.
+
+    What lies in the cache from earlier wishes, ours or diffusers', does not count as this one's.
+    """
+    path = _snapshot(repo, (), ())
+    if configs_only or not (path / "unet/config.json").is_file():  # nothing for us: not worth gigabytes
+        return path
+    plain, half = (("safetensors", ("*.fp16*",)), ("bin", ("*.fp16*",))), (("fp16*.safetensors", ()),)
+    wishes = plain + half
     if variant is not None:
         wishes = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
     for kind, ignored in wishes:
         path = _snapshot(repo, (kind,), ignored)
-        if any(file.suffix in weights.SUFFIXES for file in path.glob("unet/*")):
+        if any(not any(file.match(pattern) for pattern in ignored) for file in path.glob(f"unet/*.{kind}")):
             break
     return path
 

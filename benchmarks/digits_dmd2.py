@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pages
 import torch
@@ -85,14 +87,30 @@ def first_noise(seed: int) -> int:
     return seed * 100_000
 
 
+def weights(model: str) -> str:
+    """Digest of the UNet of a shipped pipeline (`digits`, `digits/tiny`): retrained, it is another start."""
+    unet = DIGITS.parent / ("digits/teacher" if model == "digits" else model) / "unet"
+    if not unet.is_dir():
+        raise SystemExit(f"{model} is not shipped yet\n  try: --rows {Path(model).name} --seeds 0 --ship")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(unet.glob("*.safetensors")))).hexdigest()
+
+
+@functools.cache
 def digest(name: str) -> str:
-    """Of what a row trains: one that was trained otherwise is another row."""
+    """Of what a row trains from what, or draws with: one that was made otherwise is another row."""
     if name in BASELINES:
-        return ""
-    kind, fields, _ = ROWS[name]
-    settings = dataclasses.asdict(recipes.changed(recipes.recipe(kind), **fields))
-    settings = {name: value for name, value in settings.items() if name not in BESIDE}
+        folder, timesteps, guidance = BASELINES[name]
+        settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
+    else:
+        kind, fields, _ = ROWS[name]
+        recipe = recipes.changed(recipes.recipe(kind), **fields)
+        settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
+        settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def stem(name: str, seed: int) -> str:
+    return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{digest(name)}"
 
 
 def run_row(name: str, seed: int, out: Path) -> dict:
@@ -100,15 +118,16 @@ def run_row(name: str, seed: int, out: Path) -> dict:
     recipe = recipes.changed(
         recipes.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
     )
-    folder, result = out / f"{name}-{seed}", out / f"{name}-{seed}.json"
+    folder = out / stem(name, seed)
+    result = folder.with_name(folder.name + ".json")
     if result.is_file():
-        return {"recipe": digest(name)} | json.loads(result.read_text())
+        return json.loads(result.read_text())
     if not folder.exists() and execute(recipe, folder).stopped:
         raise KeyboardInterrupt
     record = json.loads((folder / "training.json").read_text())
     timesteps = json.loads((folder / "sampler.json").read_text())["timesteps"]
     images, wanted = pictures(folder, tuple(timesteps), 0.0, first_noise(seed))
-    picture_grid(images[:50], 10).save(out / f"{name}-{seed}.png")
+    picture_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
     row = dict(
         name=name, shows=shows, seed=seed, recipe=digest(name), timesteps=timesteps, steps=record["steps"],
         seconds_per_step=record["seconds_per_step"], **digits_quality.judge(images, wanted),
@@ -120,11 +139,11 @@ def run_row(name: str, seed: int, out: Path) -> dict:
 
 def baseline(name: str, seed: int, out: Path) -> dict:
     folder, timesteps, guidance = BASELINES[name]
-    result = out / f"baseline-{list(BASELINES).index(name)}-{seed}.json"
+    result = out / f"{stem(name, seed)}.json"
     if result.is_file():
         return json.loads(result.read_text())
     images, wanted = pictures(DIGITS / folder, timesteps, guidance, first_noise(seed))
-    row = dict(name=name, shows=name, seed=seed, **digits_quality.judge(images, wanted))
+    row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.judge(images, wanted))
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, row)
     print(row, flush=True)
@@ -136,7 +155,9 @@ def ship(row: dict, folder: Path, baselines: list[dict]) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
     record = json.loads((target / "training.json").read_text())
-    record["recipe"] |= {"cache": "auto", "log": "auto", "sample_every": 100}  # free to choose; as in the command
+    kind, fields, _ = ROWS[row["name"]]
+    asked = dataclasses.asdict(recipes.changed(recipes.recipe(kind), **fields))
+    record["recipe"] |= {name: asked[name] for name in ("cache", "log", "sample_every")}  # as the command has them
     write_json(target / "training.json", record)
     write_json(target / "quality.json", row)
     (target / "README.md").write_text(few_step_card(row, record, baselines))
@@ -147,7 +168,7 @@ def with_earlier(rows: list[dict]) -> list[dict]:
     earlier = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
     known = {(row["name"], row["seed"]): row for row in earlier + rows}
     names = [*BASELINES, *ROWS]
-    found = [row for row in known.values() if row["name"] in names and row.get("recipe", "") == digest(row["name"])]
+    found = [row for row in known.values() if row["name"] in names and row["recipe"] == digest(row["name"])]
     return sorted(found, key=lambda row: (names.index(row["name"]), row["seed"]))
 
 
@@ -206,7 +227,7 @@ def main() -> None:
     baselines = [baseline(name, seed, args.out) for name in BASELINES for seed in args.seeds]
     for row in rows if args.ship else ():
         if row["name"] in SHIPPED and row["seed"] == 0:
-            ship(row, args.out / f"{row['name']}-0", [line for line in baselines if line["seed"] == 0])
+            ship(row, args.out / stem(row["name"], 0), [line for line in baselines if line["seed"] == 0])
     if args.write:
         rows = with_earlier(baselines + rows)
         lines = summary(rows)

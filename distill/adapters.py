@@ -128,6 +128,13 @@ class Adapted(nn.Module):
         return self._shared.network
 
 
+def refused_sharding() -> UserError:
+    return UserError(
+        "FSDP cannot shard a network that several updates share",
+        "launch without FSDP (--processes 1), or leave out --rank and --critic-rank",
+    )
+
+
 def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Generator, fake score and teacher of a DMD2 run, sharing what is frozen.
 

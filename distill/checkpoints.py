@@ -54,6 +54,9 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
+    if "mixed_steps" in kept:  # smaller micro-batches have no room for all of the student's steps
+        steps = len(recipe.timesteps.split(",")) if recipe.timesteps else recipe.few_steps
+        kept["mixed_steps"] = recipe.mixed_steps and recipe.batch >= steps
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"
     return kept | {"method": type(recipe).__name__, "global_batch": recipe.batch * recipe.accumulation * world}

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from accel.source import Source
 
-from .adapters import Adapted
+from .adapters import Adapted, refused_sharding
 from .class_to_image import ClassEncoders, EDMSource
 from .dmd2 import DMD2 as Method
 from .edm import SIGMA_DATA, Preconditioned
@@ -132,6 +132,8 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
 
     from .train import PRECISIONS
 
+    if shards > 1 and (recipe.rank or recipe.critic_rank):
+        raise refused_sharding()
     dtype = PRECISIONS[recipe.mixed_precision]
     with torch.device("meta"):
         method = Method(recipe, hollow(encoders))

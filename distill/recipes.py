@@ -147,7 +147,9 @@ class DMD2(Recipe):
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
     discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
     backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised pictures")
-    mixed_steps: bool = option(True, "train all of the student's steps in each batch; off: one step a batch")
+    mixed_steps: bool = option(
+        True, "train all of the student's steps in each batch of at least as many pictures; off: one step a batch"
+    )
     step_aware: bool = option(True, "tell the critic which of the student's steps drew a picture; see docs/dmd2.md")
     low: float = option(0.02, "least timestep of distribution matching, as a share")
     high: float = option(0.98, "largest timestep of distribution matching, as a share")

@@ -26,7 +26,7 @@ from accel._version import __version__
 from accel.errors import MissingPackage, UserError
 
 from . import checkpoints
-from .adapters import Adapted
+from .adapters import Adapted, refused_sharding
 from .encode import Encoders, encoded
 from .methods import Method, Network, Turn
 from .recipes import Recipe
@@ -126,17 +126,16 @@ class Loop:
         from accelerate.utils import DistributedType
 
         sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
+        if sharded and any(
+            isinstance(part, Adapted) for network in self.method.networks.values() for part in network.model.modules()
+        ):
+            raise refused_sharding()
         for turn in self.method.turns:
             networks = [self.method.networks[name] for name in turn.networks]
             if sharded and len(networks) > 1:
                 raise UserError(
                     f"FSDP takes one network per optimizer, this run trains {' and '.join(turn.networks)} together",
                     "launch without FSDP, or train one of them",
-                )
-            if sharded and any(isinstance(part, Adapted) for network in networks for part in network.model.modules()):
-                raise UserError(
-                    "FSDP cannot shard a network that several updates share",
-                    "launch without FSDP, or leave out --rank and --critic-rank",
                 )
             modules = [network.module for network in networks]
             *prepared, self.optimizers[turn.name] = self.accelerator.prepare(*modules, self.optimizers[turn.name])

@@ -121,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
 def _plan(settings: Any, args: argparse.Namespace) -> int:
     from accel.distill.plan import predict
     from accel.distill.run import encoders_of
+    from accel.errors import UserError
 
+    if args.processes < 1:
+        raise UserError(f"{args.processes} processes make no sense", "--processes 1, or more")
     plan = predict(settings, encoders_of(settings), shards=args.processes)
     if args.json:
         print(json.dumps({"peak_bytes": plan.peak, "parts": dict(plan.parts), "parameters": dict(plan.parameters)}))

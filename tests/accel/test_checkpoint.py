@@ -385,6 +385,40 @@ def test_a_hub_repository_of_pickles_gives_them(sd15, hub, tmp_path):
     assert fetched(snapshot) == ["diffusion_pytorch_model.bin"]
 
 
+def test_what_the_hubs_cache_holds_already_is_not_taken_for_what_is_asked(sd15, hub, tmp_path):
+    """A repository of plain safetensors and half pickles: the plain ones lie there when the halves are asked for."""
+    folder = Path(shutil.copytree(sd15, tmp_path / "both"))
+    for path in sorted(folder.rglob("*.safetensors")):
+        state = {name: tensor.half() for name, tensor in load_file(path).items()}
+        torch.save(state, path.with_name(("pytorch_model" if "text" in str(path.parent) else path.stem) + ".fp16.bin"))
+    snapshot = hub(folder)
+    open_source("org/name")
+    assert fetched(snapshot) == ["diffusion_pytorch_model.safetensors"]
+    assert_exactly(open_source("org/name", variant="fp16"), sd15)
+    assert "diffusion_pytorch_model.fp16.bin" in fetched(snapshot)
+
+
+def test_of_plain_pickles_and_half_safetensors_the_plain_ones_are_taken_as_from_a_folder(sd15, hub, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path / "mixed"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15)
+    pipeline.save_pretrained(folder, safe_serialization=False)
+    pipeline.to(torch.float16).save_pretrained(folder, variant="fp16")
+    snapshot = hub(folder)
+    assert_exactly(open_source("org/name"), sd15, torch.float32)
+    assert fetched(snapshot) == ["diffusion_pytorch_model.bin"]
+
+
+def test_of_a_repository_without_a_unet_no_weights_are_fetched(sd15, hub, tmp_path):
+    folder = Path(shutil.copytree(sd15, tmp_path / "other"))
+    (folder / "unet").rename(folder / "transformer")
+    snapshot = hub(folder)
+    with pytest.raises(UserError):
+        open_source("org/name").config("unet")
+    assert fetched(snapshot) == []
+
+
 def test_a_shard_that_is_missing_is_an_error(with_variant):
     next(iter(sorted((with_variant / "unet").glob("*00002*.safetensors")))).unlink()
     with pytest.raises(UserError):

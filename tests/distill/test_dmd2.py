@@ -184,6 +184,16 @@ def test_one_step_a_batch_is_the_same_for_all_processes(sd15):
     assert made.last(batch | {"index": [7, 8]}, 3) == made.last(batch, 3)[:2]
 
 
+def test_smaller_micro_batches_do_not_turn_mixed_steps_off_on_resume():
+    def settings(**fields):
+        return checkpoints.settings(recipes.changed(recipes.dmd2(), model="m", data="d", **fields), 1)
+
+    whole = settings(few_steps=4, batch=8)
+    assert settings(few_steps=4, batch=4, accumulation=2) == whole
+    assert settings(few_steps=4, batch=2, accumulation=4) != whole
+    assert settings(timesteps="999,499", batch=2, accumulation=4)["mixed_steps"]
+
+
 def test_the_critic_is_told_which_step_drew_a_picture(sd15):
     made = method(sd15)
     batch = batch_of(made, 8)

@@ -14,6 +14,7 @@ from accel.distill.dmd2 import DMD2
 from accel.distill.encode import Encoders, encoded
 from accel.distill.examples import Examples, loader
 from accel.distill.run import encoders_of
+from accel.errors import UserError
 from accel.source import open_source
 
 
@@ -63,6 +64,12 @@ def test_more_processes_and_smaller_moments_need_less(sd15):
     rest, critic = "gradients and activations", alone.parts["weights that learn"] / 2
     assert 0.25 * critic < alone.parts[rest] - shared.parts[rest] <= 0.75 * critic
     assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
+
+
+def test_what_a_run_would_refuse_is_not_planned(sd15):
+    given = recipe(sd15, rank=2, critic_rank=2)
+    with pytest.raises(UserError, match="FSDP cannot shard"):
+        plan.predict(given, encoders_of(given), shards=4)
 
 
 def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(sd15):
