@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from accel.errors import MissingPackage, UserError
 
 from .lora import adapt, names_of
-from .recipes import DMD2
+from .settings import DMD2
 
 GENERATOR = "generator"
 

@@ -33,7 +33,7 @@ from accel.errors import UserError
 from accel.files import read_json, readable
 
 from .methods import Network
-from .recipes import Recipe
+from .settings import Recipe
 
 _PARTIAL = ".partial"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -25,7 +25,7 @@ from accel.source import Source
 from . import edm
 from .edm_sampler import pixels
 from .pipelines import SAVE_DTYPES, write_network
-from .recipes import DMD2 as Recipe
+from .settings import DMD2 as Recipe
 
 PIPELINE = "EDMPipeline"
 

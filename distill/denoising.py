@@ -11,7 +11,7 @@ import torch
 from accel.noise_schedule import NoiseSchedule
 
 from . import draws, losses
-from .recipes import Recipe
+from .settings import Recipe
 
 
 @dataclass(frozen=True)

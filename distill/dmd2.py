@@ -27,7 +27,7 @@ from .diffusion import few_steps
 from .encode import Encoders
 from .kd import DTYPES
 from .methods import Network, Terms, Turn
-from .recipes import DMD2 as Recipe
+from .settings import DMD2 as Recipe
 from .symptoms import Symptom
 from .text_to_image import TextToImage
 

@@ -31,7 +31,7 @@ from .items import IMAGE_SUFFIXES, Item, size_of, upright_rgb
 from .kd import Denoising
 from .lora import LowRank
 from .lora import check as check_lora
-from .recipes import DreamBooth
+from .settings import DreamBooth
 
 # Class examples are counted from here on, so that they never share their noise with an example of the subject.
 PRIOR = 1 << 40

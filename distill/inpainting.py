@@ -17,7 +17,7 @@ from accel.errors import UserError
 
 from . import draws
 from .encode import Encoders
-from .recipes import Recipe
+from .settings import Recipe
 
 WHOLE = 0.25  # share of pictures that are hidden altogether, as stable-diffusion-inpainting was trained
 

@@ -25,7 +25,7 @@ from .encode import Encoders
 from .features import Tapped, pairs
 from .methods import Network, Terms, Turn
 from .pipelines import assemble, save_pipeline
-from .recipes import Distillation, Finetune
+from .settings import Distillation, Finetune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

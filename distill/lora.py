@@ -23,7 +23,7 @@ from accel.lora import WEIGHT_NAME
 
 from .encode import Encoders
 from .kd import Denoising, unused_text_modules
-from .recipes import Lora
+from .settings import Lora
 
 
 class LowRank(Denoising):

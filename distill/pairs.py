@@ -25,7 +25,7 @@ from accel.files import read_json, write_bytes, write_json
 from . import draws, pipelines
 from .encode import Encoders
 from .items import Source
-from .recipes import Regression
+from .settings import Regression
 
 SHARD = 64
 

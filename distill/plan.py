@@ -26,7 +26,7 @@ from .class_to_image import ClassEncoders, EDMSource
 from .dmd2 import DMD2 as Method
 from .edm import SIGMA_DATA, Preconditioned
 from .encode import Encoders
-from .recipes import DMD2
+from .settings import DMD2
 
 GIB = 2**30
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes for each parameter that learns

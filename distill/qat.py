@@ -22,7 +22,7 @@ from accel.int8_ranges import observe
 from accel.int8_recipe import Int8
 
 from .methods import Method, Network
-from .recipes import Recipe
+from .settings import Recipe
 
 
 def recipe_of(recipe: Recipe) -> Int8:

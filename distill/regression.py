@@ -22,7 +22,7 @@ from . import pairs
 from .encode import Encoders
 from .items import Source
 from .methods import Network, Terms, Turn
-from .recipes import Regression as Recipe
+from .settings import Regression as Recipe
 from .text_to_image import TextToImage
 
 LOSSES = ("mse", "huber", "lpips")

@@ -20,7 +20,7 @@ from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.source import Source, open_source
 
-from . import checkpoints, dreambooth, qat, recipes, regression
+from . import checkpoints, dreambooth, qat, regression, settings
 from .attention import check_attention
 from .class_to_image import ClassEncoders, is_edm, open_edm
 from .data import open_data
@@ -30,7 +30,7 @@ from .examples import Examples, loader
 from .kd import Denoising
 from .lora import LowRank
 from .methods import Method
-from .recipes import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
+from .settings import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
 from .tiny_vae import TinyVaeMethod
 from .train import PRECISIONS, Outcome, accelerator_for, train
 
@@ -61,7 +61,7 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     for name in ("model", "data"):
         if not getattr(recipe, name):
             raise UserError(f"no --{name} given", f"--{name} FOLDER" + (" (a diffusers pipeline)" * (name == "model")))
-    recipes.check(recipe)
+    settings.check(recipe)
     check_places(out, run, overwrite)
     accelerator = accelerator_for(recipe, run)
     check_attention(recipe.attention, device=accelerator.device, half=recipe.mixed_precision != "no")
@@ -223,7 +223,7 @@ def build_cache(
 ) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from .cache import build
+    from .make_cache import build
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:

@@ -11,7 +11,7 @@ from accel.noise import normal
 from accel.sheet import contact_sheet
 
 from .pipelines import draw
-from .recipes import Recipe
+from .settings import Recipe
 
 DEFAULT_PROMPTS = ("a photo of a red fox in the snow", "a bowl of fruit on a wooden table, oil painting")
 

@@ -20,7 +20,7 @@ from .diffusion import Diffusion
 from .encode import Encoders
 from .lora import save_lora
 from .pipelines import assemble, save_pipeline
-from .recipes import DMD2, Regression
+from .settings import DMD2, Regression
 
 Conditions = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
 

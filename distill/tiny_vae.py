@@ -26,7 +26,7 @@ from .denoising import clean
 from .encode import Encoders
 from .methods import Network, Terms, Turn
 from .pipelines import SAVE_DTYPES, assemble, write_network
-from .recipes import TinyVae
+from .settings import TinyVae
 
 
 def tiny_config(vae: Mapping[str, Any], width: int, blocks: int) -> dict[str, Any]:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +25,10 @@ from accel.errors import MissingPackage, UserError
 from . import checkpoints
 from .adapters import Adapted, refused_sharding
 from .encode import Encoders, encoded
+from .log import Log
 from .methods import Method, Network, Turn
-from .recipes import Recipe
+from .settings import Recipe
+from .stop import Stop
 from .symptoms import Watch
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -375,77 +374,3 @@ def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, turn: Turn) -> A
 def _short(figures: Mapping[str, float]) -> str:
     shown = [name for name in figures if not name.endswith(("grad_norm", "lr"))]
     return " ".join(f"{name} {figures[name]:.4f}" for name in shown[:6])
-
-
-class Log:
-    """A JSON line per step in `losses.jsonl`, and the trackers. On resume, lines after the checkpoint are dropped."""
-
-    def __init__(self, run: Path, first: int, accelerator: Any, recipe: Recipe):
-        self.accelerator, self.path = accelerator, run / "losses.jsonl"
-        self.began = time.perf_counter()
-        if accelerator.is_main_process:
-            lines = self.path.read_text().splitlines() if first and self.path.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= first]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        if accelerator.log_with:
-            plain = {name: value for name, value in vars(recipe).items() if isinstance(value, (int, float, str, bool))}
-            accelerator.init_trackers("accel", config=plain)
-
-    def __enter__(self) -> Log:
-        self.file = self.path.open("a") if self.accelerator.is_main_process else None
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.file:
-            self.file.close()
-        for tracker in self.accelerator.trackers if self.accelerator.log_with else ():
-            tracker.finish()
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        if self.file:
-            seconds = round(time.perf_counter() - self.began, 3)
-            # JSON has no infinity, which is the gradient's norm where float16 overflows.
-            plain = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            self.file.write(json.dumps({"step": step, **plain, "seconds": seconds}) + "\n")
-            self.file.flush()
-        if self.accelerator.log_with:
-            self.accelerator.log(dict(figures), step=step)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut in half
-
-
-class Stop:
-    """Ctrl-C, or a termination signal, ends the run after the step it falls into; a second one at once."""
-
-    def __init__(self, accelerator: Any):
-        self.accelerator, self.wanted, self.before = accelerator, False, {}
-
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business then
-                self.before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-        if self.accelerator.is_main_process:  # not print: a signal may come in the middle of one
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
-
-    def asked(self) -> bool:
-        """Whether any process was asked to stop; all of them agree."""
-        if self.accelerator.num_processes == 1:
-            return self.wanted
-        if self.wanted:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()

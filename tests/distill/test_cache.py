@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill import cache as cache_module
-from accel.distill.cache import build, open_cache
+from accel.distill import make_cache
+from accel.distill.cache import open_cache
 from accel.distill.data import open_data
 from accel.distill.encode import Encoders
 from accel.distill.examples import Examples, loader
+from accel.distill.make_cache import build
 from accel.errors import Notice, UserError
 from accel.files import sha256
 from accel.source import open_source
@@ -218,7 +219,7 @@ def test_an_interrupted_one_goes_on_and_ends_up_the_same(data, encoders, made, a
 
 def test_a_kill_at_any_moment_is_mended(data, encoders, made, tmp_path, monkeypatch):
     """After every single write, as if the process had ended there: first the file, then the note beside it."""
-    write, json_write = cache_module.write_bytes, cache_module.write_json
+    write, json_write = make_cache.write_bytes, make_cache.write_json
     total = 0
     for stop in range(1, 100):
         folder, done = tmp_path / str(stop), 0
@@ -233,14 +234,14 @@ def test_a_kill_at_any_moment_is_mended(data, encoders, made, tmp_path, monkeypa
 
             return inner
 
-        monkeypatch.setattr(cache_module, "write_bytes", counting(write))
-        monkeypatch.setattr(cache_module, "write_json", counting(json_write))
+        monkeypatch.setattr(make_cache, "write_bytes", counting(write))
+        monkeypatch.setattr(make_cache, "write_json", counting(json_write))
         try:
             build(data, encoders, folder, dtype="float32", **DRAWN)
         except SystemExit:
             total += 1
-        monkeypatch.setattr(cache_module, "write_bytes", write)
-        monkeypatch.setattr(cache_module, "write_json", json_write)
+        monkeypatch.setattr(make_cache, "write_bytes", write)
+        monkeypatch.setattr(make_cache, "write_json", json_write)
         if total < stop:
             break
         build(data, encoders, folder, dtype="float32", **DRAWN)
@@ -288,7 +289,7 @@ def test_a_damaged_cache_is_not_opened_and_not_read(made, tmp_path):
 def test_a_killed_process_is_followed_by_one_that_finishes(sd15, data, encoders, made, tmp_path):
     code = f"""
 import sys, time
-from accel.distill.cache import build
+from accel.distill.make_cache import build
 from accel.distill.data import open_data
 from accel.distill.encode import Encoders
 from accel.source import open_source
@@ -355,7 +356,7 @@ def test_processes_share_the_work_and_the_result_is_the_same(data, encoders, mad
 def test_a_process_group_makes_it_and_mends_it_under_a_finished_index(sd15, data, made, tmp_path):
     code = f"""
 import sys, torch.distributed as dist
-from accel.distill.cache import build
+from accel.distill.make_cache import build
 from accel.distill.data import open_data
 from accel.distill.encode import Encoders
 from accel.source import open_source
@@ -382,7 +383,7 @@ dist.destroy_process_group()
 
 
 def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(make_cache, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="3 files of the cache .* are missing, the first one text-00001.safetensors"):
         build(data, encoders, tmp_path / "cache", rank=0, world=2, **PLAIN)
 

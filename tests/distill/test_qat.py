@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from accel import int8, int8_file
-from accel.distill import checkpoints, qat, recipes
+from accel.distill import checkpoints, qat, recipes, settings
 from accel.distill.dmd2 import DMD2
 from accel.distill.encode import Encoders
 from accel.distill.kd import Denoising
@@ -125,7 +125,7 @@ def test_training_without_the_option_is_untouched(smallest, six_pictures):
     assert not any(isinstance(part, int8.FakeQuantized) for part in method.unet.modules())
     assert "qat" not in checkpoints.settings(recipe, 1)
     with pytest.raises(UserError, match="unknown int8 level 'convs'"):
-        recipes.check(recipes.changed(recipe, qat="convs"))
+        settings.check(recipes.changed(recipe, qat="convs"))
 
 
 def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(smallest, six_pictures, tmp_path):
