@@ -173,20 +173,11 @@ run.execute(recipe, Path(sys.argv[2]))
 """
 
 
-def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, pictures, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-
+def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, pictures, tmp_path, torchrun):
     def gradients(world: int, batch: int) -> list[dict[str, torch.Tensor]]:
         recipe = tiny(sd15, pictures, steps=1, batch=batch, caption_dropout=0.5)
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"]  # fmt: skip
         out = tmp_path / f"{world}"
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), repr(dataclasses.asdict(recipe)), str(out)],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        torchrun(TWO, repr(dataclasses.asdict(recipe)), out, world=world)
         assert (out / UNET).is_file()
         return [load_file(f"{out}-{world}-{rank}.safetensors") for rank in range(world)]
 
@@ -225,19 +216,12 @@ run.execute(recipes.changed(recipes.tiny(), **eval(sys.argv[1])), Path(sys.argv[
 """
 
 
-def test_fsdp2_gives_the_weights_of_one_process_also_on_resume(sd15, pictures, tmp_path):
+def test_fsdp2_gives_the_weights_of_one_process_also_on_resume(sd15, pictures, tmp_path, torchrun):
     recipe = tiny(sd15, pictures, batch=2, sample_every=2, sample_steps=1, sample_prompts="the cat")
-    script, out = tmp_path / "sharded.py", tmp_path / "out"
-    script.write_text(SHARDED)
+    out = tmp_path / "out"
     for steps in (2, 4):
-        fields = dataclasses.asdict(recipe) | {"steps": steps}
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-             "--rdzv-endpoint=localhost:0", str(script), repr(fields), str(out)],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert "goes on at step 2" in done.stderr
+        said = torchrun(SHARDED, repr(dataclasses.asdict(recipe) | {"steps": steps}), out)
+    assert "goes on at step 2" in said
     execute(tiny(sd15, pictures, steps=4), tmp_path / "one")
     ours, theirs = load_file(out / UNET), load_file(tmp_path / "one" / UNET)
     assert set(ours) == set(theirs)
