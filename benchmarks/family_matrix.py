@@ -240,22 +240,30 @@ def into_readme(readme: Path, document: dict[str, Any]) -> None:
     pages.put(readme, "matrix", f"{table(document['cells'])}\n\n{document['cpu']}; {words}.")
 
 
+def several(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        if other := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(other)}; of {', '.join(known)}")
+        return text.split(",")
+
+    return names
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, values in (("families", FAMILIES), ("tasks", TASKS), ("engines", COLUMNS)):
-        parser.add_argument(f"--{name}", default=",".join(values), help="comma-separated (default: all of them)")
+        parser.add_argument(f"--{name}", type=several(values), default=values, help=f"of {','.join(values)}")
     parser.add_argument("--json", type=Path, default=CELLS, help="where cells are kept (default: %(default)s)")
     parser.add_argument("--readme", type=Path, help="replace the table between <!-- matrix --> and <!-- /matrix -->")
     args = parser.parse_args()
-    families, tasks, engines = (getattr(args, name).split(",") for name in ("families", "tasks", "engines"))
     names = ("torch", "diffusers", "onnxruntime", "openvino")
     document = {
         "unit": "1/255, largest difference of a pixel from diffusers", "cpu": machine().cpu,
         "versions": {name: version(name) for name in names},
     }  # fmt: skip
     document["cells"] = cells = kept(args.json, document)
-    for family in families:
-        for task, row in measured(family, tasks, engines):
+    for family in args.families:
+        for task, row in measured(family, args.tasks, args.engines):
             cells.setdefault(family, {}).setdefault(task, {}).update(row)
             print(family, task, row, flush=True)
             write_json(args.json, document)

@@ -10,8 +10,8 @@ Every stage is a process of its own, which gives all of its memory back; its pea
     torch         one step in float32 on the source's weights: the truth
     onnxruntime   the same step on the bundle
 
-The step is that of a few-step student: batch 1, t = 999, no guidance. Stages whose results lie in --work already are
-not run again. Random weights are enough for time, memory and parity, and say nothing about pictures.
+The step is that of a few-step student: batch 1, t = 999, no guidance. Stages whose results lie in --work already,
+made with the same options, are not run again. Random weights are enough for time, memory and parity, and say nothing about pictures.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def summary(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     bundle = Bundle.open(work / "bundle")
     record = bundle.component("unet")
     truth, found = (np.load(work / f"{name}.npy") for name in ("torch", "onnxruntime"))
-    stages = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES if
-              (work / f"{name}.json").is_file()}  # fmt: skip
+    read = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES if
+            (work / f"{name}.json").is_file()}  # fmt: skip
+    stages = {name: {key: value for key, value in values.items() if key != "asked"} for name, values in read.items()}
     files = {path.name: path.stat().st_size for path in sorted((bundle.path / record.folder).iterdir())}
     return {
         "topology": bundle.manifest.topology, "parameters": record.parameters, "precision": bundle.manifest.precision,
@@ -151,12 +152,15 @@ def main() -> int:
         write_json(args.work / f"{args.stage}-seconds.json", seconds)
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
+    asked = {name: str(getattr(args, name)) for name in ("source", "topology", "precision", "size")}
     for name in STAGES[bool(args.source) :]:
         done = args.work / f"{name}.json"
+        if done.is_file() and json.loads(done.read_text())["asked"] != asked:
+            raise SystemExit(f"{done} was made with other options\n  try: another --work, or rm -r {args.work}")
         if not done.is_file():
             print(f"{name} ...", flush=True)
             result, own = measured(stage(name, args)), args.work / f"{name}-seconds.json"
-            write_json(done, result | (json.loads(own.read_text()) if own.is_file() else {}))
+            write_json(done, result | (json.loads(own.read_text()) if own.is_file() else {}) | {"asked": asked})
     result = summary(args.work, args)
     show(result)
     if args.json:
