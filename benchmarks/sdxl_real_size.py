@@ -11,7 +11,8 @@ Every stage is a process of its own, which gives all of its memory back; its pea
     onnxruntime   the same step on the bundle
 
 The step is that of a few-step student: batch 1, t = 999, no guidance. Stages whose results lie in --work already,
-made with the same options, are not run again. Random weights are enough for time, memory and parity, and say nothing about pictures.
+made with the same options, are not run again. Random weights are enough for time, memory and parity, and say nothing
+about pictures.
 """
 
 from __future__ import annotations
