@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from accel import interrupt, plans, trt
+from accel import interrupt, plans, preflight, trt
 from accel.bundle import Bundle, Component
 from accel.cuda import Cuda
 from accel.errors import UserError
@@ -98,7 +98,7 @@ def build(
     module = trt.load()
     options.check(module.__version__)
     cuda = Cuda(device)
-    here = Here.of(module.__version__, cuda.gpu)
+    here = Here.of(module.__version__, cuda)
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
     for component in records:  # before the first of them takes minutes
@@ -163,7 +163,7 @@ def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> Pla
         plan = plans.read(bundle, key, component.name)
     except UserError:
         return None
-    return plan if plans.preflight(bundle, plan, here).ok else None
+    return plan if preflight.check(bundle, plan, here).ok else None
 
 
 def _free(cuda: Cuda, needed: Estimate) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 
-from accel import plans
+from accel import plans, preflight
 from accel.bundle import MANIFEST, Bundle, Component
 from accel.errors import UserError
 from accel.files import new_folder
@@ -93,7 +93,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
 def _plan(bundle: Bundle, component: str) -> Plan:
     """The newest plan that belongs to this bundle; the server's machine need not be this one."""
     for plan in plans.find(bundle, component):
-        if isinstance(plan, Plan) and plans.preflight(bundle, plan, None).ok:
+        if isinstance(plan, Plan) and preflight.check(bundle, plan, None).ok:
             return plan
     raise UserError(f"{bundle.path} has no TensorRT plan of {component}", f"accel build {bundle.path}")
 

@@ -125,14 +125,14 @@ def _not_measured(component: Component, engine: str) -> None:
 
 def fitting_plan(bundle: Bundle, component: str) -> Plan | None:
     """The newest TensorRT plan of a component that passes the pre-flight here; costs nothing where there are none."""
-    from .. import plans, trt
+    from .. import plans, preflight, trt
     from ..cuda import Cuda
 
     found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
     if not found or not status("tensorrt").ok:
         return None
-    here = plans.Here.of(trt.load().__version__, Cuda().gpu)
-    return next((plan for plan in found if plans.preflight(bundle, plan, here).ok), None)
+    here = plans.Here.of(trt.load().__version__, Cuda())
+    return next((plan for plan in found if preflight.fits(bundle, plan, here).ok), None)
 
 
 def load_engine(

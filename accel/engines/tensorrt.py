@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .. import plans, trt
+from .. import preflight, trt
 from ..bundle import Bundle, Component
 from ..cuda import Cuda
 from ..errors import UserError
@@ -61,9 +61,8 @@ class TensorRT(Engine):
         self.module = trt.load()
         self.cuda = Cuda(_index(device))
         self.device = self.cuda.device
-        self.plan, data = plans.choose(
-            bundle, component.name, Here.of(self.module.__version__, self.cuda.gpu), plan
-        )
+        here = Here.of(self.module.__version__, self.cuda)
+        self.plan, data = preflight.choose(bundle, component.name, here, plan)
         self.cuda.activate()
         self.engine = self._deserialize(data, allow_host_code)
         self.component = replace(component, dims=_hull(component, self.plan))
