@@ -97,18 +97,18 @@ def _triton_server(args: argparse.Namespace) -> int:
     serving.check()
     refuse_existing(Path(args.out), args.overwrite)
     if (Path(args.model) / MANIFEST).is_file():
-        write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
+        command = write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
     else:
         with tempfile.TemporaryDirectory() as folder:
             inner = copy.copy(args)
             inner.out, inner.json, inner.quiet = str(Path(folder) / "bundle"), False, True
             inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
             _bundle(inner)
-            write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
+            command = write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
     if args.json:
-        print(json.dumps({"repository": args.out, "backend": args.backend}))
+        print(json.dumps({"repository": args.out, "backend": args.backend, "command": command}))
     else:
-        print(f"{args.out} is ready: tritonserver --model-repository {args.out}")
+        print(f"{args.out} is ready: {command}")
     return 0
 
 
