@@ -269,6 +269,27 @@ def test_the_timing_cache_is_one_file_per_gpu_and_version_and_only_grows(bundle,
 
 
 @NEWEST
+def test_threads_that_begin_together_share_one_logger(tensorrt, monkeypatch):
+    make, together, found = trt._make_logger, threading.Barrier(4), []
+
+    def slowly(module):
+        time.sleep(0.05)
+        return make(module)
+
+    def begin():
+        together.wait()
+        found.append(trt.logger(tensorrt))
+
+    monkeypatch.setattr(trt, "_make_logger", slowly)
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(map(id, found))) == 1
+
+
+@NEWEST
 def test_builds_that_end_together_lose_no_measurements(tensorrt):
     path, together = timing_cache.path_for(here(tensorrt)), threading.Barrier(8)
     builder = tensorrt.Builder(trt.logger(tensorrt))
