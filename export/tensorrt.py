@@ -65,6 +65,14 @@ class BuildOptions:
         if self.refittable or self.strip_plan:
             trt.refuse_broken_refit(tensorrt)
 
+    def check_int8(self, what: str) -> None:
+        """Raise UserError for what an int8 graph does not take."""
+        if self.refittable:
+            raise UserError(
+                f"{what} is int8: its rounding is that of its weights, so they are not exchanged",
+                "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
+            )
+
     def identity(self) -> dict[str, Any]:
         """What changes the plan: everything but where its measurements come from."""
         return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
@@ -102,11 +110,8 @@ def build(
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
     for component in records:  # before the first of them takes minutes
-        if options.refittable and component.int8:
-            raise UserError(
-                f"{component.name} is int8: its rounding is that of its weights, so they are not exchanged",
-                "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
-            )
+        if component.int8:
+            options.check_int8(component.name)
         for profile in chosen:
             shapes.dims_of(bundle, component, profile)
     bundle.verify([component.folder for component in records])

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import int8_verdict
 from ..bundle import MANIFEST
-from .options import add_build, build_plans, stages
+from .options import add_build, build_options, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 
@@ -126,7 +126,12 @@ def _bundle(args: argparse.Namespace) -> int:
         from accel import trt
         from accel.cuda import Cuda
 
-        trt.load(), Cuda(args.gpu)  # before the export takes minutes
+        # All of this before the export takes minutes.
+        options = build_options(args)
+        options.check(trt.load().__version__)
+        if args.precision in INT8 and args.precision != "auto":
+            options.check_int8("the export")
+        Cuda(args.gpu)
     source = args.model if is_bundle else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,

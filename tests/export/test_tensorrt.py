@@ -625,14 +625,37 @@ def test_the_key_is_private_and_made_once(tensorrt):
 def test_the_verbs(bundle, tensorrt, capsys, monkeypatch):
     assert main(["build", str(bundle.path), "--components", "vae_decoder", "--workspace", "256M"]) == 0
     told = capsys.readouterr()
-    assert "--engine auto" in told.out and "building needs" in told.err
+    assert "--engine auto --prompt" in told.out and "building needs" in told.err
     assert main(["inspect", str(bundle.path), "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["plans"]
-    assert not entry["ok"] and "no CUDA device" in entry["reason"] or entry["ok"]
+    assert entry["ok"] and entry["reason"] == "fits"
     assert main(["build", str(bundle.path), "--components", "nothing"]) == 1
     assert "has no component" in capsys.readouterr().err
     assert main(["build", str(bundle.path), "--components", "vae_decoder", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["identity"]["options"]["workspace"] is None
+
+
+@NEWEST
+def test_only_plans_that_fit_make_a_bundle_ready(bundle_copy, edit_manifest, tensorrt, doubles, monkeypatch, capsys):
+    edit_manifest(bundle_copy, lambda data: data.update(
+        components={name: c for name, c in data["components"].items() if name in ("text_encoder", *VAE)}))  # fmt: skip
+    (plan,) = build(Bundle.open(bundle_copy), VAE)
+    plan.path.write_bytes(b"hello")
+    command = ["build", str(bundle_copy), "--components"]
+    assert main([*command, "text_encoder"]) == 0 and "--engine auto --prompt" in capsys.readouterr().out
+    assert main([*command, "vae_decoder"]) == 0 and "--engine tensorrt --prompt" in capsys.readouterr().out
+    monkeypatch.setattr(doubles("cuda_double").Cuda, "names", ("Double GPU", "Double GPU"))
+    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0
+    assert "--engine tensorrt --device cuda:1 --prompt" in capsys.readouterr().out
+
+
+@NEWEST
+def test_build_options_are_checked_before_an_export(tensorrt, tmp_path, capsys):
+    command = ["export", str(tmp_path / "no model"), str(tmp_path / "out"), "--engine", "tensorrt"]
+    assert main([*command, "--optimization-level", "6"]) == 1
+    assert "use 0 (fast build) to 5" in capsys.readouterr().err
+    assert main([*command, "--precision", "int8", "--refittable"]) == 1
+    assert "leave out --refittable" in capsys.readouterr().err
 
 
 @NEWEST
