@@ -270,7 +270,7 @@ def _compile(
                 f"TensorRT cannot read {component.graph}: {_parser_errors(parser) or messages.last()}",
                 f"accel inspect {bundle.path} --for tensorrt says which operators it does not take",
             )
-        config = _configure(module, builder, network, profiles, options)
+        config = _configure(module, builder, profiles, options)
         monitor = job.monitor()  # named, so that it lives as long as the build
         config.progress_monitor = monitor
         cache = timing_cache.path_for(here)
@@ -299,7 +299,7 @@ def _parser_errors(parser: Any) -> str:
     return "; ".join(lines)
 
 
-def _configure(module: Any, builder: Any, network: Any, profiles: Sequence[Any], options: BuildOptions) -> Any:
+def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: BuildOptions) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # the audit reads it
@@ -319,14 +319,12 @@ def _configure(module: Any, builder: Any, network: Any, profiles: Sequence[Any],
         config.hardware_compatibility_level = getattr(
             module.HardwareCompatibilityLevel, options.hardware_compatible.upper()
         )
-    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     for profile in profiles:
         if not profile["shapes"]:
             continue  # nothing is free in this graph
         made = builder.create_optimization_profile()
         for name, ends in profile["shapes"].items():
-            if name in inputs:
-                made.set_shape(name, *(tuple(shape) for shape in ends))
+            made.set_shape(name, *(tuple(shape) for shape in ends))
         if config.add_optimization_profile(made) < 0:
             raise UserError(f"TensorRT refuses profile {profile['name']!r}", "use another --profile")
     return config

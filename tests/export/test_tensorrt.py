@@ -121,7 +121,8 @@ def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle
 
 @pytest.mark.parametrize(
     "options, flags",
-    [(BuildOptions(), set()), (BuildOptions(refittable=True), {"REFIT"}), (BuildOptions(tf32=True), {"TF32"}),
+    [(BuildOptions(), set()), (BuildOptions(refittable=True, workspace=1 << 20), {"REFIT"}),
+     (BuildOptions(tf32=True), {"TF32"}),
      (BuildOptions(strip_plan=True), {"REFIT_IDENTICAL", "STRIP_PLAN"}),
      (BuildOptions(strip_plan=True, refittable=True), {"REFIT", "STRIP_PLAN"}),
      (BuildOptions(version_compatible=True, weight_streaming=True), {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"})],
@@ -132,6 +133,7 @@ def test_options_are_flags_of_both_versions_and_part_of_the_key(bundle, tensorrt
     start = data.index(b'{"version"')
     header, _ = json.JSONDecoder().raw_decode(data[start : start + 4000].decode("utf-8", "replace"))
     assert set(header["flags"]) == flags
+    assert header["limits"] == ({"WORKSPACE": options.workspace} if options.workspace else {})
     plain = plans.key_of({**plan.identity, "options": BuildOptions().identity()})
     assert (plan.key == plain) == (options == BuildOptions())
 
