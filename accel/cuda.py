@@ -13,6 +13,14 @@ from .machine import Gpu
 _capturing = threading.Lock()
 
 
+def index_of(device: str) -> int | None:
+    """Which CUDA device "auto", "cuda" or "cuda:1" is; None for another kind of device."""
+    kind, _, number = device.partition(":")
+    if device != "auto" and (kind != "cuda" or not (number or "0").isdigit()):
+        return None
+    return int(number or 0)
+
+
 class Cuda:
     """A CUDA device.
 

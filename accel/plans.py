@@ -1,10 +1,9 @@
-"""Compiled plans beside a bundle: their identity, and whether they may and can run here.
+"""Compiled plans beside a bundle: what identifies them, their records, and the command that builds one again.
 
     my-bundle/engines/<key>/unet.plan  unet.json  unet.sig
 
 The key is the digest of everything that changes a plan. `unet.json` says what it was built from, for and with, and
-`unet.sig` is this user's signature of that text. TensorRT has no call that tells in advance whether a plan fits, so
-`preflight` does, before any byte is deserialised, with the reason and what to type.
+`unet.sig` is this user's signature of that text. Whether a plan may and can run here is for `preflight` to say.
 """
 
 from __future__ import annotations
@@ -20,37 +19,38 @@ from typing import Any
 
 from . import trust
 from .bundle import Bundle, Component
+from .cuda import Cuda
 from .errors import UserError
-from .files import digest_of, inside, sha256, write_bytes, write_json
-from .machine import Gpu
-from .trt import numbers
+from .files import digest_of, inside, write_bytes
 
 SCHEMA = 1
 FOLDER = "engines"
-_WANTED = {"schema": int, "component": str, "key": str, "identity": dict, "plan": dict, "audit": dict, "built": str}
+# What every record has: those of plans from elsewhere are read too, and shown before anybody trusts them.
+_WANTED = {
+    "schema": int, "component": str, "key": str, "plan": {"bytes": int, "sha256": str}, "audit": dict, "built": str,
+    "identity": {
+        "tensorrt": str, "gpu": str, "compute_capability": str, "platform": str, "options": dict,
+        "profiles": [{"name": str, "dims": dict, "shapes": dict}],
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Here:
-    """What plans run on: TensorRT's version, the GPU's name and compute capability, system and processor."""
+    """What plans run on: TensorRT's version, the GPU's name and compute capability, system and processor.
+
+    `index` is which of this machine's GPUs that is, and no part of what a plan is.
+    """
 
     tensorrt: str
     gpu: str
     compute_capability: str
     platform: str = f"{platform.system()} {platform.machine()}"
+    index: int = 0
 
     @classmethod
-    def of(cls, tensorrt: str, gpu: Gpu) -> Here:
-        return cls(tensorrt, gpu.name, gpu.compute_capability or "0.0")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a plan can run here; if not, why and what to do."""
-
-    ok: bool
-    reason: str
-    fix: str = ""
+    def of(cls, tensorrt: str, cuda: Cuda) -> Here:
+        return cls(tensorrt, cuda.gpu.name, cuda.gpu.compute_capability or "0.0", index=cuda.index)
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,25 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> Plan:
-    """Write and sign a plan; the record comes last, so a plan without one was never finished."""
+    """Write and sign a plan; the record comes after it, so a plan without one was never finished."""
+    text = (json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False) + "\n").encode()
     folder = bundle.path / FOLDER / record["key"]
     path = folder / f"{record['component']}.plan"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)  # where new folders are open to the user's group, a plan in one would be refused
         path.with_suffix(".json").unlink(missing_ok=True)
         write_bytes(path, data)
-        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **record})
-        sign(path)
+        write_bytes(path.with_suffix(".json"), text)
+        sign(path, text)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})", "check permissions and free space") from None
     return read(bundle, record["key"], record["component"])
 
 
-def sign(path: Path) -> None:
-    """Put this user's signature beside a plan and its record."""
-    write_bytes(path.with_suffix(".sig"), trust.sign(path.with_suffix(".json").read_bytes()).encode() + b"\n")
+def sign(path: Path, text: bytes) -> None:
+    """Put this user's signature of a record beside a plan: of this text, whatever its file may say by now."""
+    write_bytes(path.with_suffix(".sig"), trust.sign(text).encode() + b"\n")
 
 
 def read(bundle: Bundle, key: str, component: str) -> Plan:
@@ -136,19 +138,30 @@ def read(bundle: Bundle, key: str, component: str) -> Plan:
     path = inside(bundle.path, f"{FOLDER}/{key}/{component}.plan", "the plan")
     described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the plan's record")
     if not described.is_file():
-        raise UserError(f"{path} has no {described.name}: accel did not build it", _rebuild(bundle, component))
+        raise UserError(f"{path} has no {described.name}: accel did not build it", rebuild(bundle, component))
     try:
         text = described.read_bytes()
         record = json.loads(text)
     except (OSError, ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or any(not isinstance(record.get(k), kind) for k, kind in _WANTED.items()):
-        raise UserError(f"{described} is damaged", _rebuild(bundle, component))
-    if not isinstance(record["plan"].get("bytes"), int) or record["component"] != component:
-        raise UserError(f"{described} is damaged", _rebuild(bundle, component))
-    if record["schema"] > SCHEMA:
+    if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
+    if wrong := _lacks(record, _WANTED):
+        raise UserError(f"{described} is damaged: it lacks {wrong}", rebuild(bundle, component))
+    if record["component"] != component:
+        raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
     return Plan(path, record, text)
+
+
+def _lacks(found: Any, wanted: Any, name: str = "a record") -> str:
+    """The name of the first thing that is missing or of another kind; empty where there is none."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        parts = [(found.get(key), kind, key) for key, kind in wanted.items()]
+    elif isinstance(wanted, list) and isinstance(found, list):
+        parts = [(part, wanted[0], name) for part in found]
+    else:
+        return "" if isinstance(wanted, type) and isinstance(found, wanted) else name
+    return next((wrong for part in parts if (wrong := _lacks(*part))), "")
 
 
 def find(bundle: Bundle, component: str | None = None) -> list[Plan | UserError]:
@@ -162,135 +175,18 @@ def find(bundle: Bundle, component: str | None = None) -> list[Plan | UserError]
     return sorted(found, key=lambda p: p.record["built"] if isinstance(p, Plan) else "", reverse=True)
 
 
-def preflight(bundle: Bundle, plan: Plan, here: Here | None, data: bytes | None = None) -> Verdict:
-    """Whether a plan may be loaded here, without giving TensorRT a single byte of it.
-
-    Args:
-        here: None leaves out what depends on the machine.
-        data: the plan's bytes, where they are in memory already.
-    """
-    signed = trusted(plan)
-    rebuild = _rebuild(bundle, plan.component, plan if signed else None)
-    if broken := damage(plan, data):
-        return Verdict(False, broken.reason, rebuild)
-    if not trust.owned(plan.path):
-        copied = f"cp -r {shlex.quote(str(bundle.path))} my-copy && accel build my-copy"
-        return Verdict(False, "it or its folder belongs to another user, who can exchange it", copied)
-    if not trust.private(plan.path):
-        reason = "others can write it or its folder, so it may be anybody's code"
-        return Verdict(False, reason, f"chmod -R go-w {shlex.quote(str(plan.path.parent))}")
-    if not signed:
-        return Verdict(
-            False, "it does not carry your signature: a plan is executable code, and this one was not built by you",
-            f"{rebuild}   (or, if you know where it comes from: accel trust {bundle.path})",
-        )  # fmt: skip
-    return _fits_bundle(bundle, plan, rebuild) or (here and _fits_here(plan, here, rebuild)) or Verdict(True, "fits")
-
-
-def damage(plan: Plan, data: bytes | None = None) -> Verdict | None:
-    """What is wrong with the plan's bytes or its record, if anything is."""
-    if data is None and not plan.path.is_file():
-        return Verdict(False, f"{plan.path.name} is missing")
-    size = plan.path.stat().st_size if data is None else len(data)
-    expected = plan.record["plan"]
-    if size != expected.get("bytes"):
-        return Verdict(False, f"it has {size:,} bytes where {expected.get('bytes'):,} were built")
-    digest = sha256(plan.path) if data is None else digest_bytes(data)
-    if digest != expected.get("sha256"):
-        return Verdict(False, "the file was changed after it was built (its sha256 differs)")
-    if plan.key != key_of(plan.identity) or plan.path.parent.name != plan.key:
-        return Verdict(False, "its record was changed after it was built")
-    return None
-
-
-def trusted(plan: Plan) -> bool:
-    """Whether it carries this user's signature."""
-    try:
-        return trust.signed(plan.text, plan.path.with_suffix(".sig").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return False
-
-
 def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _fits_bundle(bundle: Bundle, plan: Plan, rebuild: str) -> Verdict | None:
-    if plan.component not in bundle.manifest.components:
-        return Verdict(False, f"this bundle has no {plan.component}", "accel inspect says what it has")
-    now = sources(bundle, bundle.component(plan.component))
-    words = {"graph_sha256": "another ONNX graph", "weights_sha256": "other weights"}
-    for name, value in now.items():
-        if plan.identity.get(name) != value:
-            what = words.get(name, f"another {name}")
-            return Verdict(False, f"it was built from {what} than the bundle has now", rebuild)
-    return None
-
-
-def _fits_here(plan: Plan, here: Here, rebuild: str) -> Verdict | None:
-    built, options = plan.identity, plan.identity["options"]
-    if built["platform"] != here.platform:
-        return Verdict(False, f"it was built on {built['platform']}, this is {here.platform}", rebuild)
-    ours, theirs = numbers(here.tensorrt), numbers(built["tensorrt"])
-    if ours != theirs:
-        forward = options.get("version_compatible") and ours > theirs and ours[0] - theirs[0] <= 1
-        if not forward:
-            return Verdict(False, f"it was built with TensorRT {built['tensorrt']}, here is {here.tensorrt}", rebuild)
-    if (built["gpu"], built["compute_capability"]) != (here.gpu, here.compute_capability):
-        level, capability = options.get("hardware_compatible"), tuple(map(int, here.compute_capability.split(".")))
-        ampere = level == "ampere_plus" and capability >= (8, 0)
-        same = level == "same_compute_capability" and built["compute_capability"] == here.compute_capability
-        if not ampere and not same:
-            return Verdict(
-                False,
-                f"it was built for {built['gpu']} ({built['compute_capability']}), here is {here.gpu} "
-                f"({here.compute_capability})",
-                rebuild,
-            )
-    return None
-
-
-def choose(bundle: Bundle, component: str, here: Here, key: str | None = None) -> tuple[Plan, bytes]:
-    """The newest plan of a component that passes the pre-flight, and its bytes: the very ones that were checked.
+def rebuild(bundle: Bundle, component: str, plan: Plan | None = None, gpu: int = 0) -> str:
+    """What to type for a plan of this component, on one of this machine's GPUs.
 
     Args:
-        key: only this plan.
-
-    Raises:
-        UserError: when there is none, with the reason of the newest and its fix.
+        plan: one whose options and, if they fit, profiles it is to have. Only a signed plan: what a stranger's record
+            says is not to be copied into a shell.
     """
-    problems: list[tuple[str, Verdict]] = []
-    for plan in find(bundle, component):
-        if isinstance(plan, UserError):
-            problems.append(("", Verdict(False, plan.message, plan.fix)))
-            continue
-        if key is not None and plan.key != key:
-            continue
-        try:
-            data = plan.path.read_bytes()
-        except OSError as error:
-            verdict = Verdict(False, f"it cannot be read ({error.strerror})", "check its permissions")
-            problems.append((plan.key, verdict))
-            continue
-        verdict = preflight(bundle, plan, here, data)
-        if verdict.ok:
-            return plan, data
-        problems.append((plan.key, verdict))
-    if not problems:
-        which = f" with the key {key}" if key else ""
-        raise UserError(f"{bundle.path} has no TensorRT plan of {component}{which}", _rebuild(bundle, component))
-    first_key, first = problems[0]
-    more = f" (and {len(problems) - 1} more that do not fit)" if len(problems) > 1 else ""
-    name = f" {first_key[:8]}" if first_key else ""
-    raise UserError(f"the TensorRT plan{name} of {component} cannot be used: {first.reason}{more}", first.fix)
-
-
-def _rebuild(bundle: Bundle, component: str, plan: Plan | None = None) -> str:
-    """What to type for a plan of this component; with `plan`, for one with its options and, if they fit, its profiles.
-
-    Only a signed plan's: what a stranger's record says is not to be copied into a shell.
-    """
-    words = ["accel", "build", str(bundle.path), "--components", component]
+    words = ["accel", "build", str(bundle.path), "--components", component, *(["--gpu", str(gpu)] if gpu else [])]
     if plan is None or component not in bundle.manifest.components:
         return shlex.join(words)
     now, profiles = bundle.component(component).dims, plan.identity["profiles"]

@@ -83,14 +83,15 @@ class Messages:
 
 _loggers: dict[ModuleType, Any] = {}
 _collecting: list[Messages] = []
-_lock = threading.Lock()
+_lock, _making = threading.Lock(), threading.Lock()
 
 
 def logger(trt: ModuleType) -> Any:
     """The process-wide logger: TensorRT keeps the first one it is given for good, so there is only this one."""
-    if trt not in _loggers:
-        _loggers[trt] = _make_logger(trt)
-    return _loggers[trt]
+    with _making:  # a lock of its own: whoever is being made may log
+        if trt not in _loggers:
+            _loggers[trt] = _make_logger(trt)
+        return _loggers[trt]
 
 
 def _make_logger(trt: ModuleType) -> Any:

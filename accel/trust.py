@@ -44,7 +44,8 @@ def owned(path: Path) -> bool:
 
 def private(path: Path) -> bool:
     """Whether nobody but this user (and root) can have written a file, or can replace it in its folder."""
-    return owned(path) and not any(place.stat().st_mode & stat.S_IWOTH for place in (path, path.parent))
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return owned(path) and not any(place.stat().st_mode & others for place in (path, path.parent))
 
 
 def _key(create: bool) -> bytes | None:

@@ -45,6 +45,7 @@ def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, o
     check_opset(opset)
     program = _trace(network, dims, opset)
     model = program.model
+    _add_masks(model)
     _simplify(model, set(network.module.state_dict()))
     _name_weights(model, prefix="model.")
     _name_tensors(model, network, dims)
@@ -119,6 +120,27 @@ def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
         multiple = dims[dim].multiple
         symbols[dim] = symbol if multiple == 1 else multiple * symbol
     return symbols
+
+
+def _add_masks(model: ir.Model) -> None:
+    """Attention masks that say yes or no become numbers to add to the scores, the only masks that TensorRT takes.
+
+    What is hidden gets the type's lowest finite number, as in transformers' own masks: zero after the softmax, and no
+    infinity enters the graph.
+    """
+    made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in list(model.graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        if mask is None or mask.dtype != ir.DataType.BOOL:
+            continue
+        dtype = node.inputs[0].dtype
+        if (mask, dtype) not in made:
+            lowest = torch.finfo(getattr(torch, dtype.name.lower())).min
+            shown, hidden = (ir.node("Constant", [], {"value": ir.tensor(x, dtype)}) for x in (0.0, lowest))
+            chosen = ir.node("Where", [mask, shown.outputs[0], hidden.outputs[0]])
+            model.graph.insert_before(node, [shown, hidden, chosen])
+            made[mask, dtype] = chosen.outputs[0]
+        node.replace_input_with(3, made[mask, dtype])
 
 
 def _simplify(model: ir.Model, weights: set[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from accel import interrupt, plans, trt
+from accel import interrupt, plans, preflight, trt
 from accel.bundle import Bundle, Component
 from accel.cuda import Cuda
 from accel.errors import UserError
@@ -65,6 +65,14 @@ class BuildOptions:
         if self.refittable or self.strip_plan:
             trt.refuse_broken_refit(tensorrt)
 
+    def check_int8(self, what: str) -> None:
+        """Raise UserError for what an int8 graph does not take."""
+        if self.refittable:
+            raise UserError(
+                f"{what} is int8: its rounding is that of its weights, so they are not exchanged",
+                "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
+            )
+
     def identity(self) -> dict[str, Any]:
         """What changes the plan: everything but where its measurements come from."""
         return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
@@ -98,15 +106,12 @@ def build(
     module = trt.load()
     options.check(module.__version__)
     cuda = Cuda(device)
-    here = Here.of(module.__version__, cuda.gpu)
+    here = Here.of(module.__version__, cuda)
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
     for component in records:  # before the first of them takes minutes
-        if options.refittable and component.int8:
-            raise UserError(
-                f"{component.name} is int8: its rounding is that of its weights, so they are not exchanged",
-                "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
-            )
+        if component.int8:
+            options.check_int8(component.name)
         for profile in chosen:
             shapes.dims_of(bundle, component, profile)
     bundle.verify([component.folder for component in records])
@@ -163,7 +168,7 @@ def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> Pla
         plan = plans.read(bundle, key, component.name)
     except UserError:
         return None
-    return plan if plans.preflight(bundle, plan, here).ok else None
+    return plan if preflight.check(bundle, plan, here).ok else None
 
 
 def _free(cuda: Cuda, needed: Estimate) -> str:
@@ -265,7 +270,7 @@ def _compile(
                 f"TensorRT cannot read {component.graph}: {_parser_errors(parser) or messages.last()}",
                 f"accel inspect {bundle.path} --for tensorrt says which operators it does not take",
             )
-        config = _configure(module, builder, network, profiles, options)
+        config = _configure(module, builder, profiles, options)
         monitor = job.monitor()  # named, so that it lives as long as the build
         config.progress_monitor = monitor
         cache = timing_cache.path_for(here)
@@ -294,7 +299,7 @@ def _parser_errors(parser: Any) -> str:
     return "; ".join(lines)
 
 
-def _configure(module: Any, builder: Any, network: Any, profiles: Sequence[Any], options: BuildOptions) -> Any:
+def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: BuildOptions) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # the audit reads it
@@ -314,14 +319,12 @@ def _configure(module: Any, builder: Any, network: Any, profiles: Sequence[Any],
         config.hardware_compatibility_level = getattr(
             module.HardwareCompatibilityLevel, options.hardware_compatible.upper()
         )
-    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     for profile in profiles:
         if not profile["shapes"]:
             continue  # nothing is free in this graph
         made = builder.create_optimization_profile()
         for name, ends in profile["shapes"].items():
-            if name in inputs:
-                made.set_shape(name, *(tuple(shape) for shape in ends))
+            made.set_shape(name, *(tuple(shape) for shape in ends))
         if config.add_optimization_profile(made) < 0:
             raise UserError(f"TensorRT refuses profile {profile['name']!r}", "use another --profile")
     return config

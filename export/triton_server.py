@@ -6,10 +6,15 @@
 Requests of different clients go through in one batch (dynamic batching). For that a UNet on ONNX Runtime gets one
 timestep for each row, because clients are at different steps; a plan has the one timestep that it was built with, so
 there the batch is the client's own, and concurrency comes from instances.
+
+Triton's TensorRT backend deserialises a plan and runs it (triton-inference-server/tensorrt_backend, src/loader.cc). It
+never refits, so a plan without weights cannot be served; and it runs the runtime inside a version-compatible plan only
+when it is started with the option that says so.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +23,19 @@ from typing import Any
 
 import onnx
 
-from accel import plans
 from accel.bundle import MANIFEST, Bundle, Component
 from accel.errors import UserError
 from accel.files import new_folder
 from accel.graph import graph_file
-from accel.plans import Plan
+from accel.plans import Plan, rebuild
+from accel.preflight import Verdict, choose
 from accel.profiles import Range
 from accel.tensors import TensorSpec
 
 from .row_timesteps import with_row_timesteps
 
 BACKENDS = ("onnxruntime", "tensorrt")
+_HOST_CODE = "--backend-config=tensorrt,version-compatible=true"
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
           "int32": "TYPE_INT32"}  # fmt: skip
 
@@ -63,39 +69,44 @@ class Serving:
             raise UserError(f"{self.instances} instances, {self.queue_microseconds} us", "at least 1, and not below 0")
 
 
-def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, overwrite: bool = False) -> Path:
+def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, overwrite: bool = False) -> str:
     """Write the repository; it appears only when it is whole.
 
+    Returns:
+        The command that serves it.
+
     Raises:
-        UserError: for a bundle without plans where the backend is TensorRT, or changed files.
+        UserError: where the backend is TensorRT, for a bundle without plans that it can load; for changed files.
     """
     serving = serving or Serving()
     serving.check()
     bundle.verify()
-    components = bundle.manifest.components.values()
-    chosen = {c.name: _plan(bundle, c.name) if serving.backend == "tensorrt" else None for c in components}
+    command = ["tritonserver", "--model-repository", str(out)]
     with new_folder(Path(out), overwrite=overwrite) as folder:
         shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
-        for component in components:
+        for component in bundle.manifest.components.values():
             version = folder / component.name / "1"
             version.mkdir(parents=True)
-            plan = chosen[component.name]
-            if plan is None:
+            plan = None
+            if serving.backend == "tensorrt":
+                # The server's machine need not be this one.
+                plan, data = choose(bundle, component.name, None, refuse=lambda plan: _unservable(bundle, plan))
+                (version / "model.plan").write_bytes(data)
+                if plan.identity["options"]["version_compatible"] and _HOST_CODE not in command:
+                    command.append(_HOST_CODE)
+            else:
                 component = _graph(bundle, component, version / "model.onnx")
                 shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
-            else:
-                shutil.copyfile(plan.path, version / "model.plan")
             text = text_format(config(component, serving, plan))
             (folder / component.name / "config.pbtxt").write_text(text)
-    return Path(out)
+    return shlex.join(command)
 
 
-def _plan(bundle: Bundle, component: str) -> Plan:
-    """The newest plan that belongs to this bundle; the server's machine need not be this one."""
-    for plan in plans.find(bundle, component):
-        if isinstance(plan, Plan) and plans.preflight(bundle, plan, None).ok:
-            return plan
-    raise UserError(f"{bundle.path} has no TensorRT plan of {component}", f"accel build {bundle.path}")
+def _unservable(bundle: Bundle, plan: Plan) -> Verdict | None:
+    if not plan.identity["options"]["strip_plan"]:
+        return None
+    reason = "it was built without weights (--strip-plan), and Triton's TensorRT backend never fills any in"
+    return Verdict(False, reason, rebuild(bundle, plan.component))
 
 
 def _graph(bundle: Bundle, component: Component, to: Path) -> Component:

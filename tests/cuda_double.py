@@ -23,16 +23,18 @@ class Stream:
 class Cuda:
     """One device; `Cuda.state` is shared by all handles to it, as a device is."""
 
-    gpu = Gpu(name="Double GPU", memory=8 << 30, compute_capability="9.0", driver=None)
+    names = ("Double GPU",)
     current: list[Stream] = []
     captures: dict[int, list] = {}
     made = 0
     free_bytes = 6 << 30
 
     def __init__(self, index: int = 0):
-        if index:
-            raise UserError(f"GPU {index} is not usable: torch sees 1 GPUs", "check nvidia-smi, the driver and torch")
+        if index >= len(self.names):
+            seen = f"torch sees {len(self.names)} GPUs"
+            raise UserError(f"GPU {index} is not usable: {seen}", "check nvidia-smi, the driver and torch")
         self.index, self.device = index, "cpu"
+        self.gpu = Gpu(name=self.names[index], memory=8 << 30, compute_capability="9.0", driver=None)
 
     def activate(self) -> None:
         pass

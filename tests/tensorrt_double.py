@@ -96,54 +96,18 @@ class Weights(_Behaviour):
     def __init__(self, a):
         self._array = np.ascontiguousarray(a)
 
-    @property
-    def size(self):
-        return self._array.size
-
-    @property
-    def nbytes(self):
-        return self._array.nbytes
-
-    def numpy(self):
-        return self._array
-
 
 class IHostMemory(_Behaviour):
     def __init__(self, data):
         self._data = data
 
-    @property
-    def nbytes(self):
-        return len(self._data)
-
     def __bytes__(self):
         return self._data
-
-
-class ITensor(_Behaviour):
-    def __init__(self, name, shape, dtype):
-        self._name, self._shape, self._dtype = name, shape, dtype
-
-    name = property(lambda self: self._name)
-    shape = property(lambda self: self._shape)
-    dtype = property(lambda self: self._dtype)
 
 
 class INetworkDefinition(_Behaviour):
     def __init__(self, flags):
         self._flags, self._model = flags, None
-
-    @property
-    def num_inputs(self):
-        return len(self._model.graph.input) if self._model else 0
-
-    @property
-    def num_layers(self):
-        return len(self._model.graph.node) if self._model else 0
-
-    def get_input(self, index):
-        value = self._model.graph.input[index]
-        return self._trt.ITensor(value.name, _shape(value), getattr(self._trt.DataType, _dtype(value)))
 
 
 def _shape(value) -> tuple[int, ...]:
@@ -212,9 +176,6 @@ class IOptimizationProfile(_Behaviour):
             raise ValueError(f"profile of {input} is not ordered: {shapes}")
         self._shapes[input] = shapes
 
-    def get_shape(self, input):
-        return self._shapes[input]
-
 
 class ITimingCache(_Behaviour):
     def __init__(self, entries, stamp):
@@ -236,7 +197,6 @@ class IBuilderConfig(_Behaviour):
         self._settings = {
             "builder_optimization_level": 3, "profiling_verbosity": self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
             "hardware_compatibility_level": self._trt.HardwareCompatibilityLevel.NONE, "progress_monitor": None,
-            "max_num_tactics": -1, "avg_timing_iterations": 1,
         }  # fmt: skip
 
     def set_flag(self, flag):
@@ -245,23 +205,13 @@ class IBuilderConfig(_Behaviour):
     def clear_flag(self, flag):
         self._flags.discard(flag.name)
 
-    def get_flag(self, flag):
-        return flag.name in self._flags
-
     def set_memory_pool_limit(self, pool, pool_size):
         self._limits[pool.name] = int(pool_size)
-
-    def get_memory_pool_limit(self, pool):
-        return self._limits.get(pool.name, 0)
 
     def add_optimization_profile(self, profile):
         self._world.calls.append("profile")
         self._profiles.append(profile)
         return len(self._profiles) - 1
-
-    @property
-    def num_optimization_profiles(self):
-        return len(self._profiles)
 
     def create_timing_cache(self, serialized_timing_cache):
         stamp = [self._world.version, self._world.gpu]
@@ -293,8 +243,7 @@ def _setting(name):
     return property(lambda self: self._settings[name], write)
 
 
-for _name in ("builder_optimization_level", "profiling_verbosity", "hardware_compatibility_level", "progress_monitor",
-              "max_num_tactics", "avg_timing_iterations"):  # fmt: skip
+for _name in ("builder_optimization_level", "profiling_verbosity", "hardware_compatibility_level", "progress_monitor"):
     setattr(IBuilderConfig, _name, _setting(_name))
 
 
@@ -388,7 +337,7 @@ def _plan(world: World, network, config) -> bytes:
         "verbosity": config._settings["profiling_verbosity"].name,
         "profiles": [p._shapes for p in config._profiles],
         "streamable": "WEIGHT_STREAMING" in config._flags, "stripped": "STRIP_PLAN" in config._flags,
-        "reported": world.dtype,
+        "limits": config._limits, "reported": world.dtype,
     }  # fmt: skip
     if header["stripped"]:
         for tensor in model.graph.initializer:
@@ -465,7 +414,7 @@ class ICudaEngine(_Behaviour):
         self._header, self._model, self._logger, self._session = header, model, logger, None
         self._weights = {t.name: t for t in model.graph.initializer}
         self._filled = not header["stripped"]
-        self._budget, self._lock = 0, threading.Lock()
+        self._budget, self._contexts, self._lock = 0, 0, threading.Lock()
 
     def _values(self):
         return [*self._model.graph.input, *self._model.graph.output]
@@ -485,7 +434,6 @@ class ICudaEngine(_Behaviour):
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     num_io_tensors = property(lambda self: len(self._values()))
-    num_layers = property(lambda self: len(self._model.graph.node))
     num_optimization_profiles = property(lambda self: max(1, len(self._header["profiles"])))
     refittable = property(lambda self: bool({"REFIT", "REFIT_IDENTICAL"} & set(self._header["flags"])))
 
@@ -507,8 +455,11 @@ class ICudaEngine(_Behaviour):
 
     @weight_streaming_budget_v2.setter
     def weight_streaming_budget_v2(self, value):
-        assert self._header["streamable"]
+        assert self._header["streamable"] and self._contexts == 0, "contexts are there already"
         self._budget = value
+
+    def get_weight_streaming_automatic_budget(self):
+        return self.streamable_weights_size // 2  # TensorRT's depends on the free memory
 
     def get_tensor_name(self, index):
         return self._values()[index].name
@@ -534,6 +485,7 @@ class ICudaEngine(_Behaviour):
             return None
         assert strategy is None or isinstance(strategy, self._trt.ExecutionContextAllocationStrategy)
         user = strategy is not None and strategy.name == "USER_MANAGED"
+        self._contexts += 1
         return self._trt.IExecutionContext(self, user)
 
     def create_engine_inspector(self):
@@ -576,9 +528,6 @@ class IExecutionContext(_Behaviour):
         self._engine._value(name)
         self._addresses[name] = int(memory)
         return True
-
-    def get_tensor_address(self, name):
-        return self._addresses.get(name, 0)
 
     def set_device_memory(self, memory, size):
         self._own_thread()
@@ -703,12 +652,6 @@ class Refitter(_Behaviour):
     def get_missing_weights(self):
         return [] if self._engine._filled else [n for n in self.get_all_weights() if n not in self._pending]
 
-    def get_weights_prototype(self, weights_name):
-        import onnx
-
-        tensor = self._engine._weights[weights_name]
-        return self._trt.Weights(onnx.numpy_helper.to_array(tensor))
-
     def set_named_weights(self, name, weights, location=None):
         self._world.calls.append("set_named_weights")
         if name not in self._engine._weights:
@@ -722,9 +665,6 @@ class Refitter(_Behaviour):
 
     def refit_cuda_engine_async(self, stream_handle):
         assert stream_handle, "the default stream"
-        return self.refit_cuda_engine()
-
-    def refit_cuda_engine(self):
         if "refit" in self._world.fail or self.get_missing_weights():
             self._log("ERROR", "Error Code 4: missing weights in refitter")
             return False

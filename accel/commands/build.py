@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import plans
 from ..bundle import Bundle
+from ..engines import fitting_plan
 from .options import add_build, add_json, build_plans
 
 EXAMPLE = "accel build my-bundle --components unet,vae_decoder --profile sd-512 --profile sd-768"
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
             f"{plan.component:<15} {plan.record['plan']['bytes'] / 1e6:9.1f} MB  {plan.record['seconds']:7.1f} s  "
             f"{', '.join(p['name'] for p in profiles)}; {layers}"
         )
-    compiled = {plan.component for plan in plans.find(bundle) if isinstance(plan, plans.Plan)}
-    engine = "tensorrt" if compiled >= set(bundle.manifest.components) else "auto"  # the rest elsewhere
-    print(f"{bundle.path} is ready: accel run {bundle.path} --engine {engine} --prompt ...")
+    device = f"cuda:{args.gpu}"
+    whole = all(fitting_plan(bundle, name, device) for name in bundle.manifest.components)
+    where = f" --device {device}" if args.gpu else ""
+    engine = "tensorrt" if whole else "auto"  # the rest elsewhere
+    print(f"{bundle.path} is ready: accel run {bundle.path} --engine {engine}{where} --prompt ...")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import int8_verdict
 from ..bundle import MANIFEST
-from .options import add_build, build_plans, stages
+from .options import add_build, build_options, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 
@@ -97,18 +97,18 @@ def _triton_server(args: argparse.Namespace) -> int:
     serving.check()
     refuse_existing(Path(args.out), args.overwrite)
     if (Path(args.model) / MANIFEST).is_file():
-        write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
+        command = write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
     else:
         with tempfile.TemporaryDirectory() as folder:
             inner = copy.copy(args)
             inner.out, inner.json, inner.quiet = str(Path(folder) / "bundle"), False, True
             inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
             _bundle(inner)
-            write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
+            command = write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
     if args.json:
-        print(json.dumps({"repository": args.out, "backend": args.backend}))
+        print(json.dumps({"repository": args.out, "backend": args.backend, "command": command}))
     else:
-        print(f"{args.out} is ready: tritonserver --model-repository {args.out}")
+        print(f"{args.out} is ready: {command}")
     return 0
 
 
@@ -126,7 +126,12 @@ def _bundle(args: argparse.Namespace) -> int:
         from accel import trt
         from accel.cuda import Cuda
 
-        trt.load(), Cuda(args.gpu)  # before the export takes minutes
+        # All of this before the export takes minutes.
+        options = build_options(args)
+        options.check(trt.load().__version__)
+        if args.precision in INT8 and args.precision != "auto":
+            options.check_int8("the export")
+        Cuda(args.gpu)
     source = args.model if is_bundle else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import int8_verdict, plans
+from .. import int8_verdict, plans, preflight
 from ..bundle import Bundle, Component
 from ..engines import ENGINES, status
 from ..errors import UserError
@@ -74,7 +74,7 @@ def _here() -> tuple[plans.Here | None, UserError | None]:
     from ..cuda import Cuda
 
     try:
-        return plans.Here.of(trt.load().__version__, Cuda().gpu), None
+        return plans.Here.of(trt.load().__version__, Cuda()), None
     except UserError as error:
         return None, error
 
@@ -88,9 +88,9 @@ def _plans(bundle: Bundle) -> list[dict]:
         if isinstance(plan, UserError):
             rows.append({"what": "?", "key": None, "ok": False, "reason": plan.message, "fix": plan.fix})
             continue
-        verdict = plans.preflight(bundle, plan, here)
+        verdict = preflight.check(bundle, plan, here)
         if verdict.ok and missing:
-            verdict = plans.Verdict(False, missing.message, missing.fix)
+            verdict = preflight.Verdict(False, missing.message, missing.fix)
         profiles = ", ".join(p["name"] for p in plan.identity["profiles"])
         built = f"TensorRT {plan.identity['tensorrt']}, {plan.identity['gpu']}"
         what = f"{plan.component} {plan.key[:8]} ({built}, {profiles})"

@@ -13,7 +13,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino, tensorrt (default: auto)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile); an OpenVINO device (openvino)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile, tensorrt); an OpenVINO device")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
     parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
@@ -56,25 +56,31 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", type=int, default=0, help="which GPU (default: 0)")
 
 
-def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]) -> list[Any]:
-    """Run a build as `add_build`'s options say, with a progress bar and lines on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def build_options(args: argparse.Namespace) -> Any:
+    """`add_build`'s options as `export.tensorrt` takes them."""
+    from accel.export.tensorrt import BuildOptions
 
-    from accel.export.tensorrt import BuildOptions, build
-
-    options = BuildOptions(
+    return BuildOptions(
         optimization_level=args.optimization_level, tf32=args.tf32, workspace=args.workspace,
         timing_cache=not args.no_timing_cache, refittable=args.refittable, version_compatible=args.version_compatible,
         hardware_compatible=args.hardware_compatible, strip_plan=args.strip_plan,
         weight_streaming=args.weight_streaming,
     )  # fmt: skip
+
+
+def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]) -> list[Any]:
+    """Run a build as `add_build`'s options say, with a progress bar and lines on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from accel.export.tensorrt import build
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     columns = (TextColumn("{task.description:<48}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         return build(
-            bundle, components, profiles=profiles, options=options, device=args.gpu,
+            bundle, components, profiles=profiles, options=build_options(args), device=args.gpu,
             force=getattr(args, "force", False), progress=stages(bar, task), announce=console.print,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import plans
+from .. import plans, preflight
 from ..bundle import Bundle
 from ..errors import UserError
 from .options import add_json
@@ -24,18 +24,17 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     found = plans.find(bundle)
     whole = [plan for plan in found if isinstance(plan, plans.Plan)]
-    foreign = [plan for plan in whole if not plans.trusted(plan)]
+    foreign = [plan for plan in whole if not preflight.trusted(plan)]
     for plan in foreign:
-        broken = plans.damage(plan)
-        if broken:
-            raise UserError(f"{plan.path} cannot be trusted: {broken.reason}", "get it again, or build it here")
+        if reason := preflight.damaged(plan) or preflight.changed(plan):
+            raise UserError(f"{plan.path} cannot be trusted: {reason}", "get it again, or build it here")
     rows = [
         {"component": p.component, "key": p.key, "sha256": p.record["plan"]["sha256"], "gpu": p.identity["gpu"],
          "tensorrt": p.identity["tensorrt"], "built": p.record["built"]} for p in foreign
     ]  # fmt: skip
     if args.yes:
         for plan in foreign:
-            plans.sign(plan.path)
+            plans.sign(plan.path, plan.text)
     if args.json:
         print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
         return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle, Component
 from ..errors import Notice, UserError
 from ..machine import machine_name
+from ..preflight import NoPlan
 from .base import Engine, Status
 
 if TYPE_CHECKING:
@@ -42,13 +43,18 @@ def status(name: str) -> Status:
     return import_module(ENGINES[name]).status()
 
 
-def choose(name: str = "auto", component: Component | None = None, bundle: Bundle | None = None) -> str:
+def choose(
+    name: str = "auto", component: Component | None = None, bundle: Bundle | None = None, device: str = "auto"
+) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
     `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
     drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes. For
     an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never pictures
     outside the parity budget; where nothing was measured it says so.
+
+    Args:
+        device: where the component is to run; plans are for GPUs.
 
     Raises:
         UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
@@ -58,9 +64,10 @@ def choose(name: str = "auto", component: Component | None = None, bundle: Bundl
         if not state.ok:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
+    plan = fitting_plan(bundle, component.name, device) if bundle is not None and component is not None else None
     if component is not None and component.int8:
-        return _choose_int8(component, None if bundle is None else fitting_plan(bundle, component.name))
-    if bundle is not None and component is not None and fitting_plan(bundle, component.name):
+        return _choose_int8(component, plan)
+    if plan is not None:
         return "tensorrt"
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail:
@@ -123,16 +130,20 @@ def _not_measured(component: Component, engine: str) -> None:
     )  # fmt: skip
 
 
-def fitting_plan(bundle: Bundle, component: str) -> Plan | None:
-    """The newest TensorRT plan of a component that passes the pre-flight here; costs nothing where there are none."""
-    from .. import plans, trt
-    from ..cuda import Cuda
+def fitting_plan(bundle: Bundle, component: str, device: str = "auto") -> Plan | None:
+    """The newest TensorRT plan of a component that fits here, but for its contents, which loading compares.
+
+    Costs nothing where there are no plans, or the device is no GPU.
+    """
+    from .. import plans, preflight, trt
+    from ..cuda import Cuda, index_of
 
     found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
-    if not found or not status("tensorrt").ok:
+    index = index_of(device)
+    if not found or index is None or not status("tensorrt").ok:
         return None
-    here = plans.Here.of(trt.load().__version__, Cuda().gpu)
-    return next((plan for plan in found if plans.preflight(bundle, plan, here).ok), None)
+    here = plans.Here.of(trt.load().__version__, Cuda(index))
+    return next((plan for plan in found if preflight.fits(bundle, plan, here).ok), None)
 
 
 def load_engine(
@@ -152,12 +163,23 @@ def load_engine(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    record = bundle.component(component)
-    name = choose(engine, record, bundle)
+    record, device = bundle.component(component), options.get("device", "auto")
+    name = choose(engine, record, bundle, device)
     if verify:
         bundle.verify([record.folder])
     try:
-        return import_module(ENGINES[name]).load(bundle, record, **options)
+        return _load(name, bundle, record, options)
+    except NoPlan as error:
+        if engine != "auto" or "plan" in options:
+            raise
+        name = choose("auto", record, device=device)
+        warnings.warn(f"{error.message}; {name} runs it instead", Notice, stacklevel=2)
+        return _load(name, bundle, record, options)
+
+
+def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str, Any]) -> Engine:
+    try:
+        return import_module(ENGINES[name]).load(bundle, component, **options)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise UserError(f"the {name} engine has no such option: {error}", "see `accel run --help`") from None

@@ -80,7 +80,8 @@ def cache_for(bundle: Bundle, device_id: int) -> Path:
         "onnxruntime": _version(),
     }
     folder = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32] / digest_of(made_for)[:16]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for place in (folder.parent, folder):  # with parents=True only the last one gets the mode
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not trust.private(folder):
         raise UserError(
             f"{folder} can be written by others, and what lies there is executed",

@@ -16,6 +16,7 @@ from .. import trt
 from ..errors import UserError
 from ..files import digest_of
 from ..lora import LoraFile, fuse, lora_file
+from ..plans import rebuild
 from .tensorrt import TensorRT
 from .workspace import workspace
 
@@ -40,7 +41,7 @@ class Refit:
         if not engine.plan.identity["options"]["refittable"]:
             raise UserError(
                 f"the plan of {name} was not built to be refitted",
-                f"accel build {engine.bundle.path} --components {name} --refittable",
+                f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
             )
         self.engine = engine
         self.changed: frozenset[str] = frozenset()

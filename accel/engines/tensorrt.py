@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .. import plans, trt
+from .. import preflight, trt
 from ..bundle import Bundle, Component
-from ..cuda import Cuda
+from ..cuda import Cuda, index_of
 from ..errors import UserError
 from ..graph import graph_file
-from ..plans import Here, Plan
+from ..plans import Here, Plan, rebuild
 from ..profiles import Range
 from .base import Engine, Status, to_torch
 from .captured import Bound, Captures, Graph
@@ -58,12 +58,14 @@ class TensorRT(Engine):
     ):  # fmt: skip
         super().__init__(bundle, component)
         self.bundle = bundle
+        index = index_of(device)
+        if index is None:
+            raise UserError(f"TensorRT does not run on {device!r}", "--device cuda or --device cuda:1")
         self.module = trt.load()
-        self.cuda = Cuda(_index(device))
+        self.cuda = Cuda(index)
         self.device = self.cuda.device
-        self.plan, data = plans.choose(
-            bundle, component.name, Here.of(self.module.__version__, self.cuda.gpu), plan
-        )
+        here = Here.of(self.module.__version__, self.cuda)
+        self.plan, data = preflight.choose(bundle, component.name, here, plan)
         self.cuda.activate()
         self.engine = self._deserialize(data, allow_host_code)
         self.component = replace(component, dims=_hull(component, self.plan))
@@ -98,9 +100,13 @@ class TensorRT(Engine):
         if engine is None:
             raise UserError(
                 f"TensorRT refuses the plan of {name}: {messages.last()}",
-                f"accel build {self.bundle.path} --components {name} --force",
+                self._build("--force"),
             )
         return engine
+
+    def _build(self, more: str) -> str:
+        """The command that builds a plan for this GPU."""
+        return f"{rebuild(self.bundle, self.component.name, gpu=self.cuda.index)} {more}"
 
     def _check_tensors(self) -> None:
         """The plan must have the manifest's tensors: a wrong address would be read without a word."""
@@ -114,7 +120,7 @@ class TensorRT(Engine):
         if wrong:
             raise UserError(
                 f"the plan of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
-                f"accel build {self.bundle.path} --components {self.component.name} --force",
+                self._build("--force"),
             )
 
     def _fill(self) -> None:
@@ -130,7 +136,7 @@ class TensorRT(Engine):
         if not done:
             raise UserError(
                 f"the weights of {self.component.name} do not go into its stripped plan: {messages.last()}",
-                f"accel build {self.bundle.path} --components {self.component.name} --force",
+                self._build("--force"),
             )
 
     def array(self, value: Any) -> Any:
@@ -167,7 +173,7 @@ class TensorRT(Engine):
         if misfit:
             raise UserError(
                 f"no profile of this plan takes that; the closest is {name!r}, where {outside[0]}",
-                f"accel build {self.bundle.path} --components {self.component.name} --profile ... (one that does)",
+                self._build("--profile ... (one that does)"),
             )
         return index
 
@@ -237,13 +243,6 @@ class TensorRT(Engine):
     def close(self) -> None:
         self._local = threading.local()
         del self.engine, self.runtime
-
-
-def _index(device: str) -> int:
-    kind, _, number = device.partition(":")
-    if device != "auto" and (kind != "cuda" or not (number or "0").isdigit()):
-        raise UserError(f"TensorRT does not run on {device!r}", "--device cuda or --device cuda:1")
-    return int(number or 0)
 
 
 def _hull(component: Component, plan: Plan) -> dict[str, Range]:

@@ -32,7 +32,8 @@ FORBIDDEN = {
 GROUND = (
     "_version", "arrays", "bundle", "cuda", "errors", "files", "floor", "graph", "int8", "int8_file", "int8_packed",
     "int8_ranges", "int8_recipe", "int8_verdict", "lora", "machine", "networks", "noise", "noise_schedule", "parity",
-    "plans", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology", "trt", "trust",
+    "plans", "preflight", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology", "trt",
+    "trust",
 )
 FORBIDDEN |= {
     f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)

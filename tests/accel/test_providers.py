@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from accel.bundle import Bundle
@@ -37,8 +39,13 @@ def test_the_chain_falls_to_cuda_and_cpu_and_own_options_win(bundle):
         load_engine(bundle, "unet", "onnxruntime", provider="cpu", provider_options={"a": 1})
 
 
-def test_the_cache_is_private_and_changes_with_the_versions(bundle, monkeypatch):
-    first = cache_for(bundle, 0)
+def test_the_cache_is_private_and_changes_with_the_versions(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+    before = os.umask(0o002)  # new folders are open to the user's group
+    try:
+        first = cache_for(bundle, 0)
+    finally:
+        os.umask(before)
     assert first.stat().st_mode & 0o077 == 0 and first == cache_for(bundle, 0)
     monkeypatch.setattr("accel.trt.installed", lambda: "11.4.0")
     second = cache_for(bundle, 0)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import accel
-from accel import plans
+from accel import engines, plans
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.engines.loop import FixedLoop
 from accel.engines.refit import Refit
 from accel.engines.workspace import workspace
-from accel.errors import UserError
+from accel.errors import Notice, UserError
 from accel.export.tensorrt import BuildOptions, build
 
 
@@ -96,6 +96,30 @@ def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
     build(bundle, ("text_encoder",))
     assert accel.load_engine(bundle, "text_encoder").name == "tensorrt"
     assert accel.load_engine(bundle, VAE).name == "openvino"
+
+
+@NEWEST
+def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, doubles, monkeypatch):
+    monkeypatch.setattr(doubles("cuda_double").Cuda, "names", ("Double GPU", "Other GPU", "Double GPU"))
+    (plan,) = build(bundle, ("text_encoder",))
+    fitting = lambda device: engines.fitting_plan(bundle, "text_encoder", device)  # noqa: E731
+    assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == plan
+    assert fitting("cpu") is fitting("cuda:1") is None
+    assert accel.load_engine(bundle, "text_encoder", device="cpu").name == "openvino"
+    assert accel.load_engine(bundle, "text_encoder", device="cuda:2").cuda.index == 2
+    with pytest.raises(UserError, match="built for Double GPU .*here is Other GPU") as caught:
+        accel.load_engine(bundle, "text_encoder", "tensorrt", device="cuda:1")
+    assert caught.value.fix == f"accel build {bundle.path} --components text_encoder --gpu 1"
+
+
+@NEWEST
+def test_auto_falls_back_from_a_plan_that_was_changed(bundle, tensorrt):
+    (plan,) = build(bundle, ("text_encoder",))
+    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    with pytest.warns(Notice, match="changed after it was built.*; openvino runs it instead"):
+        assert accel.load_engine(bundle, "text_encoder").name == "openvino"
+    with pytest.raises(UserError, match="changed after it was built"):
+        accel.load_engine(bundle, "text_encoder", plan=plan.key)
 
 
 @NEWEST
@@ -183,10 +207,12 @@ def test_threads_have_contexts_streams_and_scratch_of_their_own(bundle, tensorrt
         vae = accel.load_engine(bundle, VAE, "tensorrt", cuda_graph=graph)
         cases = [inputs(seed=i) for i in range(4)]
         wanted, found, errors = [expected(feeds) for feeds in cases], [None] * 4, []
+        together = threading.Barrier(4)  # a thread that has ended gives its memory to the next one
 
-        def run(i, vae=vae, found=found, errors=errors, cases=cases):
+        def run(i, vae=vae, found=found, errors=errors, cases=cases, together=together):
             try:
                 for _ in range(3):
+                    together.wait(60)
                     found[i] = vae(**cases[i])["sample"].numpy()
             except BaseException as error:
                 errors.append(error)
@@ -441,9 +467,12 @@ def test_a_stripped_plan_gets_its_weights_from_the_bundle(bundle, tensorrt, expe
 
 
 def test_weight_streaming_sets_the_budget_before_contexts_are_made(bundle, tensorrt, expected):
-    (plan,) = build(bundle, (VAE,), options=BuildOptions(weight_streaming=True))
+    build(bundle, (VAE,), options=BuildOptions(weight_streaming=True))
+    vae = accel.load_engine(bundle, VAE, "tensorrt")
+    own = vae.engine.get_weight_streaming_automatic_budget()
+    assert vae.engine.weight_streaming_budget_v2 == own > 0
     vae = accel.load_engine(bundle, VAE, "tensorrt", streaming_budget=4096)
-    assert vae.engine.weight_streaming_budget_v2 == 4096
+    assert vae.engine.weight_streaming_budget_v2 == 4096 != own
     assert np.array_equal(vae(**inputs())["sample"].numpy(), expected(inputs()))
 
 

@@ -31,7 +31,7 @@ def test_every_graph_of_a_bundle_passes(sd15_bundle):
         assert check(sd15_bundle / component.graph) == []
 
 
-def exported(network, folder, dtype="float32"):
+def exported(network, folder, dtype="float32", opset=20):
     """The graph of a network, traced as an export does it."""
     from accel import networks
     from accel.export import onnx as tracing
@@ -45,7 +45,8 @@ def exported(network, folder, dtype="float32"):
     inputs, outputs = (precision.with_dtype(specs, dtype) for specs in (network.inputs, network.outputs))
     precision.save_weights(network.module.model, folder / tracing.WEIGHTS, precision.Plan(dtype))
     module = networks.rebuild(network.kind, folder / "config.json", folder / tracing.WEIGHTS, inputs, outputs)
-    tracing.export_graph(networks.Network(network.name, network.kind, module, inputs, outputs), dims, folder)
+    network = networks.Network(network.name, network.kind, module, inputs, outputs)
+    tracing.export_graph(network, dims, folder, opset=opset)
     return folder / tracing.GRAPH
 
 
@@ -58,6 +59,38 @@ def small_unet(**config):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=4, **config,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_mask_of_a_text_encoder_is_added_to_the_scores(tmp_path, dtype):
+    """TensorRT's Attention takes no yes and no; large scores of both signs must neither overflow nor shine through."""
+    import onnxruntime
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from accel import networks
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                            num_attention_heads=1, max_position_embeddings=77, eos_token_id=39)  # fmt: skip
+    model = CLIPTextModel(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                tensor.normal_(std=6)
+    model.to(getattr(torch, dtype)).float()
+    ids = torch.randint(0, 40, (2, 77))
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state.numpy()
+    path = exported(networks.text_encoder(model), tmp_path / "out", dtype, opset=23)
+    attention = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type == "Attention"]
+    assert check(path) == [] and len(attention) == 1 and attention[0].input[3]
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(["last_hidden_state"], {"input_ids": ids.numpy()})[0].astype(np.float32)
+    assert np.abs(found - wanted).max() < (1e-4 if dtype == "float32" else 0.05)
+    ids[:, 40:] = 0  # what comes later says nothing about what came before
+    later = session.run(["last_hidden_state"], {"input_ids": ids.numpy()})[0].astype(np.float32)
+    assert np.array_equal(found[:, :40], later[:, :40]) and not np.array_equal(found[:, 40:], later[:, 40:])
 
 
 @pytest.mark.slow

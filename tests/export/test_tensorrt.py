@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from accel import plans, trt, trust
+from accel import plans, preflight, trt, trust
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import UserError
@@ -34,13 +34,13 @@ def bundle(bundle_copy):
 def here(tensorrt) -> plans.Here:
     from accel.export.tensorrt import Cuda
 
-    return plans.Here.of(tensorrt.__version__, Cuda().gpu)
+    return plans.Here.of(tensorrt.__version__, Cuda())
 
 
-def verdict(bundle, tensorrt, component="vae_decoder") -> plans.Verdict:
+def verdict(bundle, tensorrt, component="vae_decoder") -> preflight.Verdict:
     (plan,) = plans.find(bundle, component)
     assert isinstance(plan, plans.Plan), plan
-    return plans.preflight(bundle, plan, here(tensorrt))
+    return preflight.check(bundle, plan, here(tensorrt))
 
 
 # The double itself
@@ -121,7 +121,8 @@ def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle
 
 @pytest.mark.parametrize(
     "options, flags",
-    [(BuildOptions(), set()), (BuildOptions(refittable=True), {"REFIT"}), (BuildOptions(tf32=True), {"TF32"}),
+    [(BuildOptions(), set()), (BuildOptions(refittable=True, workspace=1 << 20), {"REFIT"}),
+     (BuildOptions(tf32=True), {"TF32"}),
      (BuildOptions(strip_plan=True), {"REFIT_IDENTICAL", "STRIP_PLAN"}),
      (BuildOptions(strip_plan=True, refittable=True), {"REFIT", "STRIP_PLAN"}),
      (BuildOptions(version_compatible=True, weight_streaming=True), {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"})],
@@ -132,6 +133,7 @@ def test_options_are_flags_of_both_versions_and_part_of_the_key(bundle, tensorrt
     start = data.index(b'{"version"')
     header, _ = json.JSONDecoder().raw_decode(data[start : start + 4000].decode("utf-8", "replace"))
     assert set(header["flags"]) == flags
+    assert header["limits"] == ({"WORKSPACE": options.workspace} if options.workspace else {})
     plain = plans.key_of({**plan.identity, "options": BuildOptions().identity()})
     assert (plan.key == plain) == (options == BuildOptions())
 
@@ -269,6 +271,27 @@ def test_the_timing_cache_is_one_file_per_gpu_and_version_and_only_grows(bundle,
 
 
 @NEWEST
+def test_threads_that_begin_together_share_one_logger(tensorrt, monkeypatch):
+    make, together, found = trt._make_logger, threading.Barrier(4), []
+
+    def slowly(module):
+        time.sleep(0.05)
+        return make(module)
+
+    def begin():
+        together.wait()
+        found.append(trt.logger(tensorrt))
+
+    monkeypatch.setattr(trt, "_make_logger", slowly)
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(map(id, found))) == 1
+
+
+@NEWEST
 def test_builds_that_end_together_lose_no_measurements(tensorrt):
     path, together = timing_cache.path_for(here(tensorrt)), threading.Barrier(8)
     builder = tensorrt.Builder(trt.logger(tensorrt))
@@ -375,7 +398,7 @@ def test_another_gpu_another_tensorrt_another_system(bundle, tensorrt):
         (plans.Here(now.tensorrt, now.gpu, "8.6"), "8.6"),
         (plans.Here(now.tensorrt, now.gpu, now.compute_capability, "Windows AMD64"), "Windows"),
     ):
-        found = plans.preflight(bundle, plan, other)
+        found = preflight.check(bundle, plan, other)
         assert not found.ok and reason in found.reason and found.fix.startswith(f"accel build {bundle.path}")
 
 
@@ -387,7 +410,7 @@ def test_the_command_that_helps_builds_the_same_plan_again(bundle, tensorrt, edi
     command = ["accel", "build", str(bundle.path), "--components", "vae_decoder"]
     given = ["--optimization-level", "0", "--workspace", "1048576", "--refittable"]
     other = plans.Here("9.9.9", "Double GPU", "9.0")
-    words = shlex.split(plans.preflight(bundle, plan, other).fix)
+    words = shlex.split(preflight.check(bundle, plan, other).fix)
     assert words == [*command, "--profile", "batch=1,size=64", "--profile", "batch=1-2,size=64-96", *given]
     plan.path.unlink()
     assert main(words[1:]) == 0
@@ -396,9 +419,9 @@ def test_the_command_that_helps_builds_the_same_plan_again(bundle, tensorrt, edi
 
     narrowed = lambda data: data["components"]["vae_decoder"]["dims"]["images"].update(max=1)  # noqa: E731
     edit_manifest(bundle.path, narrowed)
-    assert shlex.split(plans.preflight(Bundle.open(bundle.path), again, other).fix) == [*command, *given]
+    assert shlex.split(preflight.check(Bundle.open(bundle.path), again, other).fix) == [*command, *given]
     trust.key_file().unlink()  # a stranger's record is not repeated
-    assert plans.preflight(bundle, again, other).fix.startswith(" ".join(command) + "   (or,")
+    assert preflight.check(bundle, again, other).fix.startswith(" ".join(command) + "   (or,")
 
 
 @NEWEST
@@ -409,7 +432,7 @@ def test_what_compatible_plans_take(bundle, tensorrt):
     major = int(now.tensorrt.split(".")[0])
 
     def ok(version, capability="8.6"):
-        return plans.preflight(bundle, plan, plans.Here(version, "Other GPU", capability)).ok
+        return preflight.check(bundle, plan, plans.Here(version, "Other GPU", capability)).ok
 
     assert ok(f"{major}.99.0") and ok(f"{major + 1}.0.0") and not ok(f"{major + 2}.0.0") and not ok(f"{major}.0.0")
     assert not ok(now.tensorrt, "7.5")
@@ -426,7 +449,21 @@ def test_a_flipped_byte(bundle, tensorrt):
     assert "bytes where" in verdict(bundle, tensorrt).reason
     plan.path.unlink()
     with pytest.raises(UserError, match="no TensorRT plan"):
-        plans.choose(bundle, "vae_decoder", here(tensorrt))
+        preflight.choose(bundle, "vae_decoder", here(tensorrt))
+
+
+@NEWEST
+def test_contents_are_read_once_and_only_of_plans_that_fit(bundle, tensorrt, monkeypatch):
+    import accel
+
+    read, changed = [], preflight.changed
+    monkeypatch.setattr(preflight, "changed", lambda plan, *data: read.append(plan.key) or changed(plan, *data))
+    (plan,) = build(bundle, VAE)
+    other = plans.Here(tensorrt.__version__, "Other GPU", "9.0")
+    with pytest.raises(UserError, match="it was built for Double GPU"):
+        preflight.choose(bundle, "vae_decoder", other)
+    assert read == []
+    assert accel.load_engine(bundle, "vae_decoder").name == "tensorrt" and read == [plan.key]
 
 
 @NEWEST
@@ -451,11 +488,24 @@ def test_an_edited_record(bundle, tensorrt):
         assert "signature" in verdict(bundle, tensorrt).reason
     path.with_suffix(".sig").unlink()
     assert "signature" in verdict(bundle, tensorrt).reason
+    for lacking, change in (
+        ("gpu", lambda r: r["identity"].pop("gpu")),
+        ("options", lambda r: r["identity"].update(options=None)),
+        ("profiles", lambda r: r["identity"].update(profiles=["one"])),
+        ("name", lambda r: r["identity"]["profiles"][0].pop("name")),
+        ("sha256", lambda r: r["plan"].pop("sha256")),
+    ):
+        record = json.loads(whole)
+        change(record)
+        path.write_text(json.dumps(record))
+        (found,) = plans.find(bundle)
+        assert isinstance(found, UserError) and f"is damaged: it lacks {lacking}" in found.message
+        assert main(["inspect", str(bundle.path), "--no-verify"]) == main(["trust", str(bundle.path)]) == 0
     newer = whole.replace('"schema": 1', '"schema": 2')
     for text, reason in (("no json", "damaged"), ("[]", "damaged"), (newer, "newer")):
         path.write_text(text)
         with pytest.raises(UserError, match=reason):
-            plans.choose(bundle, "vae_decoder", here(tensorrt))
+            preflight.choose(bundle, "vae_decoder", here(tensorrt))
 
 
 @NEWEST
@@ -487,12 +537,31 @@ def test_a_plan_from_elsewhere_runs_only_after_trust(bundle, tensorrt, capsys):
 
 
 @NEWEST
+def test_trust_signs_the_text_that_it_shows(bundle, tensorrt, capsys, monkeypatch):
+    """Somebody who may write the bundle exchanges the record while it is looked at."""
+    (plan,) = build(bundle, VAE)
+    trust.key_file().unlink()
+    path, changed = plan.path.with_suffix(".json"), preflight.changed
+    whole = path.read_bytes()
+
+    def meanwhile(found, data=None):
+        path.write_bytes(whole.replace(b'"Double GPU"', b'"Other GPU"'))
+        return changed(found, data)
+
+    monkeypatch.setattr(preflight, "changed", meanwhile)
+    assert main(["trust", str(bundle.path), "--yes"]) == 0
+    assert "Double GPU" in capsys.readouterr().out and not preflight.trusted(plans.find(bundle)[0])
+    path.write_bytes(whole)
+    assert preflight.trusted(plans.find(bundle)[0])
+
+
+@NEWEST
 def test_trust_does_not_sign_what_is_damaged(bundle, tensorrt):
     (plan,) = build(bundle, VAE)
     trust.key_file().unlink()
     plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
     assert main(["trust", str(bundle.path), "--yes"]) == 1
-    assert not plans.trusted(plans.find(bundle)[0])
+    assert not preflight.trusted(plans.find(bundle)[0])
 
 
 @NEWEST
@@ -501,11 +570,25 @@ def test_a_text_file_named_plan_and_a_folder_that_others_may_write(bundle, tenso
     folder.mkdir(parents=True)
     (folder / "vae_decoder.plan").write_text("hello")
     with pytest.raises(UserError, match="accel did not build it"):
-        plans.choose(bundle, "vae_decoder", here(tensorrt))
+        preflight.choose(bundle, "vae_decoder", here(tensorrt))
     (folder / "vae_decoder.plan").unlink()
     (plan,) = build(bundle, VAE)
-    plan.path.parent.chmod(0o777)
-    assert "others can write" in verdict(bundle, tensorrt).reason
+    for place, mode in ((plan.path.parent, 0o777), (plan.path.parent, 0o775), (plan.path, 0o664)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        assert "others can write" in verdict(bundle, tensorrt).reason
+        place.chmod(before)
+    assert verdict(bundle, tensorrt).ok
+
+
+@NEWEST
+def test_a_plan_is_private_where_new_folders_are_not(bundle, tensorrt):
+    before = os.umask(0o002)
+    try:
+        build(bundle, VAE)
+    finally:
+        os.umask(before)
+    assert verdict(bundle, tensorrt).ok
 
 
 @NEWEST
@@ -524,7 +607,7 @@ def test_a_plan_behind_a_link_is_refused(bundle, tensorrt, tmp_path):
     plan.path.parent.rename(elsewhere)
     plan.path.parent.symlink_to(elsewhere)
     with pytest.raises(UserError, match="symbolic link"):
-        plans.choose(bundle, "vae_decoder", here(tensorrt))
+        preflight.choose(bundle, "vae_decoder", here(tensorrt))
 
 
 @NEWEST
@@ -544,14 +627,37 @@ def test_the_key_is_private_and_made_once(tensorrt):
 def test_the_verbs(bundle, tensorrt, capsys, monkeypatch):
     assert main(["build", str(bundle.path), "--components", "vae_decoder", "--workspace", "256M"]) == 0
     told = capsys.readouterr()
-    assert "--engine auto" in told.out and "building needs" in told.err
+    assert "--engine auto --prompt" in told.out and "building needs" in told.err
     assert main(["inspect", str(bundle.path), "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["plans"]
-    assert not entry["ok"] and "no CUDA device" in entry["reason"] or entry["ok"]
+    assert entry["ok"] and entry["reason"] == "fits"
     assert main(["build", str(bundle.path), "--components", "nothing"]) == 1
     assert "has no component" in capsys.readouterr().err
     assert main(["build", str(bundle.path), "--components", "vae_decoder", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["identity"]["options"]["workspace"] is None
+
+
+@NEWEST
+def test_only_plans_that_fit_make_a_bundle_ready(bundle_copy, edit_manifest, tensorrt, doubles, monkeypatch, capsys):
+    edit_manifest(bundle_copy, lambda data: data.update(
+        components={name: c for name, c in data["components"].items() if name in ("text_encoder", *VAE)}))  # fmt: skip
+    (plan,) = build(Bundle.open(bundle_copy), VAE)
+    plan.path.write_bytes(b"hello")
+    command = ["build", str(bundle_copy), "--components"]
+    assert main([*command, "text_encoder"]) == 0 and "--engine auto --prompt" in capsys.readouterr().out
+    assert main([*command, "vae_decoder"]) == 0 and "--engine tensorrt --prompt" in capsys.readouterr().out
+    monkeypatch.setattr(doubles("cuda_double").Cuda, "names", ("Double GPU", "Double GPU"))
+    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0
+    assert "--engine tensorrt --device cuda:1 --prompt" in capsys.readouterr().out
+
+
+@NEWEST
+def test_build_options_are_checked_before_an_export(tensorrt, tmp_path, capsys):
+    command = ["export", str(tmp_path / "no model"), str(tmp_path / "out"), "--engine", "tensorrt"]
+    assert main([*command, "--optimization-level", "6"]) == 1
+    assert "use 0 (fast build) to 5" in capsys.readouterr().err
+    assert main([*command, "--precision", "int8", "--refittable"]) == 1
+    assert "leave out --refittable" in capsys.readouterr().err
 
 
 @NEWEST

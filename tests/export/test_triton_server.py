@@ -31,7 +31,11 @@ def parsed(out, name):
 
 @pytest.fixture(scope="module")
 def repository(sd15_bundle, tmp_path_factory):
-    return write(Bundle.open(sd15_bundle), tmp_path_factory.mktemp("triton") / "repo", Serving(instances=2, kind="cpu"))
+    out = tmp_path_factory.mktemp("triton") / "repo"
+    assert write(Bundle.open(sd15_bundle), out, Serving(instances=2, kind="cpu")) == (
+        f"tritonserver --model-repository {out}"
+    )
+    return out
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,12 +111,13 @@ def test_the_warm_up_is_a_call_that_the_graph_takes(repository, name):
 def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     from accel.export.tensorrt import build
 
-    bundle = Bundle.open(bundle_copy)
+    bundle, out = Bundle.open(bundle_copy), tmp_path / "repo"
     with pytest.raises(UserError, match="no TensorRT plan of text_encoder"):
-        write(bundle, tmp_path / "repo", Serving("tensorrt"))
-    assert not (tmp_path / "repo").exists()
+        write(bundle, out, Serving("tensorrt"))
+    assert not out.exists()
     build(bundle, profiles=["batch=1-2,size=64"])
-    out = write(bundle, tmp_path / "repo", Serving("tensorrt"))
+    tensorrt._world.gpu = "no GPU here"  # the server has its own
+    assert write(bundle, out, Serving("tensorrt")) == f"tritonserver --model-repository {out}"
     config = parsed(out, "vae_decoder")
     assert config.backend == "tensorrt" and config.max_batch_size == 2
     assert list(config.instance_group[0].profile) == ["0"]
@@ -122,6 +127,26 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
     (timestep,) = (tensor for tensor in unet.input if tensor.name == "timestep")
     assert list(timestep.dims) == [1] and list(timestep.reshape.shape) == []
+
+
+@pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp_path):
+    from accel.export.tensorrt import BuildOptions, build
+
+    edit_manifest(bundle_copy, lambda data: data.update(
+        components={name: c for name, c in data["components"].items() if name == "text_encoder"}))  # fmt: skip
+    bundle = Bundle.open(bundle_copy)
+    build(bundle, options=BuildOptions(strip_plan=True))
+    with pytest.raises(UserError, match="without weights .*never fills any in") as caught:
+        write(bundle, tmp_path / "repo", Serving("tensorrt"))
+    assert caught.value.fix == f"accel build {bundle.path} --components text_encoder"
+    build(bundle, options=BuildOptions(version_compatible=True))
+    command = write(bundle, tmp_path / "repo", Serving("tensorrt"))
+    assert command.endswith("repo --backend-config=tensorrt,version-compatible=true")
+    (plan,) = (p for p in plans.find(bundle) if p.identity["options"]["version_compatible"])
+    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="the file was changed after it was built .*and 1 more"):
+        write(bundle, tmp_path / "repo", Serving("tensorrt"), overwrite=True)
 
 
 @pytest.mark.parametrize(
