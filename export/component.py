@@ -16,6 +16,7 @@ from accel.networks import Network
 from accel.profiles import Range
 
 from . import check, onnx, precision, uint8
+from .float16 import SummedInFloat32
 
 Step = Callable[[str, int], None]
 Feeds = Mapping[str, torch.Tensor]
@@ -139,7 +140,7 @@ def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[s
 
 
 def _run(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
-    with torch.no_grad():
+    with torch.no_grad(), SummedInFloat32():
         return [[t.float().numpy() for t in module(**own)] for own in feeds]
 
 

@@ -13,7 +13,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino, tensorrt (default: auto)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (eager, compile, tensorrt); an OpenVINO device")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; an OpenVINO device (openvino)")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
     parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")

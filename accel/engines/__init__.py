@@ -54,7 +54,7 @@ def choose(
     outside the parity budget; where nothing was measured it says so.
 
     Args:
-        device: where the component is to run; plans are for GPUs.
+        device: where the component is to run: "auto", "cpu", "cuda:1", ...
 
     Raises:
         UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
@@ -70,9 +70,9 @@ def choose(
     if plan is not None:
         return "tensorrt"
     ort = status("onnxruntime")
-    if ort.ok and "cuda" in ort.detail:
+    if ort.ok and "cuda" in ort.detail and device != "cpu":
         return "onnxruntime"
-    for candidate in ENGINES:
+    for candidate in ("eager",) if device.startswith("cuda") else ENGINES:
         if candidate not in ("compile", "tensorrt") and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')

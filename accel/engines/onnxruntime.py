@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..cuda import index_of
 from ..errors import MissingPackage, Notice, UserError
 from .base import Engine, Status, check_threads, graph_file, to_torch
 from .providers import PROVIDERS, chain
@@ -32,7 +33,7 @@ class OnnxRuntime(Engine):
 
     Args:
         provider: "auto" (cuda where present, else cpu), "cpu", "cuda" or "tensorrt".
-        device_id: which GPU.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
         threads: CPU threads; 0 lets ONNX Runtime choose.
         io_binding: bind torch tensors by address instead of passing numpy arrays; None turns it on for GPU providers
             when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
@@ -49,7 +50,7 @@ class OnnxRuntime(Engine):
         component: Component,
         *,
         provider: str = "auto",
-        device_id: int = 0,
+        device: str = "auto",
         threads: int = 0,
         io_binding: bool | None = None,
         session: Mapping[str, str] | None = None,
@@ -62,10 +63,16 @@ class OnnxRuntime(Engine):
         except ImportError:
             raise MissingPackage("onnxruntime", "the onnxruntime engine", "cpu") from None
         available = ort.get_available_providers()
+        index = index_of(device)
+        if index is None and device != "cpu":
+            raise UserError(f"unknown device {device!r}", "--device cpu, cuda or cuda:1")
+        if provider != "auto" and device != "auto" and (provider == "cpu") != (device == "cpu"):
+            raise UserError(f"the {provider} provider does not run on {device}", "leave out --device or --provider")
         slow = f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
         if provider == "auto":
-            provider = "cuda" if PROVIDERS["cuda"] in available and not component.int8 else "cpu"
-            if PROVIDERS["cuda"] in available and component.int8:
+            gpu = device.startswith("cuda") or index is not None and PROVIDERS["cuda"] in available
+            provider = "cuda" if gpu and (device != "auto" or not component.int8) else "cpu"
+            if gpu and provider == "cpu":
                 warnings.warn(f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT plans for the GPU",
                               Notice, stacklevel=3)  # fmt: skip
         if provider == "cuda" and component.int8:
@@ -84,7 +91,7 @@ class OnnxRuntime(Engine):
         options.intra_op_num_threads = threads
         for key, value in (session or {}).items():
             options.add_session_config_entry(key, value)
-        providers = chain(provider, device_id, bundle, component, provider_options)
+        providers = chain(provider, index or 0, bundle, component, provider_options)
         try:
             own = "onnxruntime" if provider == "cpu" else ""
             self.session = ort.InferenceSession(
@@ -107,8 +114,8 @@ class OnnxRuntime(Engine):
         self.on_gpu = provider != "cpu"
         self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
         self.native = "torch" if self.binding else "numpy"
-        self.device = f"cuda:{device_id}" if self.on_gpu else "cpu"
-        self.device_id = device_id
+        self.device_id = index or 0
+        self.device = f"cuda:{self.device_id}" if self.on_gpu else "cpu"
         self.description = f"onnxruntime {ort.__version__}, {provider}" + (", int8" if component.int8 else "")
 
     def array(self, value: Any) -> Any:

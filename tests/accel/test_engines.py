@@ -151,6 +151,9 @@ def test_an_explicit_engine_that_is_missing_is_an_error_and_auto_goes_on(sd15_bu
         ("tensorflow", {}, "tensorflow"),
         ("onnxruntime", {"provider": "npu"}, "npu"),
         ("onnxruntime", {"dtype": "bf16"}, "dtype"),
+        ("onnxruntime", {"device": "gpu0"}, "gpu0"),
+        ("onnxruntime", {"device": "cpu", "provider": "cuda"}, "the cuda provider does not run on cpu"),
+        ("onnxruntime", {"device": "cuda", "provider": "cpu"}, "the cpu provider does not run on cuda"),
         ("eager", {"dtype": "fp8"}, "fp8"),
         ("compile", {"mode": "fastest"}, "fastest"),
     ],
@@ -167,6 +170,20 @@ def test_cuda_without_a_gpu_is_an_error_not_a_fallback(sd15_bundle):
         accel.load_engine(sd15_bundle, "vae_decoder", engine="eager", device="cuda")
     with pytest.raises(UserError, match="cuda"):
         accel.load_engine(sd15_bundle, "vae_decoder", engine="onnxruntime", provider="cuda")
+    with pytest.raises(UserError, match="cuda"):
+        accel.load_engine(sd15_bundle, "vae_decoder", engine="onnxruntime", device="cuda:1")
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        accel.load_engine(sd15_bundle, "vae_decoder", device="cuda:1")
+
+
+def test_auto_goes_where_the_device_says(sd15_bundle, monkeypatch):
+    real = engines.status
+    gpu = engines.Status(True, "onnxruntime 1.0 (cuda, cpu)")
+    monkeypatch.setattr(engines, "status", lambda name: gpu if name == "onnxruntime" else real(name))
+    assert engines.choose("auto", device="cuda:1") == engines.choose("auto") == "onnxruntime"
+    assert engines.choose("auto", device="cpu") == "openvino"
+    assert accel.load_engine(sd15_bundle, "vae_decoder", device="cpu").name == "openvino"
+    assert accel.load_engine(sd15_bundle, "vae_decoder", "onnxruntime", device="cpu").device == "cpu"
 
 
 def test_unknown_component_lists_the_known_ones(sd15_bundle):
