@@ -87,11 +87,23 @@ def bos_layer(name: str) -> bool:
     return bool(_CROSS_KEYS_VALUES.search(name))
 
 
-def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
-    """Names of the layers that compute in int8.
+def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+    """Names of the layers that the recipe fits.
 
     Args:
-        layers: {name: whether it is a convolution (else it is linear)} of every layer that could.
+        layers: {name: whether it is a convolution (else it is linear)} of every layer that could be int8.
+    """
+    kinds = LEVELS[recipe.level]
+    return [
+        name for name, convolution in layers.items()
+        if kind(name, convolution) in kinds
+        and not set(name.split(".")) & set(KEPT)
+        and not any(matches(name, pattern) for pattern in recipe.keep)
+    ]  # fmt: skip
+
+
+def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+    """What `fitting` gives for a network that must have some.
 
     Raises:
         UserError: when a name in `keep` matches no layer, or nothing is left to quantise.
@@ -99,13 +111,7 @@ def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     for pattern in recipe.keep:
         if not any(matches(name, pattern) for name in layers):
             raise UserError(f"no layer is called {pattern!r}", f"some of: {', '.join(sample(layers))}")
-    kinds = LEVELS[recipe.level]
-    names = [
-        name for name, convolution in layers.items()
-        if kind(name, convolution) in kinds
-        and not set(name.split(".")) & set(KEPT)
-        and not any(matches(name, pattern) for pattern in recipe.keep)
-    ]  # fmt: skip
+    names = fitting(recipe, layers)
     if not names:
         found = sorted({kind(name, convolution) for name, convolution in layers.items()}, key=KINDS.index)
         raise UserError(

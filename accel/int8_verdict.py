@@ -6,7 +6,9 @@ from .bundle import Component
 
 
 def lines(component: Component) -> list[str]:
-    """What the export measured about an int8 component, one line per engine; none for a float one."""
+    """What the export measured about an int8 component, one line per engine; for a float one, why it is not int8."""
+    if reason := component.parity.get("int8_tried", {}).get("reason"):
+        return [f"not int8: {reason}"]
     verdict = component.int8.get("verdict", {})
     if not verdict:
         return []

@@ -299,7 +299,7 @@ def compare(model: Model, parts: tuple[str, ...], qat_steps: int) -> dict[str, A
         "model": model.name, "sampler": dict(bundle.manifest.sampler), "images": model.images, "rows": rows,
         "unet_bytes": size,
         "int8": {name: {key: record.int8[key] for key in ("verdict", "audit")} if record.int8
-                 else {"tried": record.parity.get("int8_tried"), "reason": record.parity.get("precision_reason")}
+                 else {"tried": record.parity.get("int8_tried")}
                  for name, record in bundle.manifest.components.items()},
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8_ranges import observe
-from accel.int8_recipe import Int8
+from accel.int8_recipe import Int8, fitting
 from accel.networks import Network
 from accel.pipeline import Pipeline, load
 
@@ -98,6 +98,13 @@ def quantize(
         _copy(bundle, folder)
         pipeline = load(bundle, "eager", device="cpu")
         models = {entry: pipeline.engines[entry].module.model for entry in names}
+        for entry in _without_layers(models, settings.recipe):
+            gate.stay(records, entry, f"it has no layer of level {settings.recipe.level}", {})
+            names.remove(entry)
+            del models[entry]
+        if settings.strict and not names:
+            raise UserError(f"no network that was asked for has a layer of level {settings.recipe.level}",
+                            "--int8-level all, or other --int8-components")  # fmt: skip
         progress("calibration", 0.0)
         kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
         progress("parity", 0.4)
@@ -183,6 +190,14 @@ def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
     return [key.removesuffix(".input_scale") for key in settings.trained if key.endswith(".input_scale")]
 
 
+def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:
+    """Networks that the recipe, meant for the UNet, has nothing to do in: a text encoder has no convolutions."""
+    return [
+        entry for entry, model in models.items()
+        if entry != "unet" and not fitting(_recipe_of(recipe, entry), int8.layers_of(model))
+    ]  # fmt: skip
+
+
 def _recipe_of(recipe: Int8, entry: str) -> Int8:
     return recipe if entry == "unet" else replace(recipe, keep=())
 
@@ -224,8 +239,7 @@ def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path)
         shutil.rmtree(folder / entry)
         made = half.write(bundle, entry, folder / entry)
         notes = {key: record.parity[key] for key in ("int8_tried",) if key in record.parity}
-        reasons = [text for text in (record.parity.get("precision_reason"), made.parity["precision_reason"]) if text]
-        records[entry] = replace(made, parity=made.parity | notes | {"precision_reason": "; ".join(reasons)})
+        records[entry] = replace(made, parity=made.parity | notes)
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:

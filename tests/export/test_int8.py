@@ -71,8 +71,8 @@ def for_gpus(floating, tmp_path_factory) -> tuple[Path, str, str]:
     (folder / "prompts.txt").write_text("the cat\nthe dog\n")
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(["export", str(floating), str(folder / "bundle"), "--precision", "int8-fp16", "--calibration",
-                     str(folder / "prompts.txt"), "--calibration-images", "2", "--int8-components", "vae_decoder",
-                     "--collector", "max"])  # fmt: skip
+                     str(folder / "prompts.txt"), "--calibration-images", "2", "--int8-components",
+                     "text_encoder,vae_decoder", "--int8-level", "conv", "--collector", "max"])  # fmt: skip
     assert code == 0, err.getvalue()
     return folder / "bundle", out.getvalue(), err.getvalue()
 
@@ -386,6 +386,16 @@ def test_float16_around_int8_has_no_casts_inside(for_gpus):
     assert {Bundle.open(bundle).component(name).precision for name in ("unet", "text_encoder")} == {"float16"}
 
 
+def test_what_has_no_layer_of_the_level_stays_float_and_that_is_said(for_gpus, floating):
+    bundle, said, _ = for_gpus
+    record = Bundle.open(bundle).component("text_encoder")
+    assert record.precision == "float16" and record.parity["int8_tried"] == {"reason": "it has no layer of level conv"}
+    assert "not int8: it has no layer of level conv" in said and said.count("not int8") == 1
+    with pytest.raises(UserError, match="has a layer of level conv\n.*--int8-level all"):
+        export_pipeline(floating, bundle.parent / "out", precision="int8",
+                        int8=Options(recipe=Int8(level="conv"), networks=("text_encoder",), **QUICK))  # fmt: skip
+
+
 def test_parity_decides_where_the_engine_is_not_here_and_that_is_said(for_gpus):
     bundle, said, errors = for_gpus
     record = Bundle.open(bundle).component("vae_decoder")
@@ -429,7 +439,8 @@ def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_
     with pytest.raises(UserError, match="no TensorRT plan that fits"):
         audit.audit(bundle, record, "tensorrt")
     slower = race(1e9)["vae_decoder"]
-    assert slower.precision == "float16" and "not faster" in slower.parity["precision_reason"]
+    assert slower.precision == "float16" and "not faster" in slower.parity["int8_tried"]["reason"]
+    assert slower.parity["precision_reason"] == record.parity["precision_reason"], "why it is float16 is another fact"
     assert not (folder / "engines").exists()
 
 
@@ -439,7 +450,7 @@ def test_precision_auto_keeps_float_where_int8_is_slower(floating, tmp_path, mon
     bundle = export_pipeline(floating, tmp_path / "auto", precision="auto", int8=Options(**SMALL))
     assert all(record.precision == "float32" for record in bundle.manifest.components.values())
     record = bundle.component("vae_decoder")
-    assert "not faster" in record.parity["precision_reason"] and record.parity["int8_tried"]["engines"]
+    assert "not faster" in record.parity["int8_tried"]["reason"] and record.parity["int8_tried"]["engines"]
     bundle.verify()
     assert not (tmp_path / "auto" / "vae_decoder" / uint8.FILE).exists()
     accel.load(bundle, "onnxruntime")("the cat")
