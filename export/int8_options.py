@@ -48,7 +48,7 @@ class Options:
 
 def export(
     model: str | Path | Source, out: Path, precision: str, options: Options, high: Callable[..., Bundle], *,
-    loras: Sequence[Any] = (), changed: bool = False, overwrite: bool = False,
+    loras: Sequence[Any] = (), changes: Sequence[str] = (), overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
     """Quantise a float32 bundle, or export a pipeline as one first.
@@ -57,7 +57,7 @@ def export(
         model: a float32 bundle, or what `high` exports.
         high: (folder, progress=...) -> the float32 bundle of the model.
         loras: LoRA files that `high` fuses; one that was trained for int8 brings its ranges.
-        changed: whether `high` changes the model in any other way, which a bundle no longer can be.
+        changes: names of what `high` does with a model, which can no longer be done with a bundle.
 
     Raises:
         UserError: for options that cannot be honoured, before anything is exported.
@@ -67,8 +67,8 @@ def export(
         raise UserError(f"a parity budget of {options.budget:g} dB makes no sense", "such as --budget 30")
     _networks(options.networks)
     is_bundle = not isinstance(model, Source) and (Path(model) / MANIFEST).is_file()
-    if is_bundle and (loras or changed):
-        raise UserError(f"{model} is a bundle, which is quantised as it is", "give the pipeline that it was made of")
+    if is_bundle:
+        refuse_changes(model, changes)
     given = None if options.prompts is None else calibration.read_prompts(options.prompts)
     source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
     if source is not None:
@@ -103,6 +103,15 @@ def export(
         )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_changes(bundle: str | Path, names: Sequence[str]) -> None:
+    """Raise the UserError about options that say what is exported, where that lies exported already."""
+    if names:
+        raise UserError(
+            f"{bundle} is quantised as it is; {', '.join(names)} cannot be changed any more",
+            "leave that out, or give the pipeline that the bundle was made of",
+        )
 
 
 def _networks(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -630,13 +630,44 @@ def test_unets_that_take_pictures_are_refused_before_anything_is_drawn(changed_u
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def refused(capsys):
+    """Run `accel export` with arguments that are wrong: the one sentence and its fix."""
+    from accel.cli import main
+
+    def call(*args) -> str:
+        assert main(["export", *map(str, args)]) == 1
+        err = capsys.readouterr().err
+        assert err.count("error:") == 1 == err.count("fix:") and "Traceback" not in err, err
+        return err
+
+    return call
+
+
+@pytest.mark.parametrize("option", [
+    "--lora=a", "--unet=a", "--vae=a", "--adapter", "--adapter=a", "--controlnet=a", "--base=a", "--variant=fp16",
+    "--sampler=ddim", "--steps=4", "--guidance=0", "--profile=native", "--opset=20", "--components=unet",
+])  # fmt: skip
+def test_a_bundle_is_quantised_as_it_is(floating, tmp_path, refused, option):
+    """Nothing that was asked for is dropped in silence, the defaults written out included."""
+    err = refused(floating, tmp_path / "out", "--precision", "int8", option)
+    assert f"{floating} is quantised as it is; {option.partition('=')[0]} cannot be changed" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_int8_want_int8(floating, tmp_path, refused):
+    for option in ("--int8-level=conv", "--budget=30", "--calibration=a", "--calibration-images=32", "--smooth=0"):
+        err = refused(floating, tmp_path / "out", "--precision", "fp16", option)
+        assert f"{option.partition('=')[0]} is for int8" in err and "--precision int8" in err
+
+
 def test_options_that_cannot_be(floating, int8, tmp_path):
     with pytest.raises(UserError, match="budget of 0 dB"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(budget=0.0))
     with pytest.raises(UserError, match="is not float32"):
         export_pipeline(int8, tmp_path / "out", precision="int8", int8=Options(**QUICK))
-    with pytest.raises(UserError, match="is quantised as it is"):
-        export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER)
+    with pytest.raises(UserError, match="is quantised as it is; profile, sampler cannot be changed"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
     with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(networks=("tokenizer",)))
     for pictures in (dict(adapter=True), dict(controlnet="anywhere")):
