@@ -195,6 +195,20 @@ def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
         assert torch.equal(again.get_submodule(name)(x), expected[name]), name
 
 
+def test_what_float16_rounds_to_nothing_is_no_division_by_zero():
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 3, 1), "ff": nn.Linear(4, 3)}).requires_grad_(False)
+    for layer in model.values():
+        layer.weight.mul_(1e-9)
+    int8.attach(model, Int8())
+    for _, quantizer in int8.ranges(model):
+        quantizer.set_scale(1e-9)
+    int8_packed.pack(model, torch.float16)
+    int8_packed.set_outputs(model, True)
+    assert all((value > 0).all() for name, value in model.state_dict().items() if name.endswith("_scale"))
+    x = torch.tensor([0, 1e-7, 6e-8, 0], dtype=torch.float16)
+    assert model["ff"](x).isfinite().all() and model["conv"](x.view(1, 2, 2, 1)).isfinite().all()
+
+
 def test_the_begin_of_text_token_is_not_rounded():
     torch.manual_seed(0)
     model = nn.ModuleDict({"attn2": nn.ModuleDict({"to_v": nn.Linear(16, 16)})})
