@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 import accel
-from accel import engines, int8_packed, networks, plans
+from accel import engines, int8_packed, int8_verdict, networks, plans
 from accel import int8 as fake
 from accel.bundle import Bundle, seal
 from accel.errors import Notice, UserError
@@ -462,6 +462,10 @@ def test_the_inspection_says_what_was_measured(int8, capsys):
     assert main(["inspect", str(int8)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "int8:" in said and "layers run in int8" in said and "dB from float32's" in said
+    record = unet_of(int8)
+    bare = int8_verdict.lines(replace(record, int8=dict(record.int8) | {"audit": {}}))
+    assert len(bare) > 1 and all(line.endswith(("not audited", "not choose it")) for line in bare[1:])
+    assert "nan" not in " ".join(bare)
 
 
 def test_the_report_of_a_benchmark_names_it(int8):
