@@ -115,7 +115,8 @@ def quantize(
         origin = settings.calibration.record(bundle.manifest.sampler)
         for place, entry in enumerate(names):
             if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
-                gate.stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
+                why = f"outside the parity budget of {settings.budget:g} dB ({found[entry]['psnr']:.1f} dB)"
+                gate.stay(records, entry, why, found[entry])
                 continue
             shutil.rmtree(folder / entry)
 
@@ -167,7 +168,10 @@ def calibrate(
 def _by_sensitivity(
     judge: parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
 ) -> dict[str, str]:
-    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must."""
+    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must.
+
+    Where no layer can be int8 within the budget, all stay, for parity to refuse the UNet; an error if it must be int8.
+    """
     layers = [name for name, _ in int8.fake_layers(unet)]
     rows = sensitivity.measure(
         judge, "unet", sensitivity.one_by_one(layers),
@@ -175,12 +179,17 @@ def _by_sensitivity(
     )  # fmt: skip
     blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
-    if settings.keep_budget:
-        names = sensitivity.leave(judge, "unet", rows)
-        int8.detach(unet, names)
-        kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
-    if settings.sensitivity:
-        sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
+    try:
+        if settings.keep_budget:
+            names = sensitivity.leave(judge, "unet", rows)
+            int8.detach(unet, names)
+            kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
+    except UserError:
+        if settings.strict:
+            raise
+    finally:
+        if settings.sensitivity:
+            sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
     return kept
 
 

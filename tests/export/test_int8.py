@@ -541,6 +541,21 @@ def test_a_budget_is_met_and_the_table_and_plot_are_written(calibrated, tmp_path
     assert "| block |" in (tmp_path / "sensitivity.md").read_text()
 
 
+def test_a_budget_that_no_layer_meets(floating, tmp_path):
+    """An error where int8 was asked for, float where it was to be tried; what was measured is kept either way."""
+    recipe = Int8(level="conv", keep=("down_blocks", "up_blocks.0", "up_blocks.1.resnets.0"))
+    options = Options(recipe=recipe, budget=99.0, networks=("unet",), sensitivity=tmp_path / "costs", **QUICK)
+    with pytest.raises(UserError, match="no layer can compute in int8 within 99 dB.*\n.*smaller --budget"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", int8=options)
+    table = tmp_path / "costs" / "sensitivity.json"
+    assert 0 < len(json.loads(table.read_text())["layers"]) < 10
+    table.unlink()
+    bundle = export_pipeline(floating, tmp_path / "out", precision="auto", int8=options)
+    record = bundle.component("unet")
+    assert record.precision == "float32" and not (tmp_path / "out" / "unet" / uint8.FILE).exists()
+    assert "outside the parity budget of 99 dB" in record.parity["int8_tried"]["reason"] and table.exists()
+
+
 def test_calibration_sees_the_deployed_steps_and_no_others(floating):
     """And the ranges are those of the pictures, however many times they are drawn."""
     seen = []
