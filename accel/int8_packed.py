@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8 import HIGH, LOW, along, fake_layers, traits, weight_scale
+from .int8 import HIGH, LOW, along, fake_layers, join_bos, split_bos, traits, weight_scale
 
 
 class Packed(nn.Module):
@@ -78,7 +78,8 @@ class Int8Linear(Packed):
         x = x if self.smooth is None else x / self.smooth
         if not self.bos:
             return self.rounded(x, weight)
-        return torch.cat([self._product(x[:, :1], weight), self.rounded(x[:, 1:], weight)], 1)
+        first, others = split_bos(x)
+        return join_bos(self._product(first, weight), self.rounded(others, weight))
 
     def rounded(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._product(self.quantized(x, self.input_scale), weight)
