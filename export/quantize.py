@@ -123,9 +123,8 @@ def quantize(
             def step(stage: str, done: int, entry: str = entry, place: int = place) -> None:
                 progress(f"{entry}: {stage}", 0.5 + 0.3 * (place + done / 4) / len(names))
 
-            trained = settings.trained is not None and entry == "unet"
             about = {"recipe": _recipe_of(settings.recipe, entry).as_dict(), "kept": kept[entry]}
-            about["calibration"] = origin | {"ranges": "trained" if trained else "calibrated"}
+            about["calibration"] = origin | {"ranges": "trained" if _is_trained(settings, entry) else "calibrated"}
             records[entry] = _write(pipeline, bundle, entry, folder / entry, settings.dtype, about, step)
         del pipeline, models, judge
         if settings.dtype != "float32":
@@ -146,13 +145,22 @@ def calibrate(
 ) -> dict[str, dict[str, str]]:
     """Attach fake quantisation to the networks of a pipeline, with the ranges that its own pictures need.
 
+    A UNet that was trained with ranges keeps them, and computes in float while the others are calibrated.
+
     Returns:
         Per network {layer that stays in higher precision though the recipe names it: why}.
     """
     for entry, model in models.items():
         int8.attach(model, _recipe_of(settings.recipe, entry), names=_trained_layers(settings, entry))
-    dead = observe(list(models.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
-    kept = {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(models, dead, strict=True)}
+    seen = {entry: model for entry, model in models.items() if not _is_trained(settings, entry)}
+    dead: list[list[str]] = []
+    if seen:
+        dead = observe(list(seen.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
+    if seen.keys() != models.keys():
+        int8.set_scales(models["unet"], settings.trained)
+        int8.set_mode(models["unet"], "quantize")
+    kept: dict[str, dict[str, str]] = {entry: {} for entry in models}
+    kept |= {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(seen, dead, strict=True)}
     for entry, names in kept.items():
         if names:
             warnings.warn(
@@ -160,8 +168,6 @@ def calibrate(
                 f"{next(iter(names))}",
                 Notice, stacklevel=2,
             )  # fmt: skip
-    if settings.trained is not None:
-        int8.set_scales(models["unet"], settings.trained)
     return kept
 
 
@@ -193,8 +199,12 @@ def _by_sensitivity(
     return kept
 
 
+def _is_trained(settings: Settings, entry: str) -> bool:
+    return settings.trained is not None and entry == "unet"
+
+
 def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
-    if settings.trained is None or entry != "unet":
+    if not _is_trained(settings, entry):
         return None
     return [key.removesuffix(".input_scale") for key in settings.trained if key.endswith(".input_scale")]
 
