@@ -89,6 +89,10 @@ def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_pictures, 
     recipe = recipes.changed(
         recipes.finetune(), **common(smallest, six_pictures, steps=1, qat="conv", qat_ranges="observed")
     )
+    method = Denoising(recipe, Encoders(open_source(smallest)))
+    assert qat.attach(method, recipe)
+    assert not any("log_scale" in name for name, _ in method.unet.named_parameters())
+    assert any("log_scale" in name for name, _ in method.unet.named_buffers())
     execute(recipe, tmp_path / "out")
     (folder,) = checkpoints.all_of(tmp_path / "out-run")
     stored = load_file(folder / "unet" / checkpoints.WEIGHTS)
