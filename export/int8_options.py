@@ -65,28 +65,34 @@ def export(
     refuse_existing(out, overwrite)
     if options.budget is not None and not 0 < options.budget < 100:
         raise UserError(f"a parity budget of {options.budget:g} dB makes no sense", "such as --budget 30")
+    if options.sensitivity is not None:  # written only when everything has been measured
+        place = next(path for path in (options.sensitivity, *options.sensitivity.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise UserError(f"{options.sensitivity} cannot be a folder: {place} is a file", "another --sensitivity DIR")
     _networks(options.networks)
     is_bundle = not isinstance(model, Source) and (Path(model) / MANIFEST).is_file()
     if is_bundle:
         refuse_changes(model, changes)
-    given = None if options.prompts is None else calibration.read_prompts(options.prompts)
     source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
     if source is not None:
         refuse_inpainting(source.config("unet").get("in_channels", 4))
+    bundle = Bundle.open(model) if is_bundle else None
+    name = bundle.manifest.source["name"] if bundle else source.name
+    prompts = calibration.read_prompts(options.prompts) if options.prompts else calibration.default_prompts(name)
+    pictures = calibration.calibration(prompts, options.images)
     trained = None if source is None else _trained(source)
     if trained is not None and options.recipe is not None:
         raise UserError(f"{source.name} was trained with its own int8 recipe", "leave the recipe's options out")
     scratch = out.parent / f".{out.name}.float"
+    refuse_existing(scratch, overwrite=True)  # it is taken away at the end, whoever made it
     try:
-        if is_bundle:
-            bundle = Bundle.open(model)
+        if bundle:
             bundle.verify()
         else:
             bundle = high(scratch, progress=lambda stage, done: progress(stage, 0.3 * done))
-        prompts = given or calibration.default_prompts(bundle.manifest.source["name"])
         settings = Settings(
             recipe=trained.recipe if trained else options.recipe or Int8(),
-            calibration=calibration.calibration(prompts, options.images),
+            calibration=pictures,
             dtype=INT8[precision],
             strict=precision != "auto",
             budget=options.budget if options.budget is not None else parity.BUDGET,

@@ -82,9 +82,10 @@ def quantize(
         UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into pictures, a recipe
             that fits no layer, a graph that differs from torch.
     """
-    lower = [entry.name for entry in bundle.manifest.components.values() if entry.precision != "float32"]
-    if lower:
-        raise UserError(f"{bundle.path}: {lower[0]} is not float32", "export with --precision fp32 first")
+    for entry in bundle.manifest.components.values():
+        if entry.precision != "float32":
+            raise UserError(f"{bundle.path}: {entry.name} is not float32 but {entry.precision}",
+                            "give the pipeline that it was made of, or a bundle with --precision fp32")  # fmt: skip
     names = [entry for entry in settings.networks if entry in bundle.manifest.components]
     records = dict(bundle.manifest.components)
     unet = bundle.component("unet").inputs

@@ -228,7 +228,7 @@ def _int8(args: argparse.Namespace) -> Any:
         recipe=Int8(**given) if given else None, prompts=args.calibration,
         images=IMAGES if args.calibration_images is None else args.calibration_images,
         budget=args.budget, sensitivity=args.sensitivity,
-        networks=tuple(name.strip() for name in (args.int8_components or "").split(",") if name.strip()),
+        networks=() if args.int8_components is None else tuple(map(str.strip, args.int8_components.split(","))),
     )  # fmt: skip
 
 

@@ -581,7 +581,7 @@ def test_calibration_sees_the_deployed_steps_and_no_others(floating):
 
 
 def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
-    with pytest.raises(UserError, match="cannot be read.*\n.*one prompt per line"):
+    with pytest.raises(UserError, match="cannot be read: No such file or directory\n.*one prompt per line"):
         read_prompts(tmp_path / "none.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
@@ -591,9 +591,10 @@ def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
     lines = tmp_path / "captions.jsonl"
     lines.write_text('{"file_name": "a.png", "text": "a cat"}\n')
     assert read_prompts(lines) == ["a cat"]
-    lines.write_text("{}\n")
-    with pytest.raises(UserError, match="no text, prompt or caption"):
-        read_prompts(lines)
+    for line in ("{}", '{"text": 5}', '{"text": null}', "[]", "5", "a cat"):
+        lines.write_text(f"{line}\n")
+        with pytest.raises(UserError, match="no text, prompt or caption"):
+            read_prompts(lines)
     with pytest.raises(UserError, match="no calibration prompts"):
         calibration([" "])
     with pytest.raises(UserError, match="0 calibration pictures"):
@@ -685,10 +686,30 @@ def test_options_of_int8_want_int8(floating, tmp_path, refused):
         assert f"{option.partition('=')[0]} is for int8" in err and "--precision int8" in err
 
 
+def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("accel.export.pipeline._export_component", lambda *_: pytest.fail("this may take an hour"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for words, *option in (
+        ("0 calibration pictures", "--calibration-images=0"), ("no prompts in it", "--calibration", empty),
+        ("cannot be read", "--calibration", tmp_path / "none.txt"), ("budget of -5 dB", "--budget=-5"),
+        ("unknown int8 level 'convs'", "--int8-level=convs"), ("alpha 1.5", "--smooth=1.5"),
+        ("'' cannot be int8", "--int8-components="), ("unknown collector 'mean'", "--collector=mean"),
+        (f"{empty} is a file", "--sensitivity", empty), (f"{empty} is a file", "--sensitivity", empty / "costs"),
+    ):  # fmt: skip
+        assert words in refused(smallest, tmp_path / "out", "--precision", "int8", *option)
+    assert list(tmp_path.iterdir()) == [empty]
+    theirs = tmp_path / ".out.float" / "file"  # where the float32 bundle is to lie meanwhile
+    theirs.parent.mkdir()
+    theirs.write_text("precious")
+    assert "not something accel wrote" in refused(smallest, tmp_path / "out", "--precision", "int8")
+    assert theirs.read_text() == "precious"
+
+
 def test_options_that_cannot_be(floating, int8, tmp_path):
     with pytest.raises(UserError, match="budget of 0 dB"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(budget=0.0))
-    with pytest.raises(UserError, match="is not float32"):
+    with pytest.raises(UserError, match="unet is not float32 but int8 [+] float32"):
         export_pipeline(int8, tmp_path / "out", precision="int8", int8=Options(**QUICK))
     with pytest.raises(UserError, match="is quantised as it is; profile, sampler cannot be changed"):
         export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
