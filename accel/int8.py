@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8_recipe import Int8, bos_layer, chosen
+from .int8_recipe import TEXT, Int8, bos_layer, chosen
 
 LOW, HIGH = -128, 127
 # What distinguishes a layer from a plain int8 one; the manifest lists them by layer.
@@ -46,6 +46,19 @@ def weight_scale(weight: torch.Tensor) -> torch.Tensor:
 def along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A scale per output channel, shaped to multiply a weight [out, ...]."""
     return scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def split_bos(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The begin-of-text tokens of a context [b, tokens, c], and all others."""
+    starts = range(0, x.shape[1], TEXT)
+    return torch.cat([x[:, at : at + 1] for at in starts], 1), torch.cat([x[:, at + 1 : at + TEXT] for at in starts], 1)
+
+
+def join_bos(first: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """What `split_bos` took apart."""
+    rest = TEXT - 1
+    texts = [(first[:, at : at + 1], others[:, at * rest : (at + 1) * rest]) for at in range(first.shape[1])]
+    return torch.cat([part for text in texts for part in text], 1)
 
 
 # ------------------------------------------------------------------------------------------------------- fake-quantised
@@ -132,14 +145,14 @@ class FakeQuantConv2d(FakeQuantized, nn.Conv2d):
 
 
 class FakeQuantLinear(FakeQuantized, nn.Linear):
-    """A linear layer in int8; where the begin-of-text token is apart, token 0 of [b, tokens, c] is not rounded."""
+    """A linear layer in int8; where begin-of-text tokens are apart, the first token of each text is not rounded."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, x = self.fake_weight(), self.smoothed(x)
         if not self.bos:
             return F.linear(self.input_range(x), weight, self.bias)
-        parts = [F.linear(x[:, :1], weight, self.bias), F.linear(self.input_range(x[:, 1:]), weight, self.bias)]
-        return torch.cat(parts, 1)
+        first, others = split_bos(x)
+        return join_bos(F.linear(first, weight, self.bias), F.linear(self.input_range(others), weight, self.bias))
 
 
 # Layer class -> its fake-quantised class. Others (peft's) are added where they are known.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8 import HIGH, LOW, along, fake_layers, traits, weight_scale
+from .int8 import HIGH, LOW, along, fake_layers, join_bos, split_bos, traits, weight_scale
 
 
 class Packed(nn.Module):
@@ -78,7 +78,8 @@ class Int8Linear(Packed):
         x = x if self.smooth is None else x / self.smooth
         if not self.bos:
             return self.rounded(x, weight)
-        return torch.cat([self._product(x[:, :1], weight), self.rounded(x[:, 1:], weight)], 1)
+        first, others = split_bos(x)
+        return join_bos(self._product(first, weight), self.rounded(others, weight))
 
     def rounded(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._product(self.quantized(x, self.input_scale), weight)
@@ -120,24 +121,28 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     own = traits(model)
     for name, layer in list(fake_layers(model)):
         weight = layer.effective_weight()
-        scale = weight_scale(weight).to(dtype)
-        # A scale that float16 rounds to nothing belongs to a channel that is nothing.
-        scale = torch.where(scale > 0, scale, torch.full_like(scale, torch.finfo(dtype).smallest_normal))
+        scale = _rounded(weight_scale(weight), dtype)
         q = torch.clamp((weight / along(scale.float(), weight)).round(), LOW, HIGH).to(torch.int8)
         if isinstance(layer, nn.Conv2d):
             packed: nn.Module = Int8Conv2d(layer, "output" in own[name])
             packed.weight = q
             if packed.output_scale is not None:
-                packed.output_scale = layer.output_range.scale.to(dtype)
+                packed.output_scale = _rounded(layer.output_range.scale, dtype)
         else:
             packed = Int8Linear(layer, "bos" in own[name], "smooth" in own[name])
             packed.weight = q.T.contiguous()
             if packed.smooth is not None:
                 packed.smooth = layer.smooth.to(dtype)
-        packed.weight_scale, packed.input_scale = scale, layer.input_range.scale.to(dtype)
+        packed.weight_scale, packed.input_scale = scale, _rounded(layer.input_range.scale, dtype)
         if packed.bias is not None:
             packed.bias = layer.bias.detach().to(dtype)
         _replace(model, name, packed.train(layer.training))
+
+
+def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A scale in another dtype. What float16 rounds to nothing belongs to values that are nothing, but divides them."""
+    low = scale.to(dtype)
+    return torch.where(low > 0, low, torch.full_like(low, torch.finfo(dtype).smallest_normal))
 
 
 def set_outputs(model: nn.Module, on: bool) -> None:

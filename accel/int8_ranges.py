@@ -19,6 +19,7 @@ from .errors import UserError
 from .int8_recipe import Int8
 
 BINS = 4096
+_AT_ONCE = 1 << 24  # elements that torch.histc counts without rounding: its counts are float32
 _CANDIDATES = 120  # clipping points that the mse rule tries, down to a fifth of the largest magnitude
 
 
@@ -36,7 +37,7 @@ class Magnitudes:
         self.peak = 0.0
 
     def __call__(self, x: torch.Tensor) -> None:
-        x = x.detach().abs().float()
+        x = x.detach().abs().float().flatten()
         peak = x.max().item() if x.numel() else 0.0
         if not math.isfinite(peak):
             raise UserError(
@@ -45,9 +46,12 @@ class Magnitudes:
         self.peak = max(self.peak, peak)
         if peak > 0:
             self._widen(math.frexp(peak)[1])
-        if self.exponent is not None:
+        if self.exponent is None:
+            self.counts[0] += x.numel()  # zeros, which are in the first bin whatever the range will be
+            return
+        for part in x.split(_AT_ONCE):
             # 2^exponent is above every |x|, and a power of two, so that no element falls on the wrong side of an edge.
-            self.counts += torch.histc(x, BINS, 0, 2.0**self.exponent).double().cpu()
+            self.counts += torch.histc(part, BINS, 0, 2.0**self.exponent).double().cpu()
 
     def _widen(self, exponent: int) -> None:
         if self.exponent is None:

@@ -28,6 +28,9 @@ KEPT = (
     "post_quant_conv", "quant_conv", "text_projection",
 )  # fmt: skip
 
+# CLIP's context. Longer ones are several of this length end to end (`accel.prompts`), each with its own beginning.
+TEXT = 77
+
 _FEED_FORWARD = re.compile(r"(^|\.)(ff\.net|mlp)\.")
 _QKV = re.compile(r"(^|\.)(to_q|to_k|to_v|q_proj|k_proj|v_proj)$")
 _CROSS_KEYS_VALUES = re.compile(r"(^|\.)attn2\.(to_k|to_v)$")
@@ -43,7 +46,7 @@ class Int8:
         collector: how a range is chosen from what calibration saw: max, percentile, or mse (least squared error).
         percentile: share of magnitudes that the percentile collector covers, in per cent.
         smooth: SmoothQuant's alpha (Xiao et al. 2022, arXiv 2211.10438) for linear layers; 0 for none.
-        bos_apart: keep the begin-of-text token of cross-attention keys and values out of int8 (MixDQ).
+        bos_apart: keep the begin-of-text tokens of cross-attention keys and values out of int8 (MixDQ).
         outputs: quantise what convolutions put out as well, which integer convolutions of ONNX Runtime need.
     """
 
@@ -83,15 +86,27 @@ def kind(name: str, convolution: bool) -> str:
 
 
 def bos_layer(name: str) -> bool:
-    """Whether a layer makes keys or values of the text: its input's token 0 is the begin-of-text token."""
+    """Whether a layer makes keys or values of texts, whose first tokens are begin-of-text tokens."""
     return bool(_CROSS_KEYS_VALUES.search(name))
 
 
-def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
-    """Names of the layers that compute in int8.
+def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+    """Names of the layers that the recipe fits.
 
     Args:
-        layers: {name: whether it is a convolution (else it is linear)} of every layer that could.
+        layers: {name: whether it is a convolution (else it is linear)} of every layer that could be int8.
+    """
+    kinds = LEVELS[recipe.level]
+    return [
+        name for name, convolution in layers.items()
+        if kind(name, convolution) in kinds
+        and not set(name.split(".")) & set(KEPT)
+        and not any(matches(name, pattern) for pattern in recipe.keep)
+    ]  # fmt: skip
+
+
+def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+    """What `fitting` gives for a network that must have some.
 
     Raises:
         UserError: when a name in `keep` matches no layer, or nothing is left to quantise.
@@ -99,13 +114,7 @@ def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     for pattern in recipe.keep:
         if not any(matches(name, pattern) for name in layers):
             raise UserError(f"no layer is called {pattern!r}", f"some of: {', '.join(sample(layers))}")
-    kinds = LEVELS[recipe.level]
-    names = [
-        name for name, convolution in layers.items()
-        if kind(name, convolution) in kinds
-        and not set(name.split(".")) & set(KEPT)
-        and not any(matches(name, pattern) for pattern in recipe.keep)
-    ]  # fmt: skip
+    names = fitting(recipe, layers)
     if not names:
         found = sorted({kind(name, convolution) for name, convolution in layers.items()}, key=KINDS.index)
         raise UserError(

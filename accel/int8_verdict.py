@@ -6,7 +6,9 @@ from .bundle import Component
 
 
 def lines(component: Component) -> list[str]:
-    """What the export measured about an int8 component, one line per engine; none for a float one."""
+    """What the export measured about an int8 component, one line per engine; for a float one, why it is not int8."""
+    if reason := component.parity.get("int8_tried", {}).get("reason"):
+        return [f"not int8: {reason}"]
     verdict = component.int8.get("verdict", {})
     if not verdict:
         return []
@@ -21,8 +23,9 @@ def lines(component: Component) -> list[str]:
         if "error" in entry:
             lines.append(f"{engine}: {entry['error']}")
             continue
-        audit = audits.get(engine, {"share": float("nan"), "ok": True})
-        share = f"{audit['share']:.0%} of the layers run in int8" + ("" if audit["ok"] else ", TOO FEW")
+        audit, share = audits.get(engine), "not audited"
+        if audit:
+            share = f"{audit['share']:.0%} of the layers run in int8" + ("" if audit["ok"] else ", TOO FEW")
         lines.append(
             f"{engine}: {entry['float_seconds'] * 1e3:.1f} ms in {verdict.get('against', 'float32')}, "
             f"{entry['int8_seconds'] * 1e3:.1f} ms in int8 ({entry['speedup']:.2f}x); {share}"

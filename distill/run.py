@@ -84,11 +84,11 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         recipe = dreambooth.settled(recipe, encoders)
     # Before the data, whose cache may take hours: what the method refuses is known at once.
     method: Method = METHODS[type(recipe)](recipe, encoders)
+    qat.attach(method, recipe)
     if isinstance(recipe, DreamBooth):
         batches = dreambooth.batches_of(recipe, encoders, run, accelerator, say, stream_of)
     else:
         batches = batches_of(recipe, encoders, run, accelerator, say)
-    qat.attach(method, recipe)
     qat.calibrate(method, recipe, accelerator.device, say)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:

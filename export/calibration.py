@@ -88,12 +88,13 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the calibration prompts {path} cannot be read ({error})", fix) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"the calibration prompts {path} cannot be read: {why}", fix) from None
     if path.suffix == ".jsonl":
         try:
             entries = [json.loads(line) for line in lines]
-            lines = [next(entry[key] for key in _TEXT_KEYS if key in entry) for entry in entries]
-        except (ValueError, StopIteration, TypeError):
+            lines = [next(entry[key] for key in _TEXT_KEYS if isinstance(entry.get(key), str)) for entry in entries]
+        except (ValueError, StopIteration, AttributeError):
             raise UserError(f"a line of {path} has no text, prompt or caption", fix) from None
     if not lines:
         raise UserError(f"{path} has no prompts in it", fix)

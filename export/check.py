@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def gate(component: str, precision: str, onnx_error: float, torch_error: float) 
     Raises:
         UserError: when the error exceeds the gate, or the precision alone destroys the output.
     """
-    if precision == "float16" and not torch_error <= FP16_WORST:
+    broken = not math.isfinite(torch_error) or precision == "float16" and torch_error > FP16_WORST
+    if precision != "float32" and broken:
         raise UserError(
             f"{component}: {precision} changes the output by {torch_error:.2e} (relative L2) in torch already",
             "--precision fp32",

@@ -61,10 +61,9 @@ def keep_plans(raced: Sequence[Bundle], records: Mapping[str, Component], folder
 
 
 def stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:
-    """Note in a float component's record why it is not int8."""
+    """Note in a float component's record why it is not int8, beside the reason for the precision that it has."""
     record = records[entry]
-    note = {"precision_reason": f"int8 was tried: {reason}", "int8_tried": dict(measured)}
-    records[entry] = replace(record, parity=dict(record.parity) | note)
+    records[entry] = replace(record, parity=dict(record.parity) | {"int8_tried": {"reason": reason} | dict(measured)})
 
 
 def _halved(bundle: Bundle, entry: str, folder: Path) -> Bundle:

@@ -14,7 +14,7 @@ from accel.networks import Network
 from . import component
 
 
-def write(bundle: Bundle, name: str, folder: Path, step: component.Step = lambda stage, done: None) -> Component:
+def write(bundle: Bundle, name: str, folder: Path) -> Component:
     """Write one component to `folder`, in float16 wherever that is safe (`precision.plan`).
 
     Raises:
@@ -29,5 +29,7 @@ def write(bundle: Bundle, name: str, folder: Path, step: component.Step = lambda
     )
     folder.mkdir(parents=True)
     networks.save_config(network, folder)
-    made = component.write(network, known, record.dims, folder, opset=manifest.exporter["opset"], step=step)
+    made = component.write(
+        network, known, record.dims, folder, opset=manifest.exporter["opset"], step=lambda stage, done: None
+    )
     return replace(made, parity=made.parity | {"export_seconds": round(time.perf_counter() - started, 2)})

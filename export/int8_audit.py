@@ -17,6 +17,7 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.engines import fitting_plan, load_engine, status
+from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
 from accel.graph import graph_file
 
@@ -71,7 +72,7 @@ def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         ort.InferenceSession(
             str(graph_file(bundle, component, "onnxruntime")), options, providers=["CPUExecutionProvider"],
-            disabled_optimizers=["MatMulAddFusion"],
+            disabled_optimizers=OFF_FOR_INT8,
         )  # fmt: skip
         model = onnx.load(str(saved), load_external_data=False)
     return _count(model.graph)

@@ -48,7 +48,7 @@ class Options:
 
 def export(
     model: str | Path | Source, out: Path, precision: str, options: Options, high: Callable[..., Bundle], *,
-    loras: Sequence[Any] = (), changed: bool = False, overwrite: bool = False,
+    loras: Sequence[Any] = (), changes: Sequence[str] = (), overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
     """Quantise a float32 bundle, or export a pipeline as one first.
@@ -57,7 +57,7 @@ def export(
         model: a float32 bundle, or what `high` exports.
         high: (folder, progress=...) -> the float32 bundle of the model.
         loras: LoRA files that `high` fuses; one that was trained for int8 brings its ranges.
-        changed: whether `high` changes the model in any other way, which a bundle no longer can be.
+        changes: names of what `high` does with a model, which can no longer be done with a bundle.
 
     Raises:
         UserError: for options that cannot be honoured, before anything is exported.
@@ -65,28 +65,34 @@ def export(
     refuse_existing(out, overwrite)
     if options.budget is not None and not 0 < options.budget < 100:
         raise UserError(f"a parity budget of {options.budget:g} dB makes no sense", "such as --budget 30")
+    if options.sensitivity is not None:  # written only when everything has been measured
+        place = next(path for path in (options.sensitivity, *options.sensitivity.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise UserError(f"{options.sensitivity} cannot be a folder: {place} is a file", "another --sensitivity DIR")
     _networks(options.networks)
     is_bundle = not isinstance(model, Source) and (Path(model) / MANIFEST).is_file()
-    if is_bundle and (loras or changed):
-        raise UserError(f"{model} is a bundle, which is quantised as it is", "give the pipeline that it was made of")
-    given = None if options.prompts is None else calibration.read_prompts(options.prompts)
+    if is_bundle:
+        refuse_changes(model, changes)
     source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
     if source is not None:
         refuse_inpainting(source.config("unet").get("in_channels", 4))
+    bundle = Bundle.open(model) if is_bundle else None
+    name = bundle.manifest.source["name"] if bundle else source.name
+    prompts = calibration.read_prompts(options.prompts) if options.prompts else calibration.default_prompts(name)
+    pictures = calibration.calibration(prompts, options.images)
     trained = None if source is None else _trained(source)
     if trained is not None and options.recipe is not None:
         raise UserError(f"{source.name} was trained with its own int8 recipe", "leave the recipe's options out")
     scratch = out.parent / f".{out.name}.float"
+    refuse_existing(scratch, overwrite=True)  # it is taken away at the end, whoever made it
     try:
-        if is_bundle:
-            bundle = Bundle.open(model)
+        if bundle:
             bundle.verify()
         else:
             bundle = high(scratch, progress=lambda stage, done: progress(stage, 0.3 * done))
-        prompts = given or calibration.default_prompts(bundle.manifest.source["name"])
         settings = Settings(
             recipe=trained.recipe if trained else options.recipe or Int8(),
-            calibration=calibration.calibration(prompts, options.images),
+            calibration=pictures,
             dtype=INT8[precision],
             strict=precision != "auto",
             budget=options.budget if options.budget is not None else parity.BUDGET,
@@ -103,6 +109,15 @@ def export(
         )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_changes(bundle: str | Path, names: Sequence[str]) -> None:
+    """Raise the UserError about options that say what is exported, where that lies exported already."""
+    if names:
+        raise UserError(
+            f"{bundle} is quantised as it is; {', '.join(names)} cannot be changed any more",
+            "leave that out, or give the pipeline that the bundle was made of",
+        )
 
 
 def _networks(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -87,9 +87,13 @@ def export_pipeline(
             export_pipeline, model, profile=profile, opset=opset, components=components, sampler=sampler,
             adapter=adapter, controlnet=controlnet, loras=loras, overwrite=True,
         )  # fmt: skip
+        changes = {
+            "profile": profile != "native", "opset": opset != onnx.DEFAULT_OPSET, "sampler": sampler,
+            "components": components != COMPONENTS, "adapter": adapter, "controlnet": controlnet, "loras": loras,
+        }  # fmt: skip
         return int8_options.export(
-            model, Path(out), precision, wanted, high, loras=loras,
-            changed=bool(sampler or adapter or controlnet), overwrite=overwrite, progress=progress,
+            model, Path(out), precision, wanted, high, loras=loras, overwrite=overwrite, progress=progress,
+            changes=[name for name, change in changes.items() if change],
         )  # fmt: skip
     if not isinstance(model, Source):
         folder = None if isinstance(adapter, bool) else adapter

@@ -23,7 +23,7 @@ from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8_ranges import observe
-from accel.int8_recipe import Int8
+from accel.int8_recipe import Int8, fitting
 from accel.networks import Network
 from accel.pipeline import Pipeline, load
 
@@ -82,9 +82,10 @@ def quantize(
         UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into pictures, a recipe
             that fits no layer, a graph that differs from torch.
     """
-    lower = [entry.name for entry in bundle.manifest.components.values() if entry.precision != "float32"]
-    if lower:
-        raise UserError(f"{bundle.path}: {lower[0]} is not float32", "export with --precision fp32 first")
+    for entry in bundle.manifest.components.values():
+        if entry.precision != "float32":
+            raise UserError(f"{bundle.path}: {entry.name} is not float32 but {entry.precision}",
+                            "give the pipeline that it was made of, or a bundle with --precision fp32")  # fmt: skip
     names = [entry for entry in settings.networks if entry in bundle.manifest.components]
     records = dict(bundle.manifest.components)
     unet = bundle.component("unet").inputs
@@ -98,6 +99,13 @@ def quantize(
         _copy(bundle, folder)
         pipeline = load(bundle, "eager", device="cpu")
         models = {entry: pipeline.engines[entry].module.model for entry in names}
+        for entry in _without_layers(models, settings.recipe):
+            gate.stay(records, entry, f"it has no layer of level {settings.recipe.level}", {})
+            names.remove(entry)
+            del models[entry]
+        if settings.strict and not names:
+            raise UserError(f"no network that was asked for has a layer of level {settings.recipe.level}",
+                            "--int8-level all, or other --int8-components")  # fmt: skip
         progress("calibration", 0.0)
         kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
         progress("parity", 0.4)
@@ -108,16 +116,16 @@ def quantize(
         origin = settings.calibration.record(bundle.manifest.sampler)
         for place, entry in enumerate(names):
             if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
-                gate.stay(records, entry, f"outside the parity budget ({found[entry]['psnr']:.1f} dB)", found[entry])
+                why = f"outside the parity budget of {settings.budget:g} dB ({found[entry]['psnr']:.1f} dB)"
+                gate.stay(records, entry, why, found[entry])
                 continue
             shutil.rmtree(folder / entry)
 
             def step(stage: str, done: int, entry: str = entry, place: int = place) -> None:
                 progress(f"{entry}: {stage}", 0.5 + 0.3 * (place + done / 4) / len(names))
 
-            trained = settings.trained is not None and entry == "unet"
             about = {"recipe": _recipe_of(settings.recipe, entry).as_dict(), "kept": kept[entry]}
-            about["calibration"] = origin | {"ranges": "trained" if trained else "calibrated"}
+            about["calibration"] = origin | {"ranges": "trained" if _is_trained(settings, entry) else "calibrated"}
             records[entry] = _write(pipeline, bundle, entry, folder / entry, settings.dtype, about, step)
         del pipeline, models, judge
         if settings.dtype != "float32":
@@ -138,13 +146,22 @@ def calibrate(
 ) -> dict[str, dict[str, str]]:
     """Attach fake quantisation to the networks of a pipeline, with the ranges that its own pictures need.
 
+    A UNet that was trained with ranges keeps them, and computes in float while the others are calibrated.
+
     Returns:
         Per network {layer that stays in higher precision though the recipe names it: why}.
     """
     for entry, model in models.items():
         int8.attach(model, _recipe_of(settings.recipe, entry), names=_trained_layers(settings, entry))
-    dead = observe(list(models.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
-    kept = {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(models, dead, strict=True)}
+    seen = {entry: model for entry, model in models.items() if not _is_trained(settings, entry)}
+    dead: list[list[str]] = []
+    if seen:
+        dead = observe(list(seen.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
+    if seen.keys() != models.keys():
+        int8.set_scales(models["unet"], settings.trained)
+        int8.set_mode(models["unet"], "quantize")
+    kept: dict[str, dict[str, str]] = {entry: {} for entry in models}
+    kept |= {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(seen, dead, strict=True)}
     for entry, names in kept.items():
         if names:
             warnings.warn(
@@ -152,15 +169,16 @@ def calibrate(
                 f"{next(iter(names))}",
                 Notice, stacklevel=2,
             )  # fmt: skip
-    if settings.trained is not None:
-        int8.set_scales(models["unet"], settings.trained)
     return kept
 
 
 def _by_sensitivity(
     judge: parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
 ) -> dict[str, str]:
-    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must."""
+    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must.
+
+    Where no layer can be int8 within the budget, all stay, for parity to refuse the UNet; an error if it must be int8.
+    """
     layers = [name for name, _ in int8.fake_layers(unet)]
     rows = sensitivity.measure(
         judge, "unet", sensitivity.one_by_one(layers),
@@ -168,19 +186,36 @@ def _by_sensitivity(
     )  # fmt: skip
     blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
-    if settings.keep_budget:
-        names = sensitivity.leave(judge, "unet", rows)
-        int8.detach(unet, names)
-        kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
-    if settings.sensitivity:
-        sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
+    try:
+        if settings.keep_budget:
+            names = sensitivity.leave(judge, "unet", rows)
+            int8.detach(unet, names)
+            kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
+    except UserError:
+        if settings.strict:
+            raise
+    finally:
+        if settings.sensitivity:
+            sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
     return kept
 
 
+def _is_trained(settings: Settings, entry: str) -> bool:
+    return settings.trained is not None and entry == "unet"
+
+
 def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
-    if settings.trained is None or entry != "unet":
+    if not _is_trained(settings, entry):
         return None
     return [key.removesuffix(".input_scale") for key in settings.trained if key.endswith(".input_scale")]
+
+
+def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:
+    """Networks that the recipe, meant for the UNet, has nothing to do in: a text encoder has no convolutions."""
+    return [
+        entry for entry, model in models.items()
+        if entry != "unet" and not fitting(_recipe_of(recipe, entry), int8.layers_of(model))
+    ]  # fmt: skip
 
 
 def _recipe_of(recipe: Int8, entry: str) -> Int8:
@@ -224,8 +259,7 @@ def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path)
         shutil.rmtree(folder / entry)
         made = half.write(bundle, entry, folder / entry)
         notes = {key: record.parity[key] for key in ("int8_tried",) if key in record.parity}
-        reasons = [text for text in (record.parity.get("precision_reason"), made.parity["precision_reason"]) if text]
-        records[entry] = replace(made, parity=made.parity | notes | {"precision_reason": "; ".join(reasons)})
+        records[entry] = replace(made, parity=made.parity | notes)
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:

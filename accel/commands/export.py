@@ -12,6 +12,15 @@ from ..bundle import MANIFEST
 from .options import add_build, build_options, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
+# What says how a pipeline becomes a bundle, and what says how it becomes int8; by themselves they are None or empty.
+_OF_PIPELINES = (
+    "lora", "unet", "vae", "adapter", "controlnet", "base", "variant", "sampler", "steps", "guidance", "profile",
+    "opset", "components",
+)  # fmt: skip
+_OF_INT8 = (
+    "calibration", "calibration_images", "int8_components", "int8_level", "int8_keep", "collector", "smooth", "budget",
+    "sensitivity",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--profile",
-        default="native",
         help="shapes to accept: native (batch 1-4 at the model's own size), static (batch 1), "
         f"{', '.join(PROFILES)}; or spelled out: batch=1-4,height=256-768,width=512 (default: native)",
     )
-    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 18 to 24 (default: 20)")
+    parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 24 (default: 20)")
     parser.add_argument(
         "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
     )
@@ -116,12 +124,19 @@ def _bundle(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from accel.errors import UserError
+    from accel.export import onnx
+    from accel.export.int8_options import refuse_changes
     from accel.export.pipeline import COMPONENTS, export_pipeline
-    from accel.export.precision import INT8
+    from accel.export.precision import INT8, check_name
     from accel.source import open_source
 
-    given = any(value is not None for value in (args.sampler, args.steps, args.guidance))
-    is_bundle = args.precision in INT8 and (Path(args.model) / MANIFEST).is_file() and not given
+    check_name(args.precision)
+    is_bundle = args.precision in INT8 and (Path(args.model) / MANIFEST).is_file()
+    if is_bundle:
+        refuse_changes(args.model, _given(args, _OF_PIPELINES))
+    if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
+        raise UserError(f"{given[0]} is for int8, and the precision is {args.precision}", "add --precision int8")
     if args.engine == "tensorrt":
         from accel import trt
         from accel.cuda import Cuda
@@ -144,9 +159,9 @@ def _bundle(args: argparse.Namespace) -> int:
         bundle = export_pipeline(
             source,
             args.out,
-            profile=args.profile,
+            profile=args.profile or "native",
             precision=args.precision,
-            opset=args.opset,
+            opset=onnx.DEFAULT_OPSET if args.opset is None else args.opset,
             components=components,
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
@@ -179,10 +194,15 @@ def _bundle(args: argparse.Namespace) -> int:
     return 0
 
 
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Those options that were typed, as they were typed."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
+
+
 def _add_int8(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("int8")
     group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: prompts of our own)")
-    group.add_argument("--calibration-images", type=int, default=32, help="pictures to calibrate on (default: 32)")
+    group.add_argument("--calibration-images", type=int, help="pictures to calibrate on (default: 32)")
     group.add_argument("--int8-components", help="what is to be int8: unet,text_encoder,vae_decoder (default: all)")
     group.add_argument("--int8-level", help="conv, ff (+ feed-forward), qkv (+ queries, keys, values) or all (default)")
     group.add_argument(
@@ -200,6 +220,7 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
 
 def _int8(args: argparse.Namespace) -> Any:
     """The options of the group, as `accel.export` takes them."""
+    from accel.export.calibration import IMAGES
     from accel.export.int8_options import Options
     from accel.int8_recipe import Int8
 
@@ -209,9 +230,10 @@ def _int8(args: argparse.Namespace) -> Any:
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     return Options(
-        recipe=Int8(**given) if given else None, prompts=args.calibration, images=args.calibration_images,
+        recipe=Int8(**given) if given else None, prompts=args.calibration,
+        images=IMAGES if args.calibration_images is None else args.calibration_images,
         budget=args.budget, sensitivity=args.sensitivity,
-        networks=tuple(name.strip() for name in (args.int8_components or "").split(",") if name.strip()),
+        networks=() if args.int8_components is None else tuple(map(str.strip, args.int8_components.split(","))),
     )  # fmt: skip
 
 

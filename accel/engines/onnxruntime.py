@@ -18,6 +18,9 @@ from ..errors import MissingPackage, Notice, UserError
 from .base import Engine, Status, check_threads, graph_file, to_torch
 from .providers import PROVIDERS, chain
 
+# Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
+OFF_FOR_INT8 = ["MatMulAddFusion"]
+
 
 def status() -> Status:
     if find_spec("onnxruntime") is None:
@@ -96,8 +99,7 @@ class OnnxRuntime(Engine):
             own = "onnxruntime" if provider == "cpu" else ""
             self.session = ort.InferenceSession(
                 str(graph_file(bundle, component, own)), options, providers=providers,
-                # It would turn a product and its bias into a float one before int8 is looked at (static shapes).
-                disabled_optimizers=["MatMulAddFusion"] if component.int8 else None,
+                disabled_optimizers=OFF_FOR_INT8 if component.int8 else None,
             )  # fmt: skip
         except UserError:
             raise

@@ -165,7 +165,7 @@ def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
         }),
     })  # fmt: skip
     int8.attach(model, Int8(smooth=smooth))
-    inputs = {"conv": torch.randn(2, 6, 9, 8), "ff": torch.randn(2, 5, 7), "attn2.to_k": torch.randn(2, 5, 7)}
+    inputs = {"conv": torch.randn(2, 6, 9, 8), "ff": torch.randn(2, 5, 7), "attn2.to_k": torch.randn(2, 154, 7)}
     for name, quantizer in int8.ranges(model):
         quantizer.set_scale(0.02 if name.endswith("input") else 0.03)
     if smooth:
@@ -195,24 +195,41 @@ def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
         assert torch.equal(again.get_submodule(name)(x), expected[name]), name
 
 
-def test_the_begin_of_text_token_is_not_rounded():
+def test_what_float16_rounds_to_nothing_is_no_division_by_zero():
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 3, 1), "ff": nn.Linear(4, 3)}).requires_grad_(False)
+    for layer in model.values():
+        layer.weight.mul_(1e-9)
+    int8.attach(model, Int8())
+    for _, quantizer in int8.ranges(model):
+        quantizer.set_scale(1e-9)
+    int8_packed.pack(model, torch.float16)
+    int8_packed.set_outputs(model, True)
+    assert all((value > 0).all() for name, value in model.state_dict().items() if name.endswith("_scale"))
+    x = torch.tensor([0, 1e-7, 6e-8, 0], dtype=torch.float16)
+    assert model["ff"](x).isfinite().all() and model["conv"](x.view(1, 2, 2, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [6, 77, 3 * 77])
+def test_begin_of_text_tokens_are_not_rounded(tokens):
+    """One at the beginning, and one at that of each further text of a longer context."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"attn2": nn.ModuleDict({"to_v": nn.Linear(16, 16)})})
-    x = torch.randn(2, 6, 16)
-    x[:, 0] *= 80  # MixDQ, section 3: 828 against 10 to 15
+    x = torch.randn(2, tokens, 16)
+    first = torch.arange(tokens) % 77 == 0
+    x[:, first] *= 80  # MixDQ, section 3: 828 against 10 to 15
     exact = model["attn2"]["to_v"](x)
 
     def error(apart: bool) -> float:
         own = copy.deepcopy(model)
         int8.attach(own, Int8(bos_apart=apart))
         layer = own["attn2"]["to_v"]
-        layer.input_range.set_scale((x[:, 1:] if apart else x).abs().max() / 127)
+        layer.input_range.set_scale((x[:, ~first] if apart else x).abs().max() / 127)
         int8.set_mode(own, "quantize")
         said = layer(x)
         if apart:
             weight = int8.fake_quantize(layer.weight, int8.weight_scale(layer.weight)[:, None])
-            torch.testing.assert_close(said[:, :1], F.linear(x[:, :1], weight, layer.bias))
-        return (said - exact)[:, 1:].norm().item() / exact[:, 1:].norm().item()
+            torch.testing.assert_close(said[:, first], F.linear(x[:, first], weight, layer.bias))
+        return (said - exact)[:, ~first].norm().item() / exact[:, ~first].norm().item()
 
     assert error(apart=True) < 0.02 < 0.2 < error(apart=False)
 

@@ -32,6 +32,20 @@ def test_the_scale_depends_on_the_data_alone(collector, count):
 
 
 @pytest.mark.parametrize("collector", COLLECTORS)
+def test_zeros_count_wherever_they_come(collector):
+    x, zeros = torch.arange(1, 101).float(), torch.zeros(100)
+    first, last = collected(zeros, zeros, x), collected(x, zeros, zeros)
+    assert first.counts.tolist() == last.counts.tolist() and first.counts.sum() == 300
+    recipe = Int8(collector=collector, percentile=90.0)
+    assert first.scale(recipe) == last.scale(recipe)
+
+
+def test_more_equal_elements_than_float32_can_count():
+    count = (1 << 24) + 5
+    assert collected(torch.ones(1).expand(count)).counts.sum().item() == count
+
+
+@pytest.mark.parametrize("collector", COLLECTORS)
 def test_the_scale_follows_the_unit(collector):
     x, recipe = torch.randn(2000), Int8(collector=collector)
     assert collected(x * 8).scale(recipe) == pytest.approx(8 * collected(x).scale(recipe), rel=1e-12)

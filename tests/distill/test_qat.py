@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from accel import int8, int8_file
-from accel.distill import checkpoints, qat, recipes, settings
+from accel.distill import checkpoints, qat, recipes, run, settings
 from accel.distill.dmd2 import DMD2
 from accel.distill.encode import Encoders
 from accel.distill.kd import Denoising
@@ -89,6 +89,10 @@ def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_pictures, 
     recipe = recipes.changed(
         recipes.finetune(), **common(smallest, six_pictures, steps=1, qat="conv", qat_ranges="observed")
     )
+    method = Denoising(recipe, Encoders(open_source(smallest)))
+    assert qat.attach(method, recipe)
+    assert not any("log_scale" in name for name, _ in method.unet.named_parameters())
+    assert any("log_scale" in name for name, _ in method.unet.named_buffers())
     execute(recipe, tmp_path / "out")
     (folder,) = checkpoints.all_of(tmp_path / "out-run")
     stored = load_file(folder / "unet" / checkpoints.WEIGHTS)
@@ -115,6 +119,14 @@ def test_a_network_that_several_adapters_share_cannot_round(sd15, six_pictures):
     recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_pictures, few_steps=2, rank=2, critic_rank=2))
     with pytest.raises(UserError, match="no UNet of its own.*\n.*train all weights"):
         qat.attach(DMD2(recipe, Encoders(open_source(sd15))), recipe)
+
+
+def test_what_cannot_round_is_said_before_the_data_are_read(sd15, six_pictures, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(run, "batches_of", lambda *_: pytest.fail("the cache may take hours"))
+    fields = common(sd15, six_pictures, few_steps=2, rank=2, critic_rank=2)
+    with pytest.raises(UserError, match="no UNet of its own"):
+        execute(recipes.changed(recipes.dmd2(), **fields), tmp_path / "out")
 
 
 def test_training_without_the_option_is_untouched(smallest, six_pictures):
@@ -173,13 +185,15 @@ def _fused_weight(method, recipe, layer: str) -> torch.Tensor:
 
 
 def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monkeypatch):
-    from accel.export import verdict
+    from accel.export import quantize, verdict
+    from accel.export.calibration import Calibration
     from accel.export.int8_options import Options
     from accel.export.pipeline import export_pipeline
     from accel.int8_recipe import Int8
 
     monkeypatch.setattr(verdict, "SECONDS", 0.0)
     monkeypatch.setattr(verdict, "ENGINES", ("onnxruntime",))
+    monkeypatch.setattr(quantize, "observe", lambda *_: pytest.fail("nothing is left to calibrate"))
     sampler = {"name": "dmd2", "timesteps": [999], "guidance": 0.0}
     options = Options(images=1, judged=1, networks=("unet",))
     bundle = export_pipeline(tuned, tmp_path / "out", profile="batch=1,size=32", precision="int8", sampler=sampler,
@@ -189,6 +203,8 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     stored, trained = load_file(tmp_path / "out" / "unet" / "model.safetensors"), int8_file.find(tuned)
     for name, value in trained.scales.items():
         assert torch.allclose(stored[name], value, rtol=1e-6), name
+    settings = quantize.Settings(trained.recipe, Calibration(("the cat",)), trained=trained.scales)
+    assert quantize.calibrate(None, {}, settings) == {}, "a trained UNet may be left out"
     with pytest.raises(UserError, match="was trained with its own int8 recipe"):
         export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Options(recipe=Int8()))
 

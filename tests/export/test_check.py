@@ -40,11 +40,19 @@ def test_float16_is_measured_against_the_rounding_of_torch_itself():
         gate("unet", "float16", FP16_FACTOR * 1e-3 * 1.01, 1e-3)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("error", [float("nan"), float("inf")])
 def test_what_is_not_finite_never_passes(precision, error):
     with pytest.raises(UserError):
         gate("unet", precision, error, 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("floor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("error", [float("inf"), float("nan"), 0.0])
+def test_a_graph_is_not_right_because_torch_is_as_wrong(precision, floor, error):
+    with pytest.raises(UserError, match=f"{precision} changes the output by .* in torch already"):
+        gate("unet", precision, error, floor)
 
 
 @pytest.mark.parametrize("floor", [float("inf"), float("nan"), 0.5])

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 
 import accel
-from accel import engines, int8_packed, networks, plans
+from accel import engines, int8_packed, int8_verdict, networks, plans
 from accel import int8 as fake
 from accel.bundle import Bundle, seal
+from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import Notice, UserError
 from accel.export import check, gate, parity, quantize, sensitivity, uint8, verdict
 from accel.export import int8_audit as audit
@@ -71,8 +72,8 @@ def for_gpus(floating, tmp_path_factory) -> tuple[Path, str, str]:
     (folder / "prompts.txt").write_text("the cat\nthe dog\n")
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(["export", str(floating), str(folder / "bundle"), "--precision", "int8-fp16", "--calibration",
-                     str(folder / "prompts.txt"), "--calibration-images", "2", "--int8-components", "vae_decoder",
-                     "--collector", "max"])  # fmt: skip
+                     str(folder / "prompts.txt"), "--calibration-images", "2", "--int8-components",
+                     "text_encoder,vae_decoder", "--int8-level", "conv", "--collector", "max"])  # fmt: skip
     assert code == 0, err.getvalue()
     return folder / "bundle", out.getvalue(), err.getvalue()
 
@@ -212,16 +213,14 @@ def test_rule_6_attention_products_stay_float(int8):
 # ----------------------------------------------------------------------------------------------- what engines really do
 
 
-def count(graph: Path, disabled=("MatMulAddFusion",), **entries: str) -> dict[str, dict[str, int]]:
+def count(graph: Path, disabled=OFF_FOR_INT8) -> dict[str, dict[str, int]]:
     """What ONNX Runtime makes of a graph."""
     import onnxruntime as ort
 
     saved = graph.with_name("optimised.onnx")
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(saved), 4
-    for key, value in entries.items():
-        options.add_session_config_entry(key.replace("__", "."), value)
-    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled))
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     found = audit._count(onnx.load(str(saved), load_external_data=False).graph)
     saved.unlink()
     return {"int8": dict(found[0]), "float": dict(found[1])}
@@ -251,7 +250,7 @@ def test_rule_4_static_shapes_want_one_optimizer_off(int8):
         onnx.save(model, str(static))
         wanted = kinds_of(int8)
         assert count(static)["int8"] == wanted
-        assert count(static, disabled=())["int8"].get("linear", 0) < wanted["linear"]
+        assert count(static, disabled=[])["int8"].get("linear", 0) < wanted["linear"]
     finally:
         static.unlink()
 
@@ -386,6 +385,16 @@ def test_float16_around_int8_has_no_casts_inside(for_gpus):
     assert {Bundle.open(bundle).component(name).precision for name in ("unet", "text_encoder")} == {"float16"}
 
 
+def test_what_has_no_layer_of_the_level_stays_float_and_that_is_said(for_gpus, floating):
+    bundle, said, _ = for_gpus
+    record = Bundle.open(bundle).component("text_encoder")
+    assert record.precision == "float16" and record.parity["int8_tried"] == {"reason": "it has no layer of level conv"}
+    assert "not int8: it has no layer of level conv" in said and said.count("not int8") == 1
+    with pytest.raises(UserError, match="has a layer of level conv\n.*--int8-level all"):
+        export_pipeline(floating, bundle.parent / "out", precision="int8",
+                        int8=Options(recipe=Int8(level="conv"), networks=("text_encoder",), **QUICK))  # fmt: skip
+
+
 def test_parity_decides_where_the_engine_is_not_here_and_that_is_said(for_gpus):
     bundle, said, errors = for_gpus
     record = Bundle.open(bundle).component("vae_decoder")
@@ -429,7 +438,8 @@ def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_
     with pytest.raises(UserError, match="no TensorRT plan that fits"):
         audit.audit(bundle, record, "tensorrt")
     slower = race(1e9)["vae_decoder"]
-    assert slower.precision == "float16" and "not faster" in slower.parity["precision_reason"]
+    assert slower.precision == "float16" and "not faster" in slower.parity["int8_tried"]["reason"]
+    assert slower.parity["precision_reason"] == record.parity["precision_reason"], "why it is float16 is another fact"
     assert not (folder / "engines").exists()
 
 
@@ -439,7 +449,7 @@ def test_precision_auto_keeps_float_where_int8_is_slower(floating, tmp_path, mon
     bundle = export_pipeline(floating, tmp_path / "auto", precision="auto", int8=Options(**SMALL))
     assert all(record.precision == "float32" for record in bundle.manifest.components.values())
     record = bundle.component("vae_decoder")
-    assert "not faster" in record.parity["precision_reason"] and record.parity["int8_tried"]["engines"]
+    assert "not faster" in record.parity["int8_tried"]["reason"] and record.parity["int8_tried"]["engines"]
     bundle.verify()
     assert not (tmp_path / "auto" / "vae_decoder" / uint8.FILE).exists()
     accel.load(bundle, "onnxruntime")("the cat")
@@ -451,6 +461,10 @@ def test_the_inspection_says_what_was_measured(int8, capsys):
     assert main(["inspect", str(int8)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "int8:" in said and "layers run in int8" in said and "dB from float32's" in said
+    record = unet_of(int8)
+    bare = int8_verdict.lines(replace(record, int8=dict(record.int8) | {"audit": {}}))
+    assert len(bare) > 1 and all(line.endswith(("not audited", "not choose it")) for line in bare[1:])
+    assert "nan" not in " ".join(bare)
 
 
 def test_the_report_of_a_benchmark_names_it(int8):
@@ -526,9 +540,29 @@ def test_a_budget_is_met_and_the_table_and_plot_are_written(calibrated, tmp_path
     assert "| block |" in (tmp_path / "sensitivity.md").read_text()
 
 
+def test_a_budget_that_no_layer_meets(floating, tmp_path):
+    """An error where int8 was asked for, float where it was to be tried; what was measured is kept either way."""
+    recipe = Int8(level="conv", keep=("down_blocks", "up_blocks.0", "up_blocks.1.resnets"))
+    options = Options(recipe=recipe, budget=99.0, networks=("unet",), sensitivity=tmp_path / "costs", **QUICK)
+    with pytest.raises(UserError, match="no layer can compute in int8 within 99 dB.*\n.*smaller --budget"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", int8=options)
+    table = tmp_path / "costs" / "sensitivity.json"
+    assert 0 < len(json.loads(table.read_text())["layers"]) < 10
+    table.unlink()
+    bundle = export_pipeline(floating, tmp_path / "out", precision="auto", int8=options)
+    record = bundle.component("unet")
+    assert record.precision == "float32" and not (tmp_path / "out" / "unet" / uint8.FILE).exists()
+    assert "outside the parity budget of 99 dB" in record.parity["int8_tried"]["reason"] and table.exists()
+
+
 def test_calibration_sees_the_deployed_steps_and_no_others(floating):
-    """And the ranges are those of the pictures, however many times they are drawn."""
+    """And the ranges are those of the pictures, however many times they are drawn in one observation."""
     seen = []
+
+    class Twice(Calibration):
+        def run(self, *args):
+            super().run(*args)
+            return super().run(*args)
 
     def scales(pictures: Calibration) -> dict[str, torch.Tensor]:
         pipeline = accel.load(floating, "eager")
@@ -537,16 +571,17 @@ def test_calibration_sees_the_deployed_steps_and_no_others(floating):
         quantize.calibrate(pipeline, {"unet": unet}, quantize.Settings(Int8(level="conv"), pictures))
         return fake.scales(unet)
 
-    once, twice = (scales(Calibration(("the cat",) * count, 0)) for count in (1, 1))
-    assert set(seen) == {999.0, 499.0}
-    assert all(torch.equal(once[name], twice[name]) for name in once)
+    once, calls = scales(Calibration(("the cat",))), len(seen)
+    twice = scales(Twice(("the cat",)))
+    assert len(seen) == 3 * calls and set(seen) == {999.0, 499.0}
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
-    with pytest.raises(UserError, match="cannot be read.*\n.*one prompt per line"):
+    with pytest.raises(UserError, match="cannot be read: No such file or directory\n.*one prompt per line"):
         read_prompts(tmp_path / "none.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
@@ -556,9 +591,10 @@ def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
     lines = tmp_path / "captions.jsonl"
     lines.write_text('{"file_name": "a.png", "text": "a cat"}\n')
     assert read_prompts(lines) == ["a cat"]
-    lines.write_text("{}\n")
-    with pytest.raises(UserError, match="no text, prompt or caption"):
-        read_prompts(lines)
+    for line in ("{}", '{"text": 5}', '{"text": null}', "[]", "5", "a cat"):
+        lines.write_text(f"{line}\n")
+        with pytest.raises(UserError, match="no text, prompt or caption"):
+            read_prompts(lines)
     with pytest.raises(UserError, match="no calibration prompts"):
         calibration([" "])
     with pytest.raises(UserError, match="0 calibration pictures"):
@@ -619,13 +655,64 @@ def test_unets_that_take_pictures_are_refused_before_anything_is_drawn(changed_u
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def refused(capsys):
+    """Run `accel export` with arguments that are wrong: the one sentence and its fix."""
+    from accel.cli import main
+
+    def call(*args) -> str:
+        assert main(["export", *map(str, args)]) == 1
+        err = capsys.readouterr().err
+        assert err.count("error:") == 1 == err.count("fix:") and "Traceback" not in err, err
+        return err
+
+    return call
+
+
+@pytest.mark.parametrize("option", [
+    "--lora=a", "--unet=a", "--vae=a", "--adapter", "--adapter=a", "--controlnet=a", "--base=a", "--variant=fp16",
+    "--sampler=ddim", "--steps=4", "--guidance=0", "--profile=native", "--opset=20", "--components=unet",
+])  # fmt: skip
+def test_a_bundle_is_quantised_as_it_is(floating, tmp_path, refused, option):
+    """Nothing that was asked for is dropped in silence, the defaults written out included."""
+    err = refused(floating, tmp_path / "out", "--precision", "int8", option)
+    assert f"{floating} is quantised as it is; {option.partition('=')[0]} cannot be changed" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_int8_want_int8(floating, tmp_path, refused):
+    for option in ("--int8-level=conv", "--budget=30", "--calibration=a", "--calibration-images=32", "--smooth=0"):
+        err = refused(floating, tmp_path / "out", "--precision", "fp16", option)
+        assert f"{option.partition('=')[0]} is for int8" in err and "--precision int8" in err
+
+
+def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("accel.export.pipeline._export_component", lambda *_: pytest.fail("this may take an hour"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for words, *option in (
+        ("0 calibration pictures", "--calibration-images=0"), ("no prompts in it", "--calibration", empty),
+        ("cannot be read", "--calibration", tmp_path / "none.txt"), ("budget of -5 dB", "--budget=-5"),
+        ("unknown int8 level 'convs'", "--int8-level=convs"), ("alpha 1.5", "--smooth=1.5"),
+        ("'' cannot be int8", "--int8-components="), ("unknown collector 'mean'", "--collector=mean"),
+        (f"{empty} is a file", "--sensitivity", empty), (f"{empty} is a file", "--sensitivity", empty / "costs"),
+    ):  # fmt: skip
+        assert words in refused(smallest, tmp_path / "out", "--precision", "int8", *option)
+    assert list(tmp_path.iterdir()) == [empty]
+    theirs = tmp_path / ".out.float" / "file"  # where the float32 bundle is to lie meanwhile
+    theirs.parent.mkdir()
+    theirs.write_text("precious")
+    assert "not something accel wrote" in refused(smallest, tmp_path / "out", "--precision", "int8")
+    assert theirs.read_text() == "precious"
+
+
 def test_options_that_cannot_be(floating, int8, tmp_path):
     with pytest.raises(UserError, match="budget of 0 dB"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(budget=0.0))
-    with pytest.raises(UserError, match="is not float32"):
+    with pytest.raises(UserError, match="unet is not float32 but int8 [+] float32"):
         export_pipeline(int8, tmp_path / "out", precision="int8", int8=Options(**QUICK))
-    with pytest.raises(UserError, match="is quantised as it is"):
-        export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER)
+    with pytest.raises(UserError, match="is quantised as it is; profile, sampler cannot be changed"):
+        export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
     with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(networks=("tokenizer",)))
     for pictures in (dict(adapter=True), dict(controlnet="anywhere")):
