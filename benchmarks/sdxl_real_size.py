@@ -112,6 +112,8 @@ def summary(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     stages = {name: {key: value for key, value in values.items() if key != "asked"} for name, values in read.items()}
     files = {path.name: path.stat().st_size for path in sorted((bundle.path / record.folder).iterdir())}
     return {
+        "schema": "accel-sdxl-real-size/1",
+        "command": "python benchmarks/sdxl_real_size.py --work out/sdxl-real --json benchmarks/sdxl-512.json",
         "topology": bundle.manifest.topology, "parameters": record.parameters, "precision": bundle.manifest.precision,
         "size": args.size, "latent": list(found.shape), "files_bytes": files, "stages": stages,
         "fits_24_gib": all(values["peak_bytes"] < LIMIT for values in stages.values()),
