@@ -45,9 +45,9 @@ class OpenVino(Engine):
             import openvino
         except ImportError:
             raise MissingPackage("openvino", "the openvino engine", "openvino") from None
-        core, device = openvino.Core(), device.upper()  # torch's "cpu" is meant as well
+        core, asked, device = openvino.Core(), device, device.upper()  # torch's "cpu" is meant as well
         if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-            raise UserError(f"OpenVINO sees no device {device!r}", f"one of: {', '.join(core.available_devices)}")
+            raise UserError(f"OpenVINO sees no device {asked!r}", f"one of: {', '.join(core.available_devices)}")
         dtype = "fp32" if dtype == "auto" else dtype
         if dtype not in PRECISIONS:
             raise UserError(f"unknown dtype {dtype!r}", f"one of: auto, {', '.join(PRECISIONS)}")
