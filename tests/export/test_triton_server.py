@@ -164,3 +164,10 @@ def test_the_command_line(sd15_bundle, tmp_path, capsys):
     assert main([*command, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backend"] == "onnxruntime"
     assert json.loads((tmp_path / "repo/accel.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize("option", [["--precision", "int8"], ["--lora", "a.safetensors"], ["--budget", "30"]])
+def test_a_bundle_is_served_as_it_is(sd15_bundle, tmp_path, capsys, option):
+    command = ["export", str(sd15_bundle), str(tmp_path / "out"), "--target", "triton-server", *option]
+    assert main(command) == 1
+    assert f"{option[0]} cannot be changed any more" in capsys.readouterr().err and not (tmp_path / "out").exists()
