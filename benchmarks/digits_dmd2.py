@@ -6,7 +6,7 @@ trains every row that is not there yet (ten to thirty minutes each on one CPU th
 run it twice with different rows; a run that was interrupted goes on), draws 500 pictures with each in its own steps,
 and with the undistilled networks in the same ones. `--write` adds them to benchmarks/digits-dmd2.json (rows of a
 recipe that has changed since then go), and makes docs/digits-dmd2.png and the table of docs/dmd2.md of all that it
-holds. `--ship` puts seed 0 of the four students beside the teacher.
+holds, and docs/digits-dmd2-pictures.png of what ships. `--ship` puts seed 0 of the four students beside the teacher.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ BASELINES = {
 
 
 def pictures(
-    folder: Path, timesteps: tuple[int, ...] | None, guidance: float, seed: int
+    folder: Path, timesteps: tuple[int, ...] | None, guidance: float, seed: int, each: int = digits.HELD_OUT_PER_DIGIT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """500 pictures [500, 3, 64, 64] in -1..1, and the digits asked for; by LCMScheduler where timesteps are given."""
-    texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
+    """Pictures [10 each, 3, 64, 64] in -1..1, and the digits asked for; by LCMScheduler where timesteps are given."""
+    texts, wanted = zip(*digits.prompt_set(each), strict=True)
     pipeline = load(folder)
     if timesteps is None:
         return digits_quality.generate(pipeline, list(texts), guidance, seed=seed), torch.tensor(wanted)
@@ -213,6 +213,28 @@ def plot(lines: list[dict], path: Path) -> None:
     )  # fmt: skip
 
 
+def gallery(path: Path) -> None:
+    """A row of ten digits for each baseline and each shipped student, all from the same noise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {name: (DIGITS / folder, timesteps, guidance) for name, (folder, timesteps, guidance) in BASELINES.items()}
+    for name in SHIPPED:
+        if (DIGITS / name).is_dir():
+            timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
+            rows[f"{ROWS[name][2]}, distilled"] = (DIGITS / name, tuple(timesteps), 0.0)
+    figure, axes = plt.subplots(len(rows), figsize=(9, 0.62 * len(rows)))
+    for axis, (label, (folder, timesteps, guidance)) in zip(axes, rows.items(), strict=True):
+        axis.imshow(picture_grid(pictures(folder, timesteps, guidance, seed=0, each=1)[0], 10))
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    figure.subplots_adjust(hspace=0.03)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/digits-dmd2"))
@@ -237,6 +259,7 @@ def main() -> None:
         )  # fmt: skip
         write_json(RESULT, document)
         plot(lines, ROOT / "docs/digits-dmd2.png")
+        gallery(ROOT / "docs/digits-dmd2-pictures.png")
         pages.put(ROOT / "docs/dmd2.md", "digits-dmd2", table(lines))
 
 
