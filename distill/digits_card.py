@@ -168,9 +168,9 @@ pipe("a handwritten seven", height=64, width=64, timesteps={row['timesteps']}, g
 
 ## Training
 
-`accel distill dmd2 --recipe {kind}{extra} --out OUT`: {record['steps']} steps of {recipe['batch']}, \
-{record['steps'] * record['seconds_per_step'] / 60:.0f} minutes on {record['threads']} CPU thread of a busy machine.
-`training.json` has every setting.
+`accel distill dmd2 --recipe {kind}{extra} --out OUT`:
+{record['steps']} steps of {recipe['batch']}, {record['steps'] * record['seconds_per_step'] / 60:.0f} minutes on \
+{record['threads']} CPU thread of a busy machine. `training.json` has every setting.
 
 ## Figures
 

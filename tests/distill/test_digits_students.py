@@ -13,7 +13,7 @@ from accel.distill.students import student_config
 from accel.distill.train_digits import load
 
 STUDENTS = ("tiny", "small")
-FEW_STEPS = ("1step", "4step")
+FEW_STEPS = ("1step", "4step", "tiny-1step", "tiny-4step")
 
 
 @pytest.mark.parametrize("name", STUDENTS)
