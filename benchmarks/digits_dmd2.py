@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 import statistics
@@ -25,12 +24,13 @@ import pages
 import torch
 
 from accel import machine
-from accel.assets import DIGITS
+from accel.assets import DIGITS, resolve
 from accel.distill import digits, digits_quality, recipes
 from accel.distill.digits_card import few_step_card, picture_grid
 from accel.distill.run import execute
 from accel.distill.train_digits import load
-from accel.files import write_json
+from accel.files import digest_of, write_json
+from accel.source import open_source
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/digits-dmd2.json"
@@ -89,10 +89,9 @@ def first_noise(seed: int) -> int:
 
 def weights(model: str) -> str:
     """Digest of the UNet of a shipped pipeline (`digits`, `digits/tiny`): retrained, it is another start."""
-    unet = DIGITS.parent / ("digits/teacher" if model == "digits" else model) / "unet"
-    if not unet.is_dir():
+    if not resolve(model).is_dir():
         raise SystemExit(f"{model} is not shipped yet\n  try: --rows {Path(model).name} --seeds 0 --ship")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(unet.glob("*.safetensors")))).hexdigest()
+    return open_source(model).digest(["unet"])
 
 
 @functools.cache
@@ -106,7 +105,7 @@ def digest(name: str) -> str:
         recipe = recipes.changed(recipes.recipe(kind), **fields)
         settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
         settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of(settings)[:12]
 
 
 def stem(name: str, seed: int) -> str:
@@ -215,24 +214,13 @@ def plot(lines: list[dict], path: Path) -> None:
 
 def gallery(path: Path) -> None:
     """A row of ten digits for each baseline and each shipped student, all from the same noise."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = {name: (DIGITS / folder, timesteps, guidance) for name, (folder, timesteps, guidance) in BASELINES.items()}
     for name in SHIPPED:
         if (DIGITS / name).is_dir():
             timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
             rows[f"{ROWS[name][2]}, distilled"] = (DIGITS / name, tuple(timesteps), 0.0)
-    figure, axes = plt.subplots(len(rows), figsize=(9, 0.62 * len(rows)))
-    for axis, (label, (folder, timesteps, guidance)) in zip(axes, rows.items(), strict=True):
-        axis.imshow(picture_grid(pictures(folder, timesteps, guidance, seed=0, each=1)[0], 10))
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        axis.set(xticks=[], yticks=[])
-    figure.subplots_adjust(hspace=0.03)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    strips = {label: picture_grid(pictures(*row, seed=0, each=1)[0], 10) for label, row in rows.items()}
+    pages.strips(path, strips)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What benchmarks put into pages: text between markers, so that no figure there is written by hand, and bars."""
+"""What benchmarks put into pages: text between markers, so that no figure there is written by hand; bars; pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,7 @@ def bars(
         ranges: least and largest value of each row, drawn as a line over its bar.
         line: a value to compare all with, and its label.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     labels, values, texts, colours = zip(*rows, strict=True)
     spread: dict[str, Any] = {}
     if ranges:
@@ -51,3 +47,25 @@ def bars(
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def strips(path: Path, rows: Mapping[str, Any]) -> None:
+    """A wide PIL image for each label, one below the other, as a PNG file."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(rows), figsize=(9, 0.62 * len(rows)))
+    for axis, (label, image) in zip(axes, rows.items(), strict=True):
+        axis.imshow(image)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    figure.subplots_adjust(hspace=0.03)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

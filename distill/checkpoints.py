@@ -33,7 +33,7 @@ from accel.errors import UserError
 from accel.files import read_json, readable
 
 from .methods import Network
-from .settings import Recipe
+from .settings import DMD2, Recipe
 
 _PARTIAL = ".partial"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,9 +54,8 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
-    if "mixed_steps" in kept:  # smaller micro-batches have no room for all of the student's steps
-        steps = len(recipe.timesteps.split(",")) if recipe.timesteps else recipe.few_steps
-        kept["mixed_steps"] = recipe.mixed_steps and recipe.batch >= steps
+    if isinstance(recipe, DMD2):
+        kept["mixed_steps"] = recipe.mixes
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"
     return kept | {"method": type(recipe).__name__, "global_batch": recipe.batch * recipe.accumulation * world}

@@ -26,6 +26,7 @@ from accel import interrupt
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, read_json, require_space, write_bytes, write_json
 
+from . import processes
 from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
 from .encode import Encoders
 from .examples import FIRST, placement_of
@@ -33,7 +34,6 @@ from .items import BrokenItem, Lines, Source
 from .placement import pixels, time_ids
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-PATIENCE = 3600.0  # seconds without any news from the other processes
 _STALE = 3600.0  # seconds after which a temporary file is nobody's any more
 
 Progress = Callable[[str, float], None]
@@ -97,11 +97,11 @@ def build(
     maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
     with _disk(folder):
         maker.run()
-        _meet(folder, maker.names())
+        processes.meet([_note(folder, name) for name in maker.names()])
         # All write the same bytes, so without a process group it does not matter who is last.
-        if rank == 0 or not _group():
+        if rank == 0 or not processes.grouped():
             maker.finish()
-        _barrier()
+        processes.barrier()
     return open_cache(folder)
 
 
@@ -379,40 +379,3 @@ def _disk(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{folder} cannot be written: {error.strerror}", "choose another folder") from error
         raise
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-
-
-def _group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _barrier() -> None:
-    if _group():
-        torch.distributed.barrier()
-
-
-def _meet(folder: Path, names: list[str]) -> None:
-    """Wait until all processes have done their share.
-
-    First by looking for files, because a share may take hours and a barrier gives up after minutes; then at a barrier,
-    because a file may be there from an earlier run and just be found damaged.
-
-    Raises:
-        UserError: when nothing new has come for an hour.
-    """
-    waiting, since = names, time.monotonic()
-    while missing := [name for name in waiting if not _note(folder, name).is_file()]:
-        if len(missing) < len(waiting):
-            since = time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(
-                f"{len(missing)} files of the cache in {folder} are missing, the first one {missing[0]}; "
-                f"nothing new has come for {PATIENCE:.0f} seconds",
-                "a process of this run has stopped; start again: what is finished is kept",
-            )
-        waiting = missing
-        interrupt.check()
-        time.sleep(0.2)
-    _barrier()

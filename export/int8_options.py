@@ -111,11 +111,11 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def refuse_changes(bundle: str | Path, names: Sequence[str]) -> None:
+def refuse_changes(bundle: str | Path, names: Sequence[str], what: str = "quantised") -> None:
     """Raise the UserError about options that say what is exported, where that lies exported already."""
     if names:
         raise UserError(
-            f"{bundle} is quantised as it is; {', '.join(names)} cannot be changed any more",
+            f"{bundle} is {what} as it is; {', '.join(names)} cannot be changed any more",
             "leave that out, or give the pipeline that the bundle was made of",
         )
 

@@ -98,7 +98,7 @@ def _triton_server(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from accel.bundle import MANIFEST, Bundle
-    from accel.errors import UserError
+    from accel.export.int8_options import refuse_changes
     from accel.export.triton_server import Serving, write
     from accel.files import refuse_existing
 
@@ -106,11 +106,8 @@ def _triton_server(args: argparse.Namespace) -> int:
     serving.check()
     refuse_existing(Path(args.out), args.overwrite)
     if (Path(args.model) / MANIFEST).is_file():
-        if given := _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32"):
-            raise UserError(
-                f"{args.model} is served as it is; {', '.join(given)} cannot be changed any more",
-                "leave that out, or give the pipeline that the bundle was made of",
-            )
+        given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
+        refuse_changes(args.model, given, "served")
         command = write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill import make_cache
+from accel.distill import make_cache, processes
 from accel.distill.cache import open_cache
 from accel.distill.data import open_data
 from accel.distill.encode import Encoders
@@ -383,8 +383,8 @@ dist.destroy_process_group()
 
 
 def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_cache, "PATIENCE", 0.5)
-    with pytest.raises(UserError, match="3 files of the cache .* are missing, the first one text-00001.safetensors"):
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    with pytest.raises(UserError, match="3 files are missing in .*, the first one text-00001.safetensors"):
         build(data, encoders, tmp_path / "cache", rank=0, world=2, **PLAIN)
 
 

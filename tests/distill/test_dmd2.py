@@ -341,35 +341,23 @@ def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15_tiny, sd15, tmp_path
 PROCESSES = """
 import sys, torch
 from pathlib import Path
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accel.distill import recipes, run
 torch.set_num_threads(1)
-made = run.accelerator_for
-def accelerator_for(recipe, folder):
-    accelerator = made(recipe, folder)
-    if sys.argv[3] == "fsdp2":
-        # accelerate's own launcher knows FSDP on GPUs only; the plugin and everything after it is the real thing.
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"])
-        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-    return accelerator
-run.accelerator_for = accelerator_for
 run.execute(recipes.changed(recipes.dmd2(), **eval(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("mixed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_with_the_joint_batch(sd15, tmp_path, torchrun, way, mixed):
+def test_two_processes_train_as_one_with_the_joint_batch(sd15, tmp_path, torchrun, sharded, mixed):
     """Several steps call the generator several times before one backward pass, and both turns need gradients reduced.
 
     Losses and gradient norms of a step follow from all weights before it, so they are what is compared: AdamW's first
     updates are as large as the learning rate however small the gradient, and make much of rounding.
     """
     fields = dict(few_steps=2, mixed_steps=mixed, steps=4, adversarial_weight=0.1, discriminator_weight=0.1)
-    torchrun(PROCESSES, repr(dataclasses.asdict(recipe(sd15, **fields, batch=2))), tmp_path / "two", way)
+    asked = dataclasses.asdict(recipe(sd15, **fields, batch=2))
+    torchrun(PROCESSES, repr(asked), tmp_path / "two", sharded=sharded)
     execute(recipe(sd15, **fields, batch=4), tmp_path / "one")
     logs = [(tmp_path / f"{name}-run/losses.jsonl").read_text().splitlines() for name in ("two", "one")]
     for our, their in zip(*([json.loads(line) for line in log] for log in logs), strict=True):

@@ -192,21 +192,9 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, pict
 SHARDED = """
 import sys, torch
 from pathlib import Path
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 from accel.distill import recipes, run, train
 torch.set_num_threads(1)
-made = train.accelerator_for
-def accelerator_for(recipe, folder):
-    # accelerate's own launcher knows FSDP on GPUs only; the plugin and everything after it is the real thing.
-    accelerator = made(recipe, folder)
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"])
-    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-    return accelerator
-run.accelerator_for = accelerator_for
 real = train.Loop.run_all
 def run_all(self, batches):
     assert all(isinstance(p, DTensor) for p in self.method.networks["unet"].model.parameters())
@@ -220,7 +208,7 @@ def test_fsdp2_gives_the_weights_of_one_process_also_on_resume(sd15, pictures, t
     recipe = tiny(sd15, pictures, batch=2, sample_every=2, sample_steps=1, sample_prompts="the cat")
     out = tmp_path / "out"
     for steps in (2, 4):
-        said = torchrun(SHARDED, repr(dataclasses.asdict(recipe) | {"steps": steps}), out)
+        said = torchrun(SHARDED, repr(dataclasses.asdict(recipe) | {"steps": steps}), out, sharded=True)
     assert "goes on at step 2" in said
     execute(tiny(sd15, pictures, steps=4), tmp_path / "one")
     ours, theirs = load_file(out / UNET), load_file(tmp_path / "one" / UNET)
