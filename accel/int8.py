@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .int8_attention import is_product, products_of, put, take
 from .int8_recipe import TEXT, Int8, bos_layer, chosen
 
 LOW, HIGH = -128, 127
@@ -116,7 +117,10 @@ class Quantizer(nn.Module):
 class FakeQuantized:
     """What fake-quantised layers have in common. `input_range`, `output_range`, `smooth` and `bos` come by `attach`."""
 
-    traits: tuple[str, ...]
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        found = {"input": self.input_range, "output": self.output_range}
+        return {side: quantizer for side, quantizer in found.items() if quantizer is not None}
 
     @property
     def quantizing(self) -> bool:
@@ -155,13 +159,35 @@ class FakeQuantLinear(FakeQuantized, nn.Linear):
         return join_bos(F.linear(first, weight, self.bias), F.linear(self.input_range(others), weight, self.bias))
 
 
+class FakeQuantProduct(FakeQuantized, nn.Module):
+    """A product of two activations in int8, [..., n, k] times [..., k, m]."""
+
+    bos, smooth, output_range = False, None, None
+
+    def __init__(self, learned: bool = False):
+        super().__init__()
+        self.left_range, self.right_range = Quantizer(learned), Quantizer(learned)
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        return {"left": self.left_range, "right": self.right_range}
+
+    @property
+    def active(self) -> bool:
+        return self.left_range.mode != "pass"
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.left_range(left), self.right_range(right))
+
+
 # Layer class -> its fake-quantised class. Others (peft's) are added where they are known.
 FAKE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FakeQuantConv2d, nn.Linear: FakeQuantLinear}
 _PLAIN = "_plain_class"
 
 
 def layers_of(model: nn.Module) -> dict[str, bool]:
-    """{name: whether it is a convolution} of every layer that can be quantised; what lies within one is part of it."""
+    """{name: whether it is a convolution} of every layer that can be quantised; what lies within one is part of it.
+    Products of self-attention come last."""
     found: dict[str, bool] = {}
     within = ""
     for name, module in model.named_modules():
@@ -170,7 +196,7 @@ def layers_of(model: nn.Module) -> dict[str, bool]:
         if type(module) in FAKE:
             found[name] = issubclass(FAKE[type(module)], FakeQuantConv2d)
             within = f"{name}."
-    return found
+    return found | dict.fromkeys(products_of(model), False)
 
 
 def attach(model: nn.Module, recipe: Int8, *, names: Sequence[str] | None = None, learned: bool = False) -> list[str]:
@@ -188,6 +214,10 @@ def attach(model: nn.Module, recipe: Int8, *, names: Sequence[str] | None = None
     """
     names = list(names) if names is not None else chosen(recipe, layers_of(model))
     for name in names:
+        if is_product(name):
+            product = FakeQuantProduct(learned).train(model.training)
+            put(model, name, product.to(next(model.parameters()).device))
+            continue
         module = model.get_submodule(name)
         plain = type(module)
         convolution = issubclass(FAKE[plain], FakeQuantConv2d)
@@ -212,6 +242,9 @@ def detach(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, to
     for name, module in fake_layers(model):
         if names is not None and name not in names:
             continue
+        if isinstance(module, FakeQuantProduct):
+            take(model, name)
+            continue
         plain = getattr(module, _PLAIN)
         for own in ("input_range", "output_range", "smooth", "bos", _PLAIN):
             delattr(module, own)
@@ -224,11 +257,9 @@ def fake_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def ranges(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every (layer.input or layer.output, range) of a model."""
+    """Every (layer.input or layer.output, range) of a model; a product's are .left and .right."""
     for name, layer in fake_layers(model):
-        yield f"{name}.input", layer.input_range
-        if layer.output_range is not None:
-            yield f"{name}.output", layer.output_range
+        yield from ((f"{name}.{side}", quantizer) for side, quantizer in layer.quantizers.items())
 
 
 def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) -> None:
@@ -236,9 +267,8 @@ def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) ->
     wanted = None if names is None else set(names)
     for name, layer in fake_layers(model):
         if wanted is None or name in wanted:
-            for quantizer in (layer.input_range, layer.output_range):
-                if quantizer is not None:
-                    quantizer.mode = mode
+            for quantizer in layer.quantizers.values():
+                quantizer.mode = mode
 
 
 def scales(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8 import HIGH, LOW, along, fake_layers, join_bos, split_bos, traits, weight_scale
+from .int8 import HIGH, LOW, FakeQuantProduct, along, fake_layers, join_bos, split_bos, traits, weight_scale
+from .int8_attention import is_product, put
 
 
 class Packed(nn.Module):
-    """A layer with int8 weights and scales."""
+    """A layer with scales, and int8 weights if it has any."""
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_exporting():
@@ -89,6 +90,20 @@ class Int8Linear(Packed):
         return y if self.bias is None else y + self.bias
 
 
+class Int8Product(Packed):
+    """A product of two activations; left_scale [], right_scale []."""
+
+    active = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("left_scale", torch.empty(()))
+        self.register_buffer("right_scale", torch.empty(()))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.quantized(left, self.left_scale), self.quantized(right, self.right_scale))
+
+
 def _empty(layer: nn.Module, weight: tuple[int, ...], out: int, bias: bool) -> None:
     layer.register_buffer("weight", torch.empty(weight, dtype=torch.int8))
     layer.register_buffer("weight_scale", torch.empty(out))
@@ -103,6 +118,9 @@ def place(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
         layers: {name: traits}, as `traits` gives them.
     """
     for name, own in layers.items():
+        if is_product(name):
+            put(model, name, Int8Product())
+            continue
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Conv2d):
             packed: nn.Module = Int8Conv2d(layer, "output" in own)
@@ -120,6 +138,12 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """
     own = traits(model)
     for name, layer in list(fake_layers(model)):
+        if isinstance(layer, FakeQuantProduct):
+            product = Int8Product()
+            product.left_scale = _rounded(layer.left_range.scale, dtype)
+            product.right_scale = _rounded(layer.right_range.scale, dtype)
+            _replace(model, name, product)
+            continue
         weight = layer.effective_weight()
         scale = _rounded(weight_scale(weight), dtype)
         q = torch.clamp((weight / along(scale.float(), weight)).round(), LOW, HIGH).to(torch.int8)

@@ -1,9 +1,10 @@
 """Which layers compute in int8, as data.
 
 A level names the kinds of layers, from the safest on: convolutions; feed-forward too; queries, keys and values too;
-all linear layers. Some layers stay in higher precision by name at every level: the embeddings of time and size, whose
-rounding reaches every block (TFMQ-DM, arXiv 2311.16503), and the first and last convolutions and shortcuts, which are
-the most sensitive of all and cost little (MixDQ, arXiv 2405.17873).
+all layers with weights; the scores q k^T of self-attention too; its weights times the values too. Some layers stay in
+higher precision by name at every level: the embeddings of time and size, whose rounding reaches every block (TFMQ-DM,
+arXiv 2311.16503), and the first and last convolutions and shortcuts, which are the most sensitive of all and cost
+little (MixDQ, arXiv 2405.17873).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import UserError
+from .int8_attention import PRODUCTS, is_product
 
-KINDS = ("conv", "ff", "qkv", "linear")
+KINDS = ("conv", "ff", "qkv", "linear", *PRODUCTS)
 LEVELS: Mapping[str, tuple[str, ...]] = {
-    "conv": KINDS[:1], "ff": KINDS[:2], "qkv": KINDS[:3], "all": KINDS,
+    "conv": KINDS[:1], "ff": KINDS[:2], "qkv": KINDS[:3], "all": KINDS[:4], "scores": KINDS[:5], "attention": KINDS,
 }  # fmt: skip
 COLLECTORS = ("max", "percentile", "mse")
 
@@ -80,6 +82,8 @@ def kind(name: str, convolution: bool) -> str:
     """Member of `KINDS` that a layer of this name is."""
     if convolution:
         return "conv"
+    if is_product(name):
+        return name.rpartition(".")[2]
     if _FEED_FORWARD.search(name):
         return "ff"
     return "qkv" if _QKV.search(name) else "linear"
@@ -94,7 +98,8 @@ def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     """Names of the layers that the recipe fits.
 
     Args:
-        layers: {name: whether it is a convolution (else it is linear)} of every layer that could be int8.
+        layers: {name: whether it is a convolution (else linear, or a product)} of every layer that could be
+            int8.
     """
     kinds = LEVELS[recipe.level]
     return [

@@ -139,6 +139,18 @@ def judged(pictures: np.ndarray) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- by calibration, in torch
 
 
+ALTERNATIVES = {
+    "convolutions only": Int8(level="conv"),
+    "+ feed-forward": Int8(level="ff"),
+    "+ queries, keys, values": Int8(level="qkv"),
+    "all, range: max": Int8(collector="max"),
+    "all, range: percentile 99.99": Int8(collector="percentile"),
+    "all, begin-of-text not apart": Int8(bos_apart=False),
+    "all, SmoothQuant 0.5": Int8(smooth=0.5),
+    "all, outputs of convolutions float": Int8(outputs=False),
+}
+
+
 def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[torch.nn.Module, Int8], Any]]]:
     """(name, recipe, what gives the attached layers of a network their ranges)."""
     right = calibration(read_prompts(PROMPTS), 32)
@@ -148,14 +160,10 @@ def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[t
 
     calibrated = seeing(lambda: right.run(pipeline))
     yield "all layers", Int8(), calibrated
-    yield "convolutions only", Int8(level="conv"), calibrated
-    yield "+ feed-forward", Int8(level="ff"), calibrated
-    yield "+ queries, keys, values", Int8(level="qkv"), calibrated
-    yield "all, range: max", Int8(collector="max"), calibrated
-    yield "all, range: percentile 99.99", Int8(collector="percentile"), calibrated
-    yield "all, begin-of-text not apart", Int8(bos_apart=False), calibrated
-    yield "all, SmoothQuant 0.5", Int8(smooth=0.5), calibrated
-    yield "all, outputs of convolutions float", Int8(outputs=False), calibrated
+    yield "all, and attention's scores", Int8(level="scores"), calibrated
+    yield "all, and both products of attention", Int8(level="attention"), calibrated
+    if few:  # 25 steps with guidance take twelve times as long
+        yield from ((way, recipe, calibrated) for way, recipe in ALTERNATIVES.items())
     other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
     yield "*wrong:* other timesteps", Int8(), seeing(lambda: replace(right, sampling=other).run(pipeline))
     yield "*wrong:* random latents, the pipeline never run", Int8(), seeing(random_latents(pipeline))

@@ -16,6 +16,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from accel.export.onnx import example
 from accel.export.pipeline import export_pipeline
 from accel.export.uint8 import FILE
 from accel.files import write_json
+from accel.int8_recipe import Int8
 from accel.machine import machine
 from accel.parity import relative_l2
 from accel.topology import narrowed, topology
@@ -52,7 +54,7 @@ class Variant:
     """One way to run the UNet.
 
     Attributes:
-        low: the int8 bundle, not the float32 one.
+        bundle: float32, or one of `LEVELS`.
         options: the engine's.
         signed: on ONNX Runtime, the canonical graph instead of the one derived for it.
         like: the variant in torch whose distance to float32 an int8 one is compared with.
@@ -60,7 +62,7 @@ class Variant:
     """
 
     engine: str
-    low: bool = False
+    bundle: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     signed: bool = False
     like: str = ""
@@ -69,20 +71,27 @@ class Variant:
 
 TRUTH = "eager fp32"
 FAKE, FAKE_OUTPUTS = "torch, rounding", "torch, rounding outputs too"
+FAKE_ATTENTION, FAKE_BOTH = "torch, rounding attention too", "torch, rounding attention and outputs too"
+# Bundle -> its level: every layer with weights, and the products of self-attention too.
+LEVELS = {"int8": "all", "int8-attention": "attention"}
 VARIANTS = {
     TRUTH: Variant("eager"),
     "eager bf16": Variant("eager", options={"dtype": "bf16"}),
     "compile fp32": Variant("compile"),
     "compile bf16": Variant("compile", options={"dtype": "bf16"}),
-    FAKE: Variant("eager", low=True, timed=False),
-    FAKE_OUTPUTS: Variant("eager", low=True, timed=False),
+    FAKE: Variant("eager", "int8", timed=False),
+    FAKE_OUTPUTS: Variant("eager", "int8", timed=False),
+    FAKE_ATTENTION: Variant("eager", "int8-attention", timed=False),
+    FAKE_BOTH: Variant("eager", "int8-attention", timed=False),
     "onnxruntime fp32": Variant("onnxruntime"),
-    "onnxruntime int8": Variant("onnxruntime", low=True, signed=True, like=FAKE),
-    "onnxruntime uint8": Variant("onnxruntime", low=True, like=FAKE_OUTPUTS),
+    "onnxruntime int8": Variant("onnxruntime", "int8", signed=True, like=FAKE),
+    "onnxruntime uint8": Variant("onnxruntime", "int8", like=FAKE_OUTPUTS),
+    "onnxruntime uint8, attention too": Variant("onnxruntime", "int8-attention", like=FAKE_BOTH),
     "openvino fp32": Variant("openvino"),
     "openvino bf16": Variant("openvino", options={"dtype": "bf16"}),
-    "openvino int8": Variant("openvino", low=True, like=FAKE),
-    "openvino int8 + bf16": Variant("openvino", low=True, options={"dtype": "bf16"}, like=FAKE),
+    "openvino int8": Variant("openvino", "int8", like=FAKE),
+    "openvino int8, attention too": Variant("openvino", "int8-attention", like=FAKE_ATTENTION),
+    "openvino int8 + bf16": Variant("openvino", "int8", options={"dtype": "bf16"}, like=FAKE),
 }
 
 
@@ -112,16 +121,16 @@ def write_pipeline(out: Path, narrow: bool) -> None:
     (out / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def load(variant: Variant, high: Path, low: Path, threads: int) -> Engine:
+def load(variant: Variant, out: Path, threads: int) -> Engine:
     options = variant.options if variant.engine in ("eager", "compile") else variant.options | {"threads": threads}
-    bundle = Bundle.open(low if variant.low else high)
+    bundle = Bundle.open(out / variant.bundle)
     if variant.signed:
         record = bundle.component("unet")
         return onnxruntime.load(bundle, replace(record, int8=dict(record.int8) | {"graphs": {}}), **options)
     return load_engine(bundle, "unet", variant.engine, verify=False, **options)
 
 
-def race(high: Path, low: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
+def race(out: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
     """Seconds of a UNet call per variant, taking turns, and the distance to eager float32; kept call by call."""
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     seconds = lambda name: found.setdefault(name, {}).setdefault("seconds", [])  # noqa: E731
@@ -136,8 +145,8 @@ def race(high: Path, low: Path, rounds: int, threads: int, kept: Path) -> dict[s
     for name, variant in wanted.items():
         print(f"loading {name}", flush=True)
         try:
-            engine = load(variant, high, low, threads)
-            if name == FAKE_OUTPUTS:
+            engine = load(variant, out, threads)
+            if name in (FAKE_OUTPUTS, FAKE_BOTH):
                 int8_packed.set_outputs(engine.module, True)
             record = engine.component
             sizes = {dim: limits.min for dim, limits in record.dims.items()}
@@ -212,15 +221,42 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     best = max((row.get("over_best_fp32", 0.0) for name, row in found["rows"].items() if "int8" in name), default=0.0)
     far = max((row.get("over_fake_quantisation", 0.0) for row in found["rows"].values()), default=0.0)
-    share = ", ".join(f"{engine} {audit['share']:.0%}" for engine, audit in found["audit"].items())
-    layers = "; ".join(f"{file}: {entry['layers']} layers, median {entry['median']:.1e}, largest {entry['largest']:.1e}"
-                       for file, entry in found["layers"].items())  # fmt: skip
+    about = [
+        f"`{name}`: layers in int8: "
+        + ", ".join(f"{engine} {audit['share']:.0%}" for engine, audit in low["audit"].items())
+        + "; each layer against torch's: "
+        + "; ".join(f"{file}: {entry['layers']} layers, median {entry['median']:.1e}, largest {entry['largest']:.1e}"
+                    for file, entry in low["layers"].items())
+        for name, low in found["bundles"].items()
+    ]  # fmt: skip
     return "\n".join([
-        *lines, "",
-        f"Layers in int8: {share}. Each layer against torch's: {layers} (one step of an output's rounding is not an "
-        f"error). The best int8 is {best:.2f}x as fast as the best float32 (wanted: {FASTER}x); the largest distance "
-        f"to float32 is {far:.2f}x that of torch's own rounding (wanted: at most {FARTHER}x).",
+        *lines, "", *(f"{line}.\n" for line in about),
+        f"(One step of an output's rounding is not an error.) The best int8 is {best:.2f}x as fast as the best float32 "
+        f"(wanted: {FASTER}x); the largest distance to float32 is {far:.2f}x that of torch's own rounding (wanted: at "
+        f"most {FARTHER}x).",
     ])  # fmt: skip
+
+
+def low_bundle(args: argparse.Namespace, name: str, say: Callable[[str, float], None]) -> dict[str, Any]:
+    """An int8 bundle of `LEVELS`, made once, and what is known of it."""
+    low, layers = args.out / name, args.out / f"{name}-layers.json"
+    if not low.exists():
+        options = Options(Int8(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",),
+                          threads=args.threads)  # fmt: skip
+        export_pipeline(args.out / "float32", low, precision="int8", int8=options, progress=say)
+    if not layers.exists():
+        print(f"{name}: every layer against torch's", flush=True)
+        write_json(layers, per_layer(low))
+    record = Bundle.open(low).component("unet")
+    return {
+        "level": LEVELS[name], "unet_bytes": unet_bytes(low), "audit": dict(record.int8["audit"]),
+        "layers": json.loads(layers.read_text()), "verdict": record.int8["verdict"],
+        "export": {key: record.parity[key] for key in ("relative_l2", "torch_relative_l2", FILE)},
+    }  # fmt: skip
+
+
+def unet_bytes(bundle: Path) -> int:
+    return (bundle / "unet" / "model.safetensors").stat().st_size
 
 
 def main() -> None:
@@ -233,28 +269,18 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/sd-tiny-int8.json and docs/int8.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    source, high, low = (args.out / name for name in ("source", "float32", "int8"))
+    source, high = args.out / "source", args.out / "float32"
     say = lambda stage, done: print(f"{done:4.0%} {stage}", flush=True)  # noqa: E731
     if not (source / "model_index.json").exists():  # it is written last
         write_pipeline(source, args.narrow)
     if not high.exists():
         export_pipeline(source, high, profile=f"batch=1,size={128 if args.narrow else 512}", sampler=SAMPLER,
                         progress=say, components=("text_encoder", "unet", "vae_decoder"))  # fmt: skip
-    if not low.exists():
-        options = Options(images=args.images, judged=1, networks=("unet",), threads=args.threads)
-        export_pipeline(high, low, precision="int8", int8=options, progress=say)
-    record = Bundle.open(low).component("unet")
-    layers = args.out / "layers.json"
-    if not layers.exists():
-        print("every layer against torch's", flush=True)
-        write_json(layers, per_layer(low))
+    bundles = {name: low_bundle(args, name, say) for name in LEVELS}
     found = {
-        "schema": "accel-sd-tiny-int8/1", "machine": machine().as_dict(), "threads": args.threads,
-        "narrow": args.narrow, "audit": dict(record.int8["audit"]), "layers": json.loads(layers.read_text()),
-        "unet_bytes": {place.name: (place / "unet" / "model.safetensors").stat().st_size for place in (high, low)},
-        "export": {key: record.parity[key] for key in ("relative_l2", "torch_relative_l2", FILE)},
-        "verdict": record.int8["verdict"],
-        "rows": figures(race(high, low, args.rounds, args.threads, args.out / "race.json")),
+        "schema": "accel-sd-tiny-int8/2", "machine": machine().as_dict(), "threads": args.threads,
+        "narrow": args.narrow, "bundles": bundles, "float32_unet_bytes": unet_bytes(high),
+        "rows": figures(race(args.out, args.rounds, args.threads, args.out / "race.json")),
     }  # fmt: skip
     print(table(found))
     if args.write:

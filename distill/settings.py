@@ -53,7 +53,7 @@ class Recipe:
     max_grad_norm: float = option(1.0, "clip gradients to this norm")
     ema: float = option(0.0, "decay of the averaged weights; 0 for none")
 
-    qat: str = option("", "train for int8: which layers round (conv, ff, qkv or all); empty for none")
+    qat: str = option("", "train for int8: which layers round (conv, ff, qkv, all, scores, attention)")
     qat_ranges: str = option("learned", "ranges of the rounded activations: learned, or observed")
 
     offset_noise: float = option(0.0, "strength of offset noise")

@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from accel.errors import MissingPackage, UserError
+from accel.int8_attention import is_product
 from accel.int8_packed import Int8Linear
 from accel.parity import relative_l2
 
@@ -128,20 +129,25 @@ def layers(
         opened.unlink(missing_ok=True)
     tensors = dict(zip(wanted, found, strict=True))
     errors = {}
-    for name, (start, end) in ends.items():
-        layer, x = model.get_submodule(name), torch.from_numpy(tensors[start])
+    for name, (*starts, end) in ends.items():
+        layer, inputs = model.get_submodule(name), [torch.from_numpy(tensors[start]) for start in starts]
         with torch.no_grad():
-            own = layer.rounded(x, layer.dequantized(1)) if isinstance(layer, Int8Linear) else layer(x)
+            own = layer.rounded(*inputs, layer.dequantized(1)) if isinstance(layer, Int8Linear) else layer(*inputs)
         errors[name] = relative_l2(own.float().numpy(), tensors[end].astype("float32"))
     return errors
 
 
-def _ends(reads: dict[str, list[onnx.NodeProto]], layer: str) -> tuple[str, str]:
-    """The tensors between which a layer computes in int8, found by the initializers that are its own."""
+def _ends(reads: dict[str, list[onnx.NodeProto]], layer: str) -> tuple[str, ...]:
+    """What a layer computes in int8 from, one tensor or a product's two, and what it makes of it; found by the
+    initializers that are its own."""
 
     def reader(tensor: str, *ops: str) -> onnx.NodeProto:
         return next(node for node in reads[tensor] if node.op_type in ops)
 
+    if is_product(layer):
+        sides = [reader(f"{layer}.{side}_scale", "QuantizeLinear") for side in ("left", "right")]
+        node = reader(reader(sides[0].output[0], "DequantizeLinear").output[0], "MatMul")
+        return *(quantize.input[0] for quantize in sides), node.output[0]
     quantize = reader(f"{layer}.input_scale", "QuantizeLinear")
     node = reader(reader(quantize.output[0], "DequantizeLinear").output[0], "Conv", "MatMul")
     if node.op_type == "MatMul" and f"{layer}.bias" in reads:

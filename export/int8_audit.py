@@ -23,7 +23,7 @@ from accel.graph import graph_file
 
 EXPECTED = 0.95  # share of the quantised layers that must run in int8
 
-_CONV, _LINEAR = "conv", "linear"
+_CONV, _LINEAR, _PRODUCT = "conv", "linear", "product"
 _INT8 = {
     "QLinearConv": _CONV, "ConvInteger": _CONV,
     "MatMulIntegerToFloat": _LINEAR, "QLinearMatMul": _LINEAR, "QGemm": _LINEAR, "DynamicQuantizeMatMul": _LINEAR,
@@ -36,7 +36,7 @@ ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
 
 def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
-    """Count the layers with weights that an engine runs in int8 and in float.
+    """Count the layers with weights, and the products of attention, that an engine runs in int8 and in float.
 
     Returns:
         {"int8": {"conv": n, "linear": n}, "float": {...}, "layers": how many were quantised, "share": of these run in
@@ -79,30 +79,43 @@ def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int
 
 
 def _count(graph: onnx.GraphProto, int8_nodes: Collection[str] = ()) -> tuple[Counter, Counter]:
-    """Layers with weights, in int8 (by their operator, or by name) and in float."""
+    """Layers with weights, and quantised products, in int8 (by their operator, or by name) and in float."""
     constant = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
         if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
             constant.update(node.output)
-    int8, floats = Counter(), Counter()
+    int8, floats, products = Counter(), Counter(), _products(graph)
     for node in graph.node:
-        if node.op_type in _INT8:
+        if node.name in products:
+            (int8 if node.name in int8_nodes else floats)[_PRODUCT] += 1
+        elif node.op_type in _INT8:
             int8[_INT8[node.op_type]] += 1
         elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
             (int8 if node.name in int8_nodes else floats)[_FLOAT[node.op_type]] += 1
     return int8, floats
 
 
+def _products(graph: onnx.GraphProto) -> set[str]:
+    """Names of the nodes that multiply two dequantised activations."""
+    quantised = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    read = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in quantised}
+    return {node.name for node in graph.node if node.op_type == "MatMul" and set(node.input) <= read}
+
+
 def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
     kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
+    graph = onnx.load(str(graph_file(bundle, component, "openvino")), load_external_data=False).graph
+    products = _products(graph)
     int8, floats = Counter(), Counter()
     for node in engine.model.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
-        kind = kinds.get(_text(info, "layerType"))
-        if kind is not None:
-            # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
-            (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
+        # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
+        counts = int8 if _text(info, "primitiveType").lower().endswith("i8") else floats
+        if kind := kinds.get(_text(info, "layerType")):
+            counts[kind] += 1
+        elif own := products & set(_text(info, "originalLayersNames").split(",")):  # a whole attention is one kernel
+            counts[_PRODUCT] += len(own)
     engine.close()
     return int8, floats
 

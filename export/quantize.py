@@ -207,7 +207,7 @@ def _is_trained(settings: Settings, entry: str) -> bool:
 def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
     if not _is_trained(settings, entry):
         return None
-    return [key.removesuffix(".input_scale") for key in settings.trained if key.endswith(".input_scale")]
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in settings.trained if key.endswith("_scale")))
 
 
 def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:

@@ -207,7 +207,11 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: prompts of our own)")
     group.add_argument("--calibration-images", type=int, help="pictures to calibrate on (default: 32)")
     group.add_argument("--int8-components", help="what is to be int8: unet,text_encoder,vae_decoder (default: all)")
-    group.add_argument("--int8-level", help="conv, ff (+ feed-forward), qkv (+ queries, keys, values) or all (default)")
+    group.add_argument(
+        "--int8-level",
+        help="conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores (+ q k^T of "
+        "self-attention) or attention (+ its weights times v)",
+    )
     group.add_argument(
         "--int8-keep", action="append", default=[], metavar="LAYER",
         help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 import accel
-from accel import engines, int8_packed, int8_verdict, networks, plans
+from accel import engines, int8_attention, int8_packed, int8_verdict, networks, plans
 from accel import int8 as fake
 from accel.bundle import Bundle, seal
 from accel.engines.onnxruntime import OFF_FOR_INT8
@@ -61,6 +61,20 @@ def int8(floating, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "bundle"
     export_pipeline(floating, out, precision="int8", int8=Options(networks=("unet",), **QUICK))
     return out
+
+
+@pytest.fixture(scope="module")
+def attention(floating, tmp_path_factory) -> Path:
+    """As `int8`, and the products of self-attention too."""
+    out = tmp_path_factory.mktemp("attention") / "bundle"
+    options = Options(Int8(level="attention"), networks=("unet",), **QUICK)
+    export_pipeline(floating, out, precision="int8", int8=options)
+    return out
+
+
+@pytest.fixture(params=["int8", "attention"])
+def low(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +160,11 @@ def test_the_calibration_set_is_part_of_every_key(int8, tmp_path, edit_manifest,
 
 
 @pytest.mark.parametrize("file", ["model.onnx", uint8.FILE])
-def test_every_layer_is_torchs_layer_to_1e_5(int8, file):
-    module = module_of(int8)
+def test_every_layer_is_torchs_layer_to_1e_5(low, file):
+    module = module_of(low)
     int8_packed.set_outputs(module, file == uint8.FILE)
-    layers = unet_of(int8).int8["layers"]
-    errors = check.layers(int8 / "unet" / file, module.model, feeds_of(int8), list(layers))
+    layers = unet_of(low).int8["layers"]
+    errors = check.layers(low / "unet" / file, module.model, feeds_of(low), list(layers))
     assert len(errors) == len(layers) > 40
     # A sum that comes out on the other side of an output's rounding is one step of 127 away: rare, and not an error.
     rounded = {name for name, traits in layers.items() if "output" in traits and file == uint8.FILE}
@@ -159,16 +173,16 @@ def test_every_layer_is_torchs_layer_to_1e_5(int8, file):
     assert all(error < 0.02 for error in errors.values())
 
 
-def test_unsigned_activations_are_exactly_the_signed_ones(int8, tmp_path):
+def test_unsigned_activations_are_exactly_the_signed_ones(low):
     """Rule 2: uint8 around 128 is int8 around 0."""
-    model = graph_of(int8)
+    model = graph_of(low)
     uint8.rewrite(model, {})
-    derived = int8 / "unet" / "test.onnx"
+    derived = low / "unet" / "test.onnx"
     try:
         onnx.save(model, str(derived))
         onnx.checker.check_model(str(derived), full_check=True)
-        feeds = feeds_of(int8)
-        (one,), (two,) = check.run_onnx(int8 / "unet" / "model.onnx", [feeds]), check.run_onnx(derived, [feeds])
+        feeds = feeds_of(low)
+        (one,), (two,) = check.run_onnx(low / "unet" / "model.onnx", [feeds]), check.run_onnx(derived, [feeds])
     finally:
         derived.unlink()
     assert np.array_equal(one[0], two[0])
@@ -177,13 +191,13 @@ def test_unsigned_activations_are_exactly_the_signed_ones(int8, tmp_path):
     assert zeros == {onnx.TensorProto.UINT8}
 
 
-def test_the_canonical_graph_is_what_tensorrt_demands(int8):
-    """Signed, symmetric, nothing quantised but weights and the inputs of layers with weights."""
-    graph = graph_of(int8).graph
+def test_the_canonical_graph_is_what_tensorrt_demands(low):
+    """Signed, symmetric, nothing quantised but weights, the inputs of layers with weights, and products' two sides."""
+    graph = graph_of(low).graph
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if not t.dims and not t.external_data}
     quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    layers = unet_of(int8).int8["layers"]
-    assert len(quantize) == len(layers)
+    layers = unet_of(low).int8["layers"]
+    assert len(quantize) == len(layers) + sum(int8_attention.is_product(name) for name in layers)
     assert all(constants[node.input[2]].dtype == np.int8 and constants[node.input[2]] == 0 for node in quantize)
     assert not any(node.input[1].endswith("output_scale") for node in quantize)
 
@@ -198,7 +212,10 @@ def test_rule_5_linear_weights_lie_as_they_are_multiplied(int8):
     assert dequantized and all(node.attribute[0].i == 1 for node in dequantized)
 
 
-def test_rule_6_attention_products_stay_float(int8):
+def test_rule_6_attention_products_stay_float_unless_asked_for(int8, attention):
+    assert audit._products(graph_of(int8, uint8.FILE).graph) == set()
+    own = [name for name in unet_of(attention).int8["layers"] if int8_attention.is_product(name)]
+    assert len(audit._products(graph_of(attention).graph)) == len(own) > 4
     graph = graph_of(int8, uint8.FILE).graph
     made_by = {out: node for node in graph.node for out in node.output}
     attention = [
@@ -272,12 +289,13 @@ def test_rule_7_no_int8_on_onnxruntimes_cuda(int8, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_the_audit_counts_and_can_fail(int8, engine, monkeypatch):
+def test_the_audit_counts_and_can_fail(low, engine):
     pytest.importorskip(engine)
-    bundle = Bundle.open(int8)
+    bundle = Bundle.open(low)
     found = audit.audit(bundle, bundle.component("unet"), engine)
     assert found["share"] == 1 and found["ok"] and sum(found["float"].values()) > 0
-    assert unet_of(int8).int8["audit"][engine] == found
+    assert unet_of(low).int8["audit"][engine] == found
+    assert sum(found["int8"].values()) >= found["layers"]
     if engine == "onnxruntime":  # the canonical graph runs partly in float there, and that is found
         record = bundle.component("unet")
         broken = copy.copy(record)
@@ -287,13 +305,13 @@ def test_the_audit_counts_and_can_fail(int8, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_engines_are_as_close_to_float_as_torchs_int8_is(int8, floating, engine):
+def test_engines_are_as_close_to_float_as_torchs_int8_is(low, floating, engine):
     """End to end int8 is chaotic, so distances to float32 are compared, not outputs."""
     pytest.importorskip(engine)
-    feeds = {name: tensor.numpy() for name, tensor in feeds_of(int8).items()}
+    feeds = {name: tensor.numpy() for name, tensor in feeds_of(low).items()}
     truth = accel.load_engine(floating, "unet", "eager")(**feeds)["out_sample"].numpy()
-    own = accel.load_engine(int8, "unet", "eager")(**feeds)["out_sample"].numpy()
-    found = accel.load_engine(int8, "unet", engine)(**feeds)["out_sample"]
+    own = accel.load_engine(low, "unet", "eager")(**feeds)["out_sample"].numpy()
+    found = accel.load_engine(low, "unet", engine)(**feeds)["out_sample"]
     floor = relative_l2(own, truth)
     assert 0 < floor < 0.2
     assert relative_l2(found, truth) < 2 * floor
