@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accel import int8_file
+import torch
+from diffusers import UNet2DConditionModel
+
+from accel import int8, int8_file
 from accel.bundle import MANIFEST, Bundle
 from accel.errors import UserError
 from accel.files import refuse_existing
-from accel.int8_recipe import Int8
+from accel.int8_recipe import Int8, chosen
 from accel.source import Source, open_source
 
 from . import calibration, parity
@@ -75,7 +78,10 @@ def export(
         refuse_changes(model, changes)
     source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
     if source is not None:
-        refuse_inpainting(source.config("unet").get("in_channels", 4))
+        unet = source.config("unet")
+        refuse_inpainting(unet.get("in_channels", 4))
+        if options.recipe is not None and "unet" in _networks(options.networks):
+            _fits(options.recipe, unet)
     bundle = Bundle.open(model) if is_bundle else None
     name = bundle.manifest.source["name"] if bundle else source.name
     prompts = calibration.read_prompts(options.prompts) if options.prompts else calibration.default_prompts(name)
@@ -118,6 +124,12 @@ def refuse_changes(bundle: str | Path, names: Sequence[str], what: str = "quanti
             f"{bundle} is {what} as it is; {', '.join(names)} cannot be changed any more",
             "leave that out, or give the pipeline that the bundle was made of",
         )
+
+
+def _fits(recipe: Int8, config: Mapping[str, Any]) -> None:
+    """Raise the UserError about a recipe that names no layer of a UNet, which is built without its weights for it."""
+    with torch.device("meta"):
+        chosen(recipe, int8.layers_of(UNet2DConditionModel.from_config(config)))
 
 
 def _networks(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -714,6 +714,8 @@ def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_pa
         ("unknown int8 level 'convs'", "--int8-level=convs"), ("alpha 1.5", "--smooth=1.5"),
         ("'' cannot be int8", "--int8-components="), ("unknown collector 'mean'", "--collector=mean"),
         (f"{empty} is a file", "--sensitivity", empty), (f"{empty} is a file", "--sensitivity", empty / "costs"),
+        ("no layer is called 'up_block'", "--int8-keep=up_block"),
+        ("quantises no layer", "--int8-keep=*", "--int8-components=unet"),
     ):  # fmt: skip
         assert words in refused(smallest, tmp_path / "out", "--precision", "int8", *option)
     assert list(tmp_path.iterdir()) == [empty]
