@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .assets import resolve
 from .errors import UserError
 from .files import cache_dir, digest_of, inside, read_json, sha256, write_json
 from .profiles import Profile, Range
@@ -210,17 +211,20 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Read and check the manifest; files are checked when a component is used (`verify`).
 
+        Args:
+            path: its folder, or the name of one that ships (`digits/4step-int8`).
+
         Raises:
             UserError: for a missing folder, a folder that is no bundle, a manifest that is damaged, newer than this
                 version, or that names files outside the bundle.
         """
-        path = Path(path)
+        asked, path = path, Path(resolve(path))
         if not path.is_dir():
-            raise UserError(f"no such folder: {path}", "check the path; `accel export MODEL OUT` makes a bundle")
+            raise UserError(f"no such folder: {asked}", "check the path; `accel export MODEL OUT` makes a bundle")
         if not (path / MANIFEST).is_file():
             if (path / "model_index.json").is_file():
                 raise UserError(
-                    f"{path} is a diffusers pipeline, not a bundle", f"accel export {path} {path.name}-bundle"
+                    f"{asked} is a diffusers pipeline, not a bundle", f"accel export {asked} {Path(asked).name}-bundle"
                 )
             raise UserError(f"{path} is no bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
         data = read_json(path / MANIFEST, "the manifest")

@@ -11,7 +11,8 @@ several ways in torch (the arithmetic of the exported graphs), exported in int8 
 the PSNR against float32's from the same noise.
 
 Every row is a file in the out folder: a run that was interrupted goes on. A model whose weights changed is another
-model. `--write` makes benchmarks/digits-int8.json and the tables of docs/int8.md of the rows that are there.
+model. `--write` makes benchmarks/digits-int8.json and the tables of docs/int8.md of the rows that are there. `--ship`
+puts the int8 bundles of the few-step students beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +35,7 @@ import torch
 
 from accel import int8
 from accel.assets import DIGITS
-from accel.bundle import Bundle
+from accel.bundle import Bundle, seal
 from accel.distill import digits, digits_quality, recipes
 from accel.distill.run import execute
 from accel.engines import status
@@ -53,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/digits-int8.json", ROOT / "docs/int8.md"
 TRUTH = "onnxruntime, float32"
 FEW_STEPS = ("4step", "1step", "tiny-4step", "tiny-1step")
+UNUSED = "vae_encoder"
 ENGINES = ("onnxruntime", "openvino")
 PARTS = ("torch", "engines", "trained")
 FIRST_NOISE = 5_000_000
@@ -356,6 +359,16 @@ def write(models: list[dict[str, Any]], threads: int) -> None:
     pages.put(PAGE, "digits-int8", tables(models))
 
 
+def ship(model: Model) -> None:
+    """Put the int8 bundle of a few-step student beside it, without what drawing from prompts does not need."""
+    target = DIGITS / f"{model.name.removeprefix('digits/')}-int8"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(model.low, target, ignore=shutil.ignore_patterns(UNUSED))
+    manifest = Bundle.open(model.low).manifest
+    parts = {name: record for name, record in manifest.components.items() if name != UNUSED}
+    seal(target, replace(manifest, components=parts))
+
+
 def shipped() -> list[str]:
     """The teacher, tiny, and the few-step students that are there."""
     return ["digits", "digits/tiny", *(f"digits/{name}" for name in FEW_STEPS if (DIGITS / name).is_dir())]
@@ -370,6 +383,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="a multiple of 10 (default: 500)")
     parser.add_argument("--qat-steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ship", action="store_true", help="put the int8 bundles of the few-step students beside them")
     parser.add_argument("--write", action="store_true", help="write benchmarks/digits-int8.json and docs/int8.md")
     args = parser.parse_args()
     if args.images < 10 or args.images % 10:
@@ -380,6 +394,9 @@ def main() -> None:
     names = [*(shipped() if args.models is None else args.models), *args.students]
     parts = tuple(part for part in PARTS if part not in args.skip)
     found = [compare(Model(name, args.out, args.images), parts, args.qat_steps) for name in names]
+    for name in names if args.ship else ():
+        if name.removeprefix("digits/") in FEW_STEPS:
+            ship(Model(name, args.out, args.images))
     if args.write:
         write(found, args.threads)
     else:
