@@ -24,6 +24,11 @@ MANIFEST = "accel.json"
 KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "t2i_adapter", "controlnet")
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Whether a folder, or a shipped name, is a bundle."""
+    return (Path(resolve(path)) / MANIFEST).is_file()
+
+
 @dataclass(frozen=True)
 class Component:
     """One network of a bundle.

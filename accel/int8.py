@@ -34,6 +34,8 @@ TRAITS = ("bos", "smooth", "output")
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x rounded to multiples of `scale` within int8, in x's dtype; differentiable by both, straight through."""
     q = torch.clamp(x.float() / scale, LOW, HIGH)
+    if not q.requires_grad:  # the same, in place: attention's weights are half a gigabyte at 512 px
+        return q.round_().mul_(scale).to(x.dtype)
     # q + (round(q) - q) is round(q) exactly: the difference of two floats this close has no rounding error.
     return ((q + (q.round() - q).detach()) * scale).to(x.dtype)
 
@@ -110,17 +112,29 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, x: torch.Tensor) -> None:
         peak = x.abs().max().float()
-        if peak > 0:
-            self.log_scale.lerp_((peak / HIGH).log(), self.momentum)
+        found = torch.where(peak > 0, (peak / HIGH).log(), self.log_scale)  # no branch: a GPU need not be waited for
+        self.log_scale.lerp_(found.to(self.log_scale.dtype), self.momentum)
 
 
 class FakeQuantized:
-    """What fake-quantised layers have in common. `input_range`, `output_range`, `smooth` and `bos` come by `attach`."""
+    """What rounds: a layer with weights, or a product. `quantizers` are its ranges, `traits` members of `TRAITS`."""
+
+    quantizers: dict[str, Quantizer]
+    traits: list[str]
+
+
+class FakeQuantLayer(FakeQuantized):
+    """A layer with weights. `input_range`, `output_range`, `smooth` and `bos` come by `attach`."""
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         found = {"input": self.input_range, "output": self.output_range}
         return {side: quantizer for side, quantizer in found.items() if quantizer is not None}
+
+    @property
+    def traits(self) -> list[str]:
+        own = (self.bos, self.smooth is not None, self.output_range is not None)
+        return [trait for trait, is_so in zip(TRAITS, own, strict=True) if is_so]
 
     @property
     def quantizing(self) -> bool:
@@ -140,7 +154,7 @@ class FakeQuantized:
         return x if self.smooth is None else x / self.smooth
 
 
-class FakeQuantConv2d(FakeQuantized, nn.Conv2d):
+class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
     """A convolution in int8; with a range for its output too where the recipe says so."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +162,7 @@ class FakeQuantConv2d(FakeQuantized, nn.Conv2d):
         return y if self.output_range is None else self.output_range(y)
 
 
-class FakeQuantLinear(FakeQuantized, nn.Linear):
+class FakeQuantLinear(FakeQuantLayer, nn.Linear):
     """A linear layer in int8; where begin-of-text tokens are apart, the first token of each text is not rounded."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,10 +176,9 @@ class FakeQuantLinear(FakeQuantized, nn.Linear):
 class FakeQuantProduct(FakeQuantized, nn.Module):
     """A product of two activations in int8, [..., n, k] times [..., k, m]."""
 
-    bos, smooth, output_range = False, None, None
-
     def __init__(self, learned: bool = False):
         super().__init__()
+        self.traits: list[str] = []
         self.left_range, self.right_range = Quantizer(learned), Quantizer(learned)
 
     @property
@@ -177,7 +190,9 @@ class FakeQuantProduct(FakeQuantized, nn.Module):
         return self.left_range.mode != "pass"
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.left_range(left), self.right_range(right))
+        # Integer products are exact, so autocast must not round them before the softmax.
+        with torch.autocast(left.device.type, enabled=False):
+            return torch.matmul(self.left_range(left.float()), self.right_range(right.float())).to(left.dtype)
 
 
 # Layer class -> its fake-quantised class. Others (peft's) are added where they are known.
@@ -274,7 +289,7 @@ def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) ->
 def scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """The calibrated or learned scales, on the CPU: what `set_scales` takes."""
     found = {f"{name}_scale": quantizer.scale.detach().cpu() for name, quantizer in ranges(model)}
-    smooth = {f"{name}.smooth": layer.smooth for name, layer in fake_layers(model) if layer.smooth is not None}
+    smooth = {f"{name}.smooth": layer.smooth for name, layer in fake_layers(model) if "smooth" in layer.traits}
     return found | {name: value.detach().cpu() for name, value in smooth.items()}
 
 
@@ -289,11 +304,4 @@ def set_scales(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 def traits(model: nn.Module) -> dict[str, list[str]]:
     """{name: traits} of the fake-quantised layers of a model."""
-    return {
-        name: [
-            trait for trait, is_so in zip(
-                TRAITS, (layer.bos, layer.smooth is not None, layer.output_range is not None), strict=True
-            ) if is_so
-        ]
-        for name, layer in fake_layers(model)
-    }  # fmt: skip
+    return {name: layer.traits for name, layer in fake_layers(model)}

@@ -22,8 +22,8 @@ class Packed(nn.Module):
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_exporting():
-            q = torch.clamp((x.float() / scale.float()).round(), LOW, HIGH)
-            return (q * scale.float()).to(x.dtype)
+            q = torch.clamp(x.float() / scale.float(), LOW, HIGH).round_()
+            return q.mul_(scale.float()).to(x.dtype)
         zero = torch.zeros((), dtype=torch.int8)
         q = _onnx("QuantizeLinear", (x, scale, zero), torch.int8, x.shape)
         return _onnx("DequantizeLinear", (q, scale, zero), x.dtype, x.shape)

@@ -230,7 +230,7 @@ def other_noise(name: str, sets: int) -> dict:
     for number in range(sets):
         found.append(digits_quality.judge(*pictures(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number))))
         print(name, found[-1], flush=True)
-    return {"recipe": digest(name)} | {
+    return {"weights": weights(f"digits/{name}")} | {
         key: [each[key] for each in found] for key in ("frechet_distance", "prompt_accuracy")
     }
 
@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="put seed 0 of the students into accel/assets/digits")
     parser.add_argument("--write", action="store_true", help="write table, plot and JSON of the rows that are there")
     args = parser.parse_args()
+    if args.noises == 1:
+        parser.error("--noises wants at least two, to say how far apart they are")
     torch.set_num_threads(args.threads)
     rows = [run_row(name, seed, args.out) for seed in args.seeds for name in args.rows]
     baselines = [baseline(name, seed, args.out) for name in BASELINES for seed in args.seeds]
@@ -263,7 +265,7 @@ def main() -> None:
         if row["name"] in SHIPPED and row["seed"] == 0:
             ship(row, args.out / stem(row["name"], 0), [line for line in baselines if line["seed"] == 0])
     noise = json.loads(RESULT.read_text()).get("noise", {}) if RESULT.is_file() else {}
-    noise = {name: each for name, each in noise.items() if each["recipe"] == digest(name)}
+    noise = {name: each for name, each in noise.items() if each["weights"] == weights(f"digits/{name}")}
     if args.noises:
         noise = {name: other_noise(name, args.noises) for name in SHIPPED if (DIGITS / name).is_dir()}
     if args.write:

@@ -226,7 +226,7 @@ def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.n
 
 def in_torch(model: Model) -> list[dict[str, Any]]:
     few = model.few_steps is not None
-    rows = [model.row(TRUTH, lambda: model.truth)]
+    rows = []
     for way, recipe, give in ways(model.pipeline, few):
 
         def make(recipe: Int8 = recipe, give: Callable = give) -> np.ndarray:
@@ -301,7 +301,7 @@ def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
 
 def compare(model: Model, parts: tuple[str, ...], qat_steps: int) -> dict[str, Any]:
     """All rows of one model; what is in the out folder is not made again."""
-    rows: list[dict[str, Any]] = []
+    rows = [model.row(TRUTH, lambda: model.truth)]
     if "torch" in parts:
         rows += in_torch(model)
     if "engines" in parts:
@@ -395,7 +395,7 @@ def main() -> None:
     parts = tuple(part for part in PARTS if part not in args.skip)
     found = [compare(Model(name, args.out, args.images), parts, args.qat_steps) for name in names]
     for name in names if args.ship else ():
-        if name.removeprefix("digits/") in FEW_STEPS:
+        if name in {f"digits/{student}" for student in FEW_STEPS}:
             ship(Model(name, args.out, args.images))
     if args.write:
         write(found, args.threads)

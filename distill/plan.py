@@ -19,8 +19,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from accel import int8
 from accel.source import Source
 
+from . import qat
 from .adapters import Adapted, refused_sharding
 from .class_to_image import ClassEncoders, EDMSource
 from .dmd2 import DMD2 as Method
@@ -139,8 +141,11 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
         method = Method(recipe, hollow(encoders))
         method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # what has no content cannot be moved
         method.place(torch.device("meta"), dtype)
+        qat.attach(method, recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(method)
+        if recipe.qat:
+            int8.set_mode(qat.network_of(method).model, "quantize")
         if recipe.gradient_checkpointing:
             for network in method.networks.values():
                 network.core.enable_gradient_checkpointing()

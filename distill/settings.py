@@ -53,7 +53,7 @@ class Recipe:
     max_grad_norm: float = option(1.0, "clip gradients to this norm")
     ema: float = option(0.0, "decay of the averaged weights; 0 for none")
 
-    qat: str = option("", "train for int8: which layers round (conv, ff, qkv, all, scores, attention)")
+    qat: str = option("", "train for int8: which layers round (conv, ff, qkv, all, scores, attention); empty for none")
     qat_ranges: str = option("learned", "ranges of the rounded activations: learned, or observed")
 
     offset_noise: float = option(0.0, "strength of offset noise")
@@ -260,6 +260,11 @@ def check(recipe: Recipe) -> None:
         if name in _NAMES and value not in _NAMES[name][1]:
             what, known = _NAMES[name]
             raise UserError(f"unknown {what} {value!r}", f"one of: {', '.join(name for name in known if name)}")
+    if recipe.qat in ("scores", "attention") and recipe.attention not in ("auto", "sdpa"):
+        raise UserError(
+            f"--qat {recipe.qat} rounds within attention, which --attention {recipe.attention} leaves to one kernel",
+            "--attention sdpa, or --qat all",
+        )
     if recipe.ema and not 0 < recipe.ema < 1:
         raise UserError(f"ema is a decay between 0 and 1, not {recipe.ema}", "for example --ema 0.9999")
     if recipe.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:

@@ -21,6 +21,7 @@ from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
 from accel.graph import graph_file
 
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
 EXPECTED = 0.95  # share of the quantised layers that must run in int8
 
 _CONV, _LINEAR, _PRODUCT = "conv", "linear", "product"
@@ -39,8 +40,8 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     """Count the layers with weights, and the products of attention, that an engine runs in int8 and in float.
 
     Returns:
-        {"int8": {"conv": n, "linear": n}, "float": {...}, "layers": how many were quantised, "share": of these run in
-        int8, "graph": file, "ok": whether the share is at least `EXPECTED`}.
+        {"int8": {"conv": n, "linear": n, "product": n}, "float": {...}, "layers": how many were quantised, "share": of
+        these run in int8, of the kind that does worst; "graph": file, "ok": whether it is at least `EXPECTED`}.
 
     Raises:
         UserError: for an engine that cannot be audited, or cannot run here; for TensorRT without a plan.
@@ -51,11 +52,12 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
         raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
     read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
     int8, floats = read(bundle, component)
-    # With the begin-of-text token apart, one layer is two products: the integer one is counted.
-    layers = len(component.int8["layers"])
-    share = min(sum(int8.values()), layers) / layers
+    # By kind: three attentions of a hundred layers may be half of the time. (With the begin-of-text token apart, one
+    # layer is two products: only the integer one reads what was quantised.)
+    wanted = Counter(_quantised(_graph(bundle, component, engine)).values())
+    share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
     return {
-        "int8": dict(int8), "float": dict(floats), "layers": layers, "share": round(share, 4),
+        "int8": dict(int8), "float": dict(floats), "layers": len(component.int8["layers"]), "share": round(share, 4),
         "graph": component.graph_for(engine), "ok": share >= EXPECTED,
     }  # fmt: skip
 
@@ -75,19 +77,25 @@ def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int
             disabled_optimizers=OFF_FOR_INT8,
         )  # fmt: skip
         model = onnx.load(str(saved), load_external_data=False)
-    return _count(model.graph)
+    return _count(model.graph, _products(_graph(bundle, component, "onnxruntime")))  # nodes keep their names
 
 
-def _count(graph: onnx.GraphProto, int8_nodes: Collection[str] = ()) -> tuple[Counter, Counter]:
-    """Layers with weights, and quantised products, in int8 (by their operator, or by name) and in float."""
+def _graph(bundle: Bundle, component: Component, engine: str) -> onnx.GraphProto:
+    return onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
+
+
+def _count(
+    graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()
+) -> tuple[Counter, Counter]:
+    """Layers with weights, and these products, in int8 (by their operator, or by name) and in float."""
     constant = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
         if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
             constant.update(node.output)
-    int8, floats, products = Counter(), Counter(), _products(graph)
+    int8, floats = Counter(), Counter()
     for node in graph.node:
         if node.name in products:
-            (int8 if node.name in int8_nodes else floats)[_PRODUCT] += 1
+            (int8 if node.op_type in _INT8 or node.name in int8_nodes else floats)[_PRODUCT] += 1
         elif node.op_type in _INT8:
             int8[_INT8[node.op_type]] += 1
         elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
@@ -95,27 +103,50 @@ def _count(graph: onnx.GraphProto, int8_nodes: Collection[str] = ()) -> tuple[Co
     return int8, floats
 
 
-def _products(graph: onnx.GraphProto) -> set[str]:
-    """Names of the nodes that multiply two dequantised activations."""
-    quantised = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    read = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in quantised}
-    return {node.name for node in graph.node if node.op_type == "MatMul" and set(node.input) <= read}
+def _quantised(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: kind} of what multiplies a dequantised activation by dequantised weights, or a product's two sides."""
+    rounded = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    read = {node.output[0]: node.input[0] in rounded for node in graph.node if node.op_type == "DequantizeLinear"}
+    return {
+        node.name: _CONV if node.op_type == "Conv" else _PRODUCT if read[node.input[1]] else _LINEAR
+        for node in graph.node
+        if node.op_type in ("Conv", "MatMul") and read.get(node.input[0]) and node.input[1] in read
+    }  # fmt: skip
+
+
+def _products(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: the last product of its attention} of the products of two dequantised activations.
+
+    Scores q k^T go through a softmax into another product; weights times v are the last one themselves.
+    """
+    nodes = {node.name: node for node in graph.node}
+    reader = {tensor: node for node in graph.node for tensor in node.input}
+    found = {}
+    for name in (name for name, kind in _quantised(graph).items() if kind == _PRODUCT):
+        end = nodes[name]
+        while (after := reader.get(end.output[0])) and after.op_type in ("Softmax", *_PAIR):
+            end = after
+        found[name] = after.name if end.name != name and after.op_type == "MatMul" else name
+    return found
 
 
 def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
     kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
-    graph = onnx.load(str(graph_file(bundle, component, "openvino")), load_external_data=False).graph
-    products = _products(graph)
-    int8, floats = Counter(), Counter()
+    int8, floats, holding = Counter(), Counter(), {}
     for node in engine.model.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
-        # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
-        counts = int8 if _text(info, "primitiveType").lower().endswith("i8") else floats
         if kind := kinds.get(_text(info, "layerType")):
-            counts[kind] += 1
-        elif own := products & set(_text(info, "originalLayersNames").split(",")):  # a whole attention is one kernel
-            counts[_PRODUCT] += len(own)
+            # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
+            (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
+        low = [port.get_source_output().get_element_type().size == 1 for port in node.inputs()]
+        holding |= dict.fromkeys(_text(info, "originalLayersNames").split(","), low)
+    for name, end in _products(_graph(bundle, component, "openvino")).items():
+        # One kernel may hold the whole attention, of queries, keys and values; out of the cache it has the last
+        # product's name alone, and the precision that it states is that of the queries.
+        low = holding.get(name) or holding.get(end) or [False]
+        sides = low[2:3] if len(low) > 2 and name == end else low[:2]
+        (int8 if all(sides) else floats)[_PRODUCT] += 1
     engine.close()
     return int8, floats
 
@@ -133,8 +164,8 @@ def _tensorrt(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], 
         raise UserError(
             f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
         )
-    model = onnx.load(str(graph_file(bundle, component, "tensorrt")), load_external_data=False)
-    return _count(model.graph, set(found.get("int8_nodes", ())))
+    graph = _graph(bundle, component, "tensorrt")
+    return _count(graph, _products(graph), set(found.get("int8_nodes", ())))
 
 
 def _text(info: Any, key: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from accel import int8, int8_file
-from accel.bundle import MANIFEST, Bundle
+from accel.bundle import Bundle, is_bundle
 from accel.errors import UserError
 from accel.files import refuse_existing
 from accel.int8_recipe import Int8, chosen
@@ -73,16 +73,16 @@ def export(
         if not place.is_dir():
             raise UserError(f"{options.sensitivity} cannot be a folder: {place} is a file", "another --sensitivity DIR")
     _networks(options.networks)
-    is_bundle = not isinstance(model, Source) and (Path(model) / MANIFEST).is_file()
-    if is_bundle:
+    given = not isinstance(model, Source) and is_bundle(model)
+    if given:
         refuse_changes(model, changes)
-    source = None if is_bundle else model if isinstance(model, Source) else open_source(model, loras)
+    source = None if given else model if isinstance(model, Source) else open_source(model, loras)
     if source is not None:
         unet = source.config("unet")
         refuse_inpainting(unet.get("in_channels", 4))
         if options.recipe is not None and "unet" in _networks(options.networks):
             _fits(options.recipe, unet)
-    bundle = Bundle.open(model) if is_bundle else None
+    bundle = Bundle.open(model) if given else None
     name = bundle.manifest.source["name"] if bundle else source.name
     prompts = calibration.read_prompts(options.prompts) if options.prompts else calibration.default_prompts(name)
     pictures = calibration.calibration(prompts, options.images)

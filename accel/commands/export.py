@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import int8_verdict
-from ..bundle import MANIFEST
+from ..bundle import is_bundle
 from .options import add_build, build_options, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
@@ -97,7 +97,7 @@ def _triton_server(args: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
-    from accel.bundle import MANIFEST, Bundle
+    from accel.bundle import Bundle
     from accel.export.int8_options import refuse_changes
     from accel.export.triton_server import Serving, write
     from accel.files import refuse_existing
@@ -105,7 +105,7 @@ def _triton_server(args: argparse.Namespace) -> int:
     serving = Serving(backend=args.backend, instances=args.instances, kind=args.kind)
     serving.check()
     refuse_existing(Path(args.out), args.overwrite)
-    if (Path(args.model) / MANIFEST).is_file():
+    if is_bundle(args.model):
         given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
         refuse_changes(args.model, given, "served")
         command = write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
@@ -135,8 +135,8 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.source import open_source
 
     check_name(args.precision)
-    is_bundle = args.precision in INT8 and (Path(args.model) / MANIFEST).is_file()
-    if is_bundle:
+    given = args.precision in INT8 and is_bundle(args.model)
+    if given:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
     if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
         raise UserError(f"{given[0]} is for int8, and the precision is {args.precision}", "add --precision int8")
@@ -150,7 +150,7 @@ def _bundle(args: argparse.Namespace) -> int:
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
         Cuda(args.gpu)
-    source = args.model if is_bundle else open_source(
+    source = args.model if given else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
     )  # fmt: skip

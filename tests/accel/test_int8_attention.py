@@ -123,3 +123,30 @@ def test_packed_products_equal_fake_quantised_ones_bit_for_bit(attention):
     int8_packed.place(again, layers)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again["attn1"](X), expected)
+
+
+def test_a_mask_is_refused_while_they_round(attention):
+    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    mask = torch.zeros(2, 1, 10)
+    model["attn1"](X, attention_mask=mask)  # in float as ever
+    int8.set_mode(model, "quantize")
+    with pytest.raises(UserError, match="takes no mask"):
+        model["attn1"](X, attention_mask=mask)
+
+
+def test_what_is_computed_otherwise_is_not_taken():
+    unusual = dict(scale_qk=False, kv_heads=1, residual_connection=True, rescale_output_factor=2.0)
+    for odd in ({name: value} for name, value in unusual.items()):
+        model = torch.nn.ModuleDict({"attn1": Attention(query_dim=24, heads=3, dim_head=8, **odd)})
+        assert list(int8_attention.products_of(model)) == [], odd
+
+
+def test_autocast_does_not_round_the_products(attention):
+    """The exported graph sums integers; half precision would round the scores before the softmax."""
+    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    scores = model["attn1"].scores
+    int8.set_mode(model, "quantize")
+    left, right = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 8, 10)
+    exact = scores(left, right)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores(left, right), exact)

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from accel.distill import plan, recipes
+from accel import int8
+from accel.distill import plan, qat, recipes
 from accel.distill.data import open_data
 from accel.distill.dmd2 import DMD2
 from accel.distill.encode import Encoders, encoded
@@ -29,6 +30,8 @@ def measured(given):
     method.place(torch.device("cpu"), torch.float32)
     examples = Examples(open_data("digits"), seed=0, resolution=64, random_flip=False)
     batch = encoded(next(loader(examples, batch=2)), method.encoders)
+    if qat.attach(method, given):
+        int8.set_mode(method.generator, "quantize")
     if given.gradient_checkpointing:
         for network in method.networks.values():
             network.core.enable_gradient_checkpointing()
@@ -54,6 +57,14 @@ def test_the_prediction_is_what_a_run_holds(sd15, fields):
     else:
         assert whole == learn == count and said.parts["frozen weights"] == 4 * count
         assert said.parts["moments"] == 2 * said.parts["weights that learn"]
+
+
+@pytest.mark.parametrize("ranges", ["learned", "observed"])
+def test_rounding_takes_memory_that_is_predicted(sd15, ranges):
+    rest, fields = "gradients and activations", dict(qat="attention", qat_ranges=ranges)
+    said = predicted(sd15, **fields).parts[rest]
+    assert said == pytest.approx(measured(recipe(sd15, **fields)), rel=0.05)
+    assert said > 1.2 * predicted(sd15, qat="all").parts[rest] > 1.2 * predicted(sd15).parts[rest]
 
 
 def test_more_processes_and_smaller_moments_need_less(sd15):

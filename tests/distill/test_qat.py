@@ -130,6 +130,14 @@ def test_what_cannot_round_is_said_before_the_data_are_read(sd15, six_pictures, 
         execute(recipes.changed(recipes.dmd2(), **fields), tmp_path / "out")
 
 
+@pytest.mark.parametrize("attention", ["flash-attn", "xformers"])
+def test_attention_that_is_one_kernel_cannot_round(sd15, six_pictures, attention):
+    fields = common(sd15, six_pictures, attention=attention)
+    with pytest.raises(UserError, match=f"--attention {attention} leaves to one kernel\n.*--qat all"):
+        settings.check(recipes.changed(recipes.finetune(), **fields))
+    settings.check(recipes.changed(recipes.finetune(), **fields | {"qat": "all"}))
+
+
 def test_training_without_the_option_is_untouched(smallest, six_pictures):
     recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures, qat=""))
     method = Denoising(recipe, Encoders(open_source(smallest)))
