@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8_attention import is_product, products_of, put, take
-from .int8_recipe import TEXT, Int8, bos_layer, chosen
+from .int8_attention import products_of, put, take
+from .int8_recipe import TEXT, Int8, bos_layer, chosen, is_product
 
 LOW, HIGH = -128, 127
 # What distinguishes a layer from a plain int8 one; the manifest lists them by layer.
@@ -201,8 +201,8 @@ _PLAIN = "_plain_class"
 
 
 def layers_of(model: nn.Module) -> dict[str, bool]:
-    """{name: whether it is a convolution} of every layer that can be quantised; what lies within one is part of it.
-    Products of self-attention come last."""
+    """{name: whether it is a convolution} of all that can be quantised, products of self-attention last; what lies
+    within a layer is part of it."""
     found: dict[str, bool] = {}
     within = ""
     for name, module in model.named_modules():

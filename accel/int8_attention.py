@@ -16,13 +16,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
-
-PRODUCTS = ("scores", "mix")
-
-
-def is_product(name: str) -> bool:
-    """Whether a dotted name is that of a product, not of a layer with weights."""
-    return name.rpartition(".")[2] in PRODUCTS
+from .int8_recipe import PRODUCTS
 
 
 def products_of(model: nn.Module) -> Iterator[str]:

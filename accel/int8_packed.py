@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .int8 import HIGH, LOW, FakeQuantProduct, along, fake_layers, join_bos, split_bos, traits, weight_scale
-from .int8_attention import is_product, put
+from .int8_attention import put
+from .int8_recipe import is_product
 
 
 class Packed(nn.Module):

@@ -16,8 +16,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import UserError
-from .int8_attention import PRODUCTS, is_product
 
+# The two products of self-attention, which have no weights: q k^T, and softmax(scores) v (`accel.int8_attention`).
+PRODUCTS = ("scores", "mix")
 KINDS = ("conv", "ff", "qkv", "linear", *PRODUCTS)
 LEVELS: Mapping[str, tuple[str, ...]] = {
     "conv": KINDS[:1], "ff": KINDS[:2], "qkv": KINDS[:3], "all": KINDS[:4], "scores": KINDS[:5], "attention": KINDS,
@@ -89,6 +90,11 @@ def kind(name: str, convolution: bool) -> str:
     return "qkv" if _QKV.search(name) else "linear"
 
 
+def is_product(name: str) -> bool:
+    """Whether a dotted name is that of a product, not of a layer with weights."""
+    return name.rpartition(".")[2] in PRODUCTS
+
+
 def bos_layer(name: str) -> bool:
     """Whether a layer makes keys or values of texts, whose first tokens are begin-of-text tokens."""
     return bool(_CROSS_KEYS_VALUES.search(name))
@@ -98,8 +104,7 @@ def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     """Names of the layers that the recipe fits.
 
     Args:
-        layers: {name: whether it is a convolution (else linear, or a product)} of every layer that could be
-            int8.
+        layers: {name: whether it is a convolution (else linear, or a product)} of all that could be int8.
     """
     kinds = LEVELS[recipe.level]
     return [

@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import pages
 import torch
+from int8_ways import PROMPTS, ways
 
 from accel import int8
 from accel.assets import DIGITS
@@ -40,11 +41,10 @@ from accel.distill import digits, digits_quality, recipes
 from accel.distill.run import execute
 from accel.engines import status
 from accel.errors import Notice
-from accel.export.calibration import Calibration, calibration, read_prompts
+from accel.export.calibration import Calibration
 from accel.export.int8_options import Options
 from accel.export.pipeline import export_pipeline
 from accel.files import digest_of, write_json
-from accel.int8_ranges import observe
 from accel.int8_recipe import Int8
 from accel.machine import machine
 from accel.parity import psnr
@@ -59,8 +59,6 @@ UNUSED = "vae_encoder"
 ENGINES = ("onnxruntime", "openvino")
 PARTS = ("torch", "engines", "trained")
 FIRST_NOISE = 5_000_000
-# By name: a student that lies elsewhere is not known to be one of digits, and would be shown everyday prompts.
-PROMPTS = DIGITS / "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -143,87 +141,6 @@ def judged(pictures: np.ndarray) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- by calibration, in torch
 
 
-ALTERNATIVES = {
-    "convolutions only": Int8(level="conv"),
-    "+ feed-forward": Int8(level="ff"),
-    "+ queries, keys, values": Int8(level="qkv"),
-    "all, range: max": Int8(collector="max"),
-    "all, range: percentile 99.99": Int8(collector="percentile"),
-    "all, begin-of-text not apart": Int8(bos_apart=False),
-    "all, SmoothQuant 0.5": Int8(smooth=0.5),
-    "all, outputs of convolutions float": Int8(outputs=False),
-}
-
-
-def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[torch.nn.Module, Int8], Any]]]:
-    """(name, recipe, what gives the attached layers of a network their ranges)."""
-    right = calibration(read_prompts(PROMPTS), 32)
-
-    def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8], Any]:
-        return lambda unet, recipe: observe([unet], recipe, run)
-
-    calibrated = seeing(lambda: right.run(pipeline))
-    yield "all layers", Int8(), calibrated
-    yield "all, and attention's scores", Int8(level="scores"), calibrated
-    yield "all, and both products of attention", Int8(level="attention"), calibrated
-    if few:  # 25 steps with guidance take twelve times as long
-        yield from ((way, recipe, calibrated) for way, recipe in ALTERNATIVES.items())
-    other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
-    yield "*wrong:* other timesteps", Int8(), seeing(lambda: replace(right, sampling=other).run(pipeline))
-    yield "*wrong:* random latents, the pipeline never run", Int8(), seeing(random_latents(pipeline))
-    yield "*wrong:* the field's usual collector, 16 batches", Int8(), usual_collector(right, pipeline)
-
-
-def random_latents(pipeline: Pipeline) -> Callable[[], None]:
-    """The wrong calibration of tools that never run the pipeline: normal noise at random timesteps and contexts."""
-    generator = torch.Generator().manual_seed(0)
-    unet = pipeline.engines["unet"]
-    dims = {name: limits.min for name, limits in unet.component.dims.items()} | {"batch": 1}
-
-    def run() -> None:
-        for _ in range(64):
-            feeds = {}
-            for spec in unet.component.inputs:
-                shape = spec.concrete(dims)
-                normal = torch.randn(shape, generator=generator)
-                feeds[spec.name] = torch.randint(0, 1000, shape, generator=generator).float() if not shape else normal
-            unet(**feeds)
-
-    return run
-
-
-def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8], None]:
-    """The field's collector: sums of batch maxima per step, divided by the number of steps, the least of all steps.
-
-    (ModelOpt's PercentileCalibrator; it sees 16 batches of one picture here, as its examples do.)
-    """
-    own = pipeline.bundle.manifest.sampler
-    steps = len(own["timesteps"]) if "timesteps" in own else own["steps"]
-    sums: dict[str, dict[int, float]] = {}
-    calls: dict[str, int] = {}
-
-    def collect(name: str) -> Callable[[torch.Tensor], None]:
-        def see(x: torch.Tensor) -> None:
-            step = calls.get(name, 0) % steps
-            calls[name] = calls.get(name, 0) + 1
-            found = sums.setdefault(name, {})
-            found[step] = found.get(step, 0.0) + x.abs().max().item()
-
-        return see
-
-    def give(unet: torch.nn.Module, recipe: Int8) -> None:
-        for name, quantizer in int8.ranges(unet):
-            quantizer.observer = collect(name)
-        int8.set_mode(unet, "observe")
-        for index in range(16):
-            Calibration(right.prompts[index : index + 1], index).run(pipeline)
-        for name, quantizer in int8.ranges(unet):
-            quantizer.set_scale(min(total / steps for total in sums[name].values()) / 127)
-        int8.set_mode(unet, "quantize")
-
-    return give
-
-
 def in_torch(model: Model) -> list[dict[str, Any]]:
     few = model.few_steps is not None
     rows = []
@@ -257,11 +174,11 @@ def on_engines(model: Model) -> list[dict[str, Any]]:
 def trained(model: Model, steps: int) -> list[dict[str, Any]]:
     """Trained on for int8, and as long without rounding, which may help by itself."""
     rows = []
-    for qat, ways in (("all", {"int8": "trained for int8"}),
-                      ("", {"float32": "trained as long, float32", "int8": "trained as long, then calibrated"})):
+    for qat, rows_of in (("all", {"int8": "trained for int8"}),
+                         ("", {"float32": "trained as long, float32", "int8": "trained as long, then calibrated"})):
         kind = f"{'qat' if qat else 'plain'}-{steps}"
         pipeline = model.folder / kind
-        for precision, way in ways.items():
+        for precision, way in rows_of.items():
             low = dict(precision="int8", int8=Options(networks=("unet",), prompts=PROMPTS))
             options = low if precision == "int8" else {}
 

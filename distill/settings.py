@@ -165,15 +165,15 @@ class DMD2(Recipe):
     )
     lora_format: str = option("diffusers", "names in the LoRA file: diffusers or kohya (ComfyUI, A1111)")
 
+    caption_dropout: float = option(0.0, "share of captions left empty; the student needs no guidance")
+    learning_rate: float = option(5e-7, "peak learning rate of the generator")
+    max_grad_norm: float = option(10.0, "clip gradients to this norm")
+
     @property
     def mixes(self) -> bool:
         """Whether batches hold all of the student's steps: smaller micro-batches have no room for them."""
         steps = len(self.timesteps.split(",")) if self.timesteps else self.few_steps
         return self.mixed_steps and self.batch >= steps
-
-    caption_dropout: float = option(0.0, "share of captions left empty; the student needs no guidance")
-    learning_rate: float = option(5e-7, "peak learning rate of the generator")
-    max_grad_norm: float = option(10.0, "clip gradients to this norm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _FLOAT = {
     "MatMul": _LINEAR, "FusedMatMul": _LINEAR, "Gemm": _LINEAR, "FusedGemm": _LINEAR,
 }  # fmt: skip
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
+Found = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
 
 
 def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
@@ -51,10 +52,11 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     if not (state := status(engine)).ok:
         raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
     read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
-    int8, floats = read(bundle, component)
+    graph = onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
+    int8, floats = read(bundle, component, graph)
     # By kind: three attentions of a hundred layers may be half of the time. (With the begin-of-text token apart, one
     # layer is two products: only the integer one reads what was quantised.)
-    wanted = Counter(_quantised(_graph(bundle, component, engine)).values())
+    wanted = Counter(_quantised(graph).values())
     share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
     return {
         "int8": dict(int8), "float": dict(floats), "layers": len(component.int8["layers"]), "share": round(share, 4),
@@ -62,7 +64,7 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory(prefix="accel-audit-") as folder:
@@ -77,16 +79,10 @@ def _onnxruntime(bundle: Bundle, component: Component) -> tuple[Mapping[str, int
             disabled_optimizers=OFF_FOR_INT8,
         )  # fmt: skip
         model = onnx.load(str(saved), load_external_data=False)
-    return _count(model.graph, _products(_graph(bundle, component, "onnxruntime")))  # nodes keep their names
+    return _count(model.graph, _products(graph))  # nodes keep their names
 
 
-def _graph(bundle: Bundle, component: Component, engine: str) -> onnx.GraphProto:
-    return onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
-
-
-def _count(
-    graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()
-) -> tuple[Counter, Counter]:
+def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()) -> Found:
     """Layers with weights, and these products, in int8 (by their operator, or by name) and in float."""
     constant = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
@@ -130,7 +126,7 @@ def _products(graph: onnx.GraphProto) -> dict[str, str]:
     return found
 
 
-def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
     kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
     int8, floats, holding = Counter(), Counter(), {}
@@ -141,7 +137,7 @@ def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], 
             (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
         low = [port.get_source_output().get_element_type().size == 1 for port in node.inputs()]
         holding |= dict.fromkeys(_text(info, "originalLayersNames").split(","), low)
-    for name, end in _products(_graph(bundle, component, "openvino")).items():
+    for name, end in _products(graph).items():
         # One kernel may hold the whole attention, of queries, keys and values; out of the cache it has the last
         # product's name alone, and the precision that it states is that of the queries.
         low = holding.get(name) or holding.get(end) or [False]
@@ -151,7 +147,7 @@ def _openvino(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], 
     return int8, floats
 
 
-def _tensorrt(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], Mapping[str, int]]:
+def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
     """TensorRT fuses layers, so those of the plan cannot be counted: each tells which nodes of the graph it holds."""
     plan = fitting_plan(bundle, component.name)
     if plan is None:
@@ -164,7 +160,6 @@ def _tensorrt(bundle: Bundle, component: Component) -> tuple[Mapping[str, int], 
         raise UserError(
             f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
         )
-    graph = _graph(bundle, component, "tensorrt")
     return _count(graph, _products(graph), set(found.get("int8_nodes", ())))
 
 

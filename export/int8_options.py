@@ -72,7 +72,7 @@ def export(
         place = next(path for path in (options.sensitivity, *options.sensitivity.absolute().parents) if path.exists())
         if not place.is_dir():
             raise UserError(f"{options.sensitivity} cannot be a folder: {place} is a file", "another --sensitivity DIR")
-    _networks(options.networks)
+    networks = _networks(options.networks)
     given = not isinstance(model, Source) and is_bundle(model)
     if given:
         refuse_changes(model, changes)
@@ -80,7 +80,7 @@ def export(
     if source is not None:
         unet = source.config("unet")
         refuse_inpainting(unet.get("in_channels", 4))
-        if options.recipe is not None and "unet" in _networks(options.networks):
+        if options.recipe is not None and "unet" in networks:
             _fits(options.recipe, unet)
     bundle = Bundle.open(model) if given else None
     name = bundle.manifest.source["name"] if bundle else source.name
@@ -105,7 +105,7 @@ def export(
             keep_budget=options.budget is not None,
             sensitivity=options.sensitivity,
             judged=options.judged,
-            networks=_networks(options.networks),
+            networks=networks,
             trained=trained.scales if trained else None,
             threads=options.threads,
         )

@@ -135,8 +135,8 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.source import open_source
 
     check_name(args.precision)
-    given = args.precision in INT8 and is_bundle(args.model)
-    if given:
+    exported = args.precision in INT8 and is_bundle(args.model)
+    if exported:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
     if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
         raise UserError(f"{given[0]} is for int8, and the precision is {args.precision}", "add --precision int8")
@@ -150,7 +150,7 @@ def _bundle(args: argparse.Namespace) -> int:
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
         Cuda(args.gpu)
-    source = args.model if given else open_source(
+    source = args.model if exported else open_source(
         args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
         adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_result_is_a_plain_pipeline_with_its_ranges_beside_it(straight):
     assert set(load_file(straight / UNET)) == set(pipeline.unet.state_dict())
     trained = int8_file.find(straight)
     names = int8.attach(pipeline.unet, trained.recipe)
-    assert {name for name in names} == {name.rpartition(".")[0] for name in trained.scales if name.endswith("_scale")}
+    assert set(names) == {name.rpartition(".")[0] for name in trained.scales if name.endswith("_scale")}
     assert any(name.endswith("attn1.mix.left_scale") for name in trained.scales)
     int8.set_scales(pipeline.unet, trained.scales)
     assert trained.recipe.level == "attention"

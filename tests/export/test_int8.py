@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 import accel
-from accel import engines, int8_attention, int8_packed, int8_verdict, networks, plans
+from accel import engines, int8_packed, int8_verdict, networks, plans
 from accel import int8 as fake
 from accel.bundle import Bundle, seal
 from accel.engines.onnxruntime import OFF_FOR_INT8
@@ -29,7 +29,7 @@ from accel.export.calibration import Calibration, calibration, default_prompts, 
 from accel.export.int8_options import Options
 from accel.export.onnx import example
 from accel.export.pipeline import export_pipeline
-from accel.int8_recipe import Int8
+from accel.int8_recipe import Int8, is_product
 from accel.machine import machine_name
 from accel.parity import relative_l2
 
@@ -207,7 +207,7 @@ def test_the_canonical_graph_is_what_tensorrt_demands(low):
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if not t.dims and not t.external_data}
     quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     layers = unet_of(low).int8["layers"]
-    assert len(quantize) == len(layers) + sum(int8_attention.is_product(name) for name in layers)
+    assert len(quantize) == len(layers) + sum(is_product(name) for name in layers)
     assert all(constants[node.input[2]].dtype == np.int8 and constants[node.input[2]] == 0 for node in quantize)
     assert not any(node.input[1].endswith("output_scale") for node in quantize)
 
@@ -224,7 +224,7 @@ def test_rule_5_linear_weights_lie_as_they_are_multiplied(int8):
 
 def test_rule_6_attention_products_stay_float_unless_asked_for(int8, attention):
     assert audit._products(graph_of(int8, uint8.FILE).graph) == {}
-    own = [name for name in unet_of(attention).int8["layers"] if int8_attention.is_product(name)]
+    own = [name for name in unet_of(attention).int8["layers"] if is_product(name)]
     assert len(audit._products(graph_of(attention).graph)) == len(own) > 4
     graph = graph_of(int8, uint8.FILE).graph
     made_by = {out: node for node in graph.node for out in node.output}
@@ -256,7 +256,7 @@ def count(graph: Path, disabled=OFF_FOR_INT8) -> dict[str, dict[str, int]]:
 def kinds_of(bundle: Path) -> dict[str, int]:
     layers = unet_of(bundle).int8["layers"]
     convs = sum("output" in traits for traits in layers.values())
-    products = sum(map(int8_attention.is_product, layers))
+    products = sum(map(is_product, layers))
     return {"conv": convs, "linear": len(layers) - convs - products} | ({"product": products} if products else {})
 
 

@@ -1,0 +1,99 @@
+"""Ways to find the ranges of an int8 UNet: right ones, and three that are usual and wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from accel import int8
+from accel.assets import DIGITS
+from accel.export.calibration import Calibration, calibration, read_prompts
+from accel.int8_ranges import observe
+from accel.int8_recipe import Int8
+from accel.pipeline import Pipeline
+
+# By name: a student that lies elsewhere is not known to be one of digits, and would be shown everyday prompts.
+PROMPTS = DIGITS / "prompts.txt"
+
+ALTERNATIVES = {
+    "convolutions only": Int8(level="conv"),
+    "+ feed-forward": Int8(level="ff"),
+    "+ queries, keys, values": Int8(level="qkv"),
+    "all, range: max": Int8(collector="max"),
+    "all, range: percentile 99.99": Int8(collector="percentile"),
+    "all, begin-of-text not apart": Int8(bos_apart=False),
+    "all, SmoothQuant 0.5": Int8(smooth=0.5),
+    "all, outputs of convolutions float": Int8(outputs=False),
+}
+
+
+def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[torch.nn.Module, Int8], Any]]]:
+    """(name, recipe, what gives the attached layers of a network their ranges)."""
+    right = calibration(read_prompts(PROMPTS), 32)
+
+    def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8], Any]:
+        return lambda unet, recipe: observe([unet], recipe, run)
+
+    calibrated = seeing(lambda: right.run(pipeline))
+    yield "all layers", Int8(), calibrated
+    yield "all, and attention's scores", Int8(level="scores"), calibrated
+    yield "all, and both products of attention", Int8(level="attention"), calibrated
+    if few:  # 25 steps with guidance take twelve times as long
+        yield from ((way, recipe, calibrated) for way, recipe in ALTERNATIVES.items())
+    other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
+    yield "*wrong:* other timesteps", Int8(), seeing(lambda: replace(right, sampling=other).run(pipeline))
+    yield "*wrong:* random latents, the pipeline never run", Int8(), seeing(random_latents(pipeline))
+    yield "*wrong:* the field's usual collector, 16 batches", Int8(), usual_collector(right, pipeline)
+
+
+def random_latents(pipeline: Pipeline) -> Callable[[], None]:
+    """The wrong calibration of tools that never run the pipeline: normal noise at random timesteps and contexts."""
+    generator = torch.Generator().manual_seed(0)
+    unet = pipeline.engines["unet"]
+    dims = {name: limits.min for name, limits in unet.component.dims.items()} | {"batch": 1}
+
+    def run() -> None:
+        for _ in range(64):
+            feeds = {}
+            for spec in unet.component.inputs:
+                shape = spec.concrete(dims)
+                normal = torch.randn(shape, generator=generator)
+                feeds[spec.name] = torch.randint(0, 1000, shape, generator=generator).float() if not shape else normal
+            unet(**feeds)
+
+    return run
+
+
+def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8], None]:
+    """The field's collector: sums of batch maxima per step, divided by the number of steps, the least of all steps.
+
+    (ModelOpt's PercentileCalibrator; it sees 16 batches of one picture here, as its examples do.)
+    """
+    own = pipeline.bundle.manifest.sampler
+    steps = len(own["timesteps"]) if "timesteps" in own else own["steps"]
+    sums: dict[str, dict[int, float]] = {}
+    calls: dict[str, int] = {}
+
+    def collect(name: str) -> Callable[[torch.Tensor], None]:
+        def see(x: torch.Tensor) -> None:
+            step = calls.get(name, 0) % steps
+            calls[name] = calls.get(name, 0) + 1
+            found = sums.setdefault(name, {})
+            found[step] = found.get(step, 0.0) + x.abs().max().item()
+
+        return see
+
+    def give(unet: torch.nn.Module, recipe: Int8) -> None:
+        for name, quantizer in int8.ranges(unet):
+            quantizer.observer = collect(name)
+        int8.set_mode(unet, "observe")
+        for index in range(16):
+            Calibration(right.prompts[index : index + 1], index).run(pipeline)
+        for name, quantizer in int8.ranges(unet):
+            quantizer.set_scale(min(total / steps for total in sums[name].values()) / 127)
+        int8.set_mode(unet, "quantize")
+
+    return give
