@@ -19,7 +19,7 @@ def unet():
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        **narrowed("sd15-tiny", (8, 16, 16), sample_size=16, cross_attention_dim=32, norm_num_groups=4,
+        **narrowed("sd15-tiny", (8, 16, 32), sample_size=16, cross_attention_dim=32, norm_num_groups=4,
                    attention_head_dim=4)
     ).eval()  # fmt: skip
 
@@ -155,7 +155,9 @@ def test_every_parameter_gets_a_gradient(unet, feeds, level):
     model(*feeds, return_dict=False)[0].square().mean().backward()
     without = [n for n, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
     assert without == []
-    assert any(name.endswith("input_range.log_scale") for name, _ in model.named_parameters())
+    learned = [name for name, _ in model.named_parameters() if name.endswith("_range.log_scale")]
+    assert len(learned) == sum(1 for _ in int8.ranges(model)) > 130
+    assert len(list(model.parameters())) - len(learned) == 358  # SD-Tiny's, narrow
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
