@@ -30,7 +30,7 @@ bench: demo  ## every engine of this machine on the demo's bundle
 	$(BIN)/accel bench out/demo/4step --prompt "a handwritten seven" --json out/bench.json --html out/bench.html
 
 digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
-	$(BIN)/python -m accel.distill.train_digits --out out/digits
+	$(BIN)/python -m accel.distill.digits.train --out out/digits
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from .errors import UserError
 _LAZY = {
     "load": "accel.pipeline",
     "load_engine": "accel.engines",
-    "attach": "accel.embedding",
+    "attach": "accel.pipeline.attach",
     "Bundle": "accel.bundle",
     "Pipeline": "accel.pipeline",
 }

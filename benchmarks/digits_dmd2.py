@@ -25,12 +25,14 @@ import torch
 
 from accel import machine
 from accel.assets import DIGITS, resolve
-from accel.distill import digits, digits_quality, recipes
-from accel.distill.digits_card import few_step_card, picture_grid
+from accel.distill import recipes
+from accel.distill.digits.card import few_step_card, picture_grid
+from accel.distill.digits.train import load
+from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
-from accel.distill.train_digits import load
+from accel.distill.sources import digits
 from accel.files import digest_of, write_json
-from accel.source import open_source
+from accel.models.source import open_source
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/digits-dmd2.json"

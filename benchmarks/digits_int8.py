@@ -7,8 +7,8 @@
 takes the teacher, tiny, and whichever few-step students are beside them. Each is exported in float32 and quantised in
 several ways in torch (the arithmetic of the exported graphs), exported in int8 for every engine, and trained on for
 `--qat-steps` updates with rounding, and as long without. Judged are `--images` pictures of the prompts of
-`accel.distill.digits.prompt_set`: how many are the digit asked for, their Frechet distance to held-out real digits, and
-the PSNR against float32's from the same noise.
+`accel.distill.sources.digits.prompt_set`: how many are the digit asked for, their Frechet
+distance to held-out real digits, and the PSNR against float32's from the same noise.
 
 Every row is a file in the out folder: a run that was interrupted goes on. A model whose weights changed is another
 model. `--write` makes benchmarks/digits-int8.json and the tables of docs/int8.md of the rows that are there. `--ship`
@@ -34,22 +34,24 @@ import pages
 import torch
 from int8_ways import PROMPTS, ways
 
-from accel import int8
 from accel.assets import DIGITS
 from accel.bundle import Bundle, seal
-from accel.distill import digits, digits_quality, recipes
+from accel.distill import recipes
+from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
+from accel.distill.sources import digits
 from accel.engines import status
 from accel.errors import Notice
-from accel.export.calibration import Calibration
-from accel.export.int8_options import Options
+from accel.export.int8.calibration import Calibration
+from accel.export.int8.options import Options
 from accel.export.pipeline import export_pipeline
 from accel.files import digest_of, write_json
-from accel.int8_recipe import Int8
+from accel.int8 import fake_quant
+from accel.int8.recipe import Int8
 from accel.machine import machine
+from accel.models.source import open_source
 from accel.parity import psnr
 from accel.pipeline import Pipeline, load
-from accel.source import open_source
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/digits-int8.json", ROOT / "docs/int8.md"
@@ -148,12 +150,12 @@ def in_torch(model: Model) -> list[dict[str, Any]]:
 
         def make(recipe: Int8 = recipe, give: Callable = give) -> np.ndarray:
             unet = model.pipeline.engines["unet"].module.model
-            int8.attach(unet, recipe)
+            fake_quant.attach(unet, recipe)
             try:
                 give(unet, recipe)
                 return draw(model.pipeline, model.images)
             finally:
-                int8.detach(unet)
+                fake_quant.detach(unet)
 
         rows.append(model.row(way, make))
     return rows

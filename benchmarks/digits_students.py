@@ -22,10 +22,12 @@ from safetensors import safe_open
 
 from accel import machine
 from accel.assets import DIGITS
-from accel.distill import digits, digits_quality, recipes
-from accel.distill.digits_card import student_card
+from accel.distill import recipes
+from accel.distill.digits.card import student_card
+from accel.distill.digits.train import load
+from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
-from accel.distill.train_digits import load
+from accel.distill.sources import digits
 from accel.files import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -30,13 +30,13 @@ import torch
 from PIL import Image
 
 import accel
-from accel import noise
 from accel.engines import ENGINES, status
 from accel.export.pipeline import COMPONENTS, export_pipeline
 from accel.files import write_json
 from accel.machine import machine
-from accel.source import open_source
-from accel.start import _OF_IMAGE, _OF_MASKED
+from accel.models.source import open_source
+from accel.pipeline.initial_latents import _OF_IMAGE, _OF_MASKED
+from accel.sampling import noise
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "family-matrix.json"

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from accel import int8
 from accel.assets import DIGITS
-from accel.export.calibration import Calibration, calibration, read_prompts
-from accel.int8_ranges import observe
-from accel.int8_recipe import Int8
+from accel.export.int8.calibration import Calibration, calibration, read_prompts
+from accel.int8 import fake_quant
+from accel.int8.observers import observe
+from accel.int8.recipe import Int8
 from accel.pipeline import Pipeline
 
 # By name: a student that lies elsewhere is not known to be one of digits, and would be shown everyday prompts.
@@ -87,13 +87,13 @@ def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.n
         return see
 
     def give(unet: torch.nn.Module, recipe: Int8) -> None:
-        for name, quantizer in int8.ranges(unet):
+        for name, quantizer in fake_quant.ranges(unet):
             quantizer.observer = collect(name)
-        int8.set_mode(unet, "observe")
+        fake_quant.set_mode(unet, "observe")
         for index in range(16):
             Calibration(right.prompts[index : index + 1], index).run(pipeline)
-        for name, quantizer in int8.ranges(unet):
+        for name, quantizer in fake_quant.ranges(unet):
             quantizer.set_scale(min(total / steps for total in sums[name].values()) / 127)
-        int8.set_mode(unet, "quantize")
+        fake_quant.set_mode(unet, "quantize")
 
     return give

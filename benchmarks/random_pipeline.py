@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from accel.assets import DIGITS
-from accel.topology import Topology, topology
+from accel.models.topology import Topology, topology
 
 _SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 

@@ -26,21 +26,22 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from accel import int8_packed, networks
 from accel.assets import DIGITS
 from accel.bundle import Bundle
 from accel.engines import Engine, load_engine, onnxruntime
 from accel.errors import UserError
-from accel.export import check
-from accel.export.int8_options import Options
-from accel.export.onnx import example
+from accel.export.graph import check
+from accel.export.graph.trace import example
+from accel.export.graph.uint8 import FILE
+from accel.export.int8.options import Options
 from accel.export.pipeline import export_pipeline
-from accel.export.uint8 import FILE
 from accel.files import write_json
-from accel.int8_recipe import Int8
+from accel.int8 import packed
+from accel.int8.recipe import Int8
 from accel.machine import machine
+from accel.models import networks
+from accel.models.topology import narrowed, topology
 from accel.parity import relative_l2
-from accel.topology import narrowed, topology
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/sd-tiny-int8.json", ROOT / "docs/int8.md"
@@ -147,7 +148,7 @@ def race(out: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
         try:
             engine = load(variant, out, threads)
             if name in (FAKE_OUTPUTS, FAKE_BOTH):
-                int8_packed.set_outputs(engine.module, True)
+                packed.set_outputs(engine.module, True)
             record = engine.component
             sizes = {dim: limits.min for dim, limits in record.dims.items()}
             feeds = {key: value.numpy() for key, value in example(record.inputs, sizes).items()}
@@ -186,7 +187,7 @@ def per_layer(low: Path) -> dict[str, Any]:
     feeds = example(record.inputs, {dim: limits.min for dim, limits in record.dims.items()})
     found = {}
     for file in ("model.onnx", FILE):
-        int8_packed.set_outputs(module, file == FILE)
+        packed.set_outputs(module, file == FILE)
         errors = sorted(check.layers(folder / file, module.model, feeds, list(record.int8["layers"])).values())
         found[file] = {"layers": len(errors), "largest": errors[-1], "median": errors[len(errors) // 2]}
     return found

@@ -53,8 +53,8 @@ def feeds(bundle: Bundle, size: int) -> dict[str, np.ndarray]:
 def run_torch(source: Path, bundle: Bundle, size: int) -> tuple[np.ndarray, dict[str, float]]:
     import torch
 
-    from accel import networks
-    from accel.source import open_source
+    from accel.models import networks
+    from accel.models.source import open_source
 
     began = time.perf_counter()
     module = networks.unet(open_source(source).load("unet")).module.eval()

@@ -20,12 +20,12 @@ import torch
 from diffusers import AutoencoderTiny
 
 import accel
-from accel.distill import digits
-from accel.distill.tiny_vae import psnr
+from accel.distill.methods.tiny_vae import psnr
+from accel.distill.sources import digits
 from accel.export.pipeline import export_pipeline
 from accel.files import write_json
 from accel.machine import machine
-from accel.source import open_source
+from accel.models.source import open_source
 
 ENGINES = {"eager": {}, "onnxruntime": {"threads": 1}, "openvino": {"threads": 1}}
 ROUNDS = 100

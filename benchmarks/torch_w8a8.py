@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from accel import int8
-from accel.int8_ranges import observe
-from accel.int8_recipe import Int8
+from accel.int8 import fake_quant
+from accel.int8.observers import observe
+from accel.int8.recipe import Int8
 from accel.machine import machine
+from accel.models.topology import narrowed, topology
 from accel.parity import relative_l2
-from accel.topology import narrowed, topology
 
 # cuBLASLt's integer products take more than 16 rows, and sides that are multiples of 8.
 LEAST_ROWS, SIDE = 17, 8
@@ -45,8 +45,8 @@ class W8A8(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         weight = layer.weight.detach()
-        scale = int8.weight_scale(weight)
-        flat = (weight.float() / int8.along(scale, weight)).round().flatten(1).to(torch.int8)
+        scale = fake_quant.weight_scale(weight)
+        flat = (weight.float() / fake_quant.along(scale, weight)).round().flatten(1).to(torch.int8)
         self.register_buffer("weight", flat.contiguous())  # [out, in]
         self.register_buffer("step", layer.input_range.scale.detach().clone())
         self.register_buffer("out_step", scale * self.step)
@@ -58,7 +58,7 @@ class W8A8(nn.Module):
         return (y if self.bias is None else y + self.bias).to(dtype)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.clamp((x.float() / self.step).round(), int8.LOW, int8.HIGH).to(torch.int8)
+        return torch.clamp((x.float() / self.step).round(), fake_quant.LOW, fake_quant.HIGH).to(torch.int8)
 
 
 class W8A8Linear(W8A8):
@@ -91,7 +91,7 @@ def replace_layers(unet: nn.Module, feeds: tuple) -> tuple[int, int]:
 
         return see
 
-    layers = dict(int8.fake_layers(unet))
+    layers = dict(fake_quant.fake_layers(unet))
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     with torch.no_grad():
         unet(*feeds)
@@ -102,7 +102,7 @@ def replace_layers(unet: nn.Module, feeds: tuple) -> tuple[int, int]:
         flat = layer.weight.flatten(1)
         if rows[name] >= LEAST_ROWS and not flat.shape[0] % SIDE and not flat.shape[1] % SIDE:
             made[name] = (W8A8Conv2d if isinstance(layer, nn.Conv2d) else W8A8Linear)(layer)
-    int8.detach(unet)
+    fake_quant.detach(unet)
     for name, layer in made.items():
         parent, _, leaf = name.rpartition(".")
         setattr(unet.get_submodule(parent), leaf, layer)
@@ -134,7 +134,7 @@ def main() -> None:
     feeds = tuple(value.to(args.device, dtype) for value in feeds)
     recipe = Int8(bos_apart=False, outputs=False, collector="max")  # as the usual W8A8 in torch
     plain, low = build(), build()
-    int8.attach(low, recipe)
+    fake_quant.attach(low, recipe)
     observe([low], recipe, lambda: low(*feeds))
     with torch.inference_mode():
         truth, fake = plain(*feeds)[0].float(), low(*feeds)[0].float()

@@ -14,25 +14,28 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from accel import int8_file
 from accel._version import __version__
 from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
-from accel.source import Source, open_source
+from accel.int8 import trained_scales
+from accel.models.source import Source, open_source
 
-from . import checkpoints, dreambooth, qat, regression, settings
-from .attention import check_attention
-from .class_to_image import ClassEncoders, is_edm, open_edm
-from .data import open_data
-from .dmd2 import DMD2 as DistributionMatching
-from .encode import Encoders
-from .examples import Examples, loader
-from .kd import Denoising
-from .lora import LowRank
-from .methods import Method
+from . import settings
+from .data.encoders import Encoders
+from .data.examples import Examples, loader
+from .few_step import regression
+from .few_step.class_to_image import ClassEncoders, is_edm, open_edm
+from .few_step.dmd2 import DMD2 as DistributionMatching
+from .methods import dreambooth, qat
+from .methods.kd import Denoising
+from .methods.lora import LowRank
+from .methods.tiny_vae import TinyVaeMethod
 from .settings import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
-from .tiny_vae import TinyVaeMethod
-from .train import PRECISIONS, Outcome, accelerator_for, train
+from .sources.open_data import open_data
+from .training import checkpoints
+from .training.attention import check_attention
+from .training.loop import PRECISIONS, Outcome, accelerator_for, train
+from .training.method import Method
 
 METHODS: dict[type[Recipe], Any] = {
     Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method,
@@ -106,7 +109,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         with new_folder(out, overwrite=overwrite) as folder:
             method.save(folder)
             if trained:
-                int8_file.write(folder, trained)
+                trained_scales.write(folder, trained)
             record = training_record(recipe, source, outcome, accelerator)
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         say(f"{out} is ready; checkpoints, losses and samples are in {run}")
@@ -223,7 +226,7 @@ def build_cache(
 ) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from .make_cache import build
+    from .data.make_cache import build
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accel.errors import MissingPackage, UserError
-from accel.int8_recipe import LEVELS
+from accel.int8.recipe import LEVELS
 
 
 def option(default: Any, text: str) -> Any:

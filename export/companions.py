@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from accel.control import COMPONENTS
 from accel.files import write_json
-from accel.source import Source
+from accel.models.source import Source
+from accel.pipeline.control import COMPONENTS
 
 
 def copy_companions(source: Source, folder: Path) -> None:

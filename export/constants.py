@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from accel.errors import UserError
-from accel.sampler import SAMPLERS
-from accel.source import Source
+from accel.models.source import Source
+from accel.sampling.samplers import SAMPLERS
 
 
 def pipeline_constants(source: Source) -> dict[str, Any]:

@@ -13,23 +13,25 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from accel import control, control_networks, networks
 from accel.bundle import Bundle, Component, Manifest, seal
-from accel.control_networks import match_adapter, match_controlnet
+from accel.bundle.shape_profiles import Range
+from accel.bundle.shape_profiles import profile as parse_profile
 from accel.errors import UserError
 from accel.files import new_folder, require_space
-from accel.lora import LoraFile
-from accel.networks import Network
-from accel.profiles import Range
-from accel.profiles import profile as parse_profile
-from accel.source import Source, open_source
+from accel.models import control_networks, networks
+from accel.models.control_networks import match_adapter, match_controlnet
+from accel.models.lora import LoraFile
+from accel.models.networks import Network
+from accel.models.source import Source, open_source
+from accel.pipeline import control
 
-from . import component, int8_options, onnx
 from .companions import copy_companions
 from .constants import checked_sampler, own_sampler, pipeline_constants
-from .int8_limits import refuse_control
-from .precision import INT8
-from .precision import check_name as check_precision
+from .graph import component, trace
+from .graph.precision import INT8
+from .graph.precision import check_name as check_precision
+from .int8 import options
+from .int8.unsupported import refuse_control
 from .share import share_files
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -43,7 +45,7 @@ def export_pipeline(
     *,
     profile: str = "native",
     precision: str = "fp32",
-    opset: int = onnx.DEFAULT_OPSET,
+    opset: int = trace.DEFAULT_OPSET,
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
     adapter: bool | str | Path = False,
@@ -52,15 +54,15 @@ def export_pipeline(
     share: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
-    int8: int8_options.Options | None = None,
+    int8: options.Options | None = None,
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
     Args:
         model: a diffusers pipeline folder, a hub id or a single file; or a source with parts taken from elsewhere
-            (`accel.source.open_source`); for int8, a float32 bundle too.
+            (`accel.models.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
-        profile: shapes to accept (`accel.profiles`).
+        profile: shapes to accept (`accel.bundle.shape_profiles`).
         precision: fp32, fp16, or one of `export.precision.INT8`.
         opset: ONNX opset (`export.onnx.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
@@ -77,9 +79,9 @@ def export_pipeline(
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the gate.
     """
     check_precision(precision)
-    onnx.check_opset(opset)
+    trace.check_opset(opset)
     if precision in INT8:
-        wanted = int8 or int8_options.Options()
+        wanted = int8 or options.Options()
         _check_int8(components, share is not None)
         if precision != "auto" and (not wanted.networks or "unet" in wanted.networks):
             _check_controlled(model, adapter, controlnet)
@@ -88,10 +90,10 @@ def export_pipeline(
             adapter=adapter, controlnet=controlnet, loras=loras, overwrite=True,
         )  # fmt: skip
         changes = {
-            "profile": profile != "native", "opset": opset != onnx.DEFAULT_OPSET, "sampler": sampler,
+            "profile": profile != "native", "opset": opset != trace.DEFAULT_OPSET, "sampler": sampler,
             "components": components != COMPONENTS, "adapter": adapter, "controlnet": controlnet, "loras": loras,
         }  # fmt: skip
-        return int8_options.export(
+        return options.export(
             model, Path(out), precision, wanted, high, loras=loras, overwrite=overwrite, progress=progress,
             changes=[name for name, change in changes.items() if change],
         )  # fmt: skip

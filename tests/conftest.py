@@ -103,7 +103,7 @@ SD15_SCHEDULER = dict(
 
 def make_sd15(folder: Path, topology: str = "sd15") -> Path:
     """An SD1.5-topology pipeline, narrowed: 64 px images, 16x16 latents."""
-    from accel.topology import narrowed
+    from accel.models.topology import narrowed
 
     channels = (8, 16, 16, 16)[: 3 if "tiny" in topology else 4]
     return make_sd1(folder, **narrowed(topology, channels, sample_size=16))
@@ -141,7 +141,7 @@ def make_sdxl(folder: Path, topology: str = "sdxl", **overrides) -> Path:
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    from accel.topology import narrowed
+    from accel.models.topology import narrowed
 
     one, two = make_tokenizer(folder / "one"), make_tokenizer(folder / "two", pad="!")
     torch.manual_seed(1)
@@ -189,15 +189,15 @@ def _completed():
 @pytest.fixture(scope="session")
 def stored_graphs(tmp_path_factory):
     """Exports of this session trace each network once; workers share what they made."""
-    from accel.export import onnx
+    from accel.export.graph import trace
 
     base = tmp_path_factory.getbasetemp()
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
     place.mkdir(exist_ok=True)
-    real = onnx.export_graph
-    onnx.export_graph = _double("stored_graphs").remembering(real, place)
+    real = trace.export_graph
+    trace.export_graph = _fake("stored_graphs").remembering(real, place)
     yield
-    onnx.export_graph = real
+    trace.export_graph = real
 
 
 @pytest.fixture(scope="session")
@@ -282,19 +282,20 @@ def edit_manifest():
     return edit
 
 
-def _double(name: str):
-    """One of the files that lie beside this one, as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+def _fake(name: str):
+    """`fakes/NAME.py` as a module."""
+    full = f"fake_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).parent / "fakes" / f"{name}.py")
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
 
 
 @pytest.fixture(scope="session")
-def doubles():
-    """doubles(name): a module that lies beside this file."""
-    return _double
+def fakes():
+    """fakes(name): a module of `tests/fakes`."""
+    return _fake
 
 
 @pytest.fixture(scope="session")
@@ -305,15 +306,15 @@ def vae_maker():
 @pytest.fixture(params=["10.16", "11.4"])
 def tensorrt(request, monkeypatch, tmp_path):
     """A `tensorrt` module of both versions and a GPU, as doubles; `tensorrt._world` arranges failures and remembers."""
-    from accel import cuda, trt
+    from accel.trt import cuda, library
 
-    cuda_double = _double("cuda_double")
-    module = _double("tensorrt_double").make(request.param)
-    module._world.cuda = cuda_double.Cuda
+    fake_cuda = _fake("cuda")
+    module = _fake("tensorrt").make(request.param)
+    module._world.cuda = fake_cuda.Cuda
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(trt, "installed", lambda: module.__version__)
-    for place in (cuda, import_module("accel.engines.tensorrt"), import_module("accel.export.tensorrt")):
-        monkeypatch.setattr(place, "Cuda", cuda_double.Cuda)
+    monkeypatch.setattr(library, "installed", lambda: module.__version__)
+    for place in (cuda, import_module("accel.engines.tensorrt"), import_module("accel.export.tensorrt.build")):
+        monkeypatch.setattr(place, "Cuda", fake_cuda.Cuda)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     return module
 
@@ -327,7 +328,7 @@ def with_plan_of_unet(tensorrt, tmp_path):
 
         import accel
         from accel.bundle import Bundle
-        from accel.export.tensorrt import build
+        from accel.export.tensorrt.build import build
         from accel.pipeline import Pipeline
 
         bundle = Bundle.open(shutil.copytree(folder, tmp_path / "with-plan"))

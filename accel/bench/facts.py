@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__, int8_verdict
+from .. import __version__
 from ..bundle import Bundle
 from ..engines import status
+from ..int8 import summary
 from ..machine import machine
 from ..pipeline import component_names
 from . import quality, timing
@@ -41,7 +42,7 @@ def environment(state: State) -> dict[str, Any]:
         return out
     import torch
 
-    from ..floor import measure_peak
+    from .roofline import measure_peak
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stored = state.bundle.component("unet").dtype
@@ -56,8 +57,8 @@ def count(state: State) -> None:
         return
     import torch
 
-    from ..floor import count_flops
-    from ..networks import on_meta
+    from ..models.networks import on_meta
+    from .roofline import count_flops
 
     whole: dict[str, int] = {}
     for name, recording in state.recordings.items():
@@ -105,7 +106,7 @@ def _standing_notes(state: State) -> list[str]:
         if record.int8:
             notes.append(
                 f"{name} is int8, and eager rounds as it does; what the export measured against float32: "
-                + "; ".join(int8_verdict.lines(record))
+                + "; ".join(summary.lines(record))
             )
     if state.settings.memory:
         notes.append(

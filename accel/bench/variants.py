@@ -32,7 +32,7 @@ _DEFAULT_GPU = ("eager:fp16", "compile:fp16", "tensorrt", "tensorrt:step")
 # What each engine imports before any model is loaded, to tell the model's memory from the libraries'. diffusers and
 # transformers load lazily, so the modules of the networks are named.
 _TORCH = (
-    "torch", "accelerate", "accel.networks", "diffusers.models.unets.unet_2d_condition",
+    "torch", "accelerate", "accel.models.networks", "diffusers.models.unets.unet_2d_condition",
     "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
 )  # fmt: skip
 LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import control, pictures
+from .. import images as pictures
 from ..arrays import synchronize
 from ..bundle import Bundle
 from ..engines.base import to_numpy
 from ..errors import UserError
-from ..pipeline import Pipeline, component_names
+from ..pipeline import Pipeline, component_names, control
 
 PROMPTS = ("a photo of a lighthouse on a cliff at dusk", "a bowl of oranges on a wooden table", "a red bicycle",
            "a portrait of an old sailor")  # fmt: skip

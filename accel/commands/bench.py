@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import report
-    from ..bench import check_schema
+    from ..bench import check_schema, report
     from ..files import read_json, write_bytes, write_json
 
     if (args.bundle is None) == (args.saved is None):

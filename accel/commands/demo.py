@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .. import report
+    from ..bench import report
     from ..engines import status
 
     started = time.perf_counter()
@@ -69,7 +69,8 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     """Export a model into `folder` and time it on every engine; its table and page are written beside the folder."""
     from accel.export.pipeline import COMPONENTS, export_pipeline
 
-    from .. import bench, report
+    from .. import bench
+    from ..bench import report
     from ..files import write_json
 
     task = bar.add_task(f"{folder.name}, export: starting", total=1.0)

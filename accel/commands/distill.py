@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(settings: Any, args: argparse.Namespace) -> int:
-    from accel.distill.plan import predict
+    from accel.distill.few_step.memory import predict
     from accel.distill.run import encoders_of
     from accel.errors import UserError
 

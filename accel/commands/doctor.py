@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..doctor import examine
+    from .doctor_facts import examine
 
     found = examine()
     if args.json:

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from accel.distill.evaluate import evaluate
-    from accel.distill.shards import shard_of
+    from accel.distill.evaluation.evaluate import evaluate
+    from accel.distill.evaluation.work_share import shard_of
 
     shard = shard_of(os.environ)
     console = Console(stderr=True)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import int8_verdict
 from ..bundle import is_bundle
+from ..int8 import summary
 from .options import add_build, build_options, build_plans, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
@@ -24,7 +24,7 @@ _OF_INT8 = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..profiles import PROFILES
+    from ..bundle.shape_profiles import PROFILES
 
     parser.add_argument(
         "model",
@@ -98,8 +98,8 @@ def _triton_server(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from accel.bundle import Bundle
-    from accel.export.int8_options import refuse_changes
-    from accel.export.triton_server import Serving, write
+    from accel.export.int8.options import refuse_changes
+    from accel.export.triton.repository import Serving, write
     from accel.files import refuse_existing
 
     serving = Serving(backend=args.backend, instances=args.instances, kind=args.kind)
@@ -128,11 +128,11 @@ def _bundle(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from accel.errors import UserError
-    from accel.export import onnx
-    from accel.export.int8_options import refuse_changes
+    from accel.export.graph import trace
+    from accel.export.graph.precision import INT8, check_name
+    from accel.export.int8.options import refuse_changes
     from accel.export.pipeline import COMPONENTS, export_pipeline
-    from accel.export.precision import INT8, check_name
-    from accel.source import open_source
+    from accel.models.source import open_source
 
     check_name(args.precision)
     exported = args.precision in INT8 and is_bundle(args.model)
@@ -141,12 +141,12 @@ def _bundle(args: argparse.Namespace) -> int:
     if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
         raise UserError(f"{given[0]} is for int8, and the precision is {args.precision}", "add --precision int8")
     if args.engine == "tensorrt":
-        from accel import trt
-        from accel.cuda import Cuda
+        from accel.trt import library
+        from accel.trt.cuda import Cuda
 
         # All of this before the export takes minutes.
         options = build_options(args)
-        options.check(trt.load().__version__)
+        options.check(library.load().__version__)
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
         Cuda(args.gpu)
@@ -164,7 +164,7 @@ def _bundle(args: argparse.Namespace) -> int:
             args.out,
             profile=args.profile or "native",
             precision=args.precision,
-            opset=onnx.DEFAULT_OPSET if args.opset is None else args.opset,
+            opset=trace.DEFAULT_OPSET if args.opset is None else args.opset,
             components=components,
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
@@ -191,7 +191,7 @@ def _bundle(args: argparse.Namespace) -> int:
             f"{component.name:<15} {component.parameters / 1e6:9.1f} M  {component.precision:<14} "
             f"differs from {what} by {parity['relative_l2']:.1e} (limit {parity['limit']:.1e}){note}"
         )
-        for line in int8_verdict.lines(component):
+        for line in summary.lines(component):
             print(f"{'':<15} {line}")
     print(f"{bundle.path} is ready: accel run {bundle.path} --prompt ...")
     return 0
@@ -227,9 +227,9 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
 
 def _int8(args: argparse.Namespace) -> Any:
     """The options of the group, as `accel.export` takes them."""
-    from accel.export.calibration import IMAGES
-    from accel.export.int8_options import Options
-    from accel.int8_recipe import Int8
+    from accel.export.int8.calibration import IMAGES
+    from accel.export.int8.options import Options
+    from accel.int8.recipe import Int8
 
     given = {
         "level": args.int8_level, "keep": tuple(args.int8_keep) or None, "collector": args.collector,
@@ -249,7 +249,7 @@ def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
     from accel.export.constants import checked_sampler, own_sampler
-    from accel.sampler import SAMPLERS, NoiseSchedule, grid
+    from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
 
     own = checked_sampler(own_sampler(source))
     name = args.sampler or own["name"]

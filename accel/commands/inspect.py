@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import int8_verdict, plans, preflight
 from ..bundle import Bundle, Component
 from ..engines import ENGINES, status
 from ..errors import UserError
+from ..int8 import summary
+from ..trt import engine_files, preflight
 from .options import add_json
 
 EXAMPLE = "accel inspect my-bundle"
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _operators(bundle: Bundle) -> dict[str, list[dict]]:
     """Component -> the nodes that TensorRT's published operator matrix does not list."""
-    from accel.export.operators import check
-    from accel.graph import graph_file
+    from accel.bundle.graph_file import graph_file
+    from accel.export.tensorrt.operators import check
 
     return {
         name: [vars(problem) for problem in check(graph_file(bundle, component))]
@@ -68,20 +69,20 @@ def _operators(bundle: Bundle) -> dict[str, list[dict]]:
     }
 
 
-def _here() -> tuple[plans.Here | None, UserError | None]:
+def _here() -> tuple[engine_files.Here | None, UserError | None]:
     """What plans would run on here, or why there is nothing."""
-    from .. import trt
-    from ..cuda import Cuda
+    from ..trt import library
+    from ..trt.cuda import Cuda
 
     try:
-        return plans.Here.of(trt.load().__version__, Cuda()), None
+        return engine_files.Here.of(library.load().__version__, Cuda()), None
     except UserError as error:
         return None, error
 
 
 def _plans(bundle: Bundle) -> list[dict]:
     """The TensorRT plans beside a bundle and what the pre-flight says of each, on this machine where it has a GPU."""
-    found = plans.find(bundle)
+    found = engine_files.find(bundle)
     here, missing = _here() if found else (None, None)
     rows = []
     for plan in found:
@@ -130,7 +131,7 @@ def _parity(component: Component) -> str:
 
 def _print_component(component: Component) -> None:
     print(f"  {component.name:<15} {component.parameters / 1e6:,.1f} M {component.precision}, {_parity(component)}")
-    for line in int8_verdict.lines(component):
+    for line in summary.lines(component):
         print(f"      {line}")
     for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
         for spec in specs:

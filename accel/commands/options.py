@@ -58,7 +58,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 def build_options(args: argparse.Namespace) -> Any:
     """`add_build`'s options as `export.tensorrt` takes them."""
-    from accel.export.tensorrt import BuildOptions
+    from accel.export.tensorrt.build import BuildOptions
 
     return BuildOptions(
         optimization_level=args.optimization_level, tf32=args.tf32, workspace=args.workspace,
@@ -73,7 +73,7 @@ def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ..
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from accel.export.tensorrt import build
+    from accel.export.tensorrt.build import build
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     columns = (TextColumn("{task.description:<48}"), BarColumn(), TimeElapsedColumn())

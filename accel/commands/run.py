@@ -51,7 +51,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..pictures import canny
+    from ..images import canny
     from ..pipeline import load
 
     if not all(prompt.strip() for prompt in args.prompt):

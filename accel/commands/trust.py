@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import plans, preflight
 from ..bundle import Bundle
 from ..errors import UserError
+from ..trt import engine_files, preflight
 from .options import add_json
 
 EXAMPLE = "accel trust my-bundle --yes"
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
-    found = plans.find(bundle)
-    whole = [plan for plan in found if isinstance(plan, plans.Plan)]
+    found = engine_files.find(bundle)
+    whole = [plan for plan in found if isinstance(plan, engine_files.Plan)]
     foreign = [plan for plan in whole if not preflight.trusted(plan)]
     for plan in foreign:
         if reason := preflight.damaged(plan) or preflight.changed(plan):
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     if args.yes:
         for plan in foreign:
-            plans.sign(plan.path, plan.text)
+            engine_files.sign(plan.path, plan.text)
     if args.json:
         print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
         return 0

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle, Component
 from ..errors import Notice, UserError
 from ..machine import machine_name
-from ..preflight import NoPlan
+from ..trt.preflight import NoPlan
 from .base import Engine, Status
 
 if TYPE_CHECKING:
-    from ..plans import Plan
+    from ..trt.engine_files import Plan
 
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
@@ -135,14 +135,14 @@ def fitting_plan(bundle: Bundle, component: str, device: str = "auto") -> Plan |
 
     Costs nothing where there are no plans, or the device is no GPU.
     """
-    from .. import plans, preflight, trt
-    from ..cuda import Cuda, index_of
+    from ..trt import engine_files, library, preflight
+    from ..trt.cuda import Cuda, index_of
 
-    found = [plan for plan in plans.find(bundle, component) if isinstance(plan, plans.Plan)]
+    found = [plan for plan in engine_files.find(bundle, component) if isinstance(plan, engine_files.Plan)]
     index = index_of(device)
     if not found or index is None or not status("tensorrt").ok:
         return None
-    here = plans.Here.of(trt.load().__version__, Cuda(index))
+    here = engine_files.Here.of(library.load().__version__, Cuda(index))
     return next((plan for plan in found if preflight.fits(bundle, plan, here).ok), None)
 
 

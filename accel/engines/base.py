@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..bundle.graph_file import graph_file
+from ..bundle.tensor_spec import check
 from ..errors import UserError
-from ..graph import graph_file
-from ..tensors import check
 
 __all__ = ["Engine", "Status", "check_threads", "graph_file", "to_numpy", "to_torch"]
 

@@ -38,7 +38,7 @@ class Eager(Engine):
         super().__init__(bundle, component)
         import torch
 
-        from .. import networks
+        from ..models import networks
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
-from ..cuda import index_of
 from ..errors import MissingPackage, Notice, UserError
+from ..trt.cuda import index_of
 from .base import Engine, Status, check_threads, graph_file, to_torch
-from .providers import PROVIDERS, chain
+from .onnxruntime_providers import PROVIDERS, chain
 
 # Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
 OFF_FOR_INT8 = ["MatMulAddFusion"]
@@ -42,7 +42,8 @@ class OnnxRuntime(Engine):
             when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
             the latents that the sampler still needs.
         session: further session config entries.
-        provider_options: options of the GPU provider by ONNX Runtime's names, over ours (`accel.engines.providers`).
+        provider_options: options of the GPU provider by ONNX Runtime's names, over ours (see
+            `onnxruntime_providers`).
     """
 
     name = "onnxruntime"

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import trt
 from ..errors import UserError
 from ..files import digest_of
-from ..lora import LoraFile, fuse, lora_file
-from ..plans import rebuild
+from ..models.lora import LoraFile, fuse, lora_file
+from ..trt import library
+from ..trt.engine_files import rebuild
+from ..trt.workspace import workspace
 from .tensorrt import TensorRT
-from .workspace import workspace
 
 
 class Refit:
@@ -36,7 +36,7 @@ class Refit:
     """
 
     def __init__(self, engine: TensorRT):
-        trt.refuse_broken_refit(engine.module.__version__)
+        library.refuse_broken_refit(engine.module.__version__)
         name = engine.component.name
         if not engine.plan.identity["options"]["refittable"]:
             raise UserError(
@@ -70,7 +70,7 @@ class Refit:
 
     def _module(self) -> Any:
         """The network with the bundle's own weights, on the CPU."""
-        from .. import networks
+        from ..models import networks
 
         bundle, component = self.engine.bundle, self.engine.component
         return networks.rebuild(
@@ -84,8 +84,8 @@ class Refit:
         if not names:
             return
         work = workspace(engine.cuda)
-        with trt.collect() as messages, engine.cuda.on(work.stream):
-            refitter = module.Refitter(engine.engine, trt.logger(module))
+        with library.collect() as messages, engine.cuda.on(work.stream):
+            refitter = module.Refitter(engine.engine, library.logger(module))
             held = []  # TensorRT keeps pointers until it is done
             for name in sorted(names):
                 self._set(refitter, name, state, held, messages)
@@ -96,7 +96,7 @@ class Refit:
             engine.cuda.synchronize(work.stream)
         engine.epoch += 1  # captured graphs have the old weights
 
-    def _set(self, refitter: Any, name: str, state: Mapping[str, Any], held: list, messages: trt.Messages) -> None:
+    def _set(self, refitter: Any, name: str, state: Mapping[str, Any], held: list, messages: library.Messages) -> None:
         if name not in state:
             raise self._failure(f"it wants {name}, which is not one of the network's weights")
         array = state[name].detach().contiguous().numpy()

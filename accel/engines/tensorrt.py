@@ -8,26 +8,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .. import preflight, trt
 from ..bundle import Bundle, Component
-from ..cuda import Cuda, index_of
+from ..bundle.graph_file import graph_file
+from ..bundle.shape_profiles import Range
 from ..errors import UserError
-from ..graph import graph_file
-from ..plans import Here, Plan, rebuild
-from ..profiles import Range
+from ..trt import library, preflight
+from ..trt.cuda import Cuda, index_of
+from ..trt.engine_files import Here, Plan, rebuild
+from ..trt.workspace import Workspace, workspace
 from .base import Engine, Status, to_torch
-from .captured import Bound, Captures, Graph
-from .workspace import Workspace, workspace
+from .cuda_graphs import Bound, Captures, Graph
 
 CUDA_GRAPHS = ("off", "step", "loop")
 
 
 def status() -> Status:
-    version = trt.installed()
+    version = library.installed()
     if version is None:
         return Status(False, "tensorrt is not installed", 'pip install "accel-diffusion[tensorrt]"')
     try:
-        version = trt.load().__version__
+        version = library.load().__version__
         gpu = Cuda().gpu
     except UserError as error:
         return Status(False, error.message, error.fix)
@@ -61,7 +61,7 @@ class TensorRT(Engine):
         index = index_of(device)
         if index is None:
             raise UserError(f"TensorRT does not run on {device!r}", "--device cuda or --device cuda:1")
-        self.module = trt.load()
+        self.module = library.load()
         self.cuda = Cuda(index)
         self.device = self.cuda.device
         here = Here.of(self.module.__version__, self.cuda)
@@ -92,8 +92,8 @@ class TensorRT(Engine):
                 f"the plan of {name} is version-compatible: it carries a runtime of its own, which is code to be run",
                 "--allow-host-code, or build it without --version-compatible",
             )
-        with trt.collect() as messages:
-            self.runtime = self.module.Runtime(trt.logger(self.module))
+        with library.collect() as messages:
+            self.runtime = self.module.Runtime(library.logger(self.module))
             if allow_host_code:
                 self.runtime.engine_host_code_allowed = True
             engine = self.runtime.deserialize_cuda_engine(data)
@@ -126,8 +126,8 @@ class TensorRT(Engine):
     def _fill(self) -> None:
         """Give a stripped plan its weights, out of the graph that it was built from."""
         work = workspace(self.cuda)
-        with trt.collect() as messages, self.cuda.on(work.stream):
-            logger = trt.logger(self.module)
+        with library.collect() as messages, self.cuda.on(work.stream):
+            logger = library.logger(self.module)
             refitter = self.module.Refitter(self.engine, logger)
             parser = self.module.OnnxParserRefitter(refitter, logger)
             done = parser.refit_from_file(str(graph_file(self.bundle, self.component)))
@@ -144,7 +144,7 @@ class TensorRT(Engine):
 
     def context(self) -> Any:
         """A new execution context of the calling thread, whose scratch memory we provide."""
-        with trt.collect() as messages:
+        with library.collect() as messages:
             made = self.engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if made is None:
             raise UserError(
@@ -194,7 +194,7 @@ class TensorRT(Engine):
         return address
 
     def execute(self, context: Any, work: Workspace) -> None:
-        with trt.collect() as messages:
+        with library.collect() as messages:
             if not context.execute_async_v3(work.handle):
                 raise UserError(f"TensorRT could not run {self.component.name}: {messages.last()}", "see accel doctor")
 

@@ -47,7 +47,7 @@ _LOADED = {}
 @pytest.fixture
 def loaded_once(monkeypatch):
     """Engines are loaded once for all requests that are refused after that."""
-    from accel import pipeline
+    from accel.pipeline import pipeline
 
     load = pipeline.load_engine
 

@@ -93,7 +93,7 @@ def test_a_broken_nvidia_smi_means_no_gpu(monkeypatch, tmp_path):
 def test_without_torch_and_without_importing_any_engine():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from accel.floor import machine\n"
+        "from accel.bench.roofline import machine\n"
         "assert machine().packages['torch']\n"
         "assert not {'diffusers', 'transformers', 'onnxruntime', 'openvino', 'tensorrt'} & sys.modules.keys()\n"
     )

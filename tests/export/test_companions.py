@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from accel.export.companions import complete_tokenizer
-from accel.tokenizer import ClipTokenizer
+from accel.pipeline.tokenizer import ClipTokenizer
 
 PROMPTS = ["the cat", "A Dog, the dog's!", "", "naïve café  99", "🦊 " * 50]
 

@@ -18,7 +18,7 @@ import accel
 from accel.bundle import Bundle
 from accel.errors import UserError
 from accel.export import pipeline as export
-from accel.export.onnx import example, safetensors_header
+from accel.export.graph.trace import example, safetensors_header
 from accel.export.pipeline import export_pipeline
 from accel.parity import relative_l2
 
@@ -447,7 +447,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_is_told(sd15, tmp_path, 
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("accel.export.precision.save_file", full)
+    monkeypatch.setattr("accel.export.graph.precision.save_file", full)
     assert "no space left" in refusal(tmp_path, sd15).message
 
 

@@ -14,7 +14,7 @@ from accel.bundle import Bundle
 from accel.errors import Notice, UserError
 from accel.export.pipeline import export_pipeline
 from accel.export.share import share_files
-from accel.source import open_source
+from accel.models.source import open_source
 
 
 def small_lora(source: Path, out: Path, seed: int) -> Path:

@@ -1,0 +1,335 @@
+"""The bundle: one folder that holds everything a compiled pipeline needs, described by `accel.json`.
+
+Training writes a diffusers pipeline; export turns it into a bundle; runtime, benchmark, report and other apps read
+the bundle. Weights are stored once, in safetensors; the ONNX graphs refer to them as external data, so eager torch,
+ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..assets import resolve
+from ..errors import UserError
+from ..files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from .shape_profiles import Profile, Range
+from .tensor_spec import TensorSpec
+
+SCHEMA = 1
+MANIFEST = "accel.json"
+KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "t2i_adapter", "controlnet")
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether a folder, or a shipped name, is a bundle."""
+    return (Path(resolve(path)) / MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a bundle.
+
+    Attributes:
+        name: folder name: text_encoder, unet, vae_decoder, vae_encoder, t2i_adapter, controlnet, ...
+        kind: which wrapper rebuilds it in torch, one of `KINDS`.
+        graph: ONNX file, relative to the bundle.
+        weights: safetensors file that the graph and the eager engine share, relative to the bundle.
+        inputs, outputs: tensors in graph order.
+        dims: range of each symbolic dimension.
+        dtype: dtype of weights and of the floating-point inputs and outputs.
+        float32: modules that compute in float32 although `dtype` is lower.
+        wide: those of them whose output is float32 too, because it would not fit.
+        parameters: number of parameters.
+        parity: what the export measured against torch.
+        int8: how it is quantised, empty where it is not: `recipe`; `layers` (name -> traits,
+            `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one); `calibration`; `audit`; `verdict`.
+    """
+
+    name: str
+    kind: str
+    graph: str
+    weights: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: Mapping[str, Range]
+    dtype: str = "float32"
+    float32: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    parameters: int = 0
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    int8: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "graph": self.graph,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "float32": list(self.float32),
+            **({"wide": list(self.wide)} if self.wide else {}),
+            "parameters": self.parameters,
+            "inputs": [spec.as_dict() for spec in self.inputs],
+            "outputs": [spec.as_dict() for spec in self.outputs],
+            "dims": {name: vars(dim) for name, dim in self.dims.items()},
+            "parity": dict(self.parity),
+        } | ({"int8": dict(self.int8)} if self.int8 else {})
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> Component:
+        _require(data, f"component {name}", kind=str, graph=str, weights=str, dtype=str, parameters=int, parity=dict)
+        for spec in (*data["inputs"], *data["outputs"]):
+            _require(spec, f"a tensor of {name}", name=str, dtype=str, shape=list)
+            for dim in spec["shape"]:
+                if not isinstance(dim, int) and dim not in data["dims"]:
+                    raise ValueError(f"{name}: {spec['name']} has an unknown dimension {dim!r}")
+        if data["kind"] not in KINDS:
+            raise ValueError(f"{name}: unknown kind {data['kind']!r}")
+        if int8 := data.get("int8", {}):
+            _require(data, f"component {name}", int8=dict)
+            _require(int8, f"int8 of {name}", recipe=dict, layers=dict, graphs=dict, calibration=dict)
+        for dim, limits in data["dims"].items():
+            _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
+        return cls(
+            name=name,
+            kind=data["kind"],
+            graph=str(data["graph"]),
+            weights=str(data["weights"]),
+            inputs=tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),
+            outputs=tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
+            dims={dim: Range(**limits) for dim, limits in data["dims"].items()},
+            dtype=str(data["dtype"]),
+            float32=tuple(data["float32"]),
+            wide=tuple(data.get("wide", ())),
+            parameters=int(data["parameters"]),
+            parity=data["parity"],
+            int8=int8,
+        )
+
+    @property
+    def folder(self) -> str:
+        return self.graph.rpartition("/")[0]
+
+    def graph_for(self, engine: str) -> str:
+        """The ONNX file that an engine loads."""
+        return self.int8.get("graphs", {}).get(engine, self.graph)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, for people: float32, int8 + float16, ..."""
+        return f"int8 + {self.dtype}" if self.int8 else self.dtype
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `accel.json` says.
+
+    Attributes:
+        family: sd1, sd2 or sdxl.
+        topology: name out of `accel.models.topology`, or "custom".
+        pipeline: constants an embedding app needs: vae_scale (pixels per latent pixel), latent_channels,
+            scaling_factor, shift_factor, latent_multiple, native_size (pixels).
+        sampler: name, steps or timesteps, guidance: how this model is meant to be sampled.
+        profile: accepted batches and sizes.
+        precision: name of the recipe (fp32, fp16, int8, ...).
+        source: name and weights digest of the pipeline it was made from.
+        exporter: package versions, opset.
+        components: the networks.
+        files: sha256 and size of every other file, by path relative to the bundle.
+    """
+
+    family: str
+    topology: str
+    pipeline: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    profile: Profile
+    precision: str
+    source: Mapping[str, Any]
+    exporter: Mapping[str, Any]
+    components: Mapping[str, Component]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "accel": __version__,
+            "family": self.family,
+            "topology": self.topology,
+            "precision": self.precision,
+            "sampler": dict(self.sampler),
+            "pipeline": dict(self.pipeline),
+            "profile": self.profile.as_dict(),
+            "source": dict(self.source),
+            "exporter": dict(self.exporter),
+            "components": {name: component.as_dict() for name, component in self.components.items()},
+            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        number = (int, float)
+        _require(
+            data, "the manifest", family=str, topology=str, precision=str, pipeline=dict, sampler=dict, profile=dict,
+            source=dict, exporter=dict, components=dict, files=dict,
+        )
+        _require(data["source"], "source", name=str)
+        _require(data["exporter"], "exporter", opset=int, torch=str)
+        _require(data["sampler"], "sampler", name=str, guidance=number)
+        if "timesteps" in data["sampler"]:
+            _require(data["sampler"], "sampler", timesteps=list)
+        else:
+            _require(data["sampler"], "sampler", steps=int)
+        _require(
+            data["pipeline"], "pipeline", vae_scale=int, latent_channels=int, scaling_factor=number,
+            shift_factor=number, latent_multiple=int, native_size=int, zero_empty_prompt=bool,
+        )
+        _require(data["profile"], "profile", name=str, batch=dict, height=dict, width=dict, tokens=int)
+        for side in ("batch", "height", "width"):
+            _require(data["profile"][side], f"profile {side}", min=int, opt=int, max=int, multiple=int)
+        for name, entry in data["files"].items():
+            _require(entry, f"file {name}", sha256=str, bytes=int)
+        components = {name: Component.from_dict(name, entry) for name, entry in data["components"].items()}
+        plain = ("family", "topology", "pipeline", "sampler", "precision", "source", "exporter", "files")
+        return cls(profile=Profile.from_dict(data["profile"]), components=components, **{k: data[k] for k in plain})
+
+
+def _require(data: Any, what: str, **kinds: type | tuple[type, ...]) -> None:
+    """Raise ValueError naming the first key of `data` that is missing or of another kind."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} is no table")
+    for key, kind in kinds.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{what}: {key!r} is {'missing' if key not in data else f'wrong: {data[key]!r:.40}'}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check the manifest; files are checked when a component is used (`verify`).
+
+        Args:
+            path: its folder, or the name of one that ships (`digits/4step-int8`).
+
+        Raises:
+            UserError: for a missing folder, a folder that is no bundle, a manifest that is damaged, newer than this
+                version, or that names files outside the bundle.
+        """
+        asked, path = path, Path(resolve(path))
+        if not path.is_dir():
+            raise UserError(f"no such folder: {asked}", "check the path; `accel export MODEL OUT` makes a bundle")
+        if not (path / MANIFEST).is_file():
+            if (path / "model_index.json").is_file():
+                raise UserError(
+                    f"{asked} is a diffusers pipeline, not a bundle", f"accel export {asked} {Path(asked).name}-bundle"
+                )
+            raise UserError(f"{path} is no bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
+        data = read_json(path / MANIFEST, "the manifest")
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int) or schema is True or schema < 1:
+            raise UserError(f"{path / MANIFEST} is no accel manifest", "export the model again")
+        if schema > SCHEMA:
+            raise UserError(
+                f"{path} was written by a newer accel (schema {schema}; this version reads up to {SCHEMA})",
+                "pip install --upgrade accel-diffusion",
+            )
+        try:
+            manifest = Manifest.from_dict(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path / MANIFEST} is damaged ({error})", "export the model again") from None
+        bundle = cls(path, manifest)
+        for entry in manifest.files:
+            inside(path, entry, "the manifest entry")
+        for component in manifest.components.values():
+            for entry in (component.graph, component.weights, *component.int8.get("graphs", {}).values()):
+                bundle.file(entry)
+        return bundle
+
+    def component(self, name: str) -> Component:
+        if name not in self.manifest.components:
+            raise UserError(
+                f"{self.path} has no component {name!r}", f"it has: {', '.join(self.manifest.components)}"
+            )
+        return self.manifest.components[name]
+
+    def file(self, entry: str) -> Path:
+        """The path of a file that the manifest lists.
+
+        Raises:
+            UserError: when it is not listed or not inside the bundle.
+        """
+        path = inside(self.path, entry, "the manifest entry")
+        if entry not in self.manifest.files:
+            raise UserError(f"{self.path}: {entry} is not listed in the manifest", "export the model again")
+        return path
+
+    def verify(self, folders: Iterable[str] | None = None) -> None:
+        """Compare files with the sizes and sha256 digests in the manifest.
+
+        A digest is computed once; afterwards size, modification time and inode stand in for it, so that opening a
+        five-gigabyte bundle again costs nothing.
+
+        Args:
+            folders: only files below these folders; None for all.
+
+        Raises:
+            UserError: naming the first file that is missing, truncated or changed.
+        """
+        chosen = None if folders is None else tuple(f"{folder}/" for folder in folders)
+        stamps_path = cache_dir() / "verified" / f"{digest_of(str(self.path.absolute()))}.json"
+        try:
+            stamps = read_json(stamps_path, "the verification cache")
+            assert isinstance(stamps, dict)
+        except (UserError, OSError, AssertionError):
+            stamps = {}
+        known = dict(stamps)
+        for entry, expected in self.manifest.files.items():
+            if chosen is not None and not entry.startswith(chosen):
+                continue
+            path = inside(self.path, entry, "the manifest entry")
+            again = f"get {entry} again, or export the model again"
+            if not path.is_file():
+                raise UserError(f"{self.path}: {entry} is missing", again)
+            stat = path.stat()
+            if stat.st_size != expected["bytes"]:
+                raise UserError(
+                    f"{self.path}: {entry} has {stat.st_size:,} bytes where {expected['bytes']:,} were written", again
+                )
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, expected["sha256"]]
+            if stamps.get(entry) == stamp:
+                continue
+            try:
+                found = sha256(path)
+            except OSError as error:
+                raise UserError(f"{self.path}: {entry} cannot be read ({error.strerror})", again) from None
+            if found != expected["sha256"]:
+                raise UserError(f"{self.path}: {entry} was changed after export (its sha256 differs)", again)
+            stamps[entry] = stamp
+        if stamps != known:
+            try:
+                write_json(stamps_path, stamps)
+            except OSError:
+                pass  # a read-only home only costs the next run a hash
+
+    @property
+    def digest(self) -> str:
+        """What this bundle is, whatever folder it lies in: the digest of all file digests and constants."""
+        return digest_of(self.manifest.as_dict())
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a finished folder, with size and sha256 of every file in it."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, manifest.as_dict() | {"files": files})

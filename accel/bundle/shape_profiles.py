@@ -1,0 +1,177 @@
+"""Named shape profiles: which batches and sizes an exported pipeline accepts.
+
+A profile speaks the user's units (images per call, pixels, tokens). `dims` turns it into the symbolic dimensions of
+the tensors, which is what the exporter, the engines and TensorRT's optimisation profiles need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """An inclusive range with the value to optimise for, in steps of `multiple`."""
+
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+    def admits(self, value: int) -> bool:
+        return self.min <= value <= self.max and value % self.multiple == 0
+
+    def __str__(self) -> str:
+        step = f" in steps of {self.multiple}" if self.multiple > 1 and not self.fixed else ""
+        return str(self.min) if self.fixed else f"{self.min} to {self.max}{step}"
+
+    def scaled(self, numerator: int, denominator: int = 1) -> Range:
+        """The range of `value * numerator / denominator`; the step never shrinks below one."""
+        low, opt, high = (v * numerator // denominator for v in (self.min, self.opt, self.max))
+        return Range(low, opt, high, max(1, self.multiple * numerator // denominator))
+
+
+def fixed(value: int) -> Range:
+    return Range(value, value, value)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one exported pipeline accepts.
+
+    Attributes:
+        name: the word users type.
+        batch: images per call (guidance doubles the UNet's batch on top of this).
+        height, width: pixels; the network decides in which steps (see `dims`).
+        tokens: length of the text context.
+    """
+
+    name: str
+    batch: Range
+    height: Range
+    width: Range
+    tokens: int = 77
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
+        ranges = {key: Range(**data[key]) for key in ("batch", "height", "width")}
+        return cls(name=data["name"], tokens=data["tokens"], **ranges)
+
+    def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool) -> dict[str, Range]:
+        """The symbolic dimensions of a pipeline's tensors.
+
+        Args:
+            vae_scale: pixels per latent pixel along one side (8 for Stable Diffusion).
+            latent_multiple: what a latent side must be a multiple of (2 ** number of UNet downsamplers).
+            guidance: whether the pipeline uses classifier-free guidance, which doubles the UNet's batch. A batch range
+                always leaves room for it; a fixed batch is fixed to one or the other.
+
+        Raises:
+            UserError: when a size of the profile is no multiple of what the network can represent.
+        """
+        step = vae_scale * latent_multiple
+        batch = self.batch.scaled(1 + guidance)
+        if not self.batch.fixed:
+            batch = Range(self.batch.min, batch.opt, self.batch.max * 2)
+        dims = {"images": self.batch, "batch": batch}
+        for side, pixels in (("height", self.height), ("width", self.width)):
+            if pixels.min % step or pixels.max % step:
+                raise UserError(
+                    f"profile {self.name!r}: {side} {pixels} is no multiple of {step} px, which this model needs",
+                    f"use multiples of {step}, for example {side}={round_to(pixels.opt, step)}",
+                )
+            snapped = Range(pixels.min, round_to(pixels.opt, step), pixels.max, 1 if pixels.fixed else step)
+            dims[side] = snapped
+            dims[f"latent_{side}"] = snapped.scaled(1, vae_scale)
+            for stride in (2, 4, 8):  # the inner resolutions, where adapters add their features
+                if latent_multiple % stride == 0:
+                    dims[f"latent_{side}_{stride}"] = dims[f"latent_{side}"].scaled(1, stride)
+        return dims
+
+
+def round_to(value: int, step: int) -> int:
+    return max(step, (value + step // 2) // step * step)
+
+
+def _square(name: str, size: int, batch: Range) -> Profile:
+    return Profile(name, batch, fixed(size), fixed(size))
+
+
+_TO_4, _ONE = Range(1, 1, 4), fixed(1)
+# Width and height of SDXL's usual pictures, all of about a million pixels (the list on SSD-1B's model card).
+SDXL_ASPECTS = (
+    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640),
+    (640, 1536),
+)  # fmt: skip
+_PROFILES = (
+    _square("sd-256", 256, _TO_4),
+    _square("sd-512", 512, _TO_4),
+    _square("sd-512-static", 512, _ONE),
+    _square("sd-768", 768, _TO_4),
+    _square("sdxl-512", 512, _TO_4),
+    _square("sdxl-1024", 1024, _TO_4),
+    _square("sdxl-1024-static", 1024, _ONE),
+    Profile("dynamic", Range(1, 1, 8), Range(256, 512, 1024), Range(256, 512, 1024)),
+    *(Profile(f"sdxl-{w}x{h}", _TO_4, fixed(h), fixed(w)) for w, h in SDXL_ASPECTS),
+    Profile("sdxl-aspects", Range(1, 1, 4), Range(640, 1024, 1536), Range(640, 1024, 1536)),
+    Profile("sdxl-dynamic", Range(1, 1, 4), Range(512, 1024, 1536), Range(512, 1024, 1536)),
+    Profile("digits", Range(1, 4, 16), fixed(64), fixed(64)),
+    Profile("digits-dynamic", Range(1, 4, 16), Range(64, 64, 128), Range(64, 64, 128)),
+)
+PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for profile in _PROFILES})
+
+_FIELD = re.compile(r"^(batch|height|width|size|tokens)=(\d+)(?:-(\d+))?$")
+
+
+def profile(text: str, *, native: int | None = None) -> Profile:
+    """A profile by name, `static` / `native` for the model's own size, or spelled out.
+
+    Args:
+        text: a name from `PROFILES`; `native` (batch 1-4 at the model's own size); `static` (batch 1 at that size);
+            or `batch=1-4,height=256-768,width=512[,tokens=77]` with `size=` for both sides at once.
+        native: the model's own image size in pixels, needed by `native` and `static`.
+
+    Raises:
+        UserError: for an unknown name or a malformed specification.
+    """
+    if text in PROFILES:
+        return PROFILES[text]
+    if text in ("static", "native"):
+        assert native is not None, "the caller knows the model's own size"
+        return _square(text, native, _ONE if text == "static" else _TO_4)
+    fields: dict[str, Range] = {}
+    for part in text.split(","):
+        match = _FIELD.match(part.strip())
+        if not match:
+            names = ", ".join([*PROFILES, "native", "static"])
+            raise UserError(
+                f"unknown profile {text!r}",
+                f"one of: {names}; or spelled out, such as batch=1-4,height=256-768,width=512",
+            )
+        key, low, high = match[1], int(match[2]), int(match[3] or match[2])
+        if not 1 <= low <= high:
+            raise UserError(f"profile {text!r}: {part.strip()!r} is an empty range", "write low-high: batch=1-4")
+        if key == "tokens" and low != high:
+            raise UserError(f"profile {text!r}: tokens is one number, not a range", "leave it out, or write tokens=77")
+        for name in ("height", "width") if key == "size" else (key,):
+            if name in fields:
+                raise UserError(f"profile {text!r} gives {name} twice", "size= is height= and width= at once")
+            fields[name] = Range(low, low if key == "batch" else high, high)
+    side = fixed(native) if native else None
+    height, width = fields.get("height", side), fields.get("width", side)
+    if height is None or width is None:
+        raise UserError(f"profile {text!r} names no height and width", "add size=512 or height=...,width=...")
+    return Profile(text, fields.get("batch", _ONE), height, width, fields.get("tokens", fixed(77)).max)

@@ -1,0 +1,97 @@
+"""A sampler's fixed steps as one CUDA graph: one launch per picture instead of thousands of kernels.
+
+For a few-step student the launches of sampler and UNet are a visible part of the time. The graph holds everything from
+the initial noise to the final latents; a call copies noise and conditioning in, replays, and copies the latents out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ..sampling import samplers
+from ..sampling.noise_schedule import NoiseSchedule
+from .cuda_graphs import Bound, Graph
+from .tensorrt import TensorRT
+
+
+class FixedLoop:
+    """All steps of one grid on one UNet. The graphs are the engine's, one for each thread, shape and grid.
+
+    Args:
+        unet: a loaded TensorRT UNet.
+        name, schedule, timesteps: as in `accel.sampling.samplers.sample`.
+        guidance: classifier-free guidance scale; above 1 the UNet runs on [without prompt, with prompt].
+    """
+
+    def __init__(
+        self, unet: TensorRT, name: str, schedule: NoiseSchedule, timesteps: Sequence[float], guidance: float = 0.0
+    ):
+        self.unet, self.name, self.schedule = unet, name, schedule
+        self.timesteps, self.guidance = tuple(timesteps), guidance
+
+    def __call__(self, x: Any, conditioning: Mapping[str, Any], noise: Sequence[Any] = ()) -> Any:
+        """Noise to latents.
+
+        Args:
+            x: float32 torch [N, C, h, w], N(0, 1), on the UNet's device.
+            conditioning: every other input of the UNet but sample and timestep, in its own dtypes and batch.
+            noise: what a stochastic sampler adds after each step but the last, like x.
+
+        Returns:
+            float32 latents like x, in memory of their own.
+        """
+        cuda = self.unet.cuda
+        cuda.activate()
+        # The schedule is held by the graph, so as long as there is a graph no other schedule has its id.
+        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), tuple(x.shape))
+        graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
+        result = cuda.empty(tuple(x.shape), "float32")
+        with cuda.on(graph.bound.workspace.stream):
+            for name, value in conditioning.items():
+                graph.bound.inputs[name].copy_(value)
+            for buffer, value in zip((graph.x, *graph.noise), (x, *noise), strict=True):
+                buffer.copy_(value)
+            graph.run()
+            result.copy_(graph.result)
+        return result
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+    def _sizes(self, x: Any, conditioning: Mapping[str, Any]) -> dict[str, int]:
+        shapes = {name: tuple(value.shape) for name, value in conditioning.items()}
+        shapes |= {"sample": (len(x) * (1 + self.guided), *x.shape[1:]), "timestep": ()}
+        return self.unet.sizes({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
+
+
+class _Loop(Graph):
+    """Buffers of one shape, and the loop over them."""
+
+    def __init__(self, loop: FixedLoop, x: Any, sizes: Mapping[str, int], draws: int):
+        import torch
+
+        super().__init__(Bound(loop.unet, sizes), self.sample)
+        self.loop, self.result = loop, None
+        self.x, *self.noise = (loop.unet.cuda.empty(tuple(x.shape), "float32") for _ in range(1 + draws))
+        kind = self.bound.inputs["timestep"].dtype
+        self.times = {t: torch.tensor(t, dtype=kind, device=loop.unet.device) for t in loop.timesteps}
+
+    def sample(self) -> None:
+        loop = self.loop
+        self.result = samplers.sample(
+            loop.name, self.model, self.x, loop.schedule, timesteps=loop.timesteps, noise=self.noise.__getitem__
+        )
+
+    def model(self, x: Any, t: float) -> Any:
+        bound, loop = self.bound, self.loop
+        bound.inputs["sample"].copy_(x.repeat(2, 1, 1, 1) if loop.guided else x)
+        bound.inputs["timestep"].copy_(self.times[t])
+        bound.enqueue()
+        out = bound.outputs["out_sample"].to(x.dtype, copy=True)  # the next step writes over it
+        if not loop.guided:
+            return out
+        without, with_prompt = out.chunk(2)
+        return without + loop.guidance * (with_prompt - without)

@@ -1,0 +1,99 @@
+"""What ONNX Runtime's GPU providers are told: where they cache, which shapes to expect, how exact to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle, Component
+from ..errors import UserError
+from ..files import cache_dir, digest_of
+from ..machine import machine
+from ..trt import library, trust
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+def chain(
+    provider: str, device_id: int, bundle: Bundle, component: Component, own: Mapping[str, Any] | None = None
+) -> list:
+    """The chosen provider with its options, then what it may hand operators to.
+
+    Args:
+        own: options of the chosen provider by ONNX Runtime's names, instead of ours.
+    """
+    own = dict(own or {})
+    if provider == "cpu":
+        if own:
+            raise UserError("the cpu provider takes no provider options", "use provider cuda or tensorrt")
+        return [PROVIDERS["cpu"]]
+    cuda = {"device_id": device_id, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if provider == "cuda":
+        return [(PROVIDERS["cuda"], cuda | own), PROVIDERS["cpu"]]
+    options = tensorrt(device_id, bundle, component) | own
+    return [(PROVIDERS["tensorrt"], options), (PROVIDERS["cuda"], cuda), PROVIDERS["cpu"]]
+
+
+def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, Any]:
+    """Options of the TensorRT provider: engine and timing cache, the profile's shapes, the graph's precision."""
+    cache = cache_for(bundle, device_id)
+    return {
+        "device_id": device_id,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_engine_cache_prefix": component.name,
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache.parent.parent),
+        "trt_context_memory_sharing_enable": True,
+        # TensorRT 10 reads these on weakly typed networks; for 11 the graph alone decides.
+        "trt_fp16_enable": component.dtype == "float16",
+        "trt_int8_enable": bool(component.int8),
+        **shapes(component),
+    }
+
+
+def shapes(component: Component) -> dict[str, str]:
+    """The three profile options, so that one engine takes every shape instead of one being built for each."""
+    ends = {}
+    for end in ("min", "opt", "max"):
+        sizes = {name: getattr(limits, end) for name, limits in component.dims.items()}
+        free = [s for s in component.inputs if any(isinstance(d, str) and not component.dims[d].fixed for d in s.shape)]
+        text = ",".join(f"{s.name}:{'x'.join(map(str, s.concrete(sizes)))}" for s in free)
+        if text:
+            ends[f"trt_profile_{end}_shapes"] = text
+    return ends
+
+
+def cache_for(bundle: Bundle, device_id: int) -> Path:
+    """A folder that only this user can write, for this bundle, these versions and this GPU.
+
+    ONNX Runtime names its engines after graph and GPU generation, and loads whatever lies there: a plan of another
+    TensorRT version, or of somebody else, must not be found in it.
+    """
+    gpus = machine().gpus
+    made_for = {
+        "bundle": bundle.digest,
+        "tensorrt": library.installed(),
+        "gpu": gpus[device_id].name if device_id < len(gpus) else None,
+        "onnxruntime": _version(),
+    }
+    folder = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32] / digest_of(made_for)[:16]
+    for place in (folder.parent, folder):  # with parents=True only the last one gets the mode
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not trust.private(folder):
+        raise UserError(
+            f"{folder} can be written by others, and what lies there is executed",
+            f"chmod -R go-w {folder.parent.parent}",
+        )
+    return folder
+
+
+def _version() -> str | None:
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return version(name)
+        except Exception:
+            continue
+    return None

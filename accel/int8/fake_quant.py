@@ -1,0 +1,307 @@
+"""int8 layers in torch that calibrate and learn; `int8_packed` has the ones that are stored and exported.
+
+    q = clamp(round(x / s), -128, 127),    x' = q s
+
+Weights have one scale per output channel, s = max|w| / 127; activations have one per tensor. Rounding goes to the even
+neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantised one bit for bit, and both equal the
+exported graph up to the order of float32 sums. Gradients go straight through rounding (Bengio et al. 2013, arXiv
+1308.3432); scales learn by the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153).
+
+A layer becomes fake-quantised in place, by its class: its parameters, hooks and names stay, and it can be taken out
+again exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import products_of, put, take
+from .recipe import TEXT, Int8, bos_layer, chosen, is_product
+
+LOW, HIGH = -128, 127
+# What distinguishes a layer from a plain int8 one; the manifest lists them by layer.
+TRAITS = ("bos", "smooth", "output")
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x rounded to multiples of `scale` within int8, in x's dtype; differentiable by both, straight through."""
+    q = torch.clamp(x.float() / scale, LOW, HIGH)
+    if not q.requires_grad:  # the same, in place: attention's weights are half a gigabyte at 512 px
+        return q.round_().mul_(scale).to(x.dtype)
+    # q + (round(q) - q) is round(q) exactly: the difference of two floats this close has no rounding error.
+    return ((q + (q.round() - q).detach()) * scale).to(x.dtype)
+
+
+def weight_scale(weight: torch.Tensor) -> torch.Tensor:
+    """max|w| / 127 per output channel, [out]; 1 for a channel of zeros."""
+    peak = weight.detach().abs().flatten(1).amax(1).float()
+    return torch.where(peak > 0, peak / HIGH, torch.ones_like(peak))
+
+
+def along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A scale per output channel, shaped to multiply a weight [out, ...]."""
+    return scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def split_bos(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The begin-of-text tokens of a context [b, tokens, c], and all others."""
+    starts = range(0, x.shape[1], TEXT)
+    return torch.cat([x[:, at : at + 1] for at in starts], 1), torch.cat([x[:, at + 1 : at + TEXT] for at in starts], 1)
+
+
+def join_bos(first: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """What `split_bos` took apart."""
+    rest = TEXT - 1
+    texts = [(first[:, at : at + 1], others[:, at * rest : (at + 1) * rest]) for at in range(first.shape[1])]
+    return torch.cat([part for text in texts for part in text], 1)
+
+
+# ------------------------------------------------------------------------------------------------------- fake-quantised
+
+
+class Quantizer(nn.Module):
+    """The range of one activation tensor.
+
+    Attributes:
+        log_scale: natural logarithm of the step, so that an optimizer's updates are relative to it. A parameter when it
+            is learned; a buffer that follows the largest magnitude in training otherwise.
+        mode: "quantize", "pass" (as if it were not there) or "observe" (pass, and show the tensor to `observer`).
+    """
+
+    def __init__(self, learned: bool = False, momentum: float = 0.01):
+        super().__init__()
+        value = torch.zeros(1)  # FSDP takes no scalars
+        if learned:
+            self.log_scale = nn.Parameter(value)
+        else:
+            self.register_buffer("log_scale", value)
+        self.learned, self.momentum = learned, momentum
+        self.mode = "pass"
+        self.observer: Callable[[torch.Tensor], None] | None = None
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.log_scale.float().exp().squeeze(0)
+
+    @torch.no_grad()
+    def set_scale(self, scale: float | torch.Tensor) -> None:
+        self.log_scale.copy_(torch.as_tensor(scale).log())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "observe":
+            self.observer(x.detach())
+        if self.mode != "quantize":
+            return x
+        if not self.learned:
+            if self.training:
+                self._follow(x)
+            return fake_quantize(x, self.scale)
+        # LSQ, section 2.2: the scale's gradient is a sum over all elements, which this brings to a weight's size.
+        share = (x.numel() / len(x) * HIGH) ** -0.5
+        scale = self.scale * share + (self.scale * (1 - share)).detach()
+        return fake_quantize(x, scale)
+
+    @torch.no_grad()
+    def _follow(self, x: torch.Tensor) -> None:
+        peak = x.abs().max().float()
+        found = torch.where(peak > 0, (peak / HIGH).log(), self.log_scale)  # no branch: a GPU need not be waited for
+        self.log_scale.lerp_(found.to(self.log_scale.dtype), self.momentum)
+
+
+class FakeQuantized:
+    """What rounds: a layer with weights, or a product. `quantizers` are its ranges, `traits` members of `TRAITS`."""
+
+    quantizers: dict[str, Quantizer]
+    traits: list[str]
+
+
+class FakeQuantLayer(FakeQuantized):
+    """A layer with weights. `input_range`, `output_range`, `smooth` and `bos` come by `attach`."""
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        found = {"input": self.input_range, "output": self.output_range}
+        return {side: quantizer for side, quantizer in found.items() if quantizer is not None}
+
+    @property
+    def traits(self) -> list[str]:
+        own = (self.bos, self.smooth is not None, self.output_range is not None)
+        return [trait for trait, is_so in zip(TRAITS, own, strict=True) if is_so]
+
+    @property
+    def quantizing(self) -> bool:
+        return self.input_range.mode == "quantize"
+
+    def effective_weight(self) -> torch.Tensor:
+        """The float weight that is to be quantised."""
+        return self.weight if self.smooth is None else self.weight * self.smooth
+
+    def fake_weight(self) -> torch.Tensor:
+        weight = self.effective_weight()
+        if not self.quantizing:
+            return weight
+        return fake_quantize(weight, along(weight_scale(weight), weight))
+
+    def smoothed(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.smooth is None else x / self.smooth
+
+
+class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
+    """A convolution in int8; with a range for its output too where the recipe says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._conv_forward(self.input_range(x), self.fake_weight(), self.bias)
+        return y if self.output_range is None else self.output_range(y)
+
+
+class FakeQuantLinear(FakeQuantLayer, nn.Linear):
+    """A linear layer in int8; where begin-of-text tokens are apart, the first token of each text is not rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, x = self.fake_weight(), self.smoothed(x)
+        if not self.bos:
+            return F.linear(self.input_range(x), weight, self.bias)
+        first, others = split_bos(x)
+        return join_bos(F.linear(first, weight, self.bias), F.linear(self.input_range(others), weight, self.bias))
+
+
+class FakeQuantProduct(FakeQuantized, nn.Module):
+    """A product of two activations in int8, [..., n, k] times [..., k, m]."""
+
+    def __init__(self, learned: bool = False):
+        super().__init__()
+        self.traits: list[str] = []
+        self.left_range, self.right_range = Quantizer(learned), Quantizer(learned)
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        return {"left": self.left_range, "right": self.right_range}
+
+    @property
+    def active(self) -> bool:
+        return self.left_range.mode != "pass"
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        # Integer products are exact, so autocast must not round them before the softmax.
+        with torch.autocast(left.device.type, enabled=False):
+            return torch.matmul(self.left_range(left.float()), self.right_range(right.float())).to(left.dtype)
+
+
+# Layer class -> its fake-quantised class. Others (peft's) are added where they are known.
+FAKE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FakeQuantConv2d, nn.Linear: FakeQuantLinear}
+_PLAIN = "_plain_class"
+
+
+def layers_of(model: nn.Module) -> dict[str, bool]:
+    """{name: whether it is a convolution} of all that can be quantised, products of self-attention last; what lies
+    within a layer is part of it."""
+    found: dict[str, bool] = {}
+    within = ""
+    for name, module in model.named_modules():
+        if within and name.startswith(within):
+            continue
+        if type(module) in FAKE:
+            found[name] = issubclass(FAKE[type(module)], FakeQuantConv2d)
+            within = f"{name}."
+    return found | dict.fromkeys(products_of(model), False)
+
+
+def attach(model: nn.Module, recipe: Int8, *, names: Sequence[str] | None = None, learned: bool = False) -> list[str]:
+    """Make the recipe's layers fake-quantised, in place; they pass everything through until `set_mode`.
+
+    Args:
+        names: these layers instead of the recipe's.
+        learned: ranges are parameters.
+
+    Returns:
+        Names of the layers.
+
+    Raises:
+        UserError: when the recipe quantises no layer.
+    """
+    names = list(names) if names is not None else chosen(recipe, layers_of(model))
+    for name in names:
+        if is_product(name):
+            product = FakeQuantProduct(learned).train(model.training)
+            put(model, name, product.to(next(model.parameters()).device))
+            continue
+        module = model.get_submodule(name)
+        plain = type(module)
+        convolution = issubclass(FAKE[plain], FakeQuantConv2d)
+        device = next(module.parameters()).device
+        module.input_range = Quantizer(learned).to(device)
+        module.output_range = Quantizer(learned).to(device) if convolution and recipe.outputs else None
+        module.register_buffer("smooth", None)
+        module.bos = recipe.bos_apart and bos_layer(name)
+        module.__class__ = FAKE[plain]
+        setattr(module, _PLAIN, plain)
+        module.train(module.training)
+    return names
+
+
+def detach(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """Take the fake quantisation out of the named layers (of all, without names): they are what they were before.
+
+    Returns:
+        The scales of the whole model as they were (`scales`).
+    """
+    found = scales(model)
+    for name, module in fake_layers(model):
+        if names is not None and name not in names:
+            continue
+        if isinstance(module, FakeQuantProduct):
+            take(model, name)
+            continue
+        plain = getattr(module, _PLAIN)
+        for own in ("input_range", "output_range", "smooth", "bos", _PLAIN):
+            delattr(module, own)
+        module.__class__ = plain
+    return found
+
+
+def fake_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in list(model.named_modules()) if isinstance(module, FakeQuantized))
+
+
+def ranges(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every (layer.input or layer.output, range) of a model; a product's are .left and .right."""
+    for name, layer in fake_layers(model):
+        yield from ((f"{name}.{side}", quantizer) for side, quantizer in layer.quantizers.items())
+
+
+def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) -> None:
+    """Set the mode of the named layers (of all, without names)."""
+    wanted = None if names is None else set(names)
+    for name, layer in fake_layers(model):
+        if wanted is None or name in wanted:
+            for quantizer in layer.quantizers.values():
+                quantizer.mode = mode
+
+
+def scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The calibrated or learned scales, on the CPU: what `set_scales` takes."""
+    found = {f"{name}_scale": quantizer.scale.detach().cpu() for name, quantizer in ranges(model)}
+    smooth = {f"{name}.smooth": layer.smooth for name, layer in fake_layers(model) if "smooth" in layer.traits}
+    return found | {name: value.detach().cpu() for name, value in smooth.items()}
+
+
+def set_scales(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `scales` returned. Raises KeyError for a range that has none."""
+    for name, quantizer in ranges(model):
+        quantizer.set_scale(values[f"{name}_scale"])
+    for name, layer in fake_layers(model):
+        if f"{name}.smooth" in values:
+            layer.smooth = values[f"{name}.smooth"].to(layer.input_range.log_scale.device)
+
+
+def traits(model: nn.Module) -> dict[str, list[str]]:
+    """{name: traits} of the fake-quantised layers of a model."""
+    return {name: layer.traits for name, layer in fake_layers(model)}

@@ -1,0 +1,156 @@
+"""How large activations get, and the int8 step that follows from it.
+
+What is collected must not depend on how it comes: in how many batches, in which order, over how many steps. (The
+collector that is usual in the field adds up batch maxima per step and divides by the number of steps, so its range is
+right by accident near 16 steps, 4 times too wide at 4 and 16 times at 1.) So all magnitudes go into one histogram whose
+range is a power of two and doubles when it must: bins then merge in pairs without any rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from . import fake_quant
+from .recipe import Int8
+
+BINS = 4096
+_AT_ONCE = 1 << 24  # elements that torch.histc counts without rounding: its counts are float32
+_CANDIDATES = 120  # clipping points that the mse rule tries, down to a fifth of the largest magnitude
+
+
+class Magnitudes:
+    """Counts of |x| in `BINS` equal bins below 2^exponent, and the largest |x|.
+
+    Args:
+        where: name of the tensor, for messages.
+    """
+
+    def __init__(self, where: str = ""):
+        self.where = where
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.exponent: int | None = None
+        self.peak = 0.0
+
+    def __call__(self, x: torch.Tensor) -> None:
+        x = x.detach().abs().float().flatten()
+        peak = x.max().item() if x.numel() else 0.0
+        if not math.isfinite(peak):
+            raise UserError(
+                f"{self.where} is not finite (NaN or infinity) at calibration", "the model is broken: train it again"
+            )
+        self.peak = max(self.peak, peak)
+        if peak > 0:
+            self._widen(math.frexp(peak)[1])
+        if self.exponent is None:
+            self.counts[0] += x.numel()  # zeros, which are in the first bin whatever the range will be
+            return
+        for part in x.split(_AT_ONCE):
+            # 2^exponent is above every |x|, and a power of two, so that no element falls on the wrong side of an edge.
+            self.counts += torch.histc(part, BINS, 0, 2.0**self.exponent).double().cpu()
+
+    def _widen(self, exponent: int) -> None:
+        if self.exponent is None:
+            self.exponent = exponent
+        while self.exponent < exponent:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.cat([merged, torch.zeros(BINS - len(merged), dtype=torch.float64)])
+            self.exponent += 1
+
+    def scale(self, recipe: Int8) -> float:
+        """The step by the recipe's rule; 0 when all that came was zero."""
+        if not self.peak:
+            return 0.0
+        return {"max": self._max, "percentile": self._percentile, "mse": self._mse}[recipe.collector](recipe)
+
+    def _max(self, recipe: Int8) -> float:
+        return self.peak / fake_quant.HIGH
+
+    def _percentile(self, recipe: Int8) -> float:
+        share = self.counts.cumsum(0) / self.counts.sum()
+        edge = int(torch.searchsorted(share, torch.tensor(recipe.percentile / 100, dtype=torch.float64))) + 1
+        return min(edge * 2.0**self.exponent / BINS, self.peak) / fake_quant.HIGH
+
+    def _mse(self, recipe: Int8) -> float:
+        """The step with the least squared error of what was seen, as the histogram has it."""
+        centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2.0**self.exponent / BINS)
+        steps = self.peak / fake_quant.HIGH * torch.linspace(0.2, 1, _CANDIDATES, dtype=torch.float64)
+        rounded = (centres / steps[:, None]).round().clamp(max=fake_quant.HIGH) * steps[:, None]
+        errors = ((rounded - centres).square() * self.counts).sum(1)
+        return steps[errors.argmin()].item()
+
+
+class Channels:
+    """The largest |x| of every input channel (the last axis) of a linear layer, which SmoothQuant needs."""
+
+    def __init__(self) -> None:
+        self.peak: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> None:
+        peak = x.detach().abs().float().flatten(0, -2).amax(0)
+        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+
+
+def observe(models: Sequence[nn.Module], recipe: Int8, run: Callable[[], object]) -> list[list[str]]:
+    """Give the fake-quantised layers of networks their scales, from what they see while `run` runs.
+
+    Args:
+        models: with layers attached; afterwards they quantise.
+        run: calls the networks as they will be called when deployed.
+
+    Returns:
+        Per network, layers whose range is zero or that were never called: nothing can be said about them, so they are
+        taken out, and compute as they did.
+    """
+    if recipe.smooth:
+        _smooth(models, recipe, run)
+    seen = _watch(models, run, lambda name: Magnitudes(name))
+    dead = []
+    for model, collected in zip(models, seen, strict=True):
+        scales = {name: magnitudes.scale(recipe) for name, magnitudes in collected.items()}
+        without = sorted({name.rpartition(".")[0] for name, scale in scales.items() if not scale})
+        fake_quant.detach(model, without)
+        dead.append(without)
+        for name, quantizer in fake_quant.ranges(model):
+            quantizer.set_scale(scales[name])
+        fake_quant.set_mode(model, "quantize")
+    return dead
+
+
+def _watch(models: Sequence[nn.Module], run: Callable[[], object], observer: Callable[[str], Callable]) -> list[dict]:
+    """Let an observer of its own see every range's tensor."""
+    found: list[dict] = []
+    for model in models:
+        found.append({})
+        for name, quantizer in fake_quant.ranges(model):
+            found[-1][name] = quantizer.observer = observer(name)
+        fake_quant.set_mode(model, "observe")
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for model in models:
+            fake_quant.set_mode(model, "pass")
+            for _, quantizer in fake_quant.ranges(model):
+                quantizer.observer = None
+    return found
+
+
+def _smooth(models: Sequence[nn.Module], recipe: Int8, run: Callable[[], object]) -> None:
+    """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): outliers move into the weights (arXiv 2211.10438, equation 4)."""
+
+    def observer(name: str) -> Callable:
+        return Channels() if name.endswith(".input") else lambda x: None
+
+    seen = _watch(models, run, observer)
+    for model, collected in zip(models, seen, strict=True):
+        for name, layer in fake_quant.fake_layers(model):
+            if not isinstance(layer, nn.Linear) or (peak := collected[f"{name}.input"].peak) is None:
+                continue
+            weights = layer.weight.detach().abs().amax(0).float()
+            smooth = peak.pow(recipe.smooth) / weights.clamp(min=1e-8).pow(1 - recipe.smooth)
+            layer.smooth = torch.where((peak > 0) & (weights > 0), smooth, torch.ones_like(smooth)).clamp(1e-4, 1e4)

@@ -1,0 +1,326 @@
+"""The networks of a pipeline as thin torch modules with named tensors in and out.
+
+One definition serves two readers: the exporter traces these modules to ONNX, and the eager engine runs them, so both
+see the same interface and the same weights. Tensor names follow optimum's ONNX layout.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..bundle.tensor_spec import TensorSpec
+from ..errors import UserError
+from ..int8 import packed
+from .control_networks import (
+    ControlNet,
+    T2IAdapter,
+    feature_specs,
+    residual_shapes,
+    residual_specs,
+    unet_adapter_shapes,
+)
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network, ready to be traced or run.
+
+    Attributes:
+        name: component name (folder of the bundle).
+        kind: key of `WRAPPERS`.
+        module: takes the inputs by name, returns a tuple in the order of `outputs`; `module.model` holds the weights.
+        inputs, outputs: float tensors are declared float32; `with_dtype` changes them together with the module.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class TextEncoder(nn.Module):
+    """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...]."""
+
+    def __init__(self, model: nn.Module, hidden_states: bool):
+        super().__init__()
+        self.model = model
+        self.hidden_states = hidden_states
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.model(input_ids, output_hidden_states=self.hidden_states)
+        pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+        if not self.hidden_states:
+            return out.last_hidden_state, pooled
+        return out.last_hidden_state, pooled, *out.hidden_states[:-1]
+
+
+class UNet(nn.Module):
+    """sample [batch, C, h, w], timestep [], encoder_hidden_states [batch, tokens, D], ... -> out_sample."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        adapter_features_0: torch.Tensor | None = None,
+        adapter_features_1: torch.Tensor | None = None,
+        adapter_features_2: torch.Tensor | None = None,
+        adapter_features_3: torch.Tensor | None = None,
+        down_residual_0: torch.Tensor | None = None,
+        down_residual_1: torch.Tensor | None = None,
+        down_residual_2: torch.Tensor | None = None,
+        down_residual_3: torch.Tensor | None = None,
+        down_residual_4: torch.Tensor | None = None,
+        down_residual_5: torch.Tensor | None = None,
+        down_residual_6: torch.Tensor | None = None,
+        down_residual_7: torch.Tensor | None = None,
+        down_residual_8: torch.Tensor | None = None,
+        down_residual_9: torch.Tensor | None = None,
+        down_residual_10: torch.Tensor | None = None,
+        down_residual_11: torch.Tensor | None = None,
+        mid_residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor]:
+        features = (adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3)
+        adapter = [feature for feature in features if feature is not None]
+        residuals = (
+            down_residual_0, down_residual_1, down_residual_2, down_residual_3, down_residual_4, down_residual_5,
+            down_residual_6, down_residual_7, down_residual_8, down_residual_9, down_residual_10, down_residual_11,
+        )  # fmt: skip
+        control = tuple(residual for residual in residuals if residual is not None)
+        added = None
+        if text_embeds is not None:
+            # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
+            added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
+        return self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            down_intrablock_additional_residuals=adapter or None,
+            down_block_additional_residuals=control or None,
+            mid_block_additional_residual=mid_residual,
+            return_dict=False,
+        )
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample [images, 4, h, w] -> sample [images, 3, H, W] in [-1, 1]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+        return self.model.decode(latent_sample, return_dict=False)
+
+
+class VaeEncoder(nn.Module):
+    """sample [images, 3, H, W] -> latent_parameters (mean and log variance, or the latent of a tiny VAE)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
+        if hasattr(self.model, "quant_conv"):
+            moments = self.model.encoder(sample)
+            return (self.model.quant_conv(moments) if self.model.quant_conv is not None else moments,)
+        return self.model.encode(sample, return_dict=False)
+
+
+def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states: bool = False, tokens: int = 77):
+    """The network of a CLIPTextModel or CLIPTextModelWithProjection."""
+    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    projected = type(model).__name__.endswith("WithProjection")
+    pooled = ("text_embeds", model.config.projection_dim) if projected else ("pooler_output", width)
+    outputs = [
+        TensorSpec("last_hidden_state", FLOAT, ("images", tokens, width)),
+        TensorSpec(pooled[0], FLOAT, ("images", pooled[1])),
+    ]
+    if hidden_states:
+        outputs += [TensorSpec(f"hidden_states.{i}", FLOAT, ("images", tokens, width)) for i in range(layers)]
+    inputs = (TensorSpec("input_ids", "int64", ("images", tokens)),)
+    return Network(name, "text_encoder", TextEncoder(model, hidden_states), inputs, tuple(outputs))
+
+
+def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False) -> Network:
+    """The network of a UNet2DConditionModel, with whatever extra conditioning its config asks for.
+
+    Args:
+        adapter: number of T2I-Adapter feature inputs (`down_intrablock_additional_residuals` in diffusers).
+        control: whether it takes a ControlNet's residuals.
+    """
+    config = model.config
+    latent = ("batch", config.in_channels, "latent_height", "latent_width")
+    inputs = [
+        TensorSpec("sample", FLOAT, latent),
+        TensorSpec("timestep", FLOAT, ()),
+        TensorSpec("encoder_hidden_states", FLOAT, ("batch", tokens, config.cross_attention_dim)),
+    ]
+    if config.addition_embed_type == "text_time":
+        time_ids = 6  # original size, crop corner, target size: two numbers each (SDXL, arXiv 2307.01952, section 2.2)
+        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+        inputs += [
+            TensorSpec("text_embeds", FLOAT, ("batch", pooled)),
+            TensorSpec("time_ids", FLOAT, ("batch", time_ids)),
+        ]
+    elif config.addition_embed_type is not None:
+        raise UserError(
+            f"UNets with addition_embed_type={config.addition_embed_type!r} are not supported",
+            "Stable Diffusion 1.x, 2.x, SDXL and their students are",
+        )
+    if config.time_cond_proj_dim is not None:
+        inputs.append(TensorSpec("timestep_cond", FLOAT, ("batch", config.time_cond_proj_dim)))
+    inputs += feature_specs(unet_adapter_shapes(config)[:adapter], "batch")
+    if control:
+        inputs += residual_specs(residual_shapes(config), "batch")
+    outputs = (TensorSpec("out_sample", FLOAT, ("batch", config.out_channels, "latent_height", "latent_width")),)
+    return Network("unet", "unet", UNet(model), tuple(inputs), outputs)
+
+
+def vae_decoder(model: nn.Module) -> Network:
+    channels = model.config.latent_channels
+    inputs = (TensorSpec("latent_sample", FLOAT, ("images", channels, "latent_height", "latent_width")),)
+    outputs = (TensorSpec("sample", FLOAT, ("images", model.config.out_channels, "height", "width")),)
+    return Network("vae_decoder", "vae_decoder", VaeDecoder(_only(model, "vae_decoder")), inputs, outputs)
+
+
+def vae_encoder(model: nn.Module) -> Network:
+    moments = model.config.latent_channels * (2 if hasattr(model, "quant_conv") else 1)
+    inputs = (TensorSpec("sample", FLOAT, ("images", model.config.in_channels, "height", "width")),)
+    outputs = (TensorSpec("latent_parameters", FLOAT, ("images", moments, "latent_height", "latent_width")),)
+    return Network("vae_encoder", "vae_encoder", VaeEncoder(_only(model, "vae_encoder")), inputs, outputs)
+
+
+_OTHER_HALF = {"vae_decoder": ("encoder", "quant_conv"), "vae_encoder": ("decoder", "post_quant_conv")}
+
+
+def _only(vae: nn.Module, kind: str) -> nn.Module:
+    """The same VAE without the half that `kind` does not use; parameters are shared, not copied."""
+    half = copy.copy(vae)
+    half._modules = {k: None if k in _OTHER_HALF[kind] else v for k, v in vae._modules.items()}
+    return half
+
+
+CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "T2IAdapter", "ControlNetModel")
+WRAPPERS: Mapping[str, Callable[..., nn.Module]] = {
+    "text_encoder": TextEncoder,
+    "unet": UNet,
+    "vae_decoder": VaeDecoder,
+    "vae_encoder": VaeEncoder,
+    "t2i_adapter": T2IAdapter,
+    "controlnet": ControlNet,
+}
+
+
+def rebuild(
+    kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpec, ...], outputs,
+    int8_layers: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The module of a bundle's component: built from its config, weights memory-mapped from its safetensors file.
+
+    The file's dtypes are kept exactly, so float16 and float32 modules come back as they were exported.
+
+    Args:
+        int8_layers: {name: traits} of the layers that are stored in int8.
+
+    Raises:
+        UserError: when config and weights do not belong together.
+    """
+    module = on_meta(kind, config_path, inputs, outputs)
+    model = module.model
+    if int8_layers:
+        packed.place(model, int8_layers)
+    try:
+        model.load_state_dict(load_file(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()
+        raise UserError(
+            f"{weights.name} does not fit {config_path.parent.name}/{config_path.name}: {' '.join(first[:2])}",
+            "export the model again",
+        ) from None
+    return module.eval().requires_grad_(False)
+
+
+def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], outputs) -> nn.Module:
+    """The module of a bundle's component with parameters that have a shape and no memory, to count its work."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _build(kind, json.loads(config_path.read_text()))
+    if kind == "text_encoder":
+        module = TextEncoder(model, any(spec.name.startswith("hidden_states.") for spec in outputs))
+    elif kind == "t2i_adapter":
+        module = T2IAdapter(model, len(outputs))
+    else:
+        module = WRAPPERS[kind](model)
+    return module.eval().requires_grad_(False)
+
+
+def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    if kind == "text_encoder":
+        import transformers
+
+        name = (config.get("architectures") or ["CLIPTextModel"])[0]
+        if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise UserError(f"text encoder {name} is not supported", "CLIPTextModel and its projection variant are")
+        return getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(dict(config)))
+    import diffusers
+
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise UserError(f"{name} is not supported", f"one of: {', '.join(CLASSES)}")
+    model = getattr(diffusers, name).from_config(dict(config))
+    return _only(model, kind) if kind in _OTHER_HALF else model
+
+
+def save_config(network: Network, folder: Path) -> None:
+    """Write the network's config.json as diffusers and transformers do."""
+    model = network.module.model
+    if hasattr(model, "save_config"):
+        model.save_config(folder)
+    else:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+
+
+def keep_float32(module: nn.Module, names: tuple[str, ...], wide: tuple[str, ...] = ()) -> None:
+    """Let the named submodules of a half-precision model compute in float32, casting at their borders.
+
+    Args:
+        wide: those of them whose output stays float32, because it is too large for less; its readers are named too.
+    """
+
+    def widen(_, args, kwargs):
+        cast = lambda x: x.float() if torch.is_tensor(x) and x.is_floating_point() else x  # noqa: E731
+        return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
+
+    def narrow(dtype):
+        return lambda _, args, kwargs, output: output.to(dtype)
+
+    low = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), torch.float32)
+    for name in names:
+        part = module.get_submodule(name).float()
+        part.register_forward_pre_hook(widen, with_kwargs=True)
+        if name not in wide:
+            part.register_forward_hook(narrow(low), with_kwargs=True)

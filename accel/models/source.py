@@ -1,0 +1,317 @@
+"""Where a model comes from: a pipeline folder, a hub id, a single file, or a folder with parts taken from elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..assets import resolve
+from ..errors import UserError
+from ..files import digest_of, read_json, sha256
+from ..sampling.samplers import dmd2_timesteps
+from . import single_file
+from . import weight_files as weights
+from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
+from .topology import identify
+
+_SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
+# Published few-step weights, by their file names: they are meant to be sampled in one way only (DMD2's README).
+_DMD2 = re.compile(r"dmd2.*?(?P<steps>[1248])step", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A diffusers pipeline folder, some of whose parts may lie elsewhere.
+
+    Attributes:
+        path: the folder.
+        name: what to call it (folder name or hub id).
+        index: model_index.json, with the classes of the parts that lie elsewhere.
+        loras: LoRA files that `load` adds to the weights.
+        files: component -> weight file to load instead of the folder's; a single file stands for all networks.
+        folders: component -> folder to load instead.
+        variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
+    """
+
+    path: Path
+    name: str
+    index: Mapping[str, Any]
+    loras: tuple[LoraFile, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    variant: str | None = None
+
+    def has(self, component: str) -> bool:
+        entry = self.index.get(component)
+        return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
+
+    def folder(self, component: str) -> Path:
+        return self.folders.get(component, self.path / component)
+
+    def config(self, component: str) -> dict[str, Any]:
+        if component == "unet" and "unet" in self.files:
+            return dict(self._unet_config)
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        config = read_json(self.folder(component) / name, f"the {component} config")
+        if not isinstance(config, dict):
+            raise UserError(f"{self.folder(component) / name} is no table", "get the file again")
+        return config
+
+    @cached_property
+    def _unet_config(self) -> dict[str, Any]:
+        base = replace(self, files={}).config("unet")
+        return single_file.unet_config(weights.read(self.files["unet"]), base, self.files["unet"].name)
+
+    def sampler(self) -> dict[str, Any] | None:
+        """Sampling constants that the model carries along: DMD2's by the name of its files, or `sampler.json`."""
+        for path in (*self.files.values(), *(file.path for file in self.loras)):
+            if match := _DMD2.search(path.name):
+                return {"name": "dmd2", "timesteps": dmd2_timesteps(int(match["steps"])), "guidance": 0.0}
+        path = self.path / "sampler.json"
+        return read_json(path, "sampler.json") if path.is_file() else None
+
+    def load(self, component: str) -> nn.Module:
+        """Load one component in float32, LoRA files fused; weights only, never code."""
+        library, class_name = self.index[component]
+        if library not in ("diffusers", "transformers"):
+            raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
+        if getattr(importlib.import_module(library), class_name, None) is None:
+            raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
+        if component in self.files:
+            file = self.files[component]
+            state = weights.read(file)
+            model = single_file.build(library, class_name, self.config(component), state, component, file.name)
+        else:
+            model = self._from_folder(component, library, class_name)
+        if self.loras and component in COMPONENTS:
+            fuse(model, component, self.loras, unet_config=self.config("unet"))
+        return model.eval()
+
+    def _from_folder(self, component: str, library: str, class_name: str) -> nn.Module:
+        folder = self.folder(component)
+        files, variant = weights.chosen_files(folder, self.variant)
+        for path in files:
+            if path.suffix == weights.SAFETENSORS:
+                weights.check_safetensors(path)
+        options = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
+        options |= dict(local_files_only=True, output_loading_info=True, variant=variant)
+        cls = getattr(importlib.import_module(library), class_name)
+        model, info = _readable(lambda: cls.from_pretrained(folder, **options), folder)
+        # Both libraries fill what is missing with random numbers, and only log it.
+        lost = sorted(info["missing_keys"])
+        if lost:
+            raise UserError(
+                f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
+                "the files may be damaged, or of another model; get them again",
+            )
+        return model
+
+    def copy(self, component: str, to: Path) -> None:
+        """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
+        if component in self.files or (self.loras and component in COMPONENTS):
+            self.load(component).save_pretrained(to, safe_serialization=True)
+        else:
+            shutil.copytree(self.folder(component), to)
+
+    def weight_files(self, component: str) -> list[Path]:
+        if component in self.files:
+            return [self.files[component]]
+        return weights.chosen_files(self.folder(component), self.variant)[0]
+
+    def digest(self, components: list[str]) -> str:
+        """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
+        files: dict[str, Any] = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
+        return digest_of(files | {"loras": [file.record() for file in self.loras]} if self.loras else files)
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps of where the parts came from, beside the name and the digest."""
+        parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
+        parts |= {name: {"name": path.name} for name, path in self.folders.items()}
+        kept: dict[str, Any] = {"loras": [file.record() for file in self.loras]} if self.loras else {}
+        return kept | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+
+    @property
+    def family(self) -> str:
+        config = self.config("unet")
+        if config.get("addition_embed_type") == "text_time":
+            return "sdxl"
+        return "sd2" if config.get("use_linear_projection") else "sd1"
+
+    @property
+    def topology(self) -> str:
+        found = identify(self.config("unet"))
+        return found.name if found else "custom"
+
+
+def open_source(
+    model: str | Path, loras: Sequence[str | Path | LoraFile] = (), *, base: str | Path | None = None,
+    unet: str | Path | None = None, vae: str | Path | None = None, adapter: str | Path | None = None,
+    controlnet: str | Path | None = None, variant: str | None = None,
+) -> Source:  # fmt: skip
+    """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
+
+    Args:
+        model: which one.
+        loras: LoRA files to fuse into it, each as FILE or FILE=SCALE (`accel.models.lora`).
+        base: for a single file: the pipeline folder or hub id whose tokenizers, scheduler and configs it uses.
+        unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
+        vae: folder or file of a VAE, full or tiny, instead of the model's own.
+        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        variant: of the folder's weight files, such as "fp16".
+
+    Raises:
+        UserError: for a path that does not exist, a folder that is no pipeline, a model of another family, weights
+            that do not fit, or a LoRA file that cannot be read or is for components that the pipeline does not have.
+    """
+    loras = tuple(lora_file(spec) for spec in loras)
+    asked, model = str(model), resolve(model)
+    path, files = Path(model), {}
+    if path.is_file():
+        files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), path)
+        path = _base_of(path, base)
+    elif base is not None:
+        raise UserError(f"--base {base} belongs to a single file", f"{model} is none: leave --base out")
+    else:
+        path = _folder(model, variant)
+    index = read_json(path / "model_index.json", "model_index.json")
+    if not isinstance(index, dict):
+        raise UserError(f"{path / 'model_index.json'} is no table", "save it with pipeline.save_pretrained(FOLDER)")
+    local = Path(model).stem if files else path.resolve().name
+    source = Source(path, local if Path(asked).exists() else asked, index, loras, variant=variant)
+    for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not source.has(needed):
+            kind = index.get("_class_name")
+            other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
+            fix = single_file.ELSEWHERE if other else _SUPPORTED
+            raise UserError(f"{path} is a {kind} without {needed}", fix)
+    if unet is not None:
+        files["unet"] = Path(unet)
+    source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
+    if vae is not None:
+        source = _with_vae(source, Path(resolve(vae)))
+    if adapter is not None and controlnet is not None:
+        raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
+    for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
+        if folder is not None:
+            source = _with_part(source, part, Path(folder), (kind,))
+    if "unet" in source.files:
+        single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
+        source.config("unet")  # says now what does not fit
+    if loras:
+        check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
+    return source
+
+
+def _folder(model: str | Path, variant: str | None) -> Path:
+    """The pipeline folder of a path or hub id."""
+    path = Path(model)
+    if not path.exists():
+        if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+            raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
+        path = _download(str(model), variant)
+    if (path / "accel.json").is_file():
+        raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
+    if not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{path} is no diffusers pipeline: it has no model_index.json",
+            "save one with pipeline.save_pretrained(FOLDER)",
+        )
+    return path
+
+
+def _base_of(file: Path, base: str | Path | None) -> Path:
+    """The folder with what a single file lacks, of the same family."""
+    state = weights.read(file)
+    family = single_file.family(state, file.name)
+    if base is None:
+        hub = single_file.BASES[family]
+        try:
+            return _download(hub, None, configs_only=True)
+        except UserError:
+            raise UserError(
+                f"{file} has no tokenizer, scheduler and configs, and {hub} cannot be fetched",
+                "--base FOLDER: a diffusers pipeline of the same family",
+            ) from None
+    folder = _folder(resolve(base), None)
+    own = Source(folder, folder.name, read_json(folder / "model_index.json", "model_index.json")).family
+    if own != family:
+        raise UserError(f"{file} is of family {family}, and {folder} of {own}", "--base FOLDER of the same family")
+    return folder
+
+
+def _with_vae(source: Source, path: Path) -> Source:
+    """The source with the VAE of a folder (its own, or a pipeline's), or of a weight file in its own VAE's shape."""
+    if path.is_file():
+        return replace(source, files={**source.files, "vae": path})
+    return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
+
+
+def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
+    """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
+    folder = path / name if (path / name / "config.json").is_file() else path
+    kind = read_json(folder / "config.json", f"the config of the {name}").get("_class_name")
+    if kind not in kinds:
+        raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
+    files = {part: file for part, file in source.files.items() if part != name}
+    index = dict(source.index) | {name: ["diffusers", kind]}
+    return replace(source, index=index, files=files, folders={**source.folders, name: folder})
+
+
+def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
+    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them.
+
+    What lies in the cache from earlier wishes, ours or diffusers', does not count as this one's.
+    """
+    path = _snapshot(repo, (), ())
+    if configs_only or not (path / "unet/config.json").is_file():  # nothing for us: not worth gigabytes
+        return path
+    plain, half = (("safetensors", ("*.fp16*",)), ("bin", ("*.fp16*",))), (("fp16*.safetensors", ()),)
+    wishes = plain + half
+    if variant is not None:
+        wishes = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
+    for kind, ignored in wishes:
+        path = _snapshot(repo, (kind,), ignored)
+        if any(not any(file.match(pattern) for pattern in ignored) for file in path.glob(f"unet/*.{kind}")):
+            break
+    return path
+
+
+def _snapshot(repo: str, kinds: Sequence[str], ignored: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
+    allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
+    except Exception as error:
+        raise UserError(
+            f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",
+            "check the spelling and the network, or give a folder",
+        ) from None
+
+
+def _readable(load: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    """Run a loader and turn its many ways of failing into one sentence."""
+    import pickle
+
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if weights.is_code(error):
+            raise weights.refused(folder) from None
+        raise UserError(
+            f"{folder} cannot be loaded: {first[:300]}", "the files may be damaged or incomplete; get them again"
+        ) from None
+

@@ -1,0 +1,156 @@
+"""Weight files of the field: safetensors and torch's pickles, read as weights and nothing else."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SUFFIXES = (SAFETENSORS, *PICKLES)
+_AGAIN = "the download broke off: get the file again"
+# Files of diffusers and transformers: stem, variant, shard, in both of the orders that were in use.
+_NAME = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[\w]+))?(?P<shard>-\d{5}-of-\d{5})?(?:\.(?P<b>[\w]+))?"
+    r"(?P<suffix>\.safetensors|\.bin)"
+)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file in its own dtype, memory-mapped where the format allows.
+
+    Raises:
+        UserError: for a file that is missing, truncated, no weights, or a pickle with anything else than weights in it.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} is no weight file", f"one of: {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}", "check the path")
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no weights", "give another file")
+    return tensors
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a file's size with what its header promises, which costs no reading of weights.
+
+    Raises:
+        UserError: naming the file, for one that is truncated or no safetensors at all.
+    """
+    size = path.stat().st_size
+    length, header = _header(path)
+    try:
+        ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise _no_safetensors(path) from None
+    if header is None or size < wanted:
+        raise UserError(f"{path} is truncated: it has {size:,} bytes where its header says {wanted:,}", _AGAIN)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; empty for a pickle, which says nothing."""
+    header = _header(path)[1] if path.suffix == SAFETENSORS else None
+    return (header or {}).get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[int, dict | None]:
+    """Length of the header, and the header; None where the file ends within it."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else None
+    except (struct.error, ValueError):
+        raise _no_safetensors(path) from None
+    if not (header is None or isinstance(header, dict)):
+        raise _no_safetensors(path)
+    return length, header
+
+
+def _no_safetensors(path: Path) -> UserError:
+    return UserError(f"{path} is no safetensors file ({path.stat().st_size:,} bytes)", _AGAIN)
+
+
+def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
+    """The weight files of a component's folder and their variant ("fp16", or None for the plain ones).
+
+    Safetensors go before pickles. Without a wish plain files are taken, or the only variant that is there.
+
+    Raises:
+        UserError: when the variant is not there; those that are are listed.
+    """
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(match["a"] or match["b"], []).append(path)
+    if variant is None and None not in found:
+        useful = [name for name in found if name != "non_ema"]
+        variant = useful[0] if len(useful) == 1 else None
+    if variant is not None and variant not in found:
+        names = ", ".join(sorted(name or "the plain one" for name in found)) or "nothing"
+        raise UserError(f"{folder} has no variant {variant!r}", f"it has: {names}")
+    files = found.get(variant, [])
+    return [path for path in files if path.suffix == SAFETENSORS] or files, variant
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """Names of one weight: transformers once kept CLIP's text model a level deeper, and files of both times exist."""
+    return (name, name.removeprefix("text_model."), f"text_model.{name}")
+
+
+def is_code(error: BaseException | None) -> bool:
+    """Whether torch refused a pickle because it holds more than weights."""
+    while error is not None:
+        if isinstance(error, pickle.UnpicklingError) or "eights only" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def refused(what: Path) -> UserError:
+    return UserError(
+        f"{what} holds a pickle with more than weights in it; refused, because it could run code",
+        "get the model as .safetensors",
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_safetensors(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if is_code(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except Exception as error:
+        if is_code(error):
+            raise refused(path) from None
+        line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read: {line}", _AGAIN) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no table of weights", "give another file")
+    return state

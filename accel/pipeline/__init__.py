@@ -1,0 +1,5 @@
+"""Prompt to image: request, conditioning, initial latents, sampler, decoder."""
+
+from .pipeline import Pipeline, component_names, load
+
+__all__ = ["Pipeline", "component_names", "load"]

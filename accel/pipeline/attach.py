@@ -1,0 +1,259 @@
+"""Put the compiled parts of a bundle into an existing diffusers pipeline, and take them out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bundle import Bundle
+from ..engines import Engine, choose, load_engine
+from ..engines.base import to_torch
+from ..errors import UserError
+from . import control
+
+_SLOTS = {
+    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae": "vae_decoder",
+    "adapter": "t2i_adapter", "controlnet": "controlnet",
+}  # fmt: skip
+# diffusers asks for this class by name, so the module stays and only what it computes is exchanged.
+_KEPT = ("controlnet",)
+
+
+class Attached:
+    """The handle that `attach` returns. `detach()` restores the pipeline; it is a context manager as well.
+
+    Attributes:
+        engines: the loaded engines by component name.
+    """
+
+    def __init__(self, pipeline: Any, originals: dict[str, Any], engines: dict[str, Engine]):
+        self._pipeline = pipeline
+        self._originals = originals
+        self.engines = engines
+
+    def detach(self) -> None:
+        """Put the original modules back."""
+        for name, module in self._originals.items():
+            if name in _KEPT:
+                module.__dict__.pop("forward", None)
+            else:
+                setattr(self._pipeline, name, module)
+        self._originals = {}
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **options: Any) -> Attached:
+    """Let a diffusers pipeline run on a bundle's compiled networks. Everything else of the pipeline stays as it is.
+
+    Args:
+        pipeline: a Stable Diffusion or SDXL pipeline of diffusers.
+        bundle: a bundle, or its folder, exported from the same model.
+        engine, options: as in `accel.load`.
+
+    Returns:
+        A handle whose `detach()` undoes it.
+
+    Raises:
+        UserError: when the pipeline's networks are not those of the bundle (other configs).
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    if engine != "auto":
+        choose(engine)  # before anything is loaded
+    slots = {
+        slot: component
+        for slot, component in _SLOTS.items()
+        if getattr(pipeline, slot, None) is not None and component in bundle.manifest.components
+    }
+    if "unet" not in slots:
+        raise UserError(
+            f"{type(pipeline).__name__} and {bundle.path} share no UNet",
+            "attach to a Stable Diffusion or SDXL pipeline of diffusers",
+        )
+    for slot, component in slots.items():
+        _same_network(getattr(pipeline, slot), bundle, component)
+    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
+    originals = {slot: getattr(pipeline, slot) for slot in slots}
+    for slot, component in slots.items():
+        wrapper = _WRAPPERS[component](originals[slot], engines[component])
+        if slot in _KEPT:
+            originals[slot].__dict__["forward"] = wrapper.forward
+        else:
+            setattr(pipeline, slot, wrapper)
+    return Attached(pipeline, originals, engines)
+
+
+def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
+    """Compare shapes by config, so that a mistake is a sentence and not a wrong picture."""
+    from ..files import read_json
+
+    record = bundle.component(component)
+    theirs = read_json(bundle.file(f"{record.folder}/config.json"), "the config")
+    own = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    keys = ("block_out_channels", "cross_attention_dim", "in_channels", "down_block_types", "hidden_size",
+            "num_hidden_layers", "latent_channels", "layers_per_block", "mid_block_type", "adapter_type", "channels",
+            "decoder_block_out_channels")  # fmt: skip
+    for key in keys:
+        a, b = own.get(key), theirs.get(key)
+        if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            raise UserError(
+                f"{component}: the pipeline has {key} {a}, the bundle {b}: they are different models",
+                "attach a bundle that was exported from this pipeline",
+            )
+
+
+class _Compiled(nn.Module):
+    """A stand-in for a module: same config, dtype and device as the original, computed by an engine."""
+
+    def __init__(self, original: nn.Module, engine: Engine):
+        super().__init__()
+        self.config = original.config
+        self.dtype = original.dtype
+        self.device = original.device
+        # Kept out of the module tree: its weights are not this module's, and must not be moved or saved with it.
+        self._hidden = SimpleNamespace(original=original, engine=engine)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_hidden":
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_hidden"].original, name)
+
+    def call(self, **feeds: Any) -> dict[str, torch.Tensor]:
+        """Run the engine on torch tensors; casts to its dtypes and back to the original module's."""
+        engine = self._hidden.engine
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in engine.component.inputs}
+        outputs = engine(**{k: v.to(dtypes[k]) if torch.is_tensor(v) else v for k, v in feeds.items()})
+        return {name: to_torch(value, str(self.device)).to(self.dtype) for name, value in outputs.items()}
+
+
+class _CompiledUNet(_Compiled):
+    def forward(
+        self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None,
+        down_intrablock_additional_residuals=None, down_block_additional_residuals=None,
+        mid_block_additional_residual=None, return_dict=True, cross_attention_kwargs=None, **unsupported,
+    ):  # fmt: skip
+        asked = [name for name, value in unsupported.items() if value is not None]
+        asked += ["cross_attention_kwargs"] if cross_attention_kwargs else []
+        if asked:
+            raise UserError(
+                f"the compiled UNet has no input for {', '.join(asked)}", "detach() first, or do without that feature"
+            )
+        feeds = {
+            "sample": sample,
+            "timestep": torch.as_tensor(timestep).reshape(()),
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        names = {spec.name for spec in self._hidden.engine.component.inputs}
+        if timestep_cond is not None:
+            feeds["timestep_cond"] = timestep_cond
+        feeds |= {k: v for k, v in (added_cond_kwargs or {}).items() if k in names}
+        for i, feature in enumerate(down_intrablock_additional_residuals or []):
+            feeds[f"adapter_features_{i}"] = feature
+        for i, residual in enumerate(down_block_additional_residuals or []):
+            feeds[f"down_residual_{i}"] = residual
+        if mid_block_additional_residual is not None:
+            feeds["mid_residual"] = mid_block_additional_residual
+        feeds |= self._nothing(sample, feeds)
+        out = self.call(**feeds)["out_sample"]
+        if not return_dict:
+            return (out,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=out)
+
+    def _nothing(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Zeros for the control inputs that this pipeline does not feed."""
+        missing = [
+            spec for spec in self._hidden.engine.component.inputs
+            if spec.name not in feeds and spec.name.startswith(control.PREFIXES)
+        ]  # fmt: skip
+        sizes = {"batch": len(sample)} | control.inner_sizes(sample.shape[-2:])
+        return {spec.name: torch.zeros(spec.concrete(sizes), device=sample.device) for spec in missing}
+
+
+class _CompiledAdapter(_Compiled):
+    def forward(self, x):
+        return list(self.call(control_image=x).values())
+
+
+class _CompiledControlNet(_Compiled):
+    def forward(
+        self, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale=1.0, guess_mode=False,
+        added_cond_kwargs=None, return_dict=True, **unsupported,
+    ):  # fmt: skip
+        if guess_mode or any(value is not None for value in unsupported.values()):
+            raise UserError("the compiled ControlNet has no guess mode and no further inputs", "detach() first")
+        names = {spec.name for spec in self._hidden.engine.component.inputs}
+        added = {k: v for k, v in (added_cond_kwargs or {}).items() if k in names}
+        *down, middle = (
+            value * conditioning_scale
+            for value in self.call(
+                sample=sample, timestep=torch.as_tensor(timestep).reshape(()), control_image=controlnet_cond,
+                encoder_hidden_states=encoder_hidden_states, **added,
+            ).values()
+        )  # fmt: skip
+        if not return_dict:
+            return tuple(down), middle
+        from diffusers.models.controlnets.controlnet import ControlNetOutput
+
+        return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
+
+
+class _CompiledVae(_Compiled):
+    """Decodes on the engine; encoding stays with the original."""
+
+    def decode(self, z, return_dict=True, generator=None):
+        out = self.call(latent_sample=z)["sample"]
+        if not return_dict:
+            return (out,)
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        return DecoderOutput(sample=out)
+
+
+class _CompiledTextEncoder(_Compiled):
+    def forward(self, input_ids, attention_mask=None, output_hidden_states=False, return_dict=True, **_):
+        if attention_mask is not None:
+            raise UserError("the compiled text encoder takes no attention mask", "detach() first")
+        out = self.call(input_ids=input_ids)
+        hidden = [out[name] for name in out if name.startswith("hidden_states.")]
+        if output_hidden_states and not hidden:
+            raise UserError(
+                "this bundle's text encoder has no hidden states (clip_skip needs them)", "call without clip_skip"
+            )
+        first = "text_embeds" if "text_embeds" in out else "last_hidden_state"
+        return _TextOutput(out, first, [*hidden, out["last_hidden_state"]])
+
+
+class _TextOutput(tuple):
+    """Indexable like transformers' output in the positions diffusers reads: [0], .hidden_states, the last item."""
+
+    def __new__(cls, out: dict[str, torch.Tensor], first: str, hidden: list[torch.Tensor]):
+        pooled = out.get("pooler_output", out.get("text_embeds"))
+        second = out["last_hidden_state"] if first == "text_embeds" else pooled
+        self = super().__new__(cls, (out[first], second, tuple(hidden)))
+        self.last_hidden_state, self.pooler_output = out["last_hidden_state"], pooled
+        self.text_embeds, self.hidden_states = out.get("text_embeds"), tuple(hidden)
+        return self
+
+
+_WRAPPERS = {
+    "text_encoder": _CompiledTextEncoder,
+    "text_encoder_2": _CompiledTextEncoder,
+    "unet": _CompiledUNet,
+    "vae_decoder": _CompiledVae,
+    "t2i_adapter": _CompiledAdapter,
+    "controlnet": _CompiledControlNet,
+}

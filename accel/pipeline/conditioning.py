@@ -1,0 +1,100 @@
+"""Prompts to what the UNet is conditioned on: token ids, text embeddings, SDXL's pooled embedding and sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import concat
+from ..engines import Engine
+from ..errors import Notice, UserError
+from .prompts import tokens
+from .tokenizer import ClipTokenizer
+
+
+def tokenize(
+    tokenizer: ClipTokenizer, prompts: Sequence[str], *, chunks: int = 1, weighted: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 and weights float32, [prompts, chunks, 77]; warns with the words that do not fit."""
+    made = [tokens(tokenizer, prompt, chunks=chunks, weighted=weighted) for prompt in prompts]
+    for row in made:
+        if row.dropped:
+            warnings.warn(
+                f"the prompt is too long for the text encoder; ignored: {row.dropped!r}", Notice, stacklevel=3
+            )
+    return np.stack([row.ids for row in made]), np.stack([row.weights for row in made])
+
+
+def encode(
+    encoders: Mapping[str, tuple[ClipTokenizer, Engine]], prompts: Sequence[str], *, chunks: int = 1,
+    weighted: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Text embeddings of prompts.
+
+    Args:
+        encoders: one (tokenizer, engine) for SD1.x and SD2.x; two for SDXL, in order.
+        prompts: N texts.
+        chunks: how many contexts of 77 tokens the UNet takes.
+        weighted: whether `(words:1.3)` counts (`accel.pipeline.prompts`).
+
+    Returns:
+        `encoder_hidden_states` [N, chunks * 77, D]; for SDXL also `text_embeds` [N, P], the second encoder's pooled
+        output of the first context.
+    """
+    hidden, pooled = [], None
+    for tokenizer, engine in encoders.values():
+        ids, weights = tokenize(tokenizer, prompts, chunks=chunks, weighted=weighted)
+        outputs = _run(engine, ids.reshape(-1, ids.shape[-1]))
+        # SDXL reads the last but one hidden state of both encoders (arXiv 2307.01952, section 2.1).
+        layers = sum(name.startswith("hidden_states.") for name in outputs)
+        name = "last_hidden_state" if len(encoders) == 1 else f"hidden_states.{layers - 1}"
+        states = outputs[name]
+        if (weights != 1).any():
+            nothing = _run(engine, tokenize(tokenizer, [""])[0][:, 0])[name]
+            states = nothing + engine.array(weights.reshape(-1, weights.shape[-1], 1)) * (states - nothing)
+        hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
+        if len(encoders) > 1 and "text_embeds" in outputs:
+            pooled = outputs["text_embeds"][::chunks]
+    found = {"encoder_hidden_states": hidden[0] if len(hidden) == 1 else concat(hidden, axis=-1)}
+    return found if pooled is None else found | {"text_embeds": pooled}
+
+
+def _run(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
+    """The text encoder on any number of rows, within its own batch limit."""
+    limit = engine.component.dims["images"].max
+    runs = [engine(input_ids=ids[i : i + limit]) for i in range(0, len(ids), limit)]
+    return runs[0] if len(runs) == 1 else {name: concat([run[name] for run in runs]) for name in runs[0]}
+
+
+def time_ids(
+    images: int, size: Sequence[int], original: Sequence[int] | None = None, crop: Sequence[int] = (0, 0),
+    target: Sequence[int] | None = None,
+) -> np.ndarray:
+    """SDXL's size conditioning (arXiv 2307.01952, section 2.2): float32 [images, 6].
+
+    Args:
+        size: height and width of the picture in pixels.
+        original: size of the picture before it was cropped; None for its own.
+        crop: top and left of the crop.
+        target: size it was cropped to; None for its own.
+    """
+    row = [*(original or size), *crop, *(target or size)]
+    if len(row) != 6 or not all(isinstance(n, (int, float, np.number)) and n >= 0 for n in row):
+        raise UserError(f"size conditioning {row} makes no sense", "give (height, width), and (top, left) for the crop")
+    return np.tile(np.array(row, np.float32), (images, 1))
+
+
+def guidance_embedding(images: int, guidance: float, width: int) -> np.ndarray:
+    """The guidance scale as a sinusoidal embedding, for consistency models that take it as an input.
+
+    LCM (arXiv 2310.04378): w = guidance - 1, scaled by 1,000, like a timestep. Returns float32 [images, width].
+    """
+    half = width // 2
+    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
+    angles = 1000.0 * (guidance - 1.0) * frequencies
+    embedding = np.concatenate([np.sin(angles), np.cos(angles)])
+    embedding = np.pad(embedding, (0, width - len(embedding)))
+    return np.tile(embedding.astype(np.float32), (images, 1))

@@ -1,0 +1,102 @@
+"""Where sampling starts: from noise, from a picture (SDEdit, arXiv 2108.01073), or from a picture and a mask.
+
+Inpainting with an ordinary UNet puts the kept part back after every step (RePaint's idea, arXiv 2201.09865, without its
+resampling); a UNet with nine input channels is shown mask and masked picture instead. Both as diffusers does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import images
+from ..arrays import cast, concat
+from ..engines import Engine
+from ..engines.base import to_numpy
+from ..errors import UserError
+from ..sampling import noise, samplers
+from .request import Chunk, Pictures, Plan
+
+# Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
+_OF_IMAGE, _OF_MASKED = 1_000_001, 1_000_002
+
+
+@dataclass(frozen=True)
+class Start:
+    """Float32 numpy arrays.
+
+    Attributes:
+        x: initial state [N, C, h, w].
+        extra: further input channels of the UNet [N, 1 + C, h, w], or None.
+        constrain: (i, x, array) -> x, what is put back after each step, or None; `array` makes x's kind of array.
+    """
+
+    x: np.ndarray
+    extra: np.ndarray | None = None
+    constrain: Callable[[int, Any, Callable], Any] | None = None
+
+
+def encode(
+    encoder: Engine, pixels: np.ndarray, constants: Mapping[str, Any], seeds: list[int], draw: int
+) -> np.ndarray:
+    """Latents float32 [N, C, h, w] of pixels in [-1, 1]: a sample of the posterior, or a tiny VAE's latents."""
+    (spec,) = encoder.component.inputs
+    limit = encoder.component.dims["images"].max
+    found = concat([
+        cast(to_numpy(encoder(sample=cast(encoder.array(pixels[i : i + limit]), spec.dtype))["latent_parameters"]),
+             "float32")
+        for i in range(0, len(pixels), limit)
+    ])  # fmt: skip
+    channels = constants["latent_channels"]
+    if found.shape[1] == 2 * channels:
+        mean, log_variance = found[:, :channels], np.clip(found[:, channels:], -30, 20)
+        found = mean + np.exp(0.5 * log_variance) * noise.normal(seeds, draw, mean.shape[1:])
+    return (found - constants["shift_factor"]) * constants["scaling_factor"]
+
+
+def start(
+    asked: Pictures, chunk: Chunk, plan: Plan, first: np.ndarray, *, size: tuple[int, int], total: int, channels: int,
+    encoder: Callable[[], Engine], schedule: samplers.NoiseSchedule, constants: Mapping[str, Any],
+) -> Start:  # fmt: skip
+    """The start of one chunk.
+
+    Args:
+        asked: the pictures.
+        first: noise of the chunk, float32 [n, C, h, w].
+        size: height and width of the picture in pixels.
+        total: how many images are made in all; one picture may be given for each.
+        channels: of the UNet's input.
+        encoder: loads the VAE encoder.
+
+    Raises:
+        UserError: when the UNet and the pictures do not fit each other.
+    """
+    inpaints = channels == 2 * constants["latent_channels"] + 1
+    if not inpaints and channels != constants["latent_channels"]:
+        raise UserError(f"UNets with {channels} input channels are not supported", "use text-to-image or inpainting")
+    if inpaints and asked.mask is None:
+        raise UserError("this is an inpainting model: it needs a picture and a mask", "--image FILE --mask FILE")
+    if asked.image is None:
+        return Start(first)
+    pixels = images.batch(asked.image, total, size)[chunk.rows] * 2 - 1
+    mask = None if asked.mask is None else images.masks(asked.mask, total, size)[chunk.rows]
+    fresh = mask is not None and plan.start == 0
+    known = None if fresh and inpaints else encode(encoder(), pixels, constants, chunk.seeds, _OF_IMAGE)
+    x = first if fresh else samplers.add_noise(schedule, known, first, plan.timesteps[plan.start])
+    x = np.asarray(x, np.float32)
+    if mask is None:
+        return Start(x)
+    small = images.shrunk(mask, constants["vae_scale"])
+    if inpaints:
+        seen = encode(encoder(), pixels * (mask < 0.5), constants, chunk.seeds, _OF_MASKED)
+        return Start(x, extra=np.concatenate([small, seen], axis=1).astype(np.float32))
+
+    def constrain(i: int, x: Any, array: Callable) -> Any:
+        last = i + 1 == len(plan.timesteps)
+        kept = known if last else samplers.add_noise(schedule, known, first, plan.timesteps[i + 1])
+        return array(np.asarray((1 - small) * kept, np.float32)) + array(small) * x
+
+    return Start(x, constrain=constrain)

@@ -1,0 +1,183 @@
+"""What is asked of a pipeline, made complete and checked before any network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Manifest
+from ..errors import UserError
+from ..sampling import samplers as sampler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample.
+
+    Attributes:
+        timesteps: the full grid; `start` leading ones are skipped (image to image).
+        guided: whether the UNet runs on a doubled batch.
+    """
+
+    sampler: str
+    timesteps: list[float]
+    guidance: float
+    guided: bool
+    start: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps) - self.start
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The images that are made at once: rows of what was asked for."""
+
+    rows: slice
+    prompts: list[str]
+    negatives: list[str] | None
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """SDXL's size conditioning in pixels; None for the picture's own size."""
+
+    original: Sequence[int] | None = None
+    crop: Sequence[int] = (0, 0)
+    target: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures to start from, as `accel.images.batch` takes them.
+
+    Attributes:
+        image: what to start from.
+        mask: white where to paint.
+        control: what a T2I-Adapter or ControlNet is shown.
+        control_scale: how strongly it counts.
+        control_end: fraction of the steps that it counts for.
+    """
+
+    image: Any = None
+    mask: Any = None
+    control: Any = None
+    control_scale: float = 1.0
+    control_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.image is None:
+            raise UserError("a mask without a picture", "give the image that is to be painted in as well")
+        if not np.isfinite(self.control_scale):
+            raise UserError(f"control_scale = {self.control_scale}", "use a number such as 0.8")
+        if not 0 <= self.control_end <= 1:
+            raise UserError(f"control_end = {self.control_end}", "use a fraction from 0 to 1")
+
+
+def plan(
+    manifest: Manifest, schedule: sampler.NoiseSchedule, name: str | None, steps: int | None,
+    timesteps: Sequence[float] | None, guidance: float | None, strength: float | None,
+) -> Plan:
+    """The sampler, its grid and guidance: the bundle's own constants where nothing else is asked for."""
+    own = manifest.sampler
+    name = name or own["name"]
+    if timesteps is None and steps is None and name == own["name"]:
+        timesteps, steps = own.get("timesteps"), own.get("steps")
+    if timesteps is None:
+        timesteps = sampler.grid(name, schedule, steps)
+    scale = float(own["guidance"] if guidance is None else guidance)
+    if not 0 <= scale < float("inf"):
+        raise UserError(f"guidance_scale = {scale} makes no sense", "use 0 for none, 3 to 12 for a guided model")
+    embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
+    start = 0 if strength is None else _start(len(timesteps), strength)
+    return Plan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
+
+
+def _start(steps: int, strength: float) -> int:
+    """How many steps of the grid a strength skips (SDEdit, arXiv 2108.01073, counted as diffusers does)."""
+    if not 0 < strength <= 1:
+        raise UserError(f"strength = {strength:g}", "use a fraction above 0, up to 1 (1 keeps nothing of the picture)")
+    start = steps - min(int(steps * strength), steps)
+    if start == steps:
+        raise UserError(
+            f"strength {strength:g} of {steps} steps leaves no step to run",
+            f"use a strength of at least {np.ceil(100 / steps) / 100:g}, or more steps",
+        )
+    return start
+
+
+def images_per_run(manifest: Manifest, plan: Plan) -> int:
+    """How many images the UNet and the decoder can make at once."""
+    batch = manifest.components["unet"].dims["batch"]
+    images = manifest.components["vae_decoder"].dims["images"]
+    doubled = 2 if plan.guided else 1
+    if batch.fixed and batch.min != images.min * doubled:
+        raise UserError(
+            f"this bundle's UNet takes a fixed batch of {batch.min}, which does not fit guidance {plan.guidance:g}",
+            "export with --profile native (a range), or with the --guidance you want to run",
+        )
+    return min(batch.max // doubled, images.max)
+
+
+def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
+    """Latent height and width, checked against the profile."""
+    profile, scale, native = manifest.profile, manifest.pipeline["vae_scale"], manifest.pipeline["native_size"]
+    dims = manifest.components["vae_decoder"].dims
+    if latents is not None:
+        height = height or latents.shape[-2] * scale
+        width = width or latents.shape[-1] * scale
+    sides = []
+    for name, value in (("height", height), ("width", width)):
+        limits = dims[name]
+        if value is None:
+            value = native if limits.admits(native) else limits.opt
+        if not limits.admits(value):
+            raise UserError(
+                f"{name} {value} is outside profile {profile.name!r} ({limits})",
+                f"use --{name} within that, or export with another --profile (such as dynamic)",
+            )
+        sides.append(value // scale)
+    return sides[0], sides[1]
+
+
+def prompts(prompt: str | Sequence[str], negative: Any, per_prompt: int) -> tuple[list[str], list[str] | None]:
+    """One prompt for each image, and one negative prompt where there are any."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UserError("there is no prompt", "give at least one text")
+    if per_prompt < 1:
+        raise UserError(f"num_images_per_prompt = {per_prompt}", "use a whole number of at least 1")
+    negatives = None
+    if negative is not None:
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if len(negatives) != len(prompts):
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts", "give one, or one per prompt"
+            )
+        negatives = [text for text in negatives for _ in range(per_prompt)]
+    return [text for text in prompts for _ in range(per_prompt)], negatives
+
+
+def seeds(seed: int | Sequence[int], images: int) -> list[int]:
+    seeds = [seed + i for i in range(images)] if isinstance(seed, (int, np.integer)) else list(seed)
+    if len(seeds) != images or any(s < 0 for s in seeds):
+        raise UserError(f"seed = {seed!r} for {images} images", "use one number of at least 0, or one per image")
+    return seeds
+
+
+@dataclass
+class Clock:
+    """Adds up wall time by phase."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"text_encoder": 0.0, "unet": 0.0, "vae_decoder": 0.0, "total": 0.0}
+    )
+
+    def add(self, name: str, spent: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self.seconds["total"] += spent

@@ -1,0 +1,169 @@
+"""CLIP's tokenizer from a diffusers `tokenizer/` folder, on the `tokenizers` package alone.
+
+Byte-pair encoding over bytes with an end-of-word mark (CLIP, arXiv 2103.00020; BPE, arXiv 1508.07909): text is NFC,
+runs of white space become one space, lower case, split into words, numbers digit by digit, and runs of punctuation.
+A prompt becomes [start, tokens, end, padding...] of a fixed length, 77 for every Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from ..errors import UserError
+
+_LENGTH = 77
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# In transformers' order: one text may play several roles, and the last one decides how it is matched in a prompt.
+_SPECIAL = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_FIX = "copy the tokenizer folder of the original pipeline again"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClipTokenizer:
+    """Prompts to token ids.
+
+    Attributes:
+        backend: the byte-pair encoder; adds no special tokens and does not cut or pad.
+        bos, eos, pad: ids of start, end and padding; CLIP pads with its end token, SDXL's second encoder with `!`.
+        length: number of ids of every prompt.
+    """
+
+    backend: Tokenizer
+    bos: int
+    eos: int
+    pad: int
+    length: int = _LENGTH
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> ClipTokenizer:
+        """Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`, with the configs that lie beside them.
+
+        Raises:
+            UserError: naming the file that is missing, damaged or not of a CLIP tokenizer.
+        """
+        folder = Path(path)
+        config = _json(folder / "tokenizer_config.json", missing={})
+        special = _json(folder / "special_tokens_map.json", missing={}) | config
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            backend = _backend_from_json(file)
+        else:
+            file = folder / "vocab.json"
+            backend = _backend_from_vocabulary(file, folder / "merges.txt")
+        tokens = {role: _added_token(special.get(role) or default) for role, default in _SPECIAL.items()}
+        for role, token in tokens.items():
+            if backend.token_to_id(token.content) is None:
+                fix = "use the tokenizer folder of a CLIP text encoder"
+                raise UserError(f"{file} has no {role} {token.content!r}", fix)
+        # Padding is a special token too: for SDXL's second encoder a `!` in a prompt is the id of `!`, not of `!</w>`.
+        listed = [_added_token(token) for token in (config.get("added_tokens_decoder") or {}).values()]
+        for group in (listed, list(tokens.values())):
+            known = {token.content for token in backend.get_added_tokens_decoder().values()}
+            backend.add_special_tokens([token for token in group if token.content not in known])
+        ids = {role: backend.token_to_id(token.content) for role, token in tokens.items()}
+        return cls(
+            backend=backend, bos=ids["bos_token"], eos=ids["eos_token"], pad=ids["pad_token"],
+            length=_length(folder / "tokenizer_config.json", config),
+        )  # fmt: skip
+
+    def encode(self, prompt: str) -> tuple[np.ndarray, str]:
+        """(ids int64 [length], the end of the prompt that did not fit). Whoever drops text should say so."""
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt is text, not {type(prompt).__name__}", "pass a str")
+        encoding = self.backend.encode(prompt, add_special_tokens=False)
+        room = self.length - 2
+        dropped = prompt[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
+        ids = np.full(self.length, self.pad, dtype=np.int64)
+        kept = [self.bos, *encoding.ids[:room], self.eos]
+        ids[: len(kept)] = kept
+        return ids, dropped
+
+    def __call__(self, prompts: str | Sequence[str]) -> np.ndarray:
+        """ids int64 [B, length]; what does not fit is cut silently, `encode` tells."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return np.stack([self.encode(p)[0] for p in prompts]) if len(prompts) else np.empty((0, self.length), np.int64)
+
+
+def _backend_from_json(file: Path) -> Tokenizer:
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(f"{file} cannot be read: {error}", _FIX) from None
+    if not isinstance(backend.model, models.BPE) or backend.model.end_of_word_suffix != "</w>":
+        raise UserError(f"{file} is not a CLIP tokenizer", "use the folder of a CLIP text encoder's tokenizer")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _backend_from_vocabulary(vocab_file: Path, merges_file: Path) -> Tokenizer:
+    vocab = _json(vocab_file)
+    if not all(isinstance(v, int) for v in vocab.values()):
+        raise UserError(f"{vocab_file} must map tokens to numbers", _FIX)
+    merges = [tuple(line.split()) for line in _read(merges_file).split("\n")]
+    if merges[0] and merges[0][0].startswith("#version"):
+        merges = merges[1:]
+    merges = [pair for pair in merges if pair]
+    wrong = next((pair for pair in merges if len(pair) != 2), None)
+    if wrong:
+        raise UserError(f"{merges_file}: a merge is two tokens, found {' '.join(wrong)!r}", _FIX)
+    try:
+        model = models.BPE(
+            vocab=vocab, merges=merges, unk_token=_END, end_of_word_suffix="</w>",
+            continuing_subword_prefix="",
+        )  # fmt: skip
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(f"{merges_file} does not fit {vocab_file.name}: {error}", _FIX) from None
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])  # fmt: skip
+    return backend
+
+
+def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+    """A special token as configs write it: the text, or a mapping with its matching flags."""
+    if isinstance(value, str):
+        return AddedToken(value, normalized=False, special=True)
+    flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in value}
+    return AddedToken(str(value.get("content")), special=True, **flags)
+
+
+def _length(file: Path, config: Mapping[str, Any]) -> int:
+    value = config.get("model_max_length", _LENGTH)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 2:
+        raise UserError(f"{file}: model_max_length = {value!r} is not a length", f"set it to {_LENGTH}")
+    return int(value) if value < 1e6 else _LENGTH  # an absurd number is how configs write "not known"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing", _FIX) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}", _FIX) from None
+
+
+def _json(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    if missing is not None and not file.exists():
+        return missing
+    try:
+        value = json.loads(_read(file))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}", _FIX) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} does not hold a JSON object", _FIX)
+    return value

@@ -1,0 +1,1 @@
+"""Noise schedules, initial noise and samplers as pure functions on numpy arrays."""

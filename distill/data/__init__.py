@@ -1,0 +1,1 @@
+"""From images to training batches: crops, cached latents and embeddings, random numbers, processes."""

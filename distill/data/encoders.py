@@ -1,0 +1,137 @@
+"""Pictures to latents, captions to what the UNet is conditioned on: the frozen half of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel.models.source import Source, open_source
+
+
+@dataclass
+class Encoders:
+    """The VAE, text encoders and tokenizers of a pipeline folder; loaded when first used, frozen, float32.
+
+    Attributes:
+        source: the pipeline folder.
+        device: where they run.
+        dtype: dtype the text encoders run in. The VAE stays in float32: SDXL's overflows in float16.
+        text_learns: the text encoders are trained, so captions are encoded in the loss and not ahead of it.
+        open: how another pipeline of this kind is opened, a teacher's.
+    """
+
+    source: Source
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    text_learns: bool = False
+    open: Callable[[str], Source] = open_source
+
+    @cached_property
+    def vae(self) -> nn.Module:
+        return self.source.load("vae").requires_grad_(False).to(self.device)
+
+    @cached_property
+    def text(self) -> list[tuple[Any, nn.Module]]:
+        """(tokenizer, text encoder): one for SD1.x and SD2.x, two for SDXL."""
+        from transformers import CLIPTokenizer
+
+        names = [name for name in ("", "_2") if self.source.has(f"text_encoder{name}")]
+        return [
+            (
+                CLIPTokenizer.from_pretrained(self.source.path / f"tokenizer{name}"),
+                self.source.load(f"text_encoder{name}").requires_grad_(False).to(self.device, self.dtype),
+            )
+            for name in names
+        ]
+
+    @property
+    def sdxl(self) -> bool:
+        return self.source.family == "sdxl"
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along one side."""
+        return 2 ** (len(self.source.config("vae")["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.source.config("vae").get("latent_channels", 4)
+
+    @cached_property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes a mask and the latents of the masked picture beside x_t: see `inpainting`."""
+        return self.source.config("unet").get("in_channels", 4) == 2 * self.latent_channels + 1
+
+    @property
+    def uncached(self) -> str:
+        """Why a cache would not help; "" where it does."""
+        return "this model is for inpainting, and what its masks leave is encoded every time" if self.inpaints else ""
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the weights that decide what comes out."""
+        names = [name for name in ("vae", "text_encoder", "text_encoder_2") if self.source.has(name)]
+        return self.source.digest(names)
+
+    @torch.no_grad()
+    def images(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pixels [n, 3, h, w] in -1..1 to `latent_mean` and `latent_std`, float32 [n, 4, h/factor, w/factor].
+
+        Both are scaled as the UNet sees them: mean + std * noise is a draw of the encoder's posterior.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        scale = self.vae.config.scaling_factor
+        return {"latent_mean": (posterior.mean - shift) * scale, "latent_std": posterior.std * scale}
+
+    @torch.no_grad()
+    def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Captions to `context` [n, 77, D] and, for SDXL, `pooled` [n, P]; float32.
+
+        The empty caption is what guidance compares with: SDXL's is all zeros where the pipeline says so
+        (`force_zeros_for_empty_prompt`), SD1.x and SD2.x encode it like any other.
+        """
+        return self.conditions(texts, [model for _, model in self.text])
+
+    def conditions(self, texts: Sequence[str], models: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """As `prompts`, through text encoders that are given, one per tokenizer, and with gradients."""
+        hidden, pooled = [], None
+        for (tokenizer, _), model in zip(self.text, models, strict=True):
+            out = model(token_ids(tokenizer, texts).to(self.device), output_hidden_states=self.sdxl)
+            hidden.append(out.hidden_states[-2] if self.sdxl else out.last_hidden_state)
+            pooled = getattr(out, "text_embeds", pooled)
+        context = {"context": torch.cat(hidden, -1).float()}
+        if self.sdxl:
+            context["pooled"] = pooled.float()
+            if self.source.index.get("force_zeros_for_empty_prompt", True):
+                full = torch.tensor([bool(text) for text in texts], device=self.device)
+                context = {name: value * full.view(-1, *[1] * (value.dim() - 1)) for name, value in context.items()}
+        return context
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Token ids [n, 77], cut and padded as the pipeline does it."""
+    return tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
+    """A batch with `latent_mean`, `latent_std` and `context` on the device, whether it came from a cache or not."""
+    made = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            made[key] = value.to(encoders.device, non_blocking=True)
+    if "latent_mean" not in made:
+        made |= encoders.images(made["pixels"])
+        if not encoders.inpaints:  # which hides parts of them
+            del made["pixels"]
+    if "context" not in made and not encoders.text_learns:
+        made |= encoders.prompts(made["caption"])
+    return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in made.items()}  # fmt: skip

@@ -1,0 +1,1 @@
+"""The forward process, denoising and losses, in the notation of the papers."""

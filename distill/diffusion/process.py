@@ -1,0 +1,71 @@
+"""The forward process as few-step distillation needs it: per row, and back to x_0 in float64.
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                                     (DDPM, arXiv 2006.11239)
+
+float64, because 1 / sqrt(alpha_bar) is 15 at t = 999 and the gradient of DMD2 is a difference of two such x_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from accel.sampling.noise_schedule import NoiseSchedule
+
+from . import losses
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A variance-preserving forward process and what its networks predict.
+
+    Shapes: x0, eps, x_t, prediction [b, c, h, w]; t int64 [b].
+    """
+
+    schedule: NoiseSchedule
+
+    @property
+    def levels(self) -> int:
+        """Number of noise levels; t is one of 0 to levels - 1."""
+        return self.schedule.T
+
+    def start(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What a student's first step sees: noise alone, whichever timestep it is told (arXiv 2405.14867, 4.3)."""
+        return noise
+
+    def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
+        """float64 [b], on the device of t."""
+        return torch.tensor(self.schedule.alphas_cumprod, device=t.device)[t]
+
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t, in the dtype of x0."""
+        return losses.add_noise(x0.double(), eps.double(), self.alpha_bar(t)).to(x0.dtype)
+
+    def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What a network should say about x_t."""
+        return losses.target(self.schedule.prediction_type, x0, eps, self.alpha_bar(t).to(x0.dtype))
+
+    def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The clean picture that a prediction means, float64."""
+        a = self.alpha_bar(t).view(-1, *[1] * (x_t.dim() - 1))
+        said, seen = prediction.double(), x_t.double()
+        kind = self.schedule.prediction_type
+        if kind == "epsilon":
+            return (seen - (1 - a).sqrt() * said) / a.sqrt()
+        if kind == "v_prediction":
+            return a.sqrt() * seen - (1 - a).sqrt() * said
+        return said
+
+    def denoising_loss(
+        self, prediction: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error of a prediction, in the network's own units."""
+        return F.mse_loss(prediction.float(), self.target(x0, eps, t).float())
+
+
+def few_steps(count: int, training_steps: int = 1000) -> list[int]:
+    """DMD2's timesteps for `count` steps: 4 -> 999, 749, 499, 249 (arXiv 2405.14867, section 4.4)."""
+    spacing = training_steps // count
+    return [training_steps - 1 - index * spacing for index in range(count)]

@@ -1,0 +1,1 @@
+"""Train the digits model that ships with the package, from nothing."""

@@ -1,0 +1,334 @@
+"""Train the digits teacher from nothing, on two CPU cores, with one command.
+
+    python -m accel.distill.digits.train --out out/digits
+
+makes a tokenizer, a digit classifier (the judge), a VAE, a text encoder, and a UNet trained together with it; writes
+an ordinary diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures it.
+Killed and started again it goes on from its last checkpoint, and ends with the same weights as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save as serialized
+from torch import nn
+
+from accel.errors import UserError
+
+from ..evaluation.digits import (
+    Classifier,
+    classifier_loss,
+    frechet_floor,
+    generate,
+    judge,
+    load_classifier,
+    prompt_accuracy,
+    save_classifier,
+)
+from ..sources import digits
+from .card import model_card, parameters, picture_grid
+from .fit import CONSOLE, Stage, fit
+
+PROMPT_DROPOUT = 0.1
+# Standard deviation of the scaled latents. These 1,024 numbers hold an 8x8 picture, so they repeat themselves: at unit
+# scale the digit can be read off x_t at nearly every timestep, and nothing makes the UNet read the prompt. Scaling them
+# down shifts the schedule towards noise (Chen 2023, arXiv 2301.10972) while its constants stay Stable Diffusion's.
+LATENT_STD = 0.4
+KL_WEIGHT = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the result. Two runs with equal settings give equal weights on the same machine."""
+
+    steps: int = 800
+    batch: int = 64
+    learning_rate: float = 2e-3
+    text_steps: int = 200
+    text_batch: int = 64
+    text_learning_rate: float = 2e-3
+    vae_steps: int = 500
+    vae_batch: int = 16
+    vae_learning_rate: float = 2e-3
+    classifier_steps: int = 600
+    classifier_batch: int = 64
+    classifier_learning_rate: float = 2e-3
+    ema: float = 0.995
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How the result is measured."""
+
+    guidance: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
+    choose_per_digit: int = 10
+    per_digit: int = digits.HELD_OUT_PER_DIGIT
+    sample_steps: int = 25
+
+
+def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows [batch] of one step, out of `count`."""
+    return torch.randint(count, (batch,), generator=generator)
+
+
+def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Squared error of the pictures, plus a light pull of the latents to the unit normal (Rombach et al. 2022)."""
+    posterior = vae.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return F.mse_loss(decoded, images) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode_all(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Latents [n, 4, 16, 16] of all pictures, once and for all, not yet scaled."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
+
+
+def denoising_loss(
+    model: nn.ModuleDict, alphas: torch.Tensor, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Squared error of the predicted v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 at random times.
+
+    (Salimans and Ho 2022, arXiv 2202.00512.) latents [b, 4, 16, 16], tokens [b, 77]. Not of the noise: at the highest
+    noise levels, the ones at which the digit is decided, x_t is the answer to within a percent, so what a small network
+    learns there is to copy its input, and never to read the prompt.
+    """
+    times = torch.randint(len(alphas), (len(latents),), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    alpha = alphas[times].view(-1, 1, 1, 1)
+    context = model["text_encoder"](tokens).last_hidden_state
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    return F.mse_loss(model["unet"](noisy, times, context).sample, v)
+
+
+def text_loss(model: nn.ModuleDict, tokens: torch.Tensor, digit: torch.Tensor, end: int) -> torch.Tensor:
+    """Cross entropy of the digit, 10 for the empty prompt, read from every padding state. tokens [b, 77], digit [b].
+
+    In Stable Diffusion the text encoder comes trained, as part of CLIP. From a random start nearly every one of the 77
+    states is the same padding whatever the prompt, and the UNet never learns to listen: the digit has to be in all of
+    them first.
+    """
+    scores = model["head"](model["text_encoder"](tokens).last_hidden_state)
+    padding = tokens == end
+    return F.cross_entropy(scores[padding], digit[:, None].expand_as(tokens)[padding])
+
+
+def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classifier, dict[str, float]]:
+    """Everything but the measuring: a diffusers pipeline in full precision, the classifier, seconds per part."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def stage(name: str, steps: int, batch: int, learning_rate: float) -> Stage:
+        return Stage(
+            name=name, steps=steps, batch=batch, learning_rate=learning_rate, run=run, every=every, ema=settings.ema,
+            seed=settings.seed,
+        )
+
+    torch.manual_seed(settings.seed)  # initial weights; the steps have their own random numbers
+    seconds: dict[str, float] = {}
+    images, labels = digits.dataset("train")
+    CONSOLE.print(f"data: {len(images)} training pictures of {digits.SIZE}x{digits.SIZE} pixels")
+    tokenizer = digits.write_tokenizer(run / "tokenizer")
+    classifier = Classifier()
+    vae = AutoencoderKL(**digits.VAE)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            **digits.TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**digits.UNET), text_encoder=text_encoder))
+
+    def classify(generator: torch.Generator) -> torch.Tensor:
+        rows = pick(len(images), settings.classifier_batch, generator)
+        return classifier_loss(classifier, images[rows], labels[rows], generator)
+
+    CONSOLE.print("classifier: learns to judge the digits")
+    seconds["classifier"] = fit(
+        stage(
+            "classifier", settings.classifier_steps, settings.classifier_batch, settings.classifier_learning_rate
+        ),
+        classifier,
+        classify,
+    )
+
+    def reconstruct(generator: torch.Generator) -> torch.Tensor:
+        return vae_loss(vae, images[pick(len(images), settings.vae_batch, generator)], generator)
+
+    CONSOLE.print("vae: learns to pack 64x64 pixels into 16x16 latents")
+    seconds["vae"] = fit(
+        stage("vae", settings.vae_steps, settings.vae_batch, settings.vae_learning_rate), vae, reconstruct
+    )
+    vae.requires_grad_(False).eval()
+    latents = encode_all(vae, images)
+    scale = LATENT_STD / latents.std().item()
+    vae.register_to_config(scaling_factor=scale)
+    latents = latents * scale
+    CONSOLE.print(f"latents: {tuple(latents.shape)}, scaling factor {scale:.4f}")
+
+    scheduler = PNDMScheduler.from_config(dict(digits.SCHEDULER))
+    alphas = scheduler.alphas_cumprod.float()
+    # [10 digits, templates, 77], and the empty prompt that classifier-free guidance compares with.
+    tokens = torch.stack([digits.token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
+    empty = digits.token_ids(tokenizer, [""])
+
+    reader = nn.ModuleDict(dict(text_encoder=text_encoder, head=nn.Linear(digits.TEXT["hidden_size"], 11)))
+
+    def read(generator: torch.Generator) -> torch.Tensor:
+        digit = pick(11, settings.text_batch, generator)
+        chosen = tokens[digit.clamp(max=9), pick(tokens.shape[1], settings.text_batch, generator)]
+        return text_loss(reader, torch.where(digit[:, None] == 10, empty, chosen), digit, tokenizer.eos_token_id)
+
+    CONSOLE.print("text: the text encoder learns to carry the digit to all its states")
+    seconds["text"] = fit(
+        stage("text", settings.text_steps, settings.text_batch, settings.text_learning_rate), reader, read
+    )
+
+    def denoise(generator: torch.Generator) -> torch.Tensor:
+        rows = pick(len(latents), settings.batch, generator)
+        chosen = tokens[labels[rows], torch.randint(tokens.shape[1], (settings.batch,), generator=generator)]
+        dropped = torch.rand(settings.batch, 1, generator=generator) < PROMPT_DROPOUT
+        return denoising_loss(denoiser, alphas, latents[rows], torch.where(dropped, empty, chosen), generator)
+
+    CONSOLE.print("unet: learns to take noise away, listening to the text encoder, which goes on learning")
+    seconds["unet"] = fit(
+        stage("unet", settings.steps, settings.batch, settings.learning_rate), denoiser, denoise
+    )
+    denoiser.requires_grad_(False).eval()
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=denoiser["unet"], scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    return pipeline, classifier.requires_grad_(False).eval(), seconds
+
+
+def save(pipeline: Any, classifier: Classifier, out: Path) -> Path:
+    """Write `<out>/teacher` and `<out>/classifier.safetensors`; returns the former.
+
+    The weights are stored in half precision and the configs say full: half the size on disk, and the same arithmetic
+    as ever once loaded.
+    """
+    teacher = out / "teacher"
+    pipeline.save_pretrained(teacher, safe_serialization=True)
+    # Any transformers version finds its own kind of tokenizer file.
+    digits.write_tokenizer(teacher / "tokenizer")
+    for path in teacher.glob("*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        path.write_bytes(serialized(halved, metadata={"format": "pt"}))
+    save_classifier(classifier, out / "classifier.safetensors")
+    return teacher
+
+
+def load(teacher: Path) -> Any:
+    """The written pipeline as anyone would load it, with the sampler the figures are measured with."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def measure(pipeline: Any, classifier: Classifier, how: Measure) -> dict[str, Any]:
+    """Choose the guidance scale on one set of seeds, then measure with it on another.
+
+    Chosen is the least Frechet distance among the scales whose prompt accuracy is within one point of the best.
+    """
+
+    def figures(guidance: float, per_digit: int, seed: int) -> dict[str, Any]:
+        texts, wanted = zip(*digits.prompt_set(per_digit), strict=True)
+        images = generate(pipeline, list(texts), guidance, how.sample_steps, seed)
+        result = judge(images, torch.tensor(wanted), classifier)
+        CONSOLE.print(
+            f"guidance {guidance}: {result['images']} images, prompt accuracy {result['prompt_accuracy']:.3f}, "
+            f"Frechet distance {result['frechet_distance']:.2f}"
+        )
+        return dict(guidance=guidance, **result)
+
+    real, labels = digits.dataset("held-out")
+    trials = [figures(guidance, how.choose_per_digit, 100_000) for guidance in how.guidance]
+    best = max(trial["prompt_accuracy"] for trial in trials)
+    good = [trial for trial in trials if trial["prompt_accuracy"] >= best - 0.01]
+    chosen = min(good, key=lambda trial: trial["frechet_distance"])["guidance"]
+    return dict(
+        **figures(chosen, how.per_digit, 0),
+        frechet_floor=frechet_floor(classifier),
+        frechet_reference="500 held-out real images; floor: 500 training images against the same",
+        classifier_accuracy_held_out=prompt_accuracy(real, labels, classifier),
+        sampler=f"DPM++ 2M, {how.sample_steps} steps",
+        guidance_trials=trials,
+    )
+
+
+def run_all(settings: Settings, how: Measure, out: Path, run: Path, every: int = 100) -> dict[str, Any]:
+    """Train, save, load again as a user would, measure, write the figures and the model card."""
+    pipeline, classifier, seconds = train(settings, run, every)
+    teacher = save(pipeline, classifier, out)
+    CONSOLE.print(f"written: {teacher}; now measured as loaded from there")
+    stored, judge_model = load(teacher), load_classifier(out / "classifier.safetensors")
+    quality = measure(stored, judge_model, how)
+    quality |= dict(seconds=seconds, threads=torch.get_num_threads(), settings=dataclasses.asdict(settings))
+    quality |= dict(parameters={name: parameters(getattr(stored, name)) for name in ("unet", "text_encoder", "vae")})
+    (teacher / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+    sampler = dict(name="dpmpp_2m", steps=how.sample_steps, guidance=quality["guidance"])
+    (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
+    (teacher / "README.md").write_text(model_card(stored, judge_model, settings, quality), encoding="utf-8")
+    texts = [prompt for prompt, _ in digits.prompt_set(10)]
+    picture_grid(generate(stored, texts, quality["guidance"], how.sample_steps), 10).save(run / "grid.png")
+    CONSOLE.print(f"figures: {teacher / 'quality.json'}; pictures to look at: {run / 'grid.png'}")
+    return quality
+
+
+def parser() -> argparse.ArgumentParser:
+    """One option per setting, with its default."""
+    made = argparse.ArgumentParser(
+        prog="python -m accel.distill.digits.train", description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=Path("out/digits"), help="where teacher/ and the classifier go")
+    made.add_argument("--run", type=Path, default=Path("runs/digits"), help="checkpoints; kept to resume")
+    made.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints")
+    made.add_argument("--threads", type=int, default=2, help="CPU threads")
+    for field in dataclasses.fields(Settings):
+        kind = type(field.default)
+        made.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=" ")
+    made.add_argument("--guidance", type=float, nargs="+", default=list(Measure.guidance), help="scales to choose from")
+    made.add_argument("--choose-per-digit", type=int, default=Measure.choose_per_digit, help="images to choose by")
+    made.add_argument("--per-digit", type=int, default=Measure.per_digit, help="images of each digit to measure with")
+    made.add_argument("--sample-steps", type=int, default=Measure.sample_steps, help="sampler steps to measure with")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    how = Measure(
+        guidance=tuple(options.guidance), choose_per_digit=options.choose_per_digit, per_digit=options.per_digit,
+        sample_steps=options.sample_steps,
+    )
+    try:
+        run_all(settings, how, options.out, options.run, options.checkpoint_every)
+    except UserError as error:
+        CONSOLE.print(f"[red]error:[/red] {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

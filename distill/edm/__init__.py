@@ -1,0 +1,1 @@
+"""EDM (Karras et al. 2022): preconditioning, sampler, and published checkpoints."""

@@ -1,0 +1,1 @@
+"""Image quality by named protocols: FID, CLIP score, prompt accuracy."""

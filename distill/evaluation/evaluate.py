@@ -1,0 +1,350 @@
+"""Evaluate a model by a named protocol: make its pictures, shared among processes and resumable, and measure them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accel.engines import choose
+from accel.errors import UserError
+from accel.files import digest_of, sha256, write_json
+from accel.machine import machine
+
+from ..sources import digits
+from . import digits as digits_quality
+from . import generators, metrics
+from .protocols import Protocol, Sampling, full_id, overridden, protocol, sampling_changes
+from .work_share import PICTURES, Shard, claim, confirm, is_whole, picture_file, save, wait_for
+
+SCHEMA = 1
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+ALONE = Shard()
+Progress = Callable[[str, float], None]
+
+
+def evaluate(
+    model: str | Path,
+    name: str,
+    out: str | Path,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    reference: str | Path | None = None,
+    captions: str | Path | None = None,
+    engine: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    shard: Shard = ALONE,
+    patience: float = 600.0,
+    progress: Progress = lambda stage, fraction: None,
+) -> dict[str, Any] | None:
+    """Make the pictures of a protocol and measure them.
+
+    Args:
+        model: a diffusers pipeline folder, a hub id, `digits`, `digits/NAME`, or a bundle.
+        name: id of the protocol, a key of `protocols.PROTOCOLS`.
+        out: folder for `run.json`, `pictures/` and the result. Pictures that are there are not made again.
+        sampler, steps, guidance: instead of the protocol's; they become a part of the id of every figure.
+        limit: this many pictures, the first ones, instead of all; so does this.
+        batch: pictures at once; it does not change the pictures (beyond rounding).
+        reference: folder of real pictures, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
+        captions: a .csv with a heading and a column of captions, or a .txt with one to a line.
+        engine, options: what runs a bundle, and its options; `dtype` overrides the protocol's.
+        shard: which pictures this process makes. Rank 0 also waits for the others' and measures.
+        patience: how many seconds rank 0 waits for the next picture of another process.
+        progress: called as (stage, fraction of the stage).
+
+    Returns:
+        The result, as it was written to `result.json` (or, with a limit, `result-N-images.json`); None for ranks
+        other than 0, which only make pictures.
+
+    Raises:
+        UserError: for a request that cannot be met, before any work where that can be known.
+    """
+    out, options = Path(out), dict(options or {})
+    chosen = protocol(name)
+    count = _count(chosen, limit)
+    if batch is not None and batch < 1:
+        raise UserError(f"batch = {batch} makes no sense", "use a whole number of at least 1")
+    prompts, wanted = _prompts(chosen, captions, count)
+    real: list[Path] | metrics.Statistics = []
+    if shard.rank == 0:
+        metrics.require(chosen.metrics)
+        real = _reference(chosen, reference)
+    progress("opening the model", 0.0)
+    opened = generators.open_model(model)
+    if opened.kind == "bundle":
+        engine = choose(engine, opened.origin.component("unet"))  # now, so that the record says which one `auto` was
+    usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
+    used = overridden(usual, sampler, steps, guidance)
+    # Given on the command line, then the protocol's; a bundle computes in its own unless it is told otherwise.
+    dtype = options.get("dtype") or (chosen.dtype if opened.kind == "pipeline" else None) or opened.dtype
+    if opened.kind == "pipeline":
+        options["dtype"] = dtype
+    size = chosen.size
+    changes = sampling_changes(usual, used)
+    if dtype != (chosen.dtype or opened.dtype):
+        changes["dtype"] = dtype
+    if count != chosen.images:
+        changes["images"] = count
+    if isinstance(real, list) and real and len(real) != chosen.reference_images:
+        changes["reference"] = len(real)
+    settings = _settings(chosen, opened, used, dtype, size, engine, options, _digest_of_prompts(chosen, captions))
+    claim(out, settings)
+
+    started = time.perf_counter()
+    load = partial(generators.load, opened, used, size, engine, options, shard.local_rank)
+    made, ran_on = _make(chosen, settings, load, shard, prompts, out, batch or chosen.batch, progress)
+    making = time.perf_counter() - started
+    if shard.rank:
+        return None
+    files = wait_for(
+        out, count, chosen.format, shard.world, patience,
+        lambda there: progress(f"pictures of all processes: {there} of {count}", there / count),
+    )
+    started = time.perf_counter()
+    full = full_id(chosen.id, changes)
+    figures = [figure | {"protocol": full} for figure in _figures(chosen, files, prompts, wanted, real, progress)]
+    result = {
+        "schema": SCHEMA,
+        "protocol": full,
+        "title": chosen.title,
+        "figures": figures,
+        "images": count,
+        "sampling": used.as_dict() | {"dtype": dtype, "size": size, "seed": chosen.seed},
+        "model": {"name": opened.name, "kind": opened.kind, "digest": opened.digest},
+        "engine": _engine(opened, engine),
+        "ran_on": ran_on,
+        "prompts_digest": digest_of(list(prompts)),
+        "reference": _described(chosen, real, reference),
+        "pictures": PICTURES,
+        "seconds": {"pictures": round(making, 3), "metrics": round(time.perf_counter() - started, 3)},
+        "pictures_made": made,
+        "processes": shard.world,
+        "versions": {package: _version(package) for package in metrics.packages(chosen.metrics)},
+        "machine": machine().as_dict(),
+    }
+    write_json(out / result_name(chosen, count), result)
+    return result
+
+
+def result_name(chosen: Protocol, count: int) -> str:
+    """A smaller trial does not take the place of the whole result."""
+    return "result.json" if count == chosen.images else f"result-{count}-images.json"
+
+
+def _count(chosen: Protocol, limit: int | None) -> int:
+    if limit is None:
+        return chosen.images
+    if not 2 <= limit <= chosen.images:
+        raise UserError(f"limit = {limit} makes no sense", f"{chosen.id} has {chosen.images} pictures: use 2 to that")
+    return limit
+
+
+def _settings(
+    chosen: Protocol, opened: generators.Model, used: Sampling, dtype: str, size: int, engine: str,
+    options: Mapping[str, Any], prompts_digest: str,
+) -> dict[str, Any]:  # fmt: skip
+    """All that decides what a picture looks like, and nothing else: not how many there are, nor who makes them."""
+    return {
+        "schema": SCHEMA, "protocol": chosen.id, "model": opened.name, "model_digest": opened.digest,
+        **used.as_dict(), "dtype": dtype, "size": size, "seed": chosen.seed, "format": chosen.format,
+        "engine": _engine(opened, engine),
+        "provider": options.get("provider"), "prompts_digest": prompts_digest,
+    }  # fmt: skip
+
+
+def _engine(opened: generators.Model, engine: str) -> str:
+    return engine if opened.kind == "bundle" else "diffusers"
+
+
+# ------------------------------------------------------------------------------------------------ prompts and reference
+
+
+def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple[list[str], list[int]]:
+    """The prompts, and the digits they ask for where that is what they ask for."""
+    if chosen.prompts == "digits":
+        if captions is not None:
+            raise UserError(f"{chosen.id} has prompts of its own", "leave --captions out")
+        pairs = digits.prompt_set(digits.HELD_OUT_PER_DIGIT)[:count]
+        return [text for text, _ in pairs], [digit for _, digit in pairs]
+    if captions is None:
+        raise UserError(
+            f"{chosen.id} needs {chosen.images} captions", f"--captions FILE: {chosen.captions_source}"
+        )
+    found = read_captions(Path(captions))
+    if len(found) < count:
+        raise UserError(
+            f"{captions} has {len(found)} captions, and {chosen.id} needs {count}",
+            f"get all of them ({chosen.captions_source}), or measure fewer pictures: --limit {len(found)}",
+        )
+    return found[:count], []
+
+
+def read_captions(path: Path) -> list[str]:
+    """The captions of a .csv (a heading, then rows; the column called caption, text or prompt, else the second one) or
+    of a .txt (one to a line).
+
+    Raises:
+        UserError: when the file cannot be read, or a caption is empty, naming its line.
+    """
+    fix = "give a .csv with a heading and a column of captions, or a .txt with one caption to a line"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}", fix) from None
+    if path.suffix.lower() == ".txt":
+        numbered = list(enumerate(text.splitlines(), 1))
+    else:
+        reader = csv.reader(text.splitlines(keepends=True))
+        heading = [cell.strip().lower() for cell in next(reader, [])]
+        column = next((heading.index(name) for name in CAPTION_COLUMNS if name in heading), 1)
+        if len(heading) <= column:
+            raise UserError(f"{path} has no column of captions", fix)
+        numbered = [(reader.line_num, row[column] if column < len(row) else "") for row in reader if row]
+    for number, caption in numbered:
+        if not caption.strip():
+            raise UserError(f"{path}, line {number}: the caption is empty", "remove the line or put a caption there")
+    return [caption.strip() for _, caption in numbered]
+
+
+def _digest_of_prompts(chosen: Protocol, captions: str | Path | None) -> str:
+    """Of the file, not of the prompts used: pictures stay good when more of them are asked for."""
+    return sha256(Path(captions)) if captions is not None else digest_of(digits.prompt_set(digits.HELD_OUT_PER_DIGIT))
+
+
+def _reference(chosen: Protocol, reference: str | Path | None) -> list[Path] | metrics.Statistics:
+    """The real pictures, or their statistics; nothing for a protocol that brings its own."""
+    if not chosen.reference_images:
+        if reference is not None:
+            raise UserError(f"{chosen.id} has real pictures of its own", "leave --reference out")
+        digits.raw()  # now, and not after the pictures are made, if scikit-learn is missing
+        return []
+    if reference is None:
+        raise UserError(f"{chosen.id} needs real pictures", f"--reference FOLDER: {chosen.reference_source}")
+    path = Path(reference)
+    if path.suffix == ".npz" and path.is_file():
+        return _statistics(chosen, path)
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}", f"--reference FOLDER: {chosen.reference_source}")
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+    if len(found) < 2:
+        raise UserError(f"{path} holds {len(found)} pictures", f"--reference FOLDER: {chosen.reference_source}")
+    return found
+
+
+def _statistics(chosen: Protocol, path: Path) -> metrics.Statistics:
+    """Mean `mu` [2048] and covariance `sigma` [2048, 2048] of real pictures' features, as pytorch-fid saves them."""
+    if any(metric.extractor != "pytorch-fid" for metric in chosen.metrics if metric.kind == "frechet"):
+        raise UserError(f"{path}: {chosen.id} takes real pictures, not their statistics", "--reference FOLDER")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no statistics: {error}", "make it with pytorch-fid's --save-stats") from None
+    if mean.shape != (2048,) or covariance.shape != (2048, 2048):
+        raise UserError(
+            f"{path}: mu {mean.shape} and sigma {covariance.shape} are not of 2,048 features",
+            "make it with pytorch-fid's --save-stats",
+        )
+    return mean, covariance
+
+
+def _described(chosen: Protocol, real: list[Path] | metrics.Statistics, reference: str | Path | None) -> dict[str, Any]:
+    if not chosen.reference_images:
+        return {"kind": "held-out digits of scikit-learn", "images": 10 * digits.HELD_OUT_PER_DIGIT}
+    if isinstance(real, tuple):
+        return {"kind": "statistics", "sha256": sha256(Path(reference))}
+    return {"kind": "pictures", "images": len(real), "names_digest": digest_of([path.name for path in real])}
+
+
+# ------------------------------------------------------------------------------------------------ pictures and figures
+
+
+def _make(
+    chosen: Protocol, settings: Mapping[str, Any], load: Callable[[], tuple[generators.Maker, str]], shard: Shard,
+    prompts: Sequence[str], out: Path, batch: int, progress: Progress,
+) -> tuple[int, str | None]:  # fmt: skip
+    """Make the pictures of this shard that are not there; how many that were, and what ran the model, if it ran."""
+    own = shard.indices(len(prompts))
+    progress("looking for pictures that are there", 0.0)
+    todo = [index for index in own if not is_whole(picture_file(out, index, chosen.format), chosen.size)]
+    if not todo:
+        return 0, None
+    progress("loading the model", 0.0)
+    make, ran_on = load()
+    for start in range(0, len(todo), batch):
+        done = len(own) - len(todo) + start
+        progress(f"pictures: {done} of {len(own)}", done / len(own))
+        part = todo[start : start + batch]
+        images = make([prompts[index] for index in part], [chosen.seed + index for index in part])
+        confirm(out, settings)
+        for index, image in zip(part, images, strict=True):
+            save(image, picture_file(out, index, chosen.format), chosen.format)
+    progress(f"pictures: {len(own)} of {len(own)}", 1.0)
+    return len(todo), ran_on
+
+
+def _figures(
+    chosen: Protocol, files: Sequence[Path], prompts: Sequence[str], wanted: Sequence[int],
+    real: list[Path] | metrics.Statistics, progress: Progress,
+) -> list[dict[str, Any]]:  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for metric in chosen.metrics:
+        progress(f"measuring: {metric.name}", 0.0)
+        if metric.kind == "digits":
+            found += digit_figures(files, wanted)
+            continue
+        device = generators.torch_device(None, 0)
+        share = _stage(progress, f"measuring: {metric.name}")
+        found.append({"name": metric.name} | metrics.measure(metric, files, prompts, real, device, share))
+    for figure in found:
+        if not math.isfinite(figure["value"]):
+            raise UserError(f"{figure['name']} is {figure['value']}", "look at the pictures; use more of them")
+    return found
+
+
+def _stage(progress: Progress, stage: str) -> Callable[[float], None]:
+    return lambda fraction: progress(stage, fraction)
+
+
+def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """Prompt accuracy, and the Frechet distance to the held-out real digits with its floor.
+
+    The floor is what as many real training images of the same digits get.
+    """
+    classifier = digits_quality.load_classifier()
+    pixels = np.stack([np.asarray(metrics.read_picture(path).convert("RGB")) for path in files])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    labels = torch.tensor(wanted)
+    quality = digits_quality.judge(images, labels, classifier)
+    real, of = digits.dataset("train")
+    per_digit = torch.bincount(labels, minlength=10).tolist()
+    rows = torch.cat([torch.nonzero(of == digit)[:many, 0] for digit, many in enumerate(per_digit)])
+    held_out = digits_quality.real_features(classifier, "held-out")
+    floor = metrics.frechet_distance(digits_quality.features(classifier, real[rows]), held_out)
+    return [
+        {"name": "prompt accuracy", "value": quality["prompt_accuracy"]},
+        {"name": "Frechet distance", "value": quality["frechet_distance"], "floor": floor},
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,279 @@
+"""How a figure of quality is measured, as data. A Frechet distance or a CLIP score without its protocol says nothing.
+
+A protocol fixes the prompts, the sampler, the noise, the storage format, the way pictures are resized, the real
+pictures and the weights of every metric. What is changed by hand becomes a part of its name, which is printed with
+every figure: `digits[steps=4,guidance=0]`. Figures of two protocols are never comparable: BK-SDM and DMD2 both report
+"FID on COCO 30K" and differ in the resizing, the cropping, the storage format and the network that sees the pictures.
+
+Sources: BK-SDM (Kim et al. 2023, arXiv 2305.15798, and its published evaluation scripts), DMD2 (Yin et al. 2024,
+arXiv 2405.14867, and its published evaluation scripts).
+
+In every protocol picture i starts from the random numbers of seed `seed + i`, whatever process or batch makes it. The
+published runs do not work so: BK-SDM draws from one generator for the whole run, DMD2 seeds each batch. By BK-SDM's own
+table of batch sizes, this alone moves the FID by about 0.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from accel.errors import UserError
+from accel.sampling.samplers import SAMPLERS
+
+# PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with; only pipeline folders run it.
+SAMPLER_NAMES = ("pndm", *SAMPLERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a picture is drawn: sampler, `steps` or its `timesteps` (high noise first), guidance scale (0: none)."""
+
+    sampler: str
+    guidance: float
+    steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.timesteps) if self.timesteps is not None else self.steps
+
+    def as_dict(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        return found | {"timesteps": None if self.timesteps is None else list(self.timesteps)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to a picture before a network sees it: crop, resize, save as JPEG and read again; in this order.
+
+    Attributes:
+        crop: "centre" for the largest square around the centre, or the side in pixels of a square around the centre;
+            None for the whole picture.
+        size: side of the square that the picture is resized to, whatever its aspect; None to keep its size.
+        filter: a filter of PIL, "bicubic" or "lanczos".
+        jpeg: whether it goes through a JPEG file of PIL's default quality (75).
+    """
+
+    crop: str | int | None = None
+    size: int | None = None
+    filter: str = "bicubic"
+    jpeg: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure: what it is called, the adapter in `metrics.py` that makes it, and what that is given.
+
+    Attributes:
+        name: as it is printed.
+        kind: "frechet", "inception_score", "clip_score" or "digits".
+        extractor: the network: a key of `metrics.EXTRACTORS`, or the open_clip weights.
+        prepare: applied to generated and real pictures alike.
+        prefix: what every caption is given in front (CLIP score).
+    """
+
+    name: str
+    kind: str
+    extractor: str = ""
+    prepare: Preparation = Preparation()
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way of measuring.
+
+    Attributes:
+        id: its name.
+        title: what it is, in a line.
+        images: how many pictures, one to a prompt.
+        prompts: "digits" for the built-in ones, "captions" for a file that the user gives.
+        sampling: how pictures are drawn.
+        own_sampling: whether the constants that a model carries along (`sampler.json`, or a bundle's) come first.
+        dtype: that the networks compute in; None for the model's own.
+        size: height and width in pixels.
+        seed: picture i is drawn from seed + i.
+        batch: pictures at once, if nothing else is asked for; it does not change the pictures.
+        format: "png" or "jpeg" (PIL's default quality): how pictures are stored.
+        metrics: what is measured.
+        reference_images: how many real pictures there have to be; 0 where none are needed from the user.
+        captions_source, reference_source: where the field gets the captions and the real pictures.
+    """
+
+    id: str
+    title: str
+    images: int
+    prompts: str
+    sampling: Sampling
+    own_sampling: bool
+    size: int
+    dtype: str | None = None
+    seed: int = 0
+    batch: int = 1
+    format: str = "png"
+    metrics: tuple[Metric, ...] = ()
+    reference_images: int = 0
+    captions_source: str = ""
+    reference_source: str = ""
+
+
+DIGITS = Protocol(
+    id="digits",
+    title="500 digits, judged by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
+    images=500, prompts="digits", sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0), own_sampling=True,
+    size=64, batch=50, metrics=(Metric(name="digits", kind="digits"),),
+)  # fmt: skip
+
+_VAL2014 = "the 40,504 pictures of COCO val2014: http://images.cocodataset.org/zips/val2014.zip"
+
+# BK-SDM saves 512 px as .jpg, reads that, resizes with PIL's default filter (bicubic), the aspect of the real pictures
+# not kept, and saves as .jpg again: so all of its figures are of pictures that were JPEG twice. The two JPEG qualities
+# are PIL's default. CLIP sees the 256 px files as well.
+_SQUASHED = Preparation(size=256, filter="bicubic", jpeg=True)
+BK_SDM_COCO30K = Protocol(
+    id="bk-sdm-coco30k",
+    title="BK-SDM: 30,000 captions of COCO val2014, 512 px squashed to 256 and stored as JPEG; FID, IS, CLIP",
+    images=30_000, prompts="captions", sampling=Sampling(sampler="pndm", steps=25, guidance=7.5), own_sampling=False,
+    dtype="fp16", size=512, seed=1234, format="jpeg", reference_images=40_504,
+    metrics=(
+        Metric(name="FID", kind="frechet", extractor="pytorch-fid", prepare=_SQUASHED),
+        Metric(name="IS", kind="inception_score", extractor="torch-fidelity", prepare=_SQUASHED),
+        Metric(name="CLIP", kind="clip_score", extractor="laion2b_s34b_b88k", prepare=_SQUASHED),
+    ),
+    captions_source="mscoco_val2014_30k/metadata.csv, which scripts/get_mscoco_files.sh of Nota-NetsPresso/BK-SDM gets",
+    reference_source=f"{_VAL2014} (or real_im256.npz, its statistics, from the same script as the captions)",
+)  # fmt: skip
+
+# DMD2 prepares real pictures as it does generated ones, and keeps generated ones in memory: PNG changes nothing. It
+# cuts 8-bit values off where this program rounds them. Its own one-step SD1.5 model is run at t = 999; a
+# student says in its sampler.json how it is run. Which 10,000 captions and pictures SDXL is measured with is not
+# published: here the first 10,000 captions of the file, and whatever 10,000 pictures the user gives.
+_SQUARE_256 = Preparation(crop="centre", size=256, filter="lanczos")
+_CLIP_DMD2 = Metric(
+    name="CLIP", kind="clip_score", extractor="laion2b_s12b_b42k", prepare=_SQUARE_256, prefix="A photo depicts "
+)
+_CAPTIONS_DMD2 = "main/coco_eval/captions_coco14_test.txt of tianweiy/DMD2: 30,000 lines, one caption to a line"
+
+DMD2_SD15_COCO30K = Protocol(
+    id="dmd2-sd15-coco30k",
+    title="DMD2, SD1.5: 30,000 COCO captions, 512 px centre-cropped, LANCZOS to 256, clean-fid; CLIP with a prefix",
+    images=30_000, prompts="captions", sampling=Sampling(sampler="dmd2", timesteps=(999,), guidance=0.0),
+    own_sampling=True, dtype="fp32", size=512, seed=0, batch=10, reference_images=40_504,
+    metrics=(Metric(name="FID", kind="frechet", extractor="clean-fid", prepare=_SQUARE_256), _CLIP_DMD2),
+    captions_source=_CAPTIONS_DMD2, reference_source=_VAL2014,
+)  # fmt: skip
+
+DMD2_SDXL_COCO10K = Protocol(
+    id="dmd2-sdxl-coco10k",
+    title="DMD2, SDXL: 10,000 COCO captions, FID at 512, patch-FID of the middle 299 px, clean-fid; CLIP with a prefix",
+    images=10_000, prompts="captions", own_sampling=True,
+    sampling=Sampling(sampler="dmd2", timesteps=(999, 749, 499, 249), guidance=0.0),
+    dtype="fp32", size=1024, seed=0, batch=4, reference_images=10_000,
+    metrics=(
+        Metric(
+            name="FID", kind="frechet", extractor="clean-fid",
+            prepare=Preparation(crop="centre", size=512, filter="lanczos"),
+        ),
+        Metric(name="patch-FID", kind="frechet", extractor="clean-fid", prepare=Preparation(crop=299)),
+        _CLIP_DMD2,
+    ),
+    captions_source=_CAPTIONS_DMD2, reference_source="10,000 real COCO pictures",
+)  # fmt: skip
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+    {protocol.id: protocol for protocol in (DIGITS, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K)}
+)
+
+
+def protocol(name: str) -> Protocol:
+    """The protocol of that id.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"there is no protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def sampling_of(constants: Any, where: str) -> Sampling:
+    """The sampling constants of a model's `sampler.json`, or of a bundle, after a look at whether they make sense."""
+    fix = 'put it right, as in {"name": "dpmpp_2m", "steps": 25, "guidance": 3.0}, or with "timesteps" for "steps"'
+    if not isinstance(constants, Mapping):
+        raise UserError(f"{where} is no table", fix)
+    steps, timesteps = constants.get("steps"), constants.get("timesteps")
+    if timesteps is not None and not (
+        isinstance(timesteps, (list, tuple)) and timesteps and all(_is_number(t) and t >= 0 for t in timesteps)
+    ):
+        raise UserError(f"{where}: timesteps = {timesteps!r} makes no sense", fix)
+    if timesteps is None and not _is_count(steps):
+        raise UserError(f"{where}: steps = {steps!r} makes no sense", fix)
+    if constants.get("name") not in SAMPLER_NAMES:
+        raise UserError(f"{where}: unknown sampler {constants.get('name')!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
+    if not _is_guidance(constants.get("guidance")):
+        raise UserError(f"{where}: guidance = {constants.get('guidance')!r} makes no sense", fix)
+    return Sampling(
+        sampler=constants["name"], guidance=float(constants["guidance"]),
+        steps=steps if timesteps is None else None, timesteps=None if timesteps is None else tuple(timesteps),
+    )  # fmt: skip
+
+
+def overridden(
+    base: Sampling, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
+) -> Sampling:
+    """`base` with what was asked for in its place. Another sampler walks its own grid, in as many steps as before.
+
+    Raises:
+        UserError: for an unknown sampler, or numbers that make no sense.
+    """
+    if sampler is not None and sampler not in SAMPLER_NAMES:
+        raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
+    if steps is not None and not _is_count(steps):
+        raise UserError(f"steps = {steps!r} makes no sense", "use a whole number of at least 1")
+    if guidance is not None and not _is_guidance(guidance):
+        raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")
+    same_grid = (sampler or base.sampler) == base.sampler and steps in (None, base.count)
+    return Sampling(
+        sampler=sampler or base.sampler,
+        guidance=base.guidance if guidance is None else float(guidance),
+        steps=base.steps if same_grid else steps or base.count,
+        timesteps=base.timesteps if same_grid else None,
+    )
+
+
+def full_id(name: str, changes: Mapping[str, Any]) -> str:
+    """The id that is printed with a figure: `name`, and in brackets what differs from it."""
+    if not changes:
+        return name
+    shown = (f"{key}={value:g}" if isinstance(value, (int, float)) and abs(value) < 1e5 else f"{key}={value}"
+             for key, value in changes.items())  # fmt: skip
+    return f"{name}[{','.join(shown)}]"
+
+
+def sampling_changes(base: Sampling, used: Sampling) -> dict[str, Any]:
+    """What of `used` differs from `base`, by the names of the flags."""
+    changes: dict[str, Any] = {}
+    if used.sampler != base.sampler:
+        changes["sampler"] = used.sampler
+    if used.count != base.count:
+        changes["steps"] = used.count
+    if used.guidance != base.guidance:
+        changes["guidance"] = used.guidance
+    return changes
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_guidance(value: Any) -> bool:
+    return _is_number(value) and value >= 0

@@ -1,0 +1,299 @@
+"""DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
+
+A generator G learns to draw in a few steps what its teacher draws in many. Per sample, at a random t,
+
+    grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
+
+mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise what G draws, in
+several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's pictures
+from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from accel.errors import UserError
+
+from ..data import rng
+from ..data.encoders import Encoders
+from ..diffusion.denoising import clean
+from ..diffusion.process import few_steps
+from ..methods.kd import DTYPES
+from ..settings import DMD2 as Recipe
+from ..training.method import Network, Terms, Turn
+from ..training.monitors import Symptom
+from . import critic, shared_lora
+from .class_to_image import ClassEncoders, ClassToImage
+from .text_to_image import TextToImage
+
+SYMPTOMS = (
+    Symptom(
+        "generator/lag", 1.25,
+        "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
+        "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
+    ),
+    Symptom(
+        "critic/accuracy", 0.95,
+        "the discriminator tells every drawn picture from a real one, and the generator has no slope to follow",
+        "a smaller --discriminator-weight or --critic-learning-rate",
+    ),
+)  # fmt: skip
+
+
+class DMD2:
+    """The method: generator and critic learn in turns; the teacher is frozen.
+
+    Args:
+        recipe: its settings.
+        encoders: the frozen half of the generator's pipeline, which says what family it is of.
+    """
+
+    symptoms = SYMPTOMS
+
+    def __init__(self, recipe: Recipe, encoders: Encoders | ClassEncoders):
+        self.recipe, self.encoders = recipe, encoders
+        self.family = family = (ClassToImage if isinstance(encoders, ClassEncoders) else TextToImage)(recipe, encoders)
+        if recipe.real_guidance != 1 and not family.guides:
+            raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
+        self.process = family.process
+        self.timesteps = timesteps_of(recipe, self.process.levels)
+        self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
+        told = len(self.timesteps) if recipe.step_aware and family.guides else 1
+        self.critic = critic.Critic(fake, family, recipe.seed, told)
+        if not recipe.adversarial_weight:
+            self.critic.head.requires_grad_(False)
+        self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        self.networks = {
+            "generator": Network(self.generator, self.generator),
+            "critic": Network(self.critic, self.critic, averaged=False),
+        }
+        rate = recipe.critic_learning_rate or recipe.learning_rate
+        self.turns = (
+            Turn("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
+            Turn("critic", ("critic",), learning_rate=rate),
+        )
+        self._drawn: dict[int, torch.Tensor] = {}
+        self.dtype = torch.float32
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        chosen = self.recipe.teacher_dtype
+        if chosen != "auto" and chosen not in DTYPES:
+            raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
+        self.device, self.dtype = device, dtype
+        shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
+        for network in (self.generator, self.critic.network):
+            shared_lora.place(network, device, dtype)
+        self.family.ready()
+
+    # ---------------------------------------------------------------------------------------------------- the two turns
+
+    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+        first = batch["index"][0]
+        for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
+            parameter.requires_grad_(turn.name == "critic")
+        last = self.last(batch, step)
+        if turn.name == "generator":
+            x = self.draw(batch, last)
+            self._drawn[first] = x.detach()
+            return self.generator_turn(x, batch, last)
+        x = self._drawn.pop(first, None)
+        if x is None:
+            with torch.no_grad():
+                x = self.draw(batch, last)
+        return self.critic_turn(x, batch, last)
+
+    def last(self, batch: Mapping[str, Any], step: int) -> list[int]:
+        """At which of its steps G is trained, for each picture of a batch: all of them in turn, or one that all share.
+
+        Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
+        is fitted to the last one it met, and pushes what the other steps draw away from it.
+        """
+        count, rows = len(self.timesteps), len(batch["index"])
+        if self.recipe.mixed_steps and rows >= count:
+            return [index % count for index in batch["index"]]
+        return [int(rng.generator(self.recipe.seed, step, "steps").integers(count))] * rows
+
+    def generator_turn(
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
+    ) -> tuple[torch.Tensor, Terms]:
+        """Losses of x, which G's steps `last` drew."""
+        gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
+        terms = {"matching": matching_loss(x, gradient)}
+        total = self.recipe.matching_weight * terms["matching"]
+        if self.recipe.adversarial_weight:
+            t, eps = self.noise_level(batch, "fake", x, draw=2)
+            with self.autocast():
+                x_t = self.process.add_noise(x, eps, t)
+                logits = self.critic.logits(x_t, t, self.family.conditions(batch), last)
+            terms["adversarial"] = critic.generator_loss(logits)
+            total = total + self.recipe.adversarial_weight * terms["adversarial"]
+        return total, terms | diagnostics
+
+    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
+        t, eps = self.noise_level(batch, "critic", x)
+        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
+        fake = real = None
+        if self.recipe.adversarial_weight:
+            fake, real = (
+                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch), last)
+                for picture, (level, noise) in (
+                    (x, self.noise_level(batch, "fake", x)),
+                    (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
+                )
+            )
+        with self.autocast():
+            said, on_fake, on_real = self.networks["critic"].module(score, fake, real)
+        terms = {"denoising": self.process.denoising_loss(said, x, eps, t)}
+        total = terms["denoising"]
+        if on_fake is not None:
+            terms["discriminator"] = critic.discriminator_loss(on_fake, on_real)
+            total = total + self.recipe.discriminator_weight * terms["discriminator"]
+            right = torch.cat([on_fake < 0, on_real > 0]).float().mean()
+            terms["accuracy"] = right  # of the discriminator: 0.5 is guessing, 1 leaves the generator without a slope
+        return total, terms
+
+    # ---------------------------------------------------------------------------------------------------- the generator
+
+    def draw(self, batch: Mapping[str, Any], last: list[int]) -> torch.Tensor:
+        """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
+
+        Args:
+            last: the step of each picture's last call.
+        """
+        noise = self.normal(batch, "noise")
+        if not self.recipe.backward_simulation:
+            return self.draw_from_real(batch, last, noise)
+        z, drawn = self.process.start(noise, self.at(0, noise)), {}
+        for number in range(max(last) + 1):
+            for row, x in self.generate(z, number, batch, [row for row, step in enumerate(last) if step == number]):
+                drawn[row] = x
+            later = [row for row, step in enumerate(last) if step > number]
+            if later:
+                with torch.no_grad():
+                    made = dict(self.generate(z, number, batch, later))
+                x = torch.stack([made.get(row, noise[row]) for row in range(len(z))])
+                z = self.process.add_noise(x, self.normal(batch, "renoise", number), self.at(number + 1, x))
+        return torch.stack([drawn[row] for row in range(len(z))])
+
+    def draw_from_real(self, batch: Mapping[str, Any], last: list[int], noise: torch.Tensor) -> torch.Tensor:
+        """As `draw`, but G's last call sees noised real pictures, as it never does when it draws."""
+        real, drawn = clean(batch, self.recipe.seed), {}
+        for number in sorted(set(last)):
+            at = self.at(number, noise)
+            z = self.process.add_noise(real, noise, at) if number else self.process.start(noise, at)
+            drawn |= dict(self.generate(z, number, batch, [row for row, step in enumerate(last) if step == number]))
+        return torch.stack([drawn[row] for row in range(len(noise))])
+
+    def generate(self, z: torch.Tensor, number: int, batch: Mapping[str, Any], rows: list[int]) -> Any:
+        """Step `number` for some pictures of the batch: (row, G's x_0 of it) of each."""
+        if not rows:
+            return ()
+        chosen = torch.tensor(rows, device=z.device)
+        x_t = z[chosen]
+        t = self.at(number, x_t)
+        conditions = self.family.rows(self.family.conditions(batch), chosen)
+        with self.autocast():
+            said = self.family.call(self.networks["generator"].module, x_t, t, conditions)
+        return zip(rows, self.process.x0(said, x_t, t).float(), strict=True)
+
+    # ----------------------------------------------------------------------------------------------------- the gradient
+
+    @torch.no_grad()
+    def matching_gradient(
+        self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
+    ) -> tuple[torch.Tensor, Terms]:
+        """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
+        count = self.process.levels
+        low, high = int(self.recipe.low * count), int(self.recipe.high * count)
+        t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
+        x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
+        with self.autocast():
+            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch), last), x_t, t)
+        real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
+        gradient = matching_gradient(x, real, fake)
+        error = (x - fake).abs().mean() / (x - real).abs().mean()
+        # Above 1 the fake score knows G's pictures less well than the teacher does: it lags, and the gradient is noise.
+        return gradient.float(), {"gradient": gradient.abs().mean(), "lag": error}
+
+    def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
+        if self.recipe.offload_teacher:
+            self.teacher.to(self.device)
+        dtype = shared_lora.dtype_of(self.teacher)
+        conditions = self.family.conditions(batch)
+
+        def call(given: Any) -> torch.Tensor:
+            seen, said_of = self.family.cast(x_t, given, dtype)
+            return self.family.call(self.teacher, seen, t, said_of).double()
+
+        said = call(conditions)
+        if self.recipe.real_guidance != 1:
+            without = call(self.family.unconditional(conditions))
+            said = without + self.recipe.real_guidance * (said - without)
+        if self.recipe.offload_teacher:
+            self.teacher.to("cpu")
+        return said
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    def normal(self, batch: Mapping[str, Any], stream: str, draw: int = 0) -> torch.Tensor:
+        like = batch["latent_mean"]
+        return rng.normal(self.recipe.seed, batch["index"], stream, tuple(like.shape[1:]), draw).to(like.device)
+
+    def noise_level(self, batch: Mapping[str, Any], stream: str, like: torch.Tensor, draw: int = 0):
+        """A timestep of all [b] and noise of the shape of `like`."""
+        t = rng.integers(self.recipe.seed, batch["index"], stream, 0, self.process.levels, draw)
+        return t.to(like.device), self.normal(batch, stream, draw + 1)
+
+    def at(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(like),), self.timesteps[number], device=like.device)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def samples(self) -> Any:
+        return self.family.samples(self.generator, self.timesteps)
+
+    def save(self, folder: Path) -> None:
+        self.family.save(folder, self.generator, self.timesteps)
+
+
+def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Equation 3 of DMD2 with the normalisation of DMD (arXiv 2311.18828, equation 8), float64 [b, c, h, w]."""
+    scale = (x.double() - real.double()).abs().flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
+    return (fake.double() - real.double()) / scale
+
+
+def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient by x is `gradient` / x.numel(): half the squared distance to x - gradient, held fixed."""
+    return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
+
+
+def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
+    """The student's timesteps, falling.
+
+    Raises:
+        UserError: for steps or timesteps that cannot be.
+    """
+    if recipe.timesteps:
+        try:
+            given = tuple(int(text) for text in recipe.timesteps.split(","))
+        except ValueError:
+            raise UserError(f"timesteps {recipe.timesteps!r} are not numbers", "--timesteps 999,749,499,249") from None
+    else:
+        if not 1 <= recipe.few_steps <= training_steps:
+            raise UserError(f"a student of {recipe.few_steps} steps cannot be", "--few-steps 1, 2, 4 or 8")
+        given = tuple(few_steps(recipe.few_steps, training_steps))
+    if list(given) != sorted(set(given), reverse=True) or not 0 <= given[-1] <= given[0] < training_steps:
+        raise UserError(
+            f"timesteps {','.join(map(str, given))} do not fall within 0 to {training_steps - 1}",
+            "--timesteps 999,749,499,249",
+        )
+    return given
+

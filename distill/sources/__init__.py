@@ -1,0 +1,1 @@
+"""Where training images come from: folders, webdataset shards, Hugging Face datasets, digits."""

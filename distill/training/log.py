@@ -1,0 +1,54 @@
+"""What a run leaves to read: a line of figures per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..settings import Recipe
+
+
+class Log:
+    """A JSON line per step in `losses.jsonl`, and the trackers. On resume, lines after the checkpoint are dropped."""
+
+    def __init__(self, run: Path, first: int, accelerator: Any, recipe: Recipe):
+        self.accelerator, self.path = accelerator, run / "losses.jsonl"
+        self.began = time.perf_counter()
+        if accelerator.is_main_process:
+            lines = self.path.read_text().splitlines() if first and self.path.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= first]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        if accelerator.log_with:
+            plain = {name: value for name, value in vars(recipe).items() if isinstance(value, (int, float, str, bool))}
+            accelerator.init_trackers("accel", config=plain)
+
+    def __enter__(self) -> Log:
+        self.file = self.path.open("a") if self.accelerator.is_main_process else None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.file:
+            self.file.close()
+        for tracker in self.accelerator.trackers if self.accelerator.log_with else ():
+            tracker.finish()
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        if self.file:
+            seconds = round(time.perf_counter() - self.began, 3)
+            # JSON has no infinity, which is the gradient's norm where float16 overflows.
+            plain = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self.file.write(json.dumps({"step": step, **plain, "seconds": seconds}) + "\n")
+            self.file.flush()
+        if self.accelerator.log_with:
+            self.accelerator.log(dict(figures), step=step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut in half

@@ -1,0 +1,376 @@
+"""The training loop, on accelerate: one process or many, exact resume, logs, sample grids.
+
+What learns and how is a `methods.Method`; what is random depends on the seed and the example's index (`draws`); so
+this file knows neither losses nor data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from accel._version import __version__
+from accel.errors import MissingPackage, UserError
+
+from ..data.encoders import Encoders, encoded
+from ..few_step.shared_lora import Adapted, refused_sharding
+from ..settings import Recipe
+from . import checkpoints
+from .log import Log
+from .method import Method, Network, Turn
+from .monitors import Watch
+from .stop import Stop
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps done, whether it was stopped before the last, and the mean seconds of a step."""
+
+    steps: int
+    stopped: bool
+    seconds_per_step: float
+
+
+def accelerator_for(recipe: Recipe, run: Path) -> Any:
+    """accelerate's `Accelerator` as the launcher and the recipe say (DDP, FSDP2, mixed precision, trackers)."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    names = [name for name in recipe.log.split(",") if name not in ("none", "")]
+    if recipe.log == "auto":
+        names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"unknown log {name!r}", f"one of: auto, none, {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(name, f"--log {name}", extra="train" if name == "tensorboard" else None)
+    # accelerate keeps one state per process; a second run in it may well have another precision.
+    if AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision) != recipe.mixed_precision:
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
+    except ValueError as error:
+        raise UserError(f"--mixed-precision {recipe.mixed_precision} is not possible here: {error}", "use no") from None
+
+
+def train(
+    method: Method, recipe: Recipe, encoders: Encoders, batches: Any, run: Path, *, accelerator: Any,
+    console: Console | None = None,
+) -> Outcome:
+    """Train to `recipe.steps`, going on from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        method: what learns; its networks are replaced by their prepared forms, and hold the averaged weights at the end
+            where the recipe averages.
+        recipe: the settings.
+        encoders: for batches that come as pixels and captions.
+        batches: (first step) -> iterator over micro-batches, see `examples.loader`.
+        run: folder of checkpoints, logs and samples.
+
+    Raises:
+        UserError: when a loss is not finite (the step and the batch are named; the last checkpoint is intact), or the
+            run folder belongs to other settings.
+    """
+    console = console or Console(stderr=True)
+    loop = Loop(method, recipe, encoders, run, accelerator, console)
+    return loop.run_all(batches)
+
+
+class Loop:
+    """The state of one run: prepared networks, optimizers, averages, and where it is."""
+
+    def __init__(
+        self, method: Method, recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, console: Console
+    ):
+        self.method, self.recipe, self.encoders, self.run = method, recipe, encoders, run
+        self.accelerator, self.console = accelerator, console
+        run.mkdir(parents=True, exist_ok=True)
+        dtype = PRECISIONS[recipe.mixed_precision]
+        encoders.device = accelerator.device
+        method.place(accelerator.device, dtype)
+        for network in method.networks.values():
+            _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
+        self.optimizers = {
+            turn.name: _optimizer(
+                recipe, _parameters(method.networks[name] for name in turn.networks), turn.learning_rate
+            )
+            for turn in method.turns
+        }
+        self.prepare()
+        self.schedulers = {
+            turn.name: _schedule(recipe, self.optimizers[turn.name].optimizer, turn) for turn in method.turns
+        }
+        self.averages = self.make_averages()
+        self.kept = {
+            "settings": checkpoints.settings(recipe, accelerator.num_processes),
+            "turns": {turn.name: list(turn.networks) for turn in method.turns},
+            "accel": __version__, "torch": torch.__version__,
+        }  # fmt: skip
+
+    def prepare(self) -> None:
+        """Hand networks and optimizers to accelerate: with FSDP2 it takes one network at a time, with its optimizer."""
+        from accelerate.utils import DistributedType
+
+        sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
+        if sharded and any(
+            isinstance(part, Adapted) for network in self.method.networks.values() for part in network.model.modules()
+        ):
+            raise refused_sharding()
+        for turn in self.method.turns:
+            networks = [self.method.networks[name] for name in turn.networks]
+            if sharded and len(networks) > 1:
+                raise UserError(
+                    f"FSDP takes one network per optimizer, this run trains {' and '.join(turn.networks)} together",
+                    "launch without FSDP, or train one of them",
+                )
+            modules = [network.module for network in networks]
+            *prepared, self.optimizers[turn.name] = self.accelerator.prepare(*modules, self.optimizers[turn.name])
+            for network, module in zip(networks, prepared, strict=True):
+                network.module = module
+
+    def make_averages(self) -> dict[str, Any]:
+        from diffusers.training_utils import EMAModel
+
+        if not self.recipe.ema:
+            return {}
+        return {
+            name: EMAModel(_parameters([network]), decay=self.recipe.ema)
+            for name, network in self.method.networks.items()
+            if network.averaged
+        }
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, by the argument names of `checkpoints`."""
+        return dict(
+            networks=self.method.networks,
+            averages={name: average.shadow_params for name, average in self.averages.items()},
+            optimizers={turn: optimizer.optimizer for turn, optimizer in self.optimizers.items()},
+            schedulers=self.schedulers, kept=self.kept, accelerator=self.accelerator,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def run_all(self, batches: Any) -> Outcome:
+        first = self.resume()
+        log = Log(self.run, first, self.accelerator, self.recipe)
+        stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "symptoms", ()))
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[terms]}"),
+        )  # fmt: skip
+        shown = self.accelerator.is_main_process
+        began, step, kept = time.perf_counter(), first, first
+        with stop, log, Progress(*columns, console=self.console, disable=not shown) as bar:
+            task = bar.add_task("training", total=self.recipe.steps, completed=first, terms="")
+            with contextlib.closing(batches(first)) as stream:
+                while step < self.recipe.steps and not stop.asked():
+                    figures = self.one_step(step, stream)
+                    step += 1
+                    log.write(step, figures)
+                    bar.update(task, completed=step, terms=_short(figures))
+                    for text in watch.see(figures) if shown else ():
+                        self.console.print(text, soft_wrap=True, highlight=False)
+                    if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
+                        self.checkpoint(step)
+                        kept = step
+                    if self.recipe.sample_every and (
+                        step % self.recipe.sample_every == 0 or step == self.recipe.steps
+                    ):
+                        self.sample(step)
+            stopped = step < self.recipe.steps
+            if stopped and step > kept:
+                self.checkpoint(step)
+        if not stopped:
+            self.use_averages()
+        return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
+
+    def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
+        """Every turn that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms.
+
+        Where float16 overflows, the scaler skips the update and the step counts all the same: the schedules depend on
+        the number of the step alone.
+        """
+        micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
+        figures: dict[str, float] = {}
+        for turn in self.method.turns:
+            if not turn.due(step):
+                continue
+            optimizer, networks = self.optimizers[turn.name], [self.method.networks[name] for name in turn.networks]
+            sums: dict[str, torch.Tensor] = {}
+            for number, batch in enumerate(micro):
+                last = number + 1 == len(micro)
+                with contextlib.ExitStack() as stack:
+                    if not last:
+                        for network in networks:
+                            stack.enter_context(self.accelerator.no_sync(network.module))
+                    loss, terms = self.method.loss(turn, batch, step)
+                    self.accelerator.backward(loss / len(micro))
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float() / len(micro)
+            values = self.reduced(sums)
+            if not all(math.isfinite(value) for value in values.values()):
+                raise self.not_finite("loss", step, turn.name, values, micro)
+            norm = self.accelerator.clip_grad_norm_(_parameters(networks), self.recipe.max_grad_norm)
+            values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
+            scaler = self.accelerator.scaler
+            # A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint.
+            if not math.isfinite(values["grad_norm"]) and (scaler is None or scaler.get_scale() < 1):
+                raise self.not_finite("gradient", step, turn.name, values, micro)
+            values["lr"] = self.schedulers[turn.name].get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.schedulers[turn.name].step()
+            for name in turn.networks:
+                if name in self.averages:
+                    self.averages[name].step(_parameters([self.method.networks[name]]))
+            prefix = f"{turn.name}/" if len(self.method.turns) > 1 else ""
+            figures |= {prefix + name: value for name, value in values.items()}
+        return figures
+
+    def reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in sums.values()])
+        mean = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="mean")
+        return dict(zip(sums, mean.tolist(), strict=True))
+
+    def not_finite(
+        self, what: str, step: int, turn: str, values: Mapping[str, float], micro: Sequence[Mapping]
+    ) -> UserError:
+        from accelerate.utils import gather_object
+
+        names = gather_object([name for batch in micro for name in batch["name"]])
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        newest = checkpoints.all_of(self.run)
+        last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return UserError(
+            f"the {what} of turn {turn} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
+            "look at these pictures; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
+        )
+
+    # --------------------------------------------------------------------------------------------- checkpoints, samples
+
+    def resume(self) -> int:
+        found = checkpoints.all_of(self.run)
+        if not found:
+            return 0
+        step = checkpoints.read(found[-1], **self.state)
+        if step > self.recipe.steps:
+            raise UserError(
+                f"the run in {self.run} is at step {step} already, {self.recipe.steps} are asked for",
+                f"--steps {step}, another --run folder, or delete the checkpoints beyond step {self.recipe.steps}",
+            )
+        for name, average in self.averages.items():
+            average.optimization_step = sum(turn.count(step) for turn in self.method.turns if name in turn.networks)
+        self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
+        return step
+
+    def checkpoint(self, step: int) -> None:
+        path = checkpoints.write(self.run, step, keep=self.recipe.keep, **self.state)
+        if self.accelerator.is_main_process:
+            self.console.print(f"step {step}: checkpoint {path}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the networks hold their averages."""
+        for name, average in self.averages.items():
+            average.store(_parameters([self.method.networks[name]]))
+        self.use_averages()
+        try:
+            yield
+        finally:
+            for name, average in self.averages.items():
+                average.restore(_parameters([self.method.networks[name]]))
+
+    def use_averages(self) -> None:
+        for name, average in self.averages.items():
+            average.copy_to(_parameters([self.method.networks[name]]))
+
+    def shards(self) -> list[Any]:
+        """FSDP2's units; none without it."""
+        from torch.distributed.fsdp import FSDPModule
+
+        modules = (module for network in self.method.networks.values() for module in network.module.modules())
+        return [module for module in modules if isinstance(module, FSDPModule)]
+
+    def unshard(self) -> None:
+        """Every process holds the whole networks, until they are sharded again: so that parts of them can be called."""
+        for unit in self.shards():
+            unit.unshard()
+
+    def sample(self, step: int) -> None:
+        with self.averaged(), self.accelerator.autocast():
+            self.unshard()
+            picture = self.method.samples()
+            for unit in self.shards():
+                unit.reshard()
+        if self.accelerator.is_main_process:
+            path = self.run / "samples" / f"step-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _parameters(networks: Any) -> list[torch.nn.Parameter]:
+    return [value for network in networks for value in network.model.parameters() if value.requires_grad]
+
+
+def _configure(network: Network, recipe: Recipe, device: torch.device, *, half: bool) -> None:
+    from .attention import set_attention
+
+    core = network.core
+    if hasattr(core, "set_attn_processor"):
+        set_attention(core, recipe.attention, device=device, half=half)
+    if recipe.gradient_checkpointing:
+        enable = getattr(core, "enable_gradient_checkpointing", None) or getattr(
+            core, "gradient_checkpointing_enable", None
+        )
+        if enable is None:
+            raise UserError(f"{type(network.model).__name__} has no gradient checkpointing", "leave the option out")
+        enable()
+    if recipe.compile:
+        network.module.compile()
+
+
+def _optimizer(
+    recipe: Recipe, parameters: list[torch.nn.Parameter], learning_rate: float | None
+) -> torch.optim.Optimizer:
+    options = dict(
+        lr=learning_rate or recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+        eps=recipe.epsilon,
+    )  # fmt: skip
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
+
+
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, turn: Turn) -> Any:
+    """Learning rate over optimizer steps. It counts a run's steps, not those of all processes together."""
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=recipe.warmup // turn.every, num_training_steps=turn.count(recipe.steps)
+    )
+
+
+def _short(figures: Mapping[str, float]) -> str:
+    shown = [name for name in figures if not name.endswith(("grad_norm", "lr"))]
+    return " ".join(f"{name} {figures[name]:.4f}" for name in shown[:6])

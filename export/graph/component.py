@@ -1,0 +1,154 @@
+"""One network into a bundle: weights, graph, and the proof that the graph is the network."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel.bundle import Component
+from accel.bundle.shape_profiles import Range
+from accel.int8 import packed
+from accel.models import networks
+from accel.models.networks import Network
+
+from . import check, precision, trace, uint8
+from .fp16_reference import SummedInFloat32
+
+Step = Callable[[str, int], None]
+Feeds = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a network answers in float32 before anything is done to it, and the dtypes that follow from that.
+
+    Attributes:
+        batches: inputs to check with.
+        outputs: what the float32 network answers to them.
+        chosen: dtypes.
+    """
+
+    batches: Sequence[Feeds]
+    outputs: Sequence[Sequence[torch.Tensor]]
+    chosen: precision.Plan
+
+
+def truth(
+    network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float
+) -> Truth:
+    """Run a network at the ends of its profile, and plan its dtypes.
+
+    Args:
+        limits: range of each symbolic dimension.
+        recipe: fp32 or fp16.
+        family, scaling_factor: of the pipeline.
+    """
+    feeds = [_as_decoded(own, scaling_factor) for own in batches(network, limits)]
+    outputs, peaks = precision.scan(network.module, feeds)
+    # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
+    asked = family == "sdxl" and network.kind.startswith("vae_") and network.module.model.config.get("force_upcast")
+    return Truth(feeds, outputs, precision.plan(network, recipe, peaks, float32_asked=bool(asked)))
+
+
+def write(
+    network: Network, known: Truth, limits: Mapping[str, Range], folder: Path, *, opset: int, step: Step,
+    layers: Mapping[str, Any] | None = None,
+) -> Component:
+    """Write weights and graph of a network whose config lies in `folder` already, and check them.
+
+    Args:
+        network: its weights are consumed on the way, so that there is never a second copy of them in memory.
+        known: what the float32 network answers, and the dtypes to write.
+        limits: range of each symbolic dimension.
+        layers: {name: traits} of the layers that are packed in int8 (`accel.int8.packed`).
+
+    Raises:
+        UserError: when the graph differs from torch by more than the gate.
+    """
+    name, kind, chosen = network.name, network.kind, known.chosen
+    inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
+    parameters = precision.save_weights(network.module.model, folder / trace.WEIGHTS, chosen)
+    del network
+    gc.collect()
+    module = networks.rebuild(kind, folder / "config.json", folder / trace.WEIGHTS, inputs, outputs, layers)
+    networks.keep_float32(module.model, chosen.float32, chosen.wide)
+    network = Network(name, kind, module, inputs, outputs)
+
+    step("tracing", 1)
+    trace.export_graph(network, limits, folder, opset=opset)
+    operators = check.structure(folder / trace.GRAPH)
+
+    step("checking against torch", 2)
+    low = [_cast(feeds, inputs) for feeds in known.batches]
+    expected = [[t.numpy() for t in run] for run in known.outputs]
+    graphs = {folder / trace.GRAPH: _run(module, low)}
+    if layers:
+        graphs[uint8.derive(folder)] = _with_outputs(module, low)
+    del module, network
+    gc.collect()
+    step("checking against torch", 3)
+    parity: dict[str, Any] = {}
+    for graph, own in graphs.items():
+        exported = [[a.astype("float32") for a in run] for run in check.run_onnx(graph, low)]
+        # Where everything stayed float32 there is no rounding to allow for.
+        found = check.gate(
+            name, "int8" if layers else chosen.dtype, check.worst(exported, expected), check.worst(own, expected)
+        )
+        parity |= found if graph.name == trace.GRAPH else {graph.name: found}
+    return Component(
+        name=name,
+        kind=kind,
+        graph=f"{folder.name}/{trace.GRAPH}",
+        weights=f"{folder.name}/{trace.WEIGHTS}",
+        inputs=inputs,
+        outputs=outputs,
+        dims=limits,
+        dtype=chosen.dtype,
+        float32=chosen.float32,
+        wide=chosen.wide,
+        parameters=parameters,
+        parity=parity
+        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in known.batches]}
+        | {"operators": operators, "precision_reason": chosen.reason},
+    )
+
+
+def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, torch.Tensor]]:
+    """Random inputs to check with, at two sizes within the profile: the smallest, and one that differs in every
+    free dimension. Height and width of one tensor pair grow by different steps, so that swapped axes cannot hide."""
+
+    def sizes(steps: Mapping[str, int]) -> dict[str, int]:
+        result = {}
+        for dim, limit in limits.items():
+            grow = next((n for side, n in steps.items() if side in dim), 0)
+            result[dim] = min(limit.max, limit.min + grow * limit.multiple)
+        return result
+
+    chosen = [sizes({}), sizes({"height": 1, "width": 2, "batch": 1, "images": 1})]
+    return [trace.example(network.inputs, own, seed=seed) for seed, own in enumerate(chosen)]
+
+
+def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[str, torch.Tensor]:
+    """Noise as loud as what a VAE decoder is fed: latents have unit variance before the scaling factor is undone."""
+    if "latent_sample" in feeds:
+        feeds["latent_sample"] = feeds["latent_sample"] / scaling_factor
+    return feeds
+
+
+def _run(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
+    with torch.no_grad(), SummedInFloat32():
+        return [[t.float().numpy() for t in module(**own)] for own in feeds]
+
+
+def _with_outputs(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
+    packed.set_outputs(module, True)
+    return _run(module, feeds)
+
+
+def _cast(feeds: Feeds, specs) -> dict[str, torch.Tensor]:
+    return {spec.name: feeds[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}

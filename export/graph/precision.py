@@ -1,0 +1,162 @@
+"""Precision as a property of the graph: which dtype the weights are stored and computed in, and what stays float32.
+
+Strongly typed engines (TensorRT 11, and 10 in that mode) have no precision flags, so an fp16 model is an fp16 ONNX
+graph. Not everything survives fp16, so the choice is made here, with reasons that end up in the manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from accel.bundle.tensor_spec import TensorSpec
+from accel.errors import UserError
+from accel.models.networks import Network
+
+from . import fp32_fallback
+from .fp32_fallback import Peak
+
+PRECISIONS = ("fp32", "fp16")
+# Made from a float32 bundle by `quantize`: int8 with the rest in float32 or float16; auto: where it pays.
+INT8 = {"int8": "float32", "int8-fp16": "float16", "auto": "float32"}
+
+# float16 ends at 65,504. Activations of unseen prompts are larger than those of a scan; leave a factor of four.
+FP16_SAFE = 65504.0 / 4
+
+# Embeddings of time and size feed every block and cost nothing: rounding them is all loss.
+ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dtype of a network, the modules that stay float32 (`wide`: with their outputs), and why."""
+
+    dtype: str
+    float32: tuple[str, ...] = ()
+    reason: str = ""
+    wide: tuple[str, ...] = ()
+
+
+def scan(
+    module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> tuple[list[tuple], dict[str, Peak]]:
+    """Run a network in float32 and note the largest magnitude that each inner module takes in and gives out.
+
+    Returns:
+        The outputs of every batch, and {module name: peaks}.
+    """
+    peaks: dict[str, Peak] = {}
+
+    def note(name: str):
+        def hook(_module, args, kwargs, output):
+            old = peaks.get(name, Peak())
+            taken = max([old.taken, *map(_magnitude, (*args, *kwargs.values()))], key=_loudness)
+            peaks[name] = Peak(taken, max(old.given, _magnitude(output), key=_loudness))
+
+        return hook
+
+    handles = [
+        part.register_forward_hook(note(name), with_kwargs=True) for name, part in module.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            outputs = [module(**feeds) for feeds in batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, peaks
+
+
+def _magnitude(value: object) -> float:
+    if torch.is_tensor(value) and value.is_floating_point() and value.numel():
+        return value.detach().abs().max().item()
+    return 0.0
+
+
+def _loudness(peak: float) -> float:
+    """For comparing: NaN counts as the largest."""
+    return peak if peak == peak else float("inf")
+
+
+def check_name(precision: str) -> None:
+    if precision not in (*PRECISIONS, *INT8):
+        raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
+
+
+def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> Plan:
+    """Decide dtypes from the recipe's name and what `scan` saw.
+
+    Args:
+        float32_asked: the model's own config wants float32 (`force_upcast` of SDXL's original VAE). Then the scan's
+            islands have to justify anything lower; weights that were fixed for float16 come with a config that says so.
+    """
+    check_name(precision)
+    if precision == "fp32":
+        return Plan("float32")
+    loud = {name: peak.given for name, peak in peaks.items() if not peak.given < FP16_SAFE}
+    reason = ""
+    if loud:
+        name, peak = max(loud.items(), key=lambda item: _loudness(item[1]))
+        reason = f"activations reach {peak:.3g} in {name.removeprefix('model.')}, too close to float16's 65,504"
+    if loud and network.kind.startswith("vae_"):
+        inner = {name.removeprefix("model."): peak for name, peak in peaks.items() if name.startswith("model.")}
+        found = fp32_fallback.find(network.module.model, inner, FP16_SAFE)
+        if found:
+            return Plan("float16", found.float32, reason, found.wide)
+    if loud:
+        return Plan("float32", reason=reason)
+    if float32_asked:
+        return Plan(
+            "float32",
+            reason="its config asks for float32 (force_upcast); weights fixed for float16 come with it switched off",
+        )
+    names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
+    kept = tuple(name for name in ALWAYS_FLOAT32 if name in names)
+    return Plan("float16", kept, "embeddings of time and size cost nothing in float32" if kept else "")
+
+
+def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, ...]:
+    """The same tensors with floating-point activations in another dtype."""
+    return tuple(
+        replace(spec, dtype=dtype) if spec.is_activation else spec for spec in specs
+    )
+
+
+def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
+    """Store the weights of a network in the dtypes of its plan; the model's own tensors are consumed on the way.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        UserError: when a weight is NaN or infinite (before or after rounding), naming it.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    state = model.state_dict()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)  # `state` is now the only holder, so each original goes as its copy comes
+    for name, tensor in state.items():
+        stays = any(name.startswith(f"{part}.") for part in chosen.float32)
+        dtype = torch.float32 if stays else getattr(torch, chosen.dtype)
+        stored = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        if stored.is_floating_point() and not torch.isfinite(stored).all():
+            broken = not torch.isfinite(tensor).all()
+            raise UserError(
+                f"weight {name} {'is not finite (NaN or infinity)' if broken else f'does not fit {chosen.dtype}'}",
+                "the checkpoint is broken: train or download it again" if broken else "--precision fp32",
+            )
+        state[name] = stored
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # it hides the errno in its text
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from None
+    return parameters

@@ -1,0 +1,230 @@
+"""One network to one ONNX graph whose weights stay in the safetensors file beside it.
+
+The graph is traced with `torch.onnx.export(dynamo=True)`. Its initializers keep the state dict's own names, shapes and
+bytes, and are stored as ONNX external data that points into `model.safetensors`: one copy of the weights serves torch
+and every ONNX engine, files stay small above protobuf's 2 GB limit, and a LoRA or refit finds weights by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer
+
+from accel.bundle.shape_profiles import Range
+from accel.bundle.tensor_spec import TensorSpec
+from accel.errors import UserError
+from accel.models.networks import Network
+
+GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
+DEFAULT_OPSET = 20
+OPSETS = range(18, 25)
+
+_TORCH_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32")}
+
+
+def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, opset: int = DEFAULT_OPSET) -> None:
+    """Write `folder/model.onnx` for a network whose weights already lie in `folder/model.safetensors`.
+
+    Args:
+        network: the network, holding the same weights as the file.
+        dims: range of every symbolic dimension; a fixed one becomes a constant in the graph.
+        opset: ONNX opset, 18 to 24. 20 suits every engine; 23 and up emit GroupNormalization and Attention nodes.
+
+    Raises:
+        UserError: for an opset out of range.
+    """
+    check_opset(opset)
+    program = _trace(network, dims, opset)
+    model = program.model
+    _add_masks(model)
+    _simplify(model, set(network.module.state_dict()))
+    _name_weights(model, prefix="model.")
+    _name_tensors(model, network, dims)
+    _point_into(model, folder / WEIGHTS)
+    ir.save(model, folder / GRAPH)
+
+
+def check_opset(opset: int) -> None:
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def example(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs for given sizes of the symbolic dimensions: N(0, 1) floats, token ids, a timestep."""
+    generator = torch.Generator().manual_seed(seed)
+    feeds = {}
+    for spec in specs:
+        shape, dtype = spec.concrete(sizes), _TORCH_DTYPES[spec.dtype]
+        if spec.name == "timestep":
+            feeds[spec.name] = torch.randint(1, 999, shape, generator=generator).to(dtype)
+        elif spec.name == "time_ids":
+            feeds[spec.name] = torch.randint(0, 1024, shape, generator=generator).to(dtype)
+        elif spec.name == "input_ids":
+            feeds[spec.name] = torch.randint(0, 256, shape, generator=generator).to(dtype)
+        else:
+            feeds[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+    return feeds
+
+
+def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onnx.ONNXProgram:
+    used = {dim for spec in network.inputs for dim in spec.shape if isinstance(dim, str)}
+    # torch.export specialises sizes 0 and 1, and merges dimensions that share a size, so the example has neither.
+    sizes = {dim: dims[dim].min if dims[dim].fixed else _tracing_size(dim, dims[dim]) for dim in used}
+    feeds = example(network.inputs, sizes)
+    symbols = _symbols(used, dims)
+    shapes = {
+        spec.name: {axis: symbols[dim] for axis, dim in enumerate(spec.shape) if dim in symbols} or None
+        for spec in network.inputs
+    }
+    with warnings.catch_warnings(), _quiet("torch.onnx", "torch.export", "onnxscript", "torch.fx"):
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(
+            network.module.eval(), (), feeds, dynamic_shapes=shapes if symbols else None, strict=False
+        )
+        return torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in network.inputs],
+            output_names=[spec.name for spec in network.outputs],
+            optimize=False,
+            verbose=False,
+        )
+
+
+def _tracing_size(dim: str, limits: Range) -> int:
+    steps = {"batch": 2, "images": 2, "latent_height": 2, "height": 2}.get(dim.rstrip("_248"), 3)
+    return max(steps * limits.multiple, limits.min)
+
+
+def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
+    """torch.export dimensions: sides are multiples of one unit, so that halving and doubling stay exact."""
+    symbols: dict[str, object] = {}
+    for dim in sorted(used):
+        if dims[dim].fixed:
+            continue
+        base, _, stride = dim.rpartition("_")
+        root = base if stride.isdigit() else dim
+        root = f"latent_{dim}" if f"latent_{dim}" in used else root  # a picture beside its latents
+        unit = dims[root].multiple
+        symbol = torch.export.Dim(f"{root}_unit", min=1, max=max(2, dims[root].max // unit))
+        multiple = dims[dim].multiple
+        symbols[dim] = symbol if multiple == 1 else multiple * symbol
+    return symbols
+
+
+def _add_masks(model: ir.Model) -> None:
+    """Attention masks that say yes or no become numbers to add to the scores, the only masks that TensorRT takes.
+
+    What is hidden gets the type's lowest finite number, as in transformers' own masks: zero after the softmax, and no
+    infinity enters the graph.
+    """
+    made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in list(model.graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        if mask is None or mask.dtype != ir.DataType.BOOL:
+            continue
+        dtype = node.inputs[0].dtype
+        if (mask, dtype) not in made:
+            lowest = torch.finfo(getattr(torch, dtype.name.lower())).min
+            shown, hidden = (ir.node("Constant", [], {"value": ir.tensor(x, dtype)}) for x in (0.0, lowest))
+            chosen = ir.node("Where", [mask, shown.outputs[0], hidden.outputs[0]])
+            model.graph.insert_before(node, [shown, hidden, chosen])
+            made[mask, dtype] = chosen.outputs[0]
+        node.replace_input_with(3, made[mask, dtype])
+
+
+def _simplify(model: ir.Model, weights: set[str]) -> None:
+    """Fold shape arithmetic, merge repeats, drop what is unused; never touch a weight, never leave torch's traces."""
+
+    def may_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=8192, output_size_limit=512 * 512, should_fold=may_fold
+    )
+    for transform in (
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.LiftConstantsToInitializersPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        transform(model)
+
+
+def _name_weights(model: ir.Model, prefix: str) -> None:
+    """Give initializers the names of the inner model's state dict (the wrapper's prefix goes)."""
+    for name in [name for name in model.graph.initializers if name.startswith(prefix)]:
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix(prefix)
+        if value.const_value is not None:
+            value.const_value.name = value.name
+        model.graph.initializers[value.name] = value
+
+
+def _name_tensors(model: ir.Model, network: Network, dims: Mapping[str, Range]) -> None:
+    """Write our dimension names into the graph's inputs and outputs; inner shapes are for engines to infer."""
+    for values, specs in ((model.graph.inputs, network.inputs), (model.graph.outputs, network.outputs)):
+        assert [value.name for value in values] == [spec.name for spec in specs]
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = ir.Shape(
+                [dims[d].min if isinstance(d, str) and dims[d].fixed else d for d in spec.shape]
+            )
+            value.metadata_props.clear()  # torch.export's own notes; what the passes clear is the nodes'
+    borders = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if id(value) not in borders:
+                value.shape, value.type = None, None
+
+
+def _point_into(model: ir.Model, weights: Path) -> None:
+    """Turn every initializer that is stored in the safetensors file into external data at its offset there."""
+    header, start = safetensors_header(weights)
+    for name, value in model.graph.initializers.items():
+        if name not in header:
+            continue
+        entry, tensor = header[name], value.const_value
+        begin, end = entry["data_offsets"]
+        assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - begin, f"{name} differs from the file"
+        value.const_value = ir.ExternalTensor(
+            weights.name, start + begin, end - begin, tensor.dtype,
+            shape=tensor.shape, name=name, base_dir=weights.parent,
+        )
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The header of a safetensors file and the byte at which its data starts (format: 8-byte length, JSON, data)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+class _quiet:
+    """Silence the exporters' progress and warnings; their errors are exceptions."""
+
+    def __init__(self, *loggers: str):
+        self.loggers = [logging.getLogger(name) for name in loggers]
+
+    def __enter__(self) -> None:
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,168 @@
+"""Which layers of an int8 graph an engine really runs in int8, read off the engine's own optimised graph.
+
+Every fusion that int8 depends on can fail without a word, and the model then runs, in float, slower than before. So the
+engine is asked: ONNX Runtime for the graph it saved after optimisation, OpenVINO for its runtime model, TensorRT's
+inspector for the layers of the plan.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from accel.bundle import Bundle, Component
+from accel.bundle.graph_file import graph_file
+from accel.engines import fitting_plan, load_engine, status
+from accel.engines.onnxruntime import OFF_FOR_INT8
+from accel.errors import UserError
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+EXPECTED = 0.95  # share of the quantised layers that must run in int8
+
+_CONV, _LINEAR, _PRODUCT = "conv", "linear", "product"
+_INT8 = {
+    "QLinearConv": _CONV, "ConvInteger": _CONV,
+    "MatMulIntegerToFloat": _LINEAR, "QLinearMatMul": _LINEAR, "QGemm": _LINEAR, "DynamicQuantizeMatMul": _LINEAR,
+}  # fmt: skip
+_FLOAT = {
+    "Conv": _CONV, "FusedConv": _CONV, "NhwcFusedConv": _CONV,
+    "MatMul": _LINEAR, "FusedMatMul": _LINEAR, "Gemm": _LINEAR, "FusedGemm": _LINEAR,
+}  # fmt: skip
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
+Found = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
+
+
+def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
+    """Count the layers with weights, and the products of attention, that an engine runs in int8 and in float.
+
+    Returns:
+        {"int8": {"conv": n, "linear": n, "product": n}, "float": {...}, "layers": how many were quantised, "share": of
+        these run in int8, of the kind that does worst; "graph": file, "ok": whether it is at least `EXPECTED`}.
+
+    Raises:
+        UserError: for an engine that cannot be audited, or cannot run here; for TensorRT without a plan.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
+    if not (state := status(engine)).ok:
+        raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
+    read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
+    graph = onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
+    int8, floats = read(bundle, component, graph)
+    # By kind: three attentions of a hundred layers may be half of the time. (With the begin-of-text token apart, one
+    # layer is two products: only the integer one reads what was quantised.)
+    wanted = Counter(_quantised(graph).values())
+    share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
+    return {
+        "int8": dict(int8), "float": dict(floats), "layers": len(component.int8["layers"]), "share": round(share, 4),
+        "graph": component.graph_for(engine), "ok": share >= EXPECTED,
+    }  # fmt: skip
+
+
+def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory(prefix="accel-audit-") as folder:
+        saved = Path(folder) / "optimised.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(saved)
+        # Weights go to a file of their own: a graph above protobuf's 2 GB could not be saved.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        ort.InferenceSession(
+            str(graph_file(bundle, component, "onnxruntime")), options, providers=["CPUExecutionProvider"],
+            disabled_optimizers=OFF_FOR_INT8,
+        )  # fmt: skip
+        model = onnx.load(str(saved), load_external_data=False)
+    return _count(model.graph, _products(graph))  # nodes keep their names
+
+
+def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()) -> Found:
+    """Layers with weights, and these products, in int8 (by their operator, or by name) and in float."""
+    constant = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
+        if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
+            constant.update(node.output)
+    int8, floats = Counter(), Counter()
+    for node in graph.node:
+        if node.name in products:
+            (int8 if node.op_type in _INT8 or node.name in int8_nodes else floats)[_PRODUCT] += 1
+        elif node.op_type in _INT8:
+            int8[_INT8[node.op_type]] += 1
+        elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
+            (int8 if node.name in int8_nodes else floats)[_FLOAT[node.op_type]] += 1
+    return int8, floats
+
+
+def _quantised(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: kind} of what multiplies a dequantised activation by dequantised weights, or a product's two sides."""
+    rounded = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    read = {node.output[0]: node.input[0] in rounded for node in graph.node if node.op_type == "DequantizeLinear"}
+    return {
+        node.name: _CONV if node.op_type == "Conv" else _PRODUCT if read[node.input[1]] else _LINEAR
+        for node in graph.node
+        if node.op_type in ("Conv", "MatMul") and read.get(node.input[0]) and node.input[1] in read
+    }  # fmt: skip
+
+
+def _products(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: the last product of its attention} of the products of two dequantised activations.
+
+    Scores q k^T go through a softmax into another product; weights times v are the last one themselves.
+    """
+    nodes = {node.name: node for node in graph.node}
+    reader = {tensor: node for node in graph.node for tensor in node.input}
+    found = {}
+    for name in (name for name, kind in _quantised(graph).items() if kind == _PRODUCT):
+        end = nodes[name]
+        while (after := reader.get(end.output[0])) and after.op_type in ("Softmax", *_PAIR):
+            end = after
+        found[name] = after.name if end.name != name and after.op_type == "MatMul" else name
+    return found
+
+
+def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
+    engine = load_engine(bundle, component.name, "openvino", verify=False)
+    kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
+    int8, floats, holding = Counter(), Counter(), {}
+    for node in engine.model.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if kind := kinds.get(_text(info, "layerType")):
+            # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
+            (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
+        low = [port.get_source_output().get_element_type().size == 1 for port in node.inputs()]
+        holding |= dict.fromkeys(_text(info, "originalLayersNames").split(","), low)
+    for name, end in _products(graph).items():
+        # One kernel may hold the whole attention, of queries, keys and values; out of the cache it has the last
+        # product's name alone, and the precision that it states is that of the queries.
+        low = holding.get(name) or holding.get(end) or [False]
+        sides = low[2:3] if len(low) > 2 and name == end else low[:2]
+        (int8 if all(sides) else floats)[_PRODUCT] += 1
+    engine.close()
+    return int8, floats
+
+
+def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
+    """TensorRT fuses layers, so those of the plan cannot be counted: each tells which nodes of the graph it holds."""
+    plan = fitting_plan(bundle, component.name)
+    if plan is None:
+        raise UserError(
+            f"{component.name} has no TensorRT plan that fits here", f"accel build {bundle.path} --components "
+            f"{component.name}"
+        )  # fmt: skip
+    found = plan.record["audit"]
+    if found["heavy"].get("int8") and not found.get("int8_nodes"):
+        raise UserError(
+            f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
+        )
+    return _count(graph, _products(graph), set(found.get("int8_nodes", ())))
+
+
+def _text(info: Any, key: str) -> str:
+    value = info[key] if key in info else ""
+    return value if isinstance(value, str) else str(getattr(value, "value", value))

@@ -1,0 +1,1 @@
+"""Build TensorRT engine files of a bundle and audit them."""

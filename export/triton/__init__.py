@@ -1,0 +1,1 @@
+"""A model repository of a bundle for NVIDIA Triton Inference Server."""

@@ -1,0 +1,208 @@
+"""A bundle as a model repository of NVIDIA Triton Inference Server, for those who outgrow one machine.
+
+    OUT/accel.json                                     the manifest, for the client
+    OUT/<component>/config.pbtxt  1/model.onnx (+ model.safetensors) or 1/model.plan
+
+Requests of different clients go through in one batch (dynamic batching). For that a UNet on ONNX Runtime gets one
+timestep for each row, because clients are at different steps; a plan has the one timestep that it was built with, so
+there the batch is the client's own, and concurrency comes from instances.
+
+Triton's TensorRT backend deserialises a plan and runs it (triton-inference-server/tensorrt_backend, src/loader.cc). It
+never refits, so a plan without weights cannot be served; and it runs the runtime inside a version-compatible plan only
+when it is started with the option that says so.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from accel.bundle import MANIFEST, Bundle, Component
+from accel.bundle.graph_file import graph_file
+from accel.bundle.shape_profiles import Range
+from accel.bundle.tensor_spec import TensorSpec
+from accel.errors import UserError
+from accel.files import new_folder
+from accel.trt.engine_files import Plan, rebuild
+from accel.trt.preflight import Verdict, choose
+
+from .row_timesteps import with_row_timesteps
+
+BACKENDS = ("onnxruntime", "tensorrt")
+_HOST_CODE = "--backend-config=tensorrt,version-compatible=true"
+_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
+          "int32": "TYPE_INT32"}  # fmt: skip
+
+
+class Word(str):
+    """A word of the text format that is not quoted: an enum's member."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a repository is to be served.
+
+    Attributes:
+        backend: "onnxruntime" or "tensorrt" (needs plans, and a server with their TensorRT and their GPU).
+        instances: copies of each model per device.
+        kind: "gpu" or "cpu".
+        queue_microseconds: how long a request may wait for others to share its batch.
+    """
+
+    backend: str = "onnxruntime"
+    instances: int = 1
+    kind: str = "gpu"
+    queue_microseconds: int = 2000
+
+    def check(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UserError(f"unknown backend {self.backend!r}", f"one of: {', '.join(BACKENDS)}")
+        if self.kind not in ("gpu", "cpu") or (self.kind, self.backend) == ("cpu", "tensorrt"):
+            raise UserError(f"{self.backend} does not run on {self.kind!r}", "use gpu, or onnxruntime on cpu")
+        if self.instances < 1 or self.queue_microseconds < 0:
+            raise UserError(f"{self.instances} instances, {self.queue_microseconds} us", "at least 1, and not below 0")
+
+
+def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, overwrite: bool = False) -> str:
+    """Write the repository; it appears only when it is whole.
+
+    Returns:
+        The command that serves it.
+
+    Raises:
+        UserError: where the backend is TensorRT, for a bundle without plans that it can load; for changed files.
+    """
+    serving = serving or Serving()
+    serving.check()
+    bundle.verify()
+    command = ["tritonserver", "--model-repository", str(out)]
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
+        for component in bundle.manifest.components.values():
+            version = folder / component.name / "1"
+            version.mkdir(parents=True)
+            plan = None
+            if serving.backend == "tensorrt":
+                # The server's machine need not be this one.
+                plan, data = choose(bundle, component.name, None, refuse=lambda plan: _unservable(bundle, plan))
+                (version / "model.plan").write_bytes(data)
+                if plan.identity["options"]["version_compatible"] and _HOST_CODE not in command:
+                    command.append(_HOST_CODE)
+            else:
+                component = _graph(bundle, component, version / "model.onnx")
+                shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
+            text = text_format(config(component, serving, plan))
+            (folder / component.name / "config.pbtxt").write_text(text)
+    return shlex.join(command)
+
+
+def _unservable(bundle: Bundle, plan: Plan) -> Verdict | None:
+    if not plan.identity["options"]["strip_plan"]:
+        return None
+    reason = "it was built without weights (--strip-plan), and Triton's TensorRT backend never fills any in"
+    return Verdict(False, reason, rebuild(bundle, plan.component))
+
+
+def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
+    """Write the graph as it is served; returns the component with the inputs that it has there."""
+    model = onnx.load(str(graph_file(bundle, component, "onnxruntime")), load_external_data=False)
+    rows = with_row_timesteps(model)
+    to.write_bytes((rows or model).SerializeToString())
+    if rows is None:
+        return component
+    batch = component.inputs[0].shape[0]
+    return replace(component, inputs=tuple(
+        replace(spec, shape=(batch,)) if spec.name == "timestep" else spec for spec in component.inputs
+    ))  # fmt: skip
+
+
+def config(component: Component, serving: Serving, plan: Plan | None = None) -> dict[str, Any]:
+    """Triton's `ModelConfig` of a component, as data (the field names are its protobuf's)."""
+    dims = dict(component.dims)
+    profiles = plan.identity["profiles"] if plan else []
+    for name, ends in (profiles[0]["dims"] if profiles else {}).items():
+        dims[name] = Range(ends[0], ends[1], ends[2], dims[name].multiple)
+    batched = _batch(component, dims)
+    made: dict[str, Any] = {
+        "name": component.name,
+        "backend": serving.backend,
+        "default_model_filename": "model.plan" if plan else "model.onnx",
+        "max_batch_size": dims[batched].max if batched else 0,
+        "input": [_tensor(spec, component, bool(batched)) for spec in component.inputs],
+        "output": [_tensor(spec, component, bool(batched)) for spec in component.outputs],
+        "instance_group": [
+            {"count": serving.instances, "kind": Word(f"KIND_{serving.kind.upper()}")}
+            | ({"profile": ["0"]} if profiles else {})
+        ],
+        "model_warmup": [_warmup(component, dims, batched)],
+    }
+    if batched and dims[batched].max > 1:
+        preferred = sorted({dims[batched].opt, dims[batched].max} - {1})
+        made["dynamic_batching"] = {
+            "preferred_batch_size": preferred, "max_queue_delay_microseconds": serving.queue_microseconds
+        }
+    return made
+
+
+def _batch(component: Component, dims: Mapping[str, Range]) -> str | None:
+    """The dimension that Triton may batch over: the first of every input, free, and starting at one."""
+    first = {spec.shape[0] if spec.shape else None for spec in component.inputs}
+    name = first.pop() if len(first) == 1 else None
+    return name if isinstance(name, str) and not component.dims[name].fixed and dims[name].min == 1 else None
+
+
+def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, Any]:
+    free = lambda d: isinstance(d, str) and not component.dims[d].fixed  # noqa: E731
+    sizes = [-1 if free(d) else component.dims[d].min if isinstance(d, str) else d for d in spec.shape]
+    made: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype])}
+    sizes = sizes[1:] if batched else sizes
+    if not sizes:  # Triton has no scalars: the client sends [1], or [rows, 1]
+        return made | {"dims": [1], "reshape": {"shape": []}}
+    return made | {"dims": sizes}
+
+
+def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None) -> dict[str, Any]:
+    """One run at the shapes the model is best for, before the server says it is ready."""
+    sizes = {name: limits.opt for name, limits in dims.items()}
+    inputs = {}
+    for spec in component.inputs:
+        shape = list(spec.concrete(sizes))
+        inputs[spec.name] = {
+            "data_type": Word(_TYPES[spec.dtype]), "dims": (shape[1:] if batched else shape) or [1], "zero_data": True
+        }
+    return {"name": "ready", "batch_size": sizes[batched] if batched else 0, "inputs": inputs}
+
+
+def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
+    """Protobuf's text format of plain data: dicts are messages, lists repeat, `inputs` is a map."""
+    lines: list[str] = []
+    pad = "  " * indent
+    for name, value in data.items():
+        if name == "inputs":
+            for key, entry in value.items():
+                lines += [f"{pad}inputs {{", f'{pad}  key: "{key}"', f"{pad}  value {{"]
+                lines += [text_format(entry, indent + 2).rstrip("\n"), f"{pad}  }}", f"{pad}}}"]
+            continue
+        for item in _items(value):
+            if isinstance(item, Mapping):
+                inner = text_format(item, indent + 1).rstrip("\n")
+                lines += [f"{pad}{name} {{", *([inner] if inner else []), f"{pad}}}"]
+            else:
+                lines.append(f"{pad}{name}: {_scalar(item)}")
+    return "\n".join(lines) + "\n"
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) and not isinstance(value, Word) else str(value)

@@ -1,0 +1,358 @@
+"""The benchmark: the same work for all, honest gaps, one document."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from accel import bench
+from accel.bench import document as documents
+from accel.bench import facts, quality, report, timing, variants, work
+from accel.bench import probe as probing
+from accel.bundle import Bundle
+from accel.commands import bench as command
+from accel.engines.base import Status
+from accel.errors import UserError
+from accel.pipeline import load as load_pipeline
+
+measuring = importlib.import_module("accel.bench.measure")  # the package's own `measure` is the function
+QUICK = bench.Settings(rounds=1, memory=False, steps=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_second_of_matrices(monkeypatch):
+    monkeypatch.setattr(facts, "_PEAK_SECONDS", 0.01)
+
+
+_EAGER = {}
+
+
+def loader(broken: dict[str, Exception]):
+    """Eager's arithmetic under every name, loaded once, so that failures cost no compilation."""
+
+    def load(bundle, variant):
+        if variant.name in broken:
+            raise broken[variant.name]
+        if bundle.path not in _EAGER:
+            _EAGER[bundle.path] = load_pipeline(bundle, "eager", verify=False)
+        return _EAGER[bundle.path]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def result(smallest_bundle):
+    """eager and onnxruntime measured for real; compile fails as it does without a compiler."""
+    chosen = [bench.parse("eager"), bench.parse("onnxruntime"), bench.parse("compile", asked=False)]
+
+    def load(bundle, variant):
+        if variant.engine == "compile":
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nlong trace")
+        return variants.load(bundle, variant)
+
+    settings = bench.Settings(rounds=5, memory=False, steps=2, batch=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facts, "_PEAK_SECONDS", 0.01)
+        return bench.measure(smallest_bundle, chosen, settings, command="accel bench smallest", load=load)
+
+
+@pytest.fixture(scope="module")
+def saved(result) -> dict:
+    """As it is read back from a file; json refuses NaN and Infinity here."""
+    return json.loads(json.dumps(result.document.as_dict(), allow_nan=False))
+
+
+def row(document: dict, name: str) -> dict:
+    return next(row for row in document["rows"] if row["variant"] == name)
+
+
+def printed(document: dict) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    report.show(document, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("eager", "eager", {"dtype": "fp32"}),
+        ("eager:fp32", "eager", {"dtype": "fp32"}),
+        ("compile:bf16:cpu", "compile:bf16:cpu", {"dtype": "bf16", "device": "cpu"}),
+        ("onnxruntime:cuda", "onnxruntime:cuda", {"provider": "cuda"}),
+        ("openvino:gpu", "openvino:gpu", {"dtype": "fp32", "device": "GPU"}),
+    ],
+)
+def test_variant_names(text, name, options):
+    variant = bench.parse(text)
+    assert (variant.name, variant.options) == (name, options)
+
+
+@pytest.mark.parametrize("text", ["warp", "eager:int4", "onnxruntime:bf16", "openvino:cuda", "eager,eager:fp32", " , "])
+def test_wrong_variants_are_refused(text):
+    with pytest.raises(UserError) as error:
+        bench.chosen(text)
+    assert error.value.fix
+
+
+def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monkeypatch, smallest_bundle):
+    monkeypatch.setattr(variants, "status", lambda name: Status(name != "openvino", "openvino is not installed", "pip"))
+    with pytest.raises(UserError, match="not installed"):
+        bench.chosen("eager,openvino")
+    chosen = [bench.parse("eager"), bench.parse("openvino", asked=False)]
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=loader({}))
+    assert row(found.document.as_dict(), "openvino")["reason"] == "openvino is not installed"
+    assert found.failed == ()
+
+
+def test_dtypes_without_instructions_are_left_out_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(variants, "_has_gpu", lambda: False)
+    monkeypatch.setattr(variants, "machine", lambda: argparse.Namespace(isa=("avx2",)))
+    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", asked=False))
+    assert variants.unable(bench.parse("eager:bf16")) == ""
+    assert variants.unable(bench.parse("eager", asked=False)) == ""
+
+
+def test_rounds_are_interleaved_and_rotate():
+    order, samples = [], {"s": {"a": [], "b": [], "c": []}}
+    calls = {"s": {name: lambda name=name: order.append(name) for name in "abc"}}
+    timing.interleave(calls, samples, rounds=3, lead_in={"s": False}, failed=lambda *_: None)
+    assert order == list("abc" "bca" "cab")
+    assert {len(values) for values in samples["s"].values()} == {3}
+
+
+def test_a_short_call_follows_an_untimed_one():
+    order, samples = [], {"s": {"a": []}}
+    timing.interleave(
+        {"s": {"a": lambda: order.append(1)}}, samples, rounds=2, lead_in={"s": True}, failed=lambda *_: None
+    )
+    assert len(order) == 4 and len(samples["s"]["a"]) == 2
+
+
+def test_the_time_budget_waits_for_five_rounds():
+    samples = {"s": {"a": []}}
+    calls = {"s": {"a": lambda: time.sleep(0.002)}}
+    timing.interleave(calls, samples, rounds=50, seconds=1e-6, lead_in={"s": False}, failed=lambda *_: None)
+    assert len(samples["s"]["a"]) == timing.MINIMUM_ROUNDS
+
+
+def test_a_variant_that_breaks_leaves_the_others_running():
+    def broken():
+        raise RuntimeError("lost the device")
+
+    samples, told = {"s": {"a": [], "b": []}}, []
+    timing.interleave(
+        {"s": {"a": broken, "b": lambda: None}}, samples, rounds=3, lead_in={"s": False},
+        failed=lambda name, error: told.append((name, str(error))),
+    )  # fmt: skip
+    assert told == [("a", "lost the device")]
+    assert (len(samples["s"]["a"]), len(samples["s"]["b"])) == (0, 3)
+
+
+def test_statistics():
+    found = timing.summary([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (found.n, found.min_s, found.p50_s, found.mean_s) == (5, 1.0, 3.0, 22.0)
+    assert found.p90_s == pytest.approx(np.percentile([4, 1, 2, 3, 100], 90))
+    assert timing.summary([]) is None
+
+
+def test_a_paired_ratio_ignores_what_slowed_both_down():
+    noise = np.random.default_rng(1).uniform(1, 10, 30)
+    found = timing.speedup(2 * noise, noise)
+    assert found.ratio == pytest.approx(2) and found.low == pytest.approx(2) and found.high == pytest.approx(2)
+
+
+def test_an_uncertain_ratio_has_a_wide_interval_and_few_rounds_have_none():
+    values = np.random.default_rng(2).uniform(1, 10, (2, 30))
+    found = timing.speedup(*values)
+    assert found.low < found.ratio < found.high and found.high - found.low > 0.2
+    assert timing.speedup([1.0, 1.0], [2.0, 2.0]) == timing.Ratio(ratio=0.5, low=None, high=None)
+    assert timing.speedup([], [1.0]) is None
+
+
+def test_the_document_has_every_scope_and_what_it_is(saved):
+    assert saved["schema"] == "accel-bench/1"
+    assert saved["interrupted"] is False
+    scopes = row(saved, "onnxruntime")["scopes"]
+    assert set(scopes) == {"text_encoder", "unet", "vae_decoder", "image"}
+    for found in scopes.values():
+        assert found["timing"]["n"] == 5 == len(found["timing"]["samples_s"])
+        assert 0 < found["timing"]["min_s"] <= found["timing"]["p50_s"] <= found["timing"]["p90_s"]
+    assert saved["work"]["unet_batch"] == 4  # two images, doubled by guidance
+    assert saved["work"]["steps"] == 2
+    assert scopes["image"]["images_per_s"] == pytest.approx(2 / scopes["image"]["timing"]["p50_s"])
+    assert saved["work"]["scopes"]["unet"]["calls_per_image"] == 2
+
+
+def test_flops_of_the_image_are_the_sum_of_its_calls(saved):
+    parts = saved["bundle"]["components"]
+    unet, vae = parts["unet"]["flop"]["total"], parts["vae_decoder"]["flop"]["total"]
+    text = parts["text_encoder"]["flop"]["total"]  # of two prompts; the empty one is encoded alone
+    assert saved["bundle"]["image_flop"]["total"] == 2 * unet + vae + text + text // 2
+    found = row(saved, "eager")["scopes"]["unet"]
+    assert found["flop_per_s"] == pytest.approx(unet / found["timing"]["p50_s"])
+    assert found["peak_fraction"] == pytest.approx(
+        found["flop_per_s"] / saved["environment"]["peak_flop_per_s"]["float32"]
+    )
+
+
+def test_parity_and_floor(saved):
+    assert saved["noise_floor"][0]["parity"]["unet"]["max_abs"] == 0
+    assert saved["noise_floor"][0]["parity"]["image"]["psnr"] == "inf"
+    ours = row(saved, "onnxruntime")["parity"]
+    assert 0 < ours["unet"]["relative_l2"] < 1e-4 and ours["image"]["max_abs"] < 1
+    assert row(saved, "eager")["image_sha256"] != ""
+
+
+def test_a_difference_in_the_picture_is_seen_in_steps_of_1_255():
+    image = np.full((1, 16, 16, 3), 0.5)
+    near = quality.Sample(np.ones((1, 4)), image + 2 / 255)
+    found = quality.parity(near, quality.Sample(np.ones((1, 4)), image))
+    assert found["image"]["max_abs"] == pytest.approx(2)
+
+
+def test_what_failed_by_itself_says_why_and_does_not_fail_the_run(result, saved):
+    broken = row(saved, "compile")
+    assert broken["status"] == "not measured"
+    assert broken["reason"] == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found"
+    assert broken["scopes"]["unet"]["timing"] is None
+    assert row(saved, "eager")["scopes"]["unet"]["speedup"]["compile"] is None
+    assert result.failed == ()
+
+
+def test_what_was_asked_for_and_failed_fails_the_run(smallest_bundle):
+    chosen, load = [bench.parse("eager"), bench.parse("compile")], loader({"compile": OSError("no g++")})
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=load)
+    assert found.failed == ("compile",)
+
+
+def test_an_interrupt_keeps_what_was_measured(smallest_bundle):
+    def progress(stage, fraction):
+        if stage.startswith("round 2"):
+            raise KeyboardInterrupt
+
+    settings = bench.Settings(rounds=9, memory=False, steps=2)
+    found = bench.measure(smallest_bundle, [bench.parse("eager")], settings, load=loader({}), progress=progress)
+    data = found.document.as_dict()
+    assert data["interrupted"] and row(data, "eager")["status"] == "interrupted"
+    assert row(data, "eager")["scopes"]["image"]["timing"]["n"] == 2
+    assert any("interrupted after 2 of 9" in note for note in data["notes"])
+    printed(data)
+
+
+@pytest.mark.parametrize("stage", ["reference", "starting"])
+def test_an_early_interrupt_still_gives_a_document(smallest_bundle, stage, monkeypatch):
+    def progress(name, fraction):
+        if name.startswith(stage):
+            raise KeyboardInterrupt
+
+    if stage == "starting":
+        monkeypatch.setattr(facts, "environment", lambda state: (_ for _ in ()).throw(KeyboardInterrupt))
+    data = bench.measure(smallest_bundle, [bench.parse("eager")], QUICK, load=loader({}), progress=progress).document
+    assert "not measured" in printed(data.as_dict())
+    assert "<html" in report.html(json.loads(json.dumps(data.as_dict())))
+
+
+def test_a_batch_that_would_be_split_is_refused(smallest_bundle):
+    bundle = Bundle.open(smallest_bundle)
+    work.check_batch(bundle, bench.Settings(batch=4))
+    with pytest.raises(UserError, match="outside profile"):
+        work.check_batch(bundle, bench.Settings(batch=5))
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"batch": 0}, {"seconds": 0.0}, {"prompts": (" ",)}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(UserError):
+        bench.Settings(**wrong)
+
+
+def test_every_variant_is_fed_the_same(smallest_bundle):
+    bundle = Bundle.open(smallest_bundle)
+    call = QUICK.call()
+    one, _ = work.record(variants.load(bundle, bench.parse("eager")), call)
+    two, _ = work.record(variants.load(bundle, bench.parse("onnxruntime")), call)
+    for name in one:
+        assert one[name].shapes == two[name].shapes and one[name].counts == two[name].counts
+    np.testing.assert_array_equal(one["unet"].feeds[0]["sample"], two["unet"].feeds[0]["sample"])
+
+
+def test_a_process_of_its_own(smallest_bundle, tmp_path):
+    ballast = np.ones(60_000_000)  # a parent larger than the child must not show in the child's peak
+    found = probing.probe(smallest_bundle, "onnxruntime", QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
+    assert found.reason == "" and found.load_s > 0 and found.first_image_s > 0 and found.second_image_s > 0
+    assert found.baseline_rss_bytes <= found.loaded_rss_bytes <= found.peak_rss_bytes < ballast.nbytes
+    broken = probing.probe(tmp_path, "onnxruntime", QUICK.call(), {})
+    assert "is no bundle" in broken.reason and broken.load_s is None
+
+
+def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, monkeypatch):
+    crash = probing.Process(crashed="the process died of SIGSEGV", reason="the process died of SIGSEGV")
+    monkeypatch.setattr(
+        measuring, "probe", lambda path, name, *_: crash if name == "onnxruntime" else probing.Process(reason="skipped")
+    )
+    settings = bench.Settings(rounds=1, steps=2)
+    found = bench.measure(
+        smallest_bundle, [bench.parse("eager"), bench.parse("onnxruntime")], settings,
+        load=loader({"onnxruntime": AssertionError("loaded")}),
+    )  # fmt: skip
+    assert row(found.document.as_dict(), "onnxruntime")["reason"] == "the process died of SIGSEGV"
+
+
+def test_tables_say_not_measured_and_never_zero(saved):
+    text = printed(saved)
+    assert "compile: not measured: RuntimeError: InvalidCxxCompiler" in text
+    lines = [line for line in text.splitlines() if line.startswith("│ compile")]
+    assert lines and all(re.search(r"\d", line) is None for line in lines)
+
+
+def test_the_page_is_self_contained(saved, result):
+    page = report.html(saved, result.images)
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page and "url(" not in page
+    assert page.count("data:image/png;base64,") == 3  # eager, onnxruntime and its difference
+    assert "identical" not in page or "PSNR" in page
+    hostile = saved | {"command": "<script>alert(1)</script>"}
+    assert "<script>" not in report.html(hostile, {})
+
+
+def test_other_files_are_not_taken_for_results(tmp_path):
+    for data in ([], {}, {"schema": "accel-bench/2", "rows": []}):
+        with pytest.raises(UserError, match="no benchmark result"):
+            documents.check_schema(data, "x.json")
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_command_line(smallest_bundle, tmp_path, capsys):
+    out, page = tmp_path / "bench.json", tmp_path / "bench.html"
+    words = [str(smallest_bundle), "--engines", "onnxruntime", "--rounds", "1", "--steps", "1", "--no-memory"]
+    assert command.run(arguments(*words, "--json", "-", "--html", str(page))) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["command"] == "accel bench smallest --engines onnxruntime --steps 1 --rounds 1 --no-memory"
+    assert str(smallest_bundle.parent) not in json.dumps(document)
+    assert "data:image/png" in page.read_text()
+    out.write_text(json.dumps(document))
+    assert command.run(arguments("--from", str(out))) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["bundle", "--from", "x.json"]])
+def test_wrong_use(words):
+    with pytest.raises(SystemExit) as exit:
+        command.run(arguments(*words))
+    assert exit.value.code == 2
+
+
+def test_output_files_are_checked_before_measuring(tmp_path):
+    with pytest.raises(UserError, match="--json"):
+        command.run(arguments("no-such-bundle", "--json", str(tmp_path / "nowhere" / "x.json")))

@@ -1,0 +1,106 @@
+"""The memory that a run would need, against what is held when it runs."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accel.distill import recipes
+from accel.distill.data.encoders import Encoders, encoded
+from accel.distill.data.examples import Examples, loader
+from accel.distill.few_step import memory
+from accel.distill.few_step.dmd2 import DMD2
+from accel.distill.methods import qat
+from accel.distill.run import encoders_of
+from accel.distill.sources.open_data import open_data
+from accel.errors import UserError
+from accel.int8 import fake_quant
+from accel.models.source import open_source
+
+
+def recipe(model, **fields):
+    common = dict(model=str(model), data="digits", resolution=64, random_flip=False, cache="none", batch=2, few_steps=1)
+    return recipes.changed(recipes.dmd2(), **common | fields)
+
+
+def measured(given):
+    """Peak bytes of both turns, weights not counted, of tensors that do exist."""
+    method = DMD2(given, Encoders(open_source(given.model)))
+    method.place(torch.device("cpu"), torch.float32)
+    examples = Examples(open_data("digits"), seed=0, resolution=64, random_flip=False)
+    batch = encoded(next(loader(examples, batch=2)), method.encoders)
+    if qat.attach(method, given):
+        fake_quant.set_mode(method.generator, "quantize")
+    if given.gradient_checkpointing:
+        for network in method.networks.values():
+            network.core.enable_gradient_checkpointing()
+    return max(max(memory.turn_bytes(method, turn, batch, False)) for turn in method.turns)
+
+
+@functools.cache
+def predicted(model, **fields):
+    given = recipe(model, **fields)
+    return memory.predict(given, encoders_of(given), foreach=False)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(gradient_checkpointing=True), dict(rank=2, critic_rank=2)])
+def test_the_prediction_is_what_a_run_holds(sd15, fields):
+    said = predicted(sd15, **fields)
+    given = recipe(sd15, **fields)
+    assert said.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
+    unet = open_source(sd15).load("unet")
+    count = sum(p.numel() for p in unet.parameters())
+    whole, learn = said.parameters["generator"]
+    if given.rank:
+        assert learn < count < whole and said.parts["frozen weights"] == pytest.approx(4 * count, rel=0.01)
+    else:
+        assert whole == learn == count and said.parts["frozen weights"] == 4 * count
+        assert said.parts["moments"] == 2 * said.parts["weights that learn"]
+
+
+@pytest.mark.parametrize("ranges", ["learned", "observed"])
+def test_rounding_takes_memory_that_is_predicted(sd15, ranges):
+    rest, fields = "gradients and activations", dict(qat="attention", qat_ranges=ranges)
+    said = predicted(sd15, **fields).parts[rest]
+    assert said == pytest.approx(measured(recipe(sd15, **fields)), rel=0.05)
+    assert said > 1.2 * predicted(sd15, qat="all").parts[rest] > 1.2 * predicted(sd15).parts[rest]
+
+
+def test_more_processes_and_smaller_moments_need_less(sd15):
+    small = dict(resolution=32, batch=1, gradient_checkpointing=True)  # so that gradients are more than activations
+    given = recipe(sd15, optimizer="adamw8bit", **small)
+    alone, shared = predicted(sd15, **small), memory.predict(given, encoders_of(given), shards=4, foreach=False)
+    assert shared.parts["moments"] == pytest.approx(alone.parts["moments"] / 16, rel=0.01)
+    rest, critic = "gradients and activations", alone.parts["weights that learn"] / 2
+    assert 0.25 * critic < alone.parts[rest] - shared.parts[rest] <= 0.75 * critic
+    assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
+
+
+def test_what_a_run_would_refuse_is_not_planned(sd15):
+    given = recipe(sd15, rank=2, critic_rank=2)
+    with pytest.raises(UserError, match="FSDP cannot shard"):
+        memory.predict(given, encoders_of(given), shards=4)
+
+
+def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(sd15):
+    near, away = predicted(sd15), predicted(sd15, teacher=str(sd15), offload_teacher=True)
+    assert near.parts["frozen weights"] == 4 * near.parameters["teacher"][0] and "frozen weights" not in away.parts
+    assert near.peak - near.parts["frozen weights"] <= away.peak <= near.peak
+
+
+def test_the_command_loads_no_weights(sd15, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(sd15, tmp_path / "model")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.write_bytes(b"no weights at all")
+    teacher = shutil.copytree(folder, tmp_path / "teacher")
+    command = [sys.executable, "-m", "accel", "distill", "dmd2", "--model", str(folder), "--resolution", "64"]
+    command += ["--teacher", str(teacher)]
+    done = subprocess.run([*command, "--batch", "1", "--plan", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["peak_bytes"] == sum(said["parts"].values()) > 0

@@ -1,0 +1,52 @@
+"""Named profiles as TensorRT's optimisation profiles, for every network of a pipeline."""
+
+from __future__ import annotations
+
+import pytest
+
+from accel.bundle import Component
+from accel.bundle.shape_profiles import profile
+from accel.bundle.tensor_spec import TensorSpec
+from accel.export.tensorrt.shapes import shapes_of
+
+LATENT = ("latent_height", "latent_width")
+INPUTS = {
+    "unet": (TensorSpec("sample", "float16", ("batch", 4, *LATENT)), TensorSpec("timestep", "float32", ()),
+             TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 768))),
+    "vae_decoder": (TensorSpec("latent_sample", "float16", ("images", 4, *LATENT)),),
+    "vae_encoder": (TensorSpec("sample", "float16", ("images", 3, "height", "width")),),
+    "text_encoder": (TensorSpec("input_ids", "int64", ("images", 77)),),
+}  # fmt: skip
+
+
+def shapes(name: str, kind: str, guidance: bool = True):
+    dims = profile(name).dims(vae_scale=8, latent_multiple=8, guidance=guidance)
+    used = {d: dims[d] for spec in INPUTS[kind] for d in spec.shape if isinstance(d, str)}
+    return shapes_of(
+        Component(kind, kind, f"{kind}/model.onnx", f"{kind}/model.safetensors", INPUTS[kind], (), used), dims
+    )
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+def test_a_size_of_the_field_with_one_to_eight_pictures(side):
+    name, cells = f"batch=1-8,size={side}", side // 8
+    unet = shapes(name, "unet")
+    assert unet["sample"] == ((1, 4, cells, cells), (2, 4, cells, cells), (16, 4, cells, cells))
+    assert unet["encoder_hidden_states"] == ((1, 77, 768), (2, 77, 768), (16, 77, 768)) and "timestep" not in unet
+    assert shapes(name, "vae_decoder")["latent_sample"] == (
+        (1, 4, cells, cells),
+        (1, 4, cells, cells),
+        (8, 4, cells, cells),
+    )
+    assert shapes(name, "vae_encoder")["sample"] == ((1, 3, side, side), (1, 3, side, side), (8, 3, side, side))
+    assert shapes(name, "text_encoder") == {"input_ids": ((1, 77), (1, 77), (8, 77))}
+
+
+def test_a_dynamic_range():
+    assert shapes("dynamic", "unet", guidance=False)["sample"] == ((1, 4, 32, 32), (1, 4, 64, 64), (16, 4, 128, 128))
+    assert shapes("dynamic", "vae_encoder")["sample"] == ((1, 3, 256, 256), (1, 3, 512, 512), (8, 3, 1024, 1024))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_static_profile_leaves_nothing_free(kind):
+    assert shapes("sd-512-static", kind) == {}
