@@ -23,8 +23,8 @@ from accel.models.source import Source, open_source
 from . import settings
 from .data.encoders import Encoders
 from .data.examples import Examples, loader
+from .edm.source import ClassEncoders, is_edm, open_edm
 from .few_step import regression
-from .few_step.class_to_image import ClassEncoders, is_edm, open_edm
 from .few_step.dmd2 import DMD2 as DistributionMatching
 from .methods import dreambooth, qat
 from .methods.kd import Denoising

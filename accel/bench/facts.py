@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
 from ..bundle import Bundle
@@ -16,11 +16,9 @@ from ..pipeline import component_names
 from . import quality, timing
 from .document import MEASURED, PARTLY, UNMEASURED, Document, Floor, Row, Scope
 from .probe import Process
+from .state import State
 from .variants import DTYPES, Variant
 from .work import IMAGE, describe
-
-if TYPE_CHECKING:
-    from .measure import State
 
 _PEAK_SECONDS = 1.0
 

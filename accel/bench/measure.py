@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from ..errors import UserError
 from ..pipeline import Pipeline, component_names
 from . import facts, quality, timing, variants, work
 from .document import Document
-from .probe import Process, probe
+from .probe import probe
+from .state import State
 from .variants import Variant
-from .work import IMAGE, Recording, Settings
+from .work import IMAGE, Settings
 
 Progress = Callable[[str, float], None]
 Load = Callable[..., Pipeline]
@@ -41,38 +42,6 @@ class Result:
     document: Document
     images: Mapping[str, np.ndarray]
     failed: tuple[str, ...]
-
-
-@dataclass
-class State:
-    """What is known so far; an interrupt leaves it as it is, and the document is made of that."""
-
-    bundle: Bundle
-    variants: list[Variant]
-    settings: Settings
-    started: float = field(default_factory=time.time)
-    environment: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    processes: dict[str, Process] = field(default_factory=dict)
-    pipelines: dict[str, Pipeline] = field(default_factory=dict)
-    descriptions: dict[str, str] = field(default_factory=dict)
-    reference: quality.Sample | None = None
-    again: quality.Sample | None = None
-    samples_of: dict[str, quality.Sample] = field(default_factory=dict)
-    floors: dict[str, quality.Sample | str] = field(default_factory=dict)
-    recordings: dict[str, Recording] = field(default_factory=dict)
-    flops: dict[str, dict[str, int]] = field(default_factory=dict)
-    calls: dict[str, dict[str, Callable]] = field(default_factory=dict)
-    first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
-    warm: dict[str, list[float]] = field(default_factory=dict)
-    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    rounds_done: int = 0
-    interrupted: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def live(self) -> list[Variant]:
-        return [variant for variant in self.variants if variant.name not in self.reasons]
 
 
 def measure(

@@ -193,10 +193,3 @@ def show(document: Document, console: Any = None) -> None:
               if row["status"] == "interrupted" and row["reason"]]  # fmt: skip
     for note in [*reasons, *partly, *document["notes"]]:
         console.print(Text(f"- {note}"))
-
-
-def html(document: Document, images: Mapping[str, Any] | None = None) -> str:
-    """One self-contained page; see `accel.bench.report_html.page`."""
-    from .report_html import page
-
-    return page(document, images or {})

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ svg .low { fill: var(--low); } svg .whisker { stroke: var(--soft); stroke-width:
 """
 
 
-def page(document: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> str:
+def page(document: Mapping[str, Any], images: Mapping[str, np.ndarray] = MappingProxyType({})) -> str:
     """The page as text.
 
     Args:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import check_schema, report
+    from ..bench import check_schema, report, report_html
     from ..files import read_json, write_bytes, write_json
 
     if (args.bundle is None) == (args.saved is None):
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             write_json(Path(args.json), document)
     if args.html:
-        write_bytes(Path(args.html), report.html(document, images).encode())
+        write_bytes(Path(args.html), report_html.page(document, images).encode())
     return code
 
 

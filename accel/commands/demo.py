@@ -70,7 +70,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     from accel.export.pipeline import COMPONENTS, export_pipeline
 
     from .. import bench
-    from ..bench import report
+    from ..bench import report_html
     from ..files import write_json
 
     task = bar.add_task(f"{folder.name}, export: starting", total=1.0)
@@ -89,7 +89,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     )
     document = result.document.as_dict()
     write_json(folder.parent / f"{folder.name}.json", document)
-    (folder.parent / f"{folder.name}.html").write_text(report.html(document, result.images))
+    (folder.parent / f"{folder.name}.html").write_text(report_html.page(document, result.images))
     return result
 
 

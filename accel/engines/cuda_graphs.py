@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..trt.workspace import workspace
-
-if TYPE_CHECKING:
-    from .tensorrt import TensorRT
 
 _KEPT = 4  # graphs per engine and thread: each holds its context and its buffers
 

@@ -258,7 +258,7 @@ def main() -> None:
 
     from accel.files import new_folder
 
-    from ..few_step.class_to_image import save_edm
+    from .source import save_edm
 
     parser = argparse.ArgumentParser(prog="python -m accel.distill.edm.weights", description=main.__doc__)
     parser.add_argument("file", type=Path, help=".bin, .pt or .safetensors with EDM's names")

@@ -1,13 +1,11 @@
-"""EDM's ImageNet 64 x 64 as few-step distillation sees it: pictures of a class, in pixels, without text or autoencoder.
+"""EDM's ImageNet 64 x 64 as few-step distillation sees it: images of a class, in pixels, without text or autoencoder.
 
-A model is a folder as diffusers would write it, with `unet/` (a `UNet2DModel`) and `scheduler/` (EDM's constants);
-`python -m accel.distill.edm.weights FILE FOLDER` makes one of a published checkpoint.
+A model is a folder of `edm.source`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,112 +15,13 @@ import torch
 from torch import nn
 
 from accel.errors import UserError
-from accel.files import read_json
-from accel.models.source import Source
 from accel.sampling.noise import normal
 from accel.sheet import contact_sheet
 
 from ..edm import preconditioning
 from ..edm.sampler import pixels
+from ..edm.source import ClassEncoders, EDMSource, save_edm
 from ..settings import DMD2 as Recipe
-from ..training.pipelines import SAVE_DTYPES, write_network
-
-PIPELINE = "EDMPipeline"
-
-
-class EDMSource(Source):
-    """A folder of an EDM model: unet/ and scheduler/."""
-
-    family = "edm"
-
-    def load(self, component: str) -> preconditioning.Preconditioned:
-        constants = self.config("scheduler")
-        return preconditioning.Preconditioned(super().load(component), constants.get("sigma_data", preconditioning.SIGMA_DATA))
-
-
-def is_edm(path: str | Path) -> bool:
-    index = Path(path) / "model_index.json"
-    return index.is_file() and (read_json(index, "model_index.json") or {}).get("_class_name") == PIPELINE
-
-
-def open_edm(path: str | Path) -> EDMSource:
-    """Open a folder that `save_edm` wrote.
-
-    Raises:
-        UserError: when it is none.
-    """
-    path = Path(path)
-    if not is_edm(path):
-        raise UserError(
-            f"{path} is no folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
-        )
-    return EDMSource(path, path.resolve().name, read_json(path / "model_index.json", "model_index.json"))
-
-
-def save_edm(
-    folder: Path, net: preconditioning.Preconditioned, *, dtype: str = "float32", sampler: Mapping[str, Any] | None = None
-) -> None:
-    """Write a network and its constants into a folder that exists."""
-    if dtype not in SAVE_DTYPES:
-        raise UserError(f"unknown save dtype {dtype!r}", f"one of: {', '.join(SAVE_DTYPES)}")
-    write_network(net.unet, folder / "unet", SAVE_DTYPES[dtype])
-    constants = {
-        "_class_name": "EDMEulerScheduler", "sigma_min": preconditioning.SIGMA_MIN, "sigma_max": preconditioning.SIGMA_MAX, "rho": preconditioning.RHO,
-        "sigma_data": net.sigma_data, "prediction_type": "epsilon",
-    }  # fmt: skip
-    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EDMEulerScheduler"]}
-    (folder / "scheduler").mkdir()
-    for name, content in (
-        ("model_index.json", {"_class_name": PIPELINE} | parts),
-        ("scheduler/scheduler_config.json", constants),
-        ("sampler.json", sampler),
-    ):
-        if content:
-            (folder / name).write_text(json.dumps(dict(content), indent=2) + "\n")
-
-
-@dataclass
-class ClassEncoders:
-    """What `encode.Encoders` is for text to image: here a picture is its own latent, and a caption a class number."""
-
-    source: EDMSource
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    text_learns: bool = False
-    open: Callable[[str], EDMSource] = open_edm
-
-    sdxl = False
-    inpaints = False
-    factor = 1
-    uncached = "this model learns from pixels, and there is nothing to encode"
-
-    @property
-    def latent_channels(self) -> int:
-        return self.source.config("unet")["in_channels"]
-
-    @property
-    def classes(self) -> int | None:
-        return self.source.config("unet").get("num_class_embeds")
-
-    def images(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures [n, 3, h, w] in -1..1 as `latent_mean`; channels are averaged for a network of grey pictures."""
-        if self.source.config("unet")["in_channels"] == 1:
-            pictures = pictures.mean(1, keepdim=True)
-        return {"latent_mean": pictures.float(), "latent_std": torch.zeros_like(pictures)}
-
-    def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Captions that are class numbers to `context`, int64 [n].
-
-        Raises:
-            UserError: for one that is no number; the network finds those that are no class.
-        """
-        wrong = next((text for text in texts if not text.strip().isdigit()), None)
-        if wrong is not None:
-            raise UserError(
-                f"{wrong[:60]!r} is no class number, and {self.source.name} draws one of {self.classes} classes",
-                "give pictures in one folder per class, or a column of class numbers: --caption-column label",
-            )
-        return {"context": torch.tensor([int(text) for text in texts], device=self.device)}
 
 
 @dataclass(frozen=True)

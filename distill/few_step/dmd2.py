@@ -24,12 +24,13 @@ from ..data import rng
 from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
 from ..diffusion.process import few_steps
+from ..edm.source import ClassEncoders
 from ..methods.kd import DTYPES
 from ..settings import DMD2 as Recipe
 from ..training.method import Network, Terms, Turn
 from ..training.monitors import Symptom
 from . import critic, shared_lora
-from .class_to_image import ClassEncoders, ClassToImage
+from .class_to_image import ClassToImage
 from .text_to_image import TextToImage
 
 SYMPTOMS = (

@@ -24,9 +24,9 @@ from accel.models.source import Source
 
 from ..data.encoders import Encoders
 from ..edm.preconditioning import SIGMA_DATA, Preconditioned
+from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
 from ..settings import DMD2
-from .class_to_image import ClassEncoders, EDMSource
 from .dmd2 import DMD2 as Method
 from .shared_lora import Adapted, refused_sharding
 

@@ -6,16 +6,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.trt import engine_files
 
 from ..graph import fp16
 from . import speed
-
-if TYPE_CHECKING:
-    from .quantize import Settings
+from .settings import Settings
 
 
 def decide(

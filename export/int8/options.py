@@ -20,7 +20,8 @@ from accel.models.source import Source, open_source
 
 from ..graph.precision import INT8
 from . import calibration, image_parity
-from .quantize import QUANTISED, Progress, Settings, quantize
+from .quantize import Progress, quantize
+from .settings import QUANTISED, Settings
 from .unsupported import refuse_inpainting
 
 
@@ -35,7 +36,7 @@ class Options:
         budget: least PSNR in dB. Given, layers are left in higher precision until it holds; None: `parity.BUDGET`, and
             the verdict says whether it holds.
         sensitivity: folder for the table and the plot of what each layer costs; None for none.
-        networks: what is to be int8, out of `quantize.QUANTISED`; empty for all of them.
+        networks: what is to be int8, out of `settings.QUANTISED`; empty for all of them.
         threads: of the engines whose speed is measured; 0 lets them choose.
     """
 

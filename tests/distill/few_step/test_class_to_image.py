@@ -11,7 +11,8 @@ from accel.distill import recipes
 from accel.distill.data.encoders import encoded
 from accel.distill.data.examples import Examples, loader
 from accel.distill.edm import preconditioning
-from accel.distill.few_step.class_to_image import ClassEncoders, Karras, is_edm, open_edm, save_edm
+from accel.distill.edm.source import ClassEncoders, is_edm, open_edm, save_edm
+from accel.distill.few_step.class_to_image import Karras
 from accel.distill.few_step.dmd2 import DMD2
 from accel.distill.run import execute
 from accel.distill.sources.open_data import open_data

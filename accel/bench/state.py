@@ -1,0 +1,47 @@
+"""Everything one benchmark run knows, filled in as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..bundle import Bundle
+from ..pipeline import Pipeline
+from .probe import Process
+from .quality import Sample
+from .variants import Variant
+from .work import Recording, Settings
+
+
+@dataclass
+class State:
+    """What is known so far; an interrupt leaves it as it is, and the document is made of that."""
+
+    bundle: Bundle
+    variants: list[Variant]
+    settings: Settings
+    started: float = field(default_factory=time.time)
+    environment: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict)
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
+    reference: Sample | None = None
+    again: Sample | None = None
+    samples_of: dict[str, Sample] = field(default_factory=dict)
+    floors: dict[str, Sample | str] = field(default_factory=dict)
+    recordings: dict[str, Recording] = field(default_factory=dict)
+    flops: dict[str, dict[str, int]] = field(default_factory=dict)
+    calls: dict[str, dict[str, Callable]] = field(default_factory=dict)
+    first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
+    warm: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    rounds_done: int = 0
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant.name not in self.reasons]
