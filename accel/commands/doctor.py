@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
 
+from ..engines import ENGINES, status
 from .options import add_json
 
 EXAMPLE = "accel doctor"
+
+_OPTIONAL = {
+    "sklearn": ("training and judging the digits model", "train"),
+}
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "triton", "flash-attn", "xformers", "numpy", "tokenizers", "safetensors",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .doctor_facts import examine
-
     found = examine()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -39,3 +49,60 @@ def run(args: argparse.Namespace) -> int:
         )
         print("packages: " + ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v))
     return 0 if any(state["ok"] for state in found["engines"].values()) else 1
+
+
+def examine() -> dict[str, Any]:
+    """Look at this machine. Imports torch only to ask for GPUs.
+
+    Returns:
+        `engines` and `optional` ({name: {ok, detail, fix}}), `gpus`, `packages` ({name: version or None}), `machine`
+        (`accel.machine.Machine`), `attention` (what torch may choose from on a GPU).
+    """
+    from ..machine import machine
+
+    return {
+        "engines": {name: vars(status(name)) for name in ENGINES},
+        "optional": {
+            name: {
+                "ok": find_spec(name) is not None,
+                "detail": what,
+                "fix": "" if find_spec(name) else f'pip install "accel-diffusion[{extra}]"',
+            }
+            for name, (what, extra) in _OPTIONAL.items()
+        },
+        "gpus": _gpus(),
+        "attention": _attention(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": machine().as_dict(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    if find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [
+        f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    ]
+
+
+def _attention() -> list[str]:
+    """The scaled-dot-product backends that torch may choose from on a CUDA device; none without one."""
+    if not _gpus():
+        return []
+    from torch.backends import cuda
+
+    asked = {"flash": cuda.flash_sdp_enabled, "efficient": cuda.mem_efficient_sdp_enabled,
+             "cudnn": cuda.cudnn_sdp_enabled, "math": cuda.math_sdp_enabled}  # fmt: skip
+    return [name for name, enabled in asked.items() if enabled()]

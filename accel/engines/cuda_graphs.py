@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ..trt.workspace import workspace
 
 _KEPT = 4  # graphs per engine and thread: each holds its context and its buffers
+
+
+class Capturable(Protocol):
+    """What a capture needs of an engine (`accel.engines.tensorrt.TensorRT`).
+
+    Attributes:
+        epoch: changes with every change of the weights.
+    """
+
+    component: Any
+    cuda: Any
+    epoch: int
+
+    def nearest(self, shapes: Mapping[str, tuple[int, ...]]) -> int: ...
+
+    def context(self) -> Any: ...
+
+    def prepare(
+        self, context: Any, profile: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any], workspace: Any
+    ) -> int: ...
+
+    def execute(self, context: Any, workspace: Any) -> None: ...
 
 
 class Bound:
@@ -20,7 +42,7 @@ class Bound:
         inputs, outputs: the buffers. Fill, `enqueue`, read.
     """
 
-    def __init__(self, engine: TensorRT, sizes: Mapping[str, int]):
+    def __init__(self, engine: Capturable, sizes: Mapping[str, int]):
         component, cuda = engine.component, engine.cuda
         self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
         self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}

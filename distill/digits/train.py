@@ -36,6 +36,7 @@ from ..evaluation.digits import (
     save_classifier,
 )
 from ..sources import digits
+from . import networks
 from .card import model_card, parameters, picture_grid
 from .fit import CONSOLE, Stage, fit
 
@@ -142,16 +143,16 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
     seconds: dict[str, float] = {}
     images, labels = digits.dataset("train")
     CONSOLE.print(f"data: {len(images)} training pictures of {digits.SIZE}x{digits.SIZE} pixels")
-    tokenizer = digits.write_tokenizer(run / "tokenizer")
+    tokenizer = networks.write_tokenizer(run / "tokenizer")
     classifier = Classifier()
-    vae = AutoencoderKL(**digits.VAE)
+    vae = AutoencoderKL(**networks.VAE)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            **digits.TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+            **networks.TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )
-    denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**digits.UNET), text_encoder=text_encoder))
+    denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**networks.UNET), text_encoder=text_encoder))
 
     def classify(generator: torch.Generator) -> torch.Tensor:
         rows = pick(len(images), settings.classifier_batch, generator)
@@ -180,13 +181,13 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
     latents = latents * scale
     CONSOLE.print(f"latents: {tuple(latents.shape)}, scaling factor {scale:.4f}")
 
-    scheduler = PNDMScheduler.from_config(dict(digits.SCHEDULER))
+    scheduler = PNDMScheduler.from_config(dict(networks.SCHEDULER))
     alphas = scheduler.alphas_cumprod.float()
     # [10 digits, templates, 77], and the empty prompt that classifier-free guidance compares with.
-    tokens = torch.stack([digits.token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
-    empty = digits.token_ids(tokenizer, [""])
+    tokens = torch.stack([networks.token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
+    empty = networks.token_ids(tokenizer, [""])
 
-    reader = nn.ModuleDict(dict(text_encoder=text_encoder, head=nn.Linear(digits.TEXT["hidden_size"], 11)))
+    reader = nn.ModuleDict(dict(text_encoder=text_encoder, head=nn.Linear(networks.TEXT["hidden_size"], 11)))
 
     def read(generator: torch.Generator) -> torch.Tensor:
         digit = pick(11, settings.text_batch, generator)
@@ -225,7 +226,7 @@ def save(pipeline: Any, classifier: Classifier, out: Path) -> Path:
     teacher = out / "teacher"
     pipeline.save_pretrained(teacher, safe_serialization=True)
     # Any transformers version finds its own kind of tokenizer file.
-    digits.write_tokenizer(teacher / "tokenizer")
+    networks.write_tokenizer(teacher / "tokenizer")
     for path in teacher.glob("*/*.safetensors"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -71,8 +71,10 @@ class DMD2:
             self.critic.head.requires_grad_(False)
         self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.networks = {
-            "generator": Network(self.generator, self.generator),
-            "critic": Network(self.critic, self.critic, averaged=False),
+            "generator": Network(self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)),
+            "critic": Network(
+                self.critic, self.critic, averaged=False, shardable=not shared_lora.is_shared(self.critic)
+            ),
         }
         rate = recipe.critic_learning_rate or recipe.learning_rate
         self.turns = (

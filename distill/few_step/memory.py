@@ -27,8 +27,9 @@ from ..edm.preconditioning import SIGMA_DATA, Preconditioned
 from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
 from ..settings import DMD2
+from ..training.method import refused_sharding
 from .dmd2 import DMD2 as Method
-from .shared_lora import Adapted, refused_sharding
+from .shared_lora import Adapted
 
 GIB = 2**30
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes for each parameter that learns

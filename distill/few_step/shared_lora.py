@@ -128,11 +128,9 @@ class Adapted(nn.Module):
         return self._shared.network
 
 
-def refused_sharding() -> UserError:
-    return UserError(
-        "FSDP cannot shard a network that several updates share",
-        "launch without FSDP (--processes 1), or leave out --rank and --critic-rank",
-    )
+def is_shared(module: nn.Module) -> bool:
+    """Whether a module computes with a network that others compute with too."""
+    return any(isinstance(part, Adapted) for part in module.modules())
 
 
 def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -23,11 +23,10 @@ from accel._version import __version__
 from accel.errors import MissingPackage, UserError
 
 from ..data.encoders import Encoders, encoded
-from ..few_step.shared_lora import Adapted, refused_sharding
 from ..settings import Recipe
 from . import checkpoints
 from .log import Log
-from .method import Method, Network, Turn
+from .method import Method, Network, Turn, refused_sharding
 from .monitors import Watch
 from .stop import Stop
 
@@ -125,9 +124,7 @@ class Loop:
         from accelerate.utils import DistributedType
 
         sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
-        if sharded and any(
-            isinstance(part, Adapted) for network in self.method.networks.values() for part in network.model.modules()
-        ):
+        if sharded and not all(network.shardable for network in self.method.networks.values()):
             raise refused_sharding()
         for turn in self.method.turns:
             networks = [self.method.networks[name] for name in turn.networks]

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from accel.errors import UserError
+
 Terms = dict[str, torch.Tensor]
 
 
@@ -21,11 +23,13 @@ class Network:
         module: what the loss calls; the loop replaces it by its prepared form (DDP, FSDP2, autocast).
         model: what is saved and averaged: `module` itself or the part of it that holds the weights.
         averaged: whether it has an average, where the recipe asks for averages.
+        shardable: whether FSDP may shard it; it cannot shard a network that several optimizer steps share.
     """
 
     module: nn.Module
     model: nn.Module
     averaged: bool = True
+    shardable: bool = True
 
     @property
     def core(self) -> nn.Module:
@@ -81,3 +85,10 @@ class Method(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""
+
+
+def refused_sharding() -> UserError:
+    return UserError(
+        "FSDP cannot shard a network that several updates share",
+        "launch without FSDP (--processes 1), or leave out --rank and --critic-rank",
+    )

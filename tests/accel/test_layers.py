@@ -16,29 +16,40 @@ import accel
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill", "kernels/ops": "accel.kernels"}
 
-# Who may not import whom: layer -> prefixes of ours. The order is kernels <- engines <- pipeline <- export, distill <-
-# command line, all on the shared ground (bundle, topology, sampler, networks, ...). export runs the pipeline to
-# calibrate it, and engines to measure what it made; the two know nothing of each other's work.
-COMMANDS = ("accel.cli", "accel.commands", "accel.commands.doctor_facts")
-FORBIDDEN = {
-    "accel.kernels": ("accel",),
-    "accel.engines": ("accel.pipeline", "accel.export", "accel.distill", "accel.pipeline.conditioning", *COMMANDS),
-    "accel.export": ("accel.distill", "accel.kernels", *COMMANDS),
-    "accel.distill": ("accel.export", "accel.kernels", *COMMANDS),
-    "accel.pipeline": ("accel.export", "accel.distill", *COMMANDS),
-    "accel.commands": ("accel.cli",),
-}
-# The shared ground knows nobody above it.
-GROUND = (
-    "_version", "arrays", "bundle", "cuda", "errors", "files", "floor", "graph", "int8", "int8_file", "int8_packed",
-    "int8_ranges", "int8_recipe", "int8_verdict", "lora", "machine", "networks", "noise", "noise_schedule", "parity",
-    "plans", "preflight", "profiles", "sampler", "solvers", "source", "tensors", "tokenizer", "topology", "trt",
-    "trust",
+# The floors of the house, lowest first: a module imports from its own room and from floors below, never from above.
+# Rooms that share a floor do not know each other.
+ACCEL = (
+    ("ground",),
+    ("assets",),
+    ("bundle", "sampling"),
+    ("int8", "trt"),
+    ("models",),
+    ("engines",),
+    ("pipeline",),
+    ("bench",),
+    ("export", "distill"),
+    ("commands",),
+    ("roof",),
 )
-FORBIDDEN |= {
-    f"accel.{name}": ("accel.engines", "accel.pipeline", "accel.export", "accel.distill", "accel.kernels", *COMMANDS)
-    for name in GROUND
+EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "triton"))
+DISTILL = (
+    ("settings", "sources"),
+    ("data",),
+    ("diffusion", "training", "evaluation"),
+    ("methods", "edm", "digits"),
+    ("few_step",),
+    ("roof",),
+)
+# Modules that lie loose in a root, and the floor that they belong to.
+LOOSE = {
+    "accel": {"cli": "roof", "__main__": "roof", None: "ground"},
+    "accel.export": {"pipeline": "roof", None: "ground"},
+    "accel.distill": {"run": "roof", None: "settings"},
 }
+# Kernels stand beside the house: they know nothing of it, and only what patches a model knows them.
+KERNELS = "accel.kernels"
+FLOORS = {"accel": ACCEL, "accel.export": EXPORT, "accel.distill": DISTILL}
+FOLDER_OF = {root: ROOT / folder for folder, root in FOLDERS.items()}
 
 
 def modules() -> dict[str, Path]:
@@ -71,25 +82,66 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
+def root_of(name: str) -> str:
+    return next(root for root in ("accel.export", "accel.distill", "accel.kernels", "accel") if within(name, root))
+
+
+def room(name: str, root: str) -> str:
+    """The folder below a root that a module lies in; for one that lies loose, the floor it belongs to."""
+    first = name.removeprefix(root).lstrip(".").partition(".")[0]
+    return first if first and (FOLDER_OF[root] / first).is_dir() else LOOSE[root].get(first, LOOSE[root][None])
+
+
+def upward(name: str, target: str) -> bool:
+    """Whether an import runs up, or sideways into another room of the same floor."""
+    ours, theirs = root_of(name), root_of(target)
+    if KERNELS in (ours, theirs):
+        return ours != theirs
+    root = ours if ours == theirs else "accel"
+    rooms = [of.removeprefix("accel.") if of != root else room(n, root) for n, of in ((name, ours), (target, theirs))]
+    here, there = (next(i for i, floor in enumerate(FLOORS[root]) if entry in floor) for entry in rooms)
+    return rooms[0] != rooms[1] and there >= here
+
+
 def test_there_is_something_to_check():
     names = modules()
     assert {"accel.engines.eager", "accel.export.pipeline", "accel.cli", "accel"} <= set(names)
     assert "accel.models.networks" in imports("accel.export.pipeline", names["accel.export.pipeline"])
-    assert "accel.bundle" in imports("accel.engines.base", names["accel.engines.base"])
-    assert set(FORBIDDEN) - {"accel.kernels", "accel.distill"} <= set(names) | {"accel.engines"}
+    assert upward("accel.bundle.manifest", "accel.pipeline.request") and not upward("accel.cli", "accel.errors")
+    assert upward("accel.export.graph.trace", "accel.distill.run") and upward("accel.errors", "accel.bundle")
+    assert upward("accel.export.graph.trace", "accel.export.int8.audit") and upward("accel.engines.eager", KERNELS)
 
 
 def test_imports_run_one_way():
+    names = modules()
     wrong = [
         f"{name} imports {target}"
-        for name, path in modules().items()
-        for layer, prefixes in FORBIDDEN.items()
-        if within(name, layer)
+        for name, path in names.items()
+        if name != "accel"  # its public names are looked up when they are used
         for target in imports(name, path)
-        for prefix in prefixes
-        if within(target, prefix) and not within(target, layer)
+        if target in names and upward(name, target)
     ]
     assert wrong == []
+
+
+def test_no_two_modules_import_each_other():
+    """Imports inside functions and for type checkers count."""
+    names = modules()
+    arrows = {name: {t for t in imports(name, path) if t in names and t != name} for name, path in names.items()}
+    packages = {name for name, path in names.items() if path.name == "__init__.py"}
+    left = {name: targets - packages for name, targets in arrows.items() if name not in packages}
+    while leaves := [name for name, targets in left.items() if not targets & set(left)]:
+        for name in leaves:
+            del left[name]
+    assert sorted(left) == []
+
+
+def test_every_room_stands_on_a_floor_and_is_not_crowded():
+    for root, floors in FLOORS.items():
+        rooms = {path.name for path in FOLDER_OF[root].iterdir() if (path / "__init__.py").is_file()}
+        assert rooms <= {entry for floor in floors for entry in floor}, root
+    for folder in {path.parent for path in modules().values()}:
+        assert len(list(folder.glob("*.py"))) <= 15, folder  # fourteen and __init__.py
 
 
 def tracked() -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_a_low_precision_that_makes_nan_is_refused_when_it_is_loaded(sd15_bundle
     openvino = pytest.importorskip("openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
-    module = engines.import_module("accel.engines.openvino")
+    module = import_module("accel.engines.openvino")
     nan = {"sample": np.full((1, 3, 64, 64), np.nan, np.float32)}
     monkeypatch.setattr(module.OpenVino, "run", lambda self, feeds: nan)
     with pytest.raises(UserError, match="NaN") as error:
@@ -179,7 +180,7 @@ def test_cuda_without_a_gpu_is_an_error_not_a_fallback(sd15_bundle):
 def test_auto_goes_where_the_device_says(sd15_bundle, monkeypatch):
     real = engines.status
     gpu = engines.Status(True, "onnxruntime 1.0 (cuda, cpu)")
-    monkeypatch.setattr(engines, "status", lambda name: gpu if name == "onnxruntime" else real(name))
+    monkeypatch.setattr(engines.select, "status", lambda name: gpu if name == "onnxruntime" else real(name))
     assert engines.choose("auto", device="cuda:1") == engines.choose("auto") == "onnxruntime"
     assert engines.choose("auto", device="cpu") == "openvino"
     assert accel.load_engine(sd15_bundle, "vae_decoder", device="cpu").name == "openvino"

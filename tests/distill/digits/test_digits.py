@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel.assets import DIGITS
-from accel.distill.digits import fit
+from accel.distill.digits import fit, networks
 from accel.distill.digits import train as train_digits
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.sources import digits
@@ -26,7 +26,7 @@ TINY = train_digits.Settings(
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return digits.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return networks.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_prompt_without_one_digit_is_refused(prompt):
 @given(st.text(max_size=30))
 def test_any_text_has_tokens(text):
     tokenizer = _shipped_tokenizer()
-    ids = digits.token_ids(tokenizer, [text.replace("<|", "")])
+    ids = networks.token_ids(tokenizer, [text.replace("<|", "")])
     assert ids.shape == (1, 77) and int(ids.max()) < len(tokenizer)
 
 
@@ -96,11 +96,11 @@ def test_tokenizer_is_the_same_after_saving_and_as_shipped(tokenizer, tmp_path):
 
     again = CLIPTokenizer.from_pretrained(tmp_path)
     texts = [prompt for digit in range(10) for prompt in digits.prompts(digit)] + ["", "Something Else, 42!"]
-    wanted = digits.token_ids(tokenizer, texts)
+    wanted = networks.token_ids(tokenizer, texts)
     for other in (again, _shipped_tokenizer()):
         assert type(other).__name__ == "CLIPTokenizer" and other.model_max_length == 77
         assert other.get_vocab() == tokenizer.get_vocab()
-        assert torch.equal(digits.token_ids(other, texts), wanted)
+        assert torch.equal(networks.token_ids(other, texts), wanted)
     assert (wanted[-2, 1:] == tokenizer.pad_token_id).all()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from accel.assets import DIGITS, resolve
+from accel.distill.digits import networks
 from accel.distill.digits.train import load
 from accel.distill.evaluation.digits import generate, judge
 from accel.distill.methods.students import student_config
@@ -19,7 +20,7 @@ FEW_STEPS = ("1step", "4step", "tiny-1step", "tiny-4step")
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_students_unet_is_the_teachers_with_the_blocks_removed(name):
     pipeline = load(resolve(f"digits/{name}"))
-    wanted = student_config(digits.UNET, name)
+    wanted = student_config(networks.UNET, name)
     built = type(pipeline.unet).from_config(wanted)
     assert {key: value.shape for key, value in built.state_dict().items()} == {
         key: value.shape for key, value in pipeline.unet.state_dict().items()

@@ -404,7 +404,7 @@ def test_what_was_not_measured_is_said(judged):
 def test_auto_goes_by_what_was_measured_on_the_gpu_of_the_plan(judged, monkeypatch):
     def plan(gpu: str) -> None:
         found = engine_files.Plan(Path("p"), {"identity": {"gpu": gpu}}, b"")
-        monkeypatch.setattr(engines, "fitting_plan", lambda *_: found)
+        monkeypatch.setattr(engines.select, "fitting_plan", lambda *_: found)
 
     plan("one GPU")
     somewhere = Bundle(Path("."), None)

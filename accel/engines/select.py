@@ -1,0 +1,184 @@
+"""The table of engines: which can run here, which one `auto` takes, and loading a component on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import Bundle, Component
+from ..errors import Notice, UserError
+from ..machine import machine_name
+from ..trt.preflight import NoPlan
+from .base import Engine, Status
+
+if TYPE_CHECKING:
+    from ..trt.engine_files import Plan
+
+# Fastest first: the order in which `auto` asks.
+ENGINES: Mapping[str, str] = MappingProxyType(
+    {
+        "tensorrt": "accel.engines.tensorrt",
+        "openvino": "accel.engines.openvino",
+        "onnxruntime": "accel.engines.onnxruntime",
+        "compile": "accel.engines.compile",
+        "eager": "accel.engines.eager",
+    }
+)
+
+
+def status(name: str) -> Status:
+    """Whether an engine can run here.
+
+    Raises:
+        UserError: for an unknown engine.
+    """
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}", f"one of: auto, {', '.join(sorted(ENGINES))}")
+    return import_module(ENGINES[name]).status()
+
+
+def choose(
+    name: str = "auto", component: Component | None = None, bundle: Bundle | None = None, device: str = "auto"
+) -> str:
+    """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
+
+    `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
+    drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes. For
+    an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never pictures
+    outside the parity budget; where nothing was measured it says so.
+
+    Args:
+        device: where the component is to run: "auto", "cpu", "cuda:1", ...
+
+    Raises:
+        UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
+    """
+    if name != "auto":
+        state = status(name)
+        if not state.ok:
+            raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
+        return name
+    plan = fitting_plan(bundle, component.name, device) if bundle is not None and component is not None else None
+    if component is not None and component.int8:
+        return _choose_int8(component, plan)
+    if plan is not None:
+        return "tensorrt"
+    ort = status("onnxruntime")
+    if ort.ok and "cuda" in ort.detail and device != "cpu":
+        return "onnxruntime"
+    for candidate in ("eager",) if device.startswith("cuda") else ENGINES:
+        if candidate not in ("compile", "tensorrt") and status(candidate).ok:
+            return candidate
+    raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def _check_parity(component: Component) -> None:
+    parity = component.int8.get("verdict", {}).get("parity", {})
+    if parity.get("ok") is False:
+        raise UserError(
+            f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
+            f"float32, {parity.get('budget', float('nan')):g} asked for), so auto does not choose it",
+            "name an engine to use it all the same, or export with --precision auto, or with --budget",
+        )
+
+
+def _choose_int8(component: Component, plan: Plan | None) -> str:
+    """By what was measured on this processor, and on the GPU that the plan, if there is one, was built for."""
+    _check_parity(component)
+    name, verdict = component.name, component.int8.get("verdict", {})
+    able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (plan is not None)
+    places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {"tensorrt": plan and plan.identity["gpu"]}
+    measured = {
+        engine: entry for engine, entry in verdict.get("engines", {}).items()
+        if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
+    }  # fmt: skip
+    if plan is not None and "tensorrt" not in measured:
+        _not_measured(component, "tensorrt")
+        return "tensorrt"
+    offered = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
+    faster = {engine: entry["int8_seconds"] for engine, entry in offered.items() if engine in able}
+    if faster:
+        return min(faster, key=faster.__getitem__)
+    if offered:
+        raise UserError(
+            f"int8 of {name} is worth it on {' and '.join(offered)} alone, which cannot run here now",
+            f"accel doctor says why; name one of {', '.join(able)} to use it all the same",
+        )
+    if measured:
+        raise UserError(
+            f"int8 of {name} is not faster than {verdict.get('against', 'float32')} on this machine ("
+            + ", ".join(f"{engine} {entry.get('speedup', 0):.2f}x" for engine, entry in measured.items())
+            + "), so auto does not choose it",
+            "name an engine to use it all the same, or export with --precision auto",
+        )
+    if able:
+        _not_measured(component, able[0])
+        return able[0]
+    raise UserError("no engine that runs int8 is installed", 'pip install "accel-diffusion[cpu]"')
+
+
+def _not_measured(component: Component, engine: str) -> None:
+    warnings.warn(
+        f"whether int8 of {component.name} is faster on {engine} was not measured on this machine: `accel bench` does",
+        Notice, stacklevel=4,
+    )  # fmt: skip
+
+
+def fitting_plan(bundle: Bundle, component: str, device: str = "auto") -> Plan | None:
+    """The newest TensorRT plan of a component that fits here, but for its contents, which loading compares.
+
+    Costs nothing where there are no plans, or the device is no GPU.
+    """
+    from ..trt import engine_files, library, preflight
+    from ..trt.cuda import Cuda, index_of
+
+    found = [plan for plan in engine_files.find(bundle, component) if isinstance(plan, engine_files.Plan)]
+    index = index_of(device)
+    if not found or index is None or not status("tensorrt").ok:
+        return None
+    here = engine_files.Here.of(library.load().__version__, Cuda(index))
+    return next((plan for plan in found if preflight.fits(bundle, plan, here).ok), None)
+
+
+def load_engine(
+    bundle: str | Path | Bundle, component: str, engine: str = "auto", *, verify: bool = True, **options: Any
+) -> Engine:
+    """Load one component of a bundle on an engine: tensors in, tensors out; no diffusers needed.
+
+    Args:
+        bundle: a bundle or its folder.
+        component: text_encoder, unet, vae_decoder, ...
+        engine: a name out of `ENGINES`, or "auto".
+        verify: compare the component's files with the manifest's digests first.
+        options: the engine's own options (device, dtype, provider, threads, ...).
+
+    Raises:
+        UserError: for an unknown component or engine, an engine that cannot run here, or changed files.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    record, device = bundle.component(component), options.get("device", "auto")
+    name = choose(engine, record, bundle, device)
+    if verify:
+        bundle.verify([record.folder])
+    try:
+        return _load(name, bundle, record, options)
+    except NoPlan as error:
+        if engine != "auto" or "plan" in options:
+            raise
+        name = choose("auto", record, device=device)
+        warnings.warn(f"{error.message}; {name} runs it instead", Notice, stacklevel=2)
+        return _load(name, bundle, record, options)
+
+
+def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str, Any]) -> Engine:
+    try:
+        return import_module(ENGINES[name]).load(bundle, component, **options)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise UserError(f"the {name} engine has no such option: {error}", "see `accel run --help`") from None
+        raise
