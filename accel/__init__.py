@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from . import _moved
 from ._version import __version__
 from .errors import UserError
 
@@ -17,6 +18,8 @@ _LAZY = {
     "Bundle": "accel.bundle",
     "Pipeline": "accel.pipeline",
 }
+
+_moved.install()
 
 __all__ = ["UserError", "__version__", *_LAZY]
 
