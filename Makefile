@@ -18,6 +18,7 @@ demo: $(VENV)/.installed  ## the whole story in about a minute: images and a tab
 
 test: $(VENV)/.installed  ## lint and the CPU tests, at most 15 minutes
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 15
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
@@ -32,8 +33,9 @@ bench: demo  ## every engine of this machine on the demo's bundle
 digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
 	$(BIN)/python -m accel.distill.digits.train --out out/digits
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## style: ruff's rules and its formatter
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

@@ -112,4 +112,3 @@ def _opened(picture: Any) -> Any:
             raise UserError("a picture with values outside 0 to 1", "scale it, or give uint8 from 0 to 255")
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)
-

@@ -22,14 +22,47 @@ import psutil
 
 # Instruction sets that decide which low-precision kernels a CPU engine picks; x86 names, then ARM names.
 ISA_FLAGS = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
-    "amx_int8", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
-)  # fmt: skip
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "amx_fp16",
+    "asimd",
+    "asimdhp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+)
 PACKAGES = (
-    "accel-diffusion", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "onnx",
-    "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "triton",
-    "xformers", "flash-attn", "optimum",
-)  # fmt: skip
+    "accel-diffusion",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "triton",
+    "xformers",
+    "flash-attn",
+    "optimum",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +172,14 @@ def _parse_gpus(table: str) -> tuple[Gpu, ...]:
         if len(fields) == 4:
             name, memory, capability, driver = (None if f.startswith("[") or not f else f for f in fields)
             mebibytes = int(memory) if memory and memory.isdigit() else None
-            gpus.append(Gpu(
-                name=name or "unknown", memory=mebibytes and mebibytes * 2**20,
-                compute_capability=capability, driver=driver,
-            ))  # fmt: skip
+            gpus.append(
+                Gpu(
+                    name=name or "unknown",
+                    memory=mebibytes and mebibytes * 2**20,
+                    compute_capability=capability,
+                    driver=driver,
+                )
+            )
     return tuple(gpus)
 
 

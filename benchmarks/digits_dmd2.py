@@ -46,14 +46,18 @@ ROWS: dict[str, tuple[str, dict, str]] = {
     "tiny-4step": ("digits_dmd2", dict(model="digits/tiny-1step"), "tiny, 4 steps"),
     "1step-no-gan": ("digits_dmd2_1step", dict(adversarial_weight=0.0), "1 step without the GAN"),
     "1step-one-scale": (
-        "digits_dmd2_1step", dict(ratio=1, critic_learning_rate=3e-4), "1 step without two time scales",
+        "digits_dmd2_1step",
+        dict(ratio=1, critic_learning_rate=3e-4),
+        "1 step without two time scales",
     ),
     "1step-small-batch": ("digits_dmd2_1step", dict(batch=8), "1 step, batches of 8"),
     "4step-from-teacher": ("digits_dmd2", dict(model="digits"), "4 steps, not from 1"),
     "4step-small-batch": ("digits_dmd2", dict(batch=32), "4 steps, 8 pictures a step"),
     "4step-real-inputs": ("digits_dmd2", dict(backward_simulation=False), "4 steps without backward simulation"),
     "4step-published": (
-        "digits_dmd2", dict(mixed_steps=False, step_aware=False), "4 steps, one step a batch, as published",
+        "digits_dmd2",
+        dict(mixed_steps=False, step_aware=False),
+        "4 steps, one step a batch, as published",
     ),
 }
 BESIDE = ("cache", "log", "sample_every", "checkpoint_every", "keep", "workers")  # what no weight depends on
@@ -130,9 +134,15 @@ def run_row(name: str, seed: int, out: Path) -> dict:
     images, wanted = pictures(folder, tuple(timesteps), 0.0, first_noise(seed))
     picture_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
     row = dict(
-        name=name, shows=shows, seed=seed, recipe=digest(name), timesteps=timesteps, steps=record["steps"],
-        seconds_per_step=record["seconds_per_step"], **digits_quality.judge(images, wanted),
-    )  # fmt: skip
+        name=name,
+        shows=shows,
+        seed=seed,
+        recipe=digest(name),
+        timesteps=timesteps,
+        steps=record["steps"],
+        seconds_per_step=record["seconds_per_step"],
+        **digits_quality.judge(images, wanted),
+    )
     write_json(result, row)
     print(row, flush=True)
     return row
@@ -181,8 +191,12 @@ def summary(rows: list[dict]) -> list[dict]:
         distance = [row["frechet_distance"] for row in found]
         lines.append(
             dict(
-                name=name, shows=found[0]["shows"], seeds=len(found), frechet_distance=statistics.mean(distance),
-                least=min(distance), largest=max(distance),
+                name=name,
+                shows=found[0]["shows"],
+                seeds=len(found),
+                frechet_distance=statistics.mean(distance),
+                least=min(distance),
+                largest=max(distance),
                 prompt_accuracy=statistics.mean(row["prompt_accuracy"] for row in found),
                 least_accuracy=min(row["prompt_accuracy"] for row in found),
             )
@@ -193,25 +207,32 @@ def summary(rows: list[dict]) -> list[dict]:
 def table(lines: list[dict]) -> str:
     head = ["| | seeds | Frechet distance (range) | prompt accuracy (least) |", "|---|---|---|---|"]
     return "\n".join(
-        head + [
+        head
+        + [
             f"| {line['shows']} | {line['seeds']} | {line['frechet_distance']:.2f} ({line['least']:.2f} to "
             f"{line['largest']:.2f}) | {line['prompt_accuracy']:.1%} ({line['least_accuracy']:.1%}) |"
             for line in lines
         ]
-    )  # fmt: skip
+    )
 
 
 def plot(lines: list[dict], path: Path) -> None:
     rows = [
-        (line["shows"], line["frechet_distance"], f"{line['frechet_distance']:.1f}   {line['prompt_accuracy']:.1%}",
-         "#a0aec0" if line["name"] in BASELINES else "#2b6cb0")
+        (
+            line["shows"],
+            line["frechet_distance"],
+            f"{line['frechet_distance']:.1f}   {line['prompt_accuracy']:.1%}",
+            "#a0aec0" if line["name"] in BASELINES else "#2b6cb0",
+        )
         for line in lines
-    ]  # fmt: skip
+    ]
     pages.bars(
-        path, rows, "Digits in few steps: grey not distilled, blue distilled; beside the bar, prompt accuracy",
+        path,
+        rows,
+        "Digits in few steps: grey not distilled, blue distilled; beside the bar, prompt accuracy",
         "Frechet distance to held-out real digits (lower is better); the line is the range over seeds",
         ranges=[(line["least"], line["largest"]) for line in lines],
-    )  # fmt: skip
+    )
 
 
 def gallery(path: Path) -> None:
@@ -238,8 +259,10 @@ def other_noise(name: str, sets: int) -> dict:
 
 
 def noise_table(found: dict[str, dict]) -> str:
-    lines = ["| shipped | sets of noise | Frechet distance, mean and standard deviation | range | prompt accuracy |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| shipped | sets of noise | Frechet distance, mean and standard deviation | range | prompt accuracy |",
+        "|---|---|---|---|---|",
+    ]
     for name, each in found.items():
         distances, right = each["frechet_distance"], statistics.mean(each["prompt_accuracy"])
         middle = f"{statistics.mean(distances):.2f} ± {statistics.stdev(distances):.2f}"
@@ -274,9 +297,14 @@ def main() -> None:
         rows = with_earlier(baselines + rows)
         lines = summary(rows)
         document = dict(
-            schema="accel-digits-dmd2/1", command="python benchmarks/digits_dmd2.py --write",
-            machine=dataclasses.asdict(machine.machine()), threads=args.threads, summary=lines, rows=rows, noise=noise,
-        )  # fmt: skip
+            schema="accel-digits-dmd2/1",
+            command="python benchmarks/digits_dmd2.py --write",
+            machine=dataclasses.asdict(machine.machine()),
+            threads=args.threads,
+            summary=lines,
+            rows=rows,
+            noise=noise,
+        )
         write_json(RESULT, document)
         plot(lines, ROOT / "docs/digits-dmd2.png")
         gallery(ROOT / "docs/digits-dmd2-pictures.png")

@@ -167,17 +167,20 @@ def in_torch(model: Model) -> list[dict[str, Any]]:
 def on_engines(model: Model) -> list[dict[str, Any]]:
     return [
         model.row(f"{engine}, {place.name}", lambda: draw(load(place, engine), model.images))  # noqa: B023
-        for engine in ENGINES if status(engine).ok
+        for engine in ENGINES
+        if status(engine).ok
         for place in (model.high, model.low)
         if (engine, place) != ("onnxruntime", model.high)  # which is the truth
-    ]  # fmt: skip
+    ]
 
 
 def trained(model: Model, steps: int) -> list[dict[str, Any]]:
     """Trained on for int8, and as long without rounding, which may help by itself."""
     rows = []
-    for qat, rows_of in (("all", {"int8": "trained for int8"}),
-                         ("", {"float32": "trained as long, float32", "int8": "trained as long, then calibrated"})):
+    for qat, rows_of in (
+        ("all", {"int8": "trained for int8"}),
+        ("", {"float32": "trained as long, float32", "int8": "trained as long, then calibrated"}),
+    ):
         kind = f"{'qat' if qat else 'plain'}-{steps}"
         pipeline = model.folder / kind
         for precision, way in rows_of.items():
@@ -189,9 +192,8 @@ def trained(model: Model, steps: int) -> list[dict[str, Any]]:
                     say(f"{model.name}: training {kind}")  # noqa: B023
                     if execute(training(model, qat, steps), pipeline).stopped:  # noqa: B023
                         raise KeyboardInterrupt
-                place = model.bundle(
-                    str(pipeline), f"{kind}-{precision}", profile="digits", **options  # noqa: B023
-                )  # fmt: skip
+                name = f"{kind}-{precision}"  # noqa: B023
+                place = model.bundle(str(pipeline), name, profile="digits", **options)  # noqa: B023
                 return draw(load(place, "onnxruntime"), model.images)
 
             rows.append(model.row(f"{way} ({steps} updates)", make))
@@ -201,17 +203,33 @@ def trained(model: Model, steps: int) -> list[dict[str, Any]]:
 def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
     """A few-step student goes on by DMD2 against the teacher that it came from, any other by fine-tuning."""
     common = dict(
-        model=model.name, steps=steps, warmup=max(1, steps // 8), qat=qat, cache=str(model.out / "cache"),
-        sample_every=0, log="none", checkpoint_every=max(1, steps // 2), ema=0.9,
-    )  # fmt: skip
+        model=model.name,
+        steps=steps,
+        warmup=max(1, steps // 8),
+        qat=qat,
+        cache=str(model.out / "cache"),
+        sample_every=0,
+        log="none",
+        checkpoint_every=max(1, steps // 2),
+        ema=0.9,
+    )
     if model.few_steps is not None:
         recipe = recipes.recipe("digits_dmd2_1step" if len(model.few_steps) == 1 else "digits_dmd2")
         # The critic starts as the teacher, so it must learn what the student draws before it says where to go.
         return recipes.changed(recipe, **common, teacher="digits", learning_rate=1e-4, critic_warmup=30)
     digit = recipes.recipe("digits_lora")
-    fields = {name: getattr(digit, name) for name in (
-        "data", "resolution", "random_flip", "cache_variants", "cache_dtype", "sample_guidance", "sample_prompts",
-    )}  # fmt: skip
+    fields = {
+        name: getattr(digit, name)
+        for name in (
+            "data",
+            "resolution",
+            "random_flip",
+            "cache_variants",
+            "cache_dtype",
+            "sample_guidance",
+            "sample_prompts",
+        )
+    }
     return recipes.changed(recipes.finetune(), **fields, **common, batch=32, learning_rate=1e-4, save_dtype="float16")
 
 
@@ -228,15 +246,23 @@ def compare(model: Model, parts: tuple[str, ...], qat_steps: int) -> dict[str, A
     if "trained" in parts:
         rows += trained(model, qat_steps)
     bundle = Bundle.open(model.low)
-    size = {place.name: sum(p.stat().st_size for p in (place / "unet").glob("*.safetensors"))
-            for place in (model.high, model.low)}  # fmt: skip
+    size = {
+        place.name: sum(p.stat().st_size for p in (place / "unet").glob("*.safetensors"))
+        for place in (model.high, model.low)
+    }
     return {
-        "model": model.name, "sampler": dict(bundle.manifest.sampler), "images": model.images, "rows": rows,
+        "model": model.name,
+        "sampler": dict(bundle.manifest.sampler),
+        "images": model.images,
+        "rows": rows,
         "unet_bytes": size,
-        "int8": {name: {key: record.int8[key] for key in ("verdict", "audit")} if record.int8
-                 else {"tried": record.parity.get("int8_tried")}
-                 for name, record in bundle.manifest.components.items()},
-    }  # fmt: skip
+        "int8": {
+            name: {key: record.int8[key] for key in ("verdict", "audit")}
+            if record.int8
+            else {"tried": record.parity.get("int8_tried")}
+            for name, record in bundle.manifest.components.items()
+        },
+    }
 
 
 def tables(models: list[Mapping[str, Any]]) -> str:
@@ -252,17 +278,20 @@ def tables(models: list[Mapping[str, Any]]) -> str:
     heads = [f"{model['model']}, {model['images']} pictures" for model in models]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {way} | {' | '.join(cells.get(name, '') for name in names)} |" for way, cells in by_way.items()]
-    lines += ["", "| model | UNet's weights, MB | engine | UNet float32, ms | int8, ms | | layers in int8 |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| model | UNet's weights, MB | engine | UNet float32, ms | int8, ms | | layers in int8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for model in models:
         unet, size = model["int8"]["unet"], model["unet_bytes"]
         for engine, entry in unet["verdict"]["engines"].items():
             line = f"| {model['model']} | {size['float32'] / 1e6:.1f} to {size['int8'] / 1e6:.1f} | {engine} | "
-            lines.append(line + (
-                f"{entry['error']} | | | |" if "error" in entry else
-                f"{entry['float_seconds'] * 1e3:.1f} | {entry['int8_seconds'] * 1e3:.1f} | {entry['speedup']:.2f}x | "
-                f"{unet['audit'][engine]['share']:.0%} |"
-            ))  # fmt: skip
+            if "error" in entry:
+                lines.append(f"{line}{entry['error']} | | | |")
+                continue
+            seconds = f"{entry['float_seconds'] * 1e3:.1f} | {entry['int8_seconds'] * 1e3:.1f} | "
+            lines.append(f"{line}{seconds}{entry['speedup']:.2f}x | {unet['audit'][engine]['share']:.0%} |")
     return "\n".join(lines)
 
 
@@ -271,10 +300,16 @@ def write(models: list[dict[str, Any]], threads: int) -> None:
     new = {model["model"] for model in models}
     earlier = json.loads(RESULT.read_text())["models"] if RESULT.is_file() else []
     models = [model for model in earlier if model["model"] not in new] + models
-    write_json(RESULT, {
-        "schema": "accel-digits-int8/1", "command": "python benchmarks/digits_int8.py out/digits-int8 --write",
-        "machine": machine().as_dict(), "threads": threads, "models": models,
-    })  # fmt: skip
+    write_json(
+        RESULT,
+        {
+            "schema": "accel-digits-int8/1",
+            "command": "python benchmarks/digits_int8.py out/digits-int8 --write",
+            "machine": machine().as_dict(),
+            "threads": threads,
+            "models": models,
+        },
+    )
     pages.put(PAGE, "digits-int8", tables(models))
 
 

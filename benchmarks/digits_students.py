@@ -75,9 +75,14 @@ def run_row(name: str, out: Path, sampler: dict) -> dict:
             raise KeyboardInterrupt
     record = json.loads((folder / "training.json").read_text())
     row = dict(
-        name=name, student=recipe.student, init=recipe.init, losses=shows, steps=recipe.steps,
+        name=name,
+        student=recipe.student,
+        init=recipe.init,
+        losses=shows,
+        steps=recipe.steps,
         features=recipe.features if recipe.feature_weight else None,
-        seconds_per_step=record["seconds_per_step"], **quality(folder, sampler["guidance"], sampler["steps"]),
+        seconds_per_step=record["seconds_per_step"],
+        **quality(folder, sampler["guidance"], sampler["steps"]),
     )
     write_json(result, row)
     print(row, flush=True)
@@ -98,23 +103,30 @@ def ship(row: dict, folder: Path, sampler: dict, teacher: dict) -> None:
 
 def plot(rows: list[dict], teacher: dict, path: Path) -> None:
     shown = [
-        (f"{row['student']}, {row['steps']} steps: {row['losses']}", row["frechet_distance"],
-         f"{row['frechet_distance']:.1f}   {row['prompt_accuracy']:.1%}",
-         "#a0aec0" if row["losses"].startswith("task only") else "#2b6cb0")
+        (
+            f"{row['student']}, {row['steps']} steps: {row['losses']}",
+            row["frechet_distance"],
+            f"{row['frechet_distance']:.1f}   {row['prompt_accuracy']:.1%}",
+            "#a0aec0" if row["losses"].startswith("task only") else "#2b6cb0",
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     wanted = teacher["frechet_distance"]
     pages.bars(
-        path, shown, "Digits students: blue with a teacher, grey without; beside the bar, prompt accuracy",
-        "Frechet distance to held-out real digits (lower is better)", line=(wanted, f"teacher {wanted:.1f}"),
-    )  # fmt: skip
+        path,
+        shown,
+        "Digits students: blue with a teacher, grey without; beside the bar, prompt accuracy",
+        "Frechet distance to held-out real digits (lower is better)",
+        line=(wanted, f"teacher {wanted:.1f}"),
+    )
 
 
 def table(rows: list[dict], teacher: dict) -> str:
     lines = [
-        "| student | start | losses | steps | prompt accuracy | Frechet distance |", "|---|---|---|---|---|---|",
+        "| student | start | losses | steps | prompt accuracy | Frechet distance |",
+        "|---|---|---|---|---|---|",
         f"| *teacher* | | | | {teacher['prompt_accuracy']:.1%} | {teacher['frechet_distance']:.2f} |",
-    ]  # fmt: skip
+    ]
     for row in rows:
         start = {"copy": "teacher's weights", "random": "random weights"}[row["init"]]
         losses = row["losses"].replace(", from random weights", "")
@@ -143,8 +155,11 @@ def main() -> None:
             ship(row, args.out / row["name"], sampler, teacher)
     if set(args.rows) == set(ROWS):
         document = dict(
-            schema="accel-digits-students/1", command="python benchmarks/digits_students.py",
-            machine=dataclasses.asdict(machine.machine()), threads=args.threads, sampler=sampler,
+            schema="accel-digits-students/1",
+            command="python benchmarks/digits_students.py",
+            machine=dataclasses.asdict(machine.machine()),
+            threads=args.threads,
+            sampler=sampler,
             teacher={key: teacher[key] for key in ("prompt_accuracy", "frechet_distance", "frechet_floor", "images")},
             rows=rows,
         )

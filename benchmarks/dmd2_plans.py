@@ -68,12 +68,17 @@ def main() -> None:
                 if not path.exists():
                     write(path.name, path, weights=False)
             rows[label] = plan(recipe, paths[0], paths[1] if teacher else None, options) | {
-                "recipe": recipe, "options": options,
-            }  # fmt: skip
+                "recipe": recipe,
+                "options": options,
+            }
             print(f"{label}: {rows[label]['peak_bytes'] / 2**30:.1f} GiB", flush=True)
     if args.write:
-        document = {"schema": "accel-dmd2-plans/1", "command": "python benchmarks/dmd2_plans.py --write",
-                    "accel": __version__, "rows": rows}  # fmt: skip
+        document = {
+            "schema": "accel-dmd2-plans/1",
+            "command": "python benchmarks/dmd2_plans.py --write",
+            "accel": __version__,
+            "rows": rows,
+        }
         write_json(ROOT / "benchmarks/dmd2-plans.json", document)
         pages.put(ROOT / "docs/dmd2.md", "dmd2-plans", table(rows))
 

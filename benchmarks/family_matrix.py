@@ -94,9 +94,12 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
 
     def exported(kind: str, components: tuple[str, ...], **parts: Any) -> Any:
         return export_pipeline(
-            open_source(source, **parts), folder / kind, profile=PROFILE, components=components,
+            open_source(source, **parts),
+            folder / kind,
+            profile=PROFILE,
+            components=components,
             sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE},
-        )  # fmt: skip
+        )
 
     def plain() -> Any:
         if not made:
@@ -109,20 +112,33 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
 
     def adapter() -> Case:
         model = diffusers.T2IAdapter(
-            in_channels=3, channels=[8, 16, 16, 16], num_res_blocks=1, downscale_factor=8 if xl else 4,
+            in_channels=3,
+            channels=[8, 16, 16, 16],
+            num_res_blocks=1,
+            downscale_factor=8 if xl else 4,
             adapter_type="full_adapter_xl" if xl else "full_adapter",
-        )  # fmt: skip
+        )
         loud(model).save_pretrained(folder / "t2i")
-        return Case(f"{prefix}AdapterPipeline", {"adapter": model}, {"image": picture()}, {"control_image": picture()},
-                    bundle("adapter", adapter=folder / "t2i"))  # fmt: skip
+        return Case(
+            f"{prefix}AdapterPipeline",
+            {"adapter": model},
+            {"image": picture()},
+            {"control_image": picture()},
+            bundle("adapter", adapter=folder / "t2i"),
+        )
 
     def controlnet() -> Case:
         unet = diffusers.UNet2DConditionModel.from_pretrained(source / "unet")
         config = dict(diffusers.ControlNetModel.from_unet(unet).config)
         model = diffusers.ControlNetModel.from_config(config | {"conditioning_embedding_out_channels": (8, 16, 16)})
         loud(model).save_pretrained(folder / "control")
-        return Case(f"{prefix}ControlNetPipeline", {"controlnet": model}, {"image": picture()},
-                    {"control_image": picture()}, bundle("controlnet", controlnet=folder / "control"))  # fmt: skip
+        return Case(
+            f"{prefix}ControlNetPipeline",
+            {"controlnet": model},
+            {"image": picture()},
+            {"control_image": picture()},
+            bundle("controlnet", controlnet=folder / "control"),
+        )
 
     def lora() -> Case:
         from safetensors.torch import save_file
@@ -258,9 +274,10 @@ def main() -> int:
     args = parser.parse_args()
     names = ("torch", "diffusers", "onnxruntime", "openvino")
     document = {
-        "unit": "1/255, largest difference of a pixel from diffusers", "cpu": machine().cpu,
+        "unit": "1/255, largest difference of a pixel from diffusers",
+        "cpu": machine().cpu,
         "versions": {name: version(name) for name in names},
-    }  # fmt: skip
+    }
     document["cells"] = cells = kept(args.json, document)
     for family in args.families:
         for task, row in measured(family, args.tasks, args.engines):

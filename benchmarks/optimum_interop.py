@@ -1,7 +1,7 @@
 """Does optimum's own pipeline load our bundle and make our picture? Run by optimum_interop.sh, in two environments.
 
-    python optimum_interop.py ours   BUNDLE FOLDER    with accel: latents and the reference picture
-    python optimum_interop.py theirs BUNDLE FOLDER    with optimum-onnx: the same latents through its own pipeline
+python optimum_interop.py ours   BUNDLE FOLDER    with accel: latents and the reference picture
+python optimum_interop.py theirs BUNDLE FOLDER    with optimum-onnx: the same latents through its own pipeline
 """
 
 from __future__ import annotations
@@ -35,9 +35,14 @@ def theirs(bundle: Path, folder: Path) -> None:
     pipe = ORTStableDiffusionPipeline.from_pretrained(bundle)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     image = pipe(
-        PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=torch.from_numpy(saved["latents"]),
-        height=saved["image"].shape[0], width=saved["image"].shape[1], output_type="np",
-    ).images[0]  # fmt: skip
+        PROMPT,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        latents=torch.from_numpy(saved["latents"]),
+        height=saved["image"].shape[0],
+        width=saved["image"].shape[1],
+        output_type="np",
+    ).images[0]
     difference = float(np.abs(image - saved["image"]).max() * 255)
     print(json.dumps({"largest difference in 1/255": difference, "same picture": difference < 1}))
     sys.exit(difference >= 1)

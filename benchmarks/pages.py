@@ -16,8 +16,13 @@ def put(path: Path, name: str, text: str) -> None:
 
 
 def bars(
-    path: Path, rows: Sequence[tuple[str, float, str, str]], title: str, axis: str, *,
-    ranges: Sequence[tuple[float, float]] = (), line: tuple[float, str] | None = None,
+    path: Path,
+    rows: Sequence[tuple[str, float, str, str]],
+    title: str,
+    axis: str,
+    *,
+    ranges: Sequence[tuple[float, float]] = (),
+    line: tuple[float, str] | None = None,
 ) -> None:
     """A horizontal bar for each row (label, value, text beside it, colour), the first one on top.
 

@@ -1,6 +1,6 @@
 """Put the saved benchmark results into the README, so that no figure there is written by hand.
 
-    python benchmarks/readme_table.py            rewrites README.md between its result markers
+python benchmarks/readme_table.py            rewrites README.md between its result markers
 """
 
 from __future__ import annotations
@@ -48,15 +48,24 @@ def table(document: dict) -> str:
         image = (row["parity"] or {}).get("image") or {}
         peak = (row["process"] or {}).get("peak_rss_bytes")
         cells = [
-            row["variant"], *(milliseconds(row, scope) for scope in ("text_encoder", "unet", "vae_decoder", "image")),
-            speedup(row, "eager"), speedup(row, "compile"), figure(image.get("max_abs"), "{:.2g}"),
-            figure(image.get("psnr"), "{:.1f}"), NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
-        ]  # fmt: skip
+            row["variant"],
+            *(milliseconds(row, scope) for scope in ("text_encoder", "unet", "vae_decoder", "image")),
+            speedup(row, "eager"),
+            speedup(row, "compile"),
+            figure(image.get("max_abs"), "{:.2g}"),
+            figure(image.get("psnr"), "{:.1f}"),
+            NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     for floor in document["noise_floor"]:
         image = (floor["parity"] or {}).get("image") or {}
-        cells = [f"*floor: {floor['what']}*", *[""] * 6, figure(image.get("max_abs"), "{:.2g}"),
-                 figure(image.get("psnr"), "{:.1f}"), ""]  # fmt: skip
+        cells = [
+            f"*floor: {floor['what']}*",
+            *[""] * 6,
+            figure(image.get("max_abs"), "{:.2g}"),
+            figure(image.get("psnr"), "{:.1f}"),
+            "",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

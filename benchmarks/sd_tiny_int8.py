@@ -103,17 +103,28 @@ def write_pipeline(out: Path, narrow: bool) -> None:
     parts = {
         "unet": UNet2DConditionModel(**config),
         "vae": AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, sample_size=512, scaling_factor=0.18215,
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            norm_num_groups=4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            sample_size=512,
+            scaling_factor=0.18215,
         ),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=768, num_attention_heads=12, num_hidden_layers=1, projection_dim=768,
-        )),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768, intermediate_size=768, num_attention_heads=12, num_hidden_layers=1, projection_dim=768
+            )
+        ),
         "scheduler": PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            skip_prk_steps=True,
             set_alpha_to_one=False,
         ),
-    }  # fmt: skip
+    }
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "CLIPTokenizer"]}
     for name, model in parts.items():
         model.save_pretrained(out / name)
@@ -136,10 +147,11 @@ def race(out: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     seconds = lambda name: found.setdefault(name, {}).setdefault("seconds", [])  # noqa: E731
     wanted = {
-        name: variant for name, variant in VARIANTS.items()
+        name: variant
+        for name, variant in VARIANTS.items()
         if "error" not in found.get(name, {})
         and (name == TRUTH or "relative_l2" not in found.get(name, {}) or variant.timed and len(seconds(name)) < rounds)
-    }  # fmt: skip
+    }
     if set(wanted) == {TRUTH} and len(seconds(TRUTH)) >= rounds:
         return found
     engines, truth = {}, None
@@ -181,9 +193,13 @@ def per_layer(low: Path) -> dict[str, Any]:
     """Largest and median relative L2 of a layer against torch, for both graphs."""
     record, folder = Bundle.open(low).component("unet"), low / "unet"
     module = networks.rebuild(
-        "unet", folder / "config.json", folder / "model.safetensors", record.inputs, record.outputs,
+        "unet",
+        folder / "config.json",
+        folder / "model.safetensors",
+        record.inputs,
+        record.outputs,
         record.int8["layers"],
-    )  # fmt: skip
+    )
     feeds = example(record.inputs, {dim: limits.min for dim, limits in record.dims.items()})
     found = {}
     for file in ("model.onnx", FILE):
@@ -203,17 +219,21 @@ def figures(race: dict[str, Any]) -> dict[str, Any]:
         rows[name] = {key: row[key] for key in ("error", "relative_l2", "description") if key in row}
         if name in median:
             rows[name] |= {
-                "median_seconds": median[name], "least_seconds": min(row["seconds"]),
-                "over_eager": median[TRUTH] / median[name], "over_best_fp32": plain / median[name],
-            }  # fmt: skip
+                "median_seconds": median[name],
+                "least_seconds": min(row["seconds"]),
+                "over_eager": median[TRUTH] / median[name],
+                "over_best_fp32": plain / median[name],
+            }
         if like and "relative_l2" in row:
             rows[name]["over_fake_quantisation"] = row["relative_l2"] / like
     return rows
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| | seconds | over eager | over the best float32 | distance to float32 | over torch's own rounding |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| | seconds | over eager | over the best float32 | distance to float32 | over torch's own rounding |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in found["rows"].items():
         cells = [f"{row['median_seconds']:.2f}" if "median_seconds" in row else row.get("error", "not measured")]
         cells += [f"{row[key]:.2f}x" if key in row else "" for key in ("over_eager", "over_best_fp32")]
@@ -226,34 +246,44 @@ def table(found: dict[str, Any]) -> str:
         f"`{name}`: layers in int8: "
         + ", ".join(f"{engine} {audit['share']:.0%}" for engine, audit in low["audit"].items())
         + "; each layer against torch's: "
-        + "; ".join(f"{file}: {entry['layers']} layers, median {entry['median']:.1e}, largest {entry['largest']:.1e}"
-                    for file, entry in low["layers"].items())
+        + "; ".join(
+            f"{file}: {entry['layers']} layers, median {entry['median']:.1e}, largest {entry['largest']:.1e}"
+            for file, entry in low["layers"].items()
+        )
         for name, low in found["bundles"].items()
-    ]  # fmt: skip
-    return "\n".join([
-        *lines, "", *(f"{line}.\n" for line in about),
-        f"(One step of an output's rounding is not an error.) The best int8 is {best:.2f}x as fast as the best float32 "
-        f"(wanted: {FASTER}x); the largest distance to float32 is {far:.2f}x that of torch's own rounding (wanted: at "
-        f"most {FARTHER}x).",
-    ])  # fmt: skip
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"{line}.\n" for line in about),
+            f"(One step of an output's rounding is not an error.) The best int8 is {best:.2f}x as fast as the best "
+            f"float32 (wanted: {FASTER}x); the largest distance to float32 is {far:.2f}x that of torch's own rounding "
+            f"(wanted: at most {FARTHER}x).",
+        ]
+    )
 
 
 def low_bundle(args: argparse.Namespace, name: str, say: Callable[[str, float], None]) -> dict[str, Any]:
     """An int8 bundle of `LEVELS`, made once, and what is known of it."""
     low, layers = args.out / name, args.out / f"{name}-layers.json"
     if not low.exists():
-        options = Options(Int8(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",),
-                          threads=args.threads)  # fmt: skip
+        options = Options(
+            Int8(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",), threads=args.threads
+        )
         export_pipeline(args.out / "float32", low, precision="int8", int8=options, progress=say)
     if not layers.exists():
         print(f"{name}: every layer against torch's", flush=True)
         write_json(layers, per_layer(low))
     record = Bundle.open(low).component("unet")
     return {
-        "level": LEVELS[name], "unet_bytes": unet_bytes(low), "audit": dict(record.int8["audit"]),
-        "layers": json.loads(layers.read_text()), "verdict": record.int8["verdict"],
+        "level": LEVELS[name],
+        "unet_bytes": unet_bytes(low),
+        "audit": dict(record.int8["audit"]),
+        "layers": json.loads(layers.read_text()),
+        "verdict": record.int8["verdict"],
         "export": {key: record.parity[key] for key in ("relative_l2", "torch_relative_l2", FILE)},
-    }  # fmt: skip
+    }
 
 
 def unet_bytes(bundle: Path) -> int:
@@ -275,14 +305,24 @@ def main() -> None:
     if not (source / "model_index.json").exists():  # it is written last
         write_pipeline(source, args.narrow)
     if not high.exists():
-        export_pipeline(source, high, profile=f"batch=1,size={128 if args.narrow else 512}", sampler=SAMPLER,
-                        progress=say, components=("text_encoder", "unet", "vae_decoder"))  # fmt: skip
+        export_pipeline(
+            source,
+            high,
+            profile=f"batch=1,size={128 if args.narrow else 512}",
+            sampler=SAMPLER,
+            progress=say,
+            components=("text_encoder", "unet", "vae_decoder"),
+        )
     bundles = {name: low_bundle(args, name, say) for name in LEVELS}
     found = {
-        "schema": "accel-sd-tiny-int8/2", "machine": machine().as_dict(), "threads": args.threads,
-        "narrow": args.narrow, "bundles": bundles, "float32_unet_bytes": unet_bytes(high),
+        "schema": "accel-sd-tiny-int8/2",
+        "machine": machine().as_dict(),
+        "threads": args.threads,
+        "narrow": args.narrow,
+        "bundles": bundles,
+        "float32_unet_bytes": unet_bytes(high),
         "rows": figures(race(args.out, args.rounds, args.threads, args.out / "race.json")),
-    }  # fmt: skip
+    }
     print(table(found))
     if args.write:
         write_json(RESULT, found)

@@ -107,29 +107,39 @@ def summary(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     bundle = Bundle.open(work / "bundle")
     record = bundle.component("unet")
     truth, found = (np.load(work / f"{name}.npy") for name in ("torch", "onnxruntime"))
-    read = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES if
-            (work / f"{name}.json").is_file()}  # fmt: skip
+    read = {
+        name: json.loads((work / f"{name}.json").read_text()) for name in STAGES if (work / f"{name}.json").is_file()
+    }
     stages = {name: {key: value for key, value in values.items() if key != "asked"} for name, values in read.items()}
     files = {path.name: path.stat().st_size for path in sorted((bundle.path / record.folder).iterdir())}
     return {
         "schema": "accel-sdxl-real-size/1",
         "command": "python benchmarks/sdxl_real_size.py --work out/sdxl-real --json benchmarks/sdxl-512.json",
-        "topology": bundle.manifest.topology, "parameters": record.parameters, "precision": bundle.manifest.precision,
-        "size": args.size, "latent": list(found.shape), "files_bytes": files, "stages": stages,
+        "topology": bundle.manifest.topology,
+        "parameters": record.parameters,
+        "precision": bundle.manifest.precision,
+        "size": args.size,
+        "latent": list(found.shape),
+        "files_bytes": files,
+        "stages": stages,
         "fits_24_gib": all(values["peak_bytes"] < LIMIT for values in stages.values()),
         "parity": {
             "step_relative_l2": float(relative_l2(found, truth)),
-            "step_max_abs": float(np.abs(found - truth).max()), "export": record.parity["relative_l2"],
+            "step_max_abs": float(np.abs(found - truth).max()),
+            "export": record.parity["relative_l2"],
             "limit": record.parity["limit"],
         },
-        "cpu": machine().cpu, "threads": machine().threads,
+        "cpu": machine().cpu,
+        "threads": machine().threads,
         "versions": {name: version(name) for name in ("torch", "diffusers", "onnxruntime")},
-    }  # fmt: skip
+    }
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"{result['topology']}, {result['parameters'] / 1e6:,.1f} M parameters, {result['precision']}, "
-          f"{result['size']} px")  # fmt: skip
+    print(
+        f"{result['topology']}, {result['parameters'] / 1e6:,.1f} M parameters, {result['precision']}, "
+        f"{result['size']} px"
+    )
     for name, size in result["files_bytes"].items():
         print(f"  {name:<20} {size / 1e9:8.3f} GB")
     for name, values in result["stages"].items():

@@ -110,22 +110,22 @@ pipe = StableDiffusionPipeline.from_pretrained("teacher", vae=AutoencoderTiny.fr
 
 ## Training
 
-`accel distill vae --recipe digits_vae --out OUT`: {record['steps']} steps of {record['recipe']['batch']}, \
-{hours:.1f} hours on {record['threads']} CPU thread of a busy machine.
+`accel distill vae --recipe digits_vae --out OUT`: {record["steps"]} steps of {record["recipe"]["batch"]}, \
+{hours:.1f} hours on {record["threads"]} CPU thread of a busy machine.
 `training.json` has every setting.
 
 ## Figures
 
-{result['pictures']} held-out pictures, as one set.
+{result["pictures"]} held-out pictures, as one set.
 
 | | full | tiny |
 |---|---|---|
-| PSNR of the decoded picture against the photo | {psnr_of['full']:.1f} dB | {psnr_of['tiny']:.1f} dB |
-| parameters of the decoder | {count['full_decoder']:,} | {count['tiny_decoder']:,} |
+| PSNR of the decoded picture against the photo | {psnr_of["full"]:.1f} dB | {psnr_of["tiny"]:.1f} dB |
+| parameters of the decoder | {count["full_decoder"]:,} | {count["tiny_decoder"]:,} |
 
-The tiny decoder's pictures are {result['psnr_against_full_db']} dB from the full one's.
+The tiny decoder's pictures are {result["psnr_against_full_db"]} dB from the full one's.
 
-Processor time of decoding one picture of 64 x 64 px on one thread ({result['cpu']}), the fastest of {result['rounds']}
+Processor time of decoding one picture of 64 x 64 px on one thread ({result["cpu"]}), the fastest of {result["rounds"]}
 rounds in turns:
 
 | engine | full ms | tiny ms | |
@@ -141,9 +141,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="an AutoencoderTiny of the digits model")
     args = parser.parse_args()
     result = quality(args.folder) | {
-        "decode_cpu_ms": milliseconds(args.folder), "cpu": machine().cpu, "threads": 1, "rounds": ROUNDS,
+        "decode_cpu_ms": milliseconds(args.folder),
+        "cpu": machine().cpu,
+        "threads": 1,
+        "rounds": ROUNDS,
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "openvino")},
-    }  # fmt: skip
+    }
     write_json(args.folder / "quality.json", result)
     record = json.loads((args.folder / "training.json").read_text())
     (args.folder / "README.md").write_text(card(args.folder.resolve().name, result, record))

@@ -140,9 +140,7 @@ def main() -> None:
         truth, fake = plain(*feeds)[0].float(), low(*feeds)[0].float()
     count, kept = replace_layers(low, feeds)
     name = str(dtype).removeprefix("torch.")
-    ways: dict[str, Callable[[], Any]] = {
-        f"{name} eager": lambda: plain(*feeds), "W8A8 eager": lambda: low(*feeds),
-    }  # fmt: skip
+    ways: dict[str, Callable[[], Any]] = {f"{name} eager": lambda: plain(*feeds), "W8A8 eager": lambda: low(*feeds)}
     if args.device.startswith("cuda"):
         compiled = {kind: torch.compile(model, mode="max-autotune") for kind, model in ((name, plain), ("W8A8", low))}
         ways |= {f"{kind} compiled": lambda model=model: model(*feeds) for kind, model in compiled.items()}
@@ -161,10 +159,13 @@ def main() -> None:
     distance = lambda x: relative_l2(x.cpu().numpy(), truth.cpu().numpy())  # noqa: E731
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else "none"
     found = {
-        "machine": machine().as_dict(), "gpu": gpu, "batch": args.batch, "layers": {"int8": count, name: kept},
+        "machine": machine().as_dict(),
+        "gpu": gpu,
+        "batch": args.batch,
+        "layers": {"int8": count, name: kept},
         "distance": {"fake quantisation": distance(fake), "W8A8": distance(made)},
         "milliseconds": {way: 1e3 * statistics.median(values) for way, values in times.items()},
-    }  # fmt: skip
+    }
     print(json.dumps({key: value for key, value in found.items() if key != "machine"}, indent=2))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -62,17 +62,37 @@ def dmd2_sd15() -> DMD2:
     The second stage goes on from its result: 5e-7, --adversarial-weight 1e-3.
     """
     return DMD2(
-        **_PUBLISHED, few_steps=1, real_guidance=1.75, ratio=10, steps=390_000, batch=32, learning_rate=1e-5,
-        warmup=5_000, adversarial_weight=0.0, mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
-    )  # fmt: skip
+        **_PUBLISHED,
+        few_steps=1,
+        real_guidance=1.75,
+        ratio=10,
+        steps=390_000,
+        batch=32,
+        learning_rate=1e-5,
+        warmup=5_000,
+        adversarial_weight=0.0,
+        mixed_precision="bf16",
+        checkpoint_every=5_000,
+        sample_every=2_500,
+    )
 
 
 def dmd2_sdxl() -> DMD2:
     """DMD2's published SDXL in four steps: 64 processes x 2, 19,000 generator updates."""
     return DMD2(
-        **_PUBLISHED, resolution=1024, few_steps=4, real_guidance=8.0, steps=95_000, batch=2, learning_rate=5e-7,
-        warmup=500, mixed_precision="bf16", gradient_checkpointing=True, checkpoint_every=2_500, sample_every=1_000,
-    )  # fmt: skip
+        **_PUBLISHED,
+        resolution=1024,
+        few_steps=4,
+        real_guidance=8.0,
+        steps=95_000,
+        batch=2,
+        learning_rate=5e-7,
+        warmup=500,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        checkpoint_every=2_500,
+        sample_every=1_000,
+    )
 
 
 def dmd2_sdxl_lora() -> DMD2:
@@ -91,10 +111,21 @@ def dmd2_sdxl_1step() -> DMD2:
 def dmd2_imagenet64() -> DMD2:
     """DMD2's published ImageNet 64 x 64 in one step: 7 processes x 40, 200,000 generator updates."""
     return DMD2(
-        **_PUBLISHED, resolution=64, few_steps=1, real_guidance=1.0, adversarial_weight=3e-3, steps=1_000_000,
-        batch=40, learning_rate=2e-6, warmup=500, mixed_precision="bf16", cache="none", random_flip=False,
-        checkpoint_every=10_000, sample_every=5_000,
-    )  # fmt: skip
+        **_PUBLISHED,
+        resolution=64,
+        few_steps=1,
+        real_guidance=1.0,
+        adversarial_weight=3e-3,
+        steps=1_000_000,
+        batch=40,
+        learning_rate=2e-6,
+        warmup=500,
+        mixed_precision="bf16",
+        cache="none",
+        random_flip=False,
+        checkpoint_every=10_000,
+        sample_every=5_000,
+    )
 
 
 def vae() -> TinyVae:
@@ -105,9 +136,15 @@ def vae() -> TinyVae:
 def sd15_base() -> Distillation:
     """BK-SDM's published setting: 50,000 steps of 256 pictures (here 8 processes x 8 x 4)."""
     return Distillation(
-        student="base", steps=50_000, batch=8, accumulation=4, learning_rate=5e-5, mixed_precision="bf16",
-        checkpoint_every=5_000, sample_every=2_500,
-    )  # fmt: skip
+        student="base",
+        steps=50_000,
+        batch=8,
+        accumulation=4,
+        learning_rate=5e-5,
+        mixed_precision="bf16",
+        checkpoint_every=5_000,
+        sample_every=2_500,
+    )
 
 
 def sd15_small() -> Distillation:
@@ -121,9 +158,18 @@ def sd15_tiny() -> Distillation:
 def segmind_small() -> Distillation:
     """Distill-SD's SD-Small, which is our `base`: 100,000 steps of 32, weights 1 / 0.5 / 0.5, its own feature pairs."""
     return Distillation(
-        student="base", features="segmind", output_weight=0.5, feature_weight=0.5, steps=100_000, batch=4,
-        learning_rate=1e-5, lr_schedule="cosine", mixed_precision="bf16", checkpoint_every=5_000, sample_every=2_500,
-    )  # fmt: skip
+        student="base",
+        features="segmind",
+        output_weight=0.5,
+        feature_weight=0.5,
+        steps=100_000,
+        batch=4,
+        learning_rate=1e-5,
+        lr_schedule="cosine",
+        mixed_precision="bf16",
+        checkpoint_every=5_000,
+        sample_every=2_500,
+    )
 
 
 def segmind_tiny() -> Distillation:
@@ -134,10 +180,21 @@ def segmind_tiny() -> Distillation:
 def ssd_1b() -> Distillation:
     """SSD-1B: layer-level features, weights 1 / 0.5 / 0.5, 1024 px, 251,000 steps of 32 x 4."""
     return Distillation(
-        student="ssd-1b", features="layers", output_weight=0.5, feature_weight=0.5, resolution=1024, steps=251_000,
-        batch=4, accumulation=4, learning_rate=1e-5, mixed_precision="bf16", gradient_checkpointing=True,
-        checkpoint_every=5_000, sample_every=5_000, sample_guidance=9.0,
-    )  # fmt: skip
+        student="ssd-1b",
+        features="layers",
+        output_weight=0.5,
+        feature_weight=0.5,
+        resolution=1024,
+        steps=251_000,
+        batch=4,
+        accumulation=4,
+        learning_rate=1e-5,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        checkpoint_every=5_000,
+        sample_every=5_000,
+        sample_guidance=9.0,
+    )
 
 
 def vega() -> Distillation:
@@ -147,18 +204,34 @@ def vega() -> Distillation:
 
 # What every recipe of the shipped model has in common: its data, its size, its samples.
 _DIGITS: dict[str, Any] = dict(
-    model="digits", data="digits", resolution=64, random_flip=False, cache_variants=1, cache_dtype="float32",
-    sample_guidance=3.0, sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)),
+    model="digits",
+    data="digits",
+    resolution=64,
+    random_flip=False,
+    cache_variants=1,
+    cache_dtype="float32",
+    sample_guidance=3.0,
+    sample_prompts="|".join(f"a handwritten {digit}" for digit in range(10)),
 )
 
 
 def digits_base() -> Distillation:
     """The shipped model's students, on two CPU cores in minutes."""
     return Distillation(
-        **_DIGITS, student="base", save_dtype="float16",
-        steps=300, batch=64, learning_rate=1e-3, lr_schedule="cosine", warmup=20, beta2=0.99,
-        weight_decay=1e-3, ema=0.99, checkpoint_every=50, sample_every=100,
-    )  # fmt: skip
+        **_DIGITS,
+        student="base",
+        save_dtype="float16",
+        steps=300,
+        batch=64,
+        learning_rate=1e-3,
+        lr_schedule="cosine",
+        warmup=20,
+        beta2=0.99,
+        weight_decay=1e-3,
+        ema=0.99,
+        checkpoint_every=50,
+        sample_every=100,
+    )
 
 
 def digits_small() -> Distillation:
@@ -172,49 +245,112 @@ def digits_tiny() -> Distillation:
 def digits_dmd2_1step() -> DMD2:
     """The shipped model in one step, in a quarter of an hour on one CPU core."""
     return DMD2(
-        **_DIGITS, save_dtype="float16", few_steps=1,
-        steps=360, batch=32, learning_rate=3e-4, critic_learning_rate=1e-3, ratio=2, critic_warmup=30, warmup=10,
-        lr_schedule="cosine", beta2=0.99, weight_decay=1e-3, ema=0.97, real_guidance=1.25, adversarial_weight=0.03,
-        discriminator_weight=0.05, checkpoint_every=50, sample_every=100,
-    )  # fmt: skip
+        **_DIGITS,
+        save_dtype="float16",
+        few_steps=1,
+        steps=360,
+        batch=32,
+        learning_rate=3e-4,
+        critic_learning_rate=1e-3,
+        ratio=2,
+        critic_warmup=30,
+        warmup=10,
+        lr_schedule="cosine",
+        beta2=0.99,
+        weight_decay=1e-3,
+        ema=0.97,
+        real_guidance=1.25,
+        adversarial_weight=0.03,
+        discriminator_weight=0.05,
+        checkpoint_every=50,
+        sample_every=100,
+    )
 
 
 def digits_dmd2() -> DMD2:
     """The same in four steps, from one: each step sees as many pictures of a batch as the one step did."""
     return dataclasses.replace(
-        digits_dmd2_1step(), model="digits/1step", teacher="digits", few_steps=4, steps=120, batch=128,
-        critic_warmup=10, warmup=5, real_guidance=1.3, discriminator_weight=0.1, checkpoint_every=20, sample_every=40,
-    )  # fmt: skip
+        digits_dmd2_1step(),
+        model="digits/1step",
+        teacher="digits",
+        few_steps=4,
+        steps=120,
+        batch=128,
+        critic_warmup=10,
+        warmup=5,
+        real_guidance=1.3,
+        discriminator_weight=0.1,
+        checkpoint_every=20,
+        sample_every=40,
+    )
 
 
 def digits_vae() -> TinyVae:
     """The shipped model's tiny VAE, on two CPU cores."""
     return TinyVae(
-        **_DIGITS, save_dtype="float16",
-        steps=1200, batch=12, learning_rate=3e-3, width=16, blocks=2, perceptual_weight=0.02, ema=0.99,
-        checkpoint_every=200, sample_every=0,
-    )  # fmt: skip
+        **_DIGITS,
+        save_dtype="float16",
+        steps=1200,
+        batch=12,
+        learning_rate=3e-3,
+        width=16,
+        blocks=2,
+        perceptual_weight=0.02,
+        ema=0.99,
+        checkpoint_every=200,
+        sample_every=0,
+    )
 
 
 def digits_lora() -> Lora:
     """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
     return Lora(
         **_DIGITS,
-        steps=80, batch=16, learning_rate=2e-3, lr_schedule="cosine", warmup=5, rank=8, alpha=8.0,
-        checkpoint_every=40, sample_every=0,
-    )  # fmt: skip
+        steps=80,
+        batch=16,
+        learning_rate=2e-3,
+        lr_schedule="cosine",
+        warmup=5,
+        rank=8,
+        alpha=8.0,
+        checkpoint_every=40,
+        sample_every=0,
+    )
 
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     made.__name__: made
     for made in (
-        base, small, tiny, dmd2, regress, finetune, lora, dreambooth, vae,
-        sd15_base, sd15_small, sd15_tiny, segmind_small, segmind_tiny, ssd_1b, vega,
-        dmd2_sd15, dmd2_sdxl, dmd2_sdxl_lora, dmd2_sdxl_1step, dmd2_imagenet64,
-        digits_base, digits_small, digits_tiny, digits_lora, digits_dmd2,
-        digits_dmd2_1step, digits_vae,
+        base,
+        small,
+        tiny,
+        dmd2,
+        regress,
+        finetune,
+        lora,
+        dreambooth,
+        vae,
+        sd15_base,
+        sd15_small,
+        sd15_tiny,
+        segmind_small,
+        segmind_tiny,
+        ssd_1b,
+        vega,
+        dmd2_sd15,
+        dmd2_sdxl,
+        dmd2_sdxl_lora,
+        dmd2_sdxl_1step,
+        dmd2_imagenet64,
+        digits_base,
+        digits_small,
+        digits_tiny,
+        digits_lora,
+        digits_dmd2,
+        digits_dmd2_1step,
+        digits_vae,
     )
-}  # fmt: skip
+}
 
 R = TypeVar("R", bound=Recipe)
 

@@ -38,8 +38,13 @@ from .training.loop import PRECISIONS, Outcome, accelerator_for, train
 from .training.method import Method
 
 METHODS: dict[type[Recipe], Any] = {
-    Distillation: Denoising, Finetune: Denoising, Lora: LowRank, DreamBooth: dreambooth.method,
-    DMD2: DistributionMatching, Regression: regression.Regression, TinyVae: TinyVaeMethod,
+    Distillation: Denoising,
+    Finetune: Denoising,
+    Lora: LowRank,
+    DreamBooth: dreambooth.method,
+    DMD2: DistributionMatching,
+    Regression: regression.Regression,
+    TinyVae: TinyVaeMethod,
 }
 
 SHOWN = 5  # broken pictures that are named on the screen
@@ -97,8 +102,11 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     if outcome.stopped:
         say(f"stopped after step {outcome.steps} of {recipe.steps}; the same command goes on from there")
         return outcome
-    sharded = {name: checkpoints.tensors_of(network.model) for name, network in method.networks.items()
-               if checkpoints.is_sharded(network.model)}  # fmt: skip
+    sharded = {
+        name: checkpoints.tensors_of(network.model)
+        for name, network in method.networks.items()
+        if checkpoints.is_sharded(network.model)
+    }
     if accelerator.is_main_process:
         if sharded:  # what saves a network wants it whole: a second one, on the CPU
             method = METHODS[type(recipe)](recipe, encoders_of(recipe))
@@ -172,9 +180,12 @@ def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, 
 
 def data_of(recipe: Recipe, encoders: Encoders | ClassEncoders) -> Any:
     return open_data(
-        recipe.data, image_column=recipe.image_column or None, caption_column=recipe.caption_column or None,
-        split=recipe.split, classes=isinstance(encoders, ClassEncoders),
-    )  # fmt: skip
+        recipe.data,
+        image_column=recipe.image_column or None,
+        caption_column=recipe.caption_column or None,
+        split=recipe.split,
+        classes=isinstance(encoders, ClassEncoders),
+    )
 
 
 def stream_of(
@@ -203,9 +214,13 @@ def stream_of(
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")
 
     examples = Examples(
-        source, **placement, caption_dropout=recipe.caption_dropout, size_conditioning=encoders.sdxl, cache=cache,
+        source,
+        **placement,
+        caption_dropout=recipe.caption_dropout,
+        size_conditioning=encoders.sdxl,
+        cache=cache,
         on_broken=on_broken,
-    )  # fmt: skip
+    )
     say(f"data{suffix}: {len(examples)} pictures" + (", cached" if cache else ""))
     if cache and cache.broken:
         say(f"{len(cache.broken)} pictures cannot be used and are left out")
@@ -213,10 +228,15 @@ def stream_of(
 
     def batches(step: int) -> Iterator[dict[str, Any]]:
         return loader(
-            examples, step=step, batch=recipe.batch, accumulation=recipe.accumulation, workers=recipe.workers,
-            rank=accelerator.process_index, world=accelerator.num_processes,
+            examples,
+            step=step,
+            batch=recipe.batch,
+            accumulation=recipe.accumulation,
+            workers=recipe.workers,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
-        )  # fmt: skip
+        )
 
     return batches
 
@@ -232,10 +252,16 @@ def build_cache(
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("latents and texts", total=1.0)
         return build(
-            source, encoders, folder, **placement, variants=recipe.cache_variants, dtype=recipe.cache_dtype,
-            rank=accelerator.process_index, world=accelerator.num_processes,
+            source,
+            encoders,
+            folder,
+            **placement,
+            variants=recipe.cache_variants,
+            dtype=recipe.cache_dtype,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
-        )  # fmt: skip
+        )
 
 
 def training_record(recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any) -> dict[str, Any]:

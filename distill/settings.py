@@ -214,16 +214,43 @@ class TinyVae(Recipe):
 # The least value that each field may have, and the names that each may be.
 _LEAST = dict.fromkeys(
     (
-        "batch", "accumulation", "checkpoint_every", "sample_steps", "cache_variants", "ratio", "class_batch",
-        "pair_count", "pair_steps", "width", "blocks",
-    ), 1,
+        "batch",
+        "accumulation",
+        "checkpoint_every",
+        "sample_steps",
+        "cache_variants",
+        "ratio",
+        "class_batch",
+        "pair_count",
+        "pair_steps",
+        "width",
+        "blocks",
+    ),
+    1,
 ) | dict.fromkeys(
     (
-        "steps", "critic_warmup", "keep", "sample_every", "workers", "warmup", "seed", "learning_rate", "weight_decay",
-        "snr_gamma", "offset_noise", "input_perturbation", "task_weight", "output_weight", "feature_weight",
-        "sample_guidance", "reconstruction_weight", "perceptual_weight", "encoder_weight",
-    ), 0,
-)  # fmt: skip
+        "steps",
+        "critic_warmup",
+        "keep",
+        "sample_every",
+        "workers",
+        "warmup",
+        "seed",
+        "learning_rate",
+        "weight_decay",
+        "snr_gamma",
+        "offset_noise",
+        "input_perturbation",
+        "task_weight",
+        "output_weight",
+        "feature_weight",
+        "sample_guidance",
+        "reconstruction_weight",
+        "perceptual_weight",
+        "encoder_weight",
+    ),
+    0,
+)
 _ABOVE_ZERO = ("max_grad_norm", "epsilon")
 _BELOW_ONE = ("beta1", "beta2")
 _DTYPES = ("float32", "bfloat16", "float16")

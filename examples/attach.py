@@ -1,6 +1,6 @@
 """An existing diffusers pipeline, sped up in one line, and restored afterwards.
 
-    python examples/attach.py digits out/digits-bundle      (or your own pipeline folder and its bundle)
+python examples/attach.py digits out/digits-bundle      (or your own pipeline folder and its bundle)
 """
 
 import sys

@@ -1,6 +1,6 @@
 """One network of a bundle on any engine: tensors in, tensors out. The manifest says what goes in.
 
-    python examples/engine.py out/digits-bundle onnxruntime
+python examples/engine.py out/digits-bundle onnxruntime
 """
 
 import sys

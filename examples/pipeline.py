@@ -1,6 +1,6 @@
 """A bundle, called like a diffusers pipeline.
 
-    python examples/pipeline.py out/digits-bundle
+python examples/pipeline.py out/digits-bundle
 """
 
 import sys

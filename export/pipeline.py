@@ -86,17 +86,37 @@ def export_pipeline(
         if precision != "auto" and (not wanted.networks or "unet" in wanted.networks):
             _check_controlled(model, adapter, controlnet)
         high = partial(
-            export_pipeline, model, profile=profile, opset=opset, components=components, sampler=sampler,
-            adapter=adapter, controlnet=controlnet, loras=loras, overwrite=True,
-        )  # fmt: skip
+            export_pipeline,
+            model,
+            profile=profile,
+            opset=opset,
+            components=components,
+            sampler=sampler,
+            adapter=adapter,
+            controlnet=controlnet,
+            loras=loras,
+            overwrite=True,
+        )
         changes = {
-            "profile": profile != "native", "opset": opset != trace.DEFAULT_OPSET, "sampler": sampler,
-            "components": components != COMPONENTS, "adapter": adapter, "controlnet": controlnet, "loras": loras,
-        }  # fmt: skip
+            "profile": profile != "native",
+            "opset": opset != trace.DEFAULT_OPSET,
+            "sampler": sampler,
+            "components": components != COMPONENTS,
+            "adapter": adapter,
+            "controlnet": controlnet,
+            "loras": loras,
+        }
         return options.export(
-            model, Path(out), precision, wanted, high, loras=loras, overwrite=overwrite, progress=progress,
+            model,
+            Path(out),
+            precision,
+            wanted,
+            high,
+            loras=loras,
+            overwrite=overwrite,
+            progress=progress,
             changes=[name for name, change in changes.items() if change],
-        )  # fmt: skip
+        )
     if not isinstance(model, Source):
         folder = None if isinstance(adapter, bool) else adapter
         model = open_source(model, loras, adapter=folder, controlnet=controlnet)
@@ -113,12 +133,17 @@ def export_pipeline(
         latent_multiple=pipeline["latent_multiple"],
         guidance=float(chosen_sampler["guidance"]) > 1,
     )
-    stored = sum(p.stat().st_size for name in ("text_encoder", "text_encoder_2", "unet", "vae", *control.COMPONENTS)
-                 if source.has(name) for p in source.weight_files(name))
+    stored = sum(
+        p.stat().st_size
+        for name in ("text_encoder", "text_encoder_2", "unet", "vae", *control.COMPONENTS)
+        if source.has(name)
+        for p in source.weight_files(name)
+    )
     require_space(Path(out).absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
     with new_folder(Path(out), overwrite=overwrite) as folder:
         records = {}
         for i, name in enumerate(names):
+
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
@@ -226,8 +251,15 @@ def _network(source: Source, name: str, inputs: Mapping[str, Any], tokens: int) 
 
 
 def _export_component(
-    source: Source, name: str, folder: Path, dims: Mapping[str, Range], recipe: str, opset: int,
-    control_inputs: Mapping[str, Any], step: Callable[[str, int], None], tokens: int,
+    source: Source,
+    name: str,
+    folder: Path,
+    dims: Mapping[str, Range],
+    recipe: str,
+    opset: int,
+    control_inputs: Mapping[str, Any],
+    step: Callable[[str, int], None],
+    tokens: int,
 ) -> Component:
     """Weights, graph and proof of one network."""
     started = time.perf_counter()

@@ -78,8 +78,15 @@ def make_text_encoder(vocab: int, width: int, *, projection: int | None = None, 
 
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=projection or width, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=projection or width,
+        bos_token_id=vocab - 2,
+        eos_token_id=vocab - 1,
+        pad_token_id=vocab - 1,
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
@@ -90,13 +97,21 @@ def make_vae(seed: int = 0):
 
     torch.manual_seed(seed)
     return AutoencoderKL(
-        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1, scaling_factor=0.7,
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+        scaling_factor=0.7,
     ).eval()
 
 
 SD15_SCHEDULER = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    set_alpha_to_one=False,
     skip_prk_steps=True,
 )
 
@@ -112,9 +127,14 @@ def make_sd15(folder: Path, topology: str = "sd15") -> Path:
 def make_smallest(folder: Path) -> Path:
     """A pipeline of SD1's family with every kind of layer in two stages of one: 32 px images, 8x8 latents."""
     return make_sd1(
-        folder, sample_size=8, layers_per_block=1, block_out_channels=(8, 16), mid_block_type=None,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        folder,
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def make_sd1(folder: Path, **config) -> Path:
@@ -124,12 +144,15 @@ def make_sd1(folder: Path, **config) -> Path:
 
     tokenizer = make_tokenizer(folder / "tokenizer-made")
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        **config | dict(cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)
-    ).eval()
+    unet = UNet2DConditionModel(**config | dict(cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4)).eval()
     pipe = StableDiffusionPipeline(
-        vae=make_vae(), text_encoder=make_text_encoder(len(tokenizer), 32), tokenizer=tokenizer, unet=unet,
-        scheduler=PNDMScheduler(**SD15_SCHEDULER), safety_checker=None, feature_extractor=None,
+        vae=make_vae(),
+        text_encoder=make_text_encoder(len(tokenizer), 32),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=PNDMScheduler(**SD15_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
@@ -147,16 +170,32 @@ def make_sdxl(folder: Path, topology: str = "sdxl", **overrides) -> Path:
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         **narrowed(
-            topology, (8, 16, 16), sample_size=16, cross_attention_dim=64, norm_num_groups=4,
-            attention_head_dim=(2, 4, 4), addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
-            **({"transformer_layers_per_block": (1, 1, 2)} if topology == "sdxl" else {}), **overrides,
+            topology,
+            (8, 16, 16),
+            sample_size=16,
+            cross_attention_dim=64,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4, 4),
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=80,
+            **({"transformer_layers_per_block": (1, 1, 2)} if topology == "sdxl" else {}),
+            **overrides,
         )
     ).eval()
     pipe = StableDiffusionXLPipeline(
-        vae=make_vae(), text_encoder=make_text_encoder(len(one), 32), tokenizer=one,
-        text_encoder_2=make_text_encoder(len(two), 32, projection=32, seed=5), tokenizer_2=two, unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                         steps_offset=1, timestep_spacing="leading"),
+        vae=make_vae(),
+        text_encoder=make_text_encoder(len(one), 32),
+        tokenizer=one,
+        text_encoder_2=make_text_encoder(len(two), 32, projection=32, seed=5),
+        tokenizer_2=two,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
         add_watermarker=False,
     )
     pipe.save_pretrained(folder)
@@ -243,9 +282,12 @@ def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("bundle") / "sdxl"
     export_pipeline(
-        sdxl, out, profile="batch=1-2,height=64,width=64-96", components=("text_encoder", "unet", "vae_decoder"),
+        sdxl,
+        out,
+        profile="batch=1-2,height=64,width=64-96",
+        components=("text_encoder", "unet", "vae_decoder"),
         sampler={"name": "euler", "steps": 3, "guidance": 5.0},
-    )  # fmt: skip
+    )
     return out
 
 

@@ -28,8 +28,12 @@ def environment(state: State) -> dict[str, Any]:
     load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
     here = machine()
     out: dict[str, Any] = {
-        "machine": here.as_dict(), "load_average": load, "torch_threads": None, "device": None, "peak_flop_per_s": {},
-    }  # fmt: skip
+        "machine": here.as_dict(),
+        "load_average": load,
+        "torch_threads": None,
+        "device": None,
+        "peak_flop_per_s": {},
+    }
     if load and load[0] > 0.3 * here.threads:
         state.notes.append(
             f"the machine was busy when this started (load average {load[0]} on {here.threads} threads): "

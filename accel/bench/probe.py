@@ -63,9 +63,12 @@ def probe(bundle: Path, variant: str, call: Mapping[str, Any], environment: Mapp
     """
     request = json.dumps({"bundle": str(Path(bundle).absolute()), "variant": variant, "call": dict(call)})
     child = subprocess.Popen(
-        [sys.executable, "-m", "accel.bench.probe", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "accel.bench.probe", request],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | dict(environment),
-    )  # fmt: skip
+    )
     try:
         out, errors = child.communicate()
     finally:

@@ -106,9 +106,15 @@ def _speed(title: str, scope: str, rows: list, extra: list[tuple[str, Callable]]
 
 def _parity(document: Document) -> Table:
     columns = [
-        "variant", "UNet rel. L2", "UNet cosine", "UNet max abs",
-        "image PSNR dB", "image SSIM", "image max abs /255", "image cosine",
-    ]  # fmt: skip
+        "variant",
+        "UNet rel. L2",
+        "UNet cosine",
+        "UNet max abs",
+        "image PSNR dB",
+        "image SSIM",
+        "image max abs /255",
+        "image cosine",
+    ]
     cells = [_parity_row(f"noise floor: {row['what']}", row) for row in document["noise_floor"]]
     cells += [_parity_row(row["variant"], row) for row in document["rows"]]
     return "Same picture? Against eager fp32", columns, cells
@@ -122,10 +128,14 @@ def _parity_row(name: str, row: Mapping[str, Any]) -> list[str]:
         return [name, "NaN or infinite", *[NONE] * 6]
     return [
         name,
-        number(unet["relative_l2"], "{:.1e}"), number(unet["cosine"], "{:.7f}"), number(unet["max_abs"], "{:.1e}"),
-        number(image["psnr"], "{:.1f}"), number(image["ssim"], "{:.5f}"), number(image["max_abs"], "{:.2f}"),
+        number(unet["relative_l2"], "{:.1e}"),
+        number(unet["cosine"], "{:.7f}"),
+        number(unet["max_abs"], "{:.1e}"),
+        number(image["psnr"], "{:.1f}"),
+        number(image["ssim"], "{:.5f}"),
+        number(image["max_abs"], "{:.2f}"),
         number(image["cosine"], "{:.7f}"),
-    ]  # fmt: skip
+    ]
 
 
 def _process(rows: list) -> Table:
@@ -147,12 +157,16 @@ def _files(bundle: Mapping[str, Any]) -> Table:
     columns = ["component", "parameters", "stored as", "graph", "weights", "export", "GFLOP per call"]
     cells = [
         [
-            name, f"{part['parameters'] / 1e6:,.2f} M", part["dtype"], size(part["graph_bytes"]),
-            size(part["weights_bytes"]), seconds(part["export_seconds"]),
+            name,
+            f"{part['parameters'] / 1e6:,.2f} M",
+            part["dtype"],
+            size(part["graph_bytes"]),
+            size(part["weights_bytes"]),
+            seconds(part["export_seconds"]),
             number(part["flop"] and part["flop"]["total"] / 1e9),
         ]
         for name, part in bundle["components"].items()
-    ]  # fmt: skip
+    ]
     return "Files of the bundle", columns, cells
 
 
@@ -189,7 +203,10 @@ def show(document: Document, console: Any = None) -> None:
         console.print()
         console.print(table)
     console.print()
-    partly = [f"{row['variant']}: {row['status']}: {row['reason']}" for row in document["rows"]
-              if row["status"] == "interrupted" and row["reason"]]  # fmt: skip
+    partly = [
+        f"{row['variant']}: {row['status']}: {row['reason']}"
+        for row in document["rows"]
+        if row["status"] == "interrupted" and row["reason"]
+    ]
     for note in [*reasons, *partly, *document["notes"]]:
         console.print(Text(f"- {note}"))

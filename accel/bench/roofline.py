@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Flops", "Gpu", "Machine", "count_flops", "floor_seconds", "machine", "measure_bandwidth", "measure_peak",
+    "Flops",
+    "Gpu",
+    "Machine",
+    "count_flops",
+    "floor_seconds",
+    "machine",
+    "measure_bandwidth",
+    "measure_peak",
     "weight_bytes",
-]  # fmt: skip
+]
 
 # Side lengths of the square matrices tried: the best one depends on caches and core count.
 _CPU_SIZES, _GPU_SIZES = (512, 1024, 2048), (2048, 4096, 8192)

@@ -110,9 +110,13 @@ def summary(samples: Sequence[float]) -> Timing | None:
         return None
     p50, p90 = np.percentile(samples, (50, 90))
     return Timing(
-        n=len(samples), min_s=float(min(samples)), p50_s=float(p50), p90_s=float(p90), mean_s=float(np.mean(samples)),
+        n=len(samples),
+        min_s=float(min(samples)),
+        p50_s=float(p50),
+        p90_s=float(p90),
+        mean_s=float(np.mean(samples)),
         samples_s=tuple(samples),
-    )  # fmt: skip
+    )
 
 
 def speedup(baseline: Sequence[float], samples: Sequence[float]) -> Ratio | None:

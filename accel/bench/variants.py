@@ -32,14 +32,21 @@ _DEFAULT_GPU = ("eager:fp16", "compile:fp16", "tensorrt", "tensorrt:step")
 # What each engine imports before any model is loaded, to tell the model's memory from the libraries'. diffusers and
 # transformers load lazily, so the modules of the networks are named.
 _TORCH = (
-    "torch", "accelerate", "accel.models.networks", "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
-)  # fmt: skip
+    "torch",
+    "accelerate",
+    "accel.models.networks",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+)
 LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "eager": _TORCH, "compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"),
+        "eager": _TORCH,
+        "compile": _TORCH,
+        "onnxruntime": ("onnx", "onnxruntime"),
+        "openvino": ("onnx", "openvino"),
         "tensorrt": ("torch", "tensorrt"),
-    }  # fmt: skip
+    }
 )
 _LOW_PRECISION_ISA = MappingProxyType(
     {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "asimdhp")}

@@ -16,8 +16,12 @@ from ..engines.base import to_numpy
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names, control
 
-PROMPTS = ("a photo of a lighthouse on a cliff at dusk", "a bowl of oranges on a wooden table", "a red bicycle",
-           "a portrait of an old sailor")  # fmt: skip
+PROMPTS = (
+    "a photo of a lighthouse on a cliff at dusk",
+    "a bowl of oranges on a wooden table",
+    "a red bicycle",
+    "a portrait of an old sailor",
+)
 IMAGE = "image"
 
 

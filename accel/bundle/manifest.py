@@ -46,7 +46,8 @@ class Component:
         parameters: number of parameters.
         parity: what the export measured against torch.
         int8: how it is quantised, empty where it is not: `recipe`; `layers` (name -> traits,
-            `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one); `calibration`; `audit`; `verdict`.
+            `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one);
+            `calibration`; `audit`; `verdict`.
     """
 
     name: str
@@ -172,8 +173,18 @@ class Manifest:
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
         number = (int, float)
         _require(
-            data, "the manifest", family=str, topology=str, precision=str, pipeline=dict, sampler=dict, profile=dict,
-            source=dict, exporter=dict, components=dict, files=dict,
+            data,
+            "the manifest",
+            family=str,
+            topology=str,
+            precision=str,
+            pipeline=dict,
+            sampler=dict,
+            profile=dict,
+            source=dict,
+            exporter=dict,
+            components=dict,
+            files=dict,
         )
         _require(data["source"], "source", name=str)
         _require(data["exporter"], "exporter", opset=int, torch=str)
@@ -183,8 +194,15 @@ class Manifest:
         else:
             _require(data["sampler"], "sampler", steps=int)
         _require(
-            data["pipeline"], "pipeline", vae_scale=int, latent_channels=int, scaling_factor=number,
-            shift_factor=number, latent_multiple=int, native_size=int, zero_empty_prompt=bool,
+            data["pipeline"],
+            "pipeline",
+            vae_scale=int,
+            latent_channels=int,
+            scaling_factor=number,
+            shift_factor=number,
+            latent_multiple=int,
+            native_size=int,
+            zero_empty_prompt=bool,
         )
         _require(data["profile"], "profile", name=str, batch=dict, height=dict, width=dict, tokens=int)
         for side in ("batch", "height", "width"):
@@ -255,9 +273,7 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         if name not in self.manifest.components:
-            raise UserError(
-                f"{self.path} has no component {name!r}", f"it has: {', '.join(self.manifest.components)}"
-            )
+            raise UserError(f"{self.path} has no component {name!r}", f"it has: {', '.join(self.manifest.components)}")
         return self.manifest.components[name]
 
     def file(self, entry: str) -> Path:

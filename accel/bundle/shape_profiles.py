@@ -113,9 +113,16 @@ def _square(name: str, size: int, batch: Range) -> Profile:
 _TO_4, _ONE = Range(1, 1, 4), fixed(1)
 # Width and height of SDXL's usual pictures, all of about a million pixels (the list on SSD-1B's model card).
 SDXL_ASPECTS = (
-    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640),
+    (1024, 1024),
+    (1152, 896),
+    (896, 1152),
+    (1216, 832),
+    (832, 1216),
+    (1344, 768),
+    (768, 1344),
+    (1536, 640),
     (640, 1536),
-)  # fmt: skip
+)
 _PROFILES = (
     _square("sd-256", 256, _TO_4),
     _square("sd-512", 512, _TO_4),

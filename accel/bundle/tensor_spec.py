@@ -63,7 +63,8 @@ def check(
     if expected != set(feeds):
         missing, extra = sorted(expected - set(feeds)), sorted(set(feeds) - expected)
         problem = "; ".join(
-            part for part in (missing and f"missing {', '.join(missing)}", extra and f"unknown {', '.join(extra)}")
+            part
+            for part in (missing and f"missing {', '.join(missing)}", extra and f"unknown {', '.join(extra)}")
             if part
         )
         raise UserError(f"{component}: {problem}", f"it takes exactly: {', '.join(sorted(expected))}")

@@ -73,19 +73,23 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
     from ..bench.work import PROMPTS
 
     settings = bench.Settings(
-        prompts=tuple(args.prompt or PROMPTS), seed=args.seed, batch=args.batch, height=args.height, width=args.width,
-        steps=args.steps, guidance=args.guidance, rounds=args.rounds, seconds=args.seconds, memory=not args.no_memory,
+        prompts=tuple(args.prompt or PROMPTS),
+        seed=args.seed,
+        batch=args.batch,
+        height=args.height,
+        width=args.width,
+        steps=args.steps,
+        guidance=args.guidance,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        memory=not args.no_memory,
         control=args.control or "",
-    )  # fmt: skip
+    )
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         result = bench.measure(
-            args.bundle,
-            bench.chosen(args.engines),
-            settings,
-            command=_command(args),
-            progress=stages(bar, task),
+            args.bundle, bench.chosen(args.engines), settings, command=_command(args), progress=stages(bar, task)
         )
     document = result.document.as_dict()
     for name in result.failed:

@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder; the plans go to its engines/")
     parser.add_argument("--components", help="comma-separated (default: all of the bundle)")
     parser.add_argument(
-        "--profile", action="append", default=[],
+        "--profile",
+        action="append",
+        default=[],
         help="shapes to build for, within the bundle's own; repeat for several in one plan (default: the bundle's own)",
-    )  # fmt: skip
+    )
     parser.add_argument("--force", action="store_true", help="build again what is there and fits")
     add_build(parser)
     add_json(parser)

@@ -22,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that an earlier demo made")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls per engine (default: 5)")
     parser.add_argument(
-        "--model", nargs="+", default=MODELS, dest="models", metavar="MODEL",
+        "--model",
+        nargs="+",
+        default=MODELS,
+        dest="models",
+        metavar="MODEL",
         help=f"digits models to show: `digits` is the teacher in 25 steps (default: {' '.join(MODELS)})",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,10 +79,13 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
 
     task = bar.add_task(f"{folder.name}, export: starting", total=1.0)
     bundle = export_pipeline(
-        model, folder, profile="digits", overwrite=args.overwrite,
+        model,
+        folder,
+        profile="digits",
+        overwrite=args.overwrite,
         components=tuple(name for name in COMPONENTS if name != "vae_encoder"),
         progress=stages(bar, task, f"{folder.name}, export: "),
-    )  # fmt: skip
+    )
     task = bar.add_task(f"{folder.name}, bench: starting", total=1.0)
     result = bench.measure(
         bundle,

@@ -32,10 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, parser_class=_Parser)
     for name, text in METHODS.items():
         method = methods.add_parser(
-            name, help=text, description=text, usage=f"accel distill {name} --model M --data D --out O [options]",
+            name,
+            help=text,
+            description=text,
+            usage=f"accel distill {name} --model M --data D --out O [options]",
             epilog=f"example: {EXAMPLE.replace('tiny', name)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         _add_method(method, name)
 
 
@@ -139,6 +143,7 @@ def _recipes(own: Any) -> list[str]:
 
     student = getattr(own, "student", None)
     return [
-        name for name, made in RECIPES.items()
+        name
+        for name, made in RECIPES.items()
         if type(made()) is type(own) and getattr(made(), "student", None) == student
-    ]  # fmt: skip
+    ]

@@ -13,12 +13,24 @@ from .options import add_json
 
 EXAMPLE = "accel doctor"
 
-_OPTIONAL = {
-    "sklearn": ("training and judging the digits model", "train"),
-}
+_OPTIONAL = {"sklearn": ("training and judging the digits model", "train")}
 _PACKAGES = (
-    "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "tensorrt", "triton", "flash-attn", "xformers", "numpy", "tokenizers", "safetensors",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "triton",
+    "flash-attn",
+    "xformers",
+    "numpy",
+    "tokenizers",
+    "safetensors",
 )
 
 
@@ -103,6 +115,10 @@ def _attention() -> list[str]:
         return []
     from torch.backends import cuda
 
-    asked = {"flash": cuda.flash_sdp_enabled, "efficient": cuda.mem_efficient_sdp_enabled,
-             "cudnn": cuda.cudnn_sdp_enabled, "math": cuda.math_sdp_enabled}  # fmt: skip
+    asked = {
+        "flash": cuda.flash_sdp_enabled,
+        "efficient": cuda.mem_efficient_sdp_enabled,
+        "cudnn": cuda.cudnn_sdp_enabled,
+        "math": cuda.math_sdp_enabled,
+    }
     return [name for name, enabled in asked.items() if enabled()]

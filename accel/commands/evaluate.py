@@ -28,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", help="folder of real pictures, where the protocol needs them")
     parser.add_argument("--captions", help="file of captions (.csv or .txt), where the protocol needs it")
     parser.add_argument(
-        "--patience", type=float, default=600.0,
+        "--patience",
+        type=float,
+        default=600.0,
         help="seconds that rank 0 waits for the next picture of another process (default: 600)",
-    )  # fmt: skip
+    )
     add_engine(parser)
     add_json(parser)
 
@@ -48,10 +50,22 @@ def run(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         result = evaluate(
-            args.model, args.protocol, args.out, sampler=args.sampler, steps=args.steps, guidance=args.guidance,
-            limit=args.limit, batch=args.batch, reference=args.reference, captions=args.captions, engine=args.engine,
-            options=engine_options(args), shard=shard, patience=args.patience, progress=stages(bar, task),
-        )  # fmt: skip
+            args.model,
+            args.protocol,
+            args.out,
+            sampler=args.sampler,
+            steps=args.steps,
+            guidance=args.guidance,
+            limit=args.limit,
+            batch=args.batch,
+            reference=args.reference,
+            captions=args.captions,
+            engine=args.engine,
+            options=engine_options(args),
+            shard=shard,
+            patience=args.patience,
+            progress=stages(bar, task),
+        )
     if result is None:
         done = {"rank": shard.rank, "processes": shard.world, "out": args.out}
         print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its pictures are there")

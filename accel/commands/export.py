@@ -14,13 +14,31 @@ from .options import add_build, build_options, build_plans, stages
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 # What says how a pipeline becomes a bundle, and what says how it becomes int8; by themselves they are None or empty.
 _OF_PIPELINES = (
-    "lora", "unet", "vae", "adapter", "controlnet", "base", "variant", "sampler", "steps", "guidance", "profile",
-    "opset", "components",
-)  # fmt: skip
+    "lora",
+    "unet",
+    "vae",
+    "adapter",
+    "controlnet",
+    "base",
+    "variant",
+    "sampler",
+    "steps",
+    "guidance",
+    "profile",
+    "opset",
+    "components",
+)
 _OF_INT8 = (
-    "calibration", "calibration_images", "int8_components", "int8_level", "int8_keep", "collector", "smooth", "budget",
+    "calibration",
+    "calibration_images",
+    "int8_components",
+    "int8_level",
+    "int8_keep",
+    "collector",
+    "smooth",
+    "budget",
     "sensitivity",
-)  # fmt: skip
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
     parser.add_argument(
-        "--precision", default="fp32",
+        "--precision",
+        default="fp32",
         help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and the same picture "
         "(default: fp32)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--profile",
         help="shapes to accept: native (batch 1-4 at the model's own size), static (batch 1), "
@@ -46,14 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
     )
     parser.add_argument(
-        "--adapter", nargs="?", const=True, metavar="FOLDER",
+        "--adapter",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
-    )  # fmt: skip
+    )
     parser.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[=SCALE]",
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
     )
@@ -70,13 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
     _add_int8(parser)
     parser.add_argument(
-        "--engine", default="onnx", choices=("onnx", "tensorrt"),
+        "--engine",
+        default="onnx",
+        choices=("onnx", "tensorrt"),
         help="onnx: graphs for every engine; tensorrt: plans for this GPU as well (default: onnx)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--target", default="bundle", choices=("bundle", "triton-server"),
+        "--target",
+        default="bundle",
+        choices=("bundle", "triton-server"),
         help="triton-server: a model repository for NVIDIA Triton; MODEL may be a bundle then (default: bundle)",
-    )  # fmt: skip
+    )
     parser.add_argument("--backend", default="onnxruntime", help="with triton-server: onnxruntime or tensorrt")
     parser.add_argument("--instances", type=int, default=1, help="with triton-server: copies of each model per device")
     parser.add_argument("--kind", default="gpu", help="with triton-server: gpu or cpu")
@@ -150,10 +179,20 @@ def _bundle(args: argparse.Namespace) -> int:
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
         Cuda(args.gpu)
-    source = args.model if exported else open_source(
-        args.model, args.lora, base=args.base, unet=args.unet, vae=args.vae, variant=args.variant,
-        adapter=None if args.adapter is True else args.adapter, controlnet=args.controlnet,
-    )  # fmt: skip
+    source = (
+        args.model
+        if exported
+        else open_source(
+            args.model,
+            args.lora,
+            base=args.base,
+            unet=args.unet,
+            vae=args.vae,
+            variant=args.variant,
+            adapter=None if args.adapter is True else args.adapter,
+            controlnet=args.controlnet,
+        )
+    )
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
     columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -213,15 +252,20 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         "self-attention) or attention (+ its weights times v)",
     )
     group.add_argument(
-        "--int8-keep", action="append", default=[], metavar="LAYER",
+        "--int8-keep",
+        action="append",
+        default=[],
+        metavar="LAYER",
         help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
-    )  # fmt: skip
+    )
     group.add_argument("--collector", help="how ranges are chosen: mse (default), percentile or max")
     group.add_argument("--smooth", type=float, help="SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)")
     group.add_argument(
-        "--budget", type=float, metavar="DB",
+        "--budget",
+        type=float,
+        metavar="DB",
         help="leave the most sensitive layers in higher precision until pictures are this close to float32's",
-    )  # fmt: skip
+    )
     group.add_argument("--sensitivity", type=Path, metavar="DIR", help="write what each layer costs, as table and plot")
 
 
@@ -232,16 +276,20 @@ def _int8(args: argparse.Namespace) -> Any:
     from accel.int8.recipe import Int8
 
     given = {
-        "level": args.int8_level, "keep": tuple(args.int8_keep) or None, "collector": args.collector,
+        "level": args.int8_level,
+        "keep": tuple(args.int8_keep) or None,
+        "collector": args.collector,
         "smooth": args.smooth,
-    }  # fmt: skip
+    }
     given = {name: value for name, value in given.items() if value is not None}
     return Options(
-        recipe=Int8(**given) if given else None, prompts=args.calibration,
+        recipe=Int8(**given) if given else None,
+        prompts=args.calibration,
         images=IMAGES if args.calibration_images is None else args.calibration_images,
-        budget=args.budget, sensitivity=args.sensitivity,
+        budget=args.budget,
+        sensitivity=args.sensitivity,
         networks=() if args.int8_components is None else tuple(map(str.strip, args.int8_components.split(","))),
-    )  # fmt: skip
+    )
 
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:

@@ -36,23 +36,32 @@ def run(args: argparse.Namespace) -> int:
     compiled = _plans(bundle)
     refused = _operators(bundle) if args.target else {}
     if args.json:
-        print(json.dumps({
-            "manifest": bundle.manifest.as_dict(),
-            "digest": bundle.digest,
-            "intact": None if args.no_verify else problem is None,
-            "problem": str(problem) if problem else None,
-            "engines": {name: vars(state) for name, state in engines.items()},
-            "plans": compiled,
-            **({"tensorrt_operators": refused} if args.target else {}),
-        }, indent=2))
+        print(
+            json.dumps(
+                {
+                    "manifest": bundle.manifest.as_dict(),
+                    "digest": bundle.digest,
+                    "intact": None if args.no_verify else problem is None,
+                    "problem": str(problem) if problem else None,
+                    "engines": {name: vars(state) for name, state in engines.items()},
+                    "plans": compiled,
+                    **({"tensorrt_operators": refused} if args.target else {}),
+                },
+                indent=2,
+            )
+        )
     else:
         _print(bundle, args.no_verify, problem, engines)
         for entry in compiled:
-            print(f"  plan      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
-                  f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}")
+            print(
+                f"  plan      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
+                f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}"
+            )
         for name, rows in refused.items():
-            print(f"  {name:<15} {'no: ' + str(len(rows)) + ' nodes' if rows else 'every node is one'} "
-                  f"{'that TensorRT does not take' if rows else 'that TensorRT takes'}")
+            print(
+                f"  {name:<15} {'no: ' + str(len(rows)) + ' nodes' if rows else 'every node is one'} "
+                f"{'that TensorRT does not take' if rows else 'that TensorRT takes'}"
+            )
             for row in rows[:10]:
                 print(f"      {row['operator']} {row['node']}: {row['reason']}")
     return 1 if problem or any(refused.values()) else 0
@@ -106,12 +115,16 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
     total = sum(entry["bytes"] for entry in manifest.files.values())
     kind = f"{manifest.family}, topology {manifest.topology}, {manifest.precision}"
     print(f"{bundle.path}: {kind}, {total / 1e6:,.1f} MB")
-    print(f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
-          f"torch {manifest.exporter['torch']}")
+    print(
+        f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
+        f"torch {manifest.exporter['torch']}"
+    )
     print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}")
     profile = manifest.profile
-    print(f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
-          f"{profile.tokens} tokens")
+    print(
+        f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
+        f"{profile.tokens} tokens"
+    )
     for component in manifest.components.values():
         _print_component(component)
     if problem:

@@ -48,9 +48,11 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refittable", action="store_true", help="weights can be exchanged afterwards (LoRA)")
     parser.add_argument("--version-compatible", action="store_true", help="also for later TensorRT; may be slower")
     parser.add_argument(
-        "--hardware-compatible", default="none", choices=("none", "ampere_plus", "same_compute_capability"),
+        "--hardware-compatible",
+        default="none",
+        choices=("none", "ampere_plus", "same_compute_capability"),
         help="also for other GPUs; may be slower (default: none)",
-    )  # fmt: skip
+    )
     parser.add_argument("--strip-plan", action="store_true", help="leave weights out; the bundle has them")
     parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
     parser.add_argument("--gpu", type=int, default=0, help="which GPU (default: 0)")
@@ -61,11 +63,16 @@ def build_options(args: argparse.Namespace) -> Any:
     from accel.export.tensorrt.build import BuildOptions
 
     return BuildOptions(
-        optimization_level=args.optimization_level, tf32=args.tf32, workspace=args.workspace,
-        timing_cache=not args.no_timing_cache, refittable=args.refittable, version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible, strip_plan=args.strip_plan,
+        optimization_level=args.optimization_level,
+        tf32=args.tf32,
+        workspace=args.workspace,
+        timing_cache=not args.no_timing_cache,
+        refittable=args.refittable,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        strip_plan=args.strip_plan,
         weight_streaming=args.weight_streaming,
-    )  # fmt: skip
+    )
 
 
 def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]) -> list[Any]:
@@ -80,9 +87,15 @@ def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ..
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         return build(
-            bundle, components, profiles=profiles, options=build_options(args), device=args.gpu,
-            force=getattr(args, "force", False), progress=stages(bar, task), announce=console.print,
-        )  # fmt: skip
+            bundle,
+            components,
+            profiles=profiles,
+            options=build_options(args),
+            device=args.gpu,
+            force=getattr(args, "force", False),
+            progress=stages(bar, task),
+            announce=console.print,
+        )
 
 
 def size(text: str) -> int:

@@ -95,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
         prompt_weights=args.prompt_weights,
         progress=sys.stderr.isatty(),
     )
-    names = [out] if len(result.images) == 1 else [
-        out.with_stem(f"{out.stem}-{i:03d}") for i in range(len(result.images))
-    ]
+    names = (
+        [out] if len(result.images) == 1 else [out.with_stem(f"{out.stem}-{i:03d}") for i in range(len(result.images))]
+    )
     for name, image in zip(names, result.images, strict=True):
         _save(image, name)
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}

@@ -29,9 +29,16 @@ def run(args: argparse.Namespace) -> int:
         if reason := preflight.damaged(plan) or preflight.changed(plan):
             raise UserError(f"{plan.path} cannot be trusted: {reason}", "get it again, or build it here")
     rows = [
-        {"component": p.component, "key": p.key, "sha256": p.record["plan"]["sha256"], "gpu": p.identity["gpu"],
-         "tensorrt": p.identity["tensorrt"], "built": p.record["built"]} for p in foreign
-    ]  # fmt: skip
+        {
+            "component": p.component,
+            "key": p.key,
+            "sha256": p.record["plan"]["sha256"],
+            "gpu": p.identity["gpu"],
+            "tensorrt": p.identity["tensorrt"],
+            "built": p.record["built"],
+        }
+        for p in foreign
+    ]
     if args.yes:
         for plan in foreign:
             engine_files.sign(plan.path, plan.text)
@@ -41,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     for problem in (entry for entry in found if isinstance(entry, UserError)):
         print(f"left out: {problem.message}")
     for row in rows:
-        print(f"{row['component']} {row['key'][:8]}: TensorRT {row['tensorrt']}, {row['gpu']}, "
-              f"built {row['built'][:16]}, sha256 {row['sha256']}")
+        print(
+            f"{row['component']} {row['key'][:8]}: TensorRT {row['tensorrt']}, {row['gpu']}, "
+            f"built {row['built'][:16]}, sha256 {row['sha256']}"
+        )
     if not foreign:
         print(f"{len(whole)} plans, all of them yours already" if whole else f"{bundle.path} has no TensorRT plans")
     elif args.yes:

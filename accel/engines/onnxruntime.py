@@ -77,12 +77,13 @@ class OnnxRuntime(Engine):
             gpu = device.startswith("cuda") or index is not None and PROVIDERS["cuda"] in available
             provider = "cuda" if gpu and (device != "auto" or not component.int8) else "cpu"
             if gpu and provider == "cpu":
-                warnings.warn(f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT plans for the GPU",
-                              Notice, stacklevel=3)  # fmt: skip
+                warnings.warn(
+                    f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT plans for the GPU",
+                    Notice,
+                    stacklevel=3,
+                )
         if provider == "cuda" and component.int8:
-            raise UserError(
-                f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16"
-            )
+            raise UserError(f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16")
         if provider not in PROVIDERS:
             raise UserError(f"unknown provider {provider!r}", f"one of: auto, {', '.join(PROVIDERS)}")
         if PROVIDERS[provider] not in available:
@@ -99,9 +100,11 @@ class OnnxRuntime(Engine):
         try:
             own = "onnxruntime" if provider == "cpu" else ""
             self.session = ort.InferenceSession(
-                str(graph_file(bundle, component, own)), options, providers=providers,
+                str(graph_file(bundle, component, own)),
+                options,
+                providers=providers,
                 disabled_optimizers=OFF_FOR_INT8 if component.int8 else None,
-            )  # fmt: skip
+            )
         except UserError:
             raise
         except Exception as error:

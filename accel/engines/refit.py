@@ -74,9 +74,12 @@ class Refit:
 
         bundle, component = self.engine.bundle, self.engine.component
         return networks.rebuild(
-            component.kind, bundle.file(f"{component.folder}/config.json"), bundle.file(component.weights),
-            component.inputs, component.outputs,
-        ).model  # fmt: skip
+            component.kind,
+            bundle.file(f"{component.folder}/config.json"),
+            bundle.file(component.weights),
+            component.inputs,
+            component.outputs,
+        ).model
 
     def _send(self, state: Mapping[str, Any], names: frozenset[str]) -> None:
         """Set weights by name, and what TensorRT must have along with them."""

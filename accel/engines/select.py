@@ -93,9 +93,10 @@ def _choose_int8(component: Component, plan: Plan | None) -> str:
     able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (plan is not None)
     places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {"tensorrt": plan and plan.identity["gpu"]}
     measured = {
-        engine: entry for engine, entry in verdict.get("engines", {}).items()
+        engine: entry
+        for engine, entry in verdict.get("engines", {}).items()
         if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
-    }  # fmt: skip
+    }
     if plan is not None and "tensorrt" not in measured:
         _not_measured(component, "tensorrt")
         return "tensorrt"
@@ -124,8 +125,9 @@ def _choose_int8(component: Component, plan: Plan | None) -> str:
 def _not_measured(component: Component, engine: str) -> None:
     warnings.warn(
         f"whether int8 of {component.name} is faster on {engine} was not measured on this machine: `accel bench` does",
-        Notice, stacklevel=4,
-    )  # fmt: skip
+        Notice,
+        stacklevel=4,
+    )
 
 
 def fitting_plan(bundle: Bundle, component: str, device: str = "auto") -> Plan | None:

@@ -53,9 +53,16 @@ class TensorRT(Engine):
     native = "torch"
 
     def __init__(
-        self, bundle: Bundle, component: Component, *, device: str = "auto", plan: str | None = None,
-        cuda_graph: str = "off", streaming_budget: int | None = None, allow_host_code: bool = False,
-    ):  # fmt: skip
+        self,
+        bundle: Bundle,
+        component: Component,
+        *,
+        device: str = "auto",
+        plan: str | None = None,
+        cuda_graph: str = "off",
+        streaming_budget: int | None = None,
+        allow_host_code: bool = False,
+    ):
         super().__init__(bundle, component)
         self.bundle = bundle
         index = index_of(device)
@@ -98,10 +105,7 @@ class TensorRT(Engine):
                 self.runtime.engine_host_code_allowed = True
             engine = self.runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise UserError(
-                f"TensorRT refuses the plan of {name}: {messages.last()}",
-                self._build("--force"),
-            )
+            raise UserError(f"TensorRT refuses the plan of {name}: {messages.last()}", self._build("--force"))
         return engine
 
     def _build(self, more: str) -> str:
@@ -114,9 +118,10 @@ class TensorRT(Engine):
         wanted = {spec.name for spec in (*self.component.inputs, *self.component.outputs)}
         kinds = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
         wrong = found ^ wanted or {
-            spec.name for spec in (*self.component.inputs, *self.component.outputs)
+            spec.name
+            for spec in (*self.component.inputs, *self.component.outputs)
             if self.engine.get_tensor_dtype(spec.name) != getattr(self.module.DataType, kinds[spec.dtype])
-        }  # fmt: skip
+        }
         if wrong:
             raise UserError(
                 f"the plan of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",

@@ -50,10 +50,13 @@ def _is_plain(attention: Any) -> bool:
     """Self-attention of a transformer block: nothing between the layers and the two products."""
     norms = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k)
     return (
-        not attention.is_cross_attention and not attention.residual_connection and attention.scale_qk
-        and attention.inner_kv_dim == attention.inner_dim and attention.rescale_output_factor == 1
+        not attention.is_cross_attention
+        and not attention.residual_connection
+        and attention.scale_qk
+        and attention.inner_kv_dim == attention.inner_dim
+        and attention.rescale_output_factor == 1
         and all(norm is None for norm in norms)
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -54,8 +54,11 @@ class Int8Conv2d(Packed):
     def __init__(self, layer: nn.Conv2d, output: bool):
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride, layer.padding, layer.dilation, layer.groups
-        )  # fmt: skip
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
         assert layer.padding_mode == "zeros"
         _empty(self, tuple(layer.weight.shape), layer.out_channels, layer.bias is not None)
         self.register_buffer("output_scale", torch.empty(()) if output else None)

@@ -21,15 +21,27 @@ from ..errors import UserError
 PRODUCTS = ("scores", "mix")
 KINDS = ("conv", "ff", "qkv", "linear", *PRODUCTS)
 LEVELS: Mapping[str, tuple[str, ...]] = {
-    "conv": KINDS[:1], "ff": KINDS[:2], "qkv": KINDS[:3], "all": KINDS[:4], "scores": KINDS[:5], "attention": KINDS,
-}  # fmt: skip
+    "conv": KINDS[:1],
+    "ff": KINDS[:2],
+    "qkv": KINDS[:3],
+    "all": KINDS[:4],
+    "scores": KINDS[:5],
+    "attention": KINDS,
+}
 COLLECTORS = ("max", "percentile", "mse")
 
 # A layer stays as it is when any part of its dotted name is one of these.
 KEPT = (
-    "time_embedding", "add_embedding", "time_emb_proj", "conv_in", "conv_out", "conv_shortcut",
-    "post_quant_conv", "quant_conv", "text_projection",
-)  # fmt: skip
+    "time_embedding",
+    "add_embedding",
+    "time_emb_proj",
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "post_quant_conv",
+    "quant_conv",
+    "text_projection",
+)
 
 # CLIP's context. Longer ones are several of this length end to end (`accel.pipeline.prompts`), each with its own
 # beginning.
@@ -109,11 +121,12 @@ def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     """
     kinds = LEVELS[recipe.level]
     return [
-        name for name, convolution in layers.items()
+        name
+        for name, convolution in layers.items()
         if kind(name, convolution) in kinds
         and not set(name.split(".")) & set(KEPT)
         and not any(matches(name, pattern) for pattern in recipe.keep)
-    ]  # fmt: skip
+    ]
 
 
 def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:

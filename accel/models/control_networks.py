@@ -51,9 +51,13 @@ class ControlNet(nn.Module):
         if text_embeds is not None:
             added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
         down, middle = self.model(
-            sample, timestep, encoder_hidden_states, controlnet_cond=control_image, added_cond_kwargs=added,
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond=control_image,
+            added_cond_kwargs=added,
             return_dict=False,
-        )  # fmt: skip
+        )
         return *down, middle
 
 

@@ -29,9 +29,15 @@ METADATA = "lora_adapter_metadata"
 COMPONENTS = ("text_encoder_2", "text_encoder", "unet")
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _OTHER_KINDS = {
-    ".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
-    ".lora_mid.": "a Tucker decomposition", ".glora_": "GLoRA", "lora_embedding_": "LoRA of embeddings",
-}  # fmt: skip
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    ".dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    ".lora_mid.": "a Tucker decomposition",
+    ".glora_": "GLoRA",
+    "lora_embedding_": "LoRA of embeddings",
+}
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 _TOLD = 3  # keys that a message names
 
@@ -118,9 +124,7 @@ def read(file: LoraFile, unet_config: Mapping[str, Any]) -> dict[str, dict[str, 
         raise UserError(
             f"{file.path} cannot be understood: {_line(error)}; {made_for(tensors)}", _fits_fix(unet_config)
         ) from None
-    return {
-        component: _updates(part, _settings(metadata, component), file.path) for component, part in parts.items()
-    }
+    return {component: _updates(part, _settings(metadata, component), file.path) for component, part in parts.items()}
 
 
 def fuse(
@@ -190,11 +194,14 @@ def check_components(files: Iterable[LoraFile], present: Sequence[str], unet_con
 
 def made_for(tensors: Mapping[str, torch.Tensor]) -> str:
     """What a LoRA seems to be made for, by its names and the width of its text, as a clause."""
-    if any(key.startswith(("lora_te2_", "text_encoder_2.")) or "add_embedding" in key or "label_emb" in key
-           for key in tensors):  # fmt: skip
+    if any(
+        key.startswith(("lora_te2_", "text_encoder_2.")) or "add_embedding" in key or "label_emb" in key
+        for key in tensors
+    ):
         return "it seems to be made for SDXL"
-    if any(re.search(r"double_?blocks|single_?(transformer_)?blocks|joint_?blocks|^transformer\.", key)
-           for key in tensors):  # fmt: skip
+    if any(
+        re.search(r"double_?blocks|single_?(transformer_)?blocks|joint_?blocks|^transformer\.", key) for key in tensors
+    ):
         return "it seems to be made for a diffusion transformer (Flux, SD3 or the like)"
     for key, tensor in tensors.items():
         if re.search(r"attn2[._](processor\.)?to_k", key) and re.search(r"down|lora_A", key) and tensor.dim() > 1:
@@ -305,9 +312,13 @@ def _misfit(module: nn.Module | None, update: Update) -> str:
     down, up = update.down, update.up
     shape = (up.shape[0], *down.shape[1:])
     # A 1 x 1 convolution and a linear layer are the same thing in two spellings.
-    if down.dim() not in (2, 4) or up.dim() not in (2, 4) or up.flatten(1).shape[1] != down.shape[0] or [
-        side for side in shape[2:] if side != 1
-    ] != [side for side in weight.shape[2:] if side != 1] or shape[:2] != weight.shape[:2]:
+    if (
+        down.dim() not in (2, 4)
+        or up.dim() not in (2, 4)
+        or up.flatten(1).shape[1] != down.shape[0]
+        or [side for side in shape[2:] if side != 1] != [side for side in weight.shape[2:] if side != 1]
+        or shape[:2] != weight.shape[:2]
+    ):
         return f"{list(shape)}, the model's is {list(weight.shape)}"
     if not all(torch.isfinite(tensor).all() for tensor in (down, up)):
         return "not finite"

@@ -102,9 +102,19 @@ class UNet(nn.Module):
         features = (adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3)
         adapter = [feature for feature in features if feature is not None]
         residuals = (
-            down_residual_0, down_residual_1, down_residual_2, down_residual_3, down_residual_4, down_residual_5,
-            down_residual_6, down_residual_7, down_residual_8, down_residual_9, down_residual_10, down_residual_11,
-        )  # fmt: skip
+            down_residual_0,
+            down_residual_1,
+            down_residual_2,
+            down_residual_3,
+            down_residual_4,
+            down_residual_5,
+            down_residual_6,
+            down_residual_7,
+            down_residual_8,
+            down_residual_9,
+            down_residual_10,
+            down_residual_11,
+        )
         control = tuple(residual for residual in residuals if residual is not None)
         added = None
         if text_embeds is not None:
@@ -234,7 +244,11 @@ WRAPPERS: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def rebuild(
-    kind: str, config_path: Path, weights: Path, inputs: tuple[TensorSpec, ...], outputs,
+    kind: str,
+    config_path: Path,
+    weights: Path,
+    inputs: tuple[TensorSpec, ...],
+    outputs,
     int8_layers: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The module of a bundle's component: built from its config, weights memory-mapped from its safetensors file.

@@ -95,15 +95,22 @@ def unet_config(state: Tensors, base: Mapping[str, Any], name: str) -> dict[str,
     """
     from diffusers import UNet2DConditionModel
 
-    first = next((state[key] for key in ("conv_in.weight", f"{UNET}input_blocks.0.0.weight", "input_blocks.0.0.weight")
-                  if key in state), None)  # fmt: skip
+    first = next(
+        (
+            state[key]
+            for key in ("conv_in.weight", f"{UNET}input_blocks.0.0.weight", "input_blocks.0.0.weight")
+            if key in state
+        ),
+        None,
+    )
     channels = {} if first is None else {"in_channels": first.shape[1]}
     own = dict(base) | channels
     xl = base.get("addition_embed_type") == "text_time"
     others = [
         own | dict(entry.config) | channels | {"sample_size": base.get("sample_size")}
-        for entry in TOPOLOGIES.values() if (entry.family == "sdxl") == xl
-    ]  # fmt: skip
+        for entry in TOPOLOGIES.values()
+        if (entry.family == "sdxl") == xl
+    ]
     told = ""
     for config in (own, *others):
         try:
@@ -157,8 +164,9 @@ def build(
     wanted = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
     tensors = {
         next((alias for alias in aliases(key) if alias in wanted), key): value
-        for key, value in tensors.items() if not key.endswith("position_ids")
-    }  # fmt: skip
+        for key, value in tensors.items()
+        if not key.endswith("position_ids")
+    }
     if problem := misfit(tensors, wanted):
         raise UserError(
             f"{name} does not fit the {component}: {problem}", "give a base of the family that the file was made for"
@@ -166,4 +174,3 @@ def build(
     full = {key: value.to(torch.float32) if value.is_floating_point() else value for key, value in tensors.items()}
     model.load_state_dict(full, strict=False, assign=True)
     return model.eval()
-

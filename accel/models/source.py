@@ -153,10 +153,16 @@ class Source:
 
 
 def open_source(
-    model: str | Path, loras: Sequence[str | Path | LoraFile] = (), *, base: str | Path | None = None,
-    unet: str | Path | None = None, vae: str | Path | None = None, adapter: str | Path | None = None,
-    controlnet: str | Path | None = None, variant: str | None = None,
-) -> Source:  # fmt: skip
+    model: str | Path,
+    loras: Sequence[str | Path | LoraFile] = (),
+    *,
+    base: str | Path | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    adapter: str | Path | None = None,
+    controlnet: str | Path | None = None,
+    variant: str | None = None,
+) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
     Args:
@@ -314,4 +320,3 @@ def _readable(load: Callable[[], nn.Module], folder: Path) -> nn.Module:
         raise UserError(
             f"{folder} cannot be loaded: {first[:300]}", "the files may be damaged or incomplete; get them again"
         ) from None
-

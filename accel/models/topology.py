@@ -76,7 +76,10 @@ _SDXL = dict(
 
 # Config fields that may be given once for all stages or as a list with one value per stage.
 _PER_STAGE = (
-    "attention_head_dim", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
     "only_cross_attention",
 )
 
@@ -110,33 +113,60 @@ def _topologies() -> dict[str, Topology]:
     entries = [
         Topology(name="sd15", family="sd1", parameters=859_520_964, config=_SD1, aliases=("sd14", "sd1", "sd1.5")),
         Topology(
-            name="sd15-base", family="sd1", teacher="sd15", parameters=579_384_964,
-            config=remove_blocks(_SD1, "base"), aliases=("bk-sdm-base", "segmind-sd-small", "sd-small", "small-sd"),
+            name="sd15-base",
+            family="sd1",
+            teacher="sd15",
+            parameters=579_384_964,
+            config=remove_blocks(_SD1, "base"),
+            aliases=("bk-sdm-base", "segmind-sd-small", "sd-small", "small-sd"),
         ),
         Topology(
-            name="sd15-small", family="sd1", teacher="sd15", parameters=482_346_884,
-            config=remove_blocks(_SD1, "small"), aliases=("bk-sdm-small",),
+            name="sd15-small",
+            family="sd1",
+            teacher="sd15",
+            parameters=482_346_884,
+            config=remove_blocks(_SD1, "small"),
+            aliases=("bk-sdm-small",),
         ),
         Topology(
-            name="sd15-tiny", family="sd1", teacher="sd15", parameters=323_384_964,
-            config=remove_blocks(_SD1, "tiny"), aliases=("bk-sdm-tiny", "segmind-sd-tiny", "sd-tiny", "tiny-sd"),
+            name="sd15-tiny",
+            family="sd1",
+            teacher="sd15",
+            parameters=323_384_964,
+            config=remove_blocks(_SD1, "tiny"),
+            aliases=("bk-sdm-tiny", "segmind-sd-tiny", "sd-tiny", "tiny-sd"),
         ),
         Topology(
-            name="sd2", family="sd2", parameters=865_910_724, config=_SD2,
+            name="sd2",
+            family="sd2",
+            parameters=865_910_724,
+            config=_SD2,
             aliases=("sd20", "stable-diffusion-2-base", "stable-diffusion-2-1-base"),
         ),
         Topology(name="sd21", family="sd2", parameters=865_910_724, config=sd2_1, aliases=("sd2.1", "sd21-768")),
         Topology(
-            name="sd2-base", family="sd2", teacher="sd2", parameters=583_480_964,
-            config=remove_blocks(_SD2, "base"), aliases=("bk-sdm-v2-base",),
+            name="sd2-base",
+            family="sd2",
+            teacher="sd2",
+            parameters=583_480_964,
+            config=remove_blocks(_SD2, "base"),
+            aliases=("bk-sdm-v2-base",),
         ),
         Topology(
-            name="sd2-small", family="sd2", teacher="sd2", parameters=485_787_524,
-            config=remove_blocks(_SD2, "small"), aliases=("bk-sdm-v2-small",),
+            name="sd2-small",
+            family="sd2",
+            teacher="sd2",
+            parameters=485_787_524,
+            config=remove_blocks(_SD2, "small"),
+            aliases=("bk-sdm-v2-small",),
         ),
         Topology(
-            name="sd2-tiny", family="sd2", teacher="sd2", parameters=326_825_604,
-            config=remove_blocks(_SD2, "tiny"), aliases=("bk-sdm-v2-tiny",),
+            name="sd2-tiny",
+            family="sd2",
+            teacher="sd2",
+            parameters=326_825_604,
+            config=remove_blocks(_SD2, "tiny"),
+            aliases=("bk-sdm-v2-tiny",),
         ),
         Topology(name="sdxl", family="sdxl", parameters=2_567_463_684, config=_SDXL, aliases=("sdxl-base",)),
         Topology(name="ssd-1b", family="sdxl", teacher="sdxl", parameters=1_331_334_404, config=ssd_1b),
@@ -184,13 +214,24 @@ def identify(config: Mapping[str, Any]) -> Topology | None:
 
     def shape(candidate: Mapping[str, Any]) -> tuple:
         keys = (
-            "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "mid_block_type",
-            "cross_attention_dim", "attention_head_dim", "use_linear_projection", "addition_embed_type",
-            "transformer_layers_per_block", "reverse_transformer_layers_per_block", "upcast_attention",
+            "block_out_channels",
+            "layers_per_block",
+            "down_block_types",
+            "up_block_types",
+            "mid_block_type",
+            "cross_attention_dim",
+            "attention_head_dim",
+            "use_linear_projection",
+            "addition_embed_type",
+            "transformer_layers_per_block",
+            "reverse_transformer_layers_per_block",
+            "upcast_attention",
         )
         # diffusers' own, for configs that were written before the field existed (such as SD1.5's).
         defaults = {
-            "use_linear_projection": False, "transformer_layers_per_block": 1, "upcast_attention": False,
+            "use_linear_projection": False,
+            "transformer_layers_per_block": 1,
+            "upcast_attention": False,
             "mid_block_type": "UNetMidBlock2DCrossAttn",
         }
         return tuple(_frozen(candidate.get(key, defaults.get(key))) for key in keys)

@@ -16,9 +16,13 @@ from ..errors import UserError
 from . import control
 
 _SLOTS = {
-    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae": "vae_decoder",
-    "adapter": "t2i_adapter", "controlnet": "controlnet",
-}  # fmt: skip
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "unet": "unet",
+    "vae": "vae_decoder",
+    "adapter": "t2i_adapter",
+    "controlnet": "controlnet",
+}
 # diffusers asks for this class by name, so the module stays and only what it computes is exchanged.
 _KEPT = ("controlnet",)
 
@@ -99,9 +103,20 @@ def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
     record = bundle.component(component)
     theirs = read_json(bundle.file(f"{record.folder}/config.json"), "the config")
     own = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    keys = ("block_out_channels", "cross_attention_dim", "in_channels", "down_block_types", "hidden_size",
-            "num_hidden_layers", "latent_channels", "layers_per_block", "mid_block_type", "adapter_type", "channels",
-            "decoder_block_out_channels")  # fmt: skip
+    keys = (
+        "block_out_channels",
+        "cross_attention_dim",
+        "in_channels",
+        "down_block_types",
+        "hidden_size",
+        "num_hidden_layers",
+        "latent_channels",
+        "layers_per_block",
+        "mid_block_type",
+        "adapter_type",
+        "channels",
+        "decoder_block_out_channels",
+    )
     for key in keys:
         a, b = own.get(key), theirs.get(key)
         if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
@@ -140,10 +155,19 @@ class _Compiled(nn.Module):
 
 class _CompiledUNet(_Compiled):
     def forward(
-        self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None,
-        down_intrablock_additional_residuals=None, down_block_additional_residuals=None,
-        mid_block_additional_residual=None, return_dict=True, cross_attention_kwargs=None, **unsupported,
-    ):  # fmt: skip
+        self,
+        sample,
+        timestep,
+        encoder_hidden_states,
+        timestep_cond=None,
+        added_cond_kwargs=None,
+        down_intrablock_additional_residuals=None,
+        down_block_additional_residuals=None,
+        mid_block_additional_residual=None,
+        return_dict=True,
+        cross_attention_kwargs=None,
+        **unsupported,
+    ):
         asked = [name for name, value in unsupported.items() if value is not None]
         asked += ["cross_attention_kwargs"] if cross_attention_kwargs else []
         if asked:
@@ -176,9 +200,10 @@ class _CompiledUNet(_Compiled):
     def _nothing(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Zeros for the control inputs that this pipeline does not feed."""
         missing = [
-            spec for spec in self._hidden.engine.component.inputs
+            spec
+            for spec in self._hidden.engine.component.inputs
             if spec.name not in feeds and spec.name.startswith(control.PREFIXES)
-        ]  # fmt: skip
+        ]
         sizes = {"batch": len(sample)} | control.inner_sizes(sample.shape[-2:])
         return {spec.name: torch.zeros(spec.concrete(sizes), device=sample.device) for spec in missing}
 
@@ -190,9 +215,17 @@ class _CompiledAdapter(_Compiled):
 
 class _CompiledControlNet(_Compiled):
     def forward(
-        self, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale=1.0, guess_mode=False,
-        added_cond_kwargs=None, return_dict=True, **unsupported,
-    ):  # fmt: skip
+        self,
+        sample,
+        timestep,
+        encoder_hidden_states,
+        controlnet_cond,
+        conditioning_scale=1.0,
+        guess_mode=False,
+        added_cond_kwargs=None,
+        return_dict=True,
+        **unsupported,
+    ):
         if guess_mode or any(value is not None for value in unsupported.values()):
             raise UserError("the compiled ControlNet has no guess mode and no further inputs", "detach() first")
         names = {spec.name for spec in self._hidden.engine.component.inputs}
@@ -200,10 +233,13 @@ class _CompiledControlNet(_Compiled):
         *down, middle = (
             value * conditioning_scale
             for value in self.call(
-                sample=sample, timestep=torch.as_tensor(timestep).reshape(()), control_image=controlnet_cond,
-                encoder_hidden_states=encoder_hidden_states, **added,
+                sample=sample,
+                timestep=torch.as_tensor(timestep).reshape(()),
+                control_image=controlnet_cond,
+                encoder_hidden_states=encoder_hidden_states,
+                **added,
             ).values()
-        )  # fmt: skip
+        )
         if not return_dict:
             return tuple(down), middle
         from diffusers.models.controlnets.controlnet import ControlNetOutput

@@ -29,9 +29,12 @@ def tokenize(
 
 
 def encode(
-    encoders: Mapping[str, tuple[ClipTokenizer, Engine]], prompts: Sequence[str], *, chunks: int = 1,
+    encoders: Mapping[str, tuple[ClipTokenizer, Engine]],
+    prompts: Sequence[str],
+    *,
+    chunks: int = 1,
     weighted: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Text embeddings of prompts.
 
     Args:
@@ -70,7 +73,10 @@ def _run(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
 
 
 def time_ids(
-    images: int, size: Sequence[int], original: Sequence[int] | None = None, crop: Sequence[int] = (0, 0),
+    images: int,
+    size: Sequence[int],
+    original: Sequence[int] | None = None,
+    crop: Sequence[int] = (0, 0),
     target: Sequence[int] | None = None,
 ) -> np.ndarray:
     """SDXL's size conditioning (arXiv 2307.01952, section 2.2): float32 [images, 6].

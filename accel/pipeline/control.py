@@ -26,8 +26,14 @@ Control = Callable[[int, Mapping[str, Any]], dict[str, Any]]
 
 
 def prepare(
-    asked: Pictures, chunk: Chunk, plan: Plan, manifest: Manifest, engines: Mapping[str, Engine], *,
-    size: tuple[int, int], total: int,
+    asked: Pictures,
+    chunk: Chunk,
+    plan: Plan,
+    manifest: Manifest,
+    engines: Mapping[str, Engine],
+    *,
+    size: tuple[int, int],
+    total: int,
 ) -> Control:
     """A function (step, the UNet's other inputs) -> the control inputs of the UNet, which may be none.
 

@@ -45,11 +45,15 @@ def encode(
     """Latents float32 [N, C, h, w] of pixels in [-1, 1]: a sample of the posterior, or a tiny VAE's latents."""
     (spec,) = encoder.component.inputs
     limit = encoder.component.dims["images"].max
-    found = concat([
-        cast(to_numpy(encoder(sample=cast(encoder.array(pixels[i : i + limit]), spec.dtype))["latent_parameters"]),
-             "float32")
-        for i in range(0, len(pixels), limit)
-    ])  # fmt: skip
+    found = concat(
+        [
+            cast(
+                to_numpy(encoder(sample=cast(encoder.array(pixels[i : i + limit]), spec.dtype))["latent_parameters"]),
+                "float32",
+            )
+            for i in range(0, len(pixels), limit)
+        ]
+    )
     channels = constants["latent_channels"]
     if found.shape[1] == 2 * channels:
         mean, log_variance = found[:, :channels], np.clip(found[:, channels:], -30, 20)
@@ -58,9 +62,18 @@ def encode(
 
 
 def start(
-    asked: Pictures, chunk: Chunk, plan: Plan, first: np.ndarray, *, size: tuple[int, int], total: int, channels: int,
-    encoder: Callable[[], Engine], schedule: samplers.NoiseSchedule, constants: Mapping[str, Any],
-) -> Start:  # fmt: skip
+    asked: Pictures,
+    chunk: Chunk,
+    plan: Plan,
+    first: np.ndarray,
+    *,
+    size: tuple[int, int],
+    total: int,
+    channels: int,
+    encoder: Callable[[], Engine],
+    schedule: samplers.NoiseSchedule,
+    constants: Mapping[str, Any],
+) -> Start:
     """The start of one chunk.
 
     Args:

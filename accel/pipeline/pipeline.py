@@ -63,9 +63,13 @@ def component_names(bundle: Bundle) -> list[str]:
 
 
 def load(
-    bundle: str | Path | Bundle, engine: str | Mapping[str, str] = "auto", *, verify: bool = True,
-    low_memory: bool = False, **options: Any,
-) -> Pipeline:  # fmt: skip
+    bundle: str | Path | Bundle,
+    engine: str | Mapping[str, str] = "auto",
+    *,
+    verify: bool = True,
+    low_memory: bool = False,
+    **options: Any,
+) -> Pipeline:
     """Load a bundle as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
 
     Args:
@@ -223,9 +227,17 @@ class _Run:
     """One call of a pipeline, phase by phase over all chunks, so that each component is needed for one phase only."""
 
     def __init__(
-        self, pipeline: Pipeline, plan: Plan, size: tuple[int, int], asked: Pictures, sizes: Sizes, total: int,
-        latents: Any, renoise: Callable[[int], Any] | None, weighted: bool,
-    ):  # fmt: skip
+        self,
+        pipeline: Pipeline,
+        plan: Plan,
+        size: tuple[int, int],
+        asked: Pictures,
+        sizes: Sizes,
+        total: int,
+        latents: Any,
+        renoise: Callable[[int], Any] | None,
+        weighted: bool,
+    ):
         self.plan, self.size, self.asked, self.sizes, self.total = plan, size, asked, sizes, total
         self.engines, self.tokenizers, self.schedule = pipeline.engines, pipeline.tokenizers, pipeline.schedule
         self.manifest, self.constants = pipeline.bundle.manifest, pipeline.bundle.manifest.pipeline
@@ -285,10 +297,17 @@ class _Run:
         record = self.manifest.components["unet"]
         began = time.perf_counter()
         made = start_from(
-            self.asked, chunk, self.plan, first, size=self.pixels, total=self.total,
-            channels=record.inputs[0].shape[1], encoder=lambda: self.engines["vae_encoder"], schedule=self.schedule,
+            self.asked,
+            chunk,
+            self.plan,
+            first,
+            size=self.pixels,
+            total=self.total,
+            channels=record.inputs[0].shape[1],
+            encoder=lambda: self.engines["vae_encoder"],
+            schedule=self.schedule,
             constants=self.constants,
-        )  # fmt: skip
+        )
         if self.asked.image is not None:
             self.clock.add("vae_encoder", time.perf_counter() - began)
             self.engines.release(["vae_encoder"])
@@ -298,9 +317,7 @@ class _Run:
         unet, plan = self.engines["unet"], self.plan
         spec = {s.name: s for s in unet.component.inputs}
         feeds = self._feeds(chunk, text, unet)
-        add = control.prepare(
-            self.asked, chunk, plan, self.manifest, self.engines, size=self.pixels, total=self.total
-        )
+        add = control.prepare(self.asked, chunk, plan, self.manifest, self.engines, size=self.pixels, total=self.total)
         extra = None if start.extra is None else unet.array(start.extra)
         index = {t: i for i, t in enumerate(plan.timesteps)}
         dtype = spec["sample"].dtype
@@ -337,10 +354,16 @@ class _Run:
                 bar.advance()
             return to_numpy(x)
         x = sampler.sample(
-            plan.sampler, model, x, self.schedule, timesteps=plan.timesteps,
-            noise=fresh, callback=after, start=plan.start,
+            plan.sampler,
+            model,
+            x,
+            self.schedule,
+            timesteps=plan.timesteps,
+            noise=fresh,
+            callback=after,
+            start=plan.start,
             constrain=start.constrain and (lambda i, x: start.constrain(i, x, unet.array)),
-        )  # fmt: skip
+        )
         return to_numpy(x)
 
     def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:

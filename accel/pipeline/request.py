@@ -80,8 +80,13 @@ class Pictures:
 
 
 def plan(
-    manifest: Manifest, schedule: sampler.NoiseSchedule, name: str | None, steps: int | None,
-    timesteps: Sequence[float] | None, guidance: float | None, strength: float | None,
+    manifest: Manifest,
+    schedule: sampler.NoiseSchedule,
+    name: str | None,
+    steps: int | None,
+    timesteps: Sequence[float] | None,
+    guidance: float | None,
+    strength: float | None,
 ) -> Plan:
     """The sampler, its grid and guidance: the bundle's own constants where nothing else is asked for."""
     own = manifest.sampler

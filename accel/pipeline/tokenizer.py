@@ -70,9 +70,12 @@ class ClipTokenizer:
             backend.add_special_tokens([token for token in group if token.content not in known])
         ids = {role: backend.token_to_id(token.content) for role, token in tokens.items()}
         return cls(
-            backend=backend, bos=ids["bos_token"], eos=ids["eos_token"], pad=ids["pad_token"],
+            backend=backend,
+            bos=ids["bos_token"],
+            eos=ids["eos_token"],
+            pad=ids["pad_token"],
             length=_length(folder / "tokenizer_config.json", config),
-        )  # fmt: skip
+        )
 
     def encode(self, prompt: str) -> tuple[np.ndarray, str]:
         """(ids int64 [length], the end of the prompt that did not fit). Whoever drops text should say so."""
@@ -117,19 +120,20 @@ def _backend_from_vocabulary(vocab_file: Path, merges_file: Path) -> Tokenizer:
         raise UserError(f"{merges_file}: a merge is two tokens, found {' '.join(wrong)!r}", _FIX)
     try:
         model = models.BPE(
-            vocab=vocab, merges=merges, unk_token=_END, end_of_word_suffix="</w>",
-            continuing_subword_prefix="",
-        )  # fmt: skip
+            vocab=vocab, merges=merges, unk_token=_END, end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
     except Exception as error:  # the package raises bare Exception
         raise UserError(f"{merges_file} does not fit {vocab_file.name}: {error}", _FIX) from None
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     return backend
 
 

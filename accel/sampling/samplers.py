@@ -27,9 +27,19 @@ from .solvers import (
 )
 
 __all__ = [
-    "SAMPLERS", "NoiseSchedule", "Sampler", "add_noise", "dmd2_timesteps", "grid", "needs_noise", "sample",
-    "sample_ddim", "sample_dmd2", "sample_dpmpp_2m", "sample_euler",
-]  # fmt: skip
+    "SAMPLERS",
+    "NoiseSchedule",
+    "Sampler",
+    "add_noise",
+    "dmd2_timesteps",
+    "grid",
+    "needs_noise",
+    "sample",
+    "sample_ddim",
+    "sample_dmd2",
+    "sample_dpmpp_2m",
+    "sample_euler",
+]
 
 
 def dmd2_timesteps(steps: int, T: int = 1000) -> list[int]:  # noqa: N803 (the papers' name)
@@ -81,24 +91,38 @@ class Sampler:
     description: str
 
 
-SAMPLERS: Mapping[str, Sampler] = MappingProxyType({
-    "dmd2": Sampler(
-        function=sample_dmd2, grid=_grid_dmd2, steps=4, stochastic=True,
-        description="few-step distilled models (DMD2, LCM-like): x0, fresh noise, repeat; no guidance",
-    ),
-    "dpmpp_2m": Sampler(
-        function=sample_dpmpp_2m, grid=_grid_dpmpp, steps=25, stochastic=False,
-        description="DPM-Solver++ 2M: second-order multistep, the usual choice for undistilled models",
-    ),
-    "ddim": Sampler(
-        function=sample_ddim, grid=_grid_ddim, steps=50, stochastic=False,
-        description="DDIM: first order, deterministic; eta > 0 adds noise",
-    ),
-    "euler": Sampler(
-        function=sample_euler, grid=_grid_euler, steps=30, stochastic=False,
-        description="Euler on the probability-flow ODE: first order, deterministic",
-    ),
-})  # fmt: skip
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "dmd2": Sampler(
+            function=sample_dmd2,
+            grid=_grid_dmd2,
+            steps=4,
+            stochastic=True,
+            description="few-step distilled models (DMD2, LCM-like): x0, fresh noise, repeat; no guidance",
+        ),
+        "dpmpp_2m": Sampler(
+            function=sample_dpmpp_2m,
+            grid=_grid_dpmpp,
+            steps=25,
+            stochastic=False,
+            description="DPM-Solver++ 2M: second-order multistep, the usual choice for undistilled models",
+        ),
+        "ddim": Sampler(
+            function=sample_ddim,
+            grid=_grid_ddim,
+            steps=50,
+            stochastic=False,
+            description="DDIM: first order, deterministic; eta > 0 adds noise",
+        ),
+        "euler": Sampler(
+            function=sample_euler,
+            grid=_grid_euler,
+            steps=30,
+            stochastic=False,
+            description="Euler on the probability-flow ODE: first order, deterministic",
+        ),
+    }
+)
 
 
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
@@ -115,10 +139,19 @@ def needs_noise(name: str, *, eta: float = 0.0) -> bool:
 
 
 def sample(
-    name: str, model: Model, x, schedule: NoiseSchedule, steps: int | None = None, *,
-    timesteps: Timesteps | None = None, noise: Noise | None = None, callback: Callback | None = None,
-    constrain: Constrain | None = None, start: int = 0, **options,
-):  # fmt: skip
+    name: str,
+    model: Model,
+    x,
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    timesteps: Timesteps | None = None,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    start: int = 0,
+    **options,
+):
     """Runs a sampler by name.
 
     Args:

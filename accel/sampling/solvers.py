@@ -28,9 +28,16 @@ Timesteps = Sequence[float]
 
 
 def sample_dmd2(
-    model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
-):  # fmt: skip
+    model: Model,
+    x,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    start: int = 0,
+):
     """DMD2's few-step sampler (arXiv 2405.14867, section 4.5): predict x0, re-noise with fresh noise, repeat.
 
     x: N(0, 1) of any shape (noised at `timesteps[start]` if start > 0). Returns the last x0, like x.
@@ -50,10 +57,17 @@ def sample_dmd2(
 
 
 def sample_ddim(
-    model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    eta: float = 0.0, noise: Noise | None = None, callback: Callback | None = None,
-    constrain: Constrain | None = None, start: int = 0,
-):  # fmt: skip
+    model: Model,
+    x,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    start: int = 0,
+):
     """DDIM (arXiv 2010.02502, eq. 12 and 16); eta = 0 is deterministic, eta = 1 is DDPM's ancestral sampling.
 
     Each step goes to the next timestep of the grid. x and return value as in `sample_dmd2`.
@@ -81,9 +95,16 @@ def sample_ddim(
 
 
 def sample_euler(
-    model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
-):  # fmt: skip
+    model: Model,
+    x,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    start: int = 0,
+):
     """Euler steps on the probability-flow ODE dx/dsigma = eps (arXiv 2206.00364, algorithm 1 without churn).
 
     That ODE lives in y = x0 + sigma eps; the state is kept as x = y / sqrt(1 + sigma^2), which is both the model's
@@ -107,9 +128,16 @@ def sample_euler(
 
 
 def sample_dpmpp_2m(
-    model: Model, x, schedule: NoiseSchedule, timesteps: Timesteps, *,
-    noise: Noise | None = None, callback: Callback | None = None, constrain: Constrain | None = None, start: int = 0,
-):  # fmt: skip
+    model: Model,
+    x,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    start: int = 0,
+):
     """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), ending on sigma = 0.
 
     First step and last step are first order: one has no history, the other an infinite lambda, where it returns x0.

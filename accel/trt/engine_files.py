@@ -27,12 +27,21 @@ SCHEMA = 1
 FOLDER = "engines"
 # What every record has: those of plans from elsewhere are read too, and shown before anybody trusts them.
 _WANTED = {
-    "schema": int, "component": str, "key": str, "plan": {"bytes": int, "sha256": str}, "audit": dict, "built": str,
+    "schema": int,
+    "component": str,
+    "key": str,
+    "plan": {"bytes": int, "sha256": str},
+    "audit": dict,
+    "built": str,
     "identity": {
-        "tensorrt": str, "gpu": str, "compute_capability": str, "platform": str, "options": dict,
+        "tensorrt": str,
+        "gpu": str,
+        "compute_capability": str,
+        "platform": str,
+        "options": dict,
         "profiles": [{"name": str, "dims": dict, "shapes": dict}],
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,9 @@ def rebuild(bundle: Bundle, component: str, plan: Plan | None = None, gpu: int =
     now, profiles = bundle.component(component).dims, plan.identity["profiles"]
     fits = all(
         name in now and now[name].min <= low and high <= now[name].max
-        for profile in profiles for name, (low, _, high) in profile["dims"].items()
-    )  # fmt: skip
+        for profile in profiles
+        for name, (low, _, high) in profile["dims"].items()
+    )
     if fits and [profile["name"] for profile in profiles] != [bundle.manifest.profile.name]:
         words += [word for profile in profiles for word in ("--profile", profile["name"])]
     usual = {"optimization_level": 3, "hardware_compatible": "none"}

@@ -55,7 +55,7 @@ def installed() -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """"11.4.0.106" -> (11, 4, 0, 106)."""
+    """ "11.4.0.106" -> (11, 4, 0, 106)."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 

@@ -55,9 +55,10 @@ def fits(bundle: Bundle, plan: Plan, here: Here | None) -> Verdict:
         return Verdict(False, reason, f"chmod -R go-w {shlex.quote(str(plan.path.parent))}")
     if not signed:
         return Verdict(
-            False, "it does not carry your signature: a plan is executable code, and this one was not built by you",
+            False,
+            "it does not carry your signature: a plan is executable code, and this one was not built by you",
             f"{again}   (or, if you know where it comes from: accel trust {bundle.path})",
-        )  # fmt: skip
+        )
     return _fits_bundle(bundle, plan, again) or (here and _fits_here(plan, here, again)) or Verdict(True, "fits")
 
 
@@ -136,7 +137,10 @@ def _fits_here(plan: Plan, here: Here, again: str) -> Verdict | None:
 
 
 def choose(
-    bundle: Bundle, component: str, here: Here | None, key: str | None = None,
+    bundle: Bundle,
+    component: str,
+    here: Here | None,
+    key: str | None = None,
     refuse: Callable[[Plan], Verdict | None] = lambda plan: None,
 ) -> tuple[Plan, bytes]:
     """The newest plan of a component that passes the pre-flight, and its bytes: the very ones that were checked.

@@ -33,7 +33,6 @@ FORMAT = 1
 _OPEN_FILES = 16
 
 
-
 @dataclass
 class Cache:
     """A finished cache. Tensors are read from disk one example at a time, as float32.
@@ -154,7 +153,10 @@ def open_cache(folder: str | Path) -> Cache:
 def placement_key(resolution: int, center_crop: bool, random_flip: bool, variants: int, seed: int) -> dict[str, Any]:
     drawn = random_flip or not center_crop
     return dict(
-        resolution=resolution, center_crop=center_crop, random_flip=random_flip, variants=variants if drawn else 1,
+        resolution=resolution,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        variants=variants if drawn else 1,
         seed=seed if drawn else None,
     )
 

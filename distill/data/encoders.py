@@ -133,5 +133,7 @@ def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
             del made["pixels"]
     if "context" not in made and not encoders.text_learns:
         made |= encoders.prompts(made["caption"])
-    return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for key, value in made.items()}  # fmt: skip
+    return {
+        key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in made.items()
+    }

@@ -150,7 +150,13 @@ class Examples(Dataset):
     def _decoded(self, index: int, row: int, epoch: int) -> dict[str, Any]:
         item = self.source[row]
         placement = placement_of(
-            item, row, epoch, self._count, seed=self.seed, resolution=self.resolution, center_crop=self.center_crop,
+            item,
+            row,
+            epoch,
+            self._count,
+            seed=self.seed,
+            resolution=self.resolution,
+            center_crop=self.center_crop,
             random_flip=self.random_flip,
         )
         caption = item.captions[self._caption(index, len(item.captions))] if self._keeps_caption(index) else ""
@@ -234,8 +240,13 @@ def loader(
     # A generator of its own: DataLoader would draw its workers' seed from the global one, which training may use.
     batches = iter(
         DataLoader(
-            _Fetched(examples), batch_sampler=micro_batches, num_workers=workers, collate_fn=_collated,
-            worker_init_fn=_ignore_interrupts, generator=torch.Generator(), pin_memory=pin_memory,
+            _Fetched(examples),
+            batch_sampler=micro_batches,
+            num_workers=workers,
+            collate_fn=_collated,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),
+            pin_memory=pin_memory,
         )
     )
     try:

@@ -89,8 +89,13 @@ def build(
         )
     placement = placement_key(resolution, center_crop, random_flip, variants, seed)
     key = dict(
-        format=FORMAT, data=source.identity, encoders=encoders.digest, text_dtype=str(encoders.dtype), dtype=dtype,
-        shard=shard, **placement,
+        format=FORMAT,
+        data=source.identity,
+        encoders=encoders.digest,
+        text_dtype=str(encoders.dtype),
+        dtype=dtype,
+        shard=shard,
+        **placement,
     )
     folder = Path(folder) if folder is not None else cache_dir() / "latents" / digest_of(key)[:20]
     _claim(folder, key)
@@ -124,7 +129,14 @@ class _Maker:
     """One process's share of the work."""
 
     def __init__(
-        self, source: Source, encoders: Encoders, folder: Path, key: dict[str, Any], batch: int, rank: int, world: int,
+        self,
+        source: Source,
+        encoders: Encoders,
+        folder: Path,
+        key: dict[str, Any],
+        batch: int,
+        rank: int,
+        world: int,
         progress: Progress,
     ):
         self.source, self.encoders, self.folder, self.key, self.batch = source, encoders, folder, key, batch
@@ -303,8 +315,14 @@ class _Maker:
             numbers = [self.texts[caption] for caption in item.captions]
             placements = [
                 placement_of(
-                    item, row, variant, len(self.source), seed=key["seed"] or 0, resolution=key["resolution"],
-                    center_crop=key["center_crop"], random_flip=key["random_flip"],
+                    item,
+                    row,
+                    variant,
+                    len(self.source),
+                    seed=key["seed"] or 0,
+                    resolution=key["resolution"],
+                    center_crop=key["center_crop"],
+                    random_flip=key["random_flip"],
                 )
                 for variant in range(key["variants"])
             ]

@@ -15,9 +15,24 @@ import torch
 
 # One stream per use, so that a new use never shifts the numbers of another. Add at the end only.
 STREAMS = (
-    "order", "placement", "caption", "dropout", "posterior", "timestep", "noise", "offset", "perturbation", "instance",
-    "renoise", "steps", "matching", "critic", "fake", "real",
-    "mask", "masked",
+    "order",
+    "placement",
+    "caption",
+    "dropout",
+    "posterior",
+    "timestep",
+    "noise",
+    "offset",
+    "perturbation",
+    "instance",
+    "renoise",
+    "steps",
+    "matching",
+    "critic",
+    "fake",
+    "real",
+    "mask",
+    "masked",
 )
 
 

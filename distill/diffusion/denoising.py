@@ -50,8 +50,12 @@ def noised(batch: Mapping[str, Any], recipe: Recipe, schedule: NoiseSchedule) ->
     kind = schedule.prediction_type
     weight = losses.min_snr_weight(alpha_bar, recipe.snr_gamma, kind) if recipe.snr_gamma else None
     return Noised(
-        x_t=losses.add_noise(x0, mixed, alpha_bar), t=t, x0=x0, eps=eps,
-        wanted=losses.target(kind, x0, eps, alpha_bar), weight=weight,
+        x_t=losses.add_noise(x0, mixed, alpha_bar),
+        t=t,
+        x0=x0,
+        eps=eps,
+        wanted=losses.target(kind, x0, eps, alpha_bar),
+        weight=weight,
     )
 
 

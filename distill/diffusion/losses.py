@@ -62,9 +62,7 @@ def perturbed(eps: torch.Tensor, perturbation: torch.Tensor, strength: float) ->
     return eps + strength * perturbation
 
 
-def task_loss(
-    prediction: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def task_loss(prediction: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error of the denoising task; weight [b] or None for ones."""
     error = F.mse_loss(prediction.float(), wanted.float(), reduction="none").flatten(1).mean(1)
     return error.mean() if weight is None else (error * weight).mean()

@@ -49,7 +49,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("teacher")
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, num_inference_steps=25, guidance_scale={quality['guidance']})
+pipe("a handwritten seven", height=64, width=64, num_inference_steps=25, guidance_scale={quality["guidance"]})
 ```
 
 ## Data
@@ -62,7 +62,7 @@ framed, enlarged to 64x64, contrast raised. 1,297 images train; 500, 50 of each 
 
 `{command}`
 
-On {quality['threads']} CPU threads: {times}; {sum(quality['seconds'].values()) / 60:.0f} min together. \
+On {quality["threads"]} CPU threads: {times}; {sum(quality["seconds"].values()) / 60:.0f} min together. \
 UNet and text encoder: {settings.steps} steps of {settings.batch}, VAE: {settings.vae_steps} steps of \
 {settings.vae_batch}.
 
@@ -74,14 +74,14 @@ Weights are stored in half precision; the configs ask for full precision on load
 
 ## Figures
 
-{quality['images']} images, {quality['sampler']}, guidance {quality['guidance']}; measured on the stored weights.
+{quality["images"]} images, {quality["sampler"]}, guidance {quality["guidance"]}; measured on the stored weights.
 
 | | |
 |---|---|
-| prompt accuracy | {quality['prompt_accuracy']:.1%} |
-| Frechet distance to 500 held-out real images | {quality['frechet_distance']:.2f} |
-| the same for 500 real training images (the floor) | {quality['frechet_floor']:.2f} |
-| classifier accuracy on the held-out images | {quality['classifier_accuracy_held_out']:.1%} |
+| prompt accuracy | {quality["prompt_accuracy"]:.1%} |
+| Frechet distance to 500 held-out real images | {quality["frechet_distance"]:.2f} |
+| the same for 500 real training images (the floor) | {quality["frechet_floor"]:.2f} |
+| classifier accuracy on the held-out images | {quality["classifier_accuracy_held_out"]:.1%} |
 
 The Frechet distance (Heusel et al. 2017) is taken in the 64 penultimate features of the classifier that ships beside
 this folder, so it compares with no figure from elsewhere. The guidance scale was chosen on other seeds:
@@ -115,27 +115,27 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("{name}")
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, num_inference_steps={sampler['steps']}, \
-guidance_scale={sampler['guidance']})
+pipe("a handwritten seven", height=64, width=64, num_inference_steps={sampler["steps"]}, \
+guidance_scale={sampler["guidance"]})
 ```
 
 ## Training
 
-`accel distill {name} --recipe digits_{name} --out out/digits-{name}`: {record['steps']} steps of {recipe['batch']}, \
-{minutes:.0f} minutes on {record['threads']} CPU threads of a busy machine. `training.json` has every setting.
+`accel distill {name} --recipe digits_{name} --out out/digits-{name}`: {record["steps"]} steps of {recipe["batch"]}, \
+{minutes:.0f} minutes on {record["threads"]} CPU threads of a busy machine. `training.json` has every setting.
 
 ## Figures
 
-{row['images']} pictures, DPM++ 2M, {sampler['steps']} steps, guidance {sampler['guidance']}; the teacher's settings.
+{row["images"]} pictures, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
 
 | | {name} | teacher |
 |---|---|---|
-| UNet parameters | {row['parameters']:,} | {teacher['parameters']['unet']:,} |
-| prompt accuracy | {row['prompt_accuracy']:.1%} | {teacher['prompt_accuracy']:.1%} |
-| Frechet distance to 500 held-out real images | {row['frechet_distance']:.2f} | {teacher['frechet_distance']:.2f} |
+| UNet parameters | {row["parameters"]:,} | {teacher["parameters"]["unet"]:,} |
+| prompt accuracy | {row["prompt_accuracy"]:.1%} | {teacher["prompt_accuracy"]:.1%} |
+| Frechet distance to 500 held-out real images | {row["frechet_distance"]:.2f} | {teacher["frechet_distance"]:.2f} |
 
 The distance is taken in the features of the classifier that ships beside this folder; two sets of real images are
-{teacher['frechet_floor']:.2f} apart. Data, licence of the data and limits are the teacher's.
+{teacher["frechet_floor"]:.2f} apart. Data, licence of the data and limits are the teacher's.
 """
 
 
@@ -153,32 +153,32 @@ pipeline_tag: text-to-image
 library_name: diffusers
 ---
 
-# Digits {row['name']}
+# Digits {row["name"]}
 
-The digits model in {steps} step{'s' * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
-`{recipe['model']}`. No guidance: the UNet runs once a step.
+The digits model in {steps} step{"s" * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
+`{recipe["model"]}`. No guidance: the UNet runs once a step.
 
 ```python
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{row['name']}")
+pipe = StableDiffusionPipeline.from_pretrained("{row["name"]}")
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, timesteps={row['timesteps']}, guidance_scale=0)
+pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, guidance_scale=0)
 ```
 
 ## Training
 
 `accel distill dmd2 --recipe {kind}{extra} --out OUT`:
-{record['steps']} steps of {recipe['batch']}, {record['steps'] * record['seconds_per_step'] / 60:.0f} minutes on \
-{record['threads']} CPU thread of a busy machine. `training.json` has every setting.
+{record["steps"]} steps of {recipe["batch"]}, {record["steps"] * record["seconds_per_step"] / 60:.0f} minutes on \
+{record["threads"]} CPU thread of a busy machine. `training.json` has every setting.
 
 ## Figures
 
-{row['images']} pictures, measured on the stored weights; one training.
+{row["images"]} pictures, measured on the stored weights; one training.
 
 | | prompt accuracy | Frechet distance to 500 held-out real images |
 |---|---|---|
-| **this** | {row['prompt_accuracy']:.1%} | {row['frechet_distance']:.2f} |
+| **this** | {row["prompt_accuracy"]:.1%} | {row["frechet_distance"]:.2f} |
 {lines}
 The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
 limits are the teacher's.

@@ -117,7 +117,11 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
         CONSOLE.print(f"{stage.name}: goes on at step {first} of {stage.steps}")
     began = time.monotonic()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
     )
     with Progress(*columns, console=CONSOLE) as progress:
@@ -148,8 +152,12 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
                 save_checkpoint(
                     path,
                     dict(
-                        stage=signature(stage), step=done, seconds=spent + time.monotonic() - began,
-                        model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
+                        stage=signature(stage),
+                        step=done,
+                        seconds=spent + time.monotonic() - began,
+                        model=model.state_dict(),
+                        average=average.state_dict(),
+                        optimizer=optimizer.state_dict(),
                     ),
                 )
                 progress.console.print(f"{stage.name}: step {done} of {stage.steps}, loss {smooth:.4f}")

@@ -21,30 +21,52 @@ LATENT_SIZE = SIZE // 4
 # would be two wide, less than any fused attention kernel takes.
 UNET: Mapping[str, Any] = MappingProxyType(
     narrowed(
-        "sd15", channels=(16, 32, 64, 64), sample_size=LATENT_SIZE, cross_attention_dim=64, norm_num_groups=8,
+        "sd15",
+        channels=(16, 32, 64, 64),
+        sample_size=LATENT_SIZE,
+        cross_attention_dim=64,
+        norm_num_groups=8,
         attention_head_dim=4,
     )
 )
 # One stage less than SD 1.5's VAE, so 4 pixels to a latent cell and not 8: the digits are small pictures.
 VAE: Mapping[str, Any] = MappingProxyType(
     dict(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=SIZE, layers_per_block=1, norm_num_groups=8,
-        block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=SIZE,
+        layers_per_block=1,
+        norm_num_groups=8,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
     )
 )
 TEXT: Mapping[str, Any] = MappingProxyType(
     dict(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
-        max_position_embeddings=77, hidden_act="quick_gelu",
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=64,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
     )
 )
 # SD 1.5's own scheduler file, but for v instead of epsilon (see `train_digits.denoising_loss`). PNDM does not read
 # clip_sample; schedulers made from this config, such as DDIM, do.
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
     dict(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        prediction_type="v_prediction", set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, clip_sample=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        prediction_type="v_prediction",
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+        clip_sample=False,
         timestep_spacing="leading",
     )
 )
@@ -101,7 +123,11 @@ def write_tokenizer(folder: Path) -> Any:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = dict(
-        tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token=START, eos_token=END, unk_token=END,
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=77,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
         pad_token=END,
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -135,7 +135,13 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
 
     def stage(name: str, steps: int, batch: int, learning_rate: float) -> Stage:
         return Stage(
-            name=name, steps=steps, batch=batch, learning_rate=learning_rate, run=run, every=every, ema=settings.ema,
+            name=name,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            run=run,
+            every=every,
+            ema=settings.ema,
             seed=settings.seed,
         )
 
@@ -148,8 +154,11 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
     vae = AutoencoderKL(**networks.VAE)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            **networks.TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            **networks.TEXT,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
     denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**networks.UNET), text_encoder=text_encoder))
@@ -160,9 +169,7 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
 
     CONSOLE.print("classifier: learns to judge the digits")
     seconds["classifier"] = fit(
-        stage(
-            "classifier", settings.classifier_steps, settings.classifier_batch, settings.classifier_learning_rate
-        ),
+        stage("classifier", settings.classifier_steps, settings.classifier_batch, settings.classifier_learning_rate),
         classifier,
         classify,
     )
@@ -206,13 +213,17 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
         return denoising_loss(denoiser, alphas, latents[rows], torch.where(dropped, empty, chosen), generator)
 
     CONSOLE.print("unet: learns to take noise away, listening to the text encoder, which goes on learning")
-    seconds["unet"] = fit(
-        stage("unet", settings.steps, settings.batch, settings.learning_rate), denoiser, denoise
-    )
+    seconds["unet"] = fit(stage("unet", settings.steps, settings.batch, settings.learning_rate), denoiser, denoise)
     denoiser.requires_grad_(False).eval()
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=denoiser["unet"], scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=denoiser["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     return pipeline, classifier.requires_grad_(False).eval(), seconds
 
@@ -298,7 +309,8 @@ def run_all(settings: Settings, how: Measure, out: Path, run: Path, every: int =
 def parser() -> argparse.ArgumentParser:
     """One option per setting, with its default."""
     made = argparse.ArgumentParser(
-        prog="python -m accel.distill.digits.train", description=__doc__.splitlines()[0],
+        prog="python -m accel.distill.digits.train",
+        description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     made.add_argument("--out", type=Path, default=Path("out/digits"), help="where teacher/ and the classifier go")
@@ -320,7 +332,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     how = Measure(
-        guidance=tuple(options.guidance), choose_per_digit=options.choose_per_digit, per_digit=options.per_digit,
+        guidance=tuple(options.guidance),
+        choose_per_digit=options.choose_per_digit,
+        per_digit=options.per_digit,
         sample_steps=options.sample_steps,
     )
     try:

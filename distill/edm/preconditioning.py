@@ -189,10 +189,11 @@ class Preconditioned(nn.Module):
         classes = self.unet.config.num_class_embeds
         if (labels is None) != (classes is None):
             raise UserError(
-                "this network has no classes, but labels were given" if classes is None
+                "this network has no classes, but labels were given"
+                if classes is None
                 else f"this network draws one of {classes} classes, and no labels were given",
                 "leave the labels out" if classes is None else "give a class index per picture",
-            )  # fmt: skip
+            )
         return None if labels is None else class_index(labels, classes)
 
     def _encode(self, x: torch.Tensor, c_noise: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

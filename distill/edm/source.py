@@ -60,9 +60,13 @@ def save_edm(
         raise UserError(f"unknown save dtype {dtype!r}", f"one of: {', '.join(SAVE_DTYPES)}")
     write_network(net.unet, folder / "unet", SAVE_DTYPES[dtype])
     constants = {
-        "_class_name": "EDMEulerScheduler", "sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": RHO,
-        "sigma_data": net.sigma_data, "prediction_type": "epsilon",
-    }  # fmt: skip
+        "_class_name": "EDMEulerScheduler",
+        "sigma_min": SIGMA_MIN,
+        "sigma_max": SIGMA_MAX,
+        "rho": RHO,
+        "sigma_data": net.sigma_data,
+        "prediction_type": "epsilon",
+    }
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EDMEulerScheduler"]}
     (folder / "scheduler").mkdir()
     for name, content in (

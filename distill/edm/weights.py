@@ -29,14 +29,20 @@ from .preconditioning import SIGMA_DATA, Preconditioned, unet_config
 _HEAD_WIDTH = 64
 _NARROWEST = 128
 _BLOCK = {
-    "norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2",
+    "norm0": "norm1",
+    "conv0": "conv1",
+    "affine": "time_emb_proj",
+    "norm1": "norm2",
+    "conv1": "conv2",
     "skip": "conv_shortcut",
-}  # fmt: skip
+}
 _ATTENTION = {"norm2": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "proj": ("to_out.0",)}
 _ENDS = {
-    "map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2", "out_norm": "conv_norm_out",
+    "map_layer0": "time_embedding.linear_1",
+    "map_layer1": "time_embedding.linear_2",
+    "out_norm": "conv_norm_out",
     "out_conv": "conv_out",
-}  # fmt: skip
+}
 
 
 def read(path: str | Path) -> dict[str, torch.Tensor]:
@@ -77,7 +83,7 @@ def _is_code(path: Path) -> UserError:
     script = f"import pickle, torch; torch.save(pickle.load(open({path.name!r}, 'rb'))['ema'].state_dict(), 'edm.pt')"
     return UserError(
         f"{path} is a pickle with more in it than weights, which would run as code; nothing of it was run",
-        f"if you trust it, take the weights out in a checkout of github.com/NVlabs/edm: python -c \"{script}\"; then "
+        f'if you trust it, take the weights out in a checkout of github.com/NVlabs/edm: python -c "{script}"; then '
         "give edm.pt",
     )
 
@@ -113,10 +119,15 @@ def config_of(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         )
     label = shapes.get("map_label.weight")
     return unet_config(
-        size=size, channels=channels, width=width, multipliers=[wide // width for wide in widths],
-        layers=counts[size], head_width=_HEAD_WIDTH, classes=label[1] if label else None,
+        size=size,
+        channels=channels,
+        width=width,
+        multipliers=[wide // width for wide in widths],
+        layers=counts[size],
+        head_width=_HEAD_WIDTH,
+        classes=label[1] if label else None,
         attention=[cells for cells in levels if f"enc.{cells}x{cells}_block0.qkv.weight" in shapes],
-    )  # fmt: skip
+    )
 
 
 def key_map(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -207,8 +218,11 @@ def _parts(key: str, value: torch.Tensor, count: int) -> tuple[torch.Tensor, ...
         # Channel 3 c + i of qkv is channel c of q, k or v, whatever the number of heads: heads are consecutive in both.
         if value.shape[0] % 3:
             raise _no_edm(f"{key} has {value.shape[0]} rows")
-        return tuple(value.flatten(1).unflatten(0, (-1, 3)).unbind(1) if key.endswith("weight")
-                     else value.unflatten(0, (-1, 3)).unbind(1))  # fmt: skip
+        return tuple(
+            value.flatten(1).unflatten(0, (-1, 3)).unbind(1)
+            if key.endswith("weight")
+            else value.unflatten(0, (-1, 3)).unbind(1)
+        )
     return (value.flatten(1) if key.endswith(".proj.weight") else value,)
 
 

@@ -116,7 +116,12 @@ def frechet_floor(classifier: Classifier, per_digit: int = digits.HELD_OUT_PER_D
 
 
 def generate(
-    pipeline: Any, texts: list[str], guidance: float, steps: int = 25, seed: int = 0, batch: int = 50,
+    pipeline: Any,
+    texts: list[str],
+    guidance: float,
+    steps: int = 25,
+    seed: int = 0,
+    batch: int = 50,
     timesteps: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Pictures [len(texts), 3, 64, 64] in -1..1 by any diffusers pipeline, in `steps` or at given `timesteps`.
@@ -129,9 +134,14 @@ def generate(
         part = texts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
         result = pipeline(
-            part, guidance_scale=guidance, generator=generators, output_type="pt", height=digits.SIZE,
-            width=digits.SIZE, **(dict(timesteps=list(timesteps)) if timesteps else dict(num_inference_steps=steps)),
-        )  # fmt: skip
+            part,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="pt",
+            height=digits.SIZE,
+            width=digits.SIZE,
+            **(dict(timesteps=list(timesteps)) if timesteps else dict(num_inference_steps=steps)),
+        )
         made.append(result.images.float().cpu() * 2 - 1)
     return torch.cat(made)
 

@@ -111,7 +111,11 @@ def evaluate(
     if shard.rank:
         return None
     files = wait_for(
-        out, count, chosen.format, shard.world, patience,
+        out,
+        count,
+        chosen.format,
+        shard.world,
+        patience,
         lambda there: progress(f"pictures of all processes: {there} of {count}", there / count),
     )
     started = time.perf_counter()
@@ -154,16 +158,30 @@ def _count(chosen: Protocol, limit: int | None) -> int:
 
 
 def _settings(
-    chosen: Protocol, opened: generators.Model, used: Sampling, dtype: str, size: int, engine: str,
-    options: Mapping[str, Any], prompts_digest: str,
-) -> dict[str, Any]:  # fmt: skip
+    chosen: Protocol,
+    opened: generators.Model,
+    used: Sampling,
+    dtype: str,
+    size: int,
+    engine: str,
+    options: Mapping[str, Any],
+    prompts_digest: str,
+) -> dict[str, Any]:
     """All that decides what a picture looks like, and nothing else: not how many there are, nor who makes them."""
     return {
-        "schema": SCHEMA, "protocol": chosen.id, "model": opened.name, "model_digest": opened.digest,
-        **used.as_dict(), "dtype": dtype, "size": size, "seed": chosen.seed, "format": chosen.format,
+        "schema": SCHEMA,
+        "protocol": chosen.id,
+        "model": opened.name,
+        "model_digest": opened.digest,
+        **used.as_dict(),
+        "dtype": dtype,
+        "size": size,
+        "seed": chosen.seed,
+        "format": chosen.format,
         "engine": _engine(opened, engine),
-        "provider": options.get("provider"), "prompts_digest": prompts_digest,
-    }  # fmt: skip
+        "provider": options.get("provider"),
+        "prompts_digest": prompts_digest,
+    }
 
 
 def _engine(opened: generators.Model, engine: str) -> str:
@@ -181,9 +199,7 @@ def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple
         pairs = digits.prompt_set(digits.HELD_OUT_PER_DIGIT)[:count]
         return [text for text, _ in pairs], [digit for _, digit in pairs]
     if captions is None:
-        raise UserError(
-            f"{chosen.id} needs {chosen.images} captions", f"--captions FILE: {chosen.captions_source}"
-        )
+        raise UserError(f"{chosen.id} needs {chosen.images} captions", f"--captions FILE: {chosen.captions_source}")
     found = read_captions(Path(captions))
     if len(found) < count:
         raise UserError(
@@ -276,9 +292,15 @@ def _described(chosen: Protocol, real: list[Path] | metrics.Statistics, referenc
 
 
 def _make(
-    chosen: Protocol, settings: Mapping[str, Any], load: Callable[[], tuple[generators.Maker, str]], shard: Shard,
-    prompts: Sequence[str], out: Path, batch: int, progress: Progress,
-) -> tuple[int, str | None]:  # fmt: skip
+    chosen: Protocol,
+    settings: Mapping[str, Any],
+    load: Callable[[], tuple[generators.Maker, str]],
+    shard: Shard,
+    prompts: Sequence[str],
+    out: Path,
+    batch: int,
+    progress: Progress,
+) -> tuple[int, str | None]:
     """Make the pictures of this shard that are not there; how many that were, and what ran the model, if it ran."""
     own = shard.indices(len(prompts))
     progress("looking for pictures that are there", 0.0)
@@ -300,9 +322,13 @@ def _make(
 
 
 def _figures(
-    chosen: Protocol, files: Sequence[Path], prompts: Sequence[str], wanted: Sequence[int],
-    real: list[Path] | metrics.Statistics, progress: Progress,
-) -> list[dict[str, Any]]:  # fmt: skip
+    chosen: Protocol,
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    wanted: Sequence[int],
+    real: list[Path] | metrics.Statistics,
+    progress: Progress,
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for metric in chosen.metrics:
         progress(f"measuring: {metric.name}", 0.0)

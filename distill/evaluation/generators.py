@@ -27,9 +27,12 @@ from .protocols import Sampling, sampling_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULERS = {
-    "pndm": "PNDMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler", "dmd2": "LCMScheduler",
-}  # fmt: skip
+    "pndm": "PNDMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dmd2": "LCMScheduler",
+}
 
 # prompts [n], seeds [n] -> pictures, uint8 [n, height, width, 3]
 Maker = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -69,9 +72,7 @@ def open_model(model: str | Path) -> Model:
         bundle = Bundle.open(path)
         manifest = bundle.manifest
         own = sampling_of(manifest.sampler, f"the sampler of {path}")
-        return Model(
-            origin=bundle, name=path.resolve().name, digest=bundle.digest, own=own, dtype=manifest.precision
-        )
+        return Model(origin=bundle, name=path.resolve().name, digest=bundle.digest, own=own, dtype=manifest.precision)
     source = open_source(model)
     constants = source.sampler()
     own = None if constants is None else sampling_of(constants, str(source.path / "sampler.json"))
@@ -83,15 +84,21 @@ def _digest(source: Source) -> str:
     networks = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if source.has(name)]
     tokenizers = [name for name in ("tokenizer", "tokenizer_2") if source.has(name)]
     texts = [path for name in tokenizers for path in sorted((source.path / name).glob("*")) if path.is_file()]
-    return digest_of({
-        "weights": source.digest(networks),
-        "configs": {name: source.config(name) for name in [*networks, "scheduler"]},
-        "tokenizers": {f"{path.parent.name}/{path.name}": sha256(path) for path in texts},
-    })  # fmt: skip
+    return digest_of(
+        {
+            "weights": source.digest(networks),
+            "configs": {name: source.config(name) for name in [*networks, "scheduler"]},
+            "tokenizers": {f"{path.parent.name}/{path.name}": sha256(path) for path in texts},
+        }
+    )
 
 
 def load(
-    model: Model, sampling: Sampling, size: int, engine: str = "auto", options: Mapping[str, Any] | None = None,
+    model: Model,
+    sampling: Sampling,
+    size: int,
+    engine: str = "auto",
+    options: Mapping[str, Any] | None = None,
     local_rank: int = 0,
 ) -> tuple[Maker, str]:
     """Load a model: what makes its pictures, and a description of what runs it.
@@ -158,8 +165,14 @@ def _pipeline_maker(
         own = generators(seeds)
         latents = normal(own, shape).to(device, DTYPES[dtype])
         result = pipeline(
-            list(prompts), guidance_scale=sampling.guidance, generator=own, latents=latents, height=size, width=size,
-            output_type="np", **how,
+            list(prompts),
+            guidance_scale=sampling.guidance,
+            generator=own,
+            latents=latents,
+            height=size,
+            width=size,
+            output_type="np",
+            **how,
         )
         return rounded(result.images)
 
@@ -186,10 +199,14 @@ def _assemble(source: Source, sampling: Sampling) -> Any:
 
     # From the file and not from the loaded scheduler, whose defaults would be taken for the model's choices.
     scheduler = getattr(diffusers, SCHEDULERS[sampling.sampler]).from_config(source.config("scheduler"))
-    networks = {name: source.load(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")
-                if source.has(name)}  # fmt: skip
-    tokenizers = {name: CLIPTokenizer.from_pretrained(source.path / name, local_files_only=True)
-                  for name in ("tokenizer", "tokenizer_2") if source.has(name)}  # fmt: skip
+    networks = {
+        name: source.load(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2") if source.has(name)
+    }
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(source.path / name, local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+        if source.has(name)
+    }
     parts = {**networks, **tokenizers, "scheduler": scheduler}
     if source.family == "sdxl":
         zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
@@ -232,8 +249,15 @@ def _bundle_maker(
         # The pipeline may cut the batch and ask once for every part; a generator must be drawn from only once a step.
         renoise = cache(lambda step: normal(own, shape).numpy())
         result = pipeline(
-            list(prompts), height=size, width=size, sampler=sampling.sampler, steps=sampling.steps,
-            timesteps=sampling.timesteps, guidance_scale=sampling.guidance, latents=latents, renoise=renoise,
+            list(prompts),
+            height=size,
+            width=size,
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            timesteps=sampling.timesteps,
+            guidance_scale=sampling.guidance,
+            latents=latents,
+            renoise=renoise,
             output_type="np",
         )
         return rounded(result.images)

@@ -169,11 +169,13 @@ def torch_fidelity(device: str) -> Extractor:
 
 
 # name -> (adapter, the module it needs, the package that brings it)
-EXTRACTORS: Mapping[str, tuple[Callable[[str], Extractor], str, str]] = MappingProxyType({
-    "pytorch-fid": (pytorch_fid, "pytorch_fid", "pytorch-fid"),
-    "clean-fid": (clean_fid, "cleanfid", "clean-fid"),
-    "torch-fidelity": (torch_fidelity, "torch_fidelity", "torch-fidelity"),
-})  # fmt: skip
+EXTRACTORS: Mapping[str, tuple[Callable[[str], Extractor], str, str]] = MappingProxyType(
+    {
+        "pytorch-fid": (pytorch_fid, "pytorch_fid", "pytorch-fid"),
+        "clean-fid": (clean_fid, "cleanfid", "clean-fid"),
+        "torch-fidelity": (torch_fidelity, "torch_fidelity", "torch-fidelity"),
+    }
+)
 CLIP = ("open_clip", "open_clip_torch")
 
 

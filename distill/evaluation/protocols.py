@@ -125,9 +125,14 @@ class Protocol:
 DIGITS = Protocol(
     id="digits",
     title="500 digits, judged by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
-    images=500, prompts="digits", sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0), own_sampling=True,
-    size=64, batch=50, metrics=(Metric(name="digits", kind="digits"),),
-)  # fmt: skip
+    images=500,
+    prompts="digits",
+    sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0),
+    own_sampling=True,
+    size=64,
+    batch=50,
+    metrics=(Metric(name="digits", kind="digits"),),
+)
 
 _VAL2014 = "the 40,504 pictures of COCO val2014: http://images.cocodataset.org/zips/val2014.zip"
 
@@ -138,8 +143,15 @@ _SQUASHED = Preparation(size=256, filter="bicubic", jpeg=True)
 BK_SDM_COCO30K = Protocol(
     id="bk-sdm-coco30k",
     title="BK-SDM: 30,000 captions of COCO val2014, 512 px squashed to 256 and stored as JPEG; FID, IS, CLIP",
-    images=30_000, prompts="captions", sampling=Sampling(sampler="pndm", steps=25, guidance=7.5), own_sampling=False,
-    dtype="fp16", size=512, seed=1234, format="jpeg", reference_images=40_504,
+    images=30_000,
+    prompts="captions",
+    sampling=Sampling(sampler="pndm", steps=25, guidance=7.5),
+    own_sampling=False,
+    dtype="fp16",
+    size=512,
+    seed=1234,
+    format="jpeg",
+    reference_images=40_504,
     metrics=(
         Metric(name="FID", kind="frechet", extractor="pytorch-fid", prepare=_SQUASHED),
         Metric(name="IS", kind="inception_score", extractor="torch-fidelity", prepare=_SQUASHED),
@@ -147,7 +159,7 @@ BK_SDM_COCO30K = Protocol(
     ),
     captions_source="mscoco_val2014_30k/metadata.csv, which scripts/get_mscoco_files.sh of Nota-NetsPresso/BK-SDM gets",
     reference_source=f"{_VAL2014} (or real_im256.npz, its statistics, from the same script as the captions)",
-)  # fmt: skip
+)
 
 # DMD2 prepares real pictures as it does generated ones, and keeps generated ones in memory: PNG changes nothing. It
 # cuts 8-bit values off where this program rounds them. Its own one-step SD1.5 model is run at t = 999; a
@@ -162,28 +174,45 @@ _CAPTIONS_DMD2 = "main/coco_eval/captions_coco14_test.txt of tianweiy/DMD2: 30,0
 DMD2_SD15_COCO30K = Protocol(
     id="dmd2-sd15-coco30k",
     title="DMD2, SD1.5: 30,000 COCO captions, 512 px centre-cropped, LANCZOS to 256, clean-fid; CLIP with a prefix",
-    images=30_000, prompts="captions", sampling=Sampling(sampler="dmd2", timesteps=(999,), guidance=0.0),
-    own_sampling=True, dtype="fp32", size=512, seed=0, batch=10, reference_images=40_504,
+    images=30_000,
+    prompts="captions",
+    sampling=Sampling(sampler="dmd2", timesteps=(999,), guidance=0.0),
+    own_sampling=True,
+    dtype="fp32",
+    size=512,
+    seed=0,
+    batch=10,
+    reference_images=40_504,
     metrics=(Metric(name="FID", kind="frechet", extractor="clean-fid", prepare=_SQUARE_256), _CLIP_DMD2),
-    captions_source=_CAPTIONS_DMD2, reference_source=_VAL2014,
-)  # fmt: skip
+    captions_source=_CAPTIONS_DMD2,
+    reference_source=_VAL2014,
+)
 
 DMD2_SDXL_COCO10K = Protocol(
     id="dmd2-sdxl-coco10k",
     title="DMD2, SDXL: 10,000 COCO captions, FID at 512, patch-FID of the middle 299 px, clean-fid; CLIP with a prefix",
-    images=10_000, prompts="captions", own_sampling=True,
+    images=10_000,
+    prompts="captions",
+    own_sampling=True,
     sampling=Sampling(sampler="dmd2", timesteps=(999, 749, 499, 249), guidance=0.0),
-    dtype="fp32", size=1024, seed=0, batch=4, reference_images=10_000,
+    dtype="fp32",
+    size=1024,
+    seed=0,
+    batch=4,
+    reference_images=10_000,
     metrics=(
         Metric(
-            name="FID", kind="frechet", extractor="clean-fid",
+            name="FID",
+            kind="frechet",
+            extractor="clean-fid",
             prepare=Preparation(crop="centre", size=512, filter="lanczos"),
         ),
         Metric(name="patch-FID", kind="frechet", extractor="clean-fid", prepare=Preparation(crop=299)),
         _CLIP_DMD2,
     ),
-    captions_source=_CAPTIONS_DMD2, reference_source="10,000 real COCO pictures",
-)  # fmt: skip
+    captions_source=_CAPTIONS_DMD2,
+    reference_source="10,000 real COCO pictures",
+)
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {protocol.id: protocol for protocol in (DIGITS, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K)}
@@ -218,9 +247,11 @@ def sampling_of(constants: Any, where: str) -> Sampling:
     if not _is_guidance(constants.get("guidance")):
         raise UserError(f"{where}: guidance = {constants.get('guidance')!r} makes no sense", fix)
     return Sampling(
-        sampler=constants["name"], guidance=float(constants["guidance"]),
-        steps=steps if timesteps is None else None, timesteps=None if timesteps is None else tuple(timesteps),
-    )  # fmt: skip
+        sampler=constants["name"],
+        guidance=float(constants["guidance"]),
+        steps=steps if timesteps is None else None,
+        timesteps=None if timesteps is None else tuple(timesteps),
+    )
 
 
 def overridden(
@@ -250,8 +281,10 @@ def full_id(name: str, changes: Mapping[str, Any]) -> str:
     """The id that is printed with a figure: `name`, and in brackets what differs from it."""
     if not changes:
         return name
-    shown = (f"{key}={value:g}" if isinstance(value, (int, float)) and abs(value) < 1e5 else f"{key}={value}"
-             for key, value in changes.items())  # fmt: skip
+    shown = (
+        f"{key}={value:g}" if isinstance(value, (int, float)) and abs(value) < 1e5 else f"{key}={value}"
+        for key, value in changes.items()
+    )
     return f"{name}[{','.join(shown)}]"
 
 

@@ -55,8 +55,7 @@ def shard_of(environment: Mapping[str, str]) -> Shard:
     rank, world, local = found
     if rank >= world:
         raise UserError(
-            f"RANK = {rank} with WORLD_SIZE = {world}",
-            "set both: RANK counts from 0 to WORLD_SIZE - 1; or unset both",
+            f"RANK = {rank} with WORLD_SIZE = {world}", "set both: RANK counts from 0 to WORLD_SIZE - 1; or unset both"
         )
     return Shard(rank, world, local)
 

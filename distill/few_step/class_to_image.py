@@ -74,9 +74,10 @@ class ClassToImage:
                     "give the model that the student was made of as --teacher",
                 )
         sigmas = preconditioning.edm_sigmas(
-            rho=constants.get("rho", preconditioning.RHO), sigma_min=constants.get("sigma_min", preconditioning.SIGMA_MIN),
+            rho=constants.get("rho", preconditioning.RHO),
+            sigma_min=constants.get("sigma_min", preconditioning.SIGMA_MIN),
             sigma_max=constants.get("sigma_max", preconditioning.SIGMA_MAX),
-        )  # fmt: skip
+        )
         self.process = Karras(torch.from_numpy(sigmas), constants.get("sigma_data", preconditioning.SIGMA_DATA))
 
     def load(self, source: EDMSource) -> nn.Module:
@@ -128,6 +129,8 @@ class ClassToImage:
     def save(self, folder: Path, generator: preconditioning.Preconditioned, timesteps: Sequence[int]) -> None:
         sigmas = [float(self.process.sigmas[t]) for t in timesteps]
         save_edm(
-            folder, generator, dtype=self.recipe.save_dtype,
+            folder,
+            generator,
+            dtype=self.recipe.save_dtype,
             sampler={"name": "dmd2", "timesteps": list(timesteps), "sigmas": sigmas},
-        )  # fmt: skip
+        )

@@ -35,16 +35,18 @@ from .text_to_image import TextToImage
 
 SYMPTOMS = (
     Symptom(
-        "generator/lag", 1.25,
+        "generator/lag",
+        1.25,
         "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
         "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
     ),
     Symptom(
-        "critic/accuracy", 0.95,
+        "critic/accuracy",
+        0.95,
         "the discriminator tells every drawn picture from a real one, and the generator has no slope to follow",
         "a smaller --discriminator-weight or --critic-learning-rate",
     ),
-)  # fmt: skip
+)
 
 
 class DMD2:
@@ -122,9 +124,7 @@ class DMD2:
             return [index % count for index in batch["index"]]
         return [int(rng.generator(self.recipe.seed, step, "steps").integers(count))] * rows
 
-    def generator_turn(
-        self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
-    ) -> tuple[torch.Tensor, Terms]:
+    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
         """Losses of x, which G's steps `last` drew."""
         gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
@@ -299,4 +299,3 @@ def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
             "--timesteps 999,749,499,249",
         )
     return given
-

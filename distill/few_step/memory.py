@@ -53,8 +53,10 @@ class Plan:
         return sum(self.parts.values())
 
     def lines(self) -> list[str]:
-        shown = [f"{name:<28}{whole / 1e6:10,.1f} M parameters, {learn / 1e6:,.1f} M learn"
-                 for name, (whole, learn) in self.parameters.items()]  # fmt: skip
+        shown = [
+            f"{name:<28}{whole / 1e6:10,.1f} M parameters, {learn / 1e6:,.1f} M learn"
+            for name, (whole, learn) in self.parameters.items()
+        ]
         shown += [f"{name:<28}{size / GIB:10.2f} GiB" for name, size in self.parts.items()]
         return [*shown, f"{'peak':<28}{self.peak / GIB:10.2f} GiB"]
 
@@ -191,9 +193,7 @@ def fake(method: Method) -> None:
     method.family.ready()
 
 
-def turn_bytes(
-    method: Method, turn: Any, batch: dict[str, Any], foreach: bool, shards: int = 1
-) -> tuple[int, int]:
+def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool, shards: int = 1) -> tuple[int, int]:
     """(peak of a turn outside of the teacher's call, peak inside of it), weights not counted."""
     inside = [0]
     plain = method.guided

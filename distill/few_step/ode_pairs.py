@@ -60,7 +60,13 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def make(
-    recipe: Regression, source: Source, encoders: Encoders, folder: Path, *, rank: int = 0, world: int = 1,
+    recipe: Regression,
+    source: Source,
+    encoders: Encoders,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Pairs:
     """Make the pairs that are missing: `recipe.pair_count` of them, on captions of the data.
@@ -78,10 +84,13 @@ def make(
 
     teacher = open_source(recipe.teacher) if recipe.teacher else encoders.source
     settings = {
-        "seed": recipe.seed, "resolution": recipe.resolution, "steps": recipe.pair_steps,
-        "guidance": recipe.pair_guidance, "data": source.identity,
+        "seed": recipe.seed,
+        "resolution": recipe.resolution,
+        "steps": recipe.pair_steps,
+        "guidance": recipe.pair_guidance,
+        "data": source.identity,
         "model": teacher.digest([name for name in ("unet", "text_encoder", "text_encoder_2") if teacher.has(name)]),
-    }  # fmt: skip
+    }
     record = folder / "pairs.json"
     if record.is_file() and (kept := read_json(record, "pairs.json")) != settings:
         other = ", ".join(name for name in settings if kept.get(name) != settings[name])
@@ -131,10 +140,17 @@ def solve(
         z = noise(recipe.seed, numbers[part], shape).to(encoders.device)
         made.append(
             pipeline(
-                captions[part], latents=z, height=recipe.resolution, width=recipe.resolution, output_type="latent",
-                num_inference_steps=recipe.pair_steps, guidance_scale=recipe.pair_guidance,
-            ).images.float().cpu()
-        )  # fmt: skip
+                captions[part],
+                latents=z,
+                height=recipe.resolution,
+                width=recipe.resolution,
+                output_type="latent",
+                num_inference_steps=recipe.pair_steps,
+                guidance_scale=recipe.pair_guidance,
+            )
+            .images.float()
+            .cpu()
+        )
     return torch.cat(made)
 
 

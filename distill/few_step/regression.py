@@ -101,9 +101,14 @@ def batches_of(
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("pairs of noise and picture", total=1.0)
         made = ode_pairs.make(
-            recipe, source, encoders, folder, rank=accelerator.process_index, world=accelerator.num_processes,
+            recipe,
+            source,
+            encoders,
+            folder,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             progress=lambda fraction: bar.update(task, completed=fraction),
-        )  # fmt: skip
+        )
     accelerator.wait_for_everyone()
     say(f"pairs: {made.count} in {folder}")
 

@@ -158,9 +158,10 @@ def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module
     generator = add(base, GENERATOR, recipe.rank) if base else family.load(source).requires_grad_(True).train()
     real = base if base and same else Shared(family.load(family.teacher)) if recipe.critic_rank else None
     fake = (
-        add(real, "critic", recipe.critic_rank) if recipe.critic_rank
+        add(real, "critic", recipe.critic_rank)
+        if recipe.critic_rank
         else family.load(family.teacher).requires_grad_(True).train()
-    )  # fmt: skip
+    )
     return generator, fake, real.plain() if real else family.load(family.teacher).requires_grad_(False).eval()
 
 

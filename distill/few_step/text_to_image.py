@@ -82,9 +82,7 @@ class TextToImage:
             added = added | {"text_embeds": self.empty["pooled"].expand_as(added["text_embeds"])}
         return self.empty["context"].expand_as(context), added
 
-    def cast(
-        self, x_t: torch.Tensor, conditions: Conditions, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, Conditions]:
+    def cast(self, x_t: torch.Tensor, conditions: Conditions, dtype: torch.dtype) -> tuple[torch.Tensor, Conditions]:
         """What a network of that dtype takes. SDXL's sizes stay in float32: bfloat16 does not tell 1020 from 1024."""
         context, added = conditions
         return x_t.to(dtype), (context.to(dtype), added)

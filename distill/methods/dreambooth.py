@@ -103,10 +103,12 @@ def check_prompts(recipe: DreamBooth, tokenizers: list[Any]) -> None:
         if len(pieces) >= _MANY:
             shown = ", ".join(piece.replace("</w>", "") for piece in pieces)
             warnings.warn(
-                Notice(f"the word {word!r} becomes {len(pieces)} tokens ({shown}); a rare word of one token, such as "
-                       "sks, is learnt faster and mixes up less"),
+                Notice(
+                    f"the word {word!r} becomes {len(pieces)} tokens ({shown}); a rare word of one token, such as "
+                    "sks, is learnt faster and mixes up less"
+                ),
                 stacklevel=2,
-            )  # fmt: skip
+            )
 
 
 def words_beyond(tokenizer: Any, prompt: str) -> list[str]:
@@ -151,9 +153,10 @@ def open_pictures(folder: str | Path, caption: str, flag: str = "--data") -> Pic
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}", f"{flag} FOLDER, with the pictures in it")
     names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*")
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )  # fmt: skip
+    )
     if not names:
         kinds = ", ".join(IMAGE_SUFFIXES[:4])
         raise UserError(f"{folder} has no pictures", f"{flag} FOLDER, with files such as {kinds}")
@@ -213,11 +216,15 @@ def class_pictures(
         return Path(recipe.class_data).expanduser()
     folder = run / "class"
     settings = {
-        "prompt": recipe.class_prompt, "resolution": recipe.resolution, "steps": recipe.sample_steps,
-        "guidance": recipe.sample_guidance, "seed": recipe.seed,
-        "model": encoders.source.digest([name for name in ("unet", "text_encoder", "text_encoder_2", "vae")
-                                         if encoders.source.has(name)]),
-    }  # fmt: skip
+        "prompt": recipe.class_prompt,
+        "resolution": recipe.resolution,
+        "steps": recipe.sample_steps,
+        "guidance": recipe.sample_guidance,
+        "seed": recipe.seed,
+        "model": encoders.source.digest(
+            [name for name in ("unet", "text_encoder", "text_encoder_2", "vae") if encoders.source.has(name)]
+        ),
+    }
     record = folder / "class.json"
     if record.is_file() and (kept := read_json(record, "class.json")) != settings:
         other = ", ".join(name for name in settings if kept.get(name) != settings[name])
@@ -256,7 +263,10 @@ def draw(recipe: DreamBooth, encoders: Encoders, paths: Mapping[int, Path], acce
         latents = torch.from_numpy(normal([recipe.seed + number for number in chunk], 0, shape))
         with accelerator.autocast():
             images = pipelines.draw(
-                pipeline, [recipe.class_prompt] * len(chunk), latents, num_inference_steps=recipe.sample_steps,
+                pipeline,
+                [recipe.class_prompt] * len(chunk),
+                latents,
+                num_inference_steps=recipe.sample_steps,
                 guidance_scale=recipe.sample_guidance,
             )
         for number, image in zip(chunk, images, strict=True):

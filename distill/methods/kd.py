@@ -52,7 +52,9 @@ class Denoising:
             kind = recipe.student
             student = students.make_student(unet, kind, layers=recipe.layers, init=recipe.init, seed=recipe.seed)
             self.weights = {
-                "task": recipe.task_weight, "output": recipe.output_weight, "feature": recipe.feature_weight
+                "task": recipe.task_weight,
+                "output": recipe.output_weight,
+                "feature": recipe.feature_weight,
             }
             if not any(self.weights.values()):
                 raise UserError("all loss weights are 0", "give --task-weight, --output-weight or --feature-weight")

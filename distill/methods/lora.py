@@ -39,9 +39,14 @@ class LowRank(Denoising):
             wanted = recipe.targets if name == "unet" else recipe.text_targets
             unused = [] if name == "unet" else unused_text_modules(encoders, name, network.model)
             adapt(
-                network.model, names_of(wanted), recipe.rank, recipe.alpha, seed=recipe.seed, without=unused,
+                network.model,
+                names_of(wanted),
+                recipe.rank,
+                recipe.alpha,
+                seed=recipe.seed,
+                without=unused,
                 flag="--targets" if name == "unet" else "--text-targets",
-            )  # fmt: skip
+            )
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         for network in self.networks.values():
@@ -71,8 +76,15 @@ def names_of(text: str) -> tuple[str, ...]:
 
 
 def adapt(
-    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, *, seed: int,
-    without: Sequence[nn.Module] = (), flag: str = "--targets", name: str = "default",
+    model: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    *,
+    seed: int,
+    without: Sequence[nn.Module] = (),
+    flag: str = "--targets",
+    name: str = "default",
 ) -> None:
     """Freeze a network and give some of its layers a trainable low-rank update, in place.
 
@@ -91,9 +103,10 @@ def adapt(
     from peft import LoraConfig
 
     layers = {
-        path.removesuffix(".base_layer") for path, module in model.named_modules()
+        path.removesuffix(".base_layer")
+        for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in path
-    }  # fmt: skip
+    }
     unknown = [target for target in targets if not any(_ends(path, target) for path in layers)]
     if unknown or not targets:
         what = f"no layer of {type(model).__name__} is called {unknown[0]!r}" if unknown else "no target layers given"
@@ -142,8 +155,7 @@ def save_lora(
 
 
 def save_kohya(folder: Path, networks: dict[str, nn.Module], encoders: Encoders, adapter: str = "default") -> Path:
-    """Write updates as kohya's programs name them: lora_unet_<path with _>, .lora_down.weight, .lora_up.weight, .alpha.
-    """
+    """Write updates by kohya's names: lora_unet_<path with _>, .lora_down.weight, .lora_up.weight, .alpha."""
     text = ("lora_te1_", "lora_te2_") if encoders.sdxl else ("lora_te_", "")
     prefixes = dict(unet="lora_unet_", text_encoder=text[0], text_encoder_2=text[1])
     written = {}
@@ -182,18 +194,21 @@ def card(recipe: Lora, encoders: Encoders, components: Sequence[str]) -> str:
     pipeline = "StableDiffusionXLPipeline" if encoders.sdxl else "StableDiffusionPipeline"
     model = encoders.source.name
     base = f"base_model: {model}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else ""
-    note = "" if recipe.alpha == recipe.rank else (
-        "\nAlpha differs from the rank and stands in the file's metadata (`lora_adapter_metadata`), which diffusers\n"
-        "reads. A program that does not would apply it at another strength: scale it there by alpha / rank.\n"
-    )  # fmt: skip
+    note = ""
+    if recipe.alpha != recipe.rank:
+        note = (
+            "\nAlpha differs from the rank and stands in the file's metadata (`lora_adapter_metadata`), which "
+            "diffusers\nreads. A program that does not would apply it at another strength: scale it there by "
+            "alpha / rank.\n"
+        )
     return f"""---
 library_name: diffusers
-{base}tags: [lora, text-to-image, stable-diffusion{'-xl' if encoders.sdxl else ''}]
+{base}tags: [lora, text-to-image, stable-diffusion{"-xl" if encoders.sdxl else ""}]
 ---
 
 # LoRA of {model}
 
-Rank {recipe.rank}, alpha {recipe.alpha:g}, of {', '.join(components)}; {recipe.steps} steps at a learning rate of
+Rank {recipe.rank}, alpha {recipe.alpha:g}, of {", ".join(components)}; {recipe.steps} steps at a learning rate of
 {recipe.learning_rate:g}. `training.json` has all settings.
 
 ```python

@@ -1,9 +1,9 @@
 """Quantisation-aware training: whatever method trains a UNet trains it with int8 rounding in its forward pass.
 
 One recipe option, `qat`, makes the layers of the network that is kept fake-quantised (`accel.int8.fake_quant`); the
-method, the loop, checkpoints, averages and LoRA know nothing of it: ranges that are learned are parameters like any other. They
-start from pictures drawn by the network itself, with the steps and the guidance of its sample grids. In the end the
-rounding is taken out again, the weights are saved as ever, and the ranges beside them.
+method, the loop, checkpoints, averages and LoRA know nothing of it: ranges that are learned are parameters like any
+other. They start from pictures drawn by the network itself, with the steps and the guidance of its sample grids. In the
+end the rounding is taken out again, the weights are saved as ever, and the ranges beside them.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def calibrate(
         torch.manual_seed(recipe.seed)
         (dead,) = observe([model], recipe_of(recipe), method.samples)
     count = sum(1 for _ in fake_quant.fake_layers(model))
-    say(f"int8: {count} layers round, their ranges are {recipe.qat_ranges}"
-        + (f"; {len(dead)} see nothing but zeros and do not" if dead else ""))  # fmt: skip
+    say(
+        f"int8: {count} layers round, their ranges are {recipe.qat_ranges}"
+        + (f"; {len(dead)} see nothing but zeros and do not" if dead else "")
+    )
 
 
 def detach(method: Method, recipe: Recipe) -> Trained | None:

@@ -33,11 +33,16 @@ def tiny_config(vae: Mapping[str, Any], width: int, blocks: int) -> dict[str, An
     """Config of an `AutoencoderTiny` that stands in for a VAE: as many stages, latents as the UNet sees them."""
     stages = len(vae["block_out_channels"])
     return dict(
-        encoder_block_out_channels=(width,) * stages, decoder_block_out_channels=(width,) * stages,
-        num_encoder_blocks=(1, *[blocks] * (stages - 1)), num_decoder_blocks=(*[blocks] * (stages - 1), 1),
-        latent_channels=vae["latent_channels"], in_channels=vae["in_channels"], out_channels=vae["out_channels"],
-        scaling_factor=1.0, force_upcast=False,
-    )  # fmt: skip
+        encoder_block_out_channels=(width,) * stages,
+        decoder_block_out_channels=(width,) * stages,
+        num_encoder_blocks=(1, *[blocks] * (stages - 1)),
+        num_decoder_blocks=(*[blocks] * (stages - 1), 1),
+        latent_channels=vae["latent_channels"],
+        in_channels=vae["in_channels"],
+        out_channels=vae["out_channels"],
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
 
 
 class Halves(nn.Module):

@@ -25,16 +25,7 @@ from typing import Any
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, write_json
 
-from .item import (
-    IMAGE_SUFFIXES,
-    BrokenItem,
-    Item,
-    Lines,
-    caption_column,
-    caption_of_bytes,
-    clean_captions,
-    upright_rgb,
-)
+from .item import IMAGE_SUFFIXES, BrokenItem, Item, Lines, caption_column, caption_of_bytes, clean_captions, upright_rgb
 
 _VERSION = 1
 _SMALL = 1 << 20  # bytes; larger files are no captions
@@ -146,8 +137,11 @@ def expand(pattern: str) -> list[Path]:
         found += sorted(Path(match) for match in glob(name)) if any(char in name for char in "*?[") else [Path(name)]
     missing = [path for path in found if not path.is_file()]
     if missing or not found:
-        what = f"{len(missing)} of {len(found)} shards of {pattern} are missing, the first one is {missing[0]}" \
-            if missing else f"no file matches {pattern}"  # fmt: skip
+        what = (
+            f"{len(missing)} of {len(found)} shards of {pattern} are missing, the first one is {missing[0]}"
+            if missing
+            else f"no file matches {pattern}"
+        )
         raise UserError(what, "check the folder and the numbers, and put the pattern in quotes")
     return found
 
@@ -201,9 +195,7 @@ def _listed(suffixes: Iterable[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in suffixes)
 
 
-def _caption_place(
-    source: TarSource, suffixes: dict[str, None], asked: str | None, where: str
-) -> tuple[str, str]:
+def _caption_place(source: TarSource, suffixes: dict[str, None], asked: str | None, where: str) -> tuple[str, str]:
     """(suffix, key in the json file) of the captions."""
     name = (asked or "").removeprefix(".")
     if name in suffixes and not _is_picture(name) and name != "json":

@@ -64,9 +64,11 @@ class FlashAttention:
             return states.unflatten(-1, (attn.heads, -1))
 
         mixed = flash_attn_func(
-            heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context)),
+            heads(attn.to_q(hidden_states)),
+            heads(attn.to_k(context)),
+            heads(attn.to_v(context)),
             softmax_scale=attn.scale,
-        )  # fmt: skip
+        )
         out = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
         if attn.residual_connection:
             out = out + hidden_states

@@ -1,12 +1,12 @@
 """Checkpoints of a training run: whole or not at all, rotated, and exact.
 
-    <run>/checkpoints/step-000500/
-        state.json                  step, recipe, global batch, versions, the scaler of float16
-        unet/                       the network as diffusers writes it, so that it can be loaded as it is
-        unet_ema/                   its average, where there is one
-        optimizer-unet.pt           one per turn
-        scheduler-unet.pt
-        rng-0.pt                    random states of every rank
+<run>/checkpoints/step-000500/
+    state.json                  step, recipe, global batch, versions, the scaler of float16
+    unet/                       the network as diffusers writes it, so that it can be loaded as it is
+    unet_ema/                   its average, where there is one
+    optimizer-unet.pt           one per turn
+    scheduler-unet.pt
+    rng-0.pt                    random states of every rank
 """
 
 from __future__ import annotations
@@ -76,8 +76,16 @@ def tensors_of(model: nn.Module, *, trained_only: bool = True) -> dict[str, torc
 
 
 def write(
-    run: Path, step: int, *, networks: Mapping[str, Network], averages: Mapping[str, Sequence[torch.Tensor]],
-    optimizers: Mapping[str, Any], schedulers: Mapping[str, Any], kept: Mapping[str, Any], accelerator: Any, keep: int,
+    run: Path,
+    step: int,
+    *,
+    networks: Mapping[str, Network],
+    averages: Mapping[str, Sequence[torch.Tensor]],
+    optimizers: Mapping[str, Any],
+    schedulers: Mapping[str, Any],
+    kept: Mapping[str, Any],
+    accelerator: Any,
+    keep: int,
 ) -> Path:
     """Write `step-N` beside the others, then remove the oldest beyond `keep` (0 keeps all). Every rank calls it.
 
@@ -172,19 +180,21 @@ def _sweep(folder: Path) -> None:
 
 
 def read(
-    path: Path, *, networks: Mapping[str, Network], averages: Mapping[str, Sequence[torch.Tensor]],
-    optimizers: Mapping[str, Any], schedulers: Mapping[str, Any], kept: Mapping[str, Any], accelerator: Any,
+    path: Path,
+    *,
+    networks: Mapping[str, Network],
+    averages: Mapping[str, Sequence[torch.Tensor]],
+    optimizers: Mapping[str, Any],
+    schedulers: Mapping[str, Any],
+    kept: Mapping[str, Any],
+    accelerator: Any,
 ) -> int:
     """Put everything back as it was; returns the number of steps done.
 
     Raises:
         UserError: when the checkpoint was written with other settings, naming each, or is damaged.
     """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
     state = read_json(path / "state.json", "the checkpoint's state.json")
     now = kept["settings"]

@@ -66,7 +66,13 @@ def accelerator_for(recipe: Recipe, run: Path) -> Any:
 
 
 def train(
-    method: Method, recipe: Recipe, encoders: Encoders, batches: Any, run: Path, *, accelerator: Any,
+    method: Method,
+    recipe: Recipe,
+    encoders: Encoders,
+    batches: Any,
+    run: Path,
+    *,
+    accelerator: Any,
     console: Console | None = None,
 ) -> Outcome:
     """Train to `recipe.steps`, going on from the newest checkpoint of the run folder if there is one.
@@ -116,8 +122,9 @@ class Loop:
         self.kept = {
             "settings": checkpoints.settings(recipe, accelerator.num_processes),
             "turns": {turn.name: list(turn.networks) for turn in method.turns},
-            "accel": __version__, "torch": torch.__version__,
-        }  # fmt: skip
+            "accel": __version__,
+            "torch": torch.__version__,
+        }
 
     def prepare(self) -> None:
         """Hand networks and optimizers to accelerate: with FSDP2 it takes one network at a time, with its optimizer."""
@@ -156,8 +163,10 @@ class Loop:
             networks=self.method.networks,
             averages={name: average.shadow_params for name, average in self.averages.items()},
             optimizers={turn: optimizer.optimizer for turn, optimizer in self.optimizers.items()},
-            schedulers=self.schedulers, kept=self.kept, accelerator=self.accelerator,
-        )  # fmt: skip
+            schedulers=self.schedulers,
+            kept=self.kept,
+            accelerator=self.accelerator,
+        )
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -166,9 +175,13 @@ class Loop:
         log = Log(self.run, first, self.accelerator, self.recipe)
         stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "symptoms", ()))
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[terms]}"),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[terms]}"),
+        )
         shown = self.accelerator.is_main_process
         began, step, kept = time.perf_counter(), first, first
         with stop, log, Progress(*columns, console=self.console, disable=not shown) as bar:
@@ -184,9 +197,7 @@ class Loop:
                     if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
                         self.checkpoint(step)
                         kept = step
-                    if self.recipe.sample_every and (
-                        step % self.recipe.sample_every == 0 or step == self.recipe.steps
-                    ):
+                    if self.recipe.sample_every and (step % self.recipe.sample_every == 0 or step == self.recipe.steps):
                         self.sample(step)
             stopped = step < self.recipe.steps
             if stopped and step > kept:
@@ -348,9 +359,11 @@ def _optimizer(
     recipe: Recipe, parameters: list[torch.nn.Parameter], learning_rate: float | None
 ) -> torch.optim.Optimizer:
     options = dict(
-        lr=learning_rate or recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+        lr=learning_rate or recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=recipe.weight_decay,
         eps=recipe.epsilon,
-    )  # fmt: skip
+    )
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     from bitsandbytes.optim import AdamW8bit

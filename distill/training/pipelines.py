@@ -30,7 +30,7 @@ def assemble(encoders: Encoders, unet: nn.Module) -> Any:
     parts = dict(vae=encoders.vae, unet=unet, scheduler=scheduler)
     (parts["tokenizer"], parts["text_encoder"]), *more = encoders.text
     if more:
-        (parts["tokenizer_2"], parts["text_encoder_2"]), = more
+        ((parts["tokenizer_2"], parts["text_encoder_2"]),) = more
         force = encoders.source.index.get("force_zeros_for_empty_prompt", True)
         cls = getattr(diffusers, f"StableDiffusionXL{task}Pipeline")
         made = cls(**parts, force_zeros_for_empty_prompt=force, add_watermarker=False)
@@ -70,7 +70,11 @@ def draw(pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, **samplin
 
 
 def save_pipeline(
-    source: Source, folder: Path, networks: Mapping[str, nn.Module], *, dtype: str = "float32",
+    source: Source,
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    *,
+    dtype: str = "float32",
     sampler: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a complete diffusers pipeline: the source's files, but for the networks that were trained.
@@ -110,6 +114,7 @@ def write_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     for path in folder.glob("*.safetensors"):
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                   for name, tensor in load_file(path).items()}  # fmt: skip
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+        }
         save_file(tensors, path, metadata={"format": "pt"})

@@ -38,9 +38,7 @@ class Truth:
     chosen: precision.Plan
 
 
-def truth(
-    network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float
-) -> Truth:
+def truth(network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float) -> Truth:
     """Run a network at the ends of its profile, and plan its dtypes.
 
     Args:
@@ -56,7 +54,13 @@ def truth(
 
 
 def write(
-    network: Network, known: Truth, limits: Mapping[str, Range], folder: Path, *, opset: int, step: Step,
+    network: Network,
+    known: Truth,
+    limits: Mapping[str, Range],
+    folder: Path,
+    *,
+    opset: int,
+    step: Step,
     layers: Mapping[str, Any] | None = None,
 ) -> Component:
     """Write weights and graph of a network whose config lies in `folder` already, and check them.

@@ -10,9 +10,13 @@ from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
 _SUMS = {
-    _aten.convolution.default, _aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.bmm.default,
+    _aten.convolution.default,
+    _aten.linear.default,
+    _aten.addmm.default,
+    _aten.mm.default,
+    _aten.bmm.default,
     _aten.baddbmm.default,
-}  # fmt: skip
+}
 
 
 class SummedInFloat32(TorchDispatchMode):

@@ -13,8 +13,17 @@ from typing import NamedTuple
 from torch import nn
 
 # Containers that only pass tensors from child to child, so that a border between two children is a border of dtypes.
-_PASSING = ("Sequential", "ModuleList", "Encoder", "Decoder", "DownEncoderBlock2D", "UpDecoderBlock2D",
-            "UNetMidBlock2D", "EncoderTiny", "DecoderTiny")  # fmt: skip
+_PASSING = (
+    "Sequential",
+    "ModuleList",
+    "Encoder",
+    "Decoder",
+    "DownEncoderBlock2D",
+    "UpDecoderBlock2D",
+    "UNetMidBlock2D",
+    "EncoderTiny",
+    "DecoderTiny",
+)
 MOST = 0.5  # of the weights: beyond that the whole network may as well stay in float32
 
 

@@ -45,9 +45,7 @@ class Plan:
     wide: tuple[str, ...] = ()
 
 
-def scan(
-    module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
-) -> tuple[list[tuple], dict[str, Peak]]:
+def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[list[tuple], dict[str, Peak]]:
     """Run a network in float32 and note the largest magnitude that each inner module takes in and gives out.
 
     Returns:
@@ -125,9 +123,7 @@ def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32
 
 def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, ...]:
     """The same tensors with floating-point activations in another dtype."""
-    return tuple(
-        replace(spec, dtype=dtype) if spec.is_activation else spec for spec in specs
-    )
+    return tuple(replace(spec, dtype=dtype) if spec.is_activation else spec for spec in specs)
 
 
 def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:

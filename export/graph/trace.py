@@ -179,9 +179,7 @@ def _name_tensors(model: ir.Model, network: Network, dims: Mapping[str, Range]) 
     for values, specs in ((model.graph.inputs, network.inputs), (model.graph.outputs, network.outputs)):
         assert [value.name for value in values] == [spec.name for spec in specs]
         for value, spec in zip(values, specs, strict=True):
-            value.shape = ir.Shape(
-                [dims[d].min if isinstance(d, str) and dims[d].fixed else d for d in spec.shape]
-            )
+            value.shape = ir.Shape([dims[d].min if isinstance(d, str) and dims[d].fixed else d for d in spec.shape])
             value.metadata_props.clear()  # torch.export's own notes; what the passes clear is the nodes'
     borders = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
     for node in model.graph.all_nodes():
@@ -200,8 +198,13 @@ def _point_into(model: ir.Model, weights: Path) -> None:
         begin, end = entry["data_offsets"]
         assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - begin, f"{name} differs from the file"
         value.const_value = ir.ExternalTensor(
-            weights.name, start + begin, end - begin, tensor.dtype,
-            shape=tensor.shape, name=name, base_dir=weights.parent,
+            weights.name,
+            start + begin,
+            end - begin,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=name,
+            base_dir=weights.parent,
         )
 
 

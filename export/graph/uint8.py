@@ -41,9 +41,10 @@ def rewrite(model: onnx.ModelProto, scales: dict[str, np.ndarray]) -> None:
     """Change a canonical graph in place: activations to uint8, and outputs of convolutions quantised by `scales`."""
     graph = model.graph
     signed = {
-        tensor.name for tensor in graph.initializer
+        tensor.name
+        for tensor in graph.initializer
         if tensor.data_type == onnx.TensorProto.INT8 and not tensor.dims and not numpy_helper.to_array(tensor)
-    }  # fmt: skip
+    }
     graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), _ZERO))
     weights = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     nodes = []

@@ -17,8 +17,13 @@ from .settings import Settings
 
 
 def decide(
-    folder: Path, bundle: Bundle, records: dict[str, Component], found: Mapping[str, dict], settings: Settings,
-    scratch: Path, progress: Callable[[str, float], None],
+    folder: Path,
+    bundle: Bundle,
+    records: dict[str, Component],
+    found: Mapping[str, dict],
+    settings: Settings,
+    scratch: Path,
+    progress: Callable[[str, float], None],
 ) -> list[Bundle]:
     """Write each verdict into its record; where int8 does not pay, put the float network back.
 

@@ -26,13 +26,22 @@ EXPECTED = 0.95  # share of the quantised layers that must run in int8
 
 _CONV, _LINEAR, _PRODUCT = "conv", "linear", "product"
 _INT8 = {
-    "QLinearConv": _CONV, "ConvInteger": _CONV,
-    "MatMulIntegerToFloat": _LINEAR, "QLinearMatMul": _LINEAR, "QGemm": _LINEAR, "DynamicQuantizeMatMul": _LINEAR,
-}  # fmt: skip
+    "QLinearConv": _CONV,
+    "ConvInteger": _CONV,
+    "MatMulIntegerToFloat": _LINEAR,
+    "QLinearMatMul": _LINEAR,
+    "QGemm": _LINEAR,
+    "DynamicQuantizeMatMul": _LINEAR,
+}
 _FLOAT = {
-    "Conv": _CONV, "FusedConv": _CONV, "NhwcFusedConv": _CONV,
-    "MatMul": _LINEAR, "FusedMatMul": _LINEAR, "Gemm": _LINEAR, "FusedGemm": _LINEAR,
-}  # fmt: skip
+    "Conv": _CONV,
+    "FusedConv": _CONV,
+    "NhwcFusedConv": _CONV,
+    "MatMul": _LINEAR,
+    "FusedMatMul": _LINEAR,
+    "Gemm": _LINEAR,
+    "FusedGemm": _LINEAR,
+}
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 Found = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
 
@@ -59,9 +68,13 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     wanted = Counter(_quantised(graph).values())
     share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
     return {
-        "int8": dict(int8), "float": dict(floats), "layers": len(component.int8["layers"]), "share": round(share, 4),
-        "graph": component.graph_for(engine), "ok": share >= EXPECTED,
-    }  # fmt: skip
+        "int8": dict(int8),
+        "float": dict(floats),
+        "layers": len(component.int8["layers"]),
+        "share": round(share, 4),
+        "graph": component.graph_for(engine),
+        "ok": share >= EXPECTED,
+    }
 
 
 def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
@@ -75,9 +88,11 @@ def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -
         # Weights go to a file of their own: a graph above protobuf's 2 GB could not be saved.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         ort.InferenceSession(
-            str(graph_file(bundle, component, "onnxruntime")), options, providers=["CPUExecutionProvider"],
+            str(graph_file(bundle, component, "onnxruntime")),
+            options,
+            providers=["CPUExecutionProvider"],
             disabled_optimizers=OFF_FOR_INT8,
-        )  # fmt: skip
+        )
         model = onnx.load(str(saved), load_external_data=False)
     return _count(model.graph, _products(graph))  # nodes keep their names
 
@@ -107,7 +122,7 @@ def _quantised(graph: onnx.GraphProto) -> dict[str, str]:
         node.name: _CONV if node.op_type == "Conv" else _PRODUCT if read[node.input[1]] else _LINEAR
         for node in graph.node
         if node.op_type in ("Conv", "MatMul") and read.get(node.input[0]) and node.input[1] in read
-    }  # fmt: skip
+    }
 
 
 def _products(graph: onnx.GraphProto) -> dict[str, str]:
@@ -152,9 +167,9 @@ def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> F
     plan = fitting_plan(bundle, component.name)
     if plan is None:
         raise UserError(
-            f"{component.name} has no TensorRT plan that fits here", f"accel build {bundle.path} --components "
-            f"{component.name}"
-        )  # fmt: skip
+            f"{component.name} has no TensorRT plan that fits here",
+            f"accel build {bundle.path} --components {component.name}",
+        )
     found = plan.record["audit"]
     if found["heavy"].get("int8") and not found.get("int8_nodes"):
         raise UserError(

@@ -73,8 +73,9 @@ def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> 
     if images < FEW:
         warnings.warn(
             f"only {images} calibration picture{'s' * (images > 1)}: ranges may be too narrow, {IMAGES} are usual",
-            Notice, stacklevel=2,
-        )  # fmt: skip
+            Notice,
+            stacklevel=2,
+        )
     return Calibration(tuple(prompts[i % len(prompts)] for i in range(images)), seed)
 
 

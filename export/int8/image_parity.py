@@ -44,9 +44,12 @@ class Judge:
         psnr = 100.0 if found.psnr is None or np.isinf(found.psnr) else float(found.psnr)
         psnr = psnr if found.finite else 0.0
         return {
-            "psnr": psnr, "ssim": found.ssim, "budget": self.budget, "pictures": len(images),
+            "psnr": psnr,
+            "ssim": found.ssim,
+            "budget": self.budget,
+            "pictures": len(images),
             "ok": bool(psnr >= self.budget),
-        }  # fmt: skip
+        }
 
     def _draw(self, wanted: Mapping[str, Sequence[str] | None]) -> np.ndarray:
         for model in self.models.values():

@@ -51,8 +51,15 @@ class Options:
 
 
 def export(
-    model: str | Path | Source, out: Path, precision: str, options: Options, high: Callable[..., Bundle], *,
-    loras: Sequence[Any] = (), changes: Sequence[str] = (), overwrite: bool = False,
+    model: str | Path | Source,
+    out: Path,
+    precision: str,
+    options: Options,
+    high: Callable[..., Bundle],
+    *,
+    loras: Sequence[Any] = (),
+    changes: Sequence[str] = (),
+    overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
     """Quantise a float32 bundle, or export a pipeline as one first.
@@ -111,9 +118,13 @@ def export(
             threads=options.threads,
         )
         return quantize(
-            bundle, out, settings, name=precision, overwrite=overwrite,
+            bundle,
+            out,
+            settings,
+            name=precision,
+            overwrite=overwrite,
             progress=lambda stage, done: progress(stage, 0.3 + 0.7 * done),
-        )  # fmt: skip
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -37,7 +37,12 @@ Progress = Callable[[str, float], None]
 
 
 def quantize(
-    bundle: Bundle, out: Path, settings: Settings, *, name: str = "int8", overwrite: bool = False,
+    bundle: Bundle,
+    out: Path,
+    settings: Settings,
+    *,
+    name: str = "int8",
+    overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
     """Write the int8 bundle of a float32 bundle.
@@ -53,8 +58,10 @@ def quantize(
     """
     for entry in bundle.manifest.components.values():
         if entry.precision != "float32":
-            raise UserError(f"{bundle.path}: {entry.name} is not float32 but {entry.precision}",
-                            "give the pipeline that it was made of, or a bundle with --precision fp32")  # fmt: skip
+            raise UserError(
+                f"{bundle.path}: {entry.name} is not float32 but {entry.precision}",
+                "give the pipeline that it was made of, or a bundle with --precision fp32",
+            )
     names = [entry for entry in settings.networks if entry in bundle.manifest.components]
     records = dict(bundle.manifest.components)
     unet = bundle.component("unet").inputs
@@ -73,8 +80,10 @@ def quantize(
             names.remove(entry)
             del models[entry]
         if settings.strict and not names:
-            raise UserError(f"no network that was asked for has a layer of level {settings.recipe.level}",
-                            "--int8-level all, or other --int8-components")  # fmt: skip
+            raise UserError(
+                f"no network that was asked for has a layer of level {settings.recipe.level}",
+                "--int8-level all, or other --int8-components",
+            )
         progress("calibration", 0.0)
         kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
         progress("parity", 0.4)
@@ -110,7 +119,9 @@ def quantize(
 
 
 def calibrate(
-    pipeline: Pipeline, models: Mapping[str, nn.Module], settings: Settings,
+    pipeline: Pipeline,
+    models: Mapping[str, nn.Module],
+    settings: Settings,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, str]]:
     """Attach fake quantisation to the networks of a pipeline, with the ranges that its own pictures need.
@@ -136,8 +147,9 @@ def calibrate(
             warnings.warn(
                 f"{entry}: {len(names)} layers see nothing but zeros and stay in higher precision, the first one is "
                 f"{next(iter(names))}",
-                Notice, stacklevel=2,
-            )  # fmt: skip
+                Notice,
+                stacklevel=2,
+            )
     return kept
 
 
@@ -150,9 +162,11 @@ def _by_sensitivity(
     """
     layers = [name for name, _ in fake_quant.fake_layers(unet)]
     rows = sensitivity.measure(
-        judge, "unet", sensitivity.one_by_one(layers),
+        judge,
+        "unet",
+        sensitivity.one_by_one(layers),
         lambda done: progress("sensitivity, layer by layer", 0.4 + 0.1 * done),
-    )  # fmt: skip
+    )
     blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
     try:
@@ -182,9 +196,10 @@ def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
 def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:
     """Networks that the recipe, meant for the UNet, has nothing to do in: a text encoder has no convolutions."""
     return [
-        entry for entry, model in models.items()
+        entry
+        for entry, model in models.items()
         if entry != "unet" and not fitting(_recipe_of(recipe, entry), fake_quant.layers_of(model))
-    ]  # fmt: skip
+    ]
 
 
 def _recipe_of(recipe: Int8, entry: str) -> Int8:
@@ -192,7 +207,12 @@ def _recipe_of(recipe: Int8, entry: str) -> Int8:
 
 
 def _write(
-    pipeline: Pipeline, bundle: Bundle, entry: str, folder: Path, dtype: str, about: dict[str, Any],
+    pipeline: Pipeline,
+    bundle: Bundle,
+    entry: str,
+    folder: Path,
+    dtype: str,
+    about: dict[str, Any],
     step: component.Step,
 ) -> Component:
     """One network with packed layers: weights, graphs, proof. It is gone from the pipeline afterwards."""
@@ -205,9 +225,12 @@ def _write(
     layers = fake_quant.traits(model)
     fake_quant.set_mode(model, "pass")
     known = component.truth(
-        network, record.dims, "fp32" if dtype == "float32" else "fp16", family=manifest.family,
+        network,
+        record.dims,
+        "fp32" if dtype == "float32" else "fp16",
+        family=manifest.family,
         scaling_factor=manifest.pipeline["scaling_factor"],
-    )  # fmt: skip
+    )
     packed.pack(model, getattr(torch, known.chosen.dtype))
     made = component.write(
         network, known, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
@@ -215,9 +238,11 @@ def _write(
     seconds = {"export_seconds": round(time.perf_counter() - started, 2)}
     graphs = {"onnxruntime": f"{entry}/{uint8.FILE}"}
     return replace(
-        made, parameters=record.parameters, parity=made.parity | seconds,
+        made,
+        parameters=record.parameters,
+        parity=made.parity | seconds,
         int8=about | {"layers": layers, "graphs": graphs},
-    )  # fmt: skip
+    )
 
 
 def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path) -> None:

@@ -33,7 +33,9 @@ class Row:
 
 
 def measure(
-    judge: Judge, network: str, groups: Mapping[str, Sequence[str]],
+    judge: Judge,
+    network: str,
+    groups: Mapping[str, Sequence[str]],
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Row]:
     """One row per group of layers, the most sensitive first. Draws all pictures once per group."""
@@ -89,11 +91,17 @@ def leave(judge: Judge, network: str, rows: Sequence[Row]) -> list[str]:
 def write(folder: Path, rows: Sequence[Row], blocks: Sequence[Row], title: str, kept: Mapping[str, str]) -> None:
     """`sensitivity.json`, `sensitivity.md` and `sensitivity.png` in a folder, of all layers and of all blocks."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sensitivity.json", {
-        "model": title, "kept": sorted(kept),
-        "layers": [{"layer": row.name, "psnr": row.psnr, "mse": row.mse} for row in rows],
-        "blocks": [{"block": row.name, "layers": len(row.layers), "psnr": row.psnr, "mse": row.mse} for row in blocks],
-    })  # fmt: skip
+    write_json(
+        folder / "sensitivity.json",
+        {
+            "model": title,
+            "kept": sorted(kept),
+            "layers": [{"layer": row.name, "psnr": row.psnr, "mse": row.mse} for row in rows],
+            "blocks": [
+                {"block": row.name, "layers": len(row.layers), "psnr": row.psnr, "mse": row.mse} for row in blocks
+            ],
+        },
+    )
     write_bytes(folder / "sensitivity.md", markdown(rows, blocks, title, kept).encode())
     write_bytes(folder / "sensitivity.png", plot(rows, kept))
 
@@ -103,9 +111,7 @@ def markdown(rows: Sequence[Row], blocks: Sequence[Row], title: str, kept: Mappi
     lines += ["| block | layers | PSNR, dB | squared error |", "|---|---|---|---|"]
     lines += [f"| {row.name} | {len(row.layers)} | {row.psnr:.1f} | {row.mse:.2e} |" for row in blocks]
     lines += ["", "| layer | PSNR, dB | squared error | |", "|---|---|---|---|"]
-    lines += [
-        f"| {row.name} | {row.psnr:.1f} | {row.mse:.2e} | {'kept' if row.name in kept else ''} |" for row in rows
-    ]
+    lines += [f"| {row.name} | {row.psnr:.1f} | {row.mse:.2e} | {'kept' if row.name in kept else ''} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,13 @@ def engines_for(dtype: str) -> tuple[str, ...]:
 
 
 def judge(
-    low: Bundle, high: Bundle, name: str, parity: dict[str, Any], engines: Sequence[str], *, threads: int = 0,
+    low: Bundle,
+    high: Bundle,
+    name: str,
+    parity: dict[str, Any],
+    engines: Sequence[str],
+    *,
+    threads: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The verdict on one component, for the manifest.
@@ -63,12 +69,15 @@ def judge(
         except UserError as error:
             found[engine] = {"on": on, "error": error.message, "faster": False}
     return {
-        "machine": machine_name(), "parity": parity, "against": high.component(name).dtype, "engines": found,
+        "machine": machine_name(),
+        "parity": parity,
+        "against": high.component(name).dtype,
+        "engines": found,
         "audit": audits,
         "offered": [
             engine for engine, entry in found.items() if entry["faster"] and parity["ok"] and audits[engine]["ok"]
         ],
-    }  # fmt: skip
+    }
 
 
 def _race(low: Bundle, high: Bundle, name: str, engine: str, threads: int) -> dict[str, Any]:
@@ -92,9 +101,12 @@ def _race(low: Bundle, high: Bundle, name: str, engine: str, threads: int) -> di
     seconds = {kind: statistics.median(values) for kind, values in times.items()}
     speedup = seconds["float"] / seconds["int8"]
     return {
-        "float_seconds": seconds["float"], "int8_seconds": seconds["int8"], "speedup": round(speedup, 3),
-        "faster": speedup >= FASTER, "rounds": len(times["float"]),
-    }  # fmt: skip
+        "float_seconds": seconds["float"],
+        "int8_seconds": seconds["int8"],
+        "speedup": round(speedup, 3),
+        "faster": speedup >= FASTER,
+        "rounds": len(times["float"]),
+    }
 
 
 def _feeds(engine: Engine) -> dict[str, Any]:

@@ -64,9 +64,11 @@ def audit(information: str) -> dict[str, Any]:
             if precision == "int8":
                 int8_nodes += _NODE.findall(str(layer.get("Metadata", "")))
     return {
-        "layers": len(layers), "heavy": dict(sorted(heavy.items())), "float32_layers": float32[:20],
+        "layers": len(layers),
+        "heavy": dict(sorted(heavy.items())),
+        "float32_layers": float32[:20],
         "int8_nodes": int8_nodes,
-    }  # fmt: skip
+    }
 
 
 def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:

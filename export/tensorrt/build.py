@@ -118,6 +118,7 @@ def build(
     bundle.verify([component.folder for component in records])
     built = []
     for i, component in enumerate(records):
+
         def step(stage: str, fraction: float, i: int = i, name: str = component.name) -> None:
             progress(f"{name}: {stage}", (i + fraction) / len(records))
 
@@ -127,8 +128,16 @@ def build(
 
 
 def _build_one(
-    module: Any, bundle: Bundle, component: Component, profiles: Sequence[Any], options: BuildOptions, cuda: Cuda,
-    here: Here, force: bool, progress: Progress, announce: Callable[[str], None],
+    module: Any,
+    bundle: Bundle,
+    component: Component,
+    profiles: Sequence[Any],
+    options: BuildOptions,
+    cuda: Cuda,
+    here: Here,
+    force: bool,
+    progress: Progress,
+    announce: Callable[[str], None],
 ) -> Plan:
     dims = [shapes.dims_of(bundle, component, profile) for profile in profiles]
     described = [shapes.described(p, component, d) for p, d in zip(profiles, dims, strict=True)]
@@ -145,16 +154,20 @@ def _build_one(
     data, information = job.run(lambda: _compile(job, bundle, component, described, options, here))
     found = audit.audit(information)
     announce(f"{component.name}: {audit.check(component.name, wanted(component), found)}")
-    return engine_files.save(bundle, data, {
-        "component": component.name,
-        "key": key,
-        "identity": identity,
-        "plan": {"file": f"{component.name}.plan", "bytes": len(data), "sha256": engine_files.digest_bytes(data)},
-        "audit": found | {"wanted": wanted(component)},
-        "estimate": asdict(needed),
-        "seconds": round(time.perf_counter() - started, 2),
-        "built": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-    })  # fmt: skip
+    return engine_files.save(
+        bundle,
+        data,
+        {
+            "component": component.name,
+            "key": key,
+            "identity": identity,
+            "plan": {"file": f"{component.name}.plan", "bytes": len(data), "sha256": engine_files.digest_bytes(data)},
+            "audit": found | {"wanted": wanted(component)},
+            "estimate": asdict(needed),
+            "seconds": round(time.perf_counter() - started, 2),
+            "built": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        },
+    )
 
 
 def wanted(component: Component) -> str:

@@ -25,20 +25,31 @@ _BOOL = frozenset({"BOOL"})
 _QUANTISED = frozenset({"INT8", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT4"})
 
 _TYPES: tuple[tuple[frozenset[str], str], ...] = (
-    (_F, "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
-         "CumSum Dropout Einsum Elu Erf Exp Floor Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization "
-         "GRU HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax "
-         "LRN LSTM LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization PRelu QuantizeLinear RandomNormal "
-         "RandomNormalLike RandomUniform RandomUniformLike Reciprocal Resize RMSNormalization RNN Round Scan Selu "
-         "Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu TopK Upsample"),
-    (_F - {"BFLOAT16"}, "BlackmanWindow DeformConv GridSample HammingWindow HannWindow Mish NonMaxSuppression NonZero "
-                        "RoiAlign"),
-    (_FI, "Abs Add ArgMax ArgMin DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean Min Mod "
-          "Mul Neg Pad Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
-          "ReduceProd ReduceSum ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub "
-          "Sum"),
-    (_ALL, "Concat Expand EyeLike Flatten Gather GatherElements GatherND Identity If Loop OneHot Reshape "
-           "ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where"),
+    (
+        _F,
+        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
+        "CumSum Dropout Einsum Elu Erf Exp Floor Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization "
+        "GRU HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax "
+        "LRN LSTM LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization PRelu QuantizeLinear RandomNormal "
+        "RandomNormalLike RandomUniform RandomUniformLike Reciprocal Resize RMSNormalization RNN Round Scan Selu "
+        "Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu TopK Upsample",
+    ),
+    (
+        _F - {"BFLOAT16"},
+        "BlackmanWindow DeformConv GridSample HammingWindow HannWindow Mish NonMaxSuppression NonZero RoiAlign",
+    ),
+    (
+        _FI,
+        "Abs Add ArgMax ArgMin DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean Min Mod "
+        "Mul Neg Pad Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+        "ReduceProd ReduceSum ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub "
+        "Sum",
+    ),
+    (
+        _ALL,
+        "Concat Expand EyeLike Flatten Gather GatherElements GatherND Identity If Loop OneHot Reshape "
+        "ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where",
+    ),
     (_ALL | {"UINT8"}, "Cast CastLike"),
     (_ALL | _QUANTISED, "Constant ConstantOfShape"),
     (_FI | {"INT8"}, "Gelu"),
@@ -47,13 +58,34 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
     (_QUANTISED, "DequantizeLinear"),
     (_BOOL, "And Not Or Xor"),
     (frozenset({"FLOAT"}), "STFT"),
-)  # fmt: skip
+)
 MATRIX: Mapping[str, frozenset[str]] = {name: kinds for kinds, names in _TYPES for name in names.split()}
 # Scales of quantisation are read by its own rule, indices and shapes are integers whatever the data is.
-_DATA_INPUTS = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "Reshape": 1, "Expand": 1, "Slice": 1, "Split": 1,
-                "Squeeze": 1, "Unsqueeze": 1, "Tile": 1, "Resize": 1, "Pad": 1, "TopK": 1, "ConstantOfShape": 0,
-                "DequantizeLinear": 1, "QuantizeLinear": 1, "CumSum": 1, "ReverseSequence": 1, "OneHot": 0, "Loop": 0,
-                "Dropout": 1, "Trilu": 1, "Upsample": 1}  # fmt: skip
+_DATA_INPUTS = {
+    "Gather": 1,
+    "GatherElements": 1,
+    "GatherND": 1,
+    "Reshape": 1,
+    "Expand": 1,
+    "Slice": 1,
+    "Split": 1,
+    "Squeeze": 1,
+    "Unsqueeze": 1,
+    "Tile": 1,
+    "Resize": 1,
+    "Pad": 1,
+    "TopK": 1,
+    "ConstantOfShape": 0,
+    "DequantizeLinear": 1,
+    "QuantizeLinear": 1,
+    "CumSum": 1,
+    "ReverseSequence": 1,
+    "OneHot": 0,
+    "Loop": 0,
+    "Dropout": 1,
+    "Trilu": 1,
+    "Upsample": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -123,12 +155,17 @@ def _reason(node: onnx.NodeProto, types: Mapping[str, int], constants: Constants
 
 def _resize(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
     modes = {
-        "coordinate_transformation_mode": ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric",
-                                           "align_corners"),
+        "coordinate_transformation_mode": (
+            "half_pixel",
+            "pytorch_half_pixel",
+            "tf_half_pixel_for_nn",
+            "asymmetric",
+            "align_corners",
+        ),
         "mode": ("nearest", "linear"),
         "nearest_mode": ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil"),
         "keep_aspect_ratio_policy": ("stretch",),
-    }  # fmt: skip
+    }
     for name, allowed in modes.items():
         value = at.get(name, allowed[0] if name != "nearest_mode" else "round_prefer_floor")
         value = value.decode() if isinstance(value, bytes) else value
@@ -158,8 +195,11 @@ def _symmetric(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants
 
 def _only_outputs(count: int) -> Callable[..., str]:
     def rule(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
-        return f"only the first of its outputs is supported, {len(node.output)} are used" if any(
-            node.output[count:]) else ""  # fmt: skip
+        return (
+            f"only the first of its outputs is supported, {len(node.output)} are used"
+            if any(node.output[count:])
+            else ""
+        )
 
     return rule
 
@@ -200,6 +240,8 @@ _RULES: Mapping[str, Callable[..., str]] = {
     "LSTM": _refused(input_forget=0, layout=0),
     "CumSum": _constant_input(1, "axis"),
     "OneHot": _constant_input(1, "depth"),
-    **{f"Reduce{kind}": _constant_input(1, "axes") for kind in
-       ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
-}  # fmt: skip
+    **{
+        f"Reduce{kind}": _constant_input(1, "axes")
+        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+    },
+}

@@ -36,8 +36,13 @@ from .row_timesteps import with_row_timesteps
 
 BACKENDS = ("onnxruntime", "tensorrt")
 _HOST_CODE = "--backend-config=tensorrt,version-compatible=true"
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
-          "int32": "TYPE_INT32"}  # fmt: skip
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+}
 
 
 class Word(str):
@@ -117,9 +122,10 @@ def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
     if rows is None:
         return component
     batch = component.inputs[0].shape[0]
-    return replace(component, inputs=tuple(
-        replace(spec, shape=(batch,)) if spec.name == "timestep" else spec for spec in component.inputs
-    ))  # fmt: skip
+    return replace(
+        component,
+        inputs=tuple(replace(spec, shape=(batch,)) if spec.name == "timestep" else spec for spec in component.inputs),
+    )
 
 
 def config(component: Component, serving: Serving, plan: Plan | None = None) -> dict[str, Any]:
@@ -145,7 +151,8 @@ def config(component: Component, serving: Serving, plan: Plan | None = None) -> 
     if batched and dims[batched].max > 1:
         preferred = sorted({dims[batched].opt, dims[batched].max} - {1})
         made["dynamic_batching"] = {
-            "preferred_batch_size": preferred, "max_queue_delay_microseconds": serving.queue_microseconds
+            "preferred_batch_size": preferred,
+            "max_queue_delay_microseconds": serving.queue_microseconds,
         }
     return made
 
@@ -174,7 +181,9 @@ def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None
     for spec in component.inputs:
         shape = list(spec.concrete(sizes))
         inputs[spec.name] = {
-            "data_type": Word(_TYPES[spec.dtype]), "dims": (shape[1:] if batched else shape) or [1], "zero_data": True
+            "data_type": Word(_TYPES[spec.dtype]),
+            "dims": (shape[1:] if batched else shape) or [1],
+            "zero_data": True,
         }
     return {"name": "ready", "batch_size": sizes[batched] if batched else 0, "inputs": inputs}
 

@@ -87,9 +87,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "args",
     [
-        ["explode"], ["expotr", "a", "b"], ["--frobnicate"], ["run"], ["run", "bundle"], ["export"],
-        ["export", "model"], ["run", "bundle", "--prompt"], ["run", "bundle", "--prompt", "x", "--steps", "many"],
-        ["run", "bundle", "--prompt", "x", "--frobnicate"], ["inspect", "a", "b"], ["doctor", "me"],
+        ["explode"],
+        ["expotr", "a", "b"],
+        ["--frobnicate"],
+        ["run"],
+        ["run", "bundle"],
+        ["export"],
+        ["export", "model"],
+        ["run", "bundle", "--prompt"],
+        ["run", "bundle", "--prompt", "x", "--steps", "many"],
+        ["run", "bundle", "--prompt", "x", "--frobnicate"],
+        ["inspect", "a", "b"],
+        ["doctor", "me"],
         ["export", "a", "b", "--opset", "new"],
     ],
 )
@@ -237,8 +246,23 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_note_that_says_where(accel, sma
 
 def test_several_prompts_and_images_are_numbered_and_reported_as_json(accel, smallest_bundle, tmp_path):
     code, out, _ = accel(
-        "run", smallest_bundle, "--prompt", "the cat", "--prompt", "the dog", "--images", 2, "--seed", 5, "--width", 64,
-        "--engine", "onnxruntime", "--json", "--out", tmp_path / "new" / "o.png",
+        "run",
+        smallest_bundle,
+        "--prompt",
+        "the cat",
+        "--prompt",
+        "the dog",
+        "--images",
+        2,
+        "--seed",
+        5,
+        "--width",
+        64,
+        "--engine",
+        "onnxruntime",
+        "--json",
+        "--out",
+        tmp_path / "new" / "o.png",
     )
     report = json.loads(out)
     assert code == 0
@@ -302,10 +326,16 @@ def test_a_bundle_that_may_not_be_read_is_named(refused, smallest_bundle, user_f
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--opset", "7"], "opset 7"), (["--precision", "fp8"], "fp8"), (["--profile", "huge"], "huge"),
-        (["--profile", "size=100"], "multiple"), (["--components", "unet,brain"], "brain"),
-        (["--steps", "0"], "steps"), (["--guidance", "nan"], "guidance"), (["--guidance", "-1"], "guidance"),
-        (["--sampler", "ddpm"], "ddpm"), (["--sampler", "dmd2", "--steps", "0"], "steps"),
+        (["--opset", "7"], "opset 7"),
+        (["--precision", "fp8"], "fp8"),
+        (["--profile", "huge"], "huge"),
+        (["--profile", "size=100"], "multiple"),
+        (["--components", "unet,brain"], "brain"),
+        (["--steps", "0"], "steps"),
+        (["--guidance", "nan"], "guidance"),
+        (["--guidance", "-1"], "guidance"),
+        (["--sampler", "ddpm"], "ddpm"),
+        (["--sampler", "dmd2", "--steps", "0"], "steps"),
     ],
 )
 def test_an_export_with_wrong_options_says_so_and_leaves_nothing(refused, smallest, tmp_path, args, words):
@@ -350,8 +380,18 @@ def test_an_export_to_a_place_without_permission_is_refused_at_once(refused, sma
 
 def test_an_export_prints_its_manifest_as_json(accel, smallest, tmp_path):
     code, out, _ = accel(
-        "export", smallest, tmp_path / "out", "--components", " vae_decoder", "--profile", "static", "--json",
-        "--sampler", "dmd2", "--steps", 2,
+        "export",
+        smallest,
+        tmp_path / "out",
+        "--components",
+        " vae_decoder",
+        "--profile",
+        "static",
+        "--json",
+        "--sampler",
+        "dmd2",
+        "--steps",
+        2,
     )
     assert code == 0
     manifest = json.loads(out)
@@ -366,10 +406,13 @@ def running_export(source: Path, out: Path) -> subprocess.Popen:
     """An export in a process of its own, caught in the middle: its folder is there and not yet in place."""
     command = [sys.executable, "-m", "accel", "export", source, out]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         # A suite that was started in the background ignores Ctrl-C, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not list(out.parent.glob(f".{out.name}.partial-*/*/model.onnx")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -80,7 +80,8 @@ def test_what_json_cannot_say_is_not_written(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe{}", b"\x00" * 10, b"[" * 100_000, b'{"a": 1} trailing'],
+    "content",
+    [b"", b"{", b"\xff\xfe{}", b"\x00" * 10, b"[" * 100_000, b'{"a": 1} trailing'],
     ids=["empty", "cut", "utf16", "zeros", "deep", "trailing"],
 )
 def test_a_damaged_json_file_is_named_with_what_it_is(tmp_path, content):
@@ -133,8 +134,22 @@ def test_an_ordinary_entry_is_inside(tmp_path):
 
 @pytest.mark.parametrize(
     "entry",
-    ["", ".", "/etc/passwd", "//host/share", "../secret", "unet/../../secret", "unet/..", "..", "..\\secret",
-     "unet\\model.onnx", "C:/secret", "C:secret", "file://x", "unet/model\0.onnx"],
+    [
+        "",
+        ".",
+        "/etc/passwd",
+        "//host/share",
+        "../secret",
+        "unet/../../secret",
+        "unet/..",
+        "..",
+        "..\\secret",
+        "unet\\model.onnx",
+        "C:/secret",
+        "C:secret",
+        "file://x",
+        "unet/model\0.onnx",
+    ],
 )
 def test_an_entry_that_leaves_the_folder_is_refused(tmp_path, entry):
     with pytest.raises(UserError, match="refused") as caught:

@@ -185,13 +185,33 @@ def python(code: str, *args: str) -> str:
     return done.stdout
 
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy",
-         "PIL", "tokenizers", "safetensors", "rich", "sklearn", "scipy"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "numpy",
+    "PIL",
+    "tokenizers",
+    "safetensors",
+    "rich",
+    "sklearn",
+    "scipy",
+}
 
 
 @pytest.mark.parametrize(
-    "code", ["import accel", "import accel; accel.UserError, accel.__version__", "import accel.cli",
-             "from accel.cli import main\ntry:\n  main(['--help'])\nexcept SystemExit: pass"],
+    "code",
+    [
+        "import accel",
+        "import accel; accel.UserError, accel.__version__",
+        "import accel.cli",
+        "from accel.cli import main\ntry:\n  main(['--help'])\nexcept SystemExit: pass",
+    ],
 )
 def test_importing_accel_and_asking_for_help_load_nothing_heavy(code):
     loaded = python(f"import sys\n{code}\nprint()\nprint(*{{n.partition('.')[0] for n in sys.modules}})")
@@ -239,12 +259,15 @@ def test_the_block_works():
 
 
 def test_a_bundle_makes_the_same_picture_on_onnx_runtime_without_torch(sd15_bundle, tmp_path):
-    code = BLOCKED + """
+    code = (
+        BLOCKED
+        + """
 import accel, numpy
 out = accel.load(sys.argv[1], engine="onnxruntime", threads=1)("the cat", seed=3, output_type="np")
 numpy.save(sys.argv[2], out.images)
 assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
 """
+    )
     python(code, str(sd15_bundle), str(tmp_path / "image.npy"))
     ordinary = accel.load(sd15_bundle, engine="onnxruntime", threads=1)("the cat", seed=3, output_type="np").images
     assert np.array_equal(np.load(tmp_path / "image.npy"), ordinary)
@@ -252,12 +275,15 @@ assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.module
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "auto"])
 def test_one_component_runs_without_torch(sd15_bundle, tmp_path, engine):
-    code = BLOCKED + """
+    code = (
+        BLOCKED
+        + """
 import accel, numpy
 feeds = dict(numpy.load(sys.argv[2]))
 engine = accel.load_engine(sys.argv[1], "unet", engine=sys.argv[4])
 numpy.save(sys.argv[3], engine(**feeds)["out_sample"])
 """
+    )
     generator = np.random.default_rng(0)
     feeds = {
         "sample": generator.normal(size=(2, 4, 16, 24)).astype(np.float32),
@@ -272,8 +298,18 @@ numpy.save(sys.argv[3], engine(**feeds)["out_sample"])
 
 def test_the_command_line_runs_a_bundle_without_torch_and_lists_what_is_missing(sd15_bundle, tmp_path):
     code = BLOCKED + "from accel.cli import main\nsys.exit(main(sys.argv[1:]))"
-    report = python(code, "run", str(sd15_bundle), "--prompt", "the cat", "--engine", "onnxruntime", "--json",
-                    "--out", str(tmp_path / "cat.png"))
+    report = python(
+        code,
+        "run",
+        str(sd15_bundle),
+        "--prompt",
+        "the cat",
+        "--engine",
+        "onnxruntime",
+        "--json",
+        "--out",
+        str(tmp_path / "cat.png"),
+    )
     assert Path(json.loads(report)["images"][0]).is_file()
     engines = json.loads(python(code, "inspect", str(sd15_bundle), "--json"))["engines"]
     assert engines["onnxruntime"]["ok"] and not engines["eager"]["ok"]

@@ -29,8 +29,15 @@ def picture(height=64, width=48, channels=3, smooth=True):
 
 def skimage_ssim(a, b, data_range, channel_axis=None):
     """Reference, cut to where the window lies inside, as skimage does in its own mean (pad = 5)."""
-    return structural_similarity(a, b, data_range=data_range, gaussian_weights=True, use_sample_covariance=False,
-                                 sigma=1.5, channel_axis=channel_axis)  # fmt: skip
+    return structural_similarity(
+        a,
+        b,
+        data_range=data_range,
+        gaussian_weights=True,
+        use_sample_covariance=False,
+        sigma=1.5,
+        channel_axis=channel_axis,
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.05, 0.5])
@@ -119,14 +126,17 @@ def test_an_overflow_to_infinity_in_both_is_not_equality():
 
 
 @pytest.mark.parametrize("measure", [relative_l2, cosine, max_abs, compare])
-@pytest.mark.parametrize("a, b, message", [
-    (np.zeros(3), np.zeros((3, 1)), "shapes differ"),
-    (np.zeros(3), np.zeros(1), "shapes differ"),
-    (np.zeros(0), np.zeros(0), "empty"),
-    (np.array(["1"]), np.array(["1"]), "dtype"),
-    (np.array([1j]), np.array([1j]), "dtype"),
-    (np.array([None]), np.array([None]), "dtype"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b, message",
+    [
+        (np.zeros(3), np.zeros((3, 1)), "shapes differ"),
+        (np.zeros(3), np.zeros(1), "shapes differ"),
+        (np.zeros(0), np.zeros(0), "empty"),
+        (np.array(["1"]), np.array(["1"]), "dtype"),
+        (np.array([1j]), np.array([1j]), "dtype"),
+        (np.array([None]), np.array([None]), "dtype"),
+    ],
+)
 def test_wrong_use(measure, a, b, message):
     with pytest.raises(UserError, match=message):
         measure(a, b)
@@ -142,9 +152,13 @@ def test_data_range(data_range):
 def test_compare_agrees_with_the_single_measures():
     a, b = picture(), picture(smooth=False)
     assert compare(a, b, 1.0) == Parity(
-        finite=True, relative_l2=relative_l2(a, b), cosine=cosine(a, b), max_abs=max_abs(a, b),
-        psnr=psnr(a, b, 1.0), ssim=ssim(a, b, 1.0),
-    )  # fmt: skip
+        finite=True,
+        relative_l2=relative_l2(a, b),
+        cosine=cosine(a, b),
+        max_abs=max_abs(a, b),
+        psnr=psnr(a, b, 1.0),
+        ssim=ssim(a, b, 1.0),
+    )
     assert compare(a, b).psnr is None and compare(a, b).ssim is None
     a8, b8 = (a * 255).astype(np.uint8), (b * 255).astype(np.uint8)
     assert compare(a8, b8).psnr == psnr(a8, b8, 255) and compare(a8, b8).ssim == ssim(a8, b8, 255)

@@ -33,12 +33,19 @@ def torchrun(tmp_path):
     def run(code: str, *arguments, world: int = 2, sharded: bool = False) -> str:
         script = tmp_path / "script.py"
         script.write_text(SHARDED * sharded + code)
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"]  # fmt: skip
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={world}",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+        ]
         done = subprocess.run(
             [sys.executable, *launcher, str(script), *map(str, arguments)],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return done.stderr
 

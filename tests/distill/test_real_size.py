@@ -27,10 +27,30 @@ def test_one_step_of_sd15_to_sd_tiny(tmp_path):
     subprocess.run([sys.executable, ROOT / "benchmarks/random_pipeline.py", "sd15", source], check=True)
     out = tmp_path / "tiny"
     command = [
-        "distill", "tiny", "--model", source, "--data", "digits", "--resolution", "64", "--batch", "1", "--steps", "1",
-        "--caption-dropout", "0", "--no-random-flip", "--sample-every", "0", "--log", "none", "--cache", "none",
-        "--out", out,
-    ]  # fmt: skip
+        "distill",
+        "tiny",
+        "--model",
+        source,
+        "--data",
+        "digits",
+        "--resolution",
+        "64",
+        "--batch",
+        "1",
+        "--steps",
+        "1",
+        "--caption-dropout",
+        "0",
+        "--no-random-flip",
+        "--sample-every",
+        "0",
+        "--log",
+        "none",
+        "--cache",
+        "none",
+        "--out",
+        out,
+    ]
     done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, command)], capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["code"] == 0, done.stderr

@@ -90,8 +90,10 @@ def test_changed_files_are_refused(program, bundle_copy, tmp_path):
 
 def test_the_tensorrt_variant_compiles():
     """Against the public headers, where they are installed; it is linked and run by nobody here."""
-    roots = {"NvInfer.h": ("TENSORRT_ROOT", "/usr", "/usr/local/tensorrt"),
-             "cuda_runtime_api.h": ("CUDA_HOME", "/usr/local/cuda", "/usr")}  # fmt: skip
+    roots = {
+        "NvInfer.h": ("TENSORRT_ROOT", "/usr", "/usr/local/tensorrt"),
+        "cuda_runtime_api.h": ("CUDA_HOME", "/usr/local/cuda", "/usr"),
+    }
     flags = []
     for header, places in roots.items():
         folders = [Path(os.environ.get(place, place)) / "include" for place in places]

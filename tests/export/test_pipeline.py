@@ -235,8 +235,11 @@ def test_a_unet_with_an_adapter_is_the_same_at_two_shapes(sd15_tiny, tmp_path):
     inner = [spec for spec in component.inputs if spec.name.startswith("adapter_features")]
     assert len(inner) == 3
     assert_same(bundle, sd15_tiny)
-    tall = {f"latent_height{s}": component.dims[f"latent_height{s}"].max for s in ("", "_2", "_4")
-            if f"latent_height{s}" in component.dims}
+    tall = {
+        f"latent_height{s}": component.dims[f"latent_height{s}"].max
+        for s in ("", "_2", "_4")
+        if f"latent_height{s}" in component.dims
+    }
     assert_same(bundle, sd15_tiny, batch=2, **tall)
 
 

@@ -54,8 +54,18 @@ def test_sdxl_in_fp16_fits_24_gib_and_goes_beyond_protobufs_2_gb(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_sdxl_runs_its_stages_on_a_narrowed_network(sdxl, tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/sdxl_real_size.py", "--work", tmp_path / "work", "--source", sdxl,
-               "--size", "64", "--json", tmp_path / "result.json"]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/sdxl_real_size.py",
+        "--work",
+        tmp_path / "work",
+        "--source",
+        sdxl,
+        "--size",
+        "64",
+        "--json",
+        tmp_path / "result.json",
+    ]
     subprocess.run(command, check=True)
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["stages"]) == {"export", "torch", "onnxruntime"} and result["fits_24_gib"]

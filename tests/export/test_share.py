@@ -31,13 +31,19 @@ def small_lora(source: Path, out: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def shared(sd15, sd15_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    loras = [f"{small_lora(sd15, folder / f'{name}.safetensors', seed)}={scale}"
-             for name, seed, scale in (("style", 1, 0.7), ("subject", 2, 0.4))]  # fmt: skip
+    loras = [
+        f"{small_lora(sd15, folder / f'{name}.safetensors', seed)}={scale}"
+        for name, seed, scale in (("style", 1, 0.7), ("subject", 2, 0.4))
+    ]
     base = Path(shutil.copytree(sd15_bundle, folder / "base"))
     bundle = export_pipeline(
-        sd15, folder / "with-lora", profile="batch=1-4,size=64-128", components=("unet", "vae_decoder"), loras=loras,
+        sd15,
+        folder / "with-lora",
+        profile="batch=1-4,size=64-128",
+        components=("unet", "vae_decoder"),
+        loras=loras,
         share=base,
-    )  # fmt: skip
+    )
     return base, bundle
 
 

@@ -22,8 +22,10 @@ def key(network, dims, folder: Path, opset: int) -> str:
     model = network.module.model
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     config = sorted((name, value) for name, value in config.items() if not name.startswith("_"))  # no folders
-    modules = [(name, type(module).__name__, len(module._forward_pre_hooks), len(module._forward_hooks))
-               for name, module in model.named_modules()]  # fmt: skip
+    modules = [
+        (name, type(module).__name__, len(module._forward_pre_hooks), len(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
     names = {dim for spec in (*network.inputs, *network.outputs) for dim in spec.shape if isinstance(dim, str)}
     sizes = [(name, dims[name]) for name in sorted(names)]
     layout = (safetensors_header(folder / WEIGHTS), sizes, network.inputs, network.outputs, opset)

@@ -29,14 +29,40 @@ VERSIONS = {path.stem: path for path in sorted(API.glob("*.json"))}
 MAGIC = b"plan of the double"
 SCRATCH_ALIGNMENT = 256
 
-_CONSTANTS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32",
-              "int64": "INT64", "bool": "BOOL", "uint8": "UINT8", "fp8": "FP8", "int4": "INT4", "fp4": "FP4",
-              "e8m0": "E8M0"}  # fmt: skip
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_,
-          "INT8": np.int8, "UINT8": np.uint8}  # fmt: skip
+_CONSTANTS = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "fp8": "FP8",
+    "int4": "INT4",
+    "fp4": "FP4",
+    "e8m0": "E8M0",
+}
+_NUMPY = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "BOOL": np.bool_,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+}
 _ONNX = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 3: "INT8", 2: "UINT8", 16: "BF16"}
-_PRECISION_FLAGS = {"FP16", "INT8", "BF16", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS",
-                    "PREFER_PRECISION_CONSTRAINTS"}  # fmt: skip
+_PRECISION_FLAGS = {
+    "FP16",
+    "INT8",
+    "BF16",
+    "FP8",
+    "INT4",
+    "FP4",
+    "OBEY_PRECISION_CONSTRAINTS",
+    "PREFER_PRECISION_CONSTRAINTS",
+}
 
 
 @dataclass
@@ -195,9 +221,11 @@ class IBuilderConfig(_Behaviour):
     def __init__(self):
         self._flags, self._limits, self._profiles, self._cache = set(), {}, [], None
         self._settings = {
-            "builder_optimization_level": 3, "profiling_verbosity": self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
-            "hardware_compatibility_level": self._trt.HardwareCompatibilityLevel.NONE, "progress_monitor": None,
-        }  # fmt: skip
+            "builder_optimization_level": 3,
+            "profiling_verbosity": self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
+            "hardware_compatibility_level": self._trt.HardwareCompatibilityLevel.NONE,
+            "progress_monitor": None,
+        }
 
     def set_flag(self, flag):
         self._flags.add(flag.name)
@@ -332,13 +360,17 @@ class Builder(_Behaviour):
 def _plan(world: World, network, config) -> bytes:
     model = network._model
     header = {
-        "version": world.version, "gpu": world.gpu, "flags": sorted(config._flags),
+        "version": world.version,
+        "gpu": world.gpu,
+        "flags": sorted(config._flags),
         "hardware": config._settings["hardware_compatibility_level"].name,
         "verbosity": config._settings["profiling_verbosity"].name,
         "profiles": [p._shapes for p in config._profiles],
-        "streamable": "WEIGHT_STREAMING" in config._flags, "stripped": "STRIP_PLAN" in config._flags,
-        "limits": config._limits, "reported": world.dtype,
-    }  # fmt: skip
+        "streamable": "WEIGHT_STREAMING" in config._flags,
+        "stripped": "STRIP_PLAN" in config._flags,
+        "limits": config._limits,
+        "reported": world.dtype,
+    }
     if header["stripped"]:
         for tensor in model.graph.initializer:
             if _refittable(tensor):
@@ -384,8 +416,11 @@ class Runtime(_Behaviour):
         major = lambda version: int(version.partition(".")[0])  # noqa: E731
         newer = 0 <= major(self._world.version) - major(header["version"]) <= 1
         if header["version"] != self._world.version and not (lean and newer):
-            self._log("ERROR", f"Error Code 6: The engine plan file is not compatible with this version of TensorRT, "
-                               f"expecting library version {header['version']} got {self._world.version}")
+            self._log(
+                "ERROR",
+                f"Error Code 6: The engine plan file is not compatible with this version of TensorRT, "
+                f"expecting library version {header['version']} got {self._world.version}",
+            )
             return None
         if header["gpu"] != self._world.gpu and header["hardware"] == "NONE":
             self._log("ERROR", "Error Code 6: The engine plan file is generated on an incompatible device")
@@ -631,11 +666,16 @@ class EngineInspector(_Behaviour):
                 dtype = "Int8"
             dtype = engine._header["reported"] or dtype
             tensor = lambda name, dtype=dtype: {"Name": name, "Dimensions": [], "Format/Datatype": dtype}  # noqa: E731
-            layers.append({
-                "Name": node.name or node.output[0], "LayerType": kinds.get(node.op_type, "kgen"),
-                "Inputs": [tensor(n) for n in node.input], "Outputs": [tensor(n) for n in node.output],
-                "TacticName": "", "Metadata": f"[ONNX Layer: {node.name}]",
-            })  # fmt: skip
+            layers.append(
+                {
+                    "Name": node.name or node.output[0],
+                    "LayerType": kinds.get(node.op_type, "kgen"),
+                    "Inputs": [tensor(n) for n in node.input],
+                    "Outputs": [tensor(n) for n in node.output],
+                    "TacticName": "",
+                    "Metadata": f"[ONNX Layer: {node.name}]",
+                }
+            )
         if engine._header["verbosity"] != "DETAILED":
             layers = [layer["Name"] for layer in layers]
         return json.dumps({"Layers": layers, "Bindings": [v.name for v in engine._values()]})
@@ -691,8 +731,11 @@ class OnnxParserRefitter(_Behaviour):
         return True
 
 
-_BEHAVIOURS = {c.__name__: c for c in list(globals().values())
-               if isinstance(c, type) and issubclass(c, _Behaviour) and c is not _Behaviour}  # fmt: skip
+_BEHAVIOURS = {
+    c.__name__: c
+    for c in list(globals().values())
+    if isinstance(c, type) and issubclass(c, _Behaviour) and c is not _Behaviour
+}
 
 
 def make(version: str, world: World | None = None) -> ModuleType:
@@ -774,10 +817,11 @@ def _checked(what: str, function, printed: str, kinds: dict[str, type]):
         label, _, rest = part.partition(": ")
         kind, _, default = rest.partition(" = ")
         types[label] = kind
-        parameters.append(inspect.Parameter(
-            label, inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None if default else inspect.Parameter.empty,
-        ))  # fmt: skip
+        parameters.append(
+            inspect.Parameter(
+                label, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None if default else inspect.Parameter.empty
+            )
+        )
     signature = inspect.Signature(parameters)
 
     def call(*args, **kwargs):

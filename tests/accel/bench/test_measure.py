@@ -124,7 +124,7 @@ def test_rounds_are_interleaved_and_rotate():
     order, samples = [], {"s": {"a": [], "b": [], "c": []}}
     calls = {"s": {name: lambda name=name: order.append(name) for name in "abc"}}
     timing.interleave(calls, samples, rounds=3, lead_in={"s": False}, failed=lambda *_: None)
-    assert order == list("abc" "bca" "cab")
+    assert order == list("abcbcacab")
     assert {len(values) for values in samples["s"].values()} == {3}
 
 
@@ -149,9 +149,12 @@ def test_a_variant_that_breaks_leaves_the_others_running():
 
     samples, told = {"s": {"a": [], "b": []}}, []
     timing.interleave(
-        {"s": {"a": broken, "b": lambda: None}}, samples, rounds=3, lead_in={"s": False},
+        {"s": {"a": broken, "b": lambda: None}},
+        samples,
+        rounds=3,
+        lead_in={"s": False},
         failed=lambda name, error: told.append((name, str(error))),
-    )  # fmt: skip
+    )
     assert told == [("a", "lost the device")]
     assert (len(samples["s"]["a"]), len(samples["s"]["b"])) == (0, 3)
 
@@ -299,9 +302,11 @@ def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, m
     )
     settings = bench.Settings(rounds=1, steps=2)
     found = bench.measure(
-        smallest_bundle, [bench.parse("eager"), bench.parse("onnxruntime")], settings,
+        smallest_bundle,
+        [bench.parse("eager"), bench.parse("onnxruntime")],
+        settings,
         load=loader({"onnxruntime": AssertionError("loaded")}),
-    )  # fmt: skip
+    )
     assert row(found.document.as_dict(), "onnxruntime")["reason"] == "the process died of SIGSEGV"
 
 

@@ -42,8 +42,14 @@ def test_sd15_unet(unet):
 
 def test_flops_grow_with_the_batch_and_arguments_may_be_named(unet):
     one = count_flops(unet, (torch.empty(1, 4, 32, 32), 7, torch.empty(1, 77, 768)))
-    two = count_flops(unet, dict(sample=torch.empty(2, 4, 32, 32), timestep=torch.tensor([7, 7]),
-                                 encoder_hidden_states=torch.empty(2, 77, 768)))  # fmt: skip
+    two = count_flops(
+        unet,
+        dict(
+            sample=torch.empty(2, 4, 32, 32),
+            timestep=torch.tensor([7, 7]),
+            encoder_hidden_states=torch.empty(2, 77, 768),
+        ),
+    )
     assert two.conv == 2 * one.conv and two.attention == 2 * one.attention
     # A single number as timestep is embedded for each picture all the same.
     assert two.linear == 2 * one.linear
@@ -52,9 +58,12 @@ def test_flops_grow_with_the_batch_and_arguments_may_be_named(unet):
 def test_sd_vae_decoder():
     with torch.device("meta"):
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ).eval()  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ).eval()
     found = count_flops(vae.decoder, [torch.empty(1, 4, 64, 64)])
     assert found.total == pytest.approx(2.515e12, rel=0.01)
     assert found.attention == 2 * 2 * 4096**2 * 512
@@ -150,13 +159,16 @@ def test_rates_count_the_work_that_was_done(monkeypatch):
     assert measure_peak("float32", "cpu", seconds=1) == 2 * 2048**3  # one call each; the largest is the best
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: measure_peak("int8"), "dtype"),
-    (lambda: measure_peak("float33"), "dtype"),
-    (lambda: measure_peak("float32", "tpu"), "tpu"),
-    (lambda: measure_peak("float32", "meta"), "meta"),
-    (lambda: measure_bandwidth("cpu", size=0), "size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: measure_peak("int8"), "dtype"),
+        (lambda: measure_peak("float33"), "dtype"),
+        (lambda: measure_peak("float32", "tpu"), "tpu"),
+        (lambda: measure_peak("float32", "meta"), "meta"),
+        (lambda: measure_bandwidth("cpu", size=0), "size"),
+    ],
+)
 def test_wrong_use(call, message):
     with pytest.raises(UserError, match=message):
         call()

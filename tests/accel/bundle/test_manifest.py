@@ -76,8 +76,23 @@ def test_any_other_folder_is_no_bundle(tmp_path):
     assert MANIFEST in refusal(tmp_path).message
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"7", b"\xff\xfe", b"{}", b'{"schema": "1"}',
-                                     b'{"schema": true}', b'{"schema": 0}', b'{"schema": -1}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"7",
+        b"\xff\xfe",
+        b"{}",
+        b'{"schema": "1"}',
+        b'{"schema": true}',
+        b'{"schema": 0}',
+        b'{"schema": -1}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_broken_manifest_is_refused(bundle_copy, content):
     (bundle_copy / MANIFEST).write_bytes(content)
     assert MANIFEST in refusal(bundle_copy).message
@@ -128,8 +143,10 @@ def test_a_manifest_with_any_part_missing_or_of_another_kind_never_ends_in_a_tra
     assert seen > 500
 
 
-@pytest.mark.parametrize("key", ["family", "topology", "pipeline", "sampler", "profile", "precision", "source",
-                                 "exporter", "components", "files"])
+@pytest.mark.parametrize(
+    "key",
+    ["family", "topology", "pipeline", "sampler", "profile", "precision", "source", "exporter", "components", "files"],
+)
 def test_a_missing_part_of_the_manifest_is_named(bundle_copy, edit_manifest, key):
     edit_manifest(bundle_copy, lambda data: data.pop(key))
     error = refusal(bundle_copy)

@@ -25,8 +25,10 @@ def test_every_named_profile_fits_stable_diffusion_and_is_consistent(name, guida
     for side in ("height", "width"):
         pixels, latent = dims[side], dims[f"latent_{side}"]
         assert (latent.min * 8, latent.opt * 8, latent.max * 8) == (pixels.min, pixels.opt, pixels.max)
-        assert all(limits.admits(limits.min) and limits.admits(limits.opt) and limits.admits(limits.max)
-                   for limits in (pixels, latent))
+        assert all(
+            limits.admits(limits.min) and limits.admits(limits.opt) and limits.admits(limits.max)
+            for limits in (pixels, latent)
+        )
         for stride in (2, 4, 8):
             assert dims[f"latent_{side}_{stride}"].max * stride == latent.max
     assert dims["images"] == PROFILES[name].batch
@@ -66,8 +68,21 @@ def test_the_models_own_size_stands_in_for_a_side_that_is_not_named():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "sd-51", "size", "size=", "size=a", "size=64..128", "size=-64", "size=64-", "depth=64", "size=64;batch=1",
-     "size=64,", "SIZE=64", "batch=1 - 4,size=64"],
+    [
+        "",
+        "sd-51",
+        "size",
+        "size=",
+        "size=a",
+        "size=64..128",
+        "size=-64",
+        "size=64-",
+        "depth=64",
+        "size=64;batch=1",
+        "size=64,",
+        "SIZE=64",
+        "batch=1 - 4,size=64",
+    ],
 )
 def test_a_text_that_is_no_profile_is_refused_with_the_names(text):
     with pytest.raises(UserError) as caught:

@@ -85,8 +85,13 @@ def test_a_plan_computes_what_the_graph_computes(bundle, tensorrt, expected):
 def test_the_picture_is_the_one_of_onnx_runtime(bundle, tensorrt, graph, on_onnxruntime):
     build(bundle, ("text_encoder", UNET, VAE))
     ours = accel.load(bundle, "tensorrt", cuda_graph=graph)
-    for options in ({"seed": 3}, {"seed": 4, "height": 128}, {"seed": 5}, {"sampler": "dmd2", "seed": 1},
-                    {"sampler": "dmd2", "seed": 2, "guidance_scale": 0}):  # fmt: skip
+    for options in (
+        {"seed": 3},
+        {"seed": 4, "height": 128},
+        {"seed": 5},
+        {"sampler": "dmd2", "seed": 1},
+        {"sampler": "dmd2", "seed": 2, "guidance_scale": 0},
+    ):
         a, b = (pipe("the cat", output_type="np", steps=2, **options) for pipe in (ours, on_onnxruntime))
         assert np.abs(a.images - b.images).max() < 1e-5, options
 
@@ -363,8 +368,9 @@ def test_refit_equals_fusing_before_export(bundle, tensorrt, loras):
     unet = accel.load_engine(bundle, "unet", "tensorrt")
     Refit(unet).loras([loras[0]])
     record = bundle.component("unet")
-    module = networks.rebuild("unet", bundle.path / "unet/config.json", bundle.path / "unet/model.safetensors",
-                              record.inputs, record.outputs)  # fmt: skip
+    module = networks.rebuild(
+        "unet", bundle.path / "unet/config.json", bundle.path / "unet/model.safetensors", record.inputs, record.outputs
+    )
     fuse(module.model, "unet", [lora_file(loras[0])])
     with torch.no_grad():
         (wanted,) = module(**{name: torch.tensor(value) for name, value in unet_inputs().items()})
@@ -428,10 +434,13 @@ def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
 
 
 @pytest.mark.parametrize(
-    "fail, message", [("deserialize", "TensorRT refuses the plan of vae_decoder: .*magic tag"),
-                      ("context", "no execution context of vae_decoder: .*OutOfMemory"),
-                      ("execute", "could not run vae_decoder: .*illegal memory access")],
-)  # fmt: skip
+    "fail, message",
+    [
+        ("deserialize", "TensorRT refuses the plan of vae_decoder: .*magic tag"),
+        ("context", "no execution context of vae_decoder: .*OutOfMemory"),
+        ("execute", "could not run vae_decoder: .*illegal memory access"),
+    ],
+)
 def test_tensorrts_own_failures_carry_its_words(bundle, tensorrt, fail, message):
     build(bundle, (VAE,))
     tensorrt._world.fail.add(fail)

@@ -52,8 +52,10 @@ def inputs(engine, batch=2, side="min", seed=0):
     """Inputs of the UNet; `side` is "min" or "max", the smallest or largest latents."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: getattr(limits, side) for name, limits in engine.component.dims.items()} | {"batch": batch}
-    made = {s.name: torch.randn(s.concrete(sizes), generator=generator).to(getattr(torch, s.dtype))
-            for s in engine.component.inputs}  # fmt: skip
+    made = {
+        s.name: torch.randn(s.concrete(sizes), generator=generator).to(getattr(torch, s.dtype))
+        for s in engine.component.inputs
+    }
     return made | {"timestep": torch.tensor(500, dtype=made["timestep"].dtype)}
 
 
@@ -83,8 +85,10 @@ def test_cuda_graphs_change_nothing_when_shapes_change(bundle, graph):
     plain, captured = (accel.load(bundle, "tensorrt", cuda_graph=g) for g in ("off", graph))
     heights = bundle.manifest.profile.height
     for seed, height in ((0, heights.min), (1, heights.min), (2, heights.max), (0, heights.min)):
-        a, b = (p("a handwritten seven", seed=seed, height=height, steps=4, output_type="latent").latents
-                for p in (plain, captured))  # fmt: skip
+        a, b = (
+            p("a handwritten seven", seed=seed, height=height, steps=4, output_type="latent").latents
+            for p in (plain, captured)
+        )
         assert relative_l2(b, a) < 1e-3
 
 

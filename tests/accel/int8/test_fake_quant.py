@@ -19,18 +19,20 @@ def unet():
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        **narrowed("sd15-tiny", (8, 16, 32), sample_size=16, cross_attention_dim=32, norm_num_groups=4,
-                   attention_head_dim=4)
-    ).eval()  # fmt: skip
+        **narrowed(
+            "sd15-tiny", (8, 16, 32), sample_size=16, cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4
+        )
+    ).eval()
 
 
 @pytest.fixture
 def feeds():
     generator = torch.Generator().manual_seed(0)
     return (
-        torch.randn(2, 4, 16, 16, generator=generator), torch.tensor(499.0),
+        torch.randn(2, 4, 16, 16, generator=generator),
+        torch.tensor(499.0),
         torch.randn(2, 7, 32, generator=generator),
-    )  # fmt: skip
+    )
 
 
 def quantised(model: nn.Module, feeds: tuple, recipe: Int8 | None = None, **options) -> nn.Module:
@@ -163,11 +165,13 @@ def test_every_parameter_gets_a_gradient(unet, feeds, level):
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
 def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
     torch.manual_seed(0)
-    model = nn.ModuleDict({
-        "conv": nn.Conv2d(6, 5, 3, stride=2, padding=1), "ff": nn.Linear(7, 4), "attn2": nn.ModuleDict({
-            "to_k": nn.Linear(7, 4, bias=False)
-        }),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(6, 5, 3, stride=2, padding=1),
+            "ff": nn.Linear(7, 4),
+            "attn2": nn.ModuleDict({"to_k": nn.Linear(7, 4, bias=False)}),
+        }
+    )
     fake_quant.attach(model, Int8(smooth=smooth))
     inputs = {"conv": torch.randn(2, 6, 9, 8), "ff": torch.randn(2, 5, 7), "attn2.to_k": torch.randn(2, 154, 7)}
     for name, quantizer in fake_quant.ranges(model):
@@ -187,11 +191,13 @@ def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
     for name, x in inputs.items():
         assert torch.equal(own.get_submodule(name)(x), expected[name]), name
     # The way back from a file: placed empty in a plain model, then loaded.
-    again = nn.ModuleDict({
-        "conv": nn.Conv2d(6, 5, 3, stride=2, padding=1), "ff": nn.Linear(7, 4), "attn2": nn.ModuleDict({
-            "to_k": nn.Linear(7, 4, bias=False)
-        }),
-    })  # fmt: skip
+    again = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(6, 5, 3, stride=2, padding=1),
+            "ff": nn.Linear(7, 4),
+            "attn2": nn.ModuleDict({"to_k": nn.Linear(7, 4, bias=False)}),
+        }
+    )
     packed.place(again, layers)
     again.load_state_dict(state)
     packed.set_outputs(again, True)

@@ -292,10 +292,12 @@ def test_what_a_file_is_made_for(key, text):
         ({"unet.conv_in.weight": torch.zeros(2, 2)}, "something else"),
         ({"base_model.model.conv_in.lora_A.weight": torch.zeros(2, 2)}, "peft's own format"),
         ({"lora_unet_a.lora_down.weight": torch.zeros(1), "unet.b.lora_A.weight": torch.zeros(1)}, "two formats"),
-        ({"transformer.x.lora_A.weight": torch.zeros(2, 2), "transformer.x.lora_B.weight": torch.zeros(2, 2)},
-         "diffusion transformer"),
+        (
+            {"transformer.x.lora_A.weight": torch.zeros(2, 2), "transformer.x.lora_B.weight": torch.zeros(2, 2)},
+            "diffusion transformer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_lora_of_ours(sd15, tmp_path, tensors, text):
     save_file(tensors, tmp_path / "odd.safetensors")
     message = refusal(sd15, tmp_path / "odd.safetensors")
@@ -334,9 +336,7 @@ def test_weights_that_are_not_finite(sd15, lora15, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize(
-    "model, file", [("sd15", "lora15"), pytest.param("sdxl", "lora_xl", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model, file", [("sd15", "lora15"), pytest.param("sdxl", "lora_xl", marks=pytest.mark.slow)])
 def test_the_exported_unet_is_the_one_diffusers_fused(model, file, request, tmp_path):
     import accel
     from accel.cli import main
@@ -344,8 +344,10 @@ def test_the_exported_unet_is_the_one_diffusers_fused(model, file, request, tmp_
 
     model, file = (request.getfixturevalue(name) for name in (model, file))
     out = tmp_path / "bundle"
-    assert main(["export", str(model), str(out), "--lora", f"{file}=0.7", "--profile", "static",
-                 "--components", "unet"]) == 0  # fmt: skip
+    assert (
+        main(["export", str(model), str(out), "--lora", f"{file}=0.7", "--profile", "static", "--components", "unet"])
+        == 0
+    )
     manifest = json.loads((out / "accel.json").read_text())
     assert manifest["source"]["loras"] == [{"name": file.name, "sha256": sha256(file), "scale": 0.7}]
 

@@ -25,11 +25,23 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def ldm_unet(state, layers=2):
-    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-             "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-    top = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-           "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-           "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+    inner = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    top = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
     crossed = {key.split(".")[1] for key in state if re.match(r"up_blocks\.\d\.attentions", key)}
 
     def named(key):
@@ -84,9 +96,12 @@ def clip_names(state, prefix):
 
 def open_clip_names(state, prefix):
     made, projections = {}, {}
-    names = {"embeddings.position_embedding.weight": "positional_embedding",
-             "embeddings.token_embedding.weight": "token_embedding.weight",
-             "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
+    names = {
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
     for key, value in state.items():
         key = key.removeprefix("text_model.")
         if key == "text_projection.weight":
@@ -109,8 +124,9 @@ def states(source, dtype=torch.float16):
     opened = open_source(source)
     return {
         name: {key: value.to(dtype) for key, value in opened.load(name).state_dict().items() if "_ids" not in key}
-        for name in NETWORKS if opened.has(name)
-    }  # fmt: skip
+        for name in NETWORKS
+        if opened.has(name)
+    }
 
 
 def single_file(source: Path, out: Path, dtype=torch.float16) -> Path:
@@ -163,9 +179,14 @@ def assert_exactly(opened, base: Path, dtype=torch.float16):
 
 @pytest.mark.parametrize(
     ("model", "family", "suffix"),
-    [("sd15", "sd1", ".safetensors"), ("sd15", "sd1", ".ckpt"), ("sd2", "sd2", ".safetensors"),
-     ("sdxl", "sdxl", ".safetensors"), ("ssd_1b", "sdxl", ".safetensors")],
-)  # fmt: skip
+    [
+        ("sd15", "sd1", ".safetensors"),
+        ("sd15", "sd1", ".ckpt"),
+        ("sd2", "sd2", ".safetensors"),
+        ("sdxl", "sdxl", ".safetensors"),
+        ("ssd_1b", "sdxl", ".safetensors"),
+    ],
+)
 def test_a_single_file_holds_the_networks_of_its_pipeline(model, family, suffix, request, tmp_path):
     base = request.getfixturevalue(model)
     file = single_file(base, tmp_path / f"model{suffix}")
@@ -222,9 +243,12 @@ def test_a_base_of_another_family_is_refused(sd15, sdxl, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "model"),
-    [("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-     ("double_blocks.0.img_attn.qkv.weight", "Flux"), ("conditioner.embedders.0.model.ln_final.weight", "refiner")],
-)  # fmt: skip
+    [
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("conditioner.embedders.0.model.ln_final.weight", "refiner"),
+    ],
+)
 @pytest.mark.parametrize("where", ["model", "unet"])
 def test_models_that_others_do_are_refused_with_the_tool_that_does_them(sd15, tmp_path, key, model, where):
     file = tmp_path / "other.safetensors"
@@ -460,8 +484,22 @@ def test_a_dmd2_lora_is_fused_at_a_scale_and_brings_its_constants(sdxl, tmp_path
     """kohya's names, float16, alpha an eighth of the rank, over linear layers, convolutions and time projections."""
     torch.manual_seed(12)
     unet = open_source(sdxl).load("unet")
-    ends = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
+    ends = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    )
     rank, state, changes = 8, {}, {}
     for name, module in unet.named_modules():
         if not name.endswith(ends):

@@ -82,8 +82,13 @@ def test_a_pipeline_without_a_part_is_refused_by_its_name(source_copy, tmp_path,
 
 @pytest.mark.parametrize(
     ("name", "components"),
-    [("unet", ("vae_decoder",)), ("vae", ("vae_decoder",)), ("text_encoder", ("text_encoder",)),
-     ("tokenizer", ("vae_decoder",)), ("scheduler", ("vae_decoder",))],
+    [
+        ("unet", ("vae_decoder",)),
+        ("vae", ("vae_decoder",)),
+        ("text_encoder", ("text_encoder",)),
+        ("tokenizer", ("vae_decoder",)),
+        ("scheduler", ("vae_decoder",)),
+    ],
 )
 def test_a_part_whose_folder_is_missing_is_named(source_copy, tmp_path, name, components):
     shutil.rmtree(source_copy / name)
@@ -92,8 +97,11 @@ def test_a_part_whose_folder_is_missing_is_named(source_copy, tmp_path, name, co
 
 @pytest.mark.parametrize(
     ("file", "key"),
-    [("unet/config.json", "block_out_channels"), ("unet/config.json", "sample_size"),
-     ("vae/config.json", "latent_channels")],
+    [
+        ("unet/config.json", "block_out_channels"),
+        ("unet/config.json", "sample_size"),
+        ("vae/config.json", "latent_channels"),
+    ],
 )
 @pytest.mark.parametrize("value", ["missing", None, "text", 7.5])
 def test_a_config_that_makes_no_sense_is_refused(source_copy, tmp_path, file, key, value):

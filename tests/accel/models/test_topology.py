@@ -8,8 +8,15 @@ from accel.models.topology import ALIASES, TOPOLOGIES, identify, narrowed, topol
 
 # What Stable Diffusion 1.5's own unet/config.json says: written by an early diffusers, without the later fields.
 EARLY_KEYS = (
-    "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types", "in_channels",
-    "layers_per_block", "out_channels", "sample_size", "up_block_types",
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "down_block_types",
+    "in_channels",
+    "layers_per_block",
+    "out_channels",
+    "sample_size",
+    "up_block_types",
 )
 
 

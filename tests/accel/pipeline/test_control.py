@@ -60,10 +60,15 @@ def make_controlnet(source):
 def make_adapter(xl):
     from diffusers import T2IAdapter
 
-    return loud(T2IAdapter(
-        in_channels=3 if xl else 1, channels=[8, 16, 16, 16], num_res_blocks=1, downscale_factor=8 if xl else 4,
-        adapter_type="full_adapter_xl" if xl else "full_adapter",
-    ))  # fmt: skip
+    return loud(
+        T2IAdapter(
+            in_channels=3 if xl else 1,
+            channels=[8, 16, 16, 16],
+            num_res_blocks=1,
+            downscale_factor=8 if xl else 4,
+            adapter_type="full_adapter_xl" if xl else "full_adapter",
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +90,30 @@ def few_steps(sdxl, sdxl_texts, completed, tmp_path_factory):
     torch.save(state, folder / "dmd2_sdxl_4step_unet_fp16.bin")
     unet.load_state_dict({key: value.float() for key, value in state.items()})
     tiny = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1), scaling_factor=1.0,
-    ).eval()  # fmt: skip
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        scaling_factor=1.0,
+    ).eval()
     adapter = make_adapter(xl=True).eval()
     tiny.save_pretrained(folder / "taesdxl")
     adapter.save_pretrained(folder / "t2i-adapter-canny-sdxl")
     command = [
-        "export", str(sdxl), str(folder / "bundle"), "--unet", str(folder / "dmd2_sdxl_4step_unet_fp16.bin"),
-        "--adapter", str(folder / "t2i-adapter-canny-sdxl"), "--vae", str(folder / "taesdxl"),
-        "--components", "unet,vae_decoder", "--profile", "batch=1,size=64",
-    ]  # fmt: skip
+        "export",
+        str(sdxl),
+        str(folder / "bundle"),
+        "--unet",
+        str(folder / "dmd2_sdxl_4step_unet_fp16.bin"),
+        "--adapter",
+        str(folder / "t2i-adapter-canny-sdxl"),
+        "--vae",
+        str(folder / "taesdxl"),
+        "--components",
+        "unet,vae_decoder",
+        "--profile",
+        "batch=1,size=64",
+    ]
     assert main(command) == 0
     bundle = completed(Bundle.open(folder / "bundle"), sdxl_texts)
     return Made(sdxl, {"unet": unet, "adapter": adapter, "vae": tiny}, bundle)
@@ -119,10 +137,12 @@ def made(request, completed, tmp_path_factory):
         model = make_controlnet(source) if kind == "controlnet" else make_adapter(xl=False)
         model.save_pretrained(folder / "network")
         bundle = export_pipeline(
-            open_source(source, **{kind: folder / "network"}), folder / "bundle", profile="batch=1,size=64",
-            components=("unet",), sampler={"name": "dpmpp_2m" if family == "sd15" else "euler", "steps": 4,
-                                           "guidance": 5.0},
-        )  # fmt: skip
+            open_source(source, **{kind: folder / "network"}),
+            folder / "bundle",
+            profile="batch=1,size=64",
+            components=("unet",),
+            sampler={"name": "dpmpp_2m" if family == "sd15" else "euler", "steps": 4, "guidance": 5.0},
+        )
         return Made(source, {kind: model.eval()}, completed(bundle, base))
 
     return get
@@ -149,9 +169,16 @@ def reference(family, kind, source, parts, image, **options):
     image = image.convert("L") if (family, kind) == ("sd15", "adapter") else image
     latents = torch.from_numpy(noise.normal([5], 0, (4, 16, 16)))
     return pipe(
-        "the cat", image=image, num_inference_steps=4, guidance_scale=5.0, height=64, width=64, latents=latents,
-        output_type="np", **options,
-    ).images  # fmt: skip
+        "the cat",
+        image=image,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        height=64,
+        width=64,
+        latents=latents,
+        output_type="np",
+        **options,
+    ).images
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd15", "controlnet"), ("sd15", "adapter"), ("sdxl", "controlnet")])
@@ -180,10 +207,17 @@ def test_four_steps_with_a_canny_adapter_and_a_tiny_vae_equal_diffusers(few_step
         scheduling_lcm, "randn_tensor", lambda shape, **_: torch.from_numpy(noise.normal([5], next(draws), shape[1:]))
     )
     expected = pipe(
-        "the cat", image=edges, timesteps=[999, 749, 499, 249], guidance_scale=0.0, height=64, width=64,
-        latents=torch.from_numpy(noise.normal([5], 0, (4, 16, 16))), adapter_conditioning_scale=0.8,
-        adapter_conditioning_factor=0.5, output_type="np",
-    ).images  # fmt: skip
+        "the cat",
+        image=edges,
+        timesteps=[999, 749, 499, 249],
+        guidance_scale=0.0,
+        height=64,
+        width=64,
+        latents=torch.from_numpy(noise.normal([5], 0, (4, 16, 16))),
+        adapter_conditioning_scale=0.8,
+        adapter_conditioning_factor=0.5,
+        output_type="np",
+    ).images
     pipe = accel.load(bundle, engine=engine)
     controlled = dict(control_image=edges, control_scale=0.8, seed=5, output_type="np")
     found = pipe("the cat", control_end=0.5, **controlled).images

@@ -44,7 +44,8 @@ def draws(monkeypatch, *numbers):
     queue = iter(numbers)
     for module in (vae, img2img, inpaint, xl_img2img):
         monkeypatch.setattr(
-            module, "randn_tensor",
+            module,
+            "randn_tensor",
             lambda shape, **_: torch.from_numpy(noise.normal([SEED], next(queue), tuple(shape)[1:])),
         )
 
@@ -68,13 +69,23 @@ def test_image_to_image_equals_diffusers(sd15, sd15_bundle, picture, monkeypatch
     pipe = diffusers_pipeline("StableDiffusionImg2ImgPipeline", sd15, SAMPLERS[sampler])
     draws(monkeypatch, _OF_IMAGE, 0)
     expected = pipe(
-        "the cat", image=picture.resize((64, 64), Image.Resampling.LANCZOS), strength=strength, num_inference_steps=5,
-        guidance_scale=4.0, output_type="np",
-    ).images  # fmt: skip
-    found = accel.load(sd15_bundle, engine="onnxruntime")(
-        "the cat", image=picture, strength=strength, sampler=sampler, steps=5, guidance_scale=4.0, seed=SEED,
+        "the cat",
+        image=picture.resize((64, 64), Image.Resampling.LANCZOS),
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=4.0,
         output_type="np",
-    )  # fmt: skip
+    ).images
+    found = accel.load(sd15_bundle, engine="onnxruntime")(
+        "the cat",
+        image=picture,
+        strength=strength,
+        sampler=sampler,
+        steps=5,
+        guidance_scale=4.0,
+        seed=SEED,
+        output_type="np",
+    )
     assert expected.std() > 0.01
     assert np.abs(found.images - expected).max() < ONE_STEP_OF_A_PIXEL
     assert found.seconds["vae_encoder"] > 0
@@ -86,13 +97,27 @@ def test_inpainting_with_an_ordinary_unet_equals_diffusers(sd15, sd15_bundle, pi
     # The third is of the masked picture, which diffusers encodes for a UNet that does not look at it.
     draws(monkeypatch, _OF_IMAGE, 0, _OF_MASKED)
     expected = pipe(
-        "the cat", image=picture, mask_image=mask, strength=strength, num_inference_steps=5, guidance_scale=4.0,
-        height=64, width=64, output_type="np",
-    ).images  # fmt: skip
+        "the cat",
+        image=picture,
+        mask_image=mask,
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+        output_type="np",
+    ).images
     found = accel.load(sd15_bundle, engine="onnxruntime")(
-        "the cat", image=picture, mask_image=mask, strength=strength, sampler="ddim", steps=5, guidance_scale=4.0,
-        seed=SEED, output_type="np",
-    )  # fmt: skip
+        "the cat",
+        image=picture,
+        mask_image=mask,
+        strength=strength,
+        sampler="ddim",
+        steps=5,
+        guidance_scale=4.0,
+        seed=SEED,
+        output_type="np",
+    )
     assert np.abs(found.images - expected).max() < ONE_STEP_OF_A_PIXEL
 
 
@@ -110,9 +135,12 @@ def inpainting(sd15, sd15_bundle, completed, tmp_path_factory):
     config = UNet2DConditionModel.load_config(sd15 / "unet") | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(source / "unet")
     unet = export_pipeline(
-        source, folder / "bundle", profile="batch=1,size=64", components=("unet",),
+        source,
+        folder / "bundle",
+        profile="batch=1,size=64",
+        components=("unet",),
         sampler={"name": "dpmpp_2m", "steps": 5, "guidance": 4.0},
-    )  # fmt: skip
+    )
     return source, completed(unet, Bundle.open(sd15_bundle))
 
 
@@ -122,13 +150,27 @@ def test_inpainting_with_nine_channels_equals_diffusers(inpainting, picture, mas
     pipe = diffusers_pipeline("StableDiffusionInpaintPipeline", source, "DPMSolverMultistepScheduler")
     draws(monkeypatch, *((0, _OF_MASKED) if strength == 1.0 else (_OF_IMAGE, 0, _OF_MASKED)))
     expected = pipe(
-        "the cat", image=picture, mask_image=mask, strength=strength, num_inference_steps=5, guidance_scale=4.0,
-        height=64, width=64, output_type="np",
-    ).images  # fmt: skip
+        "the cat",
+        image=picture,
+        mask_image=mask,
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+        output_type="np",
+    ).images
     found = accel.load(bundle, engine="onnxruntime")(
-        "the cat", image=picture, mask_image=mask, strength=strength, sampler="dpmpp_2m", steps=5, guidance_scale=4.0,
-        seed=SEED, output_type="np",
-    )  # fmt: skip
+        "the cat",
+        image=picture,
+        mask_image=mask,
+        strength=strength,
+        sampler="dpmpp_2m",
+        steps=5,
+        guidance_scale=4.0,
+        seed=SEED,
+        output_type="np",
+    )
     assert np.abs(found.images - expected).max() < ONE_STEP_OF_A_PIXEL
 
 

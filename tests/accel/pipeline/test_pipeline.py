@@ -50,9 +50,15 @@ def test_guided_images_equal_diffusers(engine, pipelines, reference):
     reference.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler.config)
     prompts, negatives = ["the cat", "a dog"], ["the dog"] * 2
     expected = reference(
-        prompts, negative_prompt=negatives, num_inference_steps=6, guidance_scale=6.0, height=64, width=128,
-        latents=latents_of([7, 8], 16, 32), output_type="np",
-    ).images  # fmt: skip
+        prompts,
+        negative_prompt=negatives,
+        num_inference_steps=6,
+        guidance_scale=6.0,
+        height=64,
+        width=128,
+        latents=latents_of([7, 8], 16, 32),
+        output_type="np",
+    ).images
     actual = pipelines(engine)(
         prompts, negatives, steps=6, guidance_scale=6.0, height=64, width=128, seed=7, output_type="np"
     ).images
@@ -86,9 +92,13 @@ def test_few_step_students_equal_lcm_scheduler_without_guidance(timesteps, pipel
     )
     reference.scheduler = LCMScheduler.from_config(reference.scheduler.config)
     expected = reference(
-        "the cat", timesteps=timesteps, num_inference_steps=len(timesteps), guidance_scale=0.0,
-        latents=latents_of([3]), output_type="np",
-    ).images  # fmt: skip
+        "the cat",
+        timesteps=timesteps,
+        num_inference_steps=len(timesteps),
+        guidance_scale=0.0,
+        latents=latents_of([3]),
+        output_type="np",
+    ).images
     actual = pipelines("onnxruntime")(
         "the cat", sampler="dmd2", timesteps=timesteps, guidance_scale=0.0, seed=3, output_type="np"
     ).images

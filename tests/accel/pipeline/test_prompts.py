@@ -54,9 +54,12 @@ def long_bundle(sd15, sd15_bundle, completed, tmp_path_factory):
     from accel.export.pipeline import export_pipeline
 
     unet = export_pipeline(
-        sd15, tmp_path_factory.mktemp("long") / "bundle", profile="batch=1,size=64,tokens=308", components=("unet",),
+        sd15,
+        tmp_path_factory.mktemp("long") / "bundle",
+        profile="batch=1,size=64,tokens=308",
+        components=("unet",),
         sampler={"name": "ddim", "steps": 3, "guidance": 5.0},
-    )  # fmt: skip
+    )
     return completed(unet, Bundle.open(sd15_bundle))
 
 
@@ -81,9 +84,11 @@ def test_a_long_prompt_makes_the_picture_of_its_chunks(sd15, long_bundle, tokeni
     expected = pipe(
         prompt_embeds=embeddings(pipe, made.ids, (tokenizer, made.weights) if weighted else None),
         negative_prompt_embeds=embeddings(pipe, prompts.tokens(tokenizer, "", chunks=4).ids),
-        num_inference_steps=3, guidance_scale=5.0, output_type="np",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        output_type="np",
         latents=torch.from_numpy(noise.normal([5], 0, (4, 16, 16))),
-    ).images  # fmt: skip
+    ).images
     loaded = accel.load(long_bundle, engine="onnxruntime")
     found = loaded(text, seed=5, output_type="np", prompt_weights=weighted).images
     assert np.abs(found - expected).max() < 1 / 255

@@ -29,9 +29,12 @@ def family(sdxl, sdxl_bundle, sdxl_maker, completed, tmp_path_factory):
         folder = tmp_path_factory.mktemp(topology)
         source = sdxl_maker(folder / "source", topology)
         unet = export_pipeline(
-            source, folder / "bundle", profile="static", components=("unet",),
+            source,
+            folder / "bundle",
+            profile="static",
+            components=("unet",),
             sampler={"name": "euler", "steps": 3, "guidance": 5.0},
-        )  # fmt: skip
+        )
         return source, completed(unet, Bundle.open(sdxl_bundle))
 
     return get

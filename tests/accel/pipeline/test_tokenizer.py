@@ -15,22 +15,61 @@ from accel.errors import UserError
 from accel.pipeline.tokenizer import ClipTokenizer
 
 MERGES = [
-    ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o</w>"), ("w", "o"), ("r", "l"), ("wo", "rl"), ("worl", "d</w>"),
-    ("t", "he</w>"), ("h", "e</w>"), ("a", "n"), ("an", "d</w>"), ("'", "s</w>"), ("Ã", "©"), (".", ".</w>"),
-    ("s", "e"), ("se", "v"), ("sev", "en</w>"), ("e", "n</w>"), ("#", "#"),
-]  # fmt: skip
+    ("h", "e"),
+    ("l", "l"),
+    ("he", "ll"),
+    ("hell", "o</w>"),
+    ("w", "o"),
+    ("r", "l"),
+    ("wo", "rl"),
+    ("worl", "d</w>"),
+    ("t", "he</w>"),
+    ("h", "e</w>"),
+    ("a", "n"),
+    ("an", "d</w>"),
+    ("'", "s</w>"),
+    ("Ã", "©"),
+    (".", ".</w>"),
+    ("s", "e"),
+    ("se", "v"),
+    ("sev", "en</w>"),
+    ("e", "n</w>"),
+    ("#", "#"),
+]
 
 PROMPTS = [
-    "", " ", "hello world", "Hello   World", "  hello\t\nworld  ", "a handwritten seven", "the he and hello",
-    "it's we're I'll don't he'd I've I'm", "it's! the 'quoted' word...", "café cafe\u0301 CAFÉ",
-    "Ünïcödé straße ΑΒΓ İ", "日本語の絵",
-    "עברית", "العربية", "🙂🙃 hello 👩‍👩‍👧 🇩🇪",
-    "a1b22c333 2024", "!!! hello! !", "##hash # tag",
+    "",
+    " ",
+    "hello world",
+    "Hello   World",
+    "  hello\t\nworld  ",
+    "a handwritten seven",
+    "the he and hello",
+    "it's we're I'll don't he'd I've I'm",
+    "it's! the 'quoted' word...",
+    "café cafe\u0301 CAFÉ",
+    "Ünïcödé straße ΑΒΓ İ",
+    "日本語の絵",
+    "עברית",
+    "العربية",
+    "🙂🙃 hello 👩‍👩‍👧 🇩🇪",
+    "a1b22c333 2024",
+    "!!! hello! !",
+    "##hash # tag",
     "(best:1.2), [x] {y} _z_",
-    "<|endoftext|> hello", "hello<|startoftext|>world", "<|EndOfText|>", "a\u00a0b\u3000c\u200bd", "\x00\x01 control",
+    "<|endoftext|> hello",
+    "hello<|startoftext|>world",
+    "<|EndOfText|>",
+    "a\u00a0b\u3000c\u200bd",
+    "\x00\x01 control",
     "ﬁ ½ ²",
-    "hello " * 75, "hello " * 76, "hello " * 200, "🙂" * 60, "x" * 500, "the " * 74 + "worlds",
-]  # fmt: skip
+    "hello " * 75,
+    "hello " * 76,
+    "hello " * 200,
+    "🙂" * 60,
+    "x" * 500,
+    "the " * 74 + "worlds",
+]
 
 
 def vocabulary():
@@ -123,9 +162,7 @@ def test_merges_are_used(tmp_path):
     """The vocabulary is not so poor that everything above is bytes."""
     ours = ClipTokenizer.from_folder(write_plain(tmp_path))
     vocab = vocabulary()
-    assert ours.encode("Hello  WORLD")[0][:4].tolist() == [
-        ours.bos, vocab["hello</w>"], vocab["world</w>"], ours.eos,
-    ]  # fmt: skip
+    assert ours.encode("Hello  WORLD")[0][:4].tolist() == [ours.bos, vocab["hello</w>"], vocab["world</w>"], ours.eos]
 
 
 def test_dropped_text_is_returned(tmp_path):
@@ -205,5 +242,7 @@ def test_a_prompt_is_text(tmp_path):
 
 
 def test_imports_no_transformers():
-    code = "import sys, accel.pipeline.tokenizer\nassert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
+    code = (
+        "import sys, accel.pipeline.tokenizer\nassert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

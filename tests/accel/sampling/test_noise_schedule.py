@@ -12,15 +12,24 @@ from accel.sampling import noise_schedule
 from accel.sampling.noise_schedule import NoiseSchedule, add_noise
 
 SD15 = dict(
-    _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-    num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None,
-)  # fmt: skip
+    _class_name="PNDMScheduler",
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    num_train_timesteps=1000,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    trained_betas=None,
+)
 
 
 def test_published_values_of_alpha_bar():
     a = NoiseSchedule.from_config(SD15).alphas_cumprod
-    np.testing.assert_allclose(a[[999, 749, 499, 399, 249]], [0.0046601, 0.0566234, 0.2776694, 0.4260861, 0.6754321],
-                               rtol=2e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        a[[999, 749, 499, 399, 249]], [0.0046601, 0.0566234, 0.2776694, 0.4260861, 0.6754321], rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,8 +57,20 @@ def test_absent_fields_mean_what_they_mean_to_the_scheduler_class():
 
 def test_every_scheduler_field_of_diffusers_is_accounted_for():
     known = noise_schedule._READ | noise_schedule._ONLY.keys() | noise_schedule._ONLY_DPM.keys() | noise_schedule._INERT
-    for name in ("LCM", "DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerDiscrete", "TCD",
-                 "EulerAncestralDiscrete", "UniPCMultistep", "HeunDiscrete", "LMSDiscrete"):  # fmt: skip
+    for name in (
+        "LCM",
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "EulerDiscrete",
+        "TCD",
+        "EulerAncestralDiscrete",
+        "UniPCMultistep",
+        "HeunDiscrete",
+        "LMSDiscrete",
+    ):
         fields = set(inspect.signature(getattr(diffusers, f"{name}Scheduler").__init__).parameters) - {"self"}
         assert fields <= known, (name, fields - known)
 
@@ -65,13 +86,24 @@ def test_reads_what_diffusers_saves(tmp_path, name):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("thresholding", True), ("clip_sample", True), ("use_karras_sigmas", True), ("use_flow_sigmas", True),
-        ("final_sigmas_type", "sigma_min"), ("algorithm_type", "sde-dpmsolver++"), ("solver_order", 3),
-        ("prediction_type", "flow_prediction"), ("beta_schedule", "sigmoid"), ("timestep_spacing", "karras"),
-        ("variance_type", "learned"), ("num_train_timesteps", 0), ("trained_betas", [0.1, 0.2]), ("shift", 3.0),
-        ("lambda_min_clipped", -5.1), ("timestep_type", "continuous"),
+        ("thresholding", True),
+        ("clip_sample", True),
+        ("use_karras_sigmas", True),
+        ("use_flow_sigmas", True),
+        ("final_sigmas_type", "sigma_min"),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("solver_order", 3),
+        ("prediction_type", "flow_prediction"),
+        ("beta_schedule", "sigmoid"),
+        ("timestep_spacing", "karras"),
+        ("variance_type", "learned"),
+        ("num_train_timesteps", 0),
+        ("trained_betas", [0.1, 0.2]),
+        ("shift", 3.0),
+        ("lambda_min_clipped", -5.1),
+        ("timestep_type", "continuous"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_honoured_is_named(field, value):
     with pytest.raises(UserError, match=field):
         NoiseSchedule.from_config({field: value})

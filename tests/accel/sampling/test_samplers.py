@@ -10,20 +10,19 @@ import pytest
 import torch
 
 from accel.errors import UserError
-from accel.sampling.samplers import (
-    SAMPLERS,
-    NoiseSchedule,
-    add_noise,
-    dmd2_timesteps,
-    grid,
-    needs_noise,
-    sample,
-)
+from accel.sampling.samplers import SAMPLERS, NoiseSchedule, add_noise, dmd2_timesteps, grid, needs_noise, sample
 
 SD15 = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, num_train_timesteps=1000,
-    set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None,
-)  # fmt: skip
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    num_train_timesteps=1000,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    trained_betas=None,
+)
 SHAPE = (2, 4, 8, 8)
 
 
@@ -124,11 +123,14 @@ def test_euler_equals_diffusers(steps, spacing, prediction):
     assert_equal(ours, theirs(scheduler, start_noise() * scheduler.init_noise_sigma), tolerance)
 
 
-@pytest.mark.parametrize("name, scheduler", [
-    ("ddim", diffusers.DDIMScheduler),
-    ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
-    ("euler", diffusers.EulerDiscreteScheduler),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, scheduler",
+    [
+        ("ddim", diffusers.DDIMScheduler),
+        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
+        ("euler", diffusers.EulerDiscreteScheduler),
+    ],
+)
 @pytest.mark.parametrize("start", [1, 7, 19])
 def test_image_to_image_equals_diffusers(name, scheduler, start):
     config = SD15 | dict(timestep_spacing="leading")
@@ -144,8 +146,9 @@ def test_image_to_image_equals_diffusers(name, scheduler, start):
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler"])
 def test_zero_terminal_snr_with_v_prediction(name):
-    config = SD15 | dict(timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                         set_alpha_to_one=True)  # fmt: skip
+    config = SD15 | dict(
+        timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True, set_alpha_to_one=True
+    )
     cls = {"ddim": "DDIM", "dpmpp_2m": "DPMSolverMultistep", "euler": "EulerDiscrete"}[name]
     scheduler = getattr(diffusers, f"{cls}Scheduler").from_config(config)
     scheduler.set_timesteps(10)
@@ -163,11 +166,14 @@ def test_zero_terminal_snr_has_no_x0_from_eps():
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name, scheduler", [
-    ("ddim", diffusers.DDIMScheduler),
-    ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
-    ("euler", diffusers.EulerDiscreteScheduler),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, scheduler",
+    [
+        ("ddim", diffusers.DDIMScheduler),
+        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
+        ("euler", diffusers.EulerDiscreteScheduler),
+    ],
+)
 def test_grids_equal_diffusers_for_every_step_count(name, scheduler, spacing):
     config = SD15 | dict(timestep_spacing=spacing)
     scheduler, schedule = scheduler.from_config(config), NoiseSchedule.from_config(config)
@@ -232,8 +238,15 @@ def test_dtype_is_kept_and_the_input_left_alone(name, dtype):
         assert isinstance(t, (int, float)) and x.dtype == dtype
         return toy(x, t)
 
-    result = sample(name, model, x, NoiseSchedule.from_config(SD15), 3,
-                    noise=lambda i: before, callback=lambda i, t, x: seen.append((i, t, x)))  # fmt: skip
+    result = sample(
+        name,
+        model,
+        x,
+        NoiseSchedule.from_config(SD15),
+        3,
+        noise=lambda i: before,
+        callback=lambda i, t, x: seen.append((i, t, x)),
+    )
     assert result.dtype == dtype and (x == before).all() and np.isfinite(result).all()
     assert [s[0] for s in seen] == [0, 1, 2] and seen[-1][2] is result
     assert [s[1] for s in seen] == grid(name, NoiseSchedule.from_config(SD15), 3)
@@ -243,8 +256,9 @@ def test_dtype_is_kept_and_the_input_left_alone(name, dtype):
 def test_restarting_from_a_step_continues_the_same_run(name):
     """Not 2M, whose second order needs the step before: its first restarted step is first order."""
     schedule, drawn, states = NoiseSchedule.from_config(SD15), noises(6), []
-    full = sample(name, toy, start_noise(), schedule, 6, noise=drawn.__getitem__,
-                  callback=lambda i, t, x: states.append(x))  # fmt: skip
+    full = sample(
+        name, toy, start_noise(), schedule, 6, noise=drawn.__getitem__, callback=lambda i, t, x: states.append(x)
+    )
     again = sample(name, toy, states[2], schedule, 6, noise=drawn.__getitem__, start=3)
     assert_equal(again, full, 1e-6)
 
@@ -290,17 +304,20 @@ def test_impossible_step_counts(name, steps):
         sample(name, toy, start_noise(), NoiseSchedule.from_config(SD15), steps)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(timesteps=[]), "fall strictly"),
-    (dict(timesteps=[499, 499]), "fall strictly"),
-    (dict(timesteps=[249, 499]), "fall strictly"),
-    (dict(timesteps=[1000, 499]), "leave the schedule"),
-    (dict(timesteps=[499, -1]), "leave the schedule"),
-    (dict(timesteps=[999, 499], steps=4), "2 timesteps"),
-    (dict(steps=4, start=4), "start"),
-    (dict(steps=4, start=-1), "start"),
-    (dict(steps=4, eta=0.5), "no option eta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(timesteps=[]), "fall strictly"),
+        (dict(timesteps=[499, 499]), "fall strictly"),
+        (dict(timesteps=[249, 499]), "fall strictly"),
+        (dict(timesteps=[1000, 499]), "leave the schedule"),
+        (dict(timesteps=[499, -1]), "leave the schedule"),
+        (dict(timesteps=[999, 499], steps=4), "2 timesteps"),
+        (dict(steps=4, start=4), "start"),
+        (dict(steps=4, start=-1), "start"),
+        (dict(steps=4, eta=0.5), "no option eta"),
+    ],
+)
 def test_wrong_use(options, message):
     with pytest.raises(UserError, match=message):
         sample("euler", toy, start_noise(), NoiseSchedule.from_config(SD15), **options)

@@ -374,7 +374,9 @@ dist.destroy_process_group()
         if damage:
             (folder / damage).write_bytes(b"x")
         done = subprocess.run(
-            [*launch, str(data.root), str(sd15), str(folder)], capture_output=True, text=True,
+            [*launch, str(data.root), str(sd15), str(folder)],
+            capture_output=True,
+            text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr

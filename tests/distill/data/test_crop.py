@@ -60,7 +60,6 @@ def test_the_centre_is_torchvisions():
         assert drawn(4, width, 4, 0, center=True, flip=False) == Placement((4, width), 0, left, False)
 
 
-
 def test_all_corners_and_both_directions_are_drawn_evenly():
     counts: dict[tuple[int, bool], int] = {}
     for seed in range(3000):

@@ -39,8 +39,16 @@ def pictures(six_pictures) -> Path:
 
 def recipe(make, source: Path, pictures: Path, **fields) -> recipes.Recipe:
     common: dict = dict(
-        model=str(source), data=str(pictures), resolution=64, steps=2, batch=2, checkpoint_every=2, sample_every=2,
-        sample_steps=1, sample_prompts="the cat", log="none",
+        model=str(source),
+        data=str(pictures),
+        resolution=64,
+        steps=2,
+        batch=2,
+        checkpoint_every=2,
+        sample_every=2,
+        sample_steps=1,
+        sample_prompts="the cat",
+        log="none",
     )
     return recipes.changed(make(), **common | fields)
 

@@ -20,7 +20,7 @@ from accel.models.topology import topology
 
 TEACHER = DIGITS / "teacher"
 TINY = train_digits.Settings(
-    steps=2, batch=4, text_steps=2, text_batch=4, vae_steps=2, vae_batch=4, classifier_steps=2, classifier_batch=4,
+    steps=2, batch=4, text_steps=2, text_batch=4, vae_steps=2, vae_batch=4, classifier_steps=2, classifier_batch=4
 )
 
 

@@ -189,12 +189,20 @@ def test_full_size_network_has_the_published_number_of_parameters():
 def test_full_size_network_is_that_of_the_published_consistency_models():
     """Their ImageNet 64 x 64 config (openai/diffusers-cd_imagenet64_l2), field by field as diffusers fills it up."""
     published = dict(
-        sample_size=64, in_channels=3, out_channels=3, layers_per_block=3, num_class_embeds=1000,
-        block_out_channels=[192, 384, 576, 768], attention_head_dim=64,
+        sample_size=64,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=3,
+        num_class_embeds=1000,
+        block_out_channels=[192, 384, 576, 768],
+        attention_head_dim=64,
         down_block_types=["ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3],
-        up_block_types=[*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"], resnet_time_scale_shift="scale_shift",
-        attn_norm_num_groups=32, upsample_type="resnet", downsample_type="resnet",
-    )  # fmt: skip
+        up_block_types=[*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"],
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=32,
+        upsample_type="resnet",
+        downsample_type="resnet",
+    )
     with torch.device("meta"):
         ours, theirs = (dict(UNet2DModel(**config).config) for config in (preconditioning.unet_config(), published))
     hidden = "_use_default_values"
@@ -232,8 +240,12 @@ def test_bottleneck_is_the_encoders_last_state_of_the_full_pass(net):
 
 def test_bottleneck_runs_neither_middle_nor_decoder_and_its_gradient_stays_in_the_encoder(net):
     unet, calls = net.unet, []
-    rest = {"mid_block": unet.mid_block, "up_blocks": unet.up_blocks, "conv_norm_out": unet.conv_norm_out,
-            "conv_out": unet.conv_out}  # fmt: skip
+    rest = {
+        "mid_block": unet.mid_block,
+        "up_blocks": unet.up_blocks,
+        "conv_norm_out": unet.conv_norm_out,
+        "conv_out": unet.conv_out,
+    }
     inner = [module for part in rest.values() for module in part.modules()]
     hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in inner]
     x, sigma, labels = noisy()

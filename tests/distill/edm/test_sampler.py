@@ -159,7 +159,9 @@ def test_network_is_called_twice_a_step_but_once_in_the_last():
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    config = preconditioning.unet_config(size=16, width=32, multipliers=(1, 2), layers=1, attention=(8,), head_width=16, classes=10)
+    config = preconditioning.unet_config(
+        size=16, width=32, multipliers=(1, 2), layers=1, attention=(8,), head_width=16, classes=10
+    )
     return preconditioning.Preconditioned(UNet2DModel(**config)).eval()
 
 

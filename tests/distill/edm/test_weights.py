@@ -397,11 +397,16 @@ def test_files_that_hold_no_network_are_refused(tmp_path):
     whole = published(TWO)
     torch.save(whole | {"model.map_layer1.bias": torch.zeros(7)}, tmp_path / "shape.pt")
     cases = {
-        "absent.bin": "no such file", "noise.bin": "it is no file of torch", "empty.pt": "cannot be read",
-        "noise.safetensors": "cannot be read", "half.pt": "cannot be read",
-        "list.pt": "no table of tensors", "numbers.pt": "no table of tensors",
-        "other.pt": "not the weights of EDM", "shape.pt": r"shape \[7\] where \[512\] belongs",
-    }  # fmt: skip
+        "absent.bin": "no such file",
+        "noise.bin": "it is no file of torch",
+        "empty.pt": "cannot be read",
+        "noise.safetensors": "cannot be read",
+        "half.pt": "cannot be read",
+        "list.pt": "no table of tensors",
+        "numbers.pt": "no table of tensors",
+        "other.pt": "not the weights of EDM",
+        "shape.pt": r"shape \[7\] where \[512\] belongs",
+    }
     for name, said in cases.items():
         with pytest.raises(UserError, match=said):
             edm_weights.load(tmp_path / name)

@@ -53,10 +53,15 @@ def coco(monkeypatch):
         return np.stack([np.asarray(image, np.float64).mean((0, 1)) / 255 for image in images])
 
     small = dataclasses.replace(
-        protocols.BK_SDM_COCO30K, images=4, size=64, reference_images=3, dtype="fp32", seed=5,
+        protocols.BK_SDM_COCO30K,
+        images=4,
+        size=64,
+        reference_images=3,
+        dtype="fp32",
+        seed=5,
         sampling=Sampling(sampler="pndm", steps=2, guidance=7.5),
         metrics=(Metric(name="FID", kind="frechet", extractor="coarse", prepare=Preparation(size=32, jpeg=True)),),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(metrics, "EXTRACTORS", {"coarse": (lambda device: see, "numpy", "numpy")})
     monkeypatch.setattr(protocols, "PROTOCOLS", MappingProxyType({small.id: small}))
     return small
@@ -149,9 +154,11 @@ def test_another_request_in_the_same_folder_is_refused_and_costs_nothing(made, n
     out, result = made
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for change, words in (
-        ({"steps": 3}, "steps was 2 and is 3"), ({"guidance": 0}, "guidance was 3.0 and is 0.0"),
-        ({"sampler": "euler"}, "sampler was dpmpp_2m and is euler"), ({"options": {"dtype": "bf16"}}, "dtype was fp32"),
-    ):  # fmt: skip
+        ({"steps": 3}, "steps was 2 and is 3"),
+        ({"guidance": 0}, "guidance was 3.0 and is 0.0"),
+        ({"sampler": "euler"}, "sampler was dpmpp_2m and is euler"),
+        ({"options": {"dtype": "bf16"}}, "dtype was fp32"),
+    ):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate("digits", "digits", out, **FAST | change)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -177,10 +184,13 @@ def test_ctrl_c_keeps_finished_pictures_and_the_next_run_goes_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "accel", "evaluate", "digits", "--steps", "4", "--batch", "1", "--out", out]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # A suite that was started in the background ignores Ctrl-C, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not (out / "pictures" / "00001.png").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -287,9 +297,13 @@ def test_pndm_is_diffusers_own_pipeline_from_the_pictures_own_seed(coco, real, s
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler).__name__ == "PNDMScheduler"
     image = pipeline(
-        "the dog, sitting", num_inference_steps=2, guidance_scale=7.5, height=64, width=64,
+        "the dog, sitting",
+        num_inference_steps=2,
+        guidance_scale=7.5,
+        height=64,
+        width=64,
         generator=torch.Generator().manual_seed(5 + 1),
-    ).images[0]  # fmt: skip
+    ).images[0]
     image.save(tmp_path / "wanted.jpg")
     wanted = np.asarray(Image.open(tmp_path / "wanted.jpg")).astype(int)
     assert np.abs(pictures(tmp_path / "out")[1] - wanted).mean() < 0.5
@@ -324,7 +338,7 @@ def test_a_bundles_precision_is_a_part_of_the_name_where_the_protocol_fixes_one(
         ("a.csv", '\ufefftext\n"a cat,\nand ""a"" dog"\n', ['a cat,\nand "a" dog']),
         ("a.txt", "a cat, red\na dog\n", ["a cat, red", "a dog"]),
     ],
-)  # fmt: skip
+)
 def test_captions_are_read(tmp_path, name, text, captions):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert evaluate.read_captions(tmp_path / name) == captions
@@ -334,10 +348,13 @@ def test_captions_are_read(tmp_path, name, text, captions):
     ("name", "content", "words"),
     [
         ("a.csv", b"file_name,text\n1.jpg,a cat\n2.jpg,\n", "line 3: the caption is empty"),
-        ("a.csv", b"file_name,text\n1.jpg\n", "line 2"), ("a.csv", b"", "no column"), ("a.csv", b"x\ny\n", "no column"),
-        ("a.txt", b"a cat\n\na dog\n", "line 2"), ("a.csv", b"a,text\n1,\xff\n", "UTF-8"),
+        ("a.csv", b"file_name,text\n1.jpg\n", "line 2"),
+        ("a.csv", b"", "no column"),
+        ("a.csv", b"x\ny\n", "no column"),
+        ("a.txt", b"a cat\n\na dog\n", "line 2"),
+        ("a.csv", b"a,text\n1,\xff\n", "UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_captions_that_cannot_be_used_name_the_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
@@ -386,14 +403,22 @@ def test_another_rank_says_that_its_pictures_are_there(made, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--protocol", "coco"], ["coco", "bk-sdm-coco30k"]), (["--limit", "1"], ["limit = 1", "500"]),
-        (["--limit", "501"], ["501", "500"]), (["--steps", "0"], ["steps"]), (["--guidance", "nan"], ["guidance"]),
-        (["--sampler", "ddpm"], ["ddpm"]), (["--batch", "0"], ["batch"]), (["--engine", "openvino"], ["accel export"]),
-        (["--threads", "2"], ["threads"]), (["--dtype", "fp8"], ["fp8"]), (["--device", "toaster"], ["toaster"]),
-        (["--captions", "x.csv"], ["prompts of its own"]), (["--reference", "x"], ["real pictures of its own"]),
+        (["--protocol", "coco"], ["coco", "bk-sdm-coco30k"]),
+        (["--limit", "1"], ["limit = 1", "500"]),
+        (["--limit", "501"], ["501", "500"]),
+        (["--steps", "0"], ["steps"]),
+        (["--guidance", "nan"], ["guidance"]),
+        (["--sampler", "ddpm"], ["ddpm"]),
+        (["--batch", "0"], ["batch"]),
+        (["--engine", "openvino"], ["accel export"]),
+        (["--threads", "2"], ["threads"]),
+        (["--dtype", "fp8"], ["fp8"]),
+        (["--device", "toaster"], ["toaster"]),
+        (["--captions", "x.csv"], ["prompts of its own"]),
+        (["--reference", "x"], ["real pictures of its own"]),
         (["--protocol", "bk-sdm-coco30k"], ["30000 captions", "metadata.csv"]),
     ],
-)  # fmt: skip
+)
 def test_a_request_that_cannot_be_met_says_why_and_makes_nothing(args, words, tmp_path, capsys):
     assert main(["evaluate", "digits", "--out", str(tmp_path / "out"), *args]) == 1
     err = capsys.readouterr().err

@@ -113,10 +113,13 @@ def test_clip_score_is_the_cosine_that_transformers_clip_computes():
 
     torch.manual_seed(0)
     small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = CLIPModel(CLIPConfig(
-        text_config=dict(small, vocab_size=50, max_position_embeddings=8, eos_token_id=49, bos_token_id=48),
-        vision_config=dict(small, image_size=16, patch_size=8), projection_dim=24,
-    )).eval()  # fmt: skip
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=dict(small, vocab_size=50, max_position_embeddings=8, eos_token_id=49, bos_token_id=48),
+            vision_config=dict(small, image_size=16, patch_size=8),
+            projection_dim=24,
+        )
+    ).eval()
     ids, pixels = torch.randint(0, 48, (5, 8)), torch.randn(5, 3, 16, 16)
     ids[:, -1] = 49
     with torch.no_grad():
@@ -167,9 +170,7 @@ def test_dmd2_crops_the_middle_and_resizes_with_lanczos(width, height):
 
 def test_a_patch_is_cut_and_not_resized_and_a_picture_that_is_smaller_stays_whole():
     source = picture(2, 400, 310)
-    assert np.array_equal(
-        np.asarray(metrics.prepare(source, Preparation(crop=299))), np.asarray(source)[6:305, 50:349]
-    )
+    assert np.array_equal(np.asarray(metrics.prepare(source, Preparation(crop=299))), np.asarray(source)[6:305, 50:349])
     assert metrics.prepare(picture(2, 200, 310), Preparation(crop=299)).size == (200, 310)
 
 
@@ -211,11 +212,11 @@ def test_a_distance_is_measured_in_batches_on_prepared_pictures(coarse, tmp_path
     assert {size for batch in coarse for size in batch} == {(32, 32)} and len(coarse) == 4
     assert shares == sorted(shares) and shares[-1] == 1
     means = {
-        kind: np.stack([
-            np.asarray(metrics.prepare(Image.open(path), metric.prepare), float).mean((0, 1)) / 255 for path in paths
-        ])
+        kind: np.stack(
+            [np.asarray(metrics.prepare(Image.open(path), metric.prepare), float).mean((0, 1)) / 255 for path in paths]
+        )
         for kind, paths in files.items()
-    }  # fmt: skip
+    }
     assert found["value"] == pytest.approx(metrics.frechet_distance(means["made"], means["real"]))
     known = metrics.statistics(means["real"])
     assert metrics.measure(metric, files["made"], [], known, "cpu")["value"] == pytest.approx(found["value"])
@@ -236,9 +237,10 @@ def test_a_clip_score_reads_prefixed_captions_in_the_order_of_the_pictures(monke
         return by_number(int(text.rpartition(" ")[2]) for text in texts)
 
     monkeypatch.setattr(
-        metrics, "open_clip",
+        metrics,
+        "open_clip",
         lambda weights, device: (lambda images: by_number(image.getpixel((0, 0))[0] for image in images), read),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     metric = Metric(name="CLIP", kind="clip_score", extractor="w", prefix="A photo depicts ")
     captions = [f"thing {index}" for index in range(70)]

@@ -60,11 +60,15 @@ def test_an_unknown_protocol_names_the_known_ones():
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ({}, "p"), ({"steps": 4}, "p"), ({"sampler": "dmd2", "guidance": 0}, "p"), ({"steps": 2}, "p[steps=2]"),
-        ({"guidance": 7.5}, "p[guidance=7.5]"), ({"sampler": "ddim"}, "p[sampler=ddim]"),
+        ({}, "p"),
+        ({"steps": 4}, "p"),
+        ({"sampler": "dmd2", "guidance": 0}, "p"),
+        ({"steps": 2}, "p[steps=2]"),
+        ({"guidance": 7.5}, "p[guidance=7.5]"),
+        ({"sampler": "ddim"}, "p[sampler=ddim]"),
         ({"sampler": "ddim", "steps": 25, "guidance": 3}, "p[sampler=ddim,steps=25,guidance=3]"),
     ],
-)  # fmt: skip
+)
 def test_the_name_carries_what_was_changed_and_only_that(flags, name):
     used = overridden(BASE, **flags)
     assert full_id("p", sampling_changes(BASE, used)) == name
@@ -81,9 +85,13 @@ def test_the_models_own_timesteps_stay_unless_the_grid_changes():
 
 
 @given(
-    st.sampled_from(SAMPLER_NAMES), st.integers(1, 100), st.floats(0, 20),
-    st.sampled_from([None, *SAMPLER_NAMES]), st.none() | st.integers(1, 100), st.none() | st.floats(0, 20),
-)  # fmt: skip
+    st.sampled_from(SAMPLER_NAMES),
+    st.integers(1, 100),
+    st.floats(0, 20),
+    st.sampled_from([None, *SAMPLER_NAMES]),
+    st.none() | st.integers(1, 100),
+    st.none() | st.floats(0, 20),
+)
 @settings(deadline=None)
 def test_what_differs_is_named_and_what_is_named_differs(sampler, steps, guidance, other, count, scale):
     flags = (other, count, scale)
@@ -96,9 +104,15 @@ def test_what_differs_is_named_and_what_is_named_differs(sampler, steps, guidanc
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [({"sampler": "ddpm"}, "ddpm"), ({"steps": 0}, "steps"), ({"steps": True}, "steps"), ({"guidance": -1}, "guidance"),
-     ({"guidance": float("nan")}, "guidance"), ({"guidance": float("inf")}, "guidance")],
-)  # fmt: skip
+    [
+        ({"sampler": "ddpm"}, "ddpm"),
+        ({"steps": 0}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(flags, word):
     with pytest.raises(UserError, match=word) as error:
         overridden(BASE, **flags)
@@ -115,12 +129,19 @@ def test_the_shipped_constants_are_read():
 @pytest.mark.parametrize(
     "constants",
     [
-        None, [], {}, {"name": "dpmpp_2m"}, {"name": "x", "steps": 1, "guidance": 0},
-        {"name": "ddim", "steps": 0, "guidance": 0}, {"name": "ddim", "steps": 1, "guidance": "3"},
-        {"name": "ddim", "steps": 1, "guidance": float("nan")}, {"name": "dmd2", "timesteps": [], "guidance": 0},
-        {"name": "dmd2", "timesteps": ["999"], "guidance": 0}, {"name": "dmd2", "timesteps": 999, "guidance": 0},
+        None,
+        [],
+        {},
+        {"name": "dpmpp_2m"},
+        {"name": "x", "steps": 1, "guidance": 0},
+        {"name": "ddim", "steps": 0, "guidance": 0},
+        {"name": "ddim", "steps": 1, "guidance": "3"},
+        {"name": "ddim", "steps": 1, "guidance": float("nan")},
+        {"name": "dmd2", "timesteps": [], "guidance": 0},
+        {"name": "dmd2", "timesteps": ["999"], "guidance": 0},
+        {"name": "dmd2", "timesteps": 999, "guidance": 0},
     ],
-)  # fmt: skip
+)
 def test_constants_that_make_no_sense_name_their_file(constants):
     with pytest.raises(UserError, match=r"folder/sampler\.json"):
         sampling_of(constants, "folder/sampler.json")

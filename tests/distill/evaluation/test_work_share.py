@@ -45,19 +45,26 @@ def test_every_picture_is_made_by_one_process(world, count):
 @pytest.mark.parametrize(
     ("environment", "shard"),
     [
-        ({}, Shard(0, 1, 0)), ({"RANK": "3", "WORLD_SIZE": "8"}, Shard(3, 8, 3)),
+        ({}, Shard(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, Shard(3, 8, 3)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(5, 8, 1)),
     ],
-)  # fmt: skip
+)
 def test_the_launchers_variables_are_read(environment, shard):
     assert shard_of(environment) == shard
 
 
 @pytest.mark.parametrize(
     "environment",
-    [{"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"},
-     {"RANK": "a", "WORLD_SIZE": "2"}, {"LOCAL_RANK": ""}],
-)  # fmt: skip
+    [
+        {"RANK": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"},
+        {"RANK": "a", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": ""},
+    ],
+)
 def test_variables_that_do_not_fit_are_refused(environment):
     with pytest.raises(UserError, match="RANK|WORLD_SIZE") as error:
         shard_of(environment)

@@ -36,8 +36,21 @@ def model(tmp_path_factory):
 
 def recipe(model, **fields):
     common = dict(
-        model=str(model), data="digits", resolution=16, random_flip=False, cache="none", steps=4, batch=2, ratio=2,
-        few_steps=1, real_guidance=1.0, learning_rate=1e-4, ema=0.9, checkpoint_every=2, sample_every=0, log="none",
+        model=str(model),
+        data="digits",
+        resolution=16,
+        random_flip=False,
+        cache="none",
+        steps=4,
+        batch=2,
+        ratio=2,
+        few_steps=1,
+        real_guidance=1.0,
+        learning_rate=1e-4,
+        ema=0.9,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
     )
     return recipes.changed(recipes.dmd2(), **common | fields)
 
@@ -147,10 +160,11 @@ def test_a_column_of_numbers_is_one_of_classes(tmp_path, six_pictures):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (dict(real_guidance=2.0), "no unconditional"), (dict(teacher="nowhere"), "no folder of an EDM model"),
+        (dict(real_guidance=2.0), "no unconditional"),
+        (dict(teacher="nowhere"), "no folder of an EDM model"),
         (dict(timesteps="1200"), "do not fall"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said(model, fields, said):
     with pytest.raises(UserError, match=said):
         method(model, **fields)

@@ -13,8 +13,14 @@ def unet(name: str) -> UNet2DConditionModel:
     torch.manual_seed(0)
     if name == "sdxl":
         config = narrowed(
-            name, (8, 16, 16), sample_size=8, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=(2, 4, 4),
-            addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+            name,
+            (8, 16, 16),
+            sample_size=8,
+            cross_attention_dim=16,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4, 4),
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
             transformer_layers_per_block=(1, 1, 2),
         )
     else:
@@ -34,9 +40,10 @@ def arguments(model: UNet2DConditionModel, size: int = 16) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "parameters"), [(1280, 32, 104_874_241), (1280, 8, 52_437_761), (768, 8, 18_879_745)],
+    ("channels", "size", "parameters"),
+    [(1280, 32, 104_874_241), (1280, 8, 52_437_761), (768, 8, 18_879_745)],
     ids=["sdxl", "sd15", "edm"],
-)  # fmt: skip
+)
 def test_head_has_the_published_size(channels, size, parameters):
     with torch.device("meta"):
         made = gan.head(channels, size)

@@ -35,8 +35,19 @@ def diffusion(kind: str) -> Diffusion:
 
 def recipe(model: Path, **fields) -> recipes.DMD2:
     common: dict = dict(
-        model=str(model), data="digits", resolution=64, random_flip=False, cache="none", steps=4, batch=2, ratio=2,
-        learning_rate=1e-4, ema=0.9, checkpoint_every=2, sample_every=0, log="none",
+        model=str(model),
+        data="digits",
+        resolution=64,
+        random_flip=False,
+        cache="none",
+        steps=4,
+        batch=2,
+        ratio=2,
+        learning_rate=1e-4,
+        ema=0.9,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
     )
     return recipes.changed(recipes.dmd2(), **common | fields)
 
@@ -49,9 +60,13 @@ def method(model: Path, **fields) -> DMD2:
 
 def batch_of(made: DMD2, size: int = 2) -> dict:
     examples = Examples(
-        open_data("digits"), seed=0, resolution=64, center_crop=True, random_flip=False,
+        open_data("digits"),
+        seed=0,
+        resolution=64,
+        center_crop=True,
+        random_flip=False,
         size_conditioning=made.encoders.sdxl,
-    )  # fmt: skip
+    )
     return encoded(next(loader(examples, batch=size)), made.encoders)
 
 
@@ -122,8 +137,17 @@ def test_timesteps_by_name(fields):
     assert timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000) == wanted
 
 
-@pytest.mark.parametrize("fields", [dict(timesteps="249,999"), dict(timesteps="a"), dict(timesteps="1000"),
-                                    dict(few_steps=0), dict(timesteps="500,500"), dict(few_steps=2000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(timesteps="249,999"),
+        dict(timesteps="a"),
+        dict(timesteps="1000"),
+        dict(few_steps=0),
+        dict(timesteps="500,500"),
+        dict(few_steps=2000),
+    ],
+)
 def test_timesteps_that_cannot_be_are_errors_for_people(fields):
     with pytest.raises(UserError, match="step"):
         timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000)
@@ -170,8 +194,15 @@ def test_a_batch_of_all_steps_is_those_of_one_step_put_together(sd15):
         lambda module, given: calls.append((int(given[1][0]), len(given[0]), torch.is_grad_enabled()))
     )
     together = made.draw(batch, last)
-    assert calls == [(999, 2, True), (999, 6, False), (749, 2, True), (749, 4, False), (499, 2, True), (499, 2, False),
-                     (249, 2, True)]  # fmt: skip
+    assert calls == [
+        (999, 2, True),
+        (999, 6, False),
+        (749, 2, True),
+        (749, 4, False),
+        (499, 2, True),
+        (499, 2, False),
+        (249, 2, True),
+    ]
     for number in range(4):
         alone = made.draw(batch, [number] * 8)
         rows = [row for row, step in enumerate(last) if step == number]
@@ -300,8 +331,10 @@ def test_a_run_its_result_and_its_resume(sd15, tmp_path):
     torch.set_num_threads(1)
     execute(recipe(sd15), tmp_path / "straight")
     assert json.loads((tmp_path / "straight/sampler.json").read_text()) == {
-        "name": "dmd2", "timesteps": [999, 749, 499, 249], "guidance": 0.0,
-    }  # fmt: skip
+        "name": "dmd2",
+        "timesteps": [999, 749, 499, 249],
+        "guidance": 0.0,
+    }
     assert str(sd15) not in (tmp_path / "straight/unet/config.json").read_text()  # where it was trained
     lines = [json.loads(line) for line in (tmp_path / "straight-run/losses.jsonl").read_text().splitlines()]
     assert ["generator/loss" in line for line in lines] == [True, False, True, False]
@@ -407,8 +440,9 @@ def test_what_is_frozen_is_shared(sd15, ranks, bases):
     assert len(found) == bases
     batch = batch_of(made)
     for turn, learns, rests in (
-        (made.turns[0], made.generator, made.critic), (made.turns[1], made.critic, made.generator)
-    ):  # fmt: skip
+        (made.turns[0], made.generator, made.critic),
+        (made.turns[1], made.critic, made.generator),
+    ):
         made.loss(turn, batch, 0)[0].backward()
         reached = gradients(learns)
         # A of a fresh adapter has no gradient while B is zero; the others have one.
@@ -476,10 +510,11 @@ def test_gradient_checkpointing_of_whole_networks(sd15, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (dict(rank=-1), "cannot be"), (dict(rank=2, targets="nothing"), "no layer"),
+        (dict(rank=-1), "cannot be"),
+        (dict(rank=2, targets="nothing"), "no layer"),
         (dict(rank=2, offload_teacher=True), "shares its weights"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said(sd15, fields, said):
     with pytest.raises(UserError, match=said):
         method(sd15, **fields)

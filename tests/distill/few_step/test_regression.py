@@ -23,8 +23,19 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 def recipe(model, **fields):
     common = dict(
-        model=str(model), data="digits", resolution=64, random_flip=False, steps=3, batch=16, learning_rate=1e-3,
-        pair_count=70, pair_steps=2, pair_guidance=2.0, checkpoint_every=10, sample_every=0, log="none",
+        model=str(model),
+        data="digits",
+        resolution=64,
+        random_flip=False,
+        steps=3,
+        batch=16,
+        learning_rate=1e-3,
+        pair_count=70,
+        pair_steps=2,
+        pair_guidance=2.0,
+        checkpoint_every=10,
+        sample_every=0,
+        log="none",
     )
     return recipes.changed(recipes.regress(), **common | fields)
 
@@ -44,9 +55,14 @@ def test_a_pair_is_what_diffusers_makes_of_its_noise(made):
     pipeline = StableDiffusionPipeline.from_pretrained(encoders.source.path, safety_checker=None)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     wanted = pipeline(
-        row["caption"], latents=row["z"], num_inference_steps=2, guidance_scale=2.0, output_type="latent",
-        height=64, width=64,
-    ).images  # fmt: skip
+        row["caption"],
+        latents=row["z"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        output_type="latent",
+        height=64,
+        width=64,
+    ).images
     assert torch.allclose(row["latent_mean"], wanted, atol=2e-3 * float(wanted.abs().max()))
     assert row["z"].std().item() == pytest.approx(1, abs=0.1)
 
@@ -87,9 +103,18 @@ def test_the_warm_up_lowers_the_error_and_its_result_is_a_one_step_student(sd15,
     assert json.loads((tmp_path / "out/sampler.json").read_text())["timesteps"] == [999]
     # And DMD2 goes on from it.
     dmd2 = recipes.changed(
-        recipes.dmd2(), model=str(tmp_path / "out"), teacher=str(sd15), data="digits", resolution=64, few_steps=1,
-        cache="none", steps=1, batch=2, sample_every=0, log="none",
-    )  # fmt: skip
+        recipes.dmd2(),
+        model=str(tmp_path / "out"),
+        teacher=str(sd15),
+        data="digits",
+        resolution=64,
+        few_steps=1,
+        cache="none",
+        steps=1,
+        batch=2,
+        sample_every=0,
+        log="none",
+    )
     execute(dmd2, tmp_path / "next")
     assert set(load_file(tmp_path / "next" / UNET)) == set(load_file(tmp_path / "out" / UNET))
 
@@ -104,9 +129,13 @@ def test_pseudo_huber_is_the_distance_far_from_zero():
 
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
-    [(dict(loss="l7"), UserError, "unknown loss"), (dict(timestep=1000), UserError, "timestep 1000"),
-     (dict(loss="lpips"), MissingPackage, "lpips"), (dict(pair_count=0), UserError, "pair-count")],
-)  # fmt: skip
+    [
+        (dict(loss="l7"), UserError, "unknown loss"),
+        (dict(timestep=1000), UserError, "timestep 1000"),
+        (dict(loss="lpips"), MissingPackage, "lpips"),
+        (dict(pair_count=0), UserError, "pair-count"),
+    ],
+)
 def test_what_cannot_be_is_said(sd15, tmp_path, fields, error, said):
     with pytest.raises(error, match=said):
         execute(recipe(sd15, **fields), tmp_path / "out")

@@ -40,10 +40,23 @@ def subject(tmp_path_factory) -> Path:
 
 def tiny(model: Path | str = "", subject: Path | str = "", **fields) -> recipes.DreamBooth:
     common: dict = dict(
-        model=str(model), data=str(subject), instance_prompt="the q dog", class_prompt="the dog", resolution=64,
-        cache="none", steps=3, class_images=5, class_batch=2, sample_steps=2, rank=4, alpha=4.0, checkpoint_every=2,
-        sample_every=0, log="none", seed=7,
-    )  # fmt: skip
+        model=str(model),
+        data=str(subject),
+        instance_prompt="the q dog",
+        class_prompt="the dog",
+        resolution=64,
+        cache="none",
+        steps=3,
+        class_images=5,
+        class_batch=2,
+        sample_steps=2,
+        rank=4,
+        alpha=4.0,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
+        seed=7,
+    )
     return recipes.changed(recipes.dreambooth(), **common | fields)
 
 
@@ -92,8 +105,10 @@ def test_a_rare_word_of_many_tokens_is_noticed(tokenizers):
 
 def test_the_learning_rate_follows_the_rank_unless_it_is_given(sd15):
     encoders = Encoders(open_source(sd15))
-    rates = [dreambooth.settled(tiny(**fields), encoders).learning_rate
-             for fields in ({}, {"rank": 0}, {"rank": 0, "learning_rate": 3e-5})]  # fmt: skip
+    rates = [
+        dreambooth.settled(tiny(**fields), encoders).learning_rate
+        for fields in ({}, {"rank": 0}, {"rank": 0, "learning_rate": 3e-5})
+    ]
     assert rates == [1e-4, 1e-6, 3e-5]
     assert dreambooth.settled(tiny(), encoders).sample_prompts == "the q dog|the dog"
 
@@ -111,8 +126,11 @@ def test_the_loss_is_instance_plus_weighted_prior(sd15):
     """Equation 2: each half is a mean of its own, whatever the halves' sizes."""
     method = Denoising(tiny(sd15, rank=0, prior_weight=0.3, snr_gamma=5.0), Encoders(open_source(sd15)))
     generator = torch.Generator().manual_seed(0)
-    rows = {"latent_mean": torch.randn(3, 4, 16, 16, generator=generator), "latent_std": torch.ones(3, 4, 16, 16),
-            "context": torch.randn(3, 77, 32, generator=generator)}  # fmt: skip
+    rows = {
+        "latent_mean": torch.randn(3, 4, 16, 16, generator=generator),
+        "latent_std": torch.ones(3, 4, 16, 16),
+        "context": torch.randn(3, 77, 32, generator=generator),
+    }
     one = {"index": [0], **{key: value[:1] for key, value in rows.items()}}
     other = {"index": [dreambooth.PRIOR, dreambooth.PRIOR + 1], **{key: value[1:] for key, value in rows.items()}}
     with torch.no_grad():

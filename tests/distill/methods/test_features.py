@@ -19,8 +19,14 @@ def teachers():
         "sd15", (8, 16, 24, 24), sample_size=16, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=4
     )
     sdxl = narrowed(
-        "sdxl", (8, 16, 24), sample_size=8, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=(2, 4, 4),
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+        "sdxl",
+        (8, 16, 24),
+        sample_size=8,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=(2, 4, 4),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
     )
     return {"sd15": UNet2DConditionModel(**sd15), "sdxl": UNet2DConditionModel(**sdxl)}
 
@@ -33,9 +39,14 @@ def call(model: Tapped):
 
 
 COUNTS = {
-    ("base", "nota"): 8, ("base", "segmind"): 9, ("small", "nota"): 8, ("tiny", "nota"): 6, ("tiny", "segmind"): 6,
-    ("ssd-1b", "layers"): 26, ("vega", "layers"): 26,
-}  # fmt: skip
+    ("base", "nota"): 8,
+    ("base", "segmind"): 9,
+    ("small", "nota"): 8,
+    ("tiny", "nota"): 6,
+    ("tiny", "segmind"): 6,
+    ("ssd-1b", "layers"): 26,
+    ("vega", "layers"): 26,
+}
 
 
 @pytest.mark.parametrize("name", SETS)

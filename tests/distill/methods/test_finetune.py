@@ -27,8 +27,17 @@ def pictures(tmp_path_factory) -> Path:
 
 def finetune(source: Path, pictures: Path, **fields) -> recipes.Finetune:
     common: dict = dict(
-        model=str(source), data=str(pictures), resolution=64, cache="none", steps=30, batch=4, learning_rate=3e-3,
-        checkpoint_every=100, sample_every=0, log="none", seed=1,
+        model=str(source),
+        data=str(pictures),
+        resolution=64,
+        cache="none",
+        steps=30,
+        batch=4,
+        learning_rate=3e-3,
+        checkpoint_every=100,
+        sample_every=0,
+        log="none",
+        seed=1,
     )
     return recipes.changed(recipes.finetune(), **common | fields)
 

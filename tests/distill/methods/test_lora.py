@@ -35,10 +35,22 @@ def pictures(six_pictures) -> Path:
 
 def tiny(source: Path | str = "", pictures: Path | str = "", **fields) -> recipes.Lora:
     common: dict = dict(
-        model=str(source), data=str(pictures), resolution=64, cache="none", steps=4, batch=2, learning_rate=1e-2,
-        rank=4, alpha=6.0, text_encoder=True, checkpoint_every=2, sample_every=0, log="none", caption_dropout=0.3,
+        model=str(source),
+        data=str(pictures),
+        resolution=64,
+        cache="none",
+        steps=4,
+        batch=2,
+        learning_rate=1e-2,
+        rank=4,
+        alpha=6.0,
+        text_encoder=True,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
+        caption_dropout=0.3,
         seed=7,
-    )  # fmt: skip
+    )
     return recipes.changed(recipes.lora(), **common | fields)
 
 
@@ -72,8 +84,15 @@ def picture(pipe) -> np.ndarray:
     for part in ("unet", "text_encoder", "text_encoder_2"):
         if getattr(pipe, part, None) is not None:
             getattr(pipe, part).eval()
-    return pipe("the cat", num_inference_steps=2, height=64, width=64, guidance_scale=3.0, output_type="np",
-                generator=torch.Generator().manual_seed(1)).images  # fmt: skip
+    return pipe(
+        "the cat",
+        num_inference_steps=2,
+        height=64,
+        width=64,
+        guidance_scale=3.0,
+        output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).images
 
 
 # --------------------------------------------------------------------------------------------------------- the file
@@ -112,10 +131,15 @@ def test_fused_before_export_it_is_what_was_trained(model, request, tmp_path):
             assert not torch.allclose(plain[name], wanted[name], atol=1e-3)
         batch = batch_of(folder, method)
         out = [
-            unet(batch["latent_mean"], 500, wanted["context"], return_dict=False,
-                 added_cond_kwargs={"text_embeds": wanted.get("pooled"), "time_ids": batch.get("time_ids")})[0]
+            unet(
+                batch["latent_mean"],
+                500,
+                wanted["context"],
+                return_dict=False,
+                added_cond_kwargs={"text_embeds": wanted.get("pooled"), "time_ids": batch.get("time_ids")},
+            )[0]
             for unet in (method.unet.eval(), source.load("unet"))
-        ]  # fmt: skip
+        ]
     torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-4)
 
 

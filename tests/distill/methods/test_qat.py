@@ -23,11 +23,27 @@ CPU = torch.device("cpu")
 
 
 def common(source: Path, pictures: Path, **fields) -> dict:
-    return dict(
-        model=str(source), data=str(pictures), resolution=32, cache="none", steps=2, batch=2, learning_rate=1e-3,
-        ema=0.9, checkpoint_every=1, sample_every=0, sample_steps=1, sample_prompts="the cat", sample_guidance=3.0,
-        log="none", seed=7, qat="attention",
-    ) | fields  # fmt: skip
+    return (
+        dict(
+            model=str(source),
+            data=str(pictures),
+            resolution=32,
+            cache="none",
+            steps=2,
+            batch=2,
+            learning_rate=1e-3,
+            ema=0.9,
+            checkpoint_every=1,
+            sample_every=0,
+            sample_steps=1,
+            sample_prompts="the cat",
+            sample_guidance=3.0,
+            log="none",
+            seed=7,
+            qat="attention",
+        )
+        | fields
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,7 +130,9 @@ def test_only_the_generator_of_dmd2_rounds(sd15, six_pictures):
     before = torch.get_rng_state()
     qat.calibrate(method, recipe, CPU)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(quantizer.mode == "quantize" and quantizer.scale != 1 for _, quantizer in fake_quant.ranges(method.generator))
+    assert all(
+        quantizer.mode == "quantize" and quantizer.scale != 1 for _, quantizer in fake_quant.ranges(method.generator)
+    )
 
 
 def test_a_network_that_several_adapters_share_cannot_round(sd15, six_pictures):
@@ -207,8 +225,15 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     monkeypatch.setattr(quantize, "observe", lambda *_: pytest.fail("nothing is left to calibrate"))
     sampler = {"name": "dmd2", "timesteps": [999], "guidance": 0.0}
     options = Options(images=1, judged=1, networks=("unet",))
-    bundle = export_pipeline(tuned, tmp_path / "out", profile="batch=1,size=32", precision="int8", sampler=sampler,
-                             components=("text_encoder", "unet", "vae_decoder"), int8=options)  # fmt: skip
+    bundle = export_pipeline(
+        tuned,
+        tmp_path / "out",
+        profile="batch=1,size=32",
+        precision="int8",
+        sampler=sampler,
+        components=("text_encoder", "unet", "vae_decoder"),
+        int8=options,
+    )
     record = bundle.component("unet")
     assert record.int8["calibration"]["ranges"] == "trained"
     stored, trained = load_file(tmp_path / "out" / "unet" / "model.safetensors"), trained_scales.find(tuned)

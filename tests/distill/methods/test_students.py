@@ -16,8 +16,14 @@ def unet(name: str, **overrides) -> UNet2DConditionModel:
     torch.manual_seed(0)
     if name == "sdxl":
         config = narrowed(
-            name, (8, 16, 16), sample_size=8, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=(2, 4, 4),
-            addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+            name,
+            (8, 16, 16),
+            sample_size=8,
+            cross_attention_dim=16,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4, 4),
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64,
         )
     else:
         heads = (2, 4, 4, 4) if name.startswith("sd2") else 4
@@ -58,9 +64,12 @@ def test_real_sizes_are_the_published_ones(name, entry):
 
 CASES = [
     *[(name, kind, {}) for name in ("sd15", "sd2", "sd21") for kind in ("base", "small", "tiny")],
-    ("sd15", "tiny", dict(in_channels=9)), ("sd2", "base", dict(in_channels=9)),
-    ("sdxl", "ssd-1b", {}), ("sdxl", "vega", {}), ("sdxl", "ssd-1b", dict(in_channels=9)),
-]  # fmt: skip
+    ("sd15", "tiny", dict(in_channels=9)),
+    ("sd2", "base", dict(in_channels=9)),
+    ("sdxl", "ssd-1b", {}),
+    ("sdxl", "vega", {}),
+    ("sdxl", "ssd-1b", dict(in_channels=9)),
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "overrides"), CASES)
@@ -165,12 +174,16 @@ def test_random_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("teacher", "student", "rule", "kept"),
     [
-        (10, 4, "first", (0, 1, 2, 3)), (10, 4, "spread", (0, 3, 6, 9)), (2, 1, "first", (0,)), (2, 1, "spread", (0,)),
-        (10, 4, "10:4=0,1,2,6", (0, 1, 2, 6)), (10, 4, "2:1=1", (0, 1, 2, 3)),
+        (10, 4, "first", (0, 1, 2, 3)),
+        (10, 4, "spread", (0, 3, 6, 9)),
+        (2, 1, "first", (0,)),
+        (2, 1, "spread", (0,)),
+        (10, 4, "10:4=0,1,2,6", (0, 1, 2, 6)),
+        (10, 4, "2:1=1", (0, 1, 2, 3)),
         (10, 4, "2:1=1; 10:4=1,2,3,9", (1, 2, 3, 9)),
         (10, 10, "spread", tuple(range(10))),
     ],
-)  # fmt: skip
+)
 def test_which_layers_survive(teacher, student, rule, kept):
     assert surviving(teacher, student, rule) == kept
 
@@ -196,11 +209,13 @@ def test_a_layer_map_that_does_not_fit_is_an_error_for_people(rule):
 @pytest.mark.parametrize(
     ("name", "kind", "overrides", "words"),
     [
-        ("sdxl", "tiny", {}, "3 stages"), ("sd15", "vega", {}, "made of SDXL"), ("sd15", "huge", {}, "unknown student"),
+        ("sdxl", "tiny", {}, "3 stages"),
+        ("sd15", "vega", {}, "made of SDXL"),
+        ("sd15", "huge", {}, "unknown student"),
         ("sd15", "tiny", dict(layers_per_block=1), "layers_per_block 1"),
         ("sdxl", "ssd-1b", dict(transformer_layers_per_block=(1, 2, 3)), "the teacher 3"),
     ],
-)  # fmt: skip
+)
 def test_a_teacher_that_does_not_fit_is_an_error_for_people(name, kind, overrides, words):
     with pytest.raises(UserError, match=words):
         make_student(unet(name, **overrides), kind)

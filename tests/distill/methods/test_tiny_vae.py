@@ -107,8 +107,10 @@ def test_the_shipped_decoder_is_as_good_as_its_figures_say():
     found = psnr(tiny, latents * vae.config.scaling_factor, full)
     # A quarter of the pictures stands for all of them.
     assert found > 25 and found == pytest.approx(quality["psnr_against_full_db"], abs=0.3)
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in
-             (("tiny_decoder", tiny.decoder), ("full_decoder", vae.decoder))}  # fmt: skip
+    count = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in (("tiny_decoder", tiny.decoder), ("full_decoder", vae.decoder))
+    }
     assert count == quality["parameters"] and count["tiny_decoder"] < 0.3 * count["full_decoder"]
     for figure in (quality["psnr_against_full_db"], *count.values()):
         assert f"{figure:,}" in card
@@ -130,9 +132,12 @@ def tiny(sd15, sd15_bundle, completed, tmp_path_factory):
     config = tiny_config(open_source(sd15).config("vae"), 8, 1)
     AutoencoderTiny(**config).save_pretrained(folder / "tiny-vae")
     halves = export_pipeline(
-        open_source(sd15, vae=folder / "tiny-vae"), folder / "bundle", profile="batch=1-2,size=64",
-        components=("vae_decoder", "vae_encoder"), sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 3.0},
-    )  # fmt: skip
+        open_source(sd15, vae=folder / "tiny-vae"),
+        folder / "bundle",
+        profile="batch=1-2,size=64",
+        components=("vae_decoder", "vae_encoder"),
+        sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 3.0},
+    )
     return sd15, folder / "tiny-vae", completed(halves, Bundle.open(sd15_bundle))
 
 
@@ -153,8 +158,8 @@ def test_a_tiny_decoder_makes_diffusers_picture(tiny, engine):
     assert bundle.manifest.pipeline["scaling_factor"] == 1.0
     latents = torch.from_numpy(noise.normal([5], 0, (4, 16, 16)))
     expected = tiny_pipeline(tiny)(
-        "the cat", num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np", height=64, width=64,
-    ).images  # fmt: skip
+        "the cat", num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np", height=64, width=64
+    ).images
     found = accel.load(bundle, engine=engine)("the cat", seed=5, output_type="np").images
     assert expected.std() > 0.01 and np.abs(found - expected).max() < 1 / 255
 
@@ -177,8 +182,14 @@ def test_attach_decodes_with_the_tiny_decoder(tiny):
     pipe = tiny_pipeline(tiny)
 
     def draw():
-        return pipe("the cat", num_inference_steps=3, generator=torch.Generator().manual_seed(1),
-                    output_type="np", height=64, width=64).images  # fmt: skip
+        return pipe(
+            "the cat",
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(1),
+            output_type="np",
+            height=64,
+            width=64,
+        ).images
 
     before = draw()
     with accel.attach(pipe, tiny[2], engine="onnxruntime") as attached:

@@ -89,8 +89,10 @@ def test_csv_metadata_has_quotes_commas_and_newlines(tmp_path):
         rows = csv.writer(file)
         rows.writerows([["file_name", "caption"], ["1.png", 'a "fox", red'], ["0.png", "two\nlines"], ["2.png", "ü"]])
     assert seen(open_data(tmp_path)) == [
-        ("1.png", ('a "fox", red',), 1), ("0.png", ("two lines",), 0), ("2.png", ("ü",), 2)
-    ]  # fmt: skip
+        ("1.png", ('a "fox", red',), 1),
+        ("0.png", ("two lines",), 0),
+        ("2.png", ("ü",), 2),
+    ]
 
 
 def test_rows_of_a_csv_that_are_broken(tmp_path):
@@ -315,8 +317,10 @@ def test_shards_are_read_in_any_order(tmp_path, form):
     shard(tmp_path / "a-01.tar", {f"{long}.txt": "two", f"{long}.PNG": encoded(2)}, format=form)
     source = open_data(tmp_path)
     expected = [
-        ("a-00.tar/s/003", ("number 3",), 3), ("a-00.tar/s/001", ("number 1",), 1), (f"a-01.tar/{long}", ("two",), 2)
-    ]  # fmt: skip
+        ("a-00.tar/s/003", ("number 3",), 3),
+        ("a-00.tar/s/001", ("number 1",), 1),
+        (f"a-01.tar/{long}", ("two",), 2),
+    ]
     assert seen(source) == expected
     assert [source[row].name for row in (2, 0, 1)] == [expected[row][0] for row in (2, 0, 1)]
     assert seen(pickle.loads(pickle.dumps(source))) == expected
@@ -552,8 +556,10 @@ def test_rows_of_a_dataset_that_cannot_be_used(tmp_path):
     source = open_data(tmp_path / "saved")
     assert reason(source, 0).startswith("row 0 (a.png): cannot be decoded")
     assert [reason(source, row) for row in (1, 2, 3)] == [
-        "row 1: it has no picture in image", "row 2: it has no caption", "row 3: its caption is empty"
-    ]  # fmt: skip
+        "row 1: it has no picture in image",
+        "row 2: it has no caption",
+        "row 3: its caption is empty",
+    ]
     assert len(source.identity) == 64
 
 
@@ -654,8 +660,10 @@ def test_the_identity_changes_with_names_sizes_and_captions(tmp_path):
         open_data(shard(tmp_path / "s2.tar", {"t/001.png": encoded(1), "t/001.txt": "number 1"})).identity,
     ]
     for name, made in (
-        ("d0", table()), ("d1", table().select([0, 2, 1])), ("d2", table().map(lambda row: {"text": row["text"] + "!"}))
-    ):  # fmt: skip
+        ("d0", table()),
+        ("d1", table().select([0, 2, 1])),
+        ("d2", table().map(lambda row: {"text": row["text"] + "!"})),
+    ):
         made.save_to_disk(tmp_path / name)
         found.append(open_data(tmp_path / name).identity)
     assert len(set(found)) == len(found)

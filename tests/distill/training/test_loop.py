@@ -32,8 +32,19 @@ def pictures(twelve_pictures) -> Path:
 
 def tiny(source: Path, pictures: Path, **fields) -> recipes.Distillation:
     common: dict = dict(
-        model=str(source), data=str(pictures), resolution=64, cache="none", steps=6, batch=4, learning_rate=1e-3,
-        ema=0.9, checkpoint_every=2, sample_every=0, log="none", caption_dropout=0.3, seed=7,
+        model=str(source),
+        data=str(pictures),
+        resolution=64,
+        cache="none",
+        steps=6,
+        batch=4,
+        learning_rate=1e-3,
+        ema=0.9,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
+        caption_dropout=0.3,
+        seed=7,
     )
     return recipes.changed(recipes.tiny(), **common | fields)
 
@@ -426,10 +437,23 @@ def test_sample_grids_and_tensorboard(sd15, pictures, tmp_path):
 
 def test_sdxl_to_vega_and_min_snr_and_offset_noise(sdxl, pictures, tmp_path):
     recipe = recipes.changed(
-        recipes.vega(), model=str(sdxl), data=str(pictures), resolution=64, cache="none", steps=2, batch=2,
-        accumulation=1, checkpoint_every=2, sample_every=0, log="none", snr_gamma=5.0, offset_noise=0.05,
-        input_perturbation=0.1, mixed_precision="no", gradient_checkpointing=True,
-    )  # fmt: skip
+        recipes.vega(),
+        model=str(sdxl),
+        data=str(pictures),
+        resolution=64,
+        cache="none",
+        steps=2,
+        batch=2,
+        accumulation=1,
+        checkpoint_every=2,
+        sample_every=0,
+        log="none",
+        snr_gamma=5.0,
+        offset_noise=0.05,
+        input_perturbation=0.1,
+        mixed_precision="no",
+        gradient_checkpointing=True,
+    )
     execute(recipe, tmp_path / "out")
     from diffusers import StableDiffusionXLPipeline
 
@@ -450,20 +474,32 @@ def test_mixed_precision_trains_with_a_half_precision_teacher(sd15, pictures, tm
 
 
 BAD = {
-    "no model": (dict(model=""), "no --model"), "precision": (dict(mixed_precision="int4"), "unknown mixed precision"),
-    "schedule": (dict(lr_schedule="wavy"), "unknown schedule"), "optimizer": (dict(optimizer="lion"), "unknown optim"),
-    "eight bits": (dict(optimizer="adamw8bit"), "bitsandbytes"), "log": (dict(log="paper"), "unknown log"),
-    "attention": (dict(attention="flash-attn"), "flash-attn"), "xformers": (dict(attention="xformers"), "xformers"),
-    "name": (dict(attention="magic"), "unknown attention"), "ema": (dict(ema=2.0), "between 0 and 1"),
-    "resolution": (dict(resolution=60), "not a multiple of 32"), "features": (dict(features="some"), "unknown feature"),
+    "no model": (dict(model=""), "no --model"),
+    "precision": (dict(mixed_precision="int4"), "unknown mixed precision"),
+    "schedule": (dict(lr_schedule="wavy"), "unknown schedule"),
+    "optimizer": (dict(optimizer="lion"), "unknown optim"),
+    "eight bits": (dict(optimizer="adamw8bit"), "bitsandbytes"),
+    "log": (dict(log="paper"), "unknown log"),
+    "attention": (dict(attention="flash-attn"), "flash-attn"),
+    "xformers": (dict(attention="xformers"), "xformers"),
+    "name": (dict(attention="magic"), "unknown attention"),
+    "ema": (dict(ema=2.0), "between 0 and 1"),
+    "resolution": (dict(resolution=60), "not a multiple of 32"),
+    "features": (dict(features="some"), "unknown feature"),
     "weights": (dict(task_weight=0.0, output_weight=0.0, feature_weight=0.0), "all loss weights are 0"),
-    "teacher": (dict(teacher_dtype="int8"), "unknown teacher dtype"), "data": (dict(data="nowhere"), "nowhere"),
-    "saved": (dict(save_dtype="int8"), "unknown save dtype"), "keep": (dict(keep=-1), "keep is -1"),
-    "interval": (dict(checkpoint_every=0), "checkpoint_every is 0"), "batch": (dict(batch=0), "batch is 0"),
-    "accumulation": (dict(accumulation=0), "accumulation is 0"), "seed": (dict(seed=-1), "seed is -1"),
-    "rate": (dict(learning_rate=float("nan")), "learning_rate is nan"), "beta": (dict(beta2=1.0), "beta2 is 1.0"),
-    "clipping": (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"), "layers": (dict(student="vega"), "made of SDXL"),
-}  # fmt: skip
+    "teacher": (dict(teacher_dtype="int8"), "unknown teacher dtype"),
+    "data": (dict(data="nowhere"), "nowhere"),
+    "saved": (dict(save_dtype="int8"), "unknown save dtype"),
+    "keep": (dict(keep=-1), "keep is -1"),
+    "interval": (dict(checkpoint_every=0), "checkpoint_every is 0"),
+    "batch": (dict(batch=0), "batch is 0"),
+    "accumulation": (dict(accumulation=0), "accumulation is 0"),
+    "seed": (dict(seed=-1), "seed is -1"),
+    "rate": (dict(learning_rate=float("nan")), "learning_rate is nan"),
+    "beta": (dict(beta2=1.0), "beta2 is 1.0"),
+    "clipping": (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"),
+    "layers": (dict(student="vega"), "made of SDXL"),
+}
 
 
 @pytest.mark.parametrize(("fields", "words"), BAD.values(), ids=BAD)
@@ -482,9 +518,10 @@ def test_places_that_cannot_be_written_are_refused_at_the_start(sd15, pictures, 
     for out, run_folder, words in (
         (tmp_path / "out", tmp_path / "out" / "run", "lies in the result"),
         (tmp_path / "out", tmp_path / "out", "lies in the result"),
-        (tmp_path / "out", file / "run", "is a file"), (file / "out", tmp_path / "run", "is a file"),
+        (tmp_path / "out", file / "run", "is a file"),
+        (file / "out", tmp_path / "run", "is a file"),
         (other, None, "not something accel wrote"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words):
             execute(recipe, out, run_folder, overwrite=True)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "other"]
@@ -518,9 +555,18 @@ def test_the_teacher_is_told_the_sizes_that_the_student_is_told(sdxl, pictures, 
     monkeypatch.setattr(Denoising, "_teach", teach)
     monkeypatch.setattr(examples, "time_ids", lambda *args: [1023, 1021, 3, 5, 64, 64])
     recipe = recipes.changed(
-        recipes.vega(), model=str(sdxl), data=str(pictures), resolution=64, cache="none", steps=1, batch=1,
-        accumulation=1, sample_every=0, log="none", mixed_precision="bf16",
-    )  # fmt: skip
+        recipes.vega(),
+        model=str(sdxl),
+        data=str(pictures),
+        resolution=64,
+        cache="none",
+        steps=1,
+        batch=1,
+        accumulation=1,
+        sample_every=0,
+        log="none",
+        mixed_precision="bf16",
+    )
     execute(recipe, tmp_path / "out")
     assert [ids.tolist() for ids in seen] == [[1023, 1021, 3, 5, 64, 64]]
 

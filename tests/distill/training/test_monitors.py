@@ -26,12 +26,25 @@ def test_a_figure_that_is_not_there_is_not_waited_for():
 
 def test_a_run_names_its_symptoms_once(sd15, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(monitors, "WINDOW", 2)
-    monkeypatch.setattr(DMD2, "symptoms", [dataclasses.replace(one, above=one.above * low)
-                                           for one, low in zip(DMD2.symptoms, (0, 10), strict=True)])  # fmt: skip
+    monkeypatch.setattr(
+        DMD2,
+        "symptoms",
+        [dataclasses.replace(one, above=one.above * low) for one, low in zip(DMD2.symptoms, (0, 10), strict=True)],
+    )
     recipe = recipes.changed(
-        recipes.dmd2(), model=str(sd15), data="digits", resolution=64, random_flip=False, cache="none", steps=4,
-        batch=2, few_steps=1, ratio=1, sample_every=0, log="none",
-    )  # fmt: skip
+        recipes.dmd2(),
+        model=str(sd15),
+        data="digits",
+        resolution=64,
+        random_flip=False,
+        cache="none",
+        steps=4,
+        batch=2,
+        few_steps=1,
+        ratio=1,
+        sample_every=0,
+        log="none",
+    )
     execute(recipe, tmp_path / "out")
     said = capsys.readouterr().err
     assert said.count("does not keep up") == 1 and "--ratio" in said and "no slope" not in said

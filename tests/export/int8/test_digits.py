@@ -25,7 +25,9 @@ def test_a_bundle_is_intact_and_of_the_student_beside_it(name):
     bundle = Bundle.open(f"digits/{name}-int8")
     bundle.verify()
     assert bundle.manifest.precision == "int8" and set(bundle.manifest.components) == {
-        "text_encoder", "unet", "vae_decoder"
+        "text_encoder",
+        "unet",
+        "vae_decoder",
     }
     student = open_source(f"digits/{name}")
     assert bundle.manifest.source["name"] == f"digits/{name}"
@@ -58,6 +60,7 @@ def test_it_draws_what_the_student_draws(name):
     student.scheduler = LCMScheduler.from_config(student.scheduler.config)
     student.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(normal(range(40, 40 + len(texts)), 0, (4, 16, 16)))
-    truth = student(list(texts), latents=noise, guidance_scale=0.0, timesteps=steps, output_type="np", height=64,
-                    width=64).images  # fmt: skip
+    truth = student(
+        list(texts), latents=noise, guidance_scale=0.0, timesteps=steps, output_type="np", height=64, width=64
+    ).images
     assert 35 < psnr(made, truth, 1.0) < 60 and not np.array_equal(made, truth)

@@ -56,8 +56,9 @@ def _quick():
 @pytest.fixture(scope="module")
 def floating(smallest, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("float") / "bundle"
-    export_pipeline(smallest, out, profile="batch=1-2,size=32", sampler=SAMPLER,
-                    components=("text_encoder", "unet", "vae_decoder"))  # fmt: skip
+    export_pipeline(
+        smallest, out, profile="batch=1-2,size=32", sampler=SAMPLER, components=("text_encoder", "unet", "vae_decoder")
+    )
     return out
 
 
@@ -99,9 +100,25 @@ def for_gpus(floating, tmp_path_factory) -> tuple[Path, str, str]:
     folder = tmp_path_factory.mktemp("gpus")
     (folder / "prompts.txt").write_text("the cat\nthe dog\n")
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(["export", str(floating), str(folder / "bundle"), "--precision", "int8-fp16", "--calibration",
-                     str(folder / "prompts.txt"), "--calibration-images", "2", "--int8-components",
-                     "text_encoder,vae_decoder", "--int8-level", "conv", "--collector", "max"])  # fmt: skip
+        code = main(
+            [
+                "export",
+                str(floating),
+                str(folder / "bundle"),
+                "--precision",
+                "int8-fp16",
+                "--calibration",
+                str(folder / "prompts.txt"),
+                "--calibration-images",
+                "2",
+                "--int8-components",
+                "text_encoder,vae_decoder",
+                "--int8-level",
+                "conv",
+                "--collector",
+                "max",
+            ]
+        )
     assert code == 0, err.getvalue()
     return folder / "bundle", out.getvalue(), err.getvalue()
 
@@ -117,9 +134,13 @@ def graph_of(bundle: Path, file: str = "model.onnx") -> onnx.ModelProto:
 def module_of(bundle: Path) -> torch.nn.Module:
     record, folder = unet_of(bundle), bundle / "unet"
     return networks.rebuild(
-        "unet", folder / "config.json", folder / "model.safetensors", record.inputs, record.outputs,
+        "unet",
+        folder / "config.json",
+        folder / "model.safetensors",
+        record.inputs,
+        record.outputs,
         record.int8["layers"],
-    )  # fmt: skip
+    )
 
 
 def feeds_of(bundle: Path, seed: int = 3) -> dict[str, torch.Tensor]:
@@ -233,9 +254,10 @@ def test_rule_6_attention_products_stay_float_unless_asked_for(int8, attention):
     graph = graph_of(int8, uint8.FILE).graph
     made_by = {out: node for node in graph.node for out in node.output}
     attention = [
-        node for node in graph.node
+        node
+        for node in graph.node
         if node.op_type == "MatMul" and any(made_by.get(n) and made_by[n].op_type == "Softmax" for n in node.input)
-    ]  # fmt: skip
+    ]
     assert attention
     for node in attention:
         assert not any(made_by[name].op_type == "DequantizeLinear" for name in node.input if name in made_by)
@@ -424,8 +446,11 @@ def test_float16_around_int8_has_no_casts_inside(for_gpus):
     record = Bundle.open(bundle).component("vae_decoder")
     assert record.dtype == "float16" and record.precision == "int8 + float16"
     with safe_open(bundle / "vae_decoder" / "model.safetensors", "pt") as file:
-        kinds = {name.rpartition(".")[2]: file.get_slice(name).get_dtype() for name in file.keys()  # noqa: SIM118
-                 if name.rpartition(".")[0] in record.int8["layers"]}  # fmt: skip
+        kinds = {
+            name.rpartition(".")[2]: file.get_slice(name).get_dtype()
+            for name in file.keys()  # noqa: SIM118
+            if name.rpartition(".")[0] in record.int8["layers"]
+        }
     assert kinds == {"weight": "I8", **dict.fromkeys(("weight_scale", "input_scale", "output_scale", "bias"), "F16")}
     operators = record.parity["operators"]
     assert operators["QuantizeLinear"] == len(record.int8["layers"]) and operators.get("Cast", 0) < 10
@@ -438,8 +463,12 @@ def test_what_has_no_layer_of_the_level_stays_float_and_that_is_said(for_gpus, f
     assert record.precision == "float16" and record.parity["int8_tried"] == {"reason": "it has no layer of level conv"}
     assert "not int8: it has no layer of level conv" in said and said.count("not int8") == 1
     with pytest.raises(UserError, match="has a layer of level conv\n.*--int8-level all"):
-        export_pipeline(floating, bundle.parent / "out", precision="int8",
-                        int8=Options(recipe=Int8(level="conv"), networks=("text_encoder",), **QUICK))  # fmt: skip
+        export_pipeline(
+            floating,
+            bundle.parent / "out",
+            precision="int8",
+            int8=Options(recipe=Int8(level="conv"), networks=("text_encoder",), **QUICK),
+        )
 
 
 def test_parity_decides_where_the_engine_is_not_here_and_that_is_said(for_gpus):
@@ -659,8 +688,9 @@ def test_too_few_pictures_are_said_with_their_number():
 
 def test_a_recipe_that_names_no_layer(floating, tmp_path):
     with pytest.raises(UserError, match="no layer is called 'blocks'.*\n.*some of: .*conv_in"):
-        export_pipeline(floating, tmp_path / "out", precision="int8",
-                        int8=Options(recipe=Int8(keep=("blocks",)), **QUICK))  # fmt: skip
+        export_pipeline(
+            floating, tmp_path / "out", precision="int8", int8=Options(recipe=Int8(keep=("blocks",)), **QUICK)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -716,10 +746,25 @@ def refused(capsys):
     return call
 
 
-@pytest.mark.parametrize("option", [
-    "--lora=a", "--unet=a", "--vae=a", "--adapter", "--adapter=a", "--controlnet=a", "--base=a", "--variant=fp16",
-    "--sampler=ddim", "--steps=4", "--guidance=0", "--profile=native", "--opset=20", "--components=unet",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--lora=a",
+        "--unet=a",
+        "--vae=a",
+        "--adapter",
+        "--adapter=a",
+        "--controlnet=a",
+        "--base=a",
+        "--variant=fp16",
+        "--sampler=ddim",
+        "--steps=4",
+        "--guidance=0",
+        "--profile=native",
+        "--opset=20",
+        "--components=unet",
+    ],
+)
 def test_a_bundle_is_quantised_as_it_is(floating, tmp_path, refused, option):
     """Nothing that was asked for is dropped in silence, the defaults written out included."""
     err = refused(floating, tmp_path / "out", "--precision", "int8", option)
@@ -738,14 +783,19 @@ def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_pa
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     for words, *option in (
-        ("0 calibration pictures", "--calibration-images=0"), ("no prompts in it", "--calibration", empty),
-        ("cannot be read", "--calibration", tmp_path / "none.txt"), ("budget of -5 dB", "--budget=-5"),
-        ("unknown int8 level 'convs'", "--int8-level=convs"), ("alpha 1.5", "--smooth=1.5"),
-        ("'' cannot be int8", "--int8-components="), ("unknown collector 'mean'", "--collector=mean"),
-        (f"{empty} is a file", "--sensitivity", empty), (f"{empty} is a file", "--sensitivity", empty / "costs"),
+        ("0 calibration pictures", "--calibration-images=0"),
+        ("no prompts in it", "--calibration", empty),
+        ("cannot be read", "--calibration", tmp_path / "none.txt"),
+        ("budget of -5 dB", "--budget=-5"),
+        ("unknown int8 level 'convs'", "--int8-level=convs"),
+        ("alpha 1.5", "--smooth=1.5"),
+        ("'' cannot be int8", "--int8-components="),
+        ("unknown collector 'mean'", "--collector=mean"),
+        (f"{empty} is a file", "--sensitivity", empty),
+        (f"{empty} is a file", "--sensitivity", empty / "costs"),
         ("no layer is called 'up_block'", "--int8-keep=up_block"),
         ("quantises no layer", "--int8-keep=*", "--int8-components=unet"),
-    ):  # fmt: skip
+    ):
         assert words in refused(smallest, tmp_path / "out", "--precision", "int8", *option)
     assert list(tmp_path.iterdir()) == [empty]
     theirs = tmp_path / ".out.float" / "file"  # where the float32 bundle is to lie meanwhile

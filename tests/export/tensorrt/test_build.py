@@ -109,9 +109,14 @@ def test_guidance_doubles_the_batch_of_the_unet(bundle):
 @NEWEST
 @pytest.mark.parametrize(
     "profiles, message",
-    [(["batch=1-9,size=64"], "batch"), (["batch=1,size=256"], "256"), (["batch=1,size=80"], "no multiple"),
-     (["nonsense"], "unknown profile"), (["batch=1,size=64", "batch=1,size=64"], "twice")],
-)  # fmt: skip
+    [
+        (["batch=1-9,size=64"], "batch"),
+        (["batch=1,size=256"], "256"),
+        (["batch=1,size=80"], "no multiple"),
+        (["nonsense"], "unknown profile"),
+        (["batch=1,size=64", "batch=1,size=64"], "twice"),
+    ],
+)
 def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle, tensorrt, profiles, message):
     with pytest.raises(UserError, match=message):
         build(bundle, profiles=profiles)
@@ -120,12 +125,15 @@ def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle
 
 @pytest.mark.parametrize(
     "options, flags",
-    [(BuildOptions(), set()), (BuildOptions(refittable=True, workspace=1 << 20), {"REFIT"}),
-     (BuildOptions(tf32=True), {"TF32"}),
-     (BuildOptions(strip_plan=True), {"REFIT_IDENTICAL", "STRIP_PLAN"}),
-     (BuildOptions(strip_plan=True, refittable=True), {"REFIT", "STRIP_PLAN"}),
-     (BuildOptions(version_compatible=True, weight_streaming=True), {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"})],
-)  # fmt: skip
+    [
+        (BuildOptions(), set()),
+        (BuildOptions(refittable=True, workspace=1 << 20), {"REFIT"}),
+        (BuildOptions(tf32=True), {"TF32"}),
+        (BuildOptions(strip_plan=True), {"REFIT_IDENTICAL", "STRIP_PLAN"}),
+        (BuildOptions(strip_plan=True, refittable=True), {"REFIT", "STRIP_PLAN"}),
+        (BuildOptions(version_compatible=True, weight_streaming=True), {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"}),
+    ],
+)
 def test_options_are_flags_of_both_versions_and_part_of_the_key(bundle, tensorrt, options, flags):
     (plan,) = build(bundle, VAE, options=options)
     data = plan.path.read_bytes()
@@ -340,10 +348,17 @@ def test_the_audit_counts_the_layers_that_do_the_work():
 
 @pytest.mark.parametrize(
     "wanted, heavy, ok",
-    [("fp16", {"fp16": 5, "fp32": 5}, True), ("fp16", {"fp16": 4, "fp32": 5}, False), ("fp32", {"fp32": 5}, True),
-     ("int8", {"fp16": 5}, False), ("int8", {"int8": 1, "fp16": 5}, True), ("int8", {"int8": 2, "fp32": 5}, False),
-     ("fp16", {"unknown": 5}, True), ("fp16", {}, True)],
-)  # fmt: skip
+    [
+        ("fp16", {"fp16": 5, "fp32": 5}, True),
+        ("fp16", {"fp16": 4, "fp32": 5}, False),
+        ("fp32", {"fp32": 5}, True),
+        ("int8", {"fp16": 5}, False),
+        ("int8", {"int8": 1, "fp16": 5}, True),
+        ("int8", {"int8": 2, "fp32": 5}, False),
+        ("fp16", {"unknown": 5}, True),
+        ("fp16", {}, True),
+    ],
+)
 def test_a_plan_that_is_mostly_float32_is_refused(wanted, heavy, ok):
     found = {"layers": 9, "heavy": heavy, "float32_layers": []}
     if ok:
@@ -638,8 +653,12 @@ def test_the_verbs(bundle, tensorrt, capsys, monkeypatch):
 
 @NEWEST
 def test_only_plans_that_fit_make_a_bundle_ready(bundle_copy, edit_manifest, tensorrt, fakes, monkeypatch, capsys):
-    edit_manifest(bundle_copy, lambda data: data.update(
-        components={name: c for name, c in data["components"].items() if name in ("text_encoder", *VAE)}))  # fmt: skip
+    edit_manifest(
+        bundle_copy,
+        lambda data: data.update(
+            components={name: c for name, c in data["components"].items() if name in ("text_encoder", *VAE)}
+        ),
+    )
     (plan,) = build(Bundle.open(bundle_copy), VAE)
     plan.path.write_bytes(b"hello")
     command = ["build", str(bundle_copy), "--components"]

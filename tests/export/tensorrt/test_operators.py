@@ -55,10 +55,16 @@ def small_unet(**config):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, **config,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        **config,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -71,8 +77,15 @@ def test_the_mask_of_a_text_encoder_is_added_to_the_scores(tmp_path, dtype):
     from accel.models import networks
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                            num_attention_heads=1, max_position_embeddings=77, eos_token_id=39)  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=77,
+        eos_token_id=39,
+    )
     model = CLIPTextModel(config).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -98,9 +111,12 @@ def test_unets_of_sd2_and_of_sdxl_with_control_pass(tmp_path):
     from accel.models import networks
 
     sdxl = small_unet(
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
-        use_linear_projection=True, transformer_layers_per_block=(2, 1),
-    )  # fmt: skip
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=40,
+        use_linear_projection=True,
+        transformer_layers_per_block=(2, 1),
+    )
     sd2 = small_unet(use_linear_projection=True)
     assert check(exported(networks.unet(sdxl, adapter=2, control=True), tmp_path / "sdxl")) == []
     assert check(exported(networks.unet(sd2), tmp_path / "sd2", "float16")) == []
@@ -116,9 +132,11 @@ def test_control_networks_and_tiny_vaes_pass(tmp_path):
     controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=3)
     adapter = diffusers.T2IAdapter(3, [8, 16], num_res_blocks=1, downscale_factor=8)
     tiny = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
         num_decoder_blocks=(1,) * 4,
-    )  # fmt: skip
+    )
     made = {
         "controlnet": control_networks.controlnet(controlnet, networks.unet(unet).inputs),
         "t2i_adapter": control_networks.t2i_adapter(adapter, [(8, 1), (16, 2)]),
@@ -165,37 +183,81 @@ def test_sdxl_and_the_newer_opset_pass(sdxl, tmp_path, opset):
         (graph(helper.make_node("Relu", ["x"], ["y"]), dtype=TensorProto.INT16), "x is INT16"),
         (graph(helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT16)), "y is INT16"),
         (graph(helper.make_node("Relu", ["x"], ["y"]), opset=25), "opset 25"),
-        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="cubic"), initializers=[
-            const("s", np.ones(4, np.float32))]), "mode = cubic"),
-        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="nearest"), initializers=[
-            const("s", np.ones(4, np.float32))]), None),
-        (graph(helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", antialias=1), initializers=[
-            const("s", np.ones(4, np.float32))]), "antialiasing"),
-        (graph(helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"]), initializers=[
-            const("w", np.ones(8, np.float32))]), "only the first"),
-        (graph(helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), initializers=[
-            const("s", np.float32(1)), const("z", np.int8(3))]), "zero point is not 0"),
-        (graph(helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), initializers=[
-            const("s", np.float32(1)), const("z", np.int8(0))]), None),
-        (graph(helper.make_node("DequantizeLinear", ["x", "s"], ["y"]), dtype=TensorProto.UINT8, initializers=[
-            const("s", np.float32(1))]), "x is UINT8"),
+        (
+            graph(
+                helper.make_node("Resize", ["x", "", "s"], ["y"], mode="cubic"),
+                initializers=[const("s", np.ones(4, np.float32))],
+            ),
+            "mode = cubic",
+        ),
+        (
+            graph(
+                helper.make_node("Resize", ["x", "", "s"], ["y"], mode="nearest"),
+                initializers=[const("s", np.ones(4, np.float32))],
+            ),
+            None,
+        ),
+        (
+            graph(
+                helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", antialias=1),
+                initializers=[const("s", np.ones(4, np.float32))],
+            ),
+            "antialiasing",
+        ),
+        (
+            graph(
+                helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"]),
+                initializers=[const("w", np.ones(8, np.float32))],
+            ),
+            "only the first",
+        ),
+        (
+            graph(
+                helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]),
+                initializers=[const("s", np.float32(1)), const("z", np.int8(3))],
+            ),
+            "zero point is not 0",
+        ),
+        (
+            graph(
+                helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]),
+                initializers=[const("s", np.float32(1)), const("z", np.int8(0))],
+            ),
+            None,
+        ),
+        (
+            graph(
+                helper.make_node("DequantizeLinear", ["x", "s"], ["y"]),
+                dtype=TensorProto.UINT8,
+                initializers=[const("s", np.float32(1))],
+            ),
+            "x is UINT8",
+        ),
         (graph(helper.make_node("ReduceMean", ["x", "x"], ["y"])), "axes must be a constant"),
         (graph(helper.make_node("Attention", ["x", "x", "x"], ["y"], softcap=1.0), opset=23), "softcap"),
         (graph(helper.make_node("Attention", ["x", "x", "x"], ["y"]), opset=23), None),
         (graph(helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2])), "dilations"),
         (graph(helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[1, 1])), None),
     ],
-)  # fmt: skip
+)
 def test_operators_types_and_attributes(model, reason):
     found = check(model)
     assert (found == []) if reason is None else (len(found) == 1 and reason in found[0].reason), found
 
 
 def test_subgraphs_are_walked():
-    inner = helper.make_graph([helper.make_node("Det", ["x"], ["z"])], "then", [], [
-        helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])  # fmt: skip
-    other = helper.make_graph([helper.make_node("Relu", ["x"], ["z"])], "else", [], [
-        helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])  # fmt: skip
+    inner = helper.make_graph(
+        [helper.make_node("Det", ["x"], ["z"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["z"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
     node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=other)
     (found,) = check(graph(node, initializers=[const("c", np.bool_(True))]))
     assert found.operator == "Det"

@@ -11,12 +11,15 @@ from accel.export.tensorrt.shapes import shapes_of
 
 LATENT = ("latent_height", "latent_width")
 INPUTS = {
-    "unet": (TensorSpec("sample", "float16", ("batch", 4, *LATENT)), TensorSpec("timestep", "float32", ()),
-             TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 768))),
+    "unet": (
+        TensorSpec("sample", "float16", ("batch", 4, *LATENT)),
+        TensorSpec("timestep", "float32", ()),
+        TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 768)),
+    ),
     "vae_decoder": (TensorSpec("latent_sample", "float16", ("images", 4, *LATENT)),),
     "vae_encoder": (TensorSpec("sample", "float16", ("images", 3, "height", "width")),),
     "text_encoder": (TensorSpec("input_ids", "int64", ("images", 77)),),
-}  # fmt: skip
+}
 
 
 def shapes(name: str, kind: str, guidance: bool = True):

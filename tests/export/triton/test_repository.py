@@ -86,8 +86,11 @@ def test_rows_at_different_steps_compute_what_they_compute_alone(repository, sd1
 def test_a_graph_that_uses_its_timestep_otherwise_stays_as_it_is():
     value = helper.make_tensor_value_info
     timestep, out = value("timestep", onnx.TensorProto.FLOAT, []), value("y", onnx.TensorProto.FLOAT, None)
-    for nodes in ([], [helper.make_node("Sin", ["timestep"], ["y"])],
-                  [helper.make_node("Unsqueeze", ["timestep", "axes"], ["y"])]):  # fmt: skip
+    for nodes in (
+        [],
+        [helper.make_node("Sin", ["timestep"], ["y"])],
+        [helper.make_node("Unsqueeze", ["timestep", "axes"], ["y"])],
+    ):
         assert with_row_timesteps(helper.make_model(helper.make_graph(nodes, "g", [timestep], [out]))) is None
 
 
@@ -121,7 +124,9 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     config = parsed(out, "vae_decoder")
     assert config.backend == "tensorrt" and config.max_batch_size == 2
     assert list(config.instance_group[0].profile) == ["0"]
-    assert (out / "vae_decoder/1/model.plan").read_bytes() == engine_files.find(bundle, "vae_decoder")[0].path.read_bytes()
+    assert (out / "vae_decoder/1/model.plan").read_bytes() == engine_files.find(bundle, "vae_decoder")[
+        0
+    ].path.read_bytes()
     assert list(config.model_warmup[0].inputs["latent_sample"].dims) == [4, 16, 16]
     unet = parsed(out, "unet")  # a plan has one timestep for the whole batch
     assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
@@ -133,8 +138,12 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
 def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp_path):
     from accel.export.tensorrt.build import BuildOptions, build
 
-    edit_manifest(bundle_copy, lambda data: data.update(
-        components={name: c for name, c in data["components"].items() if name == "text_encoder"}))  # fmt: skip
+    edit_manifest(
+        bundle_copy,
+        lambda data: data.update(
+            components={name: c for name, c in data["components"].items() if name == "text_encoder"}
+        ),
+    )
     bundle = Bundle.open(bundle_copy)
     build(bundle, options=BuildOptions(strip_plan=True))
     with pytest.raises(UserError, match="without weights .*never fills any in") as caught:
