@@ -19,7 +19,7 @@ _MOVED = {
     ("accel.engines", "accel.trt"): "workspace",
     ("accel", "accel.int8"): (
         "int8_attention=attention int8_file=trained_scales int8_packed=packed "
-        "int8_ranges=observers int8_recipe=recipe int8_verdict=summary"
+        "int8_ranges=observers int8_recipe=config int8_verdict=summary"
     ),
     ("accel", "accel.models"): (
         "source checkpoint=single_file weights=weight_files lora topology networks control_networks"

@@ -18,12 +18,12 @@ VERBS = {
     "doctor": "what can run here, and what to do about what cannot",
     "demo": "the whole story on the model that ships with the package, in about a minute, offline",
     "export": "a diffusers pipeline becomes a bundle: checked ONNX graphs and everything an app needs",
-    "build": "a bundle's graphs become TensorRT plans for this GPU",
-    "trust": "let TensorRT plans run that you have not built yourself",
+    "build": "a bundle's graphs become TensorRT engine files for this GPU",
+    "trust": "let TensorRT engine files run that you have not built yourself",
     "distill": "a small student of a pipeline, or a pipeline trained on: checkpoints, logs, exact resume",
     "run": "prompt to image on any engine",
     "bench": "eager against compiled: speed, memory and parity in one table",
-    "evaluate": "how good the pictures are, by a named protocol",
+    "evaluate": "how good the images are, by a named protocol",
     "inspect": "what is inside a bundle, whether it is intact and whether it runs here",
 }
 

@@ -1,6 +1,6 @@
-"""Pictures as arrays: what goes into a VAE encoder, a mask, a control network, and what comes out of a decoder.
+"""Images as arrays: what goes into a VAE encoder, a mask, a control network, and what comes out of a decoder.
 
-Sizes, resampling (Lanczos) and thresholds are those of diffusers' image processor, so that pictures are comparable.
+Sizes, resampling (Lanczos) and thresholds are those of diffusers' image processor, so that images are comparable.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ def batch(images: Any, count: int, size: tuple[int, int], mode: str = "RGB") -> 
     """Float32 [count, channels, height, width] in [0, 1].
 
     Args:
-        images: one picture for all, or one for each of `count`: PIL images, file names, or arrays [H, W, C] or [H, W],
+        images: one image for all, or one for each of `count`: PIL images, file names, or arrays [H, W, C] or [H, W],
             uint8 or float in [0, 1].
-        size: height and width; pictures of another size are resized.
+        size: height and width; images of another size are resized.
         mode: "RGB" or "L".
 
     Raises:
-        UserError: for a file that is no picture, an array of another shape, or a wrong number of pictures.
+        UserError: for a file that is no image, an array of another shape, or a wrong number of images.
     """
     several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
     listed = list(images) if several else [images]
     if len(listed) not in (1, count):
-        raise UserError(f"{len(listed)} pictures for {count} images", "give one, or one for each")
-    made = np.stack([_array(picture, size, mode) for picture in listed])
+        raise UserError(f"{len(listed)} images for {count} images", "give one, or one for each")
+    made = np.stack([_array(value, size, mode) for value in listed])
     return np.repeat(made, count, axis=0) if len(listed) == 1 else made
 
 
 def masks(images: Any, count: int, size: tuple[int, int]) -> np.ndarray:
-    """Float32 [count, 1, height, width], zeros (keep) and ones (paint), of pictures that are white where to paint."""
+    """Float32 [count, 1, height, width], zeros (keep) and ones (paint), of images that are white where to paint."""
     return (batch(images, count, size, "L") >= 0.5).astype(np.float32)
 
 
@@ -54,7 +54,7 @@ def canny(image: Any, low: float = 100, high: float = 200) -> Any:
     """White edges on black (Canny 1986), a PIL image: what canny control networks are shown.
 
     Args:
-        image: as in `batch`, one picture.
+        image: as in `batch`, one image.
         low, high: hysteresis thresholds on a gradient of 8-bit pixels, as OpenCV counts them.
 
     Raises:
@@ -79,36 +79,36 @@ def canny(image: Any, low: float = 100, high: float = 200) -> Any:
     return Image.fromarray(edges).convert("RGB")
 
 
-def _array(picture: Any, size: tuple[int, int], mode: str) -> np.ndarray:
+def _array(value: Any, size: tuple[int, int], mode: str) -> np.ndarray:
     from PIL import Image
 
     height, width = size
-    image = _opened(picture).convert(mode)
+    image = _opened(value).convert(mode)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     array = np.asarray(image, np.float32) / 255
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _opened(picture: Any) -> Any:
+def _opened(value: Any) -> Any:
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(picture, (str, Path)):
+    if isinstance(value, (str, Path)):
         try:
-            return Image.open(picture)
+            return Image.open(value)
         except FileNotFoundError:
-            raise UserError(f"no such picture: {picture}", "check the path") from None
+            raise UserError(f"no such image: {value}", "check the path") from None
         except (UnidentifiedImageError, OSError):
-            raise UserError(f"{picture} is no picture that can be read", "use PNG, JPEG or WebP") from None
-    if isinstance(picture, Image.Image):
-        return picture
-    array = np.asarray(picture)
+            raise UserError(f"{value} is no image that can be read", "use PNG, JPEG or WebP") from None
+    if isinstance(value, Image.Image):
+        return value
+    array = np.asarray(value)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
-        raise UserError(f"a picture of shape {array.shape}", "give [height, width, 3], [height, width] or a PIL image")
+        raise UserError(f"an image of shape {array.shape}", "give [height, width, 3], [height, width] or a PIL image")
     if array.dtype != np.uint8:
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise UserError("a picture with values outside 0 to 1", "scale it, or give uint8 from 0 to 255")
+            raise UserError("an image with values outside 0 to 1", "scale it, or give uint8 from 0 to 255")
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)

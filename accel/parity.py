@@ -1,6 +1,6 @@
 """How far apart two arrays, or two batches of images, are: numpy only, computed in float64.
 
-A compiled model passes when its pictures are the eager model's pictures. No measure here turns a NaN into a number that
+A compiled model passes when its images are the eager model's images. No measure here turns a NaN into a number that
 looks like success: non-finite input is an error in the single measures, and `finite = False` with None for every figure
 in `compare`.
 """
@@ -89,10 +89,10 @@ def ssim(a: Any, b: Any, data_range: float) -> float:
         data_range: as in `psnr`.
 
     Returns:
-        Mean over every place where the window fits inside the picture, all channels, whole batch.
+        Mean over every place where the window fits inside the image, all channels, whole batch.
 
     Raises:
-        UserError: for pictures under 11 px, in which no window fits; for arrays that are not channels-last images.
+        UserError: for images under 11 px, in which no window fits; for arrays that are not channels-last images.
     """
     a, b = _pair(a, b)
     if problem := _not_an_image(a.shape):
@@ -190,7 +190,7 @@ def _not_an_image(shape: tuple[int, ...]) -> str:
         return f"{shape[-1]} channels; the last axis must hold 1 to 4"
     height, width = shape if len(shape) == 2 else shape[-3:-1]
     if min(height, width) < _WINDOW:
-        return f"the window needs {_WINDOW} px, the picture is {height} x {width}"
+        return f"the window needs {_WINDOW} px, the image is {height} x {width}"
     return ""
 
 
@@ -199,7 +199,7 @@ def _ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> float:
         a, b = a[..., None], b[..., None]
     if a.ndim == 3:
         a, b = a[None], b[None]
-    # One picture at a time keeps memory at a few pictures.
+    # One image at a time keeps memory at a few images.
     return float(np.mean([_ssim_map(x, y, data_range).mean() for x, y in zip(a, b, strict=True)]))
 
 

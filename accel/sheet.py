@@ -1,4 +1,4 @@
-"""Pictures side by side: one row per engine, one column per image, with labels."""
+"""Images side by side: one row per engine, one column per image, with labels."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def contact_sheet(
         y = top + row * step
         draw.text((_MARGIN, y + cell / 2), labels[name], _INK, font=font, anchor="lm")
         for i, image in enumerate(images):
-            picture = Image.fromarray(np.asarray(image, np.uint8)).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + i * step, y))
+            enlarged = Image.fromarray(np.asarray(image, np.uint8)).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + i * step, y))
     return sheet

@@ -3,7 +3,7 @@
     python benchmarks/digits_dmd2.py --out out/digits-dmd2 --rows 4step 1step --seeds 0 1 2
 
 trains every row that is not there yet (ten to thirty minutes each on one CPU thread; two side by side on two cores:
-run it twice with different rows; a run that was interrupted goes on), draws 500 pictures with each in its own steps,
+run it twice with different rows; a run that was interrupted goes on), draws 500 images with each in its own steps,
 and with the undistilled networks in the same ones. `--write` adds them to benchmarks/digits-dmd2.json (rows of a
 recipe that has changed since then go), and makes docs/digits-dmd2.png and the table of docs/dmd2.md of all that it
 holds, and docs/digits-dmd2-pictures.png of what ships. `--ship` puts seed 0 of the four students beside the teacher.
@@ -26,7 +26,7 @@ import torch
 from accel import machine
 from accel.assets import DIGITS, resolve
 from accel.distill import recipes
-from accel.distill.digits.card import few_step_card, picture_grid
+from accel.distill.digits.card import few_step_card, image_grid
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[str, dict, str]] = {
     ),
     "1step-small-batch": ("digits_dmd2_1step", dict(batch=8), "1 step, batches of 8"),
     "4step-from-teacher": ("digits_dmd2", dict(model="digits"), "4 steps, not from 1"),
-    "4step-small-batch": ("digits_dmd2", dict(batch=32), "4 steps, 8 pictures a step"),
+    "4step-small-batch": ("digits_dmd2", dict(batch=32), "4 steps, 8 images a step"),
     "4step-real-inputs": ("digits_dmd2", dict(backward_simulation=False), "4 steps without backward simulation"),
     "4step-published": (
         "digits_dmd2",
@@ -73,10 +73,10 @@ BASELINES = {
 }
 
 
-def pictures(
+def draw_images(
     folder: Path, timesteps: tuple[int, ...] | None, guidance: float, seed: int, each: int = digits.HELD_OUT_PER_DIGIT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [10 each, 3, 64, 64] in -1..1, and the digits asked for; by LCMScheduler where timesteps are given."""
+    """Images [10 each, 3, 64, 64] in -1..1, and the digits asked for; by LCMScheduler where timesteps are given."""
     texts, wanted = zip(*digits.prompt_set(each), strict=True)
     pipeline = load(folder)
     if timesteps is None:
@@ -89,7 +89,7 @@ def pictures(
 
 
 def first_noise(seed: int) -> int:
-    """The first picture's noise in the judgement of a seed: no two seeds share any."""
+    """The first image's noise in the judgement of a seed: no two seeds share any."""
     return seed * 100_000
 
 
@@ -131,8 +131,8 @@ def run_row(name: str, seed: int, out: Path) -> dict:
         raise KeyboardInterrupt
     record = json.loads((folder / "training.json").read_text())
     timesteps = json.loads((folder / "sampler.json").read_text())["timesteps"]
-    images, wanted = pictures(folder, tuple(timesteps), 0.0, first_noise(seed))
-    picture_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
+    images, wanted = draw_images(folder, tuple(timesteps), 0.0, first_noise(seed))
+    image_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
     row = dict(
         name=name,
         shows=shows,
@@ -153,7 +153,7 @@ def baseline(name: str, seed: int, out: Path) -> dict:
     result = out / f"{stem(name, seed)}.json"
     if result.is_file():
         return json.loads(result.read_text())
-    images, wanted = pictures(DIGITS / folder, timesteps, guidance, first_noise(seed))
+    images, wanted = draw_images(DIGITS / folder, timesteps, guidance, first_noise(seed))
     row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.judge(images, wanted))
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, row)
@@ -242,7 +242,7 @@ def gallery(path: Path) -> None:
         if (DIGITS / name).is_dir():
             timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
             rows[f"{ROWS[name][2]}, distilled"] = (DIGITS / name, tuple(timesteps), 0.0)
-    strips = {label: picture_grid(pictures(*row, seed=0, each=1)[0], 10) for label, row in rows.items()}
+    strips = {label: image_grid(draw_images(*row, seed=0, each=1)[0], 10) for label, row in rows.items()}
     pages.strips(path, strips)
 
 
@@ -251,7 +251,7 @@ def other_noise(name: str, sets: int) -> dict:
     timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
     found = []
     for number in range(sets):
-        found.append(digits_quality.judge(*pictures(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number))))
+        found.append(digits_quality.judge(*draw_images(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number))))
         print(name, found[-1], flush=True)
     return {"weights": weights(f"digits/{name}")} | {
         key: [each[key] for each in found] for key in ("frechet_distance", "prompt_accuracy")

@@ -6,7 +6,7 @@
 
 takes the teacher, tiny, and whichever few-step students are beside them. Each is exported in float32 and quantised in
 several ways in torch (the arithmetic of the exported graphs), exported in int8 for every engine, and trained on for
-`--qat-steps` updates with rounding, and as long without. Judged are `--images` pictures of the prompts of
+`--qat-steps` updates with rounding, and as long without. Judged are `--images` images of the prompts of
 `accel.distill.sources.digits.prompt_set`: how many are the digit asked for, their Frechet
 distance to held-out real digits, and the PSNR against float32's from the same noise.
 
@@ -47,7 +47,7 @@ from accel.export.int8.options import Options
 from accel.export.pipeline import export_pipeline
 from accel.files import digest_of, write_json
 from accel.int8 import fake_quant
-from accel.int8.recipe import Int8
+from accel.int8.config import Int8Config
 from accel.machine import machine
 from accel.models.source import open_source
 from accel.parity import psnr
@@ -111,13 +111,13 @@ class Model:
         return np.load(path)
 
     def row(self, way: str, make: Callable[[], np.ndarray]) -> dict[str, Any]:
-        """What is said of the pictures that `make` draws, from its file if it is there."""
+        """What is said of the images that `make` draws, from its file if it is there."""
         name = f"{re.sub('[^a-z0-9]+', '-', way.lower()).strip('-')}-{self.images}.json"
         path = self.folder / "rows" / name
         if not path.is_file():
             started = time.perf_counter()
-            pictures = make()
-            found = {"way": way, **judged(pictures), "psnr": min(psnr(pictures, self.truth, 1.0), 100.0)}
+            images = make()
+            found = {"way": way, **judged(images), "psnr": min(psnr(images, self.truth, 1.0), 100.0)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, found)
             say(f"{self.name}, {way}: {json.dumps(found)} ({time.perf_counter() - started:.0f} s)")
@@ -129,15 +129,15 @@ def say(text: str) -> None:
 
 
 def draw(pipeline: Pipeline, images: int) -> np.ndarray:
-    """Pictures of the prompt set from fixed noise, [n, 64, 64, 3] in 0..1."""
+    """Images of the prompt set from fixed noise, [n, 64, 64, 3] in 0..1."""
     texts, _ = zip(*digits.prompt_set(images // 10), strict=True)
     return Calibration(texts, FIRST_NOISE).run(pipeline)
 
 
-def judged(pictures: np.ndarray) -> dict[str, float]:
-    """What the classifier says of pictures of the prompt set."""
-    _, wanted = zip(*digits.prompt_set(len(pictures) // 10), strict=True)
-    return digits_quality.judge(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
+def judged(images: np.ndarray) -> dict[str, float]:
+    """What the classifier says of images of the prompt set."""
+    _, wanted = zip(*digits.prompt_set(len(images) // 10), strict=True)
+    return digits_quality.judge(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
 
 
 # ------------------------------------------------------------------------------------------- by calibration, in torch
@@ -148,7 +148,7 @@ def in_torch(model: Model) -> list[dict[str, Any]]:
     rows = []
     for way, recipe, give in ways(model.pipeline, few):
 
-        def make(recipe: Int8 = recipe, give: Callable = give) -> np.ndarray:
+        def make(recipe: Int8Config = recipe, give: Callable = give) -> np.ndarray:
             unet = model.pipeline.engines["unet"].module.model
             fake_quant.attach(unet, recipe)
             try:
@@ -275,7 +275,7 @@ def tables(models: list[Mapping[str, Any]]) -> str:
             if row["psnr"] < 100:
                 cell += f", {row['psnr']:.1f} dB"
             by_way.setdefault(row["way"], {})[model["model"]] = cell
-    heads = [f"{model['model']}, {model['images']} pictures" for model in models]
+    heads = [f"{model['model']}, {model['images']} images" for model in models]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {way} | {' | '.join(cells.get(name, '') for name in names)} |" for way, cells in by_way.items()]
     lines += [

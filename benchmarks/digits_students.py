@@ -2,7 +2,7 @@
 
     python benchmarks/digits_students.py --out out/digits-students
 
-trains every row of the table (about an hour on two CPU threads; a run that was interrupted goes on), draws 500 pictures
+trains every row of the table (about an hour on two CPU threads; a run that was interrupted goes on), draws 500 images
 with each as `accel evaluate --protocol digits` does, and writes benchmarks/digits-students.json and
 docs/digits-students.png. `--ship` puts the rows `tiny` and `small` beside the shipped teacher, with a card and figures.
 """
@@ -52,7 +52,7 @@ ROWS = {
 
 
 def quality(folder: Path, guidance: float, steps: int) -> dict:
-    """500 pictures, the teacher's sampler and guidance."""
+    """500 images, the teacher's sampler and guidance."""
     texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
     images = digits_quality.generate(load(folder), list(texts), guidance, steps)
     return digits_quality.judge(images, torch.tensor(wanted))
@@ -135,7 +135,7 @@ def table(rows: list[dict], teacher: dict) -> str:
             f"| {row['frechet_distance']:.2f} |"
         )
     floor = teacher["frechet_floor"]
-    return "\n".join([*lines, f"| *real pictures (the floor)* | | | | | {floor:.2f} |"])
+    return "\n".join([*lines, f"| *real images (the floor)* | | | | | {floor:.2f} |"])
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/family_matrix.py --readme README.md
     python benchmarks/family_matrix.py --families sdxl --tasks img2img,inpaint --engines eager,onnxruntime
 
-Every cell is one picture of 64 x 64 px in float32 with guidance, made twice from the same noise: by diffusers and by a
+Every cell is one image of 64 x 64 px in float32 with guidance, made twice from the same noise: by diffusers and by a
 bundle. Numbers are in units of 1/255; the promise is below one. A cell without a number says why. Cells are kept in
 benchmarks/family-matrix.json, so that the table can be measured in pieces, on one machine. Exit code 1 where a number
 is one or more, or an engine failed.
@@ -60,7 +60,7 @@ class Case:
     draws: tuple[int, ...] = (0,)
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     rows, columns = np.mgrid[0:SIZE, 0:SIZE]
     return Image.fromarray(np.stack([rows * 3, columns * 3, (rows + columns) % 64 * 3], -1).astype(np.uint8))
 
@@ -122,8 +122,8 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
         return Case(
             f"{prefix}AdapterPipeline",
             {"adapter": model},
-            {"image": picture()},
-            {"control_image": picture()},
+            {"image": image()},
+            {"control_image": image()},
             bundle("adapter", adapter=folder / "t2i"),
         )
 
@@ -135,8 +135,8 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
         return Case(
             f"{prefix}ControlNetPipeline",
             {"controlnet": model},
-            {"image": picture()},
-            {"control_image": picture()},
+            {"image": image()},
+            {"control_image": image()},
             bundle("controlnet", controlnet=folder / "control"),
         )
 
@@ -153,8 +153,8 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
         fused = bundle("lora", loras=[f"{folder / 'lora.safetensors'}=0.7"])
         return Case(f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {}, fused)
 
-    start = {"image": picture(), "strength": 0.6}
-    hole = {"image": picture(), "mask_image": mask(), "strength": 0.6}
+    start = {"image": image(), "strength": 0.6}
+    hole = {"image": image(), "mask_image": mask(), "strength": 0.6}
     yield "txt2img", lambda: Case(f"{prefix}Pipeline", {}, {}, {}, plain())
     yield "img2img", lambda: Case(f"{prefix}Img2ImgPipeline", {}, start, start, plain(), (_OF_IMAGE, 0))
     drawn = (_OF_IMAGE, 0, _OF_MASKED)

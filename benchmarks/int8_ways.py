@@ -11,42 +11,44 @@ import torch
 from accel.assets import DIGITS
 from accel.export.int8.calibration import Calibration, calibration, read_prompts
 from accel.int8 import fake_quant
+from accel.int8.config import Int8Config
 from accel.int8.observers import observe
-from accel.int8.recipe import Int8
 from accel.pipeline import Pipeline
 
 # By name: a student that lies elsewhere is not known to be one of digits, and would be shown everyday prompts.
 PROMPTS = DIGITS / "prompts.txt"
 
 ALTERNATIVES = {
-    "convolutions only": Int8(level="conv"),
-    "+ feed-forward": Int8(level="ff"),
-    "+ queries, keys, values": Int8(level="qkv"),
-    "all, range: max": Int8(collector="max"),
-    "all, range: percentile 99.99": Int8(collector="percentile"),
-    "all, begin-of-text not apart": Int8(bos_apart=False),
-    "all, SmoothQuant 0.5": Int8(smooth=0.5),
-    "all, outputs of convolutions float": Int8(outputs=False),
+    "convolutions only": Int8Config(level="conv"),
+    "+ feed-forward": Int8Config(level="ff"),
+    "+ queries, keys, values": Int8Config(level="qkv"),
+    "all, range: max": Int8Config(collector="max"),
+    "all, range: percentile 99.99": Int8Config(collector="percentile"),
+    "all, begin-of-text not apart": Int8Config(bos_apart=False),
+    "all, SmoothQuant 0.5": Int8Config(smooth=0.5),
+    "all, outputs of convolutions float": Int8Config(outputs=False),
 }
 
 
-def ways(pipeline: Pipeline, few: bool) -> Iterator[tuple[str, Int8, Callable[[torch.nn.Module, Int8], Any]]]:
+def ways(
+    pipeline: Pipeline, few: bool
+) -> Iterator[tuple[str, Int8Config, Callable[[torch.nn.Module, Int8Config], Any]]]:
     """(name, recipe, what gives the attached layers of a network their ranges)."""
     right = calibration(read_prompts(PROMPTS), 32)
 
-    def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8], Any]:
+    def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8Config], Any]:
         return lambda unet, recipe: observe([unet], recipe, run)
 
     calibrated = seeing(lambda: right.run(pipeline))
-    yield "all layers", Int8(), calibrated
-    yield "all, and attention's scores", Int8(level="scores"), calibrated
-    yield "all, and both products of attention", Int8(level="attention"), calibrated
+    yield "all layers", Int8Config(), calibrated
+    yield "all, and attention's scores", Int8Config(level="scores"), calibrated
+    yield "all, and both products of attention", Int8Config(level="attention"), calibrated
     if few:  # 25 steps with guidance take twelve times as long
         yield from ((way, recipe, calibrated) for way, recipe in ALTERNATIVES.items())
     other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
-    yield "*wrong:* other timesteps", Int8(), seeing(lambda: replace(right, sampling=other).run(pipeline))
-    yield "*wrong:* random latents, the pipeline never run", Int8(), seeing(random_latents(pipeline))
-    yield "*wrong:* the field's usual collector, 16 batches", Int8(), usual_collector(right, pipeline)
+    yield "*wrong:* other timesteps", Int8Config(), seeing(lambda: replace(right, sampling=other).run(pipeline))
+    yield "*wrong:* random latents, the pipeline never run", Int8Config(), seeing(random_latents(pipeline))
+    yield "*wrong:* the field's usual collector, 16 batches", Int8Config(), usual_collector(right, pipeline)
 
 
 def random_latents(pipeline: Pipeline) -> Callable[[], None]:
@@ -67,10 +69,10 @@ def random_latents(pipeline: Pipeline) -> Callable[[], None]:
     return run
 
 
-def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8], None]:
+def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8Config], None]:
     """The field's collector: sums of batch maxima per step, divided by the number of steps, the least of all steps.
 
-    (ModelOpt's PercentileCalibrator; it sees 16 batches of one picture here, as its examples do.)
+    (ModelOpt's PercentileCalibrator; it sees 16 batches of one image here, as its examples do.)
     """
     own = pipeline.bundle.manifest.sampler
     steps = len(own["timesteps"]) if "timesteps" in own else own["steps"]
@@ -86,7 +88,7 @@ def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.n
 
         return see
 
-    def give(unet: torch.nn.Module, recipe: Int8) -> None:
+    def give(unet: torch.nn.Module, recipe: Int8Config) -> None:
         for name, quantizer in fake_quant.ranges(unet):
             quantizer.observer = collect(name)
         fake_quant.set_mode(unet, "observe")

@@ -1,6 +1,6 @@
-"""Does optimum's own pipeline load our bundle and make our picture? Run by optimum_interop.sh, in two environments.
+"""Does optimum's own pipeline load our bundle and make our image? Run by optimum_interop.sh, in two environments.
 
-python optimum_interop.py ours   BUNDLE FOLDER    with accel: latents and the reference picture
+python optimum_interop.py ours   BUNDLE FOLDER    with accel: latents and the reference image
 python optimum_interop.py theirs BUNDLE FOLDER    with optimum-onnx: the same latents through its own pipeline
 """
 
@@ -44,7 +44,7 @@ def theirs(bundle: Path, folder: Path) -> None:
         output_type="np",
     ).images[0]
     difference = float(np.abs(image - saved["image"]).max() * 255)
-    print(json.dumps({"largest difference in 1/255": difference, "same picture": difference < 1}))
+    print(json.dumps({"largest difference in 1/255": difference, "same image": difference < 1}))
     sys.exit(difference >= 1)
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks put into pages: text between markers, so that no figure there is written by hand; bars; pictures."""
+"""What benchmarks put into pages: text between markers, so that no figure there is written by hand; bars; images."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python benchmarks/random_pipeline.py sd15-tiny out/sd15-tiny-random
 
-Speed, memory and parity do not depend on what the weights have learned; picture quality does, and is not measured on
+Speed, memory and parity do not depend on what the weights have learned; image quality does, and is not measured on
 these. Text encoders and VAE have the sizes of Stable Diffusion 1.5 or SDXL, the UNet is the named topology. The
 tokenizer is the digits model's, whose ids are within CLIP's range. Networks are built and written one by one, so
 SDXL needs no more memory than its UNet in float32 (10.3 GB).

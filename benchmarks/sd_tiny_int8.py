@@ -2,7 +2,7 @@
 
     python benchmarks/sd_tiny_int8.py out/sd-tiny-int8 --threads 1 --write
 
-512 px (latents of 64 x 64), batch 1. Speed and parity per layer do not depend on what weights have learned; pictures
+512 px (latents of 64 x 64), batch 1. Speed and parity per layer do not depend on what weights have learned; images
 do, and are not judged. Text encoder and VAE are narrow: they only feed the UNet.
 
 Every step and every timed call is kept in the out folder: a run that was interrupted goes on. `--write` makes
@@ -37,7 +37,7 @@ from accel.export.int8.options import Options
 from accel.export.pipeline import export_pipeline
 from accel.files import write_json
 from accel.int8 import packed
-from accel.int8.recipe import Int8
+from accel.int8.config import Int8Config
 from accel.machine import machine
 from accel.models import networks
 from accel.models.topology import narrowed, topology
@@ -269,7 +269,7 @@ def low_bundle(args: argparse.Namespace, name: str, say: Callable[[str, float], 
     low, layers = args.out / name, args.out / f"{name}-layers.json"
     if not low.exists():
         options = Options(
-            Int8(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",), threads=args.threads
+            Int8Config(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",), threads=args.threads
         )
         export_pipeline(args.out / "float32", low, precision="int8", int8=options, progress=say)
     if not layers.exists():
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--images", type=int, default=2, help="pictures to calibrate on (default: 2)")
+    parser.add_argument("--images", type=int, default=2, help="images to calibrate on (default: 2)")
     parser.add_argument("--narrow", action="store_true", help="a network of toy size")
     parser.add_argument("--write", action="store_true", help="write benchmarks/sd-tiny-int8.json and docs/int8.md")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ Every stage is a process of its own, which gives all of its memory back; its pea
 
 The step is that of a few-step student: batch 1, t = 999, no guidance. Stages whose results lie in --work already,
 made with the same options, are not run again. Random weights are enough for time, memory and parity, and say nothing
-about pictures.
+about images.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def quality(folder: Path) -> dict:
-    """PSNR in dB on the held-out pictures, all of them as one set."""
+    """PSNR in dB on the held-out images, all of them as one set."""
     tiny, vae = AutoencoderTiny.from_pretrained(folder).float().eval(), open_source("digits").load("vae")
-    pictures, _ = digits.dataset("held-out")
+    images, _ = digits.dataset("held-out")
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)])
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
         full = torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in latents.split(64)])
         scaled = latents * vae.config.scaling_factor
         tiny_made = torch.cat([tiny.decode(part).sample.clamp(-1, 1) for part in scaled.split(64)])
@@ -49,15 +49,15 @@ def quality(folder: Path) -> dict:
         return round(float(10 * torch.log10(4 / (a - b).square().mean())), 2)
 
     return {
-        "pictures": len(pictures),
+        "pictures": len(images),
         "psnr_against_full_db": round(psnr(tiny, scaled, full), 2),
-        "psnr_against_photo_db": {"full": db(full, pictures), "tiny": db(tiny_made, pictures)},
+        "psnr_against_photo_db": {"full": db(full, images), "tiny": db(tiny_made, images)},
         "parameters": {"tiny_decoder": parameters(tiny.decoder), "full_decoder": parameters(vae.decoder)},
     }
 
 
 def milliseconds(folder: Path) -> dict:
-    """Least processor time of decoding one picture of 64 x 64 px on one thread, in ms, by engine and decoder."""
+    """Least processor time of decoding one image of 64 x 64 px on one thread, in ms, by engine and decoder."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         bundles = {
@@ -96,7 +96,7 @@ library_name: diffusers
 # Digits {name}
 
 The network of TAESD (diffusers' `AutoencoderTiny`), distilled from the digits teacher's VAE: it decodes the same
-latents in a fraction of the time, and encodes pictures into them.
+latents in a fraction of the time, and encodes images into them.
 
 ```
 accel export digits OUT --vae digits/{name}
@@ -116,16 +116,16 @@ pipe = StableDiffusionPipeline.from_pretrained("teacher", vae=AutoencoderTiny.fr
 
 ## Figures
 
-{result["pictures"]} held-out pictures, as one set.
+{result["images"]} held-out images, as one set.
 
 | | full | tiny |
 |---|---|---|
-| PSNR of the decoded picture against the photo | {psnr_of["full"]:.1f} dB | {psnr_of["tiny"]:.1f} dB |
+| PSNR of the decoded image against the photo | {psnr_of["full"]:.1f} dB | {psnr_of["tiny"]:.1f} dB |
 | parameters of the decoder | {count["full_decoder"]:,} | {count["tiny_decoder"]:,} |
 
-The tiny decoder's pictures are {result["psnr_against_full_db"]} dB from the full one's.
+The tiny decoder's images are {result["psnr_against_full_db"]} dB from the full one's.
 
-Processor time of decoding one picture of 64 x 64 px on one thread ({result["cpu"]}), the fastest of {result["rounds"]}
+Processor time of decoding one image of 64 x 64 px on one thread ({result["cpu"]}), the fastest of {result["rounds"]}
 rounds in turns:
 
 | engine | full ms | tiny ms | |

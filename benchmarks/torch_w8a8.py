@@ -25,8 +25,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from accel.int8 import fake_quant
+from accel.int8.config import Int8Config
 from accel.int8.observers import observe
-from accel.int8.recipe import Int8
 from accel.machine import machine
 from accel.models.topology import narrowed, topology
 from accel.parity import relative_l2
@@ -132,7 +132,7 @@ def main() -> None:
 
     feeds = (torch.randn(args.batch, 4, cells, cells), torch.tensor(499.0), torch.randn(args.batch, 77, 768))
     feeds = tuple(value.to(args.device, dtype) for value in feeds)
-    recipe = Int8(bos_apart=False, outputs=False, collector="max")  # as the usual W8A8 in torch
+    recipe = Int8Config(bos_apart=False, outputs=False, collector="max")  # as the usual W8A8 in torch
     plain, low = build(), build()
     fake_quant.attach(low, recipe)
     observe([low], recipe, lambda: low(*feeds))

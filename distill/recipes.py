@@ -38,7 +38,7 @@ def lora() -> Lora:
 
 
 def dreambooth() -> DreamBooth:
-    """BK-SDM's published setting: 800 steps, batch 1, 200 class pictures, prior weight 1, LoRA at 1e-4."""
+    """BK-SDM's published setting: 800 steps, batch 1, 200 class images, prior weight 1, LoRA at 1e-4."""
     return DreamBooth()
 
 
@@ -134,7 +134,7 @@ def vae() -> TinyVae:
 
 
 def sd15_base() -> Distillation:
-    """BK-SDM's published setting: 50,000 steps of 256 pictures (here 8 processes x 8 x 4)."""
+    """BK-SDM's published setting: 50,000 steps of 256 images (here 8 processes x 8 x 4)."""
     return Distillation(
         student="base",
         steps=50_000,
@@ -268,7 +268,7 @@ def digits_dmd2_1step() -> DMD2:
 
 
 def digits_dmd2() -> DMD2:
-    """The same in four steps, from one: each step sees as many pictures of a batch as the one step did."""
+    """The same in four steps, from one: each step sees as many images of a batch as the one step did."""
     return dataclasses.replace(
         digits_dmd2_1step(),
         model="digits/1step",

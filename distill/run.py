@@ -47,7 +47,7 @@ METHODS: dict[type[Recipe], Any] = {
     TinyVae: TinyVaeMethod,
 }
 
-SHOWN = 5  # broken pictures that are named on the screen
+SHOWN = 5  # broken images that are named on the screen
 
 
 def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:
@@ -128,7 +128,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
 
 
 def encoders_of(recipe: Recipe, **options: Any) -> Encoders | ClassEncoders:
-    """What turns pictures and captions into what the recipe's model learns from, by the family of the model.
+    """What turns images and captions into what the recipe's model learns from, by the family of the model.
 
     Raises:
         UserError: for a model that this method does not train.
@@ -221,9 +221,9 @@ def stream_of(
         cache=cache,
         on_broken=on_broken,
     )
-    say(f"data{suffix}: {len(examples)} pictures" + (", cached" if cache else ""))
+    say(f"data{suffix}: {len(examples)} images" + (", cached" if cache else ""))
     if cache and cache.broken:
-        say(f"{len(cache.broken)} pictures cannot be used and are left out")
+        say(f"{len(cache.broken)} images cannot be used and are left out")
         examples.note([{"name": name, "reason": reason} for name, reason in cache.broken.items()])
 
     def batches(step: int) -> Iterator[dict[str, Any]]:

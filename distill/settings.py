@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accel.errors import MissingPackage, UserError
-from accel.int8.recipe import LEVELS
+from accel.int8.config import LEVELS
 
 
 def option(default: Any, text: str) -> Any:
@@ -28,19 +28,19 @@ class Recipe:
 
     data: str = option("", "image folder, webdataset shards, a Hugging Face data set, or digits")
     split: str = option("train", "split of a Hugging Face data set")
-    image_column: str = option("", "column of the pictures (default: found)")
+    image_column: str = option("", "column of the images (default: found)")
     caption_column: str = option("", "column of the captions (default: found)")
     resolution: int = option(512, "pixels of a side")
     center_crop: bool = option(True, "crop in the middle, not anywhere")
-    random_flip: bool = option(True, "mirror every second picture")
+    random_flip: bool = option(True, "mirror every second image")
     caption_dropout: float = option(0.1, "share of captions left empty, so that guidance works")
     cache: str = option("auto", "folder of the latent and text cache; auto: in the run folder; none: encode every time")
-    cache_variants: int = option(2, "crops and flips kept of each picture")
+    cache_variants: int = option(2, "crops and flips kept of each image")
     cache_dtype: str = option("float16", "float16 or float32")
     workers: int = option(0, "processes that load data")
 
     steps: int = option(1000, "optimizer steps")
-    batch: int = option(8, "pictures per process and micro-batch")
+    batch: int = option(8, "images per process and micro-batch")
     accumulation: int = option(1, "micro-batches per step")
     learning_rate: float = option(5e-5, "peak learning rate")
     lr_schedule: str = option("constant", "constant, linear, cosine or polynomial (warm-up comes first)")
@@ -112,20 +112,20 @@ class Lora(Finetune):
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBooth(Lora):
-    """A subject from a few pictures, with prior preservation (Ruiz et al. 2022, arXiv 2208.12242)."""
+    """A subject from a few images, with prior preservation (Ruiz et al. 2022, arXiv 2208.12242)."""
 
-    data: str = option("", "folder of pictures of the subject; they need no captions")
-    instance_prompt: str = option("", 'caption of these pictures, with a rare word: "a photo of sks dog"')
+    data: str = option("", "folder of images of the subject; they need no captions")
+    instance_prompt: str = option("", 'caption of these images, with a rare word: "a photo of sks dog"')
     class_prompt: str = option("", 'the same without the rare word: "a photo of a dog"')
-    prior_weight: float = option(1.0, "weight of the loss on pictures of the class; 0 for none")
-    class_images: int = option(200, "pictures of the class that the model draws before training")
-    class_data: str = option("", "folder of pictures of the class, instead of drawing them")
-    class_batch: int = option(4, "pictures of the class drawn at once")
+    prior_weight: float = option(1.0, "weight of the loss on images of the class; 0 for none")
+    class_images: int = option(200, "images of the class that the model draws before training")
+    class_data: str = option("", "folder of images of the class, instead of drawing them")
+    class_batch: int = option(4, "images of the class drawn at once")
     rank: int = option(16, "rank of the updates; 0 trains all weights")
     learning_rate: float = option(0.0, "peak learning rate; 0 means 1e-4, or 1e-6 where all weights are trained")
     caption_dropout: float = option(0.0, "share of captions left empty, so that guidance works")
     steps: int = option(800, "optimizer steps")
-    batch: int = option(1, "pictures of the subject per process and micro-batch, and as many of the class")
+    batch: int = option(1, "images of the subject per process and micro-batch, and as many of the class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +145,11 @@ class DMD2(Recipe):
     matching_weight: float = option(1.0, "weight of the distribution matching loss")
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
     discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
-    backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised pictures")
+    backward_simulation: bool = option(True, "the generator learns on its own steps, not on noised images")
     mixed_steps: bool = option(
-        True, "train all of the student's steps in each batch of at least as many pictures; off: one step a batch"
+        True, "train all of the student's steps in each batch of at least as many images; off: one step a batch"
     )
-    step_aware: bool = option(True, "tell the critic which of the student's steps drew a picture; see docs/dmd2.md")
+    step_aware: bool = option(True, "tell the critic which of the student's steps drew an image; see docs/dmd2.md")
     low: float = option(0.02, "least timestep of distribution matching, as a share")
     high: float = option(0.98, "largest timestep of distribution matching, as a share")
     teacher_dtype: str = option("auto", "dtype of the teacher: auto (as mixed precision), float32, bfloat16, float16")
@@ -178,15 +178,15 @@ class DMD2(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Recipe):
-    """Warm-up of a one-step student on pairs of noise and the teacher's picture (DMD, arXiv 2311.18828)."""
+    """Warm-up of a one-step student on pairs of noise and the teacher's image (DMD, arXiv 2311.18828)."""
 
-    teacher: str = option("", "pipeline whose UNet makes the pictures (default: the model's own)")
+    teacher: str = option("", "pipeline whose UNet makes the images (default: the model's own)")
     timestep: int = option(999, "timestep that the student is told; 399 for SDXL")
     pairs: str = option("", "folder of the pairs, made where they are missing (default: in the run folder)")
-    pair_count: int = option(10_000, "pairs of noise and picture")
+    pair_count: int = option(10_000, "pairs of noise and image")
     pair_steps: int = option(50, "the teacher's steps")
     pair_guidance: float = option(8.0, "the teacher's guidance scale")
-    loss: str = option("mse", "mse or huber of latents, or lpips of pictures (needs the package lpips)")
+    loss: str = option("mse", "mse or huber of latents, or lpips of images (needs the package lpips)")
 
     learning_rate: float = option(1e-5, "peak learning rate")
     steps: int = option(3000, "optimizer steps")
@@ -199,7 +199,7 @@ class TinyVae(Recipe):
 
     width: int = option(64, "channels of every layer")
     blocks: int = option(3, "residual blocks of every stage")
-    reconstruction_weight: float = option(1.0, "weight of the squared error against the full decoder's pictures")
+    reconstruction_weight: float = option(1.0, "weight of the squared error against the full decoder's images")
     perceptual_weight: float = option(0.1, "weight of the error in the full encoder's features; 0 for none")
     encoder_weight: float = option(0.1, "weight of the tiny encoder's error; 0 leaves it untrained")
     caption_dropout: float = option(0.0, "nothing reads captions here")

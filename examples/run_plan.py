@@ -1,10 +1,10 @@
-"""A TensorRT plan without accel: needs `tensorrt` and `numpy`, and `torch` or `cuda-python` for the GPU's memory.
+"""An engine file without accel: needs `tensorrt` and `numpy`, and `torch` or `cuda-python` for the GPU's memory.
 
     python examples/run_plan.py my-bundle unet feeds.npz out.npz
 
-Copy this file into your app. It does what accel does before it lets TensorRT see a plan: the plan must be whole, built
-from this bundle's graph and weights, for this TensorRT and this GPU, and carry your own signature, because a plan is
-executable code.
+Copy this file into your app. It does what accel does before it lets TensorRT see an engine file: the engine file must
+be whole, built from this bundle's graph and weights, for this TensorRT and this GPU, and carry your own signature,
+because an engine file is executable code.
 """
 
 import hashlib
@@ -95,13 +95,13 @@ def user_key():
 
 
 def preflight(bundle, component, path, gpu):
-    """The reason why a plan must not be loaded here, or None; and its bytes and record."""
-    text, plan = path.with_suffix(".json").read_bytes(), path.read_bytes()
+    """The reason why an engine file must not be loaded here, or None; and its bytes and record."""
+    text, engine_file = path.with_suffix(".json").read_bytes(), path.read_bytes()
     record, manifest = json.loads(text), json.loads((bundle / "accel.json").read_text())
     identity, part = record["identity"], manifest["components"][component]
     signature = path.with_suffix(".sig").read_text().strip()
     options, reason = identity["options"], None
-    if hashlib.sha256(plan).hexdigest() != record["plan"]["sha256"]:
+    if hashlib.sha256(engine_file).hexdigest() != record["plan"]["sha256"]:
         reason = "the file was changed after it was built"
     elif not hmac.compare_digest(hmac.new(user_key(), text, hashlib.sha256).hexdigest(), signature):
         reason = "it does not carry your signature"
@@ -114,12 +114,12 @@ def preflight(bundle, component, path, gpu):
     elif identity["gpu"] != gpu:
         reason = f"it was built for {identity['gpu']}, here is {gpu}"
     elif options["version_compatible"] or options["strip_plan"]:
-        reason = "this program loads neither version-compatible nor stripped plans"
-    return reason, plan, record
+        reason = "this program loads neither version-compatible nor stripped engine files"
+    return reason, engine_file, record
 
 
-class Plan:
-    """A component's plan: `plan(sample=array, ...)` -> {name: array}."""
+class EngineFile:
+    """A component's engine file: `engine file(sample=array, ...)` -> {name: array}."""
 
     def __init__(self, bundle, component, memory):
         reasons = ["there is none"]
@@ -129,12 +129,12 @@ class Plan:
                 break
             reasons.append(reason)
         else:
-            raise SystemExit(f"no plan of {component} can be used: {reasons[-1]}\n  fix: accel build {bundle}")
+            raise SystemExit(f"no engine file of {component} can be used: {reasons[-1]}\n  fix: accel build {bundle}")
         self.memory, self.log, self.profiles = memory, Log(), record["identity"]["profiles"]
         self.runtime = trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise SystemExit(f"TensorRT refuses the plan: {self.log.last}")
+            raise SystemExit(f"TensorRT refuses the engine file: {self.log.last}")
         self.context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.context is None:
             raise SystemExit(f"TensorRT gives no execution context: {self.log.last}")
@@ -167,7 +167,9 @@ class Plan:
             ranges = ((low, feeds[name].shape, high) for name, (low, _, high) in profile["shapes"].items())
             if all(a <= n <= b for low, shape, high in ranges for a, n, b in zip(low, shape, high, strict=True)):
                 return index
-        raise SystemExit("no profile of this plan takes these shapes: accel build BUNDLE --profile ... (one that does)")
+        raise SystemExit(
+            "no profile of this engine file takes these shapes: accel build BUNDLE --profile ... (one that does)"
+        )
 
 
 def memory():
@@ -179,6 +181,6 @@ def memory():
 
 if __name__ == "__main__":
     folder, part, source, target = sys.argv[1:5]
-    plan = Plan(folder, part, memory())
-    np.savez(target, **plan(**np.load(source)))
+    engine_file = EngineFile(folder, part, memory())
+    np.savez(target, **engine_file(**np.load(source)))
     print(target)

@@ -174,7 +174,7 @@ def export_pipeline(
 def _check_int8(components: Sequence[str], shares: bool) -> None:
     if missing := {"text_encoder", "unet", "vae_decoder"} - set(components):
         raise UserError(
-            f"int8 is calibrated on whole pictures, which need the {' and the '.join(sorted(missing))} too",
+            f"int8 is calibrated on whole images, which need the {' and the '.join(sorted(missing))} too",
             "leave --components out",
         )
     if shares:

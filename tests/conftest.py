@@ -34,8 +34,8 @@ def pytest_pyfunc_call(pyfuncitem) -> bool | None:
     return True
 
 
-def make_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
-    """Pictures of noise, (height, width) = size, with captions about cats and dogs."""
+def make_images(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
+    """Images of noise, (height, width) = size, with captions about cats and dogs."""
     import numpy as np
     from PIL import Image
 
@@ -49,13 +49,13 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) ->
 
 
 @pytest.fixture(scope="session")
-def twelve_pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("twelve"), 12, (70, 80))
+def twelve_images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("twelve"), 12, (70, 80))
 
 
 @pytest.fixture(scope="session")
-def six_pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("six"), 6)
+def six_images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("six"), 6)
 
 
 def make_tokenizer(folder: Path, pad: str = "<|endoftext|>"):
@@ -362,7 +362,7 @@ def tensorrt(request, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def with_plan_of_unet(tensorrt, tmp_path):
+def with_engine_file_of_unet(tensorrt, tmp_path):
     """bundle -> its pipeline on ONNX Runtime, and the same with a UNet on TensorRT that may capture the whole loop."""
 
     def make(folder: Path):

@@ -5,6 +5,6 @@ from __future__ import annotations
 from .document import SCHEMA, Document, check_schema
 from .measure import Result, measure
 from .variants import Variant, chosen, parse
-from .work import Settings
+from .work import BenchSettings
 
-__all__ = ["SCHEMA", "Document", "Result", "Settings", "Variant", "check_schema", "chosen", "measure", "parse"]
+__all__ = ["SCHEMA", "Document", "Result", "BenchSettings", "Variant", "check_schema", "chosen", "measure", "parse"]

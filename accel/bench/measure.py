@@ -1,4 +1,4 @@
-"""One run: probe every variant alone, load them all, warm up, compare the pictures, then time them interleaved."""
+"""One run: probe every variant alone, load them all, warm up, compare the images, then time them interleaved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .document import Document
 from .probe import probe
 from .state import State
 from .variants import Variant
-from .work import IMAGE, Settings
+from .work import IMAGE, BenchSettings
 
 Progress = Callable[[str, float], None]
 Load = Callable[..., Pipeline]
@@ -47,7 +47,7 @@ class Result:
 def measure(
     bundle: str | Path | Bundle,
     chosen: Sequence[Variant] | None = None,
-    settings: Settings | None = None,
+    settings: BenchSettings | None = None,
     *,
     command: str = "",
     load: Load = variants.load,
@@ -69,7 +69,7 @@ def measure(
         UserError: for a damaged bundle, or a size or batch outside its profile.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    settings = settings or Settings()
+    settings = settings or BenchSettings()
     names = component_names(bundle)
     work.check_batch(bundle, settings)
     bundle.verify([bundle.component(name).folder for name in names])
@@ -123,7 +123,7 @@ def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
 
 
 def _reference(state: State, load: Load, progress: Progress) -> None:
-    """Eager in float32 makes the pictures to compare with, and its inputs are what every variant is timed on."""
+    """Eager in float32 makes the images to compare with, and its inputs are what every variant is timed on."""
     progress("reference: eager fp32", 0.3)
     if not (able := status(REFERENCE)).ok:
         state.notes.append(f"parity is not measured: the eager engine cannot run here ({able.detail})")
@@ -171,7 +171,7 @@ def _warm_up(state: State, load: Load, progress: Progress) -> None:
 
 
 def _floors(state: State, load: Load, progress: Progress) -> None:
-    """What a low precision alone does to the picture, in torch: the honest measure for every engine that uses it."""
+    """What a low precision alone does to the image, in torch: the honest measure for every engine that uses it."""
     if state.reference is None:
         return
     call = state.settings.call()

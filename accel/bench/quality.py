@@ -1,4 +1,4 @@
-"""The same picture? Every variant against eager in float32, beside what rounding and repetition alone do."""
+"""The same image? Every variant against eager in float32, beside what rounding and repetition alone do."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _parity(document: Document) -> Table:
     ]
     cells = [_parity_row(f"noise floor: {row['what']}", row) for row in document["noise_floor"]]
     cells += [_parity_row(row["variant"], row) for row in document["rows"]]
-    return "Same picture? Against eager fp32", columns, cells
+    return "Same image? Against eager fp32", columns, cells
 
 
 def _parity_row(name: str, row: Mapping[str, Any]) -> list[str]:

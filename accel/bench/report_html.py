@@ -1,4 +1,4 @@
-"""A benchmark document as one self-contained web page: tables, bars and the pictures themselves, light and dark."""
+"""A benchmark document as one self-contained web page: tables, bars and the images themselves, light and dark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .report import NONE, headline, number, seconds, tables
 
-_SIDE = 256  # pixels at which pictures are shown
+_SIDE = 256  # pixels at which images are shown
 _GAIN = 10
 
 _CSS = """
@@ -49,8 +49,8 @@ def page(document: Mapping[str, Any], images: Mapping[str, np.ndarray] = Mapping
     body.append(_bars(document["rows"], "image"))
     body.append("<h2>Time per UNet step (p50, to p90)</h2>")
     body.append(_bars(document["rows"], "unet"))
-    body.append("<h2>The pictures, same prompt and noise</h2>")
-    body.append(_pictures(document, images))
+    body.append("<h2>The images, same prompt and noise</h2>")
+    body.append(_images(document, images))
     for name, columns, rows in tables(document):
         body.append(f"<h2>{escape(name)}</h2>{_table(columns, rows)}")
     notes = "".join(f"<li>{escape(note)}</li>" for note in document["notes"])
@@ -97,9 +97,9 @@ def _bars(rows: list[Mapping[str, Any]], scope: str) -> str:
     return f'<div class="scroll"><svg width="960" height="{height}" role="img">{"".join(parts)}</svg></div>'
 
 
-def _pictures(document: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> str:
+def _images(document: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> str:
     if not images:
-        return "<p>A saved result holds only the digests of the pictures; give --html while measuring to see them.</p>"
+        return "<p>A saved result holds only the digests of the images; give --html while measuring to see them.</p>"
     reference = images.get("eager")
     psnr = {row["variant"]: (row["parity"]["image"] or {}).get("psnr") for row in document["rows"]}
     figures = []
@@ -108,9 +108,9 @@ def _pictures(document: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> 
         if reference is not None and name != "eager":
             difference = np.abs(batch[0].astype(int) - reference[0]) * _GAIN
             pair += _figure(np.clip(difference, 0, 255).astype(np.uint8), f"difference to eager, x{_GAIN}")
-        figures.append(f'<div class="pictures">{pair}</div>')
+        figures.append(f'<div class="images">{pair}</div>')
     prompt = escape(document["work"]["prompts"][0])
-    return f'<p>{prompt}</p><div class="pictures">{"".join(figures)}</div>'
+    return f'<p>{prompt}</p><div class="images">{"".join(figures)}</div>'
 
 
 def _quality(psnr: Any) -> str:
@@ -120,10 +120,10 @@ def _quality(psnr: Any) -> str:
 def _figure(pixels: np.ndarray, caption: str) -> str:
     from PIL import Image
 
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_SIDE, _SIDE))
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
     text = escape(caption, quote=True)
     source = f"data:image/png;base64,{data}"

@@ -12,7 +12,7 @@ from ..pipeline import Pipeline
 from .probe import Process
 from .quality import Sample
 from .variants import Variant
-from .work import Recording, Settings
+from .work import BenchSettings, Recording
 
 
 @dataclass
@@ -21,7 +21,7 @@ class State:
 
     bundle: Bundle
     variants: list[Variant]
-    settings: Settings
+    settings: BenchSettings
     started: float = field(default_factory=time.time)
     environment: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import images as pictures
+from .. import images as images
 from ..arrays import synchronize
 from ..bundle import Bundle
 from ..engines.base import to_numpy
@@ -26,7 +26,7 @@ IMAGE = "image"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BenchSettings:
     """What to measure and how often.
 
     Attributes:
@@ -39,7 +39,7 @@ class Settings:
         seconds: stop the rounds after this long, though never before five.
         warmup: untimed calls of each scope, at least two.
         memory: measure each variant in a process of its own as well.
-        control: picture file for the bundle's T2I-Adapter or ControlNet; "" where it has none.
+        control: image file for the bundle's T2I-Adapter or ControlNet; "" where it has none.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -77,17 +77,17 @@ class Settings:
         }
 
 
-def with_control(settings: Settings, bundle: Bundle, folder: Path) -> Settings:
-    """The settings with a picture of rings and a square, where the bundle has a control network to show it to.
+def with_control(settings: BenchSettings, bundle: Bundle, folder: Path) -> BenchSettings:
+    """The settings with an image of rings and a square, where the bundle has a control network to show it to.
 
     Raises:
-        UserError: for a picture of one's own that cannot be read, or that the bundle has no network for.
+        UserError: for an image of one's own that cannot be read, or that the bundle has no network for.
     """
     controlled = bool(set(control.COMPONENTS) & set(bundle.manifest.components))
     if settings.control and not controlled:
         raise UserError(f"{bundle.path} has no T2I-Adapter or ControlNet", "leave --control out")
     if settings.control:
-        pictures.batch(settings.control, 1, (8, 8))  # before minutes of measuring
+        images.batch(settings.control, 1, (8, 8))  # before minutes of measuring
     if settings.control or not controlled:
         return settings
     from PIL import Image
@@ -100,7 +100,7 @@ def with_control(settings: Settings, bundle: Bundle, folder: Path) -> Settings:
     return replace(settings, control=str(file))
 
 
-def check_batch(bundle: Bundle, settings: Settings) -> None:
+def check_batch(bundle: Bundle, settings: BenchSettings) -> None:
     """Refuse a batch that the pipeline would split, because it would time two calls as one.
 
     Raises:

@@ -111,7 +111,7 @@ def _square(name: str, size: int, batch: Range) -> Profile:
 
 
 _TO_4, _ONE = Range(1, 1, 4), fixed(1)
-# Width and height of SDXL's usual pictures, all of about a million pixels (the list on SSD-1B's model card).
+# Width and height of SDXL's usual images, all of about a million pixels (the list on SSD-1B's model card).
 SDXL_ASPECTS = (
     (1024, 1024),
     (1152, 896),

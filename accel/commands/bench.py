@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's own)")
     parser.add_argument(
-        "--control", metavar="FILE", help="picture for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
+        "--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
     )
     parser.add_argument("--rounds", type=int, default=10, help="samples of every time (default: 10)")
     parser.add_argument("--seconds", type=float, help="stop after this long, but not before five rounds")
     parser.add_argument("--no-memory", action="store_true", help="do not run each variant in a process of its own")
     parser.add_argument("--json", metavar="FILE", help="write the result as one JSON document; - for stdout")
-    parser.add_argument("--html", metavar="FILE", help="write the result as one web page, with the pictures")
+    parser.add_argument("--html", metavar="FILE", help="write the result as one web page, with the images")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
     from .. import bench
     from ..bench.work import PROMPTS
 
-    settings = bench.Settings(
+    settings = bench.BenchSettings(
         prompts=tuple(args.prompt or PROMPTS),
         seed=args.seed,
         batch=args.batch,

@@ -49,17 +49,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"two models of one name: {' '.join(args.models)}", "give each once")
     engines = [name for name in ("eager", "onnxruntime", "openvino") if status(name).ok]
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
-    results, pictures = {}, {}
+    results, images = {}, {}
     with Progress(*columns, console=Console(stderr=True)) as bar:
         for name, model in names.items():
             results[name] = _measure(model, out / name, engines, args, bar)
             if results[name].document.interrupted:
                 break
-            pictures[name] = _pictures(out / name, engines)
+            images[name] = _images(out / name, engines)
     for result in results.values():
         report.show(result.document.as_dict())
-    if pictures:
-        _sheet(pictures).save(out / "demo.png")
+    if images:
+        _sheet(images).save(out / "demo.png")
         print(f"{out / 'demo.png'}: ten digits from every engine, and their differences {GAIN:g} times brighter")
     for name in results:
         print(f"{out / name}: the bundle, {name}.html: its table as a page, {name}.json: for machines")
@@ -90,7 +90,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     result = bench.measure(
         bundle,
         [bench.parse(name) for name in engines],
-        bench.Settings(prompts=("a handwritten seven",), rounds=args.rounds, memory=False),
+        bench.BenchSettings(prompts=("a handwritten seven",), rounds=args.rounds, memory=False),
         command=f"accel demo --model {model} --rounds {args.rounds}",
         progress=stages(bar, task, f"{folder.name}, bench: "),
     )
@@ -100,7 +100,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     return result
 
 
-def _pictures(folder: Path, engines: list[str]) -> dict[str, Any]:
+def _images(folder: Path, engines: list[str]) -> dict[str, Any]:
     """Ten digits of each engine, uint8 [10, H, W, 3]."""
     from ..pipeline import load
 
@@ -109,14 +109,14 @@ def _pictures(folder: Path, engines: list[str]) -> dict[str, Any]:
     return {name: (images * 255).round().astype("uint8") for name, images in drawn.items()}
 
 
-def _sheet(pictures: dict[str, dict[str, Any]]) -> Any:
-    """Of each model every engine's pictures, then how each differs from eager."""
+def _sheet(models: dict[str, dict[str, Any]]) -> Any:
+    """Of each model every engine's images, then how each differs from eager."""
     import numpy as np
 
     from ..sheet import contact_sheet
 
     rows, gain = {}, {}
-    for model, drawn in pictures.items():
+    for model, drawn in models.items():
         rows |= {f"{model}, {name}": images for name, images in drawn.items()}
         for name, own in drawn.items():
             if name != "eager" and "eager" in drawn:

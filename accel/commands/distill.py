@@ -20,11 +20,11 @@ METHODS = {
     "ssd-1b": "SDXL with SSD-1B's transformer depths",
     "vega": "SDXL with Segmind-Vega's transformer depths",
     "dmd2": "a student of few steps, by distribution matching and a discriminator (DMD2)",
-    "regress": "warm a one-step student up on the teacher's own pictures",
+    "regress": "warm a one-step student up on the teacher's own images",
     "finetune": "train the UNet of any pipeline on",
     "lora": "train a LoRA of any pipeline: a small file of low-rank updates",
-    "dreambooth": "teach any pipeline a subject from a few pictures",
-    "vae": "a tiny VAE that stands in for a pipeline's own, whose decoder costs most of a few-step picture",
+    "dreambooth": "teach any pipeline a subject from a few images",
+    "vae": "a tiny VAE that stands in for a pipeline's own, whose decoder costs most of a few-step image",
 }
 
 

@@ -1,4 +1,4 @@
-"""How good are a model's pictures, by a named protocol."""
+"""How good are a model's images, by a named protocol."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
     parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
     parser.add_argument(
-        "--out", required=True, help="folder for the pictures and the result; a run that was interrupted goes on there"
+        "--out", required=True, help="folder for the images and the result; a run that was interrupted goes on there"
     )
     parser.add_argument("--sampler", help="pndm, dmd2, dpmpp_2m, ddim or euler (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
-    parser.add_argument("--limit", type=int, help="only the first so many pictures")
-    parser.add_argument("--batch", type=int, help="pictures at once (default: the protocol's); changes only the speed")
-    parser.add_argument("--reference", help="folder of real pictures, where the protocol needs them")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--batch", type=int, help="images at once (default: the protocol's); changes only the speed")
+    parser.add_argument("--reference", help="folder of real images, where the protocol needs them")
     parser.add_argument("--captions", help="file of captions (.csv or .txt), where the protocol needs it")
     parser.add_argument(
         "--patience",
         type=float,
         default=600.0,
-        help="seconds that rank 0 waits for the next picture of another process (default: 600)",
+        help="seconds that rank 0 waits for the next image of another process (default: 600)",
     )
     add_engine(parser)
     add_json(parser)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if result is None:
         done = {"rank": shard.rank, "processes": shard.world, "out": args.out}
-        print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its pictures are there")
+        print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its images are there")
     elif args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -97,10 +97,10 @@ def _show(result: dict[str, Any], out: str) -> None:
     steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"
     seconds = result["seconds"]
     print(
-        f"{result['images']} pictures, {sampling['sampler']}, steps {steps}, guidance {sampling['guidance']:g}, "
-        f"{sampling['dtype']}; {result['pictures_made']} of them made now in {seconds['pictures']:.1f} s, "
+        f"{result['images']} images, {sampling['sampler']}, steps {steps}, guidance {sampling['guidance']:g}, "
+        f"{sampling['dtype']}; {result['pictures_made']} of them made now in {seconds['images']:.1f} s, "
         f"measured in {seconds['metrics']:.1f} s\n"
-        f"pictures and result: {out}"
+        f"images and result: {out}"
     )
 
 

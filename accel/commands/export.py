@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bundle import is_bundle
 from ..int8 import summary
-from .options import add_build, build_options, build_plans, stages
+from .options import add_build, build_engine_files, build_options, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 # What says how a pipeline becomes a bundle, and what says how it becomes int8; by themselves they are None or empty.
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and the same picture "
+        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and the same image "
         "(default: fp32)",
     )
     parser.add_argument(
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="onnx",
         choices=("onnx", "tensorrt"),
-        help="onnx: graphs for every engine; tensorrt: plans for this GPU as well (default: onnx)",
+        help="onnx: graphs for every engine; tensorrt: engine files for this GPU as well (default: onnx)",
     )
     parser.add_argument(
         "--target",
@@ -213,7 +213,7 @@ def _bundle(args: argparse.Namespace) -> int:
             int8=_int8(args),
         )
     if args.engine == "tensorrt":
-        build_plans(bundle, args, (), [])
+        build_engine_files(bundle, args, (), [])
     if getattr(args, "quiet", False):
         return 0
     if args.json:
@@ -244,7 +244,7 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
 def _add_int8(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("int8")
     group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: prompts of our own)")
-    group.add_argument("--calibration-images", type=int, help="pictures to calibrate on (default: 32)")
+    group.add_argument("--calibration-images", type=int, help="images to calibrate on (default: 32)")
     group.add_argument("--int8-components", help="what is to be int8: unet,text_encoder,vae_decoder (default: all)")
     group.add_argument(
         "--int8-level",
@@ -264,7 +264,7 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="DB",
-        help="leave the most sensitive layers in higher precision until pictures are this close to float32's",
+        help="leave the most sensitive layers in higher precision until images are this close to float32's",
     )
     group.add_argument("--sensitivity", type=Path, metavar="DIR", help="write what each layer costs, as table and plot")
 
@@ -273,7 +273,7 @@ def _int8(args: argparse.Namespace) -> Any:
     """The options of the group, as `accel.export` takes them."""
     from accel.export.int8.calibration import IMAGES
     from accel.export.int8.options import Options
-    from accel.int8.recipe import Int8
+    from accel.int8.config import Int8Config
 
     given = {
         "level": args.int8_level,
@@ -283,7 +283,7 @@ def _int8(args: argparse.Namespace) -> Any:
     }
     given = {name: value for name, value in given.items() if value is not None}
     return Options(
-        recipe=Int8(**given) if given else None,
+        recipe=Int8Config(**given) if given else None,
         prompts=args.calibration,
         images=IMAGES if args.calibration_images is None else args.calibration_images,
         budget=args.budget,

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         except UserError as error:
             problem = error
     engines = {name: status(name) for name in ENGINES}
-    compiled = _plans(bundle)
+    compiled = _engine_files(bundle)
     refused = _operators(bundle) if args.target else {}
     if args.json:
         print(
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         _print(bundle, args.no_verify, problem, engines)
         for entry in compiled:
             print(
-                f"  plan      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
+                f"  engine file      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
                 f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}"
             )
         for name, rows in refused.items():
@@ -79,7 +79,7 @@ def _operators(bundle: Bundle) -> dict[str, list[dict]]:
 
 
 def _here() -> tuple[engine_files.Here | None, UserError | None]:
-    """What plans would run on here, or why there is nothing."""
+    """What engine files would run on here, or why there is nothing."""
     from ..trt import library
     from ..trt.cuda import Cuda
 
@@ -89,22 +89,24 @@ def _here() -> tuple[engine_files.Here | None, UserError | None]:
         return None, error
 
 
-def _plans(bundle: Bundle) -> list[dict]:
-    """The TensorRT plans beside a bundle and what the pre-flight says of each, on this machine where it has a GPU."""
+def _engine_files(bundle: Bundle) -> list[dict]:
+    """The TensorRT engine files beside a bundle, and what the pre-flight says of each on this machine."""
     found = engine_files.find(bundle)
     here, missing = _here() if found else (None, None)
     rows = []
-    for plan in found:
-        if isinstance(plan, UserError):
-            rows.append({"what": "?", "key": None, "ok": False, "reason": plan.message, "fix": plan.fix})
+    for engine_file in found:
+        if isinstance(engine_file, UserError):
+            rows.append({"what": "?", "key": None, "ok": False, "reason": engine_file.message, "fix": engine_file.fix})
             continue
-        verdict = preflight.check(bundle, plan, here)
+        verdict = preflight.check(bundle, engine_file, here)
         if verdict.ok and missing:
-            verdict = preflight.Verdict(False, missing.message, missing.fix)
-        profiles = ", ".join(p["name"] for p in plan.identity["profiles"])
-        built = f"TensorRT {plan.identity['tensorrt']}, {plan.identity['gpu']}"
-        what = f"{plan.component} {plan.key[:8]} ({built}, {profiles})"
-        rows.append({"what": what, "key": plan.key, "ok": verdict.ok, "reason": verdict.reason, "fix": verdict.fix})
+            verdict = preflight.Fit(False, missing.message, missing.fix)
+        profiles = ", ".join(p["name"] for p in engine_file.identity["profiles"])
+        built = f"TensorRT {engine_file.identity['tensorrt']}, {engine_file.identity['gpu']}"
+        what = f"{engine_file.component} {engine_file.key[:8]} ({built}, {profiles})"
+        rows.append(
+            {"what": what, "key": engine_file.key, "ok": verdict.ok, "reason": verdict.reason, "fix": verdict.fix}
+        )
     return rows
 
 

@@ -17,9 +17,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
     parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
-    parser.add_argument("--plan", help="key of the plan to use; by default the newest that fits (tensorrt)")
+    parser.add_argument("--engine-file", metavar="KEY", help="engine file to use (default: the newest that fits)")
     parser.add_argument(
-        "--allow-host-code", action="store_true", default=None, help="let a version-compatible plan run its own runtime"
+        "--allow-host-code",
+        action="store_true",
+        default=None,
+        help="let a version-compatible engine file run its own runtime",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (onnxruntime, openvino)")
 
@@ -28,7 +31,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, by the names the engines use."""
     return {
         name: getattr(args, name)
-        for name in ("device", "dtype", "provider", "threads", "cuda_graph", "plan", "allow_host_code")
+        for name in ("device", "dtype", "provider", "threads", "cuda_graph", "engine_file", "allow_host_code")
         if getattr(args, name, None) is not None
     }
 
@@ -75,7 +78,9 @@ def build_options(args: argparse.Namespace) -> Any:
     )
 
 
-def build_plans(bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]) -> list[Any]:
+def build_engine_files(
+    bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]
+) -> list[Any]:
     """Run a build as `add_build`'s options say, with a progress bar and lines on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out.png", help="image file; several images are numbered (default: out.png)")
     parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count on (default: 0)")
-    parser.add_argument("--image", metavar="FILE", help="picture to start from")
+    parser.add_argument("--image", metavar="FILE", help="image to start from")
     parser.add_argument("--mask", metavar="FILE", help="with --image: white where to paint, black where to keep")
     parser.add_argument(
-        "--strength", type=float, help="share of the picture that is given up, 0 to 1 (default: 0.8; with --mask 1)"
+        "--strength", type=float, help="share of the image that is given up, 0 to 1 (default: 0.8; with --mask 1)"
     )
-    parser.add_argument("--control", metavar="FILE", help="picture for the bundle's T2I-Adapter or ControlNet")
-    parser.add_argument("--canny", action="store_true", help="show the edges of --control instead of the picture")
+    parser.add_argument("--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet")
+    parser.add_argument("--canny", action="store_true", help="show the edges of --control instead of the image")
     parser.add_argument("--control-scale", type=float, default=1.0, help="how strongly it counts (default: 1)")
     parser.add_argument("--control-end", type=float, default=1.0, help="share of the steps it counts for (default: 1)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir():
         raise UserError(f"{out} is a folder", "choose another --out")
     if args.canny and args.control is None:
-        raise UserError("--canny without a picture", "add --control FILE")
+        raise UserError("--canny without an image", "add --control FILE")
     control = canny(args.control) if args.canny else args.control
     pipeline = load(args.bundle, engine=args.engine, low_memory=args.low_memory, **engine_options(args))
     if args.engine == "auto" and not args.json and not args.low_memory:

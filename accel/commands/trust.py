@@ -1,4 +1,4 @@
-"""Let TensorRT plans run that you have not built yourself."""
+"""Let TensorRT engine files run that you have not built yourself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = "accel trust my-bundle --yes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description += ". A plan is executable code: running one is running a program of whoever made it."
+    parser.description += ". An engine file is executable code: running one is running a program of whoever made it."
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument("--yes", action="store_true", help="sign them; without it they are only shown")
     add_json(parser)
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     found = engine_files.find(bundle)
-    whole = [plan for plan in found if isinstance(plan, engine_files.Plan)]
-    foreign = [plan for plan in whole if not preflight.trusted(plan)]
-    for plan in foreign:
-        if reason := preflight.damaged(plan) or preflight.changed(plan):
-            raise UserError(f"{plan.path} cannot be trusted: {reason}", "get it again, or build it here")
+    whole = [engine_file for engine_file in found if isinstance(engine_file, engine_files.EngineFile)]
+    foreign = [engine_file for engine_file in whole if not preflight.trusted(engine_file)]
+    for engine_file in foreign:
+        if reason := preflight.damaged(engine_file) or preflight.changed(engine_file):
+            raise UserError(f"{engine_file.path} cannot be trusted: {reason}", "get it again, or build it here")
     rows = [
         {
             "component": p.component,
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         for p in foreign
     ]
     if args.yes:
-        for plan in foreign:
-            engine_files.sign(plan.path, plan.text)
+        for engine_file in foreign:
+            engine_files.sign(engine_file.path, engine_file.text)
     if args.json:
         print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
         return 0
@@ -53,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
             f"built {row['built'][:16]}, sha256 {row['sha256']}"
         )
     if not foreign:
-        print(f"{len(whole)} plans, all of them yours already" if whole else f"{bundle.path} has no TensorRT plans")
+        print(
+            f"{len(whole)} engine files, all of them yours already"
+            if whole
+            else f"{bundle.path} has no TensorRT engine files"
+        )
     elif args.yes:
-        print(f"{len(rows)} plans carry your signature now")
+        print(f"{len(rows)} engine files carry your signature now")
     else:
         print(f"compare these with what their maker says; then: accel trust {bundle.path} --yes")
     return 0

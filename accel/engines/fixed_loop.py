@@ -1,4 +1,4 @@
-"""A sampler's fixed steps as one CUDA graph: one launch per picture instead of thousands of kernels.
+"""A sampler's fixed steps as one CUDA graph: one launch per image instead of thousands of kernels.
 
 For a few-step student the launches of sampler and UNet are a visible part of the time. The graph holds everything from
 the initial noise to the final latents; a call copies noise and conditioning in, replays, and copies the latents out.

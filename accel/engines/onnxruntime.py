@@ -78,7 +78,7 @@ class OnnxRuntime(Engine):
             provider = "cuda" if gpu and (device != "auto" or not component.int8) else "cpu"
             if gpu and provider == "cpu":
                 warnings.warn(
-                    f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT plans for the GPU",
+                    f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT engine files for the GPU",
                     Notice,
                     stacklevel=3,
                 )

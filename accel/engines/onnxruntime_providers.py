@@ -69,8 +69,8 @@ def shapes(component: Component) -> dict[str, str]:
 def cache_for(bundle: Bundle, device_id: int) -> Path:
     """A folder that only this user can write, for this bundle, these versions and this GPU.
 
-    ONNX Runtime names its engines after graph and GPU generation, and loads whatever lies there: a plan of another
-    TensorRT version, or of somebody else, must not be found in it.
+    ONNX Runtime names its engines after graph and GPU generation, and loads whatever lies there: an engine file of
+    another TensorRT version, or of somebody else, must not be found in it.
     """
     gpus = machine().gpus
     made_for = {

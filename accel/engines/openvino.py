@@ -77,7 +77,7 @@ class OpenVino(Engine):
             self._try_out(dtype)
 
     def _try_out(self, dtype: str) -> None:
-        """One call on noise, because a low precision that yields NaN must not get as far as a picture.
+        """One call on noise, because a low precision that yields NaN must not get as far as an image.
 
         OpenVINO 2026.4's bfloat16 kernels for AMX make nothing but NaN of the SD-Tiny UNet at real size, while those
         for AVX-512 are right (and so is torch on AMX).

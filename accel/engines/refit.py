@@ -1,8 +1,8 @@
-"""LoRA on a finished plan: weights exchanged in seconds instead of a build of minutes.
+"""LoRA on a finished engine file: weights exchanged in seconds instead of a build of minutes.
 
 Every exchange starts from the bundle's own weights and sets whatever the last one had changed as well, so A, B and A
-again leave no residue: `digest` names the weights that the plan runs with, and is the same both times. (Adding and
-subtracting in place is what leaves some, NVIDIA/TensorRT#3628.)
+again leave no residue: `digest` names the weights that the engine file runs with, and is the same both times. (Adding
+and subtracting in place is what leaves some, NVIDIA/TensorRT#3628.)
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class Refit:
     """Exchanges the weights of a refittable plan. No other thread may be running the engine meanwhile.
 
     Args:
-        engine: a loaded TensorRT engine whose plan was built with `--refittable`.
+        engine: a loaded TensorRT engine whose engine file was built with `--refittable`.
 
     Attributes:
-        digest: sha256 over names and contents of all weights the plan runs with.
+        digest: sha256 over names and contents of all weights the engine file runs with.
         changed: names of those that are not the bundle's own.
 
     Raises:
-        UserError: for a plan that cannot be refitted, or a TensorRT that does it wrongly.
+        UserError: for an engine file that cannot be refitted, or a TensorRT that does it wrongly.
     """
 
     def __init__(self, engine: TensorRT):
         library.refuse_broken_refit(engine.module.__version__)
         name = engine.component.name
-        if not engine.plan.identity["options"]["refittable"]:
+        if not engine.engine_file.identity["options"]["refittable"]:
             raise UserError(
-                f"the plan of {name} was not built to be refitted",
+                f"the engine file of {name} was not built to be refitted",
                 f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
             )
         self.engine = engine

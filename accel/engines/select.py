@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle, Component
 from ..errors import Notice, UserError
 from ..machine import machine_name
-from ..trt.preflight import NoPlan
+from ..trt.preflight import NoEngineFile
 from .base import Engine, Status
 
 if TYPE_CHECKING:
-    from ..trt.engine_files import Plan
+    from ..trt.engine_files import EngineFile
 
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
@@ -46,10 +46,10 @@ def choose(
 ) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
-    `auto` takes TensorRT where the bundle has a plan of the component that fits, then a GPU that ONNX Runtime can
-    drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes. For
-    an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never pictures
-    outside the parity budget; where nothing was measured it says so.
+    `auto` takes TensorRT where the bundle has an engine file of the component that fits, then a GPU that ONNX Runtime
+    can drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes.
+    For an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never
+    images outside the parity budget; where nothing was measured it says so.
 
     Args:
         device: where the component is to run: "auto", "cpu", "cuda:1", ...
@@ -62,10 +62,12 @@ def choose(
         if not state.ok:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
         return name
-    plan = fitting_plan(bundle, component.name, device) if bundle is not None and component is not None else None
+    engine_file = (
+        fitting_engine_file(bundle, component.name, device) if bundle is not None and component is not None else None
+    )
     if component is not None and component.int8:
-        return _choose_int8(component, plan)
-    if plan is not None:
+        return _choose_int8(component, engine_file)
+    if engine_file is not None:
         return "tensorrt"
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail and device != "cpu":
@@ -86,18 +88,22 @@ def _check_parity(component: Component) -> None:
         )
 
 
-def _choose_int8(component: Component, plan: Plan | None) -> str:
-    """By what was measured on this processor, and on the GPU that the plan, if there is one, was built for."""
+def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
+    """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
     _check_parity(component)
     name, verdict = component.name, component.int8.get("verdict", {})
-    able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (plan is not None)
-    places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {"tensorrt": plan and plan.identity["gpu"]}
+    able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (
+        engine_file is not None
+    )
+    places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {
+        "tensorrt": engine_file and engine_file.identity["gpu"]
+    }
     measured = {
         engine: entry
         for engine, entry in verdict.get("engines", {}).items()
         if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
     }
-    if plan is not None and "tensorrt" not in measured:
+    if engine_file is not None and "tensorrt" not in measured:
         _not_measured(component, "tensorrt")
         return "tensorrt"
     offered = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
@@ -130,20 +136,24 @@ def _not_measured(component: Component, engine: str) -> None:
     )
 
 
-def fitting_plan(bundle: Bundle, component: str, device: str = "auto") -> Plan | None:
-    """The newest TensorRT plan of a component that fits here, but for its contents, which loading compares.
+def fitting_engine_file(bundle: Bundle, component: str, device: str = "auto") -> EngineFile | None:
+    """The newest TensorRT engine file of a component that fits here, but for its contents, which loading compares.
 
-    Costs nothing where there are no plans, or the device is no GPU.
+    Costs nothing where there are no engine files, or the device is no GPU.
     """
     from ..trt import engine_files, library, preflight
     from ..trt.cuda import Cuda, index_of
 
-    found = [plan for plan in engine_files.find(bundle, component) if isinstance(plan, engine_files.Plan)]
+    found = [
+        engine_file
+        for engine_file in engine_files.find(bundle, component)
+        if isinstance(engine_file, engine_files.EngineFile)
+    ]
     index = index_of(device)
     if not found or index is None or not status("tensorrt").ok:
         return None
     here = engine_files.Here.of(library.load().__version__, Cuda(index))
-    return next((plan for plan in found if preflight.fits(bundle, plan, here).ok), None)
+    return next((engine_file for engine_file in found if preflight.fits(bundle, engine_file, here).ok), None)
 
 
 def load_engine(
@@ -169,8 +179,8 @@ def load_engine(
         bundle.verify([record.folder])
     try:
         return _load(name, bundle, record, options)
-    except NoPlan as error:
-        if engine != "auto" or "plan" in options:
+    except NoEngineFile as error:
+        if engine != "auto" or "engine_file" in options:
             raise
         name = choose("auto", record, device=device)
         warnings.warn(f"{error.message}; {name} runs it instead", Notice, stacklevel=2)

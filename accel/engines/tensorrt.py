@@ -1,4 +1,4 @@
-"""TensorRT: plans that `accel build` made for this GPU, on torch's memory, without copies."""
+"""TensorRT: engine files that `accel build` made for this GPU, on torch's memory, without copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
-from ..trt.engine_files import Here, Plan, rebuild
+from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Status, to_torch
 from .cuda_graphs import Bound, Captures, Graph
@@ -35,18 +35,18 @@ def status() -> Status:
 
 
 class TensorRT(Engine):
-    """A component's plan on TensorRT.
+    """A component's engine file on TensorRT.
 
     Any number of threads may call one engine: each has its own context, stream and scratch memory.
 
     Args:
         device: "auto", "cuda" or "cuda:1".
-        plan: key of the plan to use; by default the newest that fits.
+        engine file: key of the engine file to use; by default the newest that fits.
         cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
             lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
-        streaming_budget: bytes of weights to keep on the GPU, for plans built with weight streaming; None: TensorRT's
-            own choice.
-        allow_host_code: let a version-compatible plan run the TensorRT runtime that it carries inside.
+        streaming_budget: bytes of weights to keep on the GPU, for engine files built with weight streaming; None:
+            TensorRT's own choice.
+        allow_host_code: let a version-compatible engine file run the TensorRT runtime that it carries inside.
     """
 
     name = "tensorrt"
@@ -58,7 +58,7 @@ class TensorRT(Engine):
         component: Component,
         *,
         device: str = "auto",
-        plan: str | None = None,
+        engine_file: str | None = None,
         cuda_graph: str = "off",
         streaming_budget: int | None = None,
         allow_host_code: bool = False,
@@ -72,12 +72,12 @@ class TensorRT(Engine):
         self.cuda = Cuda(index)
         self.device = self.cuda.device
         here = Here.of(self.module.__version__, self.cuda)
-        self.plan, data = preflight.choose(bundle, component.name, here, plan)
+        self.engine_file, data = preflight.choose(bundle, component.name, here, engine_file)
         self.cuda.activate()
         self.engine = self._deserialize(data, allow_host_code)
-        self.component = replace(component, dims=_hull(component, self.plan))
+        self.component = replace(component, dims=_hull(component, self.engine_file))
         self._check_tensors()
-        options = self.plan.identity["options"]
+        options = self.engine_file.identity["options"]
         if options["weight_streaming"]:
             own = self.engine.get_weight_streaming_automatic_budget
             self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
@@ -88,15 +88,16 @@ class TensorRT(Engine):
         self._local = threading.local()
         if options["strip_plan"]:
             self._fill()
-        self.profile = ", ".join(p["name"] for p in self.plan.identity["profiles"])
+        self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
         self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
         """The engine of bytes that have passed the pre-flight."""
-        name, options = self.component.name, self.plan.identity["options"]
+        name, options = self.component.name, self.engine_file.identity["options"]
         if options["version_compatible"] and not allow_host_code:
             raise UserError(
-                f"the plan of {name} is version-compatible: it carries a runtime of its own, which is code to be run",
+                f"the engine file of {name} is version-compatible: it carries a runtime of its own, which is code to "
+                "be run",
                 "--allow-host-code, or build it without --version-compatible",
             )
         with library.collect() as messages:
@@ -105,15 +106,15 @@ class TensorRT(Engine):
                 self.runtime.engine_host_code_allowed = True
             engine = self.runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise UserError(f"TensorRT refuses the plan of {name}: {messages.last()}", self._build("--force"))
+            raise UserError(f"TensorRT refuses the engine file of {name}: {messages.last()}", self._build("--force"))
         return engine
 
     def _build(self, more: str) -> str:
-        """The command that builds a plan for this GPU."""
+        """The command that builds an engine file for this GPU."""
         return f"{rebuild(self.bundle, self.component.name, gpu=self.cuda.index)} {more}"
 
     def _check_tensors(self) -> None:
-        """The plan must have the manifest's tensors: a wrong address would be read without a word."""
+        """The engine file must have the manifest's tensors: a wrong address would be read without a word."""
         found = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         wanted = {spec.name for spec in (*self.component.inputs, *self.component.outputs)}
         kinds = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
@@ -124,12 +125,12 @@ class TensorRT(Engine):
         }
         if wrong:
             raise UserError(
-                f"the plan of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
+                f"the engine file of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
                 self._build("--force"),
             )
 
     def _fill(self) -> None:
-        """Give a stripped plan its weights, out of the graph that it was built from."""
+        """Give a stripped engine file its weights, out of the graph that it was built from."""
         work = workspace(self.cuda)
         with library.collect() as messages, self.cuda.on(work.stream):
             logger = library.logger(self.module)
@@ -140,7 +141,7 @@ class TensorRT(Engine):
             self.cuda.synchronize(work.stream)
         if not done:
             raise UserError(
-                f"the weights of {self.component.name} do not go into its stripped plan: {messages.last()}",
+                f"the weights of {self.component.name} do not go into its stripped engine file: {messages.last()}",
                 self._build("--force"),
             )
 
@@ -165,7 +166,7 @@ class TensorRT(Engine):
             UserError: when none takes them, with what the closest one takes.
         """
         candidates = []
-        for i, profile in enumerate(self.plan.identity["profiles"]):
+        for i, profile in enumerate(self.engine_file.identity["profiles"]):
             outside, misfit, distance = [], 0.0, 0.0
             for name, (low, best, high) in profile["shapes"].items():
                 for axis, size in enumerate(shapes[name]):
@@ -177,7 +178,7 @@ class TensorRT(Engine):
         misfit, _, index, outside, name = min(candidates)
         if misfit:
             raise UserError(
-                f"no profile of this plan takes that; the closest is {name!r}, where {outside[0]}",
+                f"no profile of this engine file takes that; the closest is {name!r}, where {outside[0]}",
                 self._build("--profile ... (one that does)"),
             )
         return index
@@ -188,7 +189,7 @@ class TensorRT(Engine):
         """Tell a context its profile, shapes, addresses and scratch memory; returns the scratch memory's address."""
         if context.active_optimization_profile != profile:
             self._must(context.set_optimization_profile_async(profile, work.handle), "the profile")
-        shapes = self.plan.identity["profiles"][profile]["shapes"]
+        shapes = self.engine_file.identity["profiles"][profile]["shapes"]
         for name, tensor in inputs.items():
             if name in shapes:
                 self._must(context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
@@ -250,11 +251,11 @@ class TensorRT(Engine):
         del self.engine, self.runtime
 
 
-def _hull(component: Component, plan: Plan) -> dict[str, Range]:
-    """The dimensions a plan takes: from the smallest to the largest of all its profiles."""
+def _hull(component: Component, engine_file: EngineFile) -> dict[str, Range]:
+    """The dimensions an engine file takes: from the smallest to the largest of all its profiles."""
     dims = {}
     for name, limits in component.dims.items():
-        low, best, high = zip(*(profile["dims"][name] for profile in plan.identity["profiles"]), strict=True)
+        low, best, high = zip(*(profile["dims"][name] for profile in engine_file.identity["profiles"]), strict=True)
         dims[name] = Range(min(low), best[0], max(high), limits.multiple)
     return dims
 

@@ -1,6 +1,6 @@
 """Self-attention whose two products compute in int8: scores = q k^T, and mix = softmax(scores) v.
 
-They have no weights, so both of their sides are activations with ranges of their own. Where pictures are large they are
+They have no weights, so both of their sides are activations with ranges of their own. Where images are large they are
 most of what is left in float once every layer is int8: 40 % of SD-Tiny's UNet at 512 px. Cross-attention stays as it
 is: its 77 keys cost next to nothing, and the begin-of-text token's is an outlier (MixDQ, arXiv 2405.17873).
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .recipe import PRODUCTS
+from .config import PRODUCTS
 
 
 def products_of(model: nn.Module) -> Iterator[str]:

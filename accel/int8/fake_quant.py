@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import products_of, put, take
-from .recipe import TEXT, Int8, bos_layer, chosen, is_product
+from .config import TEXT, Int8Config, bos_layer, chosen, is_product
 
 LOW, HIGH = -128, 127
 # What distinguishes a layer from a plain int8 one; the manifest lists them by layer.
@@ -214,7 +214,9 @@ def layers_of(model: nn.Module) -> dict[str, bool]:
     return found | dict.fromkeys(products_of(model), False)
 
 
-def attach(model: nn.Module, recipe: Int8, *, names: Sequence[str] | None = None, learned: bool = False) -> list[str]:
+def attach(
+    model: nn.Module, recipe: Int8Config, *, names: Sequence[str] | None = None, learned: bool = False
+) -> list[str]:
     """Make the recipe's layers fake-quantised, in place; they pass everything through until `set_mode`.
 
     Args:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UserError
 from . import fake_quant
-from .recipe import Int8
+from .config import Int8Config
 
 BINS = 4096
 _AT_ONCE = 1 << 24  # elements that torch.histc counts without rounding: its counts are float32
@@ -61,21 +61,21 @@ class Magnitudes:
             self.counts = torch.cat([merged, torch.zeros(BINS - len(merged), dtype=torch.float64)])
             self.exponent += 1
 
-    def scale(self, recipe: Int8) -> float:
+    def scale(self, recipe: Int8Config) -> float:
         """The step by the recipe's rule; 0 when all that came was zero."""
         if not self.peak:
             return 0.0
         return {"max": self._max, "percentile": self._percentile, "mse": self._mse}[recipe.collector](recipe)
 
-    def _max(self, recipe: Int8) -> float:
+    def _max(self, recipe: Int8Config) -> float:
         return self.peak / fake_quant.HIGH
 
-    def _percentile(self, recipe: Int8) -> float:
+    def _percentile(self, recipe: Int8Config) -> float:
         share = self.counts.cumsum(0) / self.counts.sum()
         edge = int(torch.searchsorted(share, torch.tensor(recipe.percentile / 100, dtype=torch.float64))) + 1
         return min(edge * 2.0**self.exponent / BINS, self.peak) / fake_quant.HIGH
 
-    def _mse(self, recipe: Int8) -> float:
+    def _mse(self, recipe: Int8Config) -> float:
         """The step with the least squared error of what was seen, as the histogram has it."""
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2.0**self.exponent / BINS)
         steps = self.peak / fake_quant.HIGH * torch.linspace(0.2, 1, _CANDIDATES, dtype=torch.float64)
@@ -95,7 +95,7 @@ class Channels:
         self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
 
 
-def observe(models: Sequence[nn.Module], recipe: Int8, run: Callable[[], object]) -> list[list[str]]:
+def observe(models: Sequence[nn.Module], recipe: Int8Config, run: Callable[[], object]) -> list[list[str]]:
     """Give the fake-quantised layers of networks their scales, from what they see while `run` runs.
 
     Args:
@@ -140,7 +140,7 @@ def _watch(models: Sequence[nn.Module], run: Callable[[], object], observer: Cal
     return found
 
 
-def _smooth(models: Sequence[nn.Module], recipe: Int8, run: Callable[[], object]) -> None:
+def _smooth(models: Sequence[nn.Module], recipe: Int8Config, run: Callable[[], object]) -> None:
     """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): outliers move into the weights (arXiv 2211.10438, equation 4)."""
 
     def observer(name: str) -> Callable:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import put
+from .config import is_product
 from .fake_quant import HIGH, LOW, FakeQuantProduct, along, fake_layers, join_bos, split_bos, traits, weight_scale
-from .recipe import is_product
 
 
 class Packed(nn.Module):

@@ -14,7 +14,7 @@ def lines(component: Component) -> list[str]:
         return []
     parity, audits = verdict["parity"], component.int8.get("audit", {})
     lines = [
-        f"int8: {len(component.int8['layers'])} layers, ranges {component.int8['calibration']['ranges']}; pictures "
+        f"int8: {len(component.int8['layers'])} layers, ranges {component.int8['calibration']['ranges']}; images "
         f"{parity['psnr']:.1f} dB from float32's (budget {parity['budget']:g}{'' if parity['ok'] else ': NOT MET'})"
     ]
     if not verdict["engines"]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
-from .recipe import Int8
+from .config import Int8Config
 
 FILE = "int8.safetensors"
 
@@ -25,7 +25,7 @@ FILE = "int8.safetensors"
 class Trained:
     """A recipe, and the scales that were learned by it (`int8.scales`)."""
 
-    recipe: Int8
+    recipe: Int8Config
     scales: Mapping[str, torch.Tensor]
 
 
@@ -45,7 +45,7 @@ def find(folder: Path) -> Trained | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            recipe = Int8.from_dict(json.loads(file.metadata()["recipe"]))
+            recipe = Int8Config.from_dict(json.loads(file.metadata()["recipe"]))
             scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})", "train the student again, or delete the file") from None

@@ -97,7 +97,7 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
 
 
 def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
-    """Compare shapes by config, so that a mistake is a sentence and not a wrong picture."""
+    """Compare shapes by config, so that a mistake is a sentence and not a wrong image."""
     from ..files import read_json
 
     record = bundle.component(component)

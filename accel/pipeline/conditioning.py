@@ -82,8 +82,8 @@ def time_ids(
     """SDXL's size conditioning (arXiv 2307.01952, section 2.2): float32 [images, 6].
 
     Args:
-        size: height and width of the picture in pixels.
-        original: size of the picture before it was cropped; None for its own.
+        size: height and width of the image in pixels.
+        original: size of the image before it was cropped; None for its own.
         crop: top and left of the crop.
         target: size it was cropped to; None for its own.
     """

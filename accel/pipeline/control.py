@@ -1,6 +1,6 @@
 """What a T2I-Adapter (arXiv 2302.08453) or a ControlNet (arXiv 2302.05543) adds to the UNet, by the UNet's input names.
 
-An adapter looks at its picture once; a ControlNet looks at picture, latents and text in every step. A UNet that was
+An adapter looks at its image once; a ControlNet looks at image, latents and text in every step. A UNet that was
 exported with the inputs of either takes zeros where nothing is to be added.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import images as pictures
+from .. import images as images
 from ..arrays import cast, concat
 from ..bundle import Manifest
 from ..engines import Engine
 from ..errors import UserError
-from .request import Chunk, Pictures, Plan
+from .request import Chunk, InputImages, SamplingPlan
 
 ADAPTER, CONTROLNET = "t2i_adapter", "controlnet"
 COMPONENTS = (ADAPTER, CONTROLNET)
@@ -26,9 +26,9 @@ Control = Callable[[int, Mapping[str, Any]], dict[str, Any]]
 
 
 def prepare(
-    asked: Pictures,
+    asked: InputImages,
     chunk: Chunk,
-    plan: Plan,
+    plan: SamplingPlan,
     manifest: Manifest,
     engines: Mapping[str, Engine],
     *,
@@ -38,31 +38,31 @@ def prepare(
     """A function (step, the UNet's other inputs) -> the control inputs of the UNet, which may be none.
 
     Args:
-        size: height and width of the picture in pixels.
-        total: how many images are made in all; one picture may be given for each.
+        size: height and width of the image in pixels.
+        total: how many images are made in all; one image may be given for each.
 
     Raises:
-        UserError: for a control picture that this bundle has no network for.
+        UserError: for a control image that this bundle has no network for.
     """
     unet = engines["unet"]
     specs = [spec for spec in unet.component.inputs if spec.name.startswith(PREFIXES)]
     name = next((name for name in COMPONENTS if name in manifest.components), None)
     if asked.control is not None and (name is None or not specs):
         raise UserError(
-            f"{manifest.source['name']} was exported without adapter and ControlNet: a control picture has no effect",
+            f"{manifest.source['name']} was exported without adapter and ControlNet: a control image has no effect",
             "export again with --adapter FOLDER or --controlnet FOLDER",
         )
     if not specs:
         return lambda i, feeds: {}
-    images = len(chunk.prompts) * (2 if plan.guided else 1)
+    rows = len(chunk.prompts) * (2 if plan.guided else 1)
     scale = manifest.pipeline["vae_scale"]
-    sizes = {"batch": images} | inner_sizes([side // scale for side in size])
+    sizes = {"batch": rows} | inner_sizes([side // scale for side in size])
     nothing = {spec.name: unet.array(np.zeros(spec.concrete(sizes), spec.dtype)) for spec in specs}
     if asked.control is None:
         return lambda i, feeds: nothing
     engine = engines[name]
     spec = next(s for s in engine.component.inputs if s.name == "control_image")
-    picture = pictures.batch(asked.control, total, size, "L" if spec.shape[1] == 1 else "RGB")[chunk.rows]
+    image = images.batch(asked.control, total, size, "L" if spec.shape[1] == 1 else "RGB")[chunk.rows]
     count = int(len(plan.timesteps) * asked.control_end)
 
     def scaled(outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,10 +71,10 @@ def prepare(
         }
 
     if name == ADAPTER:
-        seen = scaled(engine(control_image=cast(engine.array(picture), spec.dtype)))
+        seen = scaled(engine(control_image=cast(engine.array(image), spec.dtype)))
         seen = {key: concat([value, value]) if plan.guided else value for key, value in seen.items()}
         return lambda i, feeds: seen if i < count else nothing
-    shown = cast(engine.array(np.concatenate([picture, picture]) if plan.guided else picture), spec.dtype)
+    shown = cast(engine.array(np.concatenate([image, image]) if plan.guided else image), spec.dtype)
     dtypes = {s.name: s.dtype for s in engine.component.inputs}
 
     def residuals(i: int, feeds: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Where sampling starts: from noise, from a picture (SDEdit, arXiv 2108.01073), or from a picture and a mask.
+"""Where sampling starts: from noise, from an image (SDEdit, arXiv 2108.01073), or from an image and a mask.
 
 Inpainting with an ordinary UNet puts the kept part back after every step (RePaint's idea, arXiv 2201.09865, without its
-resampling); a UNet with nine input channels is shown mask and masked picture instead. Both as diffusers does it.
+resampling); a UNet with nine input channels is shown mask and masked image instead. Both as diffusers does it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
-from .request import Chunk, Pictures, Plan
+from .request import Chunk, InputImages, SamplingPlan
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
 _OF_IMAGE, _OF_MASKED = 1_000_001, 1_000_002
@@ -62,9 +62,9 @@ def encode(
 
 
 def start(
-    asked: Pictures,
+    asked: InputImages,
     chunk: Chunk,
-    plan: Plan,
+    plan: SamplingPlan,
     first: np.ndarray,
     *,
     size: tuple[int, int],
@@ -77,21 +77,21 @@ def start(
     """The start of one chunk.
 
     Args:
-        asked: the pictures.
+        asked: the images.
         first: noise of the chunk, float32 [n, C, h, w].
-        size: height and width of the picture in pixels.
-        total: how many images are made in all; one picture may be given for each.
+        size: height and width of the image in pixels.
+        total: how many images are made in all; one image may be given for each.
         channels: of the UNet's input.
         encoder: loads the VAE encoder.
 
     Raises:
-        UserError: when the UNet and the pictures do not fit each other.
+        UserError: when the UNet and the images do not fit each other.
     """
     inpaints = channels == 2 * constants["latent_channels"] + 1
     if not inpaints and channels != constants["latent_channels"]:
         raise UserError(f"UNets with {channels} input channels are not supported", "use text-to-image or inpainting")
     if inpaints and asked.mask is None:
-        raise UserError("this is an inpainting model: it needs a picture and a mask", "--image FILE --mask FILE")
+        raise UserError("this is an inpainting model: it needs an image and a mask", "--image FILE --mask FILE")
     if asked.image is None:
         return Start(first)
     pixels = images.batch(asked.image, total, size)[chunk.rows] * 2 - 1

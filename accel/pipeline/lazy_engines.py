@@ -13,7 +13,7 @@ class Components(Mapping[str, Engine]):
 
     Args:
         loaders: what loads each of them.
-        passing: whether `release` gives memory back, so that a picture needs only the largest component at a time.
+        passing: whether `release` gives memory back, so that an image needs only the largest component at a time.
 
     Attributes:
         descriptions: the engines' own words, of every component that was loaded at any time.

@@ -24,7 +24,7 @@ from . import conditioning, control, request
 from .initial_latents import Start
 from .initial_latents import start as start_from
 from .lazy_engines import Components
-from .request import Chunk, Clock, Pictures, Plan, Sizes
+from .request import Chunk, Clock, InputImages, SamplingPlan, Sizes
 from .tokenizer import ClipTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -40,7 +40,7 @@ class Output:
         images: PIL images; or float32 numpy [N, H, W, 3] in [0, 1]; or latents [N, C, h, w].
         latents: float32 numpy [N, C, h, w], as the sampler left them.
         seeds: the seed of each image.
-        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with a picture to start
+        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with an image to start
             from also `vae_encoder`.
     """
 
@@ -77,7 +77,7 @@ def load(
         engine: a name, "auto", or one per component such as {"unet": "openvino", "vae_decoder": "onnxruntime"}
             (components that are not named use "auto").
         verify: compare files with the manifest's digests first.
-        low_memory: load each component when its phase begins and give its memory back when it ends. Every picture
+        low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
@@ -100,7 +100,7 @@ def load(
     }
     engines = Components(loaders, passing=low_memory)
     if not low_memory:
-        for name in wanted:  # the VAE encoder waits for the first picture to start from
+        for name in wanted:  # the VAE encoder waits for the first image to start from
             engines[name]
     return Pipeline(bundle, engines)
 
@@ -163,15 +163,15 @@ class Pipeline:
             num_images_per_prompt: images per prompt.
             seed: of the first image (the others count on from it), or one per image. The same seed gives the same
                 noise on every engine.
-            image: a picture to start from, or one per image (`accel.images.batch`).
-            mask_image: white where to paint, black where the picture is kept.
-            strength: how much of the picture is given up, above 0 to 1: the share of the steps that are run. None for
+            image: an image to start from, or one per image (`accel.images.batch`).
+            mask_image: white where to paint, black where the image is kept.
+            strength: how much of the image is given up, above 0 to 1: the share of the steps that are run. None for
                 0.8, and for 1 with a mask.
             control_image: what the bundle's T2I-Adapter or ControlNet is shown.
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter).
             control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2).
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
-                None for the picture's own size.
+                None for the image's own size.
             prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.pipeline.prompts`).
             latents: initial noise [N, C, h, w] with unit variance, instead of a seed's.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
@@ -184,11 +184,11 @@ class Pipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}", f"one of: {', '.join(OUTPUT_TYPES)}")
-        asked = Pictures(image, mask_image, control_image, control_scale, control_end)
+        asked = InputImages(image, mask_image, control_image, control_scale, control_end)
         if image is not None:
             strength = strength if strength is not None else 0.8 if mask_image is None else 1.0
         elif strength is not None:
-            raise UserError(f"strength {strength:g} without a picture", "give the image to start from as well")
+            raise UserError(f"strength {strength:g} without an image", "give the image to start from as well")
         plan = request.plan(self.bundle.manifest, self.schedule, sampler, steps, timesteps, guidance_scale, strength)
         prompts, negatives = request.prompts(prompt, negative_prompt, num_images_per_prompt)
         if latents is not None and tuple(latents.shape)[0] != len(prompts):
@@ -206,7 +206,7 @@ class Pipeline:
         final, pixels = run(chunks, callback, progress, decode=output_type != "latent")
         if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
             raise UserError(
-                "the picture is NaN or infinite",
+                "the image is NaN or infinite",
                 "this precision overflows on this model: export with --precision fp32, or use another dtype",
             )
         if pixels is None:
@@ -229,9 +229,9 @@ class _Run:
     def __init__(
         self,
         pipeline: Pipeline,
-        plan: Plan,
+        plan: SamplingPlan,
         size: tuple[int, int],
-        asked: Pictures,
+        asked: InputImages,
         sizes: Sizes,
         total: int,
         latents: Any,
@@ -290,7 +290,7 @@ class _Run:
         return feeds
 
     def _start(self, chunk: Chunk) -> Start:
-        """The start of a chunk. Pictures are encoded at once, before the UNet takes its memory."""
+        """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
         first = noise.normal(chunk.seeds, 0, self.shape)
         if self.latents is not None:
             first = np.asarray(to_numpy(self.latents[chunk.rows]), np.float32)

@@ -31,7 +31,7 @@ def parts(prompt: str) -> list[tuple[str, float]]:
     r"""A prompt as (text, weight) in order; `\(` and `\)` are brackets that mean nothing.
 
     Raises:
-        UserError: for a weight beyond what a picture survives.
+        UserError: for a weight beyond what an image survives.
     """
     found, end = [], 0
     for match in _GROUP.finditer(prompt):

@@ -14,7 +14,7 @@ from ..sampling import samplers as sampler
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How to sample.
 
     Attributes:
@@ -45,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Sizes:
-    """SDXL's size conditioning in pixels; None for the picture's own size."""
+    """SDXL's size conditioning in pixels; None for the image's own size."""
 
     original: Sequence[int] | None = None
     crop: Sequence[int] = (0, 0)
@@ -53,8 +53,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures to start from, as `accel.images.batch` takes them.
+class InputImages:
+    """Images to start from, as `accel.images.batch` takes them.
 
     Attributes:
         image: what to start from.
@@ -72,7 +72,7 @@ class Pictures:
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.image is None:
-            raise UserError("a mask without a picture", "give the image that is to be painted in as well")
+            raise UserError("a mask without an image", "give the image that is to be painted in as well")
         if not np.isfinite(self.control_scale):
             raise UserError(f"control_scale = {self.control_scale}", "use a number such as 0.8")
         if not 0 <= self.control_end <= 1:
@@ -87,7 +87,7 @@ def plan(
     timesteps: Sequence[float] | None,
     guidance: float | None,
     strength: float | None,
-) -> Plan:
+) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where nothing else is asked for."""
     own = manifest.sampler
     name = name or own["name"]
@@ -100,13 +100,13 @@ def plan(
         raise UserError(f"guidance_scale = {scale} makes no sense", "use 0 for none, 3 to 12 for a guided model")
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
     start = 0 if strength is None else _start(len(timesteps), strength)
-    return Plan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
+    return SamplingPlan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
 
 
 def _start(steps: int, strength: float) -> int:
     """How many steps of the grid a strength skips (SDEdit, arXiv 2108.01073, counted as diffusers does)."""
     if not 0 < strength <= 1:
-        raise UserError(f"strength = {strength:g}", "use a fraction above 0, up to 1 (1 keeps nothing of the picture)")
+        raise UserError(f"strength = {strength:g}", "use a fraction above 0, up to 1 (1 keeps nothing of the image)")
     start = steps - min(int(steps * strength), steps)
     if start == steps:
         raise UserError(
@@ -116,7 +116,7 @@ def _start(steps: int, strength: float) -> int:
     return start
 
 
-def images_per_run(manifest: Manifest, plan: Plan) -> int:
+def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
     """How many images the UNet and the decoder can make at once."""
     batch = manifest.components["unet"].dims["batch"]
     images = manifest.components["vae_decoder"].dims["images"]

@@ -10,7 +10,7 @@ import numpy as np
 def normal(seeds: Sequence[int], draw: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32 noise [len(seeds), *shape].
 
-    Every image has a stream of its own, so a picture does not change with the batch it is made in.
+    Every image has a stream of its own, so an image does not change with the batch it is made in.
 
     Args:
         seeds: one per image.

@@ -30,7 +30,7 @@ _READ = frozenset(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type "
     "timestep_spacing steps_offset set_alpha_to_one".split()
 )
-# Fields that change the picture and that no sampler here implements: name -> the only values that can be honoured.
+# Fields that change the image and that no sampler here implements: name -> the only values that can be honoured.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "thresholding": (False, None),
     "clip_sample": (False, None),

@@ -126,7 +126,7 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
 
 
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
-    """The timesteps of a sampler, high noise first; `grid(...)[start]` is what image-to-image noises its picture to."""
+    """The timesteps of a sampler, high noise first; `grid(...)[start]` is what image-to-image noises its image to."""
     chosen = _sampler(name)
     steps = chosen.steps if steps is None else steps
     _check_steps(steps, schedule.T)

@@ -1,9 +1,9 @@
-"""Compiled plans beside a bundle: what identifies them, their records, and the command that builds one again.
+"""Compiled engine files beside a bundle: what identifies them, their records, and the command that builds one again.
 
     my-bundle/engines/<key>/unet.plan  unet.json  unet.sig
 
 The key is the digest of everything that changes a plan. `unet.json` says what it was built from, for and with, and
-`unet.sig` is this user's signature of that text. Whether a plan may and can run here is for `preflight` to say.
+`unet.sig` is this user's signature of that text. Whether an engine file may and can run here is for `preflight` to say.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .cuda import Cuda
 
 SCHEMA = 1
 FOLDER = "engines"
-# What every record has: those of plans from elsewhere are read too, and shown before anybody trusts them.
+# What every record has: those of engine files from elsewhere are read too, and shown before anybody trusts them.
 _WANTED = {
     "schema": int,
     "component": str,
@@ -46,9 +46,9 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Here:
-    """What plans run on: TensorRT's version, the GPU's name and compute capability, system and processor.
+    """What engine files run on: TensorRT's version, the GPU's name and compute capability, system and processor.
 
-    `index` is which of this machine's GPUs that is, and no part of what a plan is.
+    `index` is which of this machine's GPUs that is, and no part of what an engine file is.
     """
 
     tensorrt: str
@@ -63,8 +63,8 @@ class Here:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A plan, its record, and the record's own text."""
+class EngineFile:
+    """An engine file, its record, and the record's own text."""
 
     path: Path
     record: Mapping[str, Any]
@@ -84,7 +84,7 @@ class Plan:
 
 
 def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
-    """The part of a plan's identity that is the bundle's: what would make it another network."""
+    """The part of an engine file's identity that is the bundle's: what would make it another network."""
     manifest = bundle.manifest
     return {
         "component": component.name,
@@ -116,14 +116,14 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return digest_of(identity)[:32]
 
 
-def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> Plan:
-    """Write and sign a plan; the record comes after it, so a plan without one was never finished."""
+def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> EngineFile:
+    """Write and sign an engine file; the record comes after it, so an engine file without one was never finished."""
     text = (json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False) + "\n").encode()
     folder = bundle.path / FOLDER / record["key"]
     path = folder / f"{record['component']}.plan"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # where new folders are open to the user's group, a plan in one would be refused
+        folder.chmod(0o755)  # where new folders are open to the user's group, an engine file in one would be refused
         path.with_suffix(".json").unlink(missing_ok=True)
         write_bytes(path, data)
         write_bytes(path.with_suffix(".json"), text)
@@ -134,18 +134,18 @@ def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> Plan:
 
 
 def sign(path: Path, text: bytes) -> None:
-    """Put this user's signature of a record beside a plan: of this text, whatever its file may say by now."""
+    """Put this user's signature of a record beside an engine file: of this text, whatever its file may say by now."""
     write_bytes(path.with_suffix(".sig"), trust.sign(text).encode() + b"\n")
 
 
-def read(bundle: Bundle, key: str, component: str) -> Plan:
-    """The plan of a key.
+def read(bundle: Bundle, key: str, component: str) -> EngineFile:
+    """The engine file of a key.
 
     Raises:
         UserError: when its record is missing, damaged, or leaves the bundle.
     """
-    path = inside(bundle.path, f"{FOLDER}/{key}/{component}.plan", "the plan")
-    described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the plan's record")
+    path = inside(bundle.path, f"{FOLDER}/{key}/{component}.plan", "the engine file")
+    described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the engine file's record")
     if not described.is_file():
         raise UserError(f"{path} has no {described.name}: accel did not build it", rebuild(bundle, component))
     try:
@@ -159,7 +159,7 @@ def read(bundle: Bundle, key: str, component: str) -> Plan:
         raise UserError(f"{described} is damaged: it lacks {wrong}", rebuild(bundle, component))
     if record["component"] != component:
         raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
-    return Plan(path, record, text)
+    return EngineFile(path, record, text)
 
 
 def _lacks(found: Any, wanted: Any, name: str = "a record") -> str:
@@ -173,32 +173,32 @@ def _lacks(found: Any, wanted: Any, name: str = "a record") -> str:
     return next((wrong for part in parts if (wrong := _lacks(*part))), "")
 
 
-def find(bundle: Bundle, component: str | None = None) -> list[Plan | UserError]:
-    """The plans beside a bundle, newest first; what cannot be understood comes as the error that says so."""
-    found: list[Plan | UserError] = []
+def find(bundle: Bundle, component: str | None = None) -> list[EngineFile | UserError]:
+    """The engine files beside a bundle, newest first; what cannot be understood comes as the error that says so."""
+    found: list[EngineFile | UserError] = []
     for path in sorted((bundle.path / FOLDER).glob(f"*/{component or '*'}.plan")):
         try:
             found.append(read(bundle, path.parent.name, path.stem))
         except UserError as error:
             found.append(error)
-    return sorted(found, key=lambda p: p.record["built"] if isinstance(p, Plan) else "", reverse=True)
+    return sorted(found, key=lambda p: p.record["built"] if isinstance(p, EngineFile) else "", reverse=True)
 
 
 def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rebuild(bundle: Bundle, component: str, plan: Plan | None = None, gpu: int = 0) -> str:
-    """What to type for a plan of this component, on one of this machine's GPUs.
+def rebuild(bundle: Bundle, component: str, engine_file: EngineFile | None = None, gpu: int = 0) -> str:
+    """What to type for an engine file of this component, on one of this machine's GPUs.
 
     Args:
-        plan: one whose options and, if they fit, profiles it is to have. Only a signed plan: what a stranger's record
-            says is not to be copied into a shell.
+        engine file: one whose options and, if they fit, profiles it is to have. Only a signed engine file: what a
+            stranger's record says is not to be copied into a shell.
     """
     words = ["accel", "build", str(bundle.path), "--components", component, *(["--gpu", str(gpu)] if gpu else [])]
-    if plan is None or component not in bundle.manifest.components:
+    if engine_file is None or component not in bundle.manifest.components:
         return shlex.join(words)
-    now, profiles = bundle.component(component).dims, plan.identity["profiles"]
+    now, profiles = bundle.component(component).dims, engine_file.identity["profiles"]
     fits = all(
         name in now and now[name].min <= low and high <= now[name].max
         for profile in profiles
@@ -207,7 +207,7 @@ def rebuild(bundle: Bundle, component: str, plan: Plan | None = None, gpu: int =
     if fits and [profile["name"] for profile in profiles] != [bundle.manifest.profile.name]:
         words += [word for profile in profiles for word in ("--profile", profile["name"])]
     usual = {"optimization_level": 3, "hardware_compatible": "none"}
-    for name, value in plan.identity["options"].items():
+    for name, value in engine_file.identity["options"].items():
         if value is not None and value is not False and value != usual.get(name):
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(words)

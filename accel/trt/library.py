@@ -60,10 +60,10 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def refuse_broken_refit(version: str) -> None:
-    """TensorRT 11.3.0 loses the bias of some matrix products in refittable plans (known issue of its release notes)."""
+    """TensorRT 11.3.0 loses biases of matrix products in refittable engine files (known issue of its release notes)."""
     if version.startswith(BROKEN_REFIT):
         raise UserError(
-            f"TensorRT {version} computes refittable plans wrongly (it can drop the bias of a matrix product)",
+            f"TensorRT {version} computes refittable engine files wrongly (it can drop the bias of a matrix product)",
             "upgrade to TensorRT 11.4 or newer, or fuse the LoRA before export: accel export MODEL OUT --lora FILE",
         )
 

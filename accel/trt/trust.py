@@ -1,9 +1,9 @@
-"""Which compiled plans may be run: those that carry this user's signature.
+"""Which compiled engine files may be run: those that carry this user's signature.
 
-A TensorRT plan is executable code, also with host code disallowed (NVIDIA's security notes say so). A digest beside it
-proves that it is whole, not who made it. So every plan is signed (HMAC-SHA256, RFC 2104) with a key that only this user
-can read; a plan from elsewhere has no such signature until `accel trust` gives it one. What is signed is the text of
-the plan's record, which holds the plan's sha256: bytes, so that any language can check it.
+An engine file is executable code, also with host code disallowed (NVIDIA's security notes say so). A digest beside it
+proves that it is whole, not who made it. So every engine file is signed (HMAC-SHA256, RFC 2104) with a key that only
+this user can read; an engine file from elsewhere has no such signature until `accel trust` gives it one. What is signed
+is the text of the engine file's record, which holds the engine file's sha256: bytes, so that any language can check it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _key(create: bool) -> bytes | None:
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISREG(found.st_mode):
         raise UserError(
             f"{path} can be read or written by others, so it proves nothing",
-            f"rm {path}, then build the plans again (or look at them and `accel trust` them)",
+            f"rm {path}, then build the engine files again (or look at them and `accel trust` them)",
         )
     if len(key) != _BYTES:
-        raise UserError(f"{path} is damaged", f"rm {path}, then build the plans again")
+        raise UserError(f"{path} is damaged", f"rm {path}, then build the engine files again")
     return key

@@ -166,7 +166,7 @@ def shard_name(kind: str, number: int) -> str:
 
 
 _WORDS = dict(
-    data="other pictures or captions", encoders="another VAE or text encoder", format="another version of accel"
+    data="other images or captions", encoders="another VAE or text encoder", format="another version of accel"
 )
 
 

@@ -1,4 +1,4 @@
-"""Where the square that training sees lies in a picture: resize, crop, flip.
+"""Where the square that training sees lies in an image: resize, crop, flip.
 
 As torchvision's Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip do it, which BK-SDM and diffusers' training
 scripts use; with Pillow alone.
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Beyond that the resized picture would be a strip of gigabytes, of which a small square is kept.
+# Beyond that the resized image would be a strip of gigabytes, of which a small square is kept.
 LARGEST_ASPECT = 32
 
 
@@ -22,7 +22,7 @@ class Placement:
 
     Attributes:
         resized: (width, height).
-        left: of the square in the resized picture, before it is mirrored.
+        left: of the square in the resized image, before it is mirrored.
         top: likewise.
         flipped: left and right are exchanged.
     """
@@ -36,7 +36,7 @@ class Placement:
 def place(
     size: tuple[int, int], resolution: int, *, center_crop: bool, random_flip: bool, rng: np.random.Generator
 ) -> Placement:
-    """Draw the placement of a picture of (width, height) for a square of `resolution` pixels.
+    """Draw the placement of an image of (width, height) for a square of `resolution` pixels.
 
     The short side becomes `resolution`. Three numbers are drawn whatever the options are, so that switching one of
     them does not move the others.
@@ -57,7 +57,7 @@ def place(
 
 
 def pixels(image: Image.Image, placement: Placement, resolution: int) -> torch.Tensor:
-    """The square of an RGB picture, float32 [3, resolution, resolution] in -1..1."""
+    """The square of an RGB image, float32 [3, resolution, resolution] in -1..1."""
     if image.size != placement.resized:
         image = image.resize(placement.resized, Image.Resampling.BILINEAR)
     left, top = placement.left, placement.top
@@ -72,10 +72,10 @@ def time_ids(placement: Placement, original: tuple[int, int], resolution: int) -
     """SDXL's micro-conditioning (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 
     [original height, original width, crop top, crop left, target height, target width]. SDXL crops the mirrored
-    picture, so the crop's left edge is counted in that one.
+    image, so the crop's left edge is counted in that one.
 
     Args:
-        original: (width, height) of the picture before resizing.
+        original: (width, height) of the image before resizing.
         resolution: side of the square.
     """
     left = placement.resized[0] - placement.left - resolution if placement.flipped else placement.left

@@ -1,4 +1,4 @@
-"""Pictures to latents, captions to what the UNet is conditioned on: the frozen half of a pipeline."""
+"""Images to latents, captions to what the UNet is conditioned on: the frozen half of a pipeline."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Encoders:
 
     @cached_property
     def inpaints(self) -> bool:
-        """Whether the UNet takes a mask and the latents of the masked picture beside x_t: see `inpainting`."""
+        """Whether the UNet takes a mask and the latents of the masked image beside x_t: see `inpainting`."""
         return self.source.config("unet").get("in_channels", 4) == 2 * self.latent_channels + 1
 
     @property

@@ -1,4 +1,4 @@
-"""Training examples by their number in the run: a picture or its latents, a caption, a placement."""
+"""Training examples by their number in the run: an image or its latents, a caption, a placement."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Examples(Dataset):
     are. `broken` names what was passed over.
 
     Args:
-        source: the pictures; None when `cache` holds all that is needed of them.
+        source: the images; None when `cache` holds all that is needed of them.
         seed: of the run.
         resolution: side of the square in pixels, a multiple of what the VAE shrinks by.
         center_crop: cut the middle out, else any part.
-        random_flip: mirror every other picture.
+        random_flip: mirror every other image.
         caption_dropout: share of examples whose caption becomes "", which is what guidance needs to be taught.
         size_conditioning: add `time_ids`, for SDXL.
         cache: latents and text embeddings on disk, instead of pixels.
@@ -73,7 +73,7 @@ class Examples(Dataset):
         self.broken: dict[str, str] = {}
         self._count = len(cache if cache is not None else source)
         if not self._count:
-            raise UserError("there are no training pictures", "give a folder, shards or a dataset that has some")
+            raise UserError("there are no training images", "give a folder, shards or a dataset that has some")
         self._known: dict[int, BrokenItem] = {}
         self._tried: set[int] = set()
         if cache is not None:
@@ -133,7 +133,7 @@ class Examples(Dataset):
         return {"index": index} | example
 
     def _watch(self, row: int) -> None:
-        """Stop early when most rows are broken: then it is the data set or its options, not a few pictures."""
+        """Stop early when most rows are broken: then it is the data set or its options, not a few images."""
         if len(self._tried) >= FIRST:
             return
         self._tried.add(row)
@@ -143,7 +143,7 @@ class Examples(Dataset):
     def _give_up(self, how_many: str) -> None:
         first = next(iter(self._known.values()))
         raise UserError(
-            f"{how_many} training pictures cannot be used; {first.name}: {first.reason}",
+            f"{how_many} training images cannot be used; {first.name}: {first.reason}",
             "check the data, its columns (--image-column, --caption-column), and that all of it is mounted",
         )
 
@@ -189,7 +189,7 @@ def placement_of(
     Drawn by row and epoch and not by example, so that a cache, which knows no examples, draws the same ones.
 
     Raises:
-        BrokenItem: when the picture is too narrow.
+        BrokenItem: when the image is too narrow.
     """
     rng = draws.generator(seed, epoch * count + row, "placement")
     try:

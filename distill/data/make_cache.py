@@ -1,4 +1,4 @@
-"""Make a cache (see `cache`): latents of every picture and embeddings of every caption, by all processes of a run.
+"""Make a cache (see `cache`): latents of every image and embeddings of every caption, by all processes of a run.
 
 A process that is killed leaves files with their digests, which the next one keeps, and one that has none or a part
 of it, which is made again. Files are divided over the processes by their number, so processes never write the same one.
@@ -59,22 +59,22 @@ def build(
     """Make the cache of a data set, or finish or repair one, and open it. All processes of a run call it.
 
     Args:
-        source: the pictures.
+        source: the images.
         encoders: what makes latents and text embeddings of them.
         folder: where; None for one in this user's cache, named after all that decides the content.
         resolution: side of the square in pixels.
         center_crop: cut out the middle, else any part.
-        random_flip: mirror every other picture.
+        random_flip: mirror every other image.
         seed: of the placements, the run's own.
-        variants: placements kept of each picture. Without random crops and flips there is one.
+        variants: placements kept of each image. Without random crops and flips there is one.
         dtype: of the tensors on disk, float16 or float32.
-        batch: pictures or captions encoded at once.
+        batch: images or captions encoded at once.
         shard: rows or captions in one file.
         rank: this process among `world`. Every process makes its share and waits for the others.
         progress: called after every batch with a stage ("texts", "latents") and the share of it that is done.
 
     Raises:
-        UserError: when the folder holds something else or a cache made otherwise, most pictures are broken, space is
+        UserError: when the folder holds something else or a cache made otherwise, most images are broken, space is
             short, or the other processes have stopped.
     """
     if dtype not in DTYPES:
@@ -84,7 +84,7 @@ def build(
             raise UserError(f"{name} is {value}", "give 1 or more")
     if resolution < encoders.factor or resolution % encoders.factor:
         raise UserError(
-            f"{resolution} pixels are not a multiple of {encoders.factor}, by which the VAE shrinks a picture",
+            f"{resolution} pixels are not a multiple of {encoders.factor}, by which the VAE shrinks an image",
             f"try {max(1, round(resolution / encoders.factor)) * encoders.factor}",
         )
     placement = placement_key(resolution, center_crop, random_flip, variants, seed)
@@ -229,7 +229,7 @@ class _Maker:
                 for caption in self.source.captions(row):
                     self.texts.setdefault(caption, len(self.texts))
             except BrokenItem:
-                continue  # told when its picture is encoded
+                continue  # told when its image is encoded
         if self.rank == 0:
             self._put(name, _lines(self.texts))
 
@@ -346,7 +346,7 @@ class _Maker:
 
     def _give_up(self, how_many: str, name: str, reason: str) -> None:
         raise UserError(
-            f"{how_many} training pictures cannot be used; {name}: {reason}",
+            f"{how_many} training images cannot be used; {name}: {reason}",
             "check the data, its columns (--image-column, --caption-column), and that all of it is mounted",
         )
 

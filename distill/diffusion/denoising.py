@@ -60,7 +60,7 @@ def noised(batch: Mapping[str, Any], recipe: Recipe, schedule: NoiseSchedule) ->
 
 
 def task_terms(out: torch.Tensor, made: Noised, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """`task`, the error of a prediction; and `prior`, that of the class pictures, where `batch["prior"]` marks some.
+    """`task`, the error of a prediction; and `prior`, that of the class images, where `batch["prior"]` marks some.
 
     Args:
         out: the prediction [b, c, h, w].

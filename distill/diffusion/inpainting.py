@@ -1,8 +1,8 @@
-"""What an inpainting UNet sees beside x_t: where the picture is hidden, and the latents of what is not hidden.
+"""What an inpainting UNet sees beside x_t: where the image is hidden, and the latents of what is not hidden.
 
     input = [x_t, mask, E(pixels * (1 - mask))]        9 channels where latents have 4 (arXiv 2112.10752)
 
-in the order of diffusers' StableDiffusionInpaintPipeline; the mask is 1 where the picture is to be painted.
+in the order of diffusers' StableDiffusionInpaintPipeline; the mask is 1 where the image is to be painted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..data import rng
 from ..data.encoders import Encoders
 from ..settings import Recipe
 
-WHOLE = 0.25  # share of pictures that are hidden altogether, as stable-diffusion-inpainting was trained
+WHOLE = 0.25  # share of images that are hidden altogether, as stable-diffusion-inpainting was trained
 
 
 def masks(seed: int, indices: Sequence[int], height: int, width: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def masks(seed: int, indices: Sequence[int], height: int, width: int) -> torch.T
 
 
 def hidden(batch: Mapping[str, Any], seed: int, encoders: Encoders) -> torch.Tensor:
-    """Mask and latents of the masked picture, float32 [b, 1 + 4, h, w], of a batch that has its `pixels`."""
+    """Mask and latents of the masked image, float32 [b, 1 + 4, h, w], of a batch that has its `pixels`."""
     mean = batch["latent_mean"]
     mask = masks(seed, batch["index"], *mean.shape[2:]).to(mean.device)
     cells = mask.repeat_interleave(encoders.factor, 2).repeat_interleave(encoders.factor, 3)

@@ -50,7 +50,7 @@ def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: str) 
 
 
 def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
-    """Noise with a random mean per channel, offset [b, c], so that very dark and bright pictures can be learnt.
+    """Noise with a random mean per channel, offset [b, c], so that very dark and bright images can be learnt.
 
     (Guttenberg 2023, crosslabs.org/blog/diffusion-with-offset-noise.)
     """

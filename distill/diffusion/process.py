@@ -48,7 +48,7 @@ class Diffusion:
         return losses.target(self.schedule.prediction_type, x0, eps, self.alpha_bar(t).to(x0.dtype))
 
     def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The clean picture that a prediction means, float64."""
+        """The clean image that a prediction means, float64."""
         a = self.alpha_bar(t).view(-1, *[1] * (x_t.dim() - 1))
         said, seen = prediction.double(), x_t.double()
         kind = self.schedule.prediction_type

@@ -1,4 +1,4 @@
-"""The model card and the picture of the digits model."""
+"""The model card and the image of the digits model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ library_name: diffusers
 # Digits teacher
 
 A Stable Diffusion pipeline in miniature: the graph of Stable Diffusion 1.5 with narrow channels, trained from nothing
-on handwritten digits to predict v. It draws 64x64 pictures for prompts such as "a handwritten seven" or "a photo of
+on handwritten digits to predict v. It draws 64x64 images for prompts such as "a handwritten seven" or "a photo of
 the digit 7". It exists so that distillation, export and every engine can be tried and tested in seconds, without a
 download.
 
@@ -108,7 +108,7 @@ library_name: diffusers
 # Digits {name}
 
 The digits teacher with blocks removed as in BK-SDM-{name.title()} (arXiv 2305.15798) and distilled with its three
-losses: task, output, features. It draws 64x64 pictures for prompts such as "a handwritten seven".
+losses: task, output, features. It draws 64x64 images for prompts such as "a handwritten seven".
 
 ```python
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -126,7 +126,7 @@ guidance_scale={sampler["guidance"]})
 
 ## Figures
 
-{row["images"]} pictures, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
+{row["images"]} images, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
 
 | | {name} | teacher |
 |---|---|---|
@@ -174,7 +174,7 @@ pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, g
 
 ## Figures
 
-{row["images"]} pictures, measured on the stored weights; one training.
+{row["images"]} images, measured on the stored weights; one training.
 
 | | prompt accuracy | Frechet distance to 500 held-out real images |
 |---|---|---|
@@ -185,8 +185,8 @@ limits are the teacher's.
 """
 
 
-def picture_grid(images: torch.Tensor, columns: int) -> Any:
-    """Pictures [n, 3, h, w] in -1..1, n a multiple of `columns`, as one PIL image."""
+def image_grid(images: torch.Tensor, columns: int) -> Any:
+    """Images [n, 3, h, w] in -1..1, n a multiple of `columns`, as one PIL image."""
     from PIL import Image
 
     count, channels, height, width = images.shape

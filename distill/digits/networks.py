@@ -29,7 +29,7 @@ UNET: Mapping[str, Any] = MappingProxyType(
         attention_head_dim=4,
     )
 )
-# One stage less than SD 1.5's VAE, so 4 pixels to a latent cell and not 8: the digits are small pictures.
+# One stage less than SD 1.5's VAE, so 4 pixels to a latent cell and not 8: the digits are small images.
 VAE: Mapping[str, Any] = MappingProxyType(
     dict(
         in_channels=3,

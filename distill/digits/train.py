@@ -37,11 +37,11 @@ from ..evaluation.digits import (
 )
 from ..sources import digits
 from . import networks
-from .card import model_card, parameters, picture_grid
+from .card import image_grid, model_card, parameters
 from .fit import CONSOLE, Stage, fit
 
 PROMPT_DROPOUT = 0.1
-# Standard deviation of the scaled latents. These 1,024 numbers hold an 8x8 picture, so they repeat themselves: at unit
+# Standard deviation of the scaled latents. These 1,024 numbers hold an 8x8 image, so they repeat themselves: at unit
 # scale the digit can be read off x_t at nearly every timestep, and nothing makes the UNet read the prompt. Scaling them
 # down shifts the schedule towards noise (Chen 2023, arXiv 2301.10972) while its constants stay Stable Diffusion's.
 LATENT_STD = 0.4
@@ -84,7 +84,7 @@ def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Squared error of the pictures, plus a light pull of the latents to the unit normal (Rombach et al. 2022)."""
+    """Squared error of the images, plus a light pull of the latents to the unit normal (Rombach et al. 2022)."""
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator)
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -94,7 +94,7 @@ def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torc
 
 @torch.no_grad()
 def encode_all(vae: Any, images: torch.Tensor) -> torch.Tensor:
-    """Latents [n, 4, 16, 16] of all pictures, once and for all, not yet scaled."""
+    """Latents [n, 4, 16, 16] of all images, once and for all, not yet scaled."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
 
 
@@ -148,7 +148,7 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
     torch.manual_seed(settings.seed)  # initial weights; the steps have their own random numbers
     seconds: dict[str, float] = {}
     images, labels = digits.dataset("train")
-    CONSOLE.print(f"data: {len(images)} training pictures of {digits.SIZE}x{digits.SIZE} pixels")
+    CONSOLE.print(f"data: {len(images)} training images of {digits.SIZE}x{digits.SIZE} pixels")
     tokenizer = networks.write_tokenizer(run / "tokenizer")
     classifier = Classifier()
     vae = AutoencoderKL(**networks.VAE)
@@ -301,8 +301,8 @@ def run_all(settings: Settings, how: Measure, out: Path, run: Path, every: int =
     (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
     (teacher / "README.md").write_text(model_card(stored, judge_model, settings, quality), encoding="utf-8")
     texts = [prompt for prompt, _ in digits.prompt_set(10)]
-    picture_grid(generate(stored, texts, quality["guidance"], how.sample_steps), 10).save(run / "grid.png")
-    CONSOLE.print(f"figures: {teacher / 'quality.json'}; pictures to look at: {run / 'grid.png'}")
+    image_grid(generate(stored, texts, quality["guidance"], how.sample_steps), 10).save(run / "grid.png")
+    CONSOLE.print(f"figures: {teacher / 'quality.json'}; images to look at: {run / 'grid.png'}")
     return quality
 
 

@@ -1,4 +1,4 @@
-"""The EDM family: a denoiser D(x; sigma) of pictures with a class, where noise is added and nothing is scaled down.
+"""The EDM family: a denoiser D(x; sigma) of images with a class, where noise is added and nothing is scaled down.
 
     x_sigma = x_0 + sigma eps
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)              (Karras et al. 2022, arXiv 2206.00364, equation 7)
@@ -69,10 +69,10 @@ def unet_config(
     """Config of a `UNet2DModel` with ADM's graph; the defaults are ADM's and EDM's ImageNet 64 x 64.
 
     Args:
-        size, channels: of the pictures.
+        size, channels: of the images.
         width: channels of the first level; `multipliers`: of each level, in units of it.
         layers: residual blocks per level of the encoder; the decoder has one more.
-        attention: picture sizes at which each residual block is followed by attention; the middle always has it.
+        attention: image sizes at which each residual block is followed by attention; the middle always has it.
         head_width: channels per attention head.
         classes: number of labels, or None for a network without.
 
@@ -148,7 +148,7 @@ class Preconditioned(nn.Module):
     Args:
         unet: F, a `UNet2DModel` of `unet_config`. Wrappers of several processes belong around this module, not around
             `unet`: the bottleneck is read from its parts.
-        sigma_data: standard deviation of the pictures.
+        sigma_data: standard deviation of the images.
     """
 
     def __init__(self, unet: nn.Module, sigma_data: float = SIGMA_DATA):
@@ -168,10 +168,10 @@ class Preconditioned(nn.Module):
         *,
         bottleneck: bool = False,
     ) -> torch.Tensor:
-        """The denoised picture, float32 [b, c, h, w]; or the encoder's last state, float32 [b, C, h', w'].
+        """The denoised image, float32 [b, c, h, w]; or the encoder's last state, float32 [b, C, h', w'].
 
         Args:
-            x: noisy pictures.
+            x: noisy images.
             sigma: their noise levels [b], above 0, or one for all.
             labels: classes; None for a network without.
             bottleneck: return what the encoder says, and run neither the middle nor the decoder.
@@ -192,7 +192,7 @@ class Preconditioned(nn.Module):
                 "this network has no classes, but labels were given"
                 if classes is None
                 else f"this network draws one of {classes} classes, and no labels were given",
-                "leave the labels out" if classes is None else "give a class index per picture",
+                "leave the labels out" if classes is None else "give a class index per image",
             )
         return None if labels is None else class_index(labels, classes)
 

@@ -93,7 +93,7 @@ def sample(
     churn: Churn | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Pictures of a teacher, float32 [b, c, h, w].
+    """Images of a teacher, float32 [b, c, h, w].
 
     Args:
         net: a `Preconditioned`.
@@ -106,7 +106,7 @@ def sample(
         UserError: for less than one step, and labels that do not fit.
     """
     if steps < 1:
-        raise UserError(f"{steps} steps make no picture", "use at least 1; EDM's ImageNet figure took 256")
+        raise UserError(f"{steps} steps make no image", "use at least 1; EDM's ImageNet figure took 256")
     sigmas = sampling_sigmas(steps)
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -128,5 +128,5 @@ def one_step(
 
 
 def pixels(x: torch.Tensor) -> torch.Tensor:
-    """Pictures in -1..1, [b, c, h, w], to uint8 [b, h, w, c], each value rounded to the nearest."""
+    """Images in -1..1, [b, c, h, w], to uint8 [b, h, w, c], each value rounded to the nearest."""
     return ((x.double() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

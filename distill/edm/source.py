@@ -80,7 +80,7 @@ def save_edm(
 
 @dataclass
 class ClassEncoders:
-    """What `encode.Encoders` is for text to image: here a picture is its own latent, and a caption a class number."""
+    """What `encode.Encoders` is for text to image: here an image is its own latent, and a caption a class number."""
 
     source: EDMSource
     device: torch.device | str = "cpu"
@@ -101,11 +101,11 @@ class ClassEncoders:
     def classes(self) -> int | None:
         return self.source.config("unet").get("num_class_embeds")
 
-    def images(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures [n, 3, h, w] in -1..1 as `latent_mean`; channels are averaged for a network of grey pictures."""
+    def images(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images [n, 3, h, w] in -1..1 as `latent_mean`; channels are averaged for a network of grey images."""
         if self.source.config("unet")["in_channels"] == 1:
-            pictures = pictures.mean(1, keepdim=True)
-        return {"latent_mean": pictures.float(), "latent_std": torch.zeros_like(pictures)}
+            images = images.mean(1, keepdim=True)
+        return {"latent_mean": images.float(), "latent_std": torch.zeros_like(images)}
 
     def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Captions that are class numbers to `context`, int64 [n].
@@ -117,6 +117,6 @@ class ClassEncoders:
         if wrong is not None:
             raise UserError(
                 f"{wrong[:60]!r} is no class number, and {self.source.name} draws one of {self.classes} classes",
-                "give pictures in one folder per class, or a column of class numbers: --caption-column label",
+                "give images in one folder per class, or a column of class numbers: --caption-column label",
             )
         return {"context": torch.tensor([int(text) for text in texts], device=self.device)}

@@ -1,6 +1,6 @@
 """Published EDM weights read into `UNet2DModel`: the same graph under other names.
 
-EDM's ImageNet network and DMD2's students of it name their weights by picture size, as in
+EDM's ImageNet network and DMD2's students of it name their weights by image size, as in
 `model.enc.32x32_block0.conv0.weight`. Every difference to diffusers is one of names and layout, and exact:
 
 * one 1x1 convolution `qkv`, its channels ordered (head, channel of the head, q | k | v), becomes three linear layers;

@@ -1,6 +1,6 @@
 """How good are generated digits? A classifier says whether they are the digit asked for, and how far from real ones.
 
-Prompt accuracy: the share of pictures in which a classifier sees the digit of the prompt.
+Prompt accuracy: the share of images in which a classifier sees the digit of the prompt.
 
 Frechet distance (Heusel et al. 2017, arXiv 1706.08500), between the normal distributions fitted to two sets of
 features: |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)). Heusel takes the features from Inception-v3; here they are the
@@ -31,7 +31,7 @@ from .metrics import frechet_distance
 
 
 class Classifier(nn.Module):
-    """Pictures [n, 3, 64, 64] in -1..1 to digit scores [n, 10]. Group norm: the same in training and afterwards."""
+    """Images [n, 3, 64, 64] in -1..1 to digit scores [n, 10]. Group norm: the same in training and afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ def _in_batches(function: Callable[[torch.Tensor], torch.Tensor], images: torch.
 
 
 def features(classifier: Classifier, images: torch.Tensor) -> np.ndarray:
-    """Penultimate features [n, 64] of pictures [n, 3, 64, 64] in -1..1, in double precision."""
+    """Penultimate features [n, 64] of images [n, 3, 64, 64] in -1..1, in double precision."""
     return _in_batches(classifier.features, images).double().numpy()
 
 
 def prompt_accuracy(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> float:
-    """Share of pictures [n, 3, 64, 64] in -1..1 in which the classifier sees the digit wanted [n]."""
+    """Share of images [n, 3, 64, 64] in -1..1 in which the classifier sees the digit wanted [n]."""
     seen = _in_batches(classifier or load_classifier(), images).argmax(1)
     return (seen == wanted).double().mean().item()
 
@@ -124,9 +124,9 @@ def generate(
     batch: int = 50,
     timesteps: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Pictures [len(texts), 3, 64, 64] in -1..1 by any diffusers pipeline, in `steps` or at given `timesteps`.
+    """Images [len(texts), 3, 64, 64] in -1..1 by any diffusers pipeline, in `steps` or at given `timesteps`.
 
-    Picture i starts from noise of seed `seed + i`, so it does not depend on the batch it is made in.
+    Image i starts from noise of seed `seed + i`, so it does not depend on the batch it is made in.
     """
     pipeline.set_progress_bar_config(disable=True)
     made = []
@@ -147,7 +147,7 @@ def generate(
 
 
 def judge(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> dict[str, float]:
-    """Prompt accuracy of generated pictures, and their Frechet distance to the 500 held-out real ones."""
+    """Prompt accuracy of generated images, and their Frechet distance to the 500 held-out real ones."""
     classifier = classifier or load_classifier()
     return dict(
         images=len(images),

@@ -1,4 +1,4 @@
-"""Evaluate a model by a named protocol: make its pictures, shared among processes and resumable, and measure them."""
+"""Evaluate a model by a named protocol: make its images, shared among processes and resumable, and measure them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..sources import digits
 from . import digits as digits_quality
 from . import generators, metrics
 from .protocols import Protocol, Sampling, full_id, overridden, protocol, sampling_changes
-from .work_share import PICTURES, Shard, claim, confirm, is_whole, picture_file, save, wait_for
+from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for
 
 SCHEMA = 1
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 ALONE = Shard()
 Progress = Callable[[str, float], None]
@@ -50,25 +50,25 @@ def evaluate(
     patience: float = 600.0,
     progress: Progress = lambda stage, fraction: None,
 ) -> dict[str, Any] | None:
-    """Make the pictures of a protocol and measure them.
+    """Make the images of a protocol and measure them.
 
     Args:
         model: a diffusers pipeline folder, a hub id, `digits`, `digits/NAME`, or a bundle.
         name: id of the protocol, a key of `protocols.PROTOCOLS`.
-        out: folder for `run.json`, `pictures/` and the result. Pictures that are there are not made again.
+        out: folder for `run.json`, `images/` and the result. Images that are there are not made again.
         sampler, steps, guidance: instead of the protocol's; they become a part of the id of every figure.
-        limit: this many pictures, the first ones, instead of all; so does this.
-        batch: pictures at once; it does not change the pictures (beyond rounding).
-        reference: folder of real pictures, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
+        limit: this many images, the first ones, instead of all; so does this.
+        batch: images at once; it does not change the images (beyond rounding).
+        reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
         captions: a .csv with a heading and a column of captions, or a .txt with one to a line.
         engine, options: what runs a bundle, and its options; `dtype` overrides the protocol's.
-        shard: which pictures this process makes. Rank 0 also waits for the others' and measures.
-        patience: how many seconds rank 0 waits for the next picture of another process.
+        shard: which images this process makes. Rank 0 also waits for the others' and measures.
+        patience: how many seconds rank 0 waits for the next image of another process.
         progress: called as (stage, fraction of the stage).
 
     Returns:
         The result, as it was written to `result.json` (or, with a limit, `result-N-images.json`); None for ranks
-        other than 0, which only make pictures.
+        other than 0, which only make images.
 
     Raises:
         UserError: for a request that cannot be met, before any work where that can be known.
@@ -116,7 +116,7 @@ def evaluate(
         chosen.format,
         shard.world,
         patience,
-        lambda there: progress(f"pictures of all processes: {there} of {count}", there / count),
+        lambda there: progress(f"images of all processes: {there} of {count}", there / count),
     )
     started = time.perf_counter()
     full = full_id(chosen.id, changes)
@@ -133,7 +133,7 @@ def evaluate(
         "ran_on": ran_on,
         "prompts_digest": digest_of(list(prompts)),
         "reference": _described(chosen, real, reference),
-        "pictures": PICTURES,
+        "pictures": IMAGES,
         "seconds": {"pictures": round(making, 3), "metrics": round(time.perf_counter() - started, 3)},
         "pictures_made": made,
         "processes": shard.world,
@@ -153,7 +153,7 @@ def _count(chosen: Protocol, limit: int | None) -> int:
     if limit is None:
         return chosen.images
     if not 2 <= limit <= chosen.images:
-        raise UserError(f"limit = {limit} makes no sense", f"{chosen.id} has {chosen.images} pictures: use 2 to that")
+        raise UserError(f"limit = {limit} makes no sense", f"{chosen.id} has {chosen.images} images: use 2 to that")
     return limit
 
 
@@ -167,7 +167,7 @@ def _settings(
     options: Mapping[str, Any],
     prompts_digest: str,
 ) -> dict[str, Any]:
-    """All that decides what a picture looks like, and nothing else: not how many there are, nor who makes them."""
+    """All that decides what an image looks like, and nothing else: not how many there are, nor who makes them."""
     return {
         "schema": SCHEMA,
         "protocol": chosen.id,
@@ -204,7 +204,7 @@ def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple
     if len(found) < count:
         raise UserError(
             f"{captions} has {len(found)} captions, and {chosen.id} needs {count}",
-            f"get all of them ({chosen.captions_source}), or measure fewer pictures: --limit {len(found)}",
+            f"get all of them ({chosen.captions_source}), or measure fewer images: --limit {len(found)}",
         )
     return found[:count], []
 
@@ -239,34 +239,34 @@ def read_captions(path: Path) -> list[str]:
 
 
 def _digest_of_prompts(chosen: Protocol, captions: str | Path | None) -> str:
-    """Of the file, not of the prompts used: pictures stay good when more of them are asked for."""
+    """Of the file, not of the prompts used: images stay good when more of them are asked for."""
     return sha256(Path(captions)) if captions is not None else digest_of(digits.prompt_set(digits.HELD_OUT_PER_DIGIT))
 
 
 def _reference(chosen: Protocol, reference: str | Path | None) -> list[Path] | metrics.Statistics:
-    """The real pictures, or their statistics; nothing for a protocol that brings its own."""
+    """The real images, or their statistics; nothing for a protocol that brings its own."""
     if not chosen.reference_images:
         if reference is not None:
-            raise UserError(f"{chosen.id} has real pictures of its own", "leave --reference out")
-        digits.raw()  # now, and not after the pictures are made, if scikit-learn is missing
+            raise UserError(f"{chosen.id} has real images of its own", "leave --reference out")
+        digits.raw()  # now, and not after the images are made, if scikit-learn is missing
         return []
     if reference is None:
-        raise UserError(f"{chosen.id} needs real pictures", f"--reference FOLDER: {chosen.reference_source}")
+        raise UserError(f"{chosen.id} needs real images", f"--reference FOLDER: {chosen.reference_source}")
     path = Path(reference)
     if path.suffix == ".npz" and path.is_file():
         return _statistics(chosen, path)
     if not path.is_dir():
         raise UserError(f"no such folder: {path}", f"--reference FOLDER: {chosen.reference_source}")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if len(found) < 2:
-        raise UserError(f"{path} holds {len(found)} pictures", f"--reference FOLDER: {chosen.reference_source}")
+        raise UserError(f"{path} holds {len(found)} images", f"--reference FOLDER: {chosen.reference_source}")
     return found
 
 
 def _statistics(chosen: Protocol, path: Path) -> metrics.Statistics:
-    """Mean `mu` [2048] and covariance `sigma` [2048, 2048] of real pictures' features, as pytorch-fid saves them."""
+    """Mean `mu` [2048] and covariance `sigma` [2048, 2048] of real images' features, as pytorch-fid saves them."""
     if any(metric.extractor != "pytorch-fid" for metric in chosen.metrics if metric.kind == "frechet"):
-        raise UserError(f"{path}: {chosen.id} takes real pictures, not their statistics", "--reference FOLDER")
+        raise UserError(f"{path}: {chosen.id} takes real images, not their statistics", "--reference FOLDER")
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
@@ -288,7 +288,7 @@ def _described(chosen: Protocol, real: list[Path] | metrics.Statistics, referenc
     return {"kind": "pictures", "images": len(real), "names_digest": digest_of([path.name for path in real])}
 
 
-# ------------------------------------------------------------------------------------------------ pictures and figures
+# ------------------------------------------------------------------------------------------------ images and figures
 
 
 def _make(
@@ -301,23 +301,23 @@ def _make(
     batch: int,
     progress: Progress,
 ) -> tuple[int, str | None]:
-    """Make the pictures of this shard that are not there; how many that were, and what ran the model, if it ran."""
+    """Make the images of this shard that are not there; how many that were, and what ran the model, if it ran."""
     own = shard.indices(len(prompts))
-    progress("looking for pictures that are there", 0.0)
-    todo = [index for index in own if not is_whole(picture_file(out, index, chosen.format), chosen.size)]
+    progress("looking for images that are there", 0.0)
+    todo = [index for index in own if not is_whole(image_file(out, index, chosen.format), chosen.size)]
     if not todo:
         return 0, None
     progress("loading the model", 0.0)
     make, ran_on = load()
     for start in range(0, len(todo), batch):
         done = len(own) - len(todo) + start
-        progress(f"pictures: {done} of {len(own)}", done / len(own))
+        progress(f"images: {done} of {len(own)}", done / len(own))
         part = todo[start : start + batch]
         images = make([prompts[index] for index in part], [chosen.seed + index for index in part])
         confirm(out, settings)
         for index, image in zip(part, images, strict=True):
-            save(image, picture_file(out, index, chosen.format), chosen.format)
-    progress(f"pictures: {len(own)} of {len(own)}", 1.0)
+            save(image, image_file(out, index, chosen.format), chosen.format)
+    progress(f"images: {len(own)} of {len(own)}", 1.0)
     return len(todo), ran_on
 
 
@@ -340,7 +340,7 @@ def _figures(
         found.append({"name": metric.name} | metrics.measure(metric, files, prompts, real, device, share))
     for figure in found:
         if not math.isfinite(figure["value"]):
-            raise UserError(f"{figure['name']} is {figure['value']}", "look at the pictures; use more of them")
+            raise UserError(f"{figure['name']} is {figure['value']}", "look at the images; use more of them")
     return found
 
 
@@ -354,7 +354,7 @@ def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str
     The floor is what as many real training images of the same digits get.
     """
     classifier = digits_quality.load_classifier()
-    pixels = np.stack([np.asarray(metrics.read_picture(path).convert("RGB")) for path in files])
+    pixels = np.stack([np.asarray(metrics.read_image(path).convert("RGB")) for path in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     labels = torch.tensor(wanted)
     quality = digits_quality.judge(images, labels, classifier)

@@ -1,7 +1,7 @@
-"""A model that can be asked for pictures: a pipeline folder run by diffusers, or a bundle run by an engine.
+"""A model that can be asked for images: a pipeline folder run by diffusers, or a bundle run by an engine.
 
-Picture after picture comes from its own seed. Its generator gives the initial latents first and then, to a stochastic
-sampler, the noise of one step after another; so a picture does not depend on the batch it is made in, and both kinds
+Image after image comes from its own seed. Its generator gives the initial latents first and then, to a stochastic
+sampler, the noise of one step after another; so an image does not depend on the batch it is made in, and both kinds
 of model start from the same noise.
 """
 
@@ -34,7 +34,7 @@ SCHEDULERS = {
     "dmd2": "LCMScheduler",
 }
 
-# prompts [n], seeds [n] -> pictures, uint8 [n, height, width, 3]
+# prompts [n], seeds [n] -> images, uint8 [n, height, width, 3]
 Maker = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 
 
@@ -45,7 +45,7 @@ class Model:
     Attributes:
         origin: the pipeline folder or the bundle.
         name: what to call it.
-        digest: of everything that decides its pictures: weights, configs, tokenizers; or of the bundle.
+        digest: of everything that decides its images: weights, configs, tokenizers; or of the bundle.
         own: the sampling constants it carries along, None where it has none.
         dtype: what it computes in unless told otherwise.
     """
@@ -101,7 +101,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     local_rank: int = 0,
 ) -> tuple[Maker, str]:
-    """Load a model: what makes its pictures, and a description of what runs it.
+    """Load a model: what makes its images, and a description of what runs it.
 
     Args:
         size: height and width, pixels.
@@ -193,7 +193,7 @@ def _schedule(source: Source, sampling: Sampling) -> dict[str, Any]:
 
 
 def _assemble(source: Source, sampling: Sampling) -> Any:
-    """The pipeline of diffusers, without its safety checker, whose black pictures would be measured as well."""
+    """The pipeline of diffusers, without its safety checker, whose black images would be measured as well."""
     import diffusers
     from transformers import CLIPTokenizer
 
@@ -266,11 +266,11 @@ def _bundle_maker(
 
 
 def rounded(images: np.ndarray) -> np.ndarray:
-    """Pictures in 0..1 to uint8.
+    """Images in 0..1 to uint8.
 
     Raises:
-        UserError: for NaN, which would become a black picture and be measured.
+        UserError: for NaN, which would become a black image and be measured.
     """
     if not np.isfinite(images).all():
-        raise UserError("the picture is NaN or infinite", "this dtype overflows on this model: --dtype fp32")
+        raise UserError("the image is NaN or infinite", "this dtype overflows on this model: --dtype fp32")
     return (np.asarray(images, np.float32).clip(0, 1) * 255).round().astype(np.uint8)

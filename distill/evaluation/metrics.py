@@ -1,4 +1,4 @@
-"""The figures that protocols name: their arithmetic, and thin adapters to the networks that see the pictures.
+"""The figures that protocols name: their arithmetic, and thin adapters to the networks that see the images.
 
 Arithmetic (`frechet_distance`, `inception_score`, `clip_score`) takes features and knows no network. The networks come
 from the libraries that the field's published figures come from (extra `evaluate`): pytorch-fid, clean-fid,
@@ -35,7 +35,7 @@ def statistics(features: np.ndarray) -> Statistics:
     """
     features = np.asarray(features, np.float64)
     if len(features) < 2:
-        raise UserError(f"{len(features)} pictures have no covariance", "use at least two, and thousands for a figure")
+        raise UserError(f"{len(features)} images have no covariance", "use at least two, and thousands for a figure")
     return features.mean(0), np.cov(features, rowvar=False)
 
 
@@ -72,7 +72,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 202
     """
     count = len(logits)
     if count < splits:
-        raise UserError(f"{count} pictures are less than the {splits} parts of an inception score", "use more pictures")
+        raise UserError(f"{count} images are less than the {splits} parts of an inception score", "use more images")
     order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
     log_p = torch.log_softmax(torch.as_tensor(np.asarray(logits)).double()[torch.from_numpy(order)], 1)
     scores = []
@@ -86,22 +86,22 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 202
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
-    """Mean cosine between the embeddings [n, d] of pictures and of their captions (Hessel et al. 2021, arXiv
+    """Mean cosine between the embeddings [n, d] of images and of their captions (Hessel et al. 2021, arXiv
     2104.08718, without its factor 2.5 and without its cut at 0, as BK-SDM and DMD2 report it)."""
     images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
     if images.shape != texts.shape:
-        raise ValueError(f"{images.shape} picture embeddings and {texts.shape} caption embeddings")
+        raise ValueError(f"{images.shape} image embeddings and {texts.shape} caption embeddings")
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     return float(((images * texts).sum(1) / lengths).mean())
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- images
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
 def prepare(image: Image.Image, how: Preparation) -> Image.Image:
-    """A picture as the protocol wants the network to see it, RGB."""
+    """An image as the protocol wants the network to see it, RGB."""
     if image.mode not in ("RGB", "L"):
         image = image.convert("RGB")
     if how.crop is not None:
@@ -116,7 +116,7 @@ def prepare(image: Image.Image, how: Preparation) -> Image.Image:
 
 
 def _crop(image: Image.Image, side: int) -> Image.Image:
-    """The square of that side around the centre; a picture that is smaller either way stays whole."""
+    """The square of that side around the centre; an image that is smaller either way stays whole."""
     width, height = image.size
     if side > min(width, height):
         return image
@@ -180,7 +180,7 @@ CLIP = ("open_clip", "open_clip_torch")
 
 
 def open_clip(weights: str, device: str) -> tuple[Extractor, Callable[[Sequence[str]], np.ndarray]]:
-    """Embeddings [n, 1024] of pictures and of captions by open_clip's ViT-g-14 with `weights`, not yet normalised."""
+    """Embeddings [n, 1024] of images and of captions by open_clip's ViT-g-14 with `weights`, not yet normalised."""
     from open_clip import create_model_and_transforms, get_tokenizer
 
     model, _, preprocess = create_model_and_transforms("ViT-g-14", pretrained=weights, device=device)
@@ -216,7 +216,7 @@ def packages(metrics: Sequence[Metric]) -> list[str]:
 def _needed(metric: Metric) -> list[tuple[str, str]]:
     if metric.kind == "clip_score":
         return [CLIP]
-    # The digits' real pictures come with scikit-learn.
+    # The digits' real images come with scikit-learn.
     return [("sklearn", "scikit-learn")] if metric.kind == "digits" else [EXTRACTORS[metric.extractor][1:]]
 
 
@@ -227,20 +227,20 @@ Progress = Callable[[float], None]
 def seen(
     paths: Sequence[Path], how: Preparation, extractor: Extractor, batch: int = 32, progress: Progress = lambda _: None
 ) -> np.ndarray:
-    """Features [n, d] of picture files, prepared, in batches.
+    """Features [n, d] of image files, prepared, in batches.
 
     Raises:
-        UserError: naming a file that is no picture.
+        UserError: naming a file that is no image.
     """
     found = []
     for start in range(0, len(paths), batch):
-        found.append(extractor([prepare(read_picture(path), how) for path in paths[start : start + batch]]))
+        found.append(extractor([prepare(read_image(path), how) for path in paths[start : start + batch]]))
         progress(min(1.0, (start + batch) / len(paths)))
     return np.concatenate(found)
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture file, read to its end.
+def read_image(path: Path) -> Image.Image:
+    """An image file, read to its end.
 
     Raises:
         UserError: when it cannot be.
@@ -250,40 +250,40 @@ def read_picture(path: Path) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}", "remove it or get it again") from None
+        raise UserError(f"{path} is no image that can be read: {error}", "remove it or get it again") from None
 
 
 def measure(
     metric: Metric,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     captions: Sequence[str],
     reference: Sequence[Path] | Statistics,
     device: str,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """One figure of pictures: `value`, and `deviation` over its parts where it has some.
+    """One figure of images: `value`, and `deviation` over its parts where it has some.
 
     Args:
-        reference: real pictures, or their mean and covariance.
+        reference: real images, or their mean and covariance.
         device: of the network, such as "cuda:0".
     """
     require([metric])
     if metric.kind == "clip_score":
         see, read = _loaded(metric, lambda: open_clip(metric.extractor, device))
-        images = seen(pictures, metric.prepare, see, progress=progress)
+        features = seen(images, metric.prepare, see, progress=progress)
         texts = [metric.prefix + caption for caption in captions]
         with torch.no_grad():
             embedded = np.concatenate([read(texts[start : start + 64]) for start in range(0, len(texts), 64)])
-        return {"value": clip_score(images, embedded)}
+        return {"value": clip_score(features, embedded)}
     extractor = _loaded(metric, lambda: EXTRACTORS[metric.extractor][0](device))
     if metric.kind == "inception_score":
-        value, deviation = inception_score(seen(pictures, metric.prepare, extractor, progress=progress))
+        value, deviation = inception_score(seen(images, metric.prepare, extractor, progress=progress))
         return {"value": value, "deviation": deviation}
     if metric.kind != "frechet":
         raise ValueError(f"no metric of kind {metric.kind!r}")
-    made = statistics(seen(pictures, metric.prepare, extractor, progress=lambda share: progress(share / 2)))
+    made = statistics(seen(images, metric.prepare, extractor, progress=lambda share: progress(share / 2)))
     if not isinstance(reference, tuple):
-        # One at a time where pictures keep their sizes: cropping a smaller one than the crop leaves it as it is.
+        # One at a time where images keep their sizes: cropping a smaller one than the crop leaves it as it is.
         batch = 32 if metric.prepare.size else 1
         real = seen(reference, metric.prepare, extractor, batch, lambda share: progress(0.5 + share / 2))
         reference = statistics(real)
@@ -291,12 +291,12 @@ def measure(
 
 
 def _loaded(metric: Metric, load: Callable[[], Any]) -> Any:
-    """A network of a library, which may have to be downloaded: hours of pictures have been made by now."""
+    """A network of a library, which may have to be downloaded: hours of images have been made by now."""
     try:
         return load()
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise UserError(
             f"the network of {metric.name} cannot be loaded: {reason}",
-            "it downloads its weights on first use; the pictures are kept, so run the same again with a network",
+            "it downloads its weights on first use; the images are kept, so run the same again with a network",
         ) from error

@@ -1,14 +1,14 @@
 """How a figure of quality is measured, as data. A Frechet distance or a CLIP score without its protocol says nothing.
 
-A protocol fixes the prompts, the sampler, the noise, the storage format, the way pictures are resized, the real
-pictures and the weights of every metric. What is changed by hand becomes a part of its name, which is printed with
+A protocol fixes the prompts, the sampler, the noise, the storage format, the way images are resized, the real
+images and the weights of every metric. What is changed by hand becomes a part of its name, which is printed with
 every figure: `digits[steps=4,guidance=0]`. Figures of two protocols are never comparable: BK-SDM and DMD2 both report
-"FID on COCO 30K" and differ in the resizing, the cropping, the storage format and the network that sees the pictures.
+"FID on COCO 30K" and differ in the resizing, the cropping, the storage format and the network that sees the images.
 
 Sources: BK-SDM (Kim et al. 2023, arXiv 2305.15798, and its published evaluation scripts), DMD2 (Yin et al. 2024,
 arXiv 2405.14867, and its published evaluation scripts).
 
-In every protocol picture i starts from the random numbers of seed `seed + i`, whatever process or batch makes it. The
+In every protocol image i starts from the random numbers of seed `seed + i`, whatever process or batch makes it. The
 published runs do not work so: BK-SDM draws from one generator for the whole run, DMD2 seeds each batch. By BK-SDM's own
 table of batch sizes, this alone moves the FID by about 0.2.
 """
@@ -31,7 +31,7 @@ SAMPLER_NAMES = ("pndm", *SAMPLERS)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a picture is drawn: sampler, `steps` or its `timesteps` (high noise first), guidance scale (0: none)."""
+    """How an image is drawn: sampler, `steps` or its `timesteps` (high noise first), guidance scale (0: none)."""
 
     sampler: str
     guidance: float
@@ -49,12 +49,12 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What is done to a picture before a network sees it: crop, resize, save as JPEG and read again; in this order.
+    """What is done to an image before a network sees it: crop, resize, save as JPEG and read again; in this order.
 
     Attributes:
         crop: "centre" for the largest square around the centre, or the side in pixels of a square around the centre;
-            None for the whole picture.
-        size: side of the square that the picture is resized to, whatever its aspect; None to keep its size.
+            None for the whole image.
+        size: side of the square that the image is resized to, whatever its aspect; None to keep its size.
         filter: a filter of PIL, "bicubic" or "lanczos".
         jpeg: whether it goes through a JPEG file of PIL's default quality (75).
     """
@@ -73,7 +73,7 @@ class Metric:
         name: as it is printed.
         kind: "frechet", "inception_score", "clip_score" or "digits".
         extractor: the network: a key of `metrics.EXTRACTORS`, or the open_clip weights.
-        prepare: applied to generated and real pictures alike.
+        prepare: applied to generated and real images alike.
         prefix: what every caption is given in front (CLIP score).
     """
 
@@ -91,18 +91,18 @@ class Protocol:
     Attributes:
         id: its name.
         title: what it is, in a line.
-        images: how many pictures, one to a prompt.
+        images: how many images, one to a prompt.
         prompts: "digits" for the built-in ones, "captions" for a file that the user gives.
-        sampling: how pictures are drawn.
+        sampling: how images are drawn.
         own_sampling: whether the constants that a model carries along (`sampler.json`, or a bundle's) come first.
         dtype: that the networks compute in; None for the model's own.
         size: height and width in pixels.
-        seed: picture i is drawn from seed + i.
-        batch: pictures at once, if nothing else is asked for; it does not change the pictures.
-        format: "png" or "jpeg" (PIL's default quality): how pictures are stored.
+        seed: image i is drawn from seed + i.
+        batch: images at once, if nothing else is asked for; it does not change the images.
+        format: "png" or "jpeg" (PIL's default quality): how images are stored.
         metrics: what is measured.
-        reference_images: how many real pictures there have to be; 0 where none are needed from the user.
-        captions_source, reference_source: where the field gets the captions and the real pictures.
+        reference_images: how many real images there have to be; 0 where none are needed from the user.
+        captions_source, reference_source: where the field gets the captions and the real images.
     """
 
     id: str
@@ -134,10 +134,10 @@ DIGITS = Protocol(
     metrics=(Metric(name="digits", kind="digits"),),
 )
 
-_VAL2014 = "the 40,504 pictures of COCO val2014: http://images.cocodataset.org/zips/val2014.zip"
+_VAL2014 = "the 40,504 images of COCO val2014: http://images.cocodataset.org/zips/val2014.zip"
 
-# BK-SDM saves 512 px as .jpg, reads that, resizes with PIL's default filter (bicubic), the aspect of the real pictures
-# not kept, and saves as .jpg again: so all of its figures are of pictures that were JPEG twice. The two JPEG qualities
+# BK-SDM saves 512 px as .jpg, reads that, resizes with PIL's default filter (bicubic), the aspect of the real images
+# not kept, and saves as .jpg again: so all of its figures are of images that were JPEG twice. The two JPEG qualities
 # are PIL's default. CLIP sees the 256 px files as well.
 _SQUASHED = Preparation(size=256, filter="bicubic", jpeg=True)
 BK_SDM_COCO30K = Protocol(
@@ -161,10 +161,10 @@ BK_SDM_COCO30K = Protocol(
     reference_source=f"{_VAL2014} (or real_im256.npz, its statistics, from the same script as the captions)",
 )
 
-# DMD2 prepares real pictures as it does generated ones, and keeps generated ones in memory: PNG changes nothing. It
+# DMD2 prepares real images as it does generated ones, and keeps generated ones in memory: PNG changes nothing. It
 # cuts 8-bit values off where this program rounds them. Its own one-step SD1.5 model is run at t = 999; a
-# student says in its sampler.json how it is run. Which 10,000 captions and pictures SDXL is measured with is not
-# published: here the first 10,000 captions of the file, and whatever 10,000 pictures the user gives.
+# student says in its sampler.json how it is run. Which 10,000 captions and images SDXL is measured with is not
+# published: here the first 10,000 captions of the file, and whatever 10,000 images the user gives.
 _SQUARE_256 = Preparation(crop="centre", size=256, filter="lanczos")
 _CLIP_DMD2 = Metric(
     name="CLIP", kind="clip_score", extractor="laion2b_s12b_b42k", prepare=_SQUARE_256, prefix="A photo depicts "
@@ -211,7 +211,7 @@ DMD2_SDXL_COCO10K = Protocol(
         _CLIP_DMD2,
     ),
     captions_source=_CAPTIONS_DMD2,
-    reference_source="10,000 real COCO pictures",
+    reference_source="10,000 real COCO images",
 )
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(

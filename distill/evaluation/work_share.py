@@ -1,9 +1,9 @@
-"""A folder of numbered pictures that several processes fill together, and that a killed run goes on filling.
+"""A folder of numbered images that several processes fill together, and that a killed run goes on filling.
 
-    out/run.json               the settings that every picture in it was made with
-    out/pictures/00000.png     written whole or not at all; picture i is made by the process of rank i % world
+    out/run.json               the settings that every image in it was made with
+    out/pictures/00000.png     written whole or not at all; image i is made by the process of rank i % world
 
-Nothing else is shared: a process that finds its pictures made has nothing to do.
+Nothing else is shared: a process that finds its images made has nothing to do.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from PIL import Image
 from accel.errors import UserError
 from accel.files import read_json, write_bytes, write_json
 
-PICTURES, RUN = "pictures", "run.json"
+IMAGES, RUN = "pictures", "run.json"
 SUFFIX = {"png": ".png", "jpeg": ".jpg"}
 POLL = 0.5
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the pictures a process makes: those whose number leaves `rank` when divided by `world`."""
+    """Which part of the images a process makes: those whose number leaves `rank` when divided by `world`."""
 
     rank: int = 0
     world: int = 1
@@ -60,13 +60,13 @@ def shard_of(environment: Mapping[str, str]) -> Shard:
     return Shard(rank, world, local)
 
 
-def picture_file(out: Path, index: int, kind: str) -> Path:
-    """Where picture `index` is; `kind` is "png" or "jpeg"."""
-    return out / PICTURES / f"{index:05d}{SUFFIX[kind]}"
+def image_file(out: Path, index: int, kind: str) -> Path:
+    """Where image `index` is; `kind` is "png" or "jpeg"."""
+    return out / IMAGES / f"{index:05d}{SUFFIX[kind]}"
 
 
 def save(image: np.ndarray, path: Path, kind: str) -> None:
-    """Write a picture, uint8 [h, w, 3], whole or not at all."""
+    """Write an image, uint8 [h, w, 3], whole or not at all."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, kind.upper())
     try:
@@ -78,7 +78,7 @@ def save(image: np.ndarray, path: Path, kind: str) -> None:
 
 
 def is_whole(path: Path, size: int) -> bool:
-    """Whether a picture is there, can be read to its end and has the size."""
+    """Whether an image is there, can be read to its end and has the size."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -88,18 +88,18 @@ def is_whole(path: Path, size: int) -> bool:
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder one of these settings, or see that it is. A folder without a picture takes new settings.
+    """Make the folder one of these settings, or see that it is. A folder without an image takes new settings.
 
     Raises:
-        UserError: when it holds pictures of other settings, naming the difference, or cannot be written.
+        UserError: when it holds images of other settings, naming the difference, or cannot be written.
     """
-    pictures, run = out / PICTURES, out / RUN
+    images, run = out / IMAGES, out / RUN
     try:
         there = {entry.name for entry in out.iterdir() if entry.name[0] != "."} if out.exists() else set()
-        made = _any_pictures(pictures)
-        if RUN not in there and (there - {PICTURES} or made):
+        made = _any_images(images)
+        if RUN not in there and (there - {IMAGES} or made):
             raise UserError(f"{out} holds files that are not of an evaluation", "choose another --out")
-        pictures.mkdir(parents=True, exist_ok=True)
+        images.mkdir(parents=True, exist_ok=True)
         if not run.exists():
             _write_first(run, settings)
         elif not made and read_json(run, "the record of an earlier run") != dict(settings):
@@ -126,12 +126,12 @@ def confirm(out: Path, settings: Mapping[str, Any]) -> None:
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
-            f"{out} holds pictures of another run: {'; '.join(differences[:3])}{more}",
+            f"{out} holds images of another run: {'; '.join(differences[:3])}{more}",
             "choose another --out, or ask for the same as before",
         )
 
 
-def _any_pictures(folder: Path) -> bool:
+def _any_images(folder: Path) -> bool:
     return folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
 
 
@@ -158,16 +158,16 @@ def _short(value: Any) -> str:
 def wait_for(
     out: Path, count: int, kind: str, world: int, patience: float, progress: Callable[[int], None] = lambda _: None
 ) -> list[Path]:
-    """The files of all pictures, once they are all there.
+    """The files of all images, once they are all there.
 
     Args:
-        patience: seconds without a new picture after which it is an error.
-        progress: called with the number of pictures that are there.
+        patience: seconds without a new image after which it is an error.
+        progress: called with the number of images that are there.
 
     Raises:
-        UserError: naming the pictures that did not come and whose they are.
+        UserError: naming the images that did not come and whose they are.
     """
-    files = [picture_file(out, index, kind) for index in range(count)]
+    files = [image_file(out, index, kind) for index in range(count)]
     missing, since = list(range(count)), time.monotonic()
     while True:
         still = [index for index in missing if not files[index].exists()]
@@ -181,7 +181,7 @@ def wait_for(
             names = ", ".join(files[index].name for index in missing[:5]) + (" ..." if len(missing) > 5 else "")
             ranks = ", ".join(str(rank) for rank in sorted({index % world for index in missing}))
             raise UserError(
-                f"{len(missing)} of {count} pictures did not come within {patience:g} s: {names} (of rank {ranks})",
-                "start those processes again, or run this one alone with WORLD_SIZE=1: finished pictures are kept",
+                f"{len(missing)} of {count} images did not come within {patience:g} s: {names} (of rank {ranks})",
+                "start those processes again, or run this one alone with WORLD_SIZE=1: finished images are kept",
             )
         time.sleep(POLL)

@@ -110,7 +110,7 @@ class ClassToImage:
 
     @torch.no_grad()
     def samples(self, generator: nn.Module, timesteps: Sequence[int]) -> Any:
-        """One picture of each of the first ten classes, as a PIL image."""
+        """One image of each of the first ten classes, as a PIL image."""
         labels = torch.arange(min(10, self.encoders.classes or 1), device=self.encoders.device)
         config = generator.unet.config
         shape = (config.in_channels, self.recipe.resolution, self.recipe.resolution)

@@ -16,7 +16,7 @@ def head(channels: int, size: int) -> nn.Sequential:
     """Bottleneck [b, channels, size, size] to one logit [b, 1, 1, 1].
 
     4x4 convolutions of stride 2 until 4x4 cells are left, then one over all of them, each with group norm and SiLU, and
-    a 1x1 convolution. Bottlenecks of less than 4x4 cells, of small pictures, begin with the convolution over all.
+    a 1x1 convolution. Bottlenecks of less than 4x4 cells, of small images, begin with the convolution over all.
 
     Raises:
         UserError: for a size that does not halve down to 4 or below.
@@ -73,9 +73,9 @@ class Critic(nn.Module):
         network: a copy of the teacher.
         family: how it is called and where its bottleneck is (`text_to_image.TextToImage` and others).
         seed: of the head's weights.
-        steps: of the student, if the critic is told which of them drew a picture: a vector for each is added to the
+        steps: of the student, if the critic is told which of them drew an image: a vector for each is added to the
             conditions, zero at first. Without it the scores are those of the mixture of all steps, which can be right
-            while none of them is; only the last one's pictures are ever seen.
+            while none of them is; only the last one's images are ever seen.
     """
 
     def __init__(self, network: nn.Module, family: Any, seed: int = 0, steps: int = 1):

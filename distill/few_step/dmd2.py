@@ -5,7 +5,7 @@ A generator G learns to draw in a few steps what its teacher draws in many. Per 
     grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
 
 mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise what G draws, in
-several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's pictures
+several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's images
 from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
 """
 
@@ -43,7 +43,7 @@ SYMPTOMS = (
     Symptom(
         "critic/accuracy",
         0.95,
-        "the discriminator tells every drawn picture from a real one, and the generator has no slope to follow",
+        "the discriminator tells every drawn image from a real one, and the generator has no slope to follow",
         "a smaller --discriminator-weight or --critic-learning-rate",
     ),
 )
@@ -114,7 +114,7 @@ class DMD2:
         return self.critic_turn(x, batch, last)
 
     def last(self, batch: Mapping[str, Any], step: int) -> list[int]:
-        """At which of its steps G is trained, for each picture of a batch: all of them in turn, or one that all share.
+        """At which of its steps G is trained, for each image of a batch: all of them in turn, or one that all share.
 
         Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
         is fitted to the last one it met, and pushes what the other steps draw away from it.
@@ -144,8 +144,8 @@ class DMD2:
         fake = real = None
         if self.recipe.adversarial_weight:
             fake, real = (
-                (self.process.add_noise(picture, noise, level), level, self.family.conditions(batch), last)
-                for picture, (level, noise) in (
+                (self.process.add_noise(image, noise, level), level, self.family.conditions(batch), last)
+                for image, (level, noise) in (
                     (x, self.noise_level(batch, "fake", x)),
                     (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
                 )
@@ -167,7 +167,7 @@ class DMD2:
         """x = G(...) [b, c, h, w]: G's last call has a gradient where gradients are on, those before it never.
 
         Args:
-            last: the step of each picture's last call.
+            last: the step of each image's last call.
         """
         noise = self.normal(batch, "noise")
         if not self.recipe.backward_simulation:
@@ -185,7 +185,7 @@ class DMD2:
         return torch.stack([drawn[row] for row in range(len(z))])
 
     def draw_from_real(self, batch: Mapping[str, Any], last: list[int], noise: torch.Tensor) -> torch.Tensor:
-        """As `draw`, but G's last call sees noised real pictures, as it never does when it draws."""
+        """As `draw`, but G's last call sees noised real images, as it never does when it draws."""
         real, drawn = clean(batch, self.recipe.seed), {}
         for number in sorted(set(last)):
             at = self.at(number, noise)
@@ -194,7 +194,7 @@ class DMD2:
         return torch.stack([drawn[row] for row in range(len(noise))])
 
     def generate(self, z: torch.Tensor, number: int, batch: Mapping[str, Any], rows: list[int]) -> Any:
-        """Step `number` for some pictures of the batch: (row, G's x_0 of it) of each."""
+        """Step `number` for some images of the batch: (row, G's x_0 of it) of each."""
         if not rows:
             return ()
         chosen = torch.tensor(rows, device=z.device)
@@ -221,7 +221,7 @@ class DMD2:
         real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()
-        # Above 1 the fake score knows G's pictures less well than the teacher does: it lags, and the gradient is noise.
+        # Above 1 the fake score knows G's images less well than the teacher does: it lags, and the gradient is noise.
         return gradient.float(), {"gradient": gradient.abs().mean(), "lag": error}
 
     def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Noise and the picture that a teacher's ODE makes of it: what one-step students are warmed up with.
+"""Noise and the image that a teacher's ODE makes of it: what one-step students are warmed up with.
 
 DMD (arXiv 2311.18828, section 3.3) and DMD2's one-step SDXL (arXiv 2405.14867, section 4.5) start from a student that
 was regressed on such pairs. Pair i depends on the seed and i alone, so making them goes on where it was interrupted.
@@ -41,12 +41,12 @@ class Pairs:
 
     def rows(self, numbers: list[int]) -> dict[str, Any]:
         """`latent_mean` (the teacher's x_0) and `z` (its noise) float32 [n, 4, h, w], and captions."""
-        pictures, captions = [], []
+        images, captions = [], []
         for number in numbers:
             with safe_open(shard_file(self.folder, number // SHARD), "pt") as file:
-                pictures.append(file.get_slice("x0")[number % SHARD].float())
+                images.append(file.get_slice("x0")[number % SHARD].float())
                 captions.append(json.loads(file.metadata()["captions"])[number % SHARD])
-        x0 = torch.stack(pictures)
+        x0 = torch.stack(images)
         return {"latent_mean": x0, "z": noise(self.seed, numbers, tuple(x0.shape[1:])), "caption": captions}
 
 
@@ -73,7 +73,7 @@ def make(
 
     Args:
         recipe: the teacher's steps and guidance, the number of pairs.
-        source: where the captions come from; its pictures are not read.
+        source: where the captions come from; its images are not read.
         encoders: of the pipeline that learns; the teacher's UNet is of `recipe.teacher`, or its own.
         rank, world: this process makes every `world`-th file.
 

@@ -1,6 +1,6 @@
 """Regression warm-up of one-step students: G(z) learns to be what the teacher's ODE makes of z.
 
-    L = d(G(z, t), x_0),      d: squared error or pseudo-Huber of latents, or LPIPS of pictures (arXiv 1801.03924)
+    L = d(G(z, t), x_0),      d: squared error or pseudo-Huber of latents, or LPIPS of images (arXiv 1801.03924)
 
 DMD2 needs it for SDXL in one step, where t = 399 (arXiv 2405.14867, section 4.5); DMD2 goes on from the result.
 """
@@ -84,7 +84,7 @@ class Regression:
 
 
 def pseudo_huber(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """mean over pictures of sqrt(|x - wanted|^2 + c^2) - c: outliers, of which the ODE has many, count less."""
+    """mean over images of sqrt(|x - wanted|^2 + c^2) - c: outliers, of which the ODE has many, count less."""
     c = HUBER * x[0].numel() ** 0.5
     return ((x - wanted).square().flatten(1).sum(1) + c**2).sqrt().sub(c).mean()
 
@@ -99,7 +99,7 @@ def batches_of(
     folder = Path(recipe.pairs) if recipe.pairs else run / "pairs"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("pairs of noise and picture", total=1.0)
+        task = bar.add_task("pairs of noise and image", total=1.0)
         made = ode_pairs.make(
             recipe,
             source,

@@ -71,12 +71,12 @@ class TextToImage:
         return context + vectors.unsqueeze(1).to(context.dtype), added
 
     def rows(self, conditions: Conditions, rows: torch.Tensor) -> Conditions:
-        """The conditions of some pictures."""
+        """The conditions of some images."""
         context, added = conditions
         return context[rows], added and {name: value[rows] for name, value in added.items()}
 
     def unconditional(self, conditions: Conditions) -> Conditions:
-        """The conditions of the empty prompt, for as many pictures."""
+        """The conditions of the empty prompt, for as many images."""
         context, added = conditions
         if added:
             added = added | {"text_embeds": self.empty["pooled"].expand_as(added["text_embeds"])}
@@ -99,7 +99,7 @@ class TextToImage:
         return critic.bottleneck_shape(self.teacher.config("unet"), cells)
 
     def samples(self, generator: nn.Module, timesteps: Sequence[int]) -> Any:
-        """Pictures of the recipe's sample prompts in the student's steps, as a PIL image."""
+        """Images of the recipe's sample prompts in the student's steps, as a PIL image."""
         if self._pipeline is None:
             from diffusers import LCMScheduler
 

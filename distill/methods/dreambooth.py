@@ -1,8 +1,8 @@
-"""DreamBooth: a subject from a few pictures, with prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
+"""DreamBooth: a subject from a few images, with prior preservation (Ruiz et al. 2022, arXiv 2208.12242).
 
     L = |eps - S(x_t, "a photo of sks dog")|^2 + w |eps' - S(x'_t, "a photo of a dog")|^2
 
-x are pictures of the subject, x' pictures of its class that the model drew before training. Each batch has as many of
+x are images of the subject, x' images of its class that the model drew before training. Each batch has as many of
 one as of the other.
 """
 
@@ -56,7 +56,7 @@ def settled(recipe: DreamBooth, encoders: Encoders) -> DreamBooth:
         raise UserError(f"prior weight {recipe.prior_weight} is negative", "--prior-weight 1, or 0 for none")
     if recipe.prior_weight and not recipe.class_data and recipe.class_images < 1:
         raise UserError(
-            f"{recipe.class_images} class pictures preserve nothing", "--class-images 200, or --prior-weight 0"
+            f"{recipe.class_images} class images preserve nothing", "--class-images 200, or --prior-weight 0"
         )
     check_prompts(recipe, [tokenizer for tokenizer, _ in encoders.text])
     rate = recipe.learning_rate or (_LORA_RATE if recipe.rank else _FULL_RATE)
@@ -124,8 +124,8 @@ def words_beyond(tokenizer: Any, prompt: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of a folder and its subfolders, all with one caption (an `items.Source`)."""
+class Images:
+    """The images of a folder and its subfolders, all with one caption (an `items.Source`)."""
 
     folder: Path
     names: tuple[str, ...]
@@ -147,11 +147,11 @@ class Pictures:
         return hashlib.sha256(repr((rows, self.captions(0))).encode()).hexdigest()
 
 
-def open_pictures(folder: str | Path, caption: str, flag: str = "--data") -> Pictures:
-    """Raises: UserError when there is no such folder, or no picture in it."""
+def open_images(folder: str | Path, caption: str, flag: str = "--data") -> Images:
+    """Raises: UserError when there is no such folder, or no image in it."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}", f"{flag} FOLDER, with the pictures in it")
+        raise UserError(f"no such folder: {folder}", f"{flag} FOLDER, with the images in it")
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -159,23 +159,23 @@ def open_pictures(folder: str | Path, caption: str, flag: str = "--data") -> Pic
     )
     if not names:
         kinds = ", ".join(IMAGE_SUFFIXES[:4])
-        raise UserError(f"{folder} has no pictures", f"{flag} FOLDER, with files such as {kinds}")
-    return Pictures(folder, tuple(names), caption)
+        raise UserError(f"{folder} has no images", f"{flag} FOLDER, with files such as {kinds}")
+    return Images(folder, tuple(names), caption)
 
 
 def batches_of(
     recipe: DreamBooth, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None], stream_of: Any
 ) -> Callable[[int], Iterator[dict[str, Any]]]:
-    """(first step) -> micro-batches: `batch` pictures of the subject, then as many of the class, marked by `prior`.
+    """(first step) -> micro-batches: `batch` images of the subject, then as many of the class, marked by `prior`.
 
     Args:
         stream_of: `run.stream_of`, which makes the stream of one source.
     """
-    pictures = open_pictures(recipe.data, recipe.instance_prompt)
+    images = open_images(recipe.data, recipe.instance_prompt)
     if recipe.prior_weight:
-        folder = class_pictures(recipe, encoders, run, accelerator, say)
-        of_class = open_pictures(folder, recipe.class_prompt, "--class-data")
-    subject = stream_of(pictures, recipe, encoders, run, accelerator, say)
+        folder = class_images(recipe, encoders, run, accelerator, say)
+        of_class = open_images(folder, recipe.class_prompt, "--class-data")
+    subject = stream_of(images, recipe, encoders, run, accelerator, say)
     if not recipe.prior_weight:
         return subject
     prior = stream_of(of_class, recipe, encoders, run, accelerator, say, suffix="-class")
@@ -198,19 +198,19 @@ def joined(subject: Mapping[str, Any], prior: Mapping[str, Any]) -> dict[str, An
     return batch | {"prior": torch.repeat_interleave(torch.tensor([False, True]), counts)}
 
 
-# ------------------------------------------------------------------------------------------------------- class pictures
+# ------------------------------------------------------------------------------------------------------- class images
 
 
-def class_pictures(
+def class_images(
     recipe: DreamBooth, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
 ) -> Path:
-    """The folder of class pictures: the one given, or `<run>/class`, into which the model draws what is missing.
+    """The folder of class images: the one given, or `<run>/class`, into which the model draws what is missing.
 
-    Picture i depends on the recipe's seed and i alone, so drawing goes on where it was interrupted; the processes
+    Image i depends on the recipe's seed and i alone, so drawing goes on where it was interrupted; the processes
     share the work.
 
     Raises:
-        UserError: when the folder holds pictures that were drawn with other settings.
+        UserError: when the folder holds images that were drawn with other settings.
     """
     if recipe.class_data:
         return Path(recipe.class_data).expanduser()
@@ -229,14 +229,14 @@ def class_pictures(
     if record.is_file() and (kept := read_json(record, "class.json")) != settings:
         other = ", ".join(name for name in settings if kept.get(name) != settings[name])
         raise UserError(
-            f"the pictures in {folder} were drawn with another {other}",
+            f"the images in {folder} were drawn with another {other}",
             f"delete {folder}, choose another --run, or keep them with --class-data {folder}",
         )
     paths = [folder / f"{number:06d}.png" for number in range(recipe.class_images)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     # Later numbers may lie there from a run that wanted more; they are of the same kind, and stay.
     if missing:
-        say(f"class pictures: {len(paths) - len(missing)} of {len(paths)} are there, drawing the others into {folder}")
+        say(f"class images: {len(paths) - len(missing)} of {len(paths)} are there, drawing the others into {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             write_json(record, settings)
@@ -248,7 +248,7 @@ def class_pictures(
 
 @torch.no_grad()
 def draw(recipe: DreamBooth, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
-    """Draw class pictures by number. A picture appears under its name when it is whole."""
+    """Draw class images by number. An image appears under its name when it is whole."""
     from PIL import Image
     from rich.console import Console
     from rich.progress import track
@@ -259,7 +259,7 @@ def draw(recipe: DreamBooth, encoders: Encoders, paths: Mapping[int, Path], acce
     numbers = list(paths)
     chunks = [numbers[start : start + recipe.class_batch] for start in range(0, len(numbers), recipe.class_batch)]
     quiet = not accelerator.is_main_process
-    for chunk in track(chunks, "class pictures", console=Console(stderr=True), disable=quiet):
+    for chunk in track(chunks, "class images", console=Console(stderr=True), disable=quiet):
         latents = torch.from_numpy(normal([recipe.seed + number for number in chunk], 0, shape))
         with accelerator.autocast():
             images = pipelines.draw(

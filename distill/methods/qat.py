@@ -2,7 +2,7 @@
 
 One recipe option, `qat`, makes the layers of the network that is kept fake-quantised (`accel.int8.fake_quant`); the
 method, the loop, checkpoints, averages and LoRA know nothing of it: ranges that are learned are parameters like any
-other. They start from pictures drawn by the network itself, with the steps and the guidance of its sample grids. In the
+other. They start from images drawn by the network itself, with the steps and the guidance of its sample grids. In the
 end the rounding is taken out again, the weights are saved as ever, and the ranges beside them.
 """
 
@@ -17,16 +17,16 @@ from torch import nn
 
 from accel.errors import UserError
 from accel.int8 import fake_quant
+from accel.int8.config import Int8Config
 from accel.int8.observers import observe
-from accel.int8.recipe import Int8
 from accel.int8.trained_scales import Trained
 
 from ..settings import Recipe
 from ..training.method import Method, Network
 
 
-def recipe_of(recipe: Recipe) -> Int8:
-    return Int8(level=recipe.qat)
+def recipe_of(recipe: Recipe) -> Int8Config:
+    return Int8Config(level=recipe.qat)
 
 
 def network_of(method: Method) -> Network:
@@ -51,7 +51,7 @@ def attach(method: Method, recipe: Recipe) -> list[str]:
 def calibrate(
     method: Method, recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Give the layers their first ranges, from sample pictures. The same pictures, so the same ranges, on every start:
+    """Give the layers their first ranges, from sample images. The same images, so the same ranges, on every start:
     a run that goes on replaces them by its checkpoint's."""
     if not recipe.qat:
         return

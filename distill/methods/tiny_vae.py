@@ -5,7 +5,7 @@
 D and E are the tiny decoder and encoder (the network of TAESD, diffusers' `AutoencoderTiny`), V the full decoder and
 F_l the down blocks of the full encoder, which serve as perceptual features: they belong to the model, so nothing has to
 be downloaded, and they see what LPIPS (arXiv 1801.03924) is used for: edges and texture that a squared error blurs.
-The pictures are the full decoder's own, so latents are all that is needed of the data.
+The images are the full decoder's own, so latents are all that is needed of the data.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def tiny_config(vae: Mapping[str, Any], width: int, blocks: int) -> dict[str, An
 
 
 class Halves(nn.Module):
-    """(latents, pictures) -> (pictures of the latents, latents of the pictures)."""
+    """(latents, images) -> (images of the latents, latents of the images)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, latents: torch.Tensor, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.decoder(latents), self.model.encoder(pictures)
+    def forward(self, latents: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.decoder(latents), self.model.encoder(images)
 
 
 class TinyVaeMethod:
@@ -84,10 +84,10 @@ class TinyVaeMethod:
         with torch.autocast(latents.device.type, enabled=False):
             return self.encoders.vae.decode(latents.float() / self.scale + self.shift).sample.clamp(-1, 1)
 
-    def features(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """What the full encoder's down blocks make of pictures."""
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What the full encoder's down blocks make of images."""
         encoder = self.encoders.vae.encoder
-        made, x = [], encoder.conv_in(pictures)
+        made, x = [], encoder.conv_in(images)
         for block in encoder.down_blocks:
             x = block(x)
             made.append(x)
@@ -95,16 +95,13 @@ class TinyVaeMethod:
 
     def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         latents = clean(batch, self.recipe.seed)
-        pictures = self.truth(latents)
-        decoded, encoded = self.networks["vae"].module(latents, pictures)
-        terms = {
-            "reconstruction": F.mse_loss(decoded.float(), pictures),
-            "encoder": F.mse_loss(encoded.float(), latents),
-        }
+        images = self.truth(latents)
+        decoded, encoded = self.networks["vae"].module(latents, images)
+        terms = {"reconstruction": F.mse_loss(decoded.float(), images), "encoder": F.mse_loss(encoded.float(), latents)}
         weights = {"reconstruction": self.recipe.reconstruction_weight, "encoder": self.recipe.encoder_weight}
         if self.recipe.perceptual_weight:
             with torch.no_grad():
-                wanted = self.features(pictures)
+                wanted = self.features(images)
             pairs = zip(self.features(decoded.float()), wanted, strict=True)
             terms["perceptual"] = torch.stack([F.l1_loss(a, b) / b.abs().mean() for a, b in pairs]).mean()
             weights["perceptual"] = self.recipe.perceptual_weight
@@ -128,7 +125,7 @@ class TinyVaeMethod:
 
 
 @torch.no_grad()
-def psnr(tiny: nn.Module, latents: torch.Tensor, pictures: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of what a tiny VAE decodes against pictures in [-1, 1], over all of them."""
+def psnr(tiny: nn.Module, latents: torch.Tensor, images: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of what a tiny VAE decodes against images in [-1, 1], over all of them."""
     made = torch.cat([tiny.decode(part).sample.clamp(-1, 1) for part in latents.split(16)])
-    return float(10 * torch.log10(4 / F.mse_loss(made, pictures)))
+    return float(10 * torch.log10(4 / F.mse_loss(made, images)))

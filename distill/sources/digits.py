@@ -49,7 +49,7 @@ def raw() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render(grey: torch.Tensor) -> torch.Tensor:
-    """8x8 ink counts [n, 8, 8] in 0..1 to pictures [n, 3, 64, 64] in -1..1: a smooth white digit on black.
+    """8x8 ink counts [n, 8, 8] in 0..1 to images [n, 3, 64, 64] in -1..1: a smooth white digit on black.
 
     A frame of one empty cell goes around every digit, since many touch the border. Bicubic enlargement alone is a
     blur; a smooth step on the brightness makes a pen stroke of it without making edges hard.
@@ -70,7 +70,7 @@ def split(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dataset(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [n, 3, 64, 64] in -1..1 and digits [n] of `part`: "train" or "held-out"."""
+    """Images [n, 3, 64, 64] in -1..1 and digits [n] of `part`: "train" or "held-out"."""
     grey, labels = raw()
     rows = dict(zip(("train", "held-out"), split(labels), strict=True))[part]
     return render(grey[rows]), labels[rows]

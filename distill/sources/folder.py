@@ -1,6 +1,6 @@
-"""A folder of pictures: with metadata.jsonl or metadata.csv, or with a text file beside every picture.
+"""A folder of images: with metadata.jsonl or metadata.csv, or with a text file beside every image.
 
-The first is Hugging Face's `imagefolder` layout: one row per picture, its file by name in the column `file_name`.
+The first is Hugging Face's `imagefolder` layout: one row per image, its file by name in the column `file_name`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _TOO_MANY = "\0values without a column"
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pictures of a folder.
+    """Images of a folder.
 
     Attributes:
         root: file names are relative to it.
-        rows: one table per picture, as the metadata file has it.
-        metadata: name of the metadata file, "" where captions lie beside the pictures.
+        rows: one table per image, as the metadata file has it.
+        metadata: name of the metadata file, "" where captions lie beside the images.
         file_column: column of the file name.
-        text_column: column of the caption or captions, "" where they lie beside the pictures.
+        text_column: column of the caption or captions, "" where they lie beside the images.
     """
 
     root: Path
@@ -66,7 +66,7 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over the metadata or caption files and every picture's name and size in bytes."""
+        """sha256 over the metadata or caption files and every image's name and size in bytes."""
         digest = hashlib.sha256(f"folder:{self.file_column}:{self.text_column}\n".encode())
         digest.update(self.rows.data)
         for row in range(len(self)):
@@ -147,7 +147,7 @@ def open_metadata(path: Path, image_column: str | None, text_column: str | None)
     columns.pop(_TOO_MANY, None)
     if not columns:
         example = '{"file_name": "0001.jpg", "text": "a red fox"}'
-        raise UserError(f"{path} has no row that can be read", f"write one line per picture, as in {example}")
+        raise UserError(f"{path} has no row that can be read", f"write one line per image, as in {example}")
     file_column = named_column(image_column or "file_name", columns, "--image-column", str(path))
     text = [name for name, is_text in columns.items() if is_text and name != file_column]
     others = [name for name in columns if name != file_column]
@@ -168,34 +168,34 @@ def _is_text(value: Any) -> bool:
 
 
 def open_beside(folder: Path) -> FolderSource | None:
-    """A folder, with its subfolders, whose pictures have captions beside them; None when it has no pictures.
+    """A folder, with its subfolders, whose images have captions beside them; None when it has no images.
 
     Raises:
-        UserError: when no picture has one.
+        UserError: when no image has one.
     """
     files = sorted(_files(folder))
-    pictures = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    if not pictures:
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
         return None
     texts = {name for name in files if name.endswith(".txt")}
-    if not any(str(PurePosixPath(name).with_suffix(".txt")) in texts for name in pictures):
+    if not any(str(PurePosixPath(name).with_suffix(".txt")) in texts for name in images):
         raise UserError(
-            f"{folder} has {len(pictures)} pictures and no captions: no metadata.jsonl, no metadata.csv, "
-            f"no {PurePosixPath(pictures[0]).with_suffix('.txt')} beside {pictures[0]}",
-            'write metadata.jsonl, one line per picture: {"file_name": "0001.jpg", "text": "a red fox"}',
+            f"{folder} has {len(images)} images and no captions: no metadata.jsonl, no metadata.csv, "
+            f"no {PurePosixPath(images[0]).with_suffix('.txt')} beside {images[0]}",
+            'write metadata.jsonl, one line per image: {"file_name": "0001.jpg", "text": "a red fox"}',
         )
-    return FolderSource(folder, Lines.dump({"file_name": name} for name in pictures), "", "file_name", "")
+    return FolderSource(folder, Lines.dump({"file_name": name} for name in images), "", "file_name", "")
 
 
 def open_classes(folder: Path) -> FolderSource | None:
-    """Pictures in one folder per class, as ImageNet's; None when there are none.
+    """Images in one folder per class, as ImageNet's; None when there are none.
 
     The caption is the number of the class: the place of its folder among all, in the order of their names.
     """
-    pictures = [name for name in sorted(_files(folder)) if name.lower().endswith(IMAGE_SUFFIXES) and "/" in name]
-    classes = {name: number for number, name in enumerate(sorted({name.split("/")[0] for name in pictures}))}
-    rows = ({"file_name": name, "class": classes[name.split("/")[0]]} for name in pictures)
-    return FolderSource(folder, Lines.dump(rows), "the folders", "file_name", "class") if pictures else None
+    images = [name for name in sorted(_files(folder)) if name.lower().endswith(IMAGE_SUFFIXES) and "/" in name]
+    classes = {name: number for number, name in enumerate(sorted({name.split("/")[0] for name in images}))}
+    rows = ({"file_name": name, "class": classes[name.split("/")[0]]} for name in images)
+    return FolderSource(folder, Lines.dump(rows), "the folders", "file_name", "class") if images else None
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` as training pictures: saved folders, parquet files, hub ids."""
+"""Hugging Face `datasets` as training images: saved folders, parquet files, hub ids."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DatasetSource:
     """Rows of a dataset.
 
     Attributes:
-        rows: a `datasets.Dataset` whose pictures come as they are stored, not decoded.
-        image: column of the picture.
+        rows: a `datasets.Dataset` whose images come as they are stored, not decoded.
+        image: column of the image.
         caption: column of the caption or captions.
     """
 
@@ -42,7 +42,7 @@ class DatasetSource:
         if data is None and path:
             data = Path(path)
         if not isinstance(data, bytes | Path):
-            raise BrokenItem(name, f"it has no picture in {self.image}")
+            raise BrokenItem(name, f"it has no image in {self.image}")
         return Item(upright_rgb(data, name), captions, name)
 
     def captions(self, row: int) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class DatasetSource:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over all captions and the name and size in bytes of every picture, in the order of the rows."""
+        """sha256 over all captions and the name and size in bytes of every image, in the order of the rows."""
         digest = hashlib.sha256(f"dataset:{self.image}:{self.caption}\n".encode())
         for row in range(len(self)):
             try:
@@ -66,7 +66,7 @@ class DatasetSource:
         return self.rows.select_columns([self.caption])
 
     def _sizes(self) -> Any:
-        """(bytes, name) of pictures, a thousand rows at a time; Arrow knows how long a value is without reading it."""
+        """(bytes, name) of images, a thousand rows at a time; Arrow knows how long a value is without reading it."""
         import pyarrow
         import pyarrow.compute as compute
 
@@ -138,30 +138,30 @@ def _tried(load: Callable[[], Any], name: str) -> Any:
         what = "cannot be read as a dataset" if Path(name).exists() else "is neither here nor to be had from the hub"
         raise UserError(
             f"{name} {what} ({type(error).__name__}: {text:.300})",
-            "check the spelling, that it has this split, and the network; or give a folder of pictures",
+            "check the spelling, that it has this split, and the network; or give a folder of images",
         ) from None
 
 
 def _source(rows: Any, image: str | None, caption: str | None, where: str) -> DatasetSource:
     library = _library()
     features = rows.features
-    pictures = [name for name, feature in features.items() if isinstance(feature, library.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, library.Image)]
     if image is not None:
         named_column(image, features, "--image-column", where)
-        if image not in pictures and getattr(features[image], "dtype", "") not in ("binary", "large_binary"):
+        if image not in images and getattr(features[image], "dtype", "") not in ("binary", "large_binary"):
             raise UserError(
-                f"{where}: the column {image} holds {features[image]}, not pictures",
-                f"--image-column {next(iter(pictures), 'NAME')}",
+                f"{where}: the column {image} holds {features[image]}, not images",
+                f"--image-column {next(iter(images), 'NAME')}",
             )
-    elif len(pictures) == 1:
-        image = pictures[0]
+    elif len(images) == 1:
+        image = images[0]
     else:
-        which = f"several hold pictures: {', '.join(pictures)}" if pictures else "none is of the type Image"
+        which = f"several hold images: {', '.join(images)}" if images else "none is of the type Image"
         raise UserError(f"{where} has the columns {', '.join(features)}; {which}", "name the one: --image-column NAME")
     text = [name for name, feature in features.items() if name != image and _is_text(feature)]
     others = [name for name in features if name != image]
     caption = caption_column(caption, others, text, where)
-    if image in pictures:
+    if image in images:
         rows = rows.cast_column(image, library.Image(decode=False))
     return DatasetSource(rows.select_columns([image, caption]).with_format(None), image, caption)
 

@@ -1,4 +1,4 @@
-"""One picture with its captions, and everything that makes one unusable."""
+"""One image with its captions, and everything that makes one unusable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CAPTION_WORDS = ("caption", "text", "prompt", "sentence")
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to learn from.
+    """An image to learn from.
 
     Attributes:
         image: RGB, upright.
@@ -47,10 +47,10 @@ class BrokenItem(Exception):
 
 
 class Source(Protocol):
-    """Pictures with captions by row number; the same row is the same picture in every process and run.
+    """Images with captions by row number; the same row is the same image in every process and run.
 
     `source[row]` and `source.captions(row)` raise BrokenItem for a row that cannot be used. `captions` does not decode
-    the picture. `identity` is a sha256 over names, sizes in bytes and captions, not over pixels: a picture that is
+    the image. `identity` is a sha256 over names, sizes in bytes and captions, not over pixels: an image that is
     edited and keeps its size to the byte goes unnoticed.
     """
 
@@ -98,12 +98,12 @@ class Lines:
 
 
 def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
-    """Decode a picture, turn it as its EXIF tag says, and make it RGB.
+    """Decode an image, turn it as its EXIF tag says, and make it RGB.
 
     Transparent parts become white. 16-bit grey is divided by 257, so that white stays white.
 
     Raises:
-        BrokenItem: when it is no picture, is cut short, or has no defined way to 8-bit RGB.
+        BrokenItem: when it is no image, is cut short, or has no defined way to 8-bit RGB.
     """
     try:
         if not isinstance(file, bytes):
@@ -117,7 +117,7 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
             image.load()
             return _rgb(_upright(image))
     except Image.UnidentifiedImageError:
-        raise BrokenItem(name, "not a picture, or a format that Pillow cannot read") from None
+        raise BrokenItem(name, "not an image, or a format that Pillow cannot read") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise BrokenItem(name, f"cannot be decoded: {error or type(error).__name__}") from None
 
@@ -125,7 +125,7 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is a note beside the picture; a damaged one says nothing about its orientation
+    except Exception:  # EXIF is a note beside the image; a damaged one says nothing about its orientation
         return image
 
 

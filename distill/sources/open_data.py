@@ -1,4 +1,4 @@
-"""Where training pictures come from: one door for folders, webdataset shards, Hugging Face datasets and digits."""
+"""Where training images come from: one door for folders, webdataset shards, Hugging Face datasets and digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .item import BrokenItem, Item, Source
 
 __all__ = ["BrokenItem", "Item", "Source", "open_data"]
 
-_KINDS = "a folder of pictures with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, or digits"
+_KINDS = "a folder of images with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, or digits"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,14 +30,14 @@ def open_data(
     split: str = "train",
     classes: bool = False,
 ) -> Source:
-    """Open training pictures.
+    """Open training images.
 
     Args:
-        spec: a folder with pictures and `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder layout), or with
+        spec: a folder with images and `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder layout), or with
             `name.txt` beside `name.jpg`; webdataset shards: a .tar file, a folder of them, or a pattern such as
             `data/{00000..00099}.tar` or `data/*.tar`; a dataset written by `save_to_disk`, a parquet file or folder, or
-            a hub id; `digits`, the 1,297 training pictures of the shipped model.
-        image_column: column of the picture or its file name; for shards, the file suffix, as in `jpg`.
+            a hub id; `digits`, the 1,297 training images of the shipped model.
+        image_column: column of the image or its file name; for shards, the file suffix, as in `jpg`.
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
             the json file. Both are guessed where only one can be meant.
         split: part of a dataset that has several.
@@ -65,7 +65,7 @@ def open_data(
         from .hf_datasets import open_hub
 
         return open_hub(str(spec), *columns, split)
-    raise UserError(f"no training pictures at {spec}: there is no such file or folder", f"give {_KINDS}")
+    raise UserError(f"no training images at {spec}: there is no such file or folder", f"give {_KINDS}")
 
 
 def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> Source:
@@ -91,7 +91,7 @@ def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str,
     if source := open_beside(path):
         return source
     found = sorted({p.suffix or p.name for p in path.iterdir()})
-    raise UserError(f"{path} holds no training pictures; it holds {', '.join(found) or 'nothing'}", f"give {_KINDS}")
+    raise UserError(f"{path} holds no training images; it holds {', '.join(found) or 'nothing'}", f"give {_KINDS}")
 
 
 def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -> Source:
@@ -105,11 +105,11 @@ def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -
         return open_parquet(path, *columns)
     if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise UserError(
-            f"{path} is compressed, so its pictures cannot be read in any order",
-            "uncompress it to a .tar (gunzip, zstd -d); pictures are compressed already",
+            f"{path} is compressed, so its images cannot be read in any order",
+            "uncompress it to a .tar (gunzip, zstd -d); images are compressed already",
         )
     fix = f"give the folder: {path.parent}" if path.name.startswith("metadata.") else f"give {_KINDS}"
-    raise UserError(f"{path} is a file that holds no training pictures", fix)
+    raise UserError(f"{path} is a file that holds no training images", fix)
 
 
 # ------------------------------------------------------------------------------------------------------------ digits
@@ -117,7 +117,7 @@ def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -
 
 @dataclass(frozen=True)
 class DigitsSource:
-    """Scikit-learn's digits as pictures of 64 x 64, with twelve captions each, or their class as the only one.
+    """Scikit-learn's digits as images of 64 x 64, with twelve captions each, or their class as the only one.
 
     Attributes:
         images: uint8 [n, 64, 64, 3].

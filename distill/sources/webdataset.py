@@ -1,4 +1,4 @@
-"""Webdataset shards: pictures and captions in .tar files, read in any order.
+"""Webdataset shards: images and captions in .tar files, read in any order.
 
 A sample is the files of one name up to the first dot, as in `000123.jpg`, `000123.txt`, `000123.json`. Every shard is
 read through once for the places of its files; these are kept in the user's cache. After that any row is two reads, so
@@ -42,7 +42,7 @@ class TarSource:
         shards: the files, in order.
         rows: {"shard": number, "key": name of the sample, "files": {suffix: [first byte, bytes]}} of every sample.
         digests: of each shard's captions and other small files.
-        image: suffix of the picture; "" takes the only picture of a sample.
+        image: suffix of the image; "" takes the only image of a sample.
         caption: suffix of the text file, or `json`.
         json_key: of the caption in the json file, "" for a text file.
     """
@@ -61,12 +61,12 @@ class TarSource:
         entry = self.rows[row]
         name = self._name(entry)
         captions = self._captions(entry, name)
-        pictures = [self.image] if self.image else [suffix for suffix in entry["files"] if _is_picture(suffix)]
-        if len(pictures) > 1:
-            raise BrokenItem(name, f"it has several pictures ({', '.join(pictures)}); name one: --image-column")
-        if not pictures:
-            raise BrokenItem(name, f"it has no picture; it has {', '.join(entry['files'])}")
-        return Item(upright_rgb(self._read(entry, pictures[0], name), name), captions, name)
+        images = [self.image] if self.image else [suffix for suffix in entry["files"] if _is_image(suffix)]
+        if len(images) > 1:
+            raise BrokenItem(name, f"it has several images ({', '.join(images)}); name one: --image-column")
+        if not images:
+            raise BrokenItem(name, f"it has no image; it has {', '.join(entry['files'])}")
+        return Item(upright_rgb(self._read(entry, images[0], name), name), captions, name)
 
     def captions(self, row: int) -> tuple[str, ...]:
         entry = self.rows[row]
@@ -110,7 +110,7 @@ def _slice(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def _is_picture(suffix: str) -> bool:
+def _is_image(suffix: str) -> bool:
     return f".{suffix}" in IMAGE_SUFFIXES
 
 
@@ -184,8 +184,8 @@ def open_tars(paths: Sequence[Path], image: str | None, caption: str | None) -> 
     image = (image or "").lower().removeprefix(".")
     if image and image not in suffixes:
         raise UserError(f"{where}: no sample has a .{image}; there are {_listed(suffixes)}", "--image-column with one")
-    if not image and not any(map(_is_picture, suffixes)):
-        raise UserError(f"{where}: no sample has a picture; there are {_listed(suffixes)}", "name it: --image-column")
+    if not image and not any(map(_is_image, suffixes)):
+        raise UserError(f"{where}: no sample has an image; there are {_listed(suffixes)}", "name it: --image-column")
     source = TarSource(tuple(paths), listed, tuple(digests), image, "json", "")
     suffix, key = _caption_place(source, suffixes, caption, where)
     return TarSource(source.shards, source.rows, source.digests, image, suffix, key)
@@ -198,7 +198,7 @@ def _listed(suffixes: Iterable[str]) -> str:
 def _caption_place(source: TarSource, suffixes: dict[str, None], asked: str | None, where: str) -> tuple[str, str]:
     """(suffix, key in the json file) of the captions."""
     name = (asked or "").removeprefix(".")
-    if name in suffixes and not _is_picture(name) and name != "json":
+    if name in suffixes and not _is_image(name) and name != "json":
         return name, ""
     if asked is None and "txt" in suffixes:
         return "txt", ""
@@ -261,7 +261,7 @@ def _read_index(path: Path) -> dict[str, Any]:
                     continue
                 suffix = suffix.lower()
                 files = samples.setdefault(folder + slash + stem, {})
-                if not _is_picture(suffix.rpartition(".")[2]):
+                if not _is_image(suffix.rpartition(".")[2]):
                     digest.update(_at(path, member.offset_data, member.size) if member.size <= _SMALL else b"")
                 files[suffix] = [member.offset_data, -1 if suffix in files else member.size]
             # tarfile takes a damaged header for the end; the real end is a block of zeros.

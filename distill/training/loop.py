@@ -266,7 +266,7 @@ class Loop:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return UserError(
             f"the {what} of turn {turn} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
-            "look at these pictures; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
+            "look at these images; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
         )
 
     # --------------------------------------------------------------------------------------------- checkpoints, samples
@@ -322,13 +322,13 @@ class Loop:
     def sample(self, step: int) -> None:
         with self.averaged(), self.accelerator.autocast():
             self.unshard()
-            picture = self.method.samples()
+            image = self.method.samples()
             for unit in self.shards():
                 unit.reshard()
         if self.accelerator.is_main_process:
             path = self.run / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            image.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

@@ -81,7 +81,7 @@ class Method(Protocol):
         """Total loss and its terms, each a mean over the batch."""
 
     def samples(self) -> Any:
-        """Pictures of the sample prompts by the networks as they are now, as a PIL image."""
+        """Images of the sample prompts by the networks as they are now, as a PIL image."""
 
     def save(self, folder: Path) -> None:
         """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""

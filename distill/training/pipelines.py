@@ -44,10 +44,10 @@ def assemble(encoders: Encoders, unet: nn.Module) -> Any:
 
 @torch.no_grad()
 def draw(pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, **sampling: Any) -> np.ndarray:
-    """Pictures of an assembled pipeline, uint8 [n, h, w, 3], the UNet under whatever autocast is on.
+    """Images of an assembled pipeline, uint8 [n, h, w, 3], the UNet under whatever autocast is on.
 
-    The VAE decodes outside of it: SDXL's overflows in float16, and the pictures would be black. An inpainting pipeline
-    paints the whole picture.
+    The VAE decodes outside of it: SDXL's overflows in float16, and the images would be black. An inpainting pipeline
+    paints the whole image.
 
     Args:
         latents: the noise, [n, 4, h/8, w/8].

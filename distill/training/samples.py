@@ -18,7 +18,7 @@ DEFAULT_PROMPTS = ("a photo of a red fox in the snow", "a bowl of fruit on a woo
 
 @torch.no_grad()
 def grid(pipeline: Any, recipe: Recipe, sampling: dict[str, Any]) -> Any:
-    """One picture per prompt in a row, as a PIL image; `sampling` is how the pipeline is called."""
+    """One image per prompt in a row, as a PIL image; `sampling` is how the pipeline is called."""
     prompts = [text.strip() for text in recipe.sample_prompts.split("|") if text.strip()] or list(DEFAULT_PROMPTS)
     cells = recipe.resolution // pipeline.vae_scale_factor
     channels = pipeline.vae.config.latent_channels

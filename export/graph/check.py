@@ -12,8 +12,8 @@ import onnx
 import torch
 
 from accel.errors import MissingPackage, UserError
+from accel.int8.config import is_product
 from accel.int8.packed import Int8Linear
-from accel.int8.recipe import is_product
 from accel.parity import relative_l2
 
 FP32_GATE = 1e-4

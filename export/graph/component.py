@@ -35,7 +35,7 @@ class Truth:
 
     batches: Sequence[Feeds]
     outputs: Sequence[Sequence[torch.Tensor]]
-    chosen: precision.Plan
+    chosen: precision.DtypePolicy
 
 
 def truth(network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float) -> Truth:

@@ -1,6 +1,6 @@
 """Which parts of a VAE must stay in float32 when the rest of it computes in float16.
 
-SDXL's VAE carries activations beyond float16's 65,504 in some blocks, which would come out as black pictures. A scan in
+SDXL's VAE carries activations beyond float16's 65,504 in some blocks, which would come out as black images. A scan in
 float32 says which modules take or give tensors that are too large; those, and the residual blocks around them, become
 islands of float32. An island whose own output is too large hands it on in float32, and its reader is an island as well.
 """

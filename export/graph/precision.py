@@ -36,7 +36,7 @@ ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
 
 
 @dataclass(frozen=True)
-class Plan:
+class DtypePolicy:
     """The dtype of a network, the modules that stay float32 (`wide`: with their outputs), and why."""
 
     dtype: str
@@ -89,7 +89,7 @@ def check_name(precision: str) -> None:
         raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
 
 
-def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> Plan:
+def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> DtypePolicy:
     """Decide dtypes from the recipe's name and what `scan` saw.
 
     Args:
@@ -98,7 +98,7 @@ def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32
     """
     check_name(precision)
     if precision == "fp32":
-        return Plan("float32")
+        return DtypePolicy("float32")
     loud = {name: peak.given for name, peak in peaks.items() if not peak.given < FP16_SAFE}
     reason = ""
     if loud:
@@ -108,17 +108,17 @@ def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32
         inner = {name.removeprefix("model."): peak for name, peak in peaks.items() if name.startswith("model.")}
         found = fp32_fallback.find(network.module.model, inner, FP16_SAFE)
         if found:
-            return Plan("float16", found.float32, reason, found.wide)
+            return DtypePolicy("float16", found.float32, reason, found.wide)
     if loud:
-        return Plan("float32", reason=reason)
+        return DtypePolicy("float32", reason=reason)
     if float32_asked:
-        return Plan(
+        return DtypePolicy(
             "float32",
             reason="its config asks for float32 (force_upcast); weights fixed for float16 come with it switched off",
         )
     names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
     kept = tuple(name for name in ALWAYS_FLOAT32 if name in names)
-    return Plan("float16", kept, "embeddings of time and size cost nothing in float32" if kept else "")
+    return DtypePolicy("float16", kept, "embeddings of time and size cost nothing in float32" if kept else "")
 
 
 def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, ...]:
@@ -126,7 +126,7 @@ def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, .
     return tuple(replace(spec, dtype=dtype) if spec.is_activation else spec for spec in specs)
 
 
-def save_weights(model: nn.Module, path: Path, chosen: Plan) -> int:
+def save_weights(model: nn.Module, path: Path, chosen: DtypePolicy) -> int:
     """Store the weights of a network in the dtypes of its plan; the model's own tensors are consumed on the way.
 
     Returns:

@@ -114,7 +114,7 @@ def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
             continue
         base, _, stride = dim.rpartition("_")
         root = base if stride.isdigit() else dim
-        root = f"latent_{dim}" if f"latent_{dim}" in used else root  # a picture beside its latents
+        root = f"latent_{dim}" if f"latent_{dim}" in used else root  # an image beside its latents
         unit = dims[root].multiple
         symbol = torch.export.Dim(f"{root}_unit", min=1, max=max(2, dims[root].max // unit))
         multiple = dims[dim].multiple

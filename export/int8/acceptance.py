@@ -30,14 +30,14 @@ def decide(
     Where none of the engines that it is made for can run here, parity alone decides, and the verdict has no speeds.
 
     Returns:
-        The int8 components as they were measured, with TensorRT's plans where there are any.
+        The int8 components as they were measured, with TensorRT's engine files where there are any.
     """
     engines, raced = speed.engines_for(settings.dtype), []
     for entry, record in list(records.items()):
         if not record.int8:
             continue
         low, high = Bundle.open(folder), bundle
-        if "tensorrt" in engines:  # it leaves plans in the bundles
+        if "tensorrt" in engines:  # it leaves engine files in the bundles
             low = _alone(low, entry, scratch / f"{entry}-int8")
             other = _halved if settings.dtype != "float32" else _alone
             high = other(bundle, entry, scratch / f"{entry}-float")
@@ -56,12 +56,12 @@ def decide(
     return raced
 
 
-def keep_plans(raced: Sequence[Bundle], records: Mapping[str, Component], folder: Path) -> None:
-    """Plans of components that are offered on TensorRT: they took minutes to build, and fit what was sealed."""
-    for plan in (plan for bundle in raced for plan in engine_files.find(bundle)):
-        offered = records[plan.component].int8.get("verdict", {}).get("offered", ())
+def keep_engine_files(raced: Sequence[Bundle], records: Mapping[str, Component], folder: Path) -> None:
+    """Engine files of components that are offered on TensorRT: they took minutes to build, and fit what was sealed."""
+    for engine_file in (engine_file for bundle in raced for engine_file in engine_files.find(bundle)):
+        offered = records[engine_file.component].int8.get("verdict", {}).get("offered", ())
         if "tensorrt" in offered:
-            shutil.copytree(plan.path.parent, folder / engine_files.FOLDER / plan.key, dirs_exist_ok=True)
+            shutil.copytree(engine_file.path.parent, folder / engine_files.FOLDER / engine_file.key, dirs_exist_ok=True)
 
 
 def stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:

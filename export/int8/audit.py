@@ -17,7 +17,7 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph_file
-from accel.engines import fitting_plan, load_engine, status
+from accel.engines import fitting_engine_file, load_engine, status
 from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
 
@@ -163,14 +163,14 @@ def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> F
 
 
 def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
-    """TensorRT fuses layers, so those of the plan cannot be counted: each tells which nodes of the graph it holds."""
-    plan = fitting_plan(bundle, component.name)
-    if plan is None:
+    """TensorRT fuses layers, so those of the engine file cannot be counted: each names the graph's nodes in it."""
+    engine_file = fitting_engine_file(bundle, component.name)
+    if engine_file is None:
         raise UserError(
-            f"{component.name} has no TensorRT plan that fits here",
+            f"{component.name} has no TensorRT engine file that fits here",
             f"accel build {bundle.path} --components {component.name}",
         )
-    found = plan.record["audit"]
+    found = engine_file.record["audit"]
     if found["heavy"].get("int8") and not found.get("int8_nodes"):
         raise UserError(
             f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"

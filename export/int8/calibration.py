@@ -20,7 +20,7 @@ IMAGES = 32
 FEW = 16
 _AT_ONCE = 8
 _TEXT_KEYS = ("text", "prompt", "caption")
-# Pictures that judge are drawn from other noise than those that calibrated.
+# Images that judge are drawn from other noise than those that calibrated.
 HELD_OUT = 1_000_000
 
 
@@ -29,8 +29,8 @@ class Calibration:
     """Prompts, noise, and how they are drawn.
 
     Attributes:
-        prompts: one per picture.
-        seed: of the first picture's noise.
+        prompts: one per image.
+        seed: of the first image's noise.
         sampling: arguments of the pipeline that differ from the bundle's own. Right calibration has none: steps,
             timesteps and guidance are the deployed ones. (Wrong ones are for measuring what right ones are worth.)
     """
@@ -40,7 +40,7 @@ class Calibration:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, pipeline: Pipeline, progress: Callable[[float], None] = lambda fraction: None) -> np.ndarray:
-        """Draw all pictures, float32 [n, h, w, 3] in 0..1, a few at a time."""
+        """Draw all images, float32 [n, h, w, 3] in 0..1, a few at a time."""
         made = []
         for start in range(0, len(self.prompts), _AT_ONCE):
             part = list(self.prompts[start : start + _AT_ONCE])
@@ -60,19 +60,19 @@ class Calibration:
 
 
 def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> Calibration:
-    """A set of `images` pictures, the prompts repeated as often as needed.
+    """A set of `images` images, the prompts repeated as often as needed.
 
     Raises:
-        UserError: for no prompts, or no pictures. Warns when there are so few that ranges will be too narrow.
+        UserError: for no prompts, or no images. Warns when there are so few that ranges will be too narrow.
     """
     prompts = [text.strip() for text in prompts if text.strip()]
     if not prompts:
         raise UserError("there are no calibration prompts", "give a file with one prompt per line to --calibration")
     if images < 1:
-        raise UserError(f"{images} calibration pictures are none", f"--calibration-images {IMAGES}")
+        raise UserError(f"{images} calibration images are none", f"--calibration-images {IMAGES}")
     if images < FEW:
         warnings.warn(
-            f"only {images} calibration picture{'s' * (images > 1)}: ranges may be too narrow, {IMAGES} are usual",
+            f"only {images} calibration image{'s' * (images > 1)}: ranges may be too narrow, {IMAGES} are usual",
             Notice,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""How far pictures move when a network is quantised: the same prompts from the same noise, in float and in int8."""
+"""How far images move when a network is quantised: the same prompts from the same noise, in float and in int8."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from accel.pipeline import Pipeline
 
 from .calibration import Calibration
 
-BUDGET = 20.0  # dB, of pictures against float32's
-PICTURES = 8
+BUDGET = 20.0  # dB, of images against float32's
+IMAGES = 8
 
 
 class Judge:
@@ -24,23 +24,23 @@ class Judge:
     Args:
         pipeline: on torch, its networks fake-quantised and calibrated.
         models: the networks by component.
-        pictures: what is drawn; not what calibrated.
+        images: what is drawn; not what calibrated.
         budget: least PSNR in dB.
     """
 
     def __init__(
-        self, pipeline: Pipeline, models: Mapping[str, nn.Module], pictures: Calibration, budget: float = BUDGET
+        self, pipeline: Pipeline, models: Mapping[str, nn.Module], images: Calibration, budget: float = BUDGET
     ):
-        self.pipeline, self.models, self.pictures, self.budget = pipeline, models, pictures, budget
+        self.pipeline, self.models, self.images, self.budget = pipeline, models, images, budget
         self.truth = self._draw({})
 
     def component(self, name: str, layers: Sequence[str] | None = None) -> dict[str, Any]:
-        """Parity of pictures when the named layers (all, without names) of one network alone are in int8."""
+        """Parity of images when the named layers (all, without names) of one network alone are in int8."""
         return self.figures(self._draw({name: layers}))
 
     def figures(self, images: np.ndarray) -> dict[str, Any]:
         found = compare(images, self.truth, 1.0)
-        # Equal pictures have no finite PSNR, and JSON no infinity.
+        # Equal images have no finite PSNR, and JSON no infinity.
         psnr = 100.0 if found.psnr is None or np.isinf(found.psnr) else float(found.psnr)
         psnr = psnr if found.finite else 0.0
         return {
@@ -57,7 +57,7 @@ class Judge:
         for name, layers in wanted.items():
             fake_quant.set_mode(self.models[name], "quantize", layers)
         try:
-            return self.pictures.run(self.pipeline)
+            return self.images.run(self.pipeline)
         finally:
             for model in self.models.values():
                 fake_quant.set_mode(model, "quantize")

@@ -15,7 +15,7 @@ from accel.bundle import Bundle, is_bundle
 from accel.errors import UserError
 from accel.files import refuse_existing
 from accel.int8 import fake_quant, trained_scales
-from accel.int8.recipe import Int8, chosen
+from accel.int8.config import Int8Config, chosen
 from accel.models.source import Source, open_source
 
 from ..graph.precision import INT8
@@ -32,7 +32,7 @@ class Options:
     Attributes:
         recipe: which layers; None for the trained student's own, or the default one.
         prompts: file of calibration prompts; None for prompts of our own.
-        images: calibration pictures.
+        images: calibration images.
         budget: least PSNR in dB. Given, layers are left in higher precision until it holds; None: `parity.BUDGET`, and
             the verdict says whether it holds.
         sensitivity: folder for the table and the plot of what each layer costs; None for none.
@@ -40,14 +40,14 @@ class Options:
         threads: of the engines whose speed is measured; 0 lets them choose.
     """
 
-    recipe: Int8 | None = None
+    recipe: Int8Config | None = None
     prompts: Path | None = None
     images: int = calibration.IMAGES
     budget: float | None = None
     sensitivity: Path | None = None
     threads: int = 0
     networks: tuple[str, ...] = ()
-    judged: int = field(default=image_parity.PICTURES)
+    judged: int = field(default=image_parity.IMAGES)
 
 
 def export(
@@ -93,7 +93,7 @@ def export(
     bundle = Bundle.open(model) if given else None
     name = bundle.manifest.source["name"] if bundle else source.name
     prompts = calibration.read_prompts(options.prompts) if options.prompts else calibration.default_prompts(name)
-    pictures = calibration.calibration(prompts, options.images)
+    images = calibration.calibration(prompts, options.images)
     trained = None if source is None else _trained(source)
     if trained is not None and options.recipe is not None:
         raise UserError(f"{source.name} was trained with its own int8 recipe", "leave the recipe's options out")
@@ -105,8 +105,8 @@ def export(
         else:
             bundle = high(scratch, progress=lambda stage, done: progress(stage, 0.3 * done))
         settings = Settings(
-            recipe=trained.recipe if trained else options.recipe or Int8(),
-            calibration=pictures,
+            recipe=trained.recipe if trained else options.recipe or Int8Config(),
+            calibration=images,
             dtype=INT8[precision],
             strict=precision != "auto",
             budget=options.budget if options.budget is not None else image_parity.BUDGET,
@@ -138,7 +138,7 @@ def refuse_changes(bundle: str | Path, names: Sequence[str], what: str = "quanti
         )
 
 
-def _fits(recipe: Int8, config: Mapping[str, Any]) -> None:
+def _fits(recipe: Int8Config, config: Mapping[str, Any]) -> None:
     """Raise the UserError about a recipe that names no layer of a UNet, which is built without its weights for it."""
     with torch.device("meta"):
         chosen(recipe, fake_quant.layers_of(UNet2DConditionModel.from_config(config)))

@@ -1,4 +1,4 @@
-"""A float32 bundle to an int8 one: calibrated on its own pictures, checked, audited, and judged.
+"""A float32 bundle to an int8 one: calibrated on its own images, checked, audited, and judged.
 
 The pipeline is run as it will be deployed, with its own steps, timesteps and guidance, and every layer that is to be
 quantised watches its input. A student that was trained with fake quantisation brings its own ranges instead.
@@ -22,8 +22,8 @@ from accel.bundle import MANIFEST, Bundle, Component, seal
 from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8 import fake_quant, packed
+from accel.int8.config import Int8Config, fitting
 from accel.int8.observers import observe
-from accel.int8.recipe import Int8, fitting
 from accel.models import networks
 from accel.models.networks import Network
 from accel.pipeline import Pipeline, control, load
@@ -53,7 +53,7 @@ def quantize(
         name: of the precision, for the manifest.
 
     Raises:
-        UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into pictures, a recipe
+        UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into images, a recipe
             that fits no layer, a graph that differs from torch.
     """
     for entry in bundle.manifest.components.values():
@@ -70,7 +70,7 @@ def quantize(
         if settings.strict:
             refuse_control()
         names.remove("unet")
-        acceptance.stay(records, "unet", "calibration has no control pictures", {})
+        acceptance.stay(records, "unet", "calibration has no control images", {})
     with new_folder(out, overwrite=overwrite) as folder:
         _copy(bundle, folder)
         pipeline = load(bundle, "eager", device="cpu")
@@ -113,7 +113,7 @@ def quantize(
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
             raced = acceptance.decide(folder, bundle, records, found, settings, Path(scratch), progress)
             seal(folder, replace(manifest, components=records))
-            acceptance.keep_plans(raced, records, folder)
+            acceptance.keep_engine_files(raced, records, folder)
     progress("done", 1.0)
     return Bundle.open(out)
 
@@ -124,7 +124,7 @@ def calibrate(
     settings: Settings,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, str]]:
-    """Attach fake quantisation to the networks of a pipeline, with the ranges that its own pictures need.
+    """Attach fake quantisation to the networks of a pipeline, with the ranges that its own images need.
 
     A UNet that was trained with ranges keeps them, and computes in float while the others are calibrated.
 
@@ -193,7 +193,7 @@ def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
     return list(dict.fromkeys(key.rpartition(".")[0] for key in settings.trained if key.endswith("_scale")))
 
 
-def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:
+def _without_layers(models: Mapping[str, nn.Module], recipe: Int8Config) -> list[str]:
     """Networks that the recipe, meant for the UNet, has nothing to do in: a text encoder has no convolutions."""
     return [
         entry
@@ -202,7 +202,7 @@ def _without_layers(models: Mapping[str, nn.Module], recipe: Int8) -> list[str]:
     ]
 
 
-def _recipe_of(recipe: Int8, entry: str) -> Int8:
+def _recipe_of(recipe: Int8Config, entry: str) -> Int8Config:
     return recipe if entry == "unet" else replace(recipe, keep=())
 
 

@@ -1,6 +1,6 @@
-"""What each layer and block costs: the error of the final picture when it alone computes in int8.
+"""What each layer and block costs: the error of the final image when it alone computes in int8.
 
-The error that counts is the picture's after all steps, not the layer's own: few-step students have no later steps to
+The error that counts is the image's after all steps, not the layer's own: few-step students have no later steps to
 repair an early error, and a layer near the end may be wrong without anybody seeing it.
 """
 
@@ -23,7 +23,7 @@ _BLOCK = re.compile(r"^((?:down|up)_blocks\.\d+|mid_block)\.?(resnets|attentions
 
 @dataclass(frozen=True)
 class Row:
-    """Layers, by their own or their block's name; the mean squared error and the PSNR in dB of the pictures when they
+    """Layers, by their own or their block's name; the mean squared error and the PSNR in dB of the images when they
     alone are in int8."""
 
     name: str
@@ -38,7 +38,7 @@ def measure(
     groups: Mapping[str, Sequence[str]],
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Row]:
-    """One row per group of layers, the most sensitive first. Draws all pictures once per group."""
+    """One row per group of layers, the most sensitive first. Draws all images once per group."""
     rows = []
     for done, (name, layers) in enumerate(groups.items()):
         psnr = judge.component(network, layers)["psnr"]
@@ -74,7 +74,7 @@ def leave(judge: Judge, network: str, rows: Sequence[Row]) -> list[str]:
 
     if holds(0):
         return []
-    # Pictures get better as layers leave, but for noise; so halve, then make sure of the place that was found.
+    # Images get better as layers leave, but for noise; so halve, then make sure of the place that was found.
     low, high = 0, len(rows)
     while high - low > 1:
         middle = (low + high) // 2
@@ -137,7 +137,7 @@ def plot(rows: Sequence[Row], kept: Mapping[str, str], count: int = 40) -> bytes
         end = left + max(2, span * (value - low) / max(high - low, 1))
         draw.rectangle([left, y, end, y + bar - 5], fill="#d9822b" if row.name in kept else "#3a6ea5")
         draw.text((left - 8 - draw.textlength(row.name), y), row.name, fill="black")
-    draw.text((left, 4), "squared error of the picture, this layer alone in int8 (orange: kept in float)", fill="black")
+    draw.text((left, 4), "squared error of the image, this layer alone in int8 (orange: kept in float)", fill="black")
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

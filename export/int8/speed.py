@@ -12,7 +12,7 @@ from typing import Any
 
 from accel.arrays import synchronize
 from accel.bundle import Bundle
-from accel.engines import Engine, fitting_plan, load_engine, status
+from accel.engines import Engine, fitting_engine_file, load_engine, status
 from accel.errors import UserError
 from accel.machine import machine_name
 
@@ -42,9 +42,9 @@ def judge(
     """The verdict on one component, for the manifest.
 
     Args:
-        low: the int8 bundle, complete. On TensorRT plans are built into it, and into the other.
+        low: the int8 bundle, complete. On TensorRT engine files are built into it, and into the other.
         high: the bundle of what it competes with: float32, or float16 where int8 has float16 around it.
-        parity: what was measured on pictures, with `ok`.
+        parity: what was measured on images, with `ok`.
         engines: where to measure (`engines_for`).
         threads: of the engines; 0 lets them choose.
 
@@ -58,12 +58,12 @@ def judge(
         say(f"{name}: speed on {engine}")
         on = machine_name()
         try:
-            # Its plans carry the user's signature, whose key lies in the user's own cache.
+            # Its engine files carry the user's signature, whose key lies in the user's own cache.
             with contextlib.nullcontext() if engine == "tensorrt" else _own_cache():
                 if engine == "tensorrt":
                     for bundle in (low, high):
                         build(bundle, [name])
-                    on = fitting_plan(low, name).identity["gpu"]
+                    on = fitting_engine_file(low, name).identity["gpu"]
                 audits[engine] = audit(low, low.component(name), engine)
                 found[engine] = {"on": on} | _race(low, high, name, engine, threads)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""UNets that cannot be int8 yet: calibration draws from prompts alone, so it has no pictures to show them."""
+"""UNets that cannot be int8 yet: calibration draws from prompts alone, so it has no images to show them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from accel.errors import UserError
 def refuse_control() -> None:
     """Raise the UserError about a UNet with inputs for an adapter or a ControlNet."""
     raise UserError(
-        "a UNet with a T2I-Adapter or ControlNet cannot be int8: calibration has no control pictures, and its ranges "
+        "a UNet with a T2I-Adapter or ControlNet cannot be int8: calibration has no control images, and its ranges "
         "would be too narrow where they add to it",
         "--int8-components text_encoder,vae_decoder; or export without the adapter or ControlNet",
     )
@@ -18,6 +18,6 @@ def refuse_inpainting(channels: int) -> None:
     """Raise a UserError for a UNet whose input has the nine channels of inpainting models."""
     if channels == 9:
         raise UserError(
-            "an inpainting model cannot be int8: calibration draws from prompts, without pictures and masks",
+            "an inpainting model cannot be int8: calibration draws from prompts, without images and masks",
             "--precision fp16",
         )

@@ -1,8 +1,8 @@
-"""What a built plan really computes in: read off TensorRT's own inspector, not off what was asked for.
+"""What a built engine file really computes in: read off TensorRT's own inspector, not off what was asked for.
 
-Tools that asked TensorRT 11 for a precision flag that is gone got float32 plans and never noticed. So every build ends
-here: the layers that do the work (convolutions, matrix products, attention) are counted by datatype, and a plan that
-was meant to be fp16 or int8 and is mostly float32 is refused.
+Tools that asked TensorRT 11 for a precision flag that is gone got float32 engine files and never noticed. So every
+build ends here: the layers that do the work (convolutions, matrix products, attention) are counted by datatype, and an
+engine file that was meant to be fp16 or int8 and is mostly float32 is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def audit(information: str) -> dict[str, Any]:
     """Count layers by what they compute in.
 
     Args:
-        information: `EngineInspector.get_engine_information` in JSON, of a plan built with detailed verbosity.
+        information: `EngineInspector.get_engine_information` in JSON, of an engine file built with detailed verbosity.
 
     Returns:
         `layers`: all layers; `heavy`: {precision or "unknown": how many} of convolutions, matrix products, attention;
@@ -72,7 +72,7 @@ def audit(information: str) -> dict[str, Any]:
 
 
 def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:
-    """Refuse a plan that is not what was asked for.
+    """Refuse an engine file that is not what was asked for.
 
     Args:
         wanted: fp32, fp16 or int8.
@@ -94,7 +94,7 @@ def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:
     if low and known.get("fp32", 0) * 2 > total or wanted == "int8" and not known.get("int8"):
         raise UserError(
             f"{component} was to run in {wanted}, but of its {total} convolutions and matrix products TensorRT runs "
-            f"{text}; the plan is not kept",
+            f"{text}; the engine file is not kept",
             f"check the ONNX graph's precision: accel inspect BUNDLE; or export again with --precision {wanted}",
         )
     return f"{total} convolutions and matrix products: {text}{untold}"

@@ -1,7 +1,7 @@
-"""ONNX graph to TensorRT plan, through the Python API that TensorRT 10 and 11 share.
+"""ONNX graph to TensorRT engine file, through the Python API that TensorRT 10 and 11 share.
 
 Networks are strongly typed: precision is the graph's, and no precision flag is ever touched, because 11 has none. A
-plan is kept only when it loads again and passes the audit.
+engine file is kept only when it loads again and passes the audit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accel.bundle.graph_file import graph_file
 from accel.errors import UserError
 from accel.trt import engine_files, library, preflight
 from accel.trt.cuda import Cuda
-from accel.trt.engine_files import Here, Plan
+from accel.trt.engine_files import EngineFile, Here
 
 from . import audit, shapes, timing_cache
 from .memory import Estimate, estimate
@@ -75,7 +75,7 @@ class BuildOptions:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What changes the plan: everything but where its measurements come from."""
+        """What changes the engine file: everything but where its measurements come from."""
         return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
 
 
@@ -89,19 +89,20 @@ def build(
     force: bool = False,
     progress: Progress = lambda stage, fraction: None,
     announce: Callable[[str], None] = lambda line: None,
-) -> list[Plan]:
-    """Build plans of a bundle's components into `engines/<key>/`.
+) -> list[EngineFile]:
+    """Build engine files of a bundle's components into `engines/<key>/`.
 
     Args:
         components: which; all of the bundle's by default.
-        profiles: named profiles, all of them in each plan; the bundle's own by default.
+        profiles: named profiles, all of them in each engine file; the bundle's own by default.
         device: which GPU to build on and for.
         force: build again what is there and fits.
         progress: called with a description and the fraction done.
         announce: called with lines for people: what will be needed, what was found.
 
     Raises:
-        UserError: when TensorRT or the GPU is missing, refuses the graph, fails, or its plan is not what was asked for.
+        UserError: when TensorRT or the GPU is missing, refuses the graph, fails, or its engine file is not what was
+            asked for.
     """
     options = options or BuildOptions()
     module = library.load()
@@ -138,7 +139,7 @@ def _build_one(
     force: bool,
     progress: Progress,
     announce: Callable[[str], None],
-) -> Plan:
+) -> EngineFile:
     dims = [shapes.dims_of(bundle, component, profile) for profile in profiles]
     described = [shapes.described(p, component, d) for p, d in zip(profiles, dims, strict=True)]
     identity = engine_files.identity(bundle, component, here, described, options.identity())
@@ -177,12 +178,12 @@ def wanted(component: Component) -> str:
     return {"float16": "fp16", "bfloat16": "bf16"}.get(component.dtype, "fp32")
 
 
-def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> Plan | None:
+def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> EngineFile | None:
     try:
-        plan = engine_files.read(bundle, key, component.name)
+        engine_file = engine_files.read(bundle, key, component.name)
     except UserError:
         return None
-    return plan if preflight.check(bundle, plan, here).ok else None
+    return engine_file if preflight.check(bundle, engine_file, here).ok else None
 
 
 def _free(cuda: Cuda, needed: Estimate) -> str:
@@ -272,7 +273,7 @@ class _Job:
 def _compile(
     job: _Job, bundle: Bundle, component: Component, profiles: Sequence[Any], options: BuildOptions, here: Here
 ) -> tuple[bytes, str]:
-    """Parse, configure, build, load back: the plan's bytes and what the inspector says of it."""
+    """Parse, configure, build, load back: the engine file's bytes and what the inspector says of it."""
     module = job.module
     logger = library.logger(module)
     with library.collect() as messages:
@@ -347,12 +348,14 @@ def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: Buil
 def _inspect(
     module: Any, logger: Any, data: bytes, profiles: Sequence[Any], options: BuildOptions, name: str, messages: Any
 ) -> str:
-    """Load the fresh plan as a user would, and ask what its layers are at the shapes it is best for."""
+    """Load the fresh engine file as a user would, and ask what its layers are at the shapes it is best for."""
     runtime = module.Runtime(logger)
     runtime.engine_host_code_allowed = options.version_compatible  # we have just built it
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise UserError(f"TensorRT does not load its own plan of {name}: {messages.last()}", "report this to NVIDIA")
+        raise UserError(
+            f"TensorRT does not load its own engine file of {name}: {messages.last()}", "report this to NVIDIA"
+        )
     inspector = engine.create_engine_inspector()
     context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
     if context is not None and not options.strip_plan:

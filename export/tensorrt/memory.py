@@ -14,7 +14,7 @@ from accel.bundle.graph_file import graph_file
 from accel.bundle.shape_profiles import Range
 
 # While TensorRT times its candidates it holds the weights twice (as given, and as the kernel wants them), and on the
-# host the parsed graph and the plan that is being written.
+# host the parsed graph and the engine file that is being written.
 _COPIES_DEVICE, _COPIES_HOST = 2, 3
 
 
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(bundle: Bundle, component: Component, dims: Mapping[str, Range], workspace: int | None) -> Estimate:
-    """Estimate a build at the largest shapes of `dims`; unfused, so more than a good plan will need to run."""
+    """Estimate a build at the largest shapes of `dims`; unfused, so more than a good engine file will need to run."""
     weights = bundle.file(component.weights).stat().st_size
     activations = peak(bundle, component, {name: limits.max for name, limits in dims.items()})
     device = _COPIES_DEVICE * weights + activations + min(workspace or activations, 8 * activations)

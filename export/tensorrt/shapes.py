@@ -61,7 +61,7 @@ def shapes_of(component: Component, dims: Mapping[str, Range]) -> Shapes:
 
 
 def described(profile: Profile, component: Component, dims: Mapping[str, Range]) -> dict[str, Any]:
-    """What a plan's record keeps of a profile: its name, dimension -> (min, opt, max), and the shapes of the inputs."""
+    """What a record keeps of a profile: its name, dimension -> (min, opt, max), and the shapes of the inputs."""
     return {
         "name": profile.name,
         "dims": {name: [limits.min, limits.opt, limits.max] for name, limits in dims.items()},

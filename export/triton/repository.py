@@ -4,12 +4,12 @@
     OUT/<component>/config.pbtxt  1/model.onnx (+ model.safetensors) or 1/model.plan
 
 Requests of different clients go through in one batch (dynamic batching). For that a UNet on ONNX Runtime gets one
-timestep for each row, because clients are at different steps; a plan has the one timestep that it was built with, so
-there the batch is the client's own, and concurrency comes from instances.
+timestep for each row, because clients are at different steps; an engine file has the one timestep that it was built
+with, so there the batch is the client's own, and concurrency comes from instances.
 
-Triton's TensorRT backend deserialises a plan and runs it (triton-inference-server/tensorrt_backend, src/loader.cc). It
-never refits, so a plan without weights cannot be served; and it runs the runtime inside a version-compatible plan only
-when it is started with the option that says so.
+Triton's TensorRT backend deserialises an engine file and runs it (triton-inference-server/tensorrt_backend,
+src/loader.cc). It never refits, so an engine file without weights cannot be served; and it runs the runtime inside a
+version-compatible engine file only when it is started with the option that says so.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from accel.bundle.shape_profiles import Range
 from accel.bundle.tensor_spec import TensorSpec
 from accel.errors import UserError
 from accel.files import new_folder
-from accel.trt.engine_files import Plan, rebuild
-from accel.trt.preflight import Verdict, choose
+from accel.trt.engine_files import EngineFile, rebuild
+from accel.trt.preflight import Fit, choose
 
 from .row_timesteps import with_row_timesteps
 
@@ -54,7 +54,7 @@ class Serving:
     """How a repository is to be served.
 
     Attributes:
-        backend: "onnxruntime" or "tensorrt" (needs plans, and a server with their TensorRT and their GPU).
+        backend: "onnxruntime" or "tensorrt" (needs engine files, and a server with their TensorRT and their GPU).
         instances: copies of each model per device.
         kind: "gpu" or "cpu".
         queue_microseconds: how long a request may wait for others to share its batch.
@@ -81,7 +81,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
         The command that serves it.
 
     Raises:
-        UserError: where the backend is TensorRT, for a bundle without plans that it can load; for changed files.
+        UserError: where the backend is TensorRT, for a bundle without engine files that it can load; for changed files.
     """
     serving = serving or Serving()
     serving.check()
@@ -92,26 +92,28 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
         for component in bundle.manifest.components.values():
             version = folder / component.name / "1"
             version.mkdir(parents=True)
-            plan = None
+            engine_file = None
             if serving.backend == "tensorrt":
                 # The server's machine need not be this one.
-                plan, data = choose(bundle, component.name, None, refuse=lambda plan: _unservable(bundle, plan))
+                engine_file, data = choose(
+                    bundle, component.name, None, refuse=lambda engine_file: _unservable(bundle, engine_file)
+                )
                 (version / "model.plan").write_bytes(data)
-                if plan.identity["options"]["version_compatible"] and _HOST_CODE not in command:
+                if engine_file.identity["options"]["version_compatible"] and _HOST_CODE not in command:
                     command.append(_HOST_CODE)
             else:
                 component = _graph(bundle, component, version / "model.onnx")
                 shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
-            text = text_format(config(component, serving, plan))
+            text = text_format(config(component, serving, engine_file))
             (folder / component.name / "config.pbtxt").write_text(text)
     return shlex.join(command)
 
 
-def _unservable(bundle: Bundle, plan: Plan) -> Verdict | None:
-    if not plan.identity["options"]["strip_plan"]:
+def _unservable(bundle: Bundle, engine_file: EngineFile) -> Fit | None:
+    if not engine_file.identity["options"]["strip_plan"]:
         return None
     reason = "it was built without weights (--strip-plan), and Triton's TensorRT backend never fills any in"
-    return Verdict(False, reason, rebuild(bundle, plan.component))
+    return Fit(False, reason, rebuild(bundle, engine_file.component))
 
 
 def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
@@ -128,17 +130,17 @@ def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
     )
 
 
-def config(component: Component, serving: Serving, plan: Plan | None = None) -> dict[str, Any]:
+def config(component: Component, serving: Serving, engine_file: EngineFile | None = None) -> dict[str, Any]:
     """Triton's `ModelConfig` of a component, as data (the field names are its protobuf's)."""
     dims = dict(component.dims)
-    profiles = plan.identity["profiles"] if plan else []
+    profiles = engine_file.identity["profiles"] if engine_file else []
     for name, ends in (profiles[0]["dims"] if profiles else {}).items():
         dims[name] = Range(ends[0], ends[1], ends[2], dims[name].multiple)
     batched = _batch(component, dims)
     made: dict[str, Any] = {
         "name": component.name,
         "backend": serving.backend,
-        "default_model_filename": "model.plan" if plan else "model.onnx",
+        "default_model_filename": "model.plan" if engine_file else "model.onnx",
         "max_batch_size": dims[batched].max if batched else 0,
         "input": [_tensor(spec, component, bool(batched)) for spec in component.inputs],
         "output": [_tensor(spec, component, bool(batched)) for spec in component.outputs],

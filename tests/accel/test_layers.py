@@ -258,7 +258,7 @@ def test_the_block_works():
         python(BLOCKED + "import torch")
 
 
-def test_a_bundle_makes_the_same_picture_on_onnx_runtime_without_torch(sd15_bundle, tmp_path):
+def test_a_bundle_makes_the_same_image_on_onnx_runtime_without_torch(sd15_bundle, tmp_path):
     code = (
         BLOCKED
         + """

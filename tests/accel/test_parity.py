@@ -19,8 +19,8 @@ from accel.parity import Parity, compare, cosine, max_abs, psnr, relative_l2, ss
 RNG = np.random.default_rng(0)
 
 
-def picture(height=64, width=48, channels=3, smooth=True):
-    """A picture with flat, sloped and noisy parts, in 0..1."""
+def image(height=64, width=48, channels=3, smooth=True):
+    """An image with flat, sloped and noisy parts, in 0..1."""
     y, x = np.mgrid[0:height, 0:width]
     rows = np.cos(y[..., None] / (5 + np.arange(channels)))
     base = 0.5 + 0.4 * np.sin(x / 7)[..., None] * rows
@@ -43,7 +43,7 @@ def skimage_ssim(a, b, data_range, channel_axis=None):
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.05, 0.5])
 @pytest.mark.parametrize("shape", [(64, 48, 3), (11, 11, 1), (12, 200, 4)])
 def test_ssim_equals_scikit_image(shape, noise):
-    a = picture(*shape)
+    a = image(*shape)
     b = np.clip(a + noise * RNG.standard_normal(shape), 0, 1)
     assert ssim(a, b, 1.0) == pytest.approx(skimage_ssim(a, b, 1.0, channel_axis=-1), abs=1e-10)
     a8, b8 = (a * 255).astype(np.uint8), (b * 255).astype(np.uint8)
@@ -51,13 +51,13 @@ def test_ssim_equals_scikit_image(shape, noise):
     assert ssim(a[..., 0], b[..., 0], 1.0) == pytest.approx(skimage_ssim(a[..., 0], b[..., 0], 1.0), abs=1e-10)
 
 
-def test_ssim_of_a_batch_is_the_mean_of_its_pictures():
-    a, b = np.stack([picture(), picture()]), np.stack([picture(smooth=False), picture()])
+def test_ssim_of_a_batch_is_the_mean_of_its_images():
+    a, b = np.stack([image(), image()]), np.stack([image(smooth=False), image()])
     assert ssim(a, b, 1.0) == pytest.approx((ssim(a[0], b[0], 1.0) + ssim(a[1], b[1], 1.0)) / 2, abs=1e-12)
 
 
-def test_ssim_of_equal_negative_and_flat_pictures():
-    a = picture()
+def test_ssim_of_equal_negative_and_flat_images():
+    a = image()
     assert ssim(a, a, 1.0) == 1.0
     assert ssim(a, 1 - a, 1.0) < 0
     flat = np.full((16, 16), 0.7)
@@ -65,7 +65,7 @@ def test_ssim_of_equal_negative_and_flat_pictures():
 
 
 @pytest.mark.parametrize("shape", [(10, 64), (64, 10, 3), (2, 3, 64, 64), (64,), (1, 1, 64, 64, 3)])
-def test_ssim_refuses_what_is_no_channels_last_picture_of_11_px(shape):
+def test_ssim_refuses_what_is_no_channels_last_image_of_11_px(shape):
     a = np.zeros(shape)
     with pytest.raises(UserError, match="SSIM"):
         ssim(a, a, 1.0)
@@ -73,7 +73,7 @@ def test_ssim_refuses_what_is_no_channels_last_picture_of_11_px(shape):
 
 
 def test_psnr_equals_scikit_image():
-    a, b = picture(), picture(smooth=False)
+    a, b = image(), image(smooth=False)
     assert psnr(a, b, 1.0) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0), rel=1e-12)
     assert psnr(a, a, 1.0) == math.inf
     assert psnr(np.zeros(4), np.ones(4), 255) == pytest.approx(20 * math.log10(255))
@@ -105,7 +105,7 @@ def test_neither_overflow_nor_underflow():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", [0, 1, 2])
 def test_non_finite_values_never_pass(bad, side):
-    a, b = picture(), picture()
+    a, b = image(), image()
     if side in (0, 2):
         a[3, 3, 0] = bad
     if side in (1, 2):
@@ -146,11 +146,11 @@ def test_wrong_use(measure, a, b, message):
 def test_data_range(data_range):
     for measure in (psnr, ssim, compare):
         with pytest.raises(UserError, match="data_range"):
-            measure(picture(), picture(), data_range)
+            measure(image(), image(), data_range)
 
 
 def test_compare_agrees_with_the_single_measures():
-    a, b = picture(), picture(smooth=False)
+    a, b = image(), image(smooth=False)
     assert compare(a, b, 1.0) == Parity(
         finite=True,
         relative_l2=relative_l2(a, b),
@@ -166,7 +166,7 @@ def test_compare_agrees_with_the_single_measures():
 
 
 def test_result_is_plain_data():
-    found = compare(picture().astype(np.float32), picture().astype(np.float32), 1)
+    found = compare(image().astype(np.float32), image().astype(np.float32), 1)
     assert all(type(v) in (float, bool) for v in found.as_dict().values())
     assert set(found.as_dict()) == {field.name for field in dataclasses.fields(Parity)}
 

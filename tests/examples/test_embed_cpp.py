@@ -1,4 +1,4 @@
-"""The C++ example, compiled and run: the same picture as ours, and a refusal of changed files."""
+"""The C++ example, compiled and run: the same image as ours, and a refusal of changed files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def noise(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["The CAT's 42 dogs, in 3D!", "a" * 200])
-def test_it_makes_our_picture(program, sd15_bundle, tmp_path, prompt, ours, noise):
+def test_it_makes_our_image(program, sd15_bundle, tmp_path, prompt, ours, noise):
     done = embed(program, sd15_bundle, prompt, tmp_path / "out.ppm", tmp_path / "noise.f32")
     assert done.returncode == 0, done.stderr
     theirs = np.asarray(Image.open(tmp_path / "out.ppm"), int)

@@ -41,7 +41,7 @@ def test_attach(tmp_path, sd15, sd15_bundle):
     assert is_a_picture(tmp_path / "attached.png")
 
 
-def test_bare_onnxruntime_makes_the_same_picture_as_accel(tmp_path, sd15_bundle):
+def test_bare_onnxruntime_makes_the_same_image_as_accel(tmp_path, sd15_bundle):
     import accel
 
     run(tmp_path, "bare_onnxruntime.py", sd15_bundle, "the cat", "bare.png")

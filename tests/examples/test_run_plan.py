@@ -51,30 +51,30 @@ def program(tensorrt):
 def test_it_computes_what_accel_computes_and_refuses_what_accel_refuses(program, bundle_copy, tensorrt):
     bundle = Bundle.open(bundle_copy)
     with pytest.raises(SystemExit, match="there is none"):
-        program.Plan(bundle_copy, "vae_decoder", Memory())
-    (plan,) = build(bundle, ("vae_decoder",), profiles=["batch=1,size=64", "batch=1-4,size=64-128"])
-    runner = program.Plan(bundle_copy, "vae_decoder", Memory())
+        program.EngineFile(bundle_copy, "vae_decoder", Memory())
+    (engine_file,) = build(bundle, ("vae_decoder",), profiles=["batch=1,size=64", "batch=1-4,size=64-128"])
+    runner = program.EngineFile(bundle_copy, "vae_decoder", Memory())
     for shape in ((1, 4, 16, 16), (3, 4, 16, 32)):
         latents = np.random.default_rng(0).standard_normal(shape, np.float32)
         wanted = accel.load_engine(bundle, "vae_decoder", "tensorrt")(latent_sample=latents)["sample"].numpy()
         assert np.array_equal(runner(latent_sample=latents)["sample"], wanted)
-    with pytest.raises(SystemExit, match="no profile of this plan"):
+    with pytest.raises(SystemExit, match="no profile of this engine file"):
         runner(latent_sample=np.zeros((9, 4, 16, 16), np.float32))
 
     other = Memory()
     other.gpu = "Other GPU"
     with pytest.raises(SystemExit, match="built for Double GPU"):
-        program.Plan(bundle_copy, "vae_decoder", other)
+        program.EngineFile(bundle_copy, "vae_decoder", other)
     key = trust.key_file().read_bytes()
     trust.key_file().write_bytes(b"x" * 32)
     with pytest.raises(SystemExit, match="signature"):
-        program.Plan(bundle_copy, "vae_decoder", Memory())
+        program.EngineFile(bundle_copy, "vae_decoder", Memory())
     trust.key_file().write_bytes(key)
-    data = bytearray(plan.path.read_bytes())
+    data = bytearray(engine_file.path.read_bytes())
     data[100] ^= 1
-    plan.path.write_bytes(data)
+    engine_file.path.write_bytes(data)
     with pytest.raises(SystemExit, match="changed after it was built"):
-        program.Plan(bundle_copy, "vae_decoder", Memory())
+        program.EngineFile(bundle_copy, "vae_decoder", Memory())
 
 
 def test_it_needs_only_what_it_says():

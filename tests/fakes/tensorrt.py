@@ -1,9 +1,10 @@
-"""A `tensorrt` module made from the published API of one version, which builds and runs plans on the CPU.
+"""A `tensorrt` module made from the published API of one version, which builds and runs engine files on the CPU.
 
 What the API file does not name does not exist here: a removed flag, a misspelt keyword, an attribute that only one
-version has raise. Calls are checked against the signatures as the bindings print them. A "plan" is the ONNX model with
-what the builder was told, sealed with a digest; "running" one is ONNX Runtime on the memory behind the addresses. So
-parity, profiles, scratch memory, CUDA graphs and refit are tested for real; speed and TensorRT's own opinions are not.
+version has raise. Calls are checked against the signatures as the bindings print them. A "engine file" is the ONNX
+model with what the builder was told, sealed with a digest; "running" one is ONNX Runtime on the memory behind the
+addresses. So parity, profiles, scratch memory, CUDA graphs and refit are tested for real; speed and TensorRT's own
+opinions are not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 API = Path(__file__).parent / "tensorrt_api"
 VERSIONS = {path.stem: path for path in sorted(API.glob("*.json"))}
-MAGIC = b"plan of the double"
+MAGIC = b"engine file of the double"
 SCRATCH_ALIGNMENT = 256
 
 _CONSTANTS = {
@@ -70,7 +71,7 @@ class World:
     """What a test may arrange, and what it may look at afterwards.
 
     Attributes:
-        version, gpu: what the plans are made for.
+        version, gpu: what the engine files are made for.
         cuda: the CUDA double; asked whether a stream is being captured.
         fail: operators the parser refuses, or "build" / "deserialize" / "context" / "execute" / "refit" to let fail.
         steps: progress steps of a build.
@@ -307,7 +308,7 @@ class Builder(_Behaviour):
             return None
         if config._cache is not None:
             config._cache._entries |= {node.op_type for node in network._model.graph.node}
-        return self._trt.IHostMemory(_plan(self._world, network, config))
+        return self._trt.IHostMemory(_engine_file(self._world, network, config))
 
     def _problem(self, network, config) -> str:
         strong = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -357,7 +358,7 @@ class Builder(_Behaviour):
         return bool(going and going[0])
 
 
-def _plan(world: World, network, config) -> bytes:
+def _engine_file(world: World, network, config) -> bytes:
     model = network._model
     header = {
         "version": world.version,
@@ -418,12 +419,12 @@ class Runtime(_Behaviour):
         if header["version"] != self._world.version and not (lean and newer):
             self._log(
                 "ERROR",
-                f"Error Code 6: The engine plan file is not compatible with this version of TensorRT, "
+                f"Error Code 6: The engine engine file file is not compatible with this version of TensorRT, "
                 f"expecting library version {header['version']} got {self._world.version}",
             )
             return None
         if header["gpu"] != self._world.gpu and header["hardware"] == "NONE":
-            self._log("ERROR", "Error Code 6: The engine plan file is generated on an incompatible device")
+            self._log("ERROR", "Error Code 6: The engine engine file file is generated on an incompatible device")
             return None
         return self._trt.ICudaEngine(header, onnx.load_from_string(body[8 + length :]), self._logger)
 

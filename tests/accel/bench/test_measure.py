@@ -24,7 +24,7 @@ from accel.errors import UserError
 from accel.pipeline import load as load_pipeline
 
 measuring = importlib.import_module("accel.bench.measure")  # the package's own `measure` is the function
-QUICK = bench.Settings(rounds=1, memory=False, steps=2)
+QUICK = bench.BenchSettings(rounds=1, memory=False, steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def result(smallest_bundle):
             raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nlong trace")
         return variants.load(bundle, variant)
 
-    settings = bench.Settings(rounds=5, memory=False, steps=2, batch=2)
+    settings = bench.BenchSettings(rounds=5, memory=False, steps=2, batch=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(facts, "_PEAK_SECONDS", 0.01)
         return bench.measure(smallest_bundle, chosen, settings, command="accel bench smallest", load=load)
@@ -214,7 +214,7 @@ def test_parity_and_floor(saved):
     assert row(saved, "eager")["image_sha256"] != ""
 
 
-def test_a_difference_in_the_picture_is_seen_in_steps_of_1_255():
+def test_a_difference_in_the_image_is_seen_in_steps_of_1_255():
     image = np.full((1, 16, 16, 3), 0.5)
     near = quality.Sample(np.ones((1, 4)), image + 2 / 255)
     found = quality.parity(near, quality.Sample(np.ones((1, 4)), image))
@@ -241,7 +241,7 @@ def test_an_interrupt_keeps_what_was_measured(smallest_bundle):
         if stage.startswith("round 2"):
             raise KeyboardInterrupt
 
-    settings = bench.Settings(rounds=9, memory=False, steps=2)
+    settings = bench.BenchSettings(rounds=9, memory=False, steps=2)
     found = bench.measure(smallest_bundle, [bench.parse("eager")], settings, load=loader({}), progress=progress)
     data = found.document.as_dict()
     assert data["interrupted"] and row(data, "eager")["status"] == "interrupted"
@@ -265,15 +265,15 @@ def test_an_early_interrupt_still_gives_a_document(smallest_bundle, stage, monke
 
 def test_a_batch_that_would_be_split_is_refused(smallest_bundle):
     bundle = Bundle.open(smallest_bundle)
-    work.check_batch(bundle, bench.Settings(batch=4))
+    work.check_batch(bundle, bench.BenchSettings(batch=4))
     with pytest.raises(UserError, match="outside profile"):
-        work.check_batch(bundle, bench.Settings(batch=5))
+        work.check_batch(bundle, bench.BenchSettings(batch=5))
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"batch": 0}, {"seconds": 0.0}, {"prompts": (" ",)}])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UserError):
-        bench.Settings(**wrong)
+        bench.BenchSettings(**wrong)
 
 
 def test_every_variant_is_fed_the_same(smallest_bundle):
@@ -300,7 +300,7 @@ def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, m
     monkeypatch.setattr(
         measuring, "probe", lambda path, name, *_: crash if name == "onnxruntime" else probing.Process(reason="skipped")
     )
-    settings = bench.Settings(rounds=1, steps=2)
+    settings = bench.BenchSettings(rounds=1, steps=2)
     found = bench.measure(
         smallest_bundle,
         [bench.parse("eager"), bench.parse("onnxruntime")],

@@ -51,7 +51,7 @@ def test_flops_grow_with_the_batch_and_arguments_may_be_named(unet):
         ),
     )
     assert two.conv == 2 * one.conv and two.attention == 2 * one.attention
-    # A single number as timestep is embedded for each picture all the same.
+    # A single number as timestep is embedded for each image all the same.
     assert two.linear == 2 * one.linear
 
 

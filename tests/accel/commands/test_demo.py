@@ -1,4 +1,4 @@
-"""The demo is the first thing a newcomer types: it must show true digits, true times and the same pictures."""
+"""The demo is the first thing a newcomer types: it must show true digits, true times and the same images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, steps", [("4step", 4), ("1step", 1)])
-def test_demo_measures_speed_and_shows_the_same_picture(demo, name, steps):
+def test_demo_measures_speed_and_shows_the_same_image(demo, name, steps):
     document = json.loads((demo / f"{name}.json").read_text())
     assert document["work"]["steps"] == steps and document["work"]["guidance"] == 0
     rows = {row["variant"]: row for row in document["rows"]}

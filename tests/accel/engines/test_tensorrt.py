@@ -1,4 +1,4 @@
-"""Running plans, against doubles of TensorRT and CUDA: the double computes with ONNX Runtime on the given addresses."""
+"""Running engine files, on fakes of TensorRT and CUDA: they compute with ONNX Runtime on the given addresses."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_plan_computes_what_the_graph_computes(bundle, tensorrt, expected):
 @pytest.mark.parametrize(
     "tensorrt, graph", [("10.16", "off"), ("11.4", "step"), ("11.4", "loop")], indirect=["tensorrt"]
 )
-def test_the_picture_is_the_one_of_onnx_runtime(bundle, tensorrt, graph, on_onnxruntime):
+def test_the_image_is_the_one_of_onnx_runtime(bundle, tensorrt, graph, on_onnxruntime):
     build(bundle, ("text_encoder", UNET, VAE))
     ours = accel.load(bundle, "tensorrt", cuda_graph=graph)
     for options in (
@@ -107,9 +107,9 @@ def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
 @NEWEST
 def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, fakes, monkeypatch):
     monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Double GPU", "Other GPU", "Double GPU"))
-    (plan,) = build(bundle, ("text_encoder",))
-    fitting = lambda device: engines.fitting_plan(bundle, "text_encoder", device)  # noqa: E731
-    assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == plan
+    (engine_file,) = build(bundle, ("text_encoder",))
+    fitting = lambda device: engines.fitting_engine_file(bundle, "text_encoder", device)  # noqa: E731
+    assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == engine_file
     assert fitting("cpu") is fitting("cuda:1") is None
     assert accel.load_engine(bundle, "text_encoder", device="cpu").name == "openvino"
     assert accel.load_engine(bundle, "text_encoder", device="cuda:2").cuda.index == 2
@@ -120,12 +120,12 @@ def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, fakes, monk
 
 @NEWEST
 def test_auto_falls_back_from_a_plan_that_was_changed(bundle, tensorrt):
-    (plan,) = build(bundle, ("text_encoder",))
-    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    (engine_file,) = build(bundle, ("text_encoder",))
+    engine_file.path.write_bytes(engine_file.path.read_bytes()[:-1] + b"x")
     with pytest.warns(Notice, match="changed after it was built.*; openvino runs it instead"):
         assert accel.load_engine(bundle, "text_encoder").name == "openvino"
     with pytest.raises(UserError, match="changed after it was built"):
-        accel.load_engine(bundle, "text_encoder", plan=plan.key)
+        accel.load_engine(bundle, "text_encoder", engine_file=engine_file.key)
 
 
 @NEWEST
@@ -171,7 +171,9 @@ def test_the_closest_profile_runs_and_a_misfit_says_why(bundle, tensorrt, expect
     assert [pick(1, 4, 16, 16), pick(2, 4, 16, 16), pick(4, 4, 24, 24), pick(2, 4, 32, 32)] == [0, 1, 1, 2]
     for feeds in (inputs(1), inputs(4, 24, 24), inputs(2, 32, 32), inputs(1)):
         assert np.array_equal(vae(**feeds)["sample"].numpy(), expected(feeds))
-    with pytest.raises(UserError, match="no profile of this plan takes that; the closest is 'batch=1-4") as caught:
+    with pytest.raises(
+        UserError, match="no profile of this engine file takes that; the closest is 'batch=1-4"
+    ) as caught:
         vae(**inputs(4, 32, 32))
     assert "[4, 4, 32, 32] is not within" in caught.value.message
     with pytest.raises(UserError, match="images 9 is outside profile"):
@@ -404,7 +406,7 @@ def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt
 
 @NEWEST
 def test_no_plan_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
-    with pytest.raises(UserError, match="has no TensorRT plan of vae_decoder") as caught:
+    with pytest.raises(UserError, match="has no TensorRT engine file of vae_decoder") as caught:
         accel.load_engine(bundle, VAE, "tensorrt")
     assert caught.value.fix == f"accel build {bundle.path} --components vae_decoder"
     for device, message in (("cuda:7", "GPU 7 is not usable"), ("cpu", "does not run on 'cpu'")):
@@ -422,12 +424,12 @@ def test_no_plan_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
 def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
     (good,) = build(bundle, (VAE,))
     (newer,) = build(bundle, (VAE,), options=BuildOptions(optimization_level=5))
-    assert accel.load_engine(bundle, VAE, "tensorrt").plan.key == newer.key
-    assert accel.load_engine(bundle, VAE, "tensorrt", plan=good.key).plan.key == good.key
+    assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == newer.key
+    assert accel.load_engine(bundle, VAE, "tensorrt", engine_file=good.key).engine_file.key == good.key
     newer.path.write_bytes(b"broken")
-    assert accel.load_engine(bundle, VAE, "tensorrt").plan.key == good.key
+    assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == good.key
     with pytest.raises(UserError, match="it has 6 bytes"):
-        accel.load_engine(bundle, VAE, "tensorrt", plan=newer.key)
+        accel.load_engine(bundle, VAE, "tensorrt", engine_file=newer.key)
     good.path.write_bytes(b"broken")
     with pytest.raises(UserError, match="and 1 more that do not fit"):
         accel.load_engine(bundle, VAE, "tensorrt")
@@ -436,7 +438,7 @@ def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
 @pytest.mark.parametrize(
     "fail, message",
     [
-        ("deserialize", "TensorRT refuses the plan of vae_decoder: .*magic tag"),
+        ("deserialize", "TensorRT refuses the engine file of vae_decoder: .*magic tag"),
         ("context", "no execution context of vae_decoder: .*OutOfMemory"),
         ("execute", "could not run vae_decoder: .*illegal memory access"),
     ],
@@ -450,10 +452,10 @@ def test_tensorrts_own_failures_carry_its_words(bundle, tensorrt, fail, message)
 
 @NEWEST
 def test_plans_are_never_handed_to_tensorrt_before_the_preflight(bundle, tensorrt):
-    (plan,) = build(bundle, (VAE,))
-    data = bytearray(plan.path.read_bytes())
+    (engine_file,) = build(bundle, (VAE,))
+    data = bytearray(engine_file.path.read_bytes())
     data[-5] ^= 1
-    plan.path.write_bytes(data)
+    engine_file.path.write_bytes(data)
     tensorrt._world.calls.clear()
     with pytest.raises(UserError, match="changed after it was built"):
         accel.load_engine(bundle, VAE, "tensorrt")
@@ -471,8 +473,8 @@ def test_host_code_is_not_run_unasked(bundle, tensorrt, expected):
 
 def test_a_stripped_plan_gets_its_weights_from_the_bundle(bundle, tensorrt, expected):
     (whole,) = build(bundle, (VAE,))
-    (plan,) = build(bundle, (VAE,), options=BuildOptions(strip_plan=True))
-    vae = accel.load_engine(bundle, VAE, "tensorrt", plan=plan.key)
+    (engine_file,) = build(bundle, (VAE,), options=BuildOptions(strip_plan=True))
+    vae = accel.load_engine(bundle, VAE, "tensorrt", engine_file=engine_file.key)
     assert np.array_equal(vae(**inputs())["sample"].numpy(), expected(inputs()))
 
 
@@ -522,8 +524,8 @@ def test_the_command_line(bundle, tensorrt, tmp_path, capsys):
     out = tmp_path / "cat.png"
     command = ["run", str(bundle.path), "--prompt", "the cat", "--engine", "tensorrt", "--cuda-graph", "loop"]
     assert main([*command, "--out", str(out)]) == 0 and out.is_file()
-    plan = engine_files.find(bundle, "unet")[0]
-    plan.path.write_text("hello")
+    engine_file = engine_files.find(bundle, "unet")[0]
+    engine_file.path.write_text("hello")
     assert main([*command, "--out", str(out)]) == 1
     told = capsys.readouterr().err
     assert "it has 5 bytes" in told and f"accel build {bundle.path} --components unet" in told

@@ -33,7 +33,7 @@ def _real():
 
 @pytest.fixture(scope="module", params=["digits", pytest.param("sd15-tiny", marks=pytest.mark.slow)])
 def bundle(request, tmp_path_factory) -> Bundle:
-    """The shipped model, and SD-Tiny at real size with random weights: in fp16, with refittable plans for two sizes."""
+    """The shipped model, and SD-Tiny at real size with random weights: in fp16, refittable, for two sizes."""
     from accel.export.pipeline import export_pipeline
     from accel.export.tensorrt.build import BuildOptions, build
 
@@ -75,9 +75,9 @@ def test_parity_with_torch_at_every_shape(bundle):
 def test_the_plan_is_fp16(bundle):
     from accel.trt import engine_files
 
-    for plan in engine_files.find(bundle):
-        heavy = plan.record["audit"]["heavy"]
-        assert heavy.get("fp16", 0) > heavy.get("fp32", 0), plan.component
+    for engine_file in engine_files.find(bundle):
+        heavy = engine_file.record["audit"]["heavy"]
+        assert heavy.get("fp16", 0) > heavy.get("fp32", 0), engine_file.component
 
 
 @pytest.mark.parametrize("graph", ["step", "loop"])

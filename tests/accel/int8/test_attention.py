@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from accel.errors import UserError
 from accel.int8 import attention as int8_attention
 from accel.int8 import fake_quant, packed
-from accel.int8.recipe import Int8, chosen
+from accel.int8.config import Int8Config, chosen
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def attention() -> torch.nn.Module:
 X = torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(1))
 
 
-def attached(model: torch.nn.Module, recipe: Int8, scale: float = 0.01) -> torch.nn.Module:
+def attached(model: torch.nn.Module, recipe: Int8Config, scale: float = 0.01) -> torch.nn.Module:
     """Everything in int8 with this step; weights too fine to matter."""
     fake_quant.attach(model, recipe)
     for _, quantizer in fake_quant.ranges(model):
@@ -43,17 +43,17 @@ def test_products_are_those_of_self_attention(attention):
 def test_the_levels_that_have_them(attention):
     layers = fake_quant.layers_of(attention)
     plain = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
-    assert chosen(Int8(level="all"), layers) == plain
-    assert chosen(Int8(level="scores"), layers) == [*plain, "attn1.scores"]
-    assert chosen(Int8(level="attention"), layers) == [*plain, "attn1.scores", "attn1.mix"]
-    assert "attn1.mix" not in chosen(Int8(level="attention", keep=("*.mix",)), layers)
+    assert chosen(Int8Config(level="all"), layers) == plain
+    assert chosen(Int8Config(level="scores"), layers) == [*plain, "attn1.scores"]
+    assert chosen(Int8Config(level="attention"), layers) == [*plain, "attn1.scores", "attn1.mix"]
+    assert "attn1.mix" not in chosen(Int8Config(level="attention", keep=("*.mix",)), layers)
     with pytest.raises(UserError, match="no layer is called 'attn2.scores'"):
-        chosen(Int8(level="attention", keep=("attn2.scores",)), layers)
+        chosen(Int8Config(level="attention", keep=("attn2.scores",)), layers)
 
 
 @pytest.mark.parametrize("level", ["scores", "attention"])
 def test_they_are_torchs_attention_with_rounded_sides(attention, level):
-    model = attached(copy.deepcopy(attention), Int8(level=level))
+    model = attached(copy.deepcopy(attention), Int8Config(level=level))
     fake_quant.set_mode(model, "quantize", ["attn1.scores", "attn1.mix"])
     plain = attention["attn1"].double()
     query, key, value = (
@@ -76,7 +76,7 @@ def test_they_are_torchs_attention_with_rounded_sides(attention, level):
 def test_watched_they_change_nothing_but_the_order_of_sums(attention):
     expected = F.scaled_dot_product_attention  # what the plain one calls, which stays what it is
     plain = attention["attn1"](X)
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     assert torch.equal(model["attn1"](X), plain) and F.scaled_dot_product_attention is expected
     seen = {}
     for name, quantizer in fake_quant.ranges(model):
@@ -90,7 +90,7 @@ def test_watched_they_change_nothing_but_the_order_of_sums(attention):
 
 def test_one_comes_out_and_then_the_other(attention):
     plain = attention["attn1"](X)
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     fake_quant.set_mode(model, "quantize")
     both = model["attn1"](X)
     found = fake_quant.detach(model, ["attn1.mix"])
@@ -105,7 +105,7 @@ def test_whatever_processor_a_training_sets_the_products_stay(attention):
     """Attention by name (flash-attn, xformers) is set after the products."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     fake_quant.set_mode(model, "quantize")
     before = model["attn1"](X)
     model["attn1"].set_processor(AttnProcessor())
@@ -115,7 +115,7 @@ def test_whatever_processor_a_training_sets_the_products_stay(attention):
 
 
 def test_packed_products_equal_fake_quantised_ones_bit_for_bit(attention):
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     fake_quant.set_mode(model, "quantize")
     expected, layers = model["attn1"](X), fake_quant.traits(model)
     packed.pack(model)
@@ -127,7 +127,7 @@ def test_packed_products_equal_fake_quantised_ones_bit_for_bit(attention):
 
 
 def test_a_mask_is_refused_while_they_round(attention):
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     mask = torch.zeros(2, 1, 10)
     model["attn1"](X, attention_mask=mask)  # in float as ever
     fake_quant.set_mode(model, "quantize")
@@ -144,7 +144,7 @@ def test_what_is_computed_otherwise_is_not_taken():
 
 def test_autocast_does_not_round_the_products(attention):
     """The exported graph sums integers; half precision would round the scores before the softmax."""
-    model = attached(copy.deepcopy(attention), Int8(level="attention"))
+    model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     scores = model["attn1"].scores
     fake_quant.set_mode(model, "quantize")
     left, right = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 8, 10)

@@ -9,7 +9,7 @@ from torch import nn
 
 from accel.errors import UserError
 from accel.int8 import fake_quant, packed
-from accel.int8.recipe import LEVELS, Int8, chosen
+from accel.int8.config import LEVELS, Int8Config, chosen
 from accel.models.topology import narrowed
 
 
@@ -35,10 +35,10 @@ def feeds():
     )
 
 
-def quantised(model: nn.Module, feeds: tuple, recipe: Int8 | None = None, **options) -> nn.Module:
+def quantised(model: nn.Module, feeds: tuple, recipe: Int8Config | None = None, **options) -> nn.Module:
     """A copy of the model, fake-quantised with the largest magnitudes of one call."""
     model = copy.deepcopy(model)
-    fake_quant.attach(model, recipe or Int8(), **options)
+    fake_quant.attach(model, recipe or Int8Config(), **options)
     for _, quantizer in fake_quant.ranges(model):
         quantizer.observer = lambda x, q=quantizer: q.set_scale(x.abs().max() / 127)
     fake_quant.set_mode(model, "observe")
@@ -53,7 +53,7 @@ def quantised(model: nn.Module, feeds: tuple, recipe: Int8 | None = None, **opti
 
 def test_levels_only_add(unet):
     layers = fake_quant.layers_of(unet)
-    sets = [set(chosen(Int8(level=level), layers)) for level in LEVELS]
+    sets = [set(chosen(Int8Config(level=level), layers)) for level in LEVELS]
     assert all(low < high for low, high in zip(sets[:-1], sets[1:], strict=True))
     assert all(layers[name] for name in sets[0])
     assert any(".ff.net." in name for name in sets[1]) and not any("to_q" in name for name in sets[1])
@@ -61,7 +61,7 @@ def test_levels_only_add(unet):
 
 
 def test_what_stays_higher_by_default(unet):
-    names = chosen(Int8(), fake_quant.layers_of(unet))
+    names = chosen(Int8Config(), fake_quant.layers_of(unet))
     for part in ("time_embedding", "time_emb_proj", "conv_in", "conv_out", "conv_shortcut"):
         assert any(part in name.split(".") for name in fake_quant.layers_of(unet))
         assert not any(part in name.split(".") for name in names)
@@ -69,7 +69,7 @@ def test_what_stays_higher_by_default(unet):
 
 def test_keep_takes_names_beginnings_and_patterns(unet):
     layers = fake_quant.layers_of(unet)
-    names = chosen(Int8(keep=("down_blocks.0", "up_blocks.*.ff.net.2")), layers)
+    names = chosen(Int8Config(keep=("down_blocks.0", "up_blocks.*.ff.net.2")), layers)
     assert names and not any(name.startswith("down_blocks.0.") for name in names)
     assert not any(name.startswith("up_blocks") and name.endswith("ff.net.2") for name in names)
     assert any(name.startswith("up_blocks") and "ff.net.0" in name for name in names)
@@ -78,19 +78,19 @@ def test_keep_takes_names_beginnings_and_patterns(unet):
 def test_a_recipe_that_names_no_layer_lists_the_names(unet):
     layers = fake_quant.layers_of(unet)
     with pytest.raises(UserError, match="no layer is called 'up_block'.*\n.*conv_in"):
-        chosen(Int8(keep=("up_block",)), layers)
+        chosen(Int8Config(keep=("up_block",)), layers)
     with pytest.raises(UserError, match="quantises no layer.*conv_in"):
-        chosen(Int8(keep=("*",)), layers)
+        chosen(Int8Config(keep=("*",)), layers)
     with pytest.raises(UserError, match="unknown int8 level 'convs'\n.*conv, ff, qkv, all, scores, attention"):
-        Int8(level="convs")
+        Int8Config(level="convs")
     for wrong in (dict(collector="mean"), dict(percentile=0.0), dict(smooth=2.0)):
         with pytest.raises(UserError):
-            Int8(**wrong)
+            Int8Config(**wrong)
 
 
 def test_a_recipe_survives_json():
-    recipe = Int8(level="ff", keep=("a", "b"), smooth=0.5)
-    assert Int8.from_dict(recipe.as_dict()) == recipe
+    recipe = Int8Config(level="ff", keep=("a", "b"), smooth=0.5)
+    assert Int8Config.from_dict(recipe.as_dict()) == recipe
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -136,7 +136,7 @@ def test_attached_and_passing_changes_nothing_and_detached_nothing_is_left(unet,
         plain = unet(*feeds, return_dict=False)[0]
     model = copy.deepcopy(unet)
     keys, classes = list(model.state_dict()), [type(part) for part in model.modules()]
-    names = fake_quant.attach(model, Int8(level=level))
+    names = fake_quant.attach(model, Int8Config(level=level))
     assert len(names) == sum(1 for _ in fake_quant.fake_layers(model)) > 50
     with torch.no_grad():
         assert torch.equal(model(*feeds, return_dict=False)[0], plain)
@@ -153,7 +153,7 @@ def test_attached_and_passing_changes_nothing_and_detached_nothing_is_left(unet,
 
 @pytest.mark.parametrize("level", ["all", "attention"])
 def test_every_parameter_gets_a_gradient(unet, feeds, level):
-    model = quantised(unet, feeds, Int8(level=level), learned=True).requires_grad_(True)
+    model = quantised(unet, feeds, Int8Config(level=level), learned=True).requires_grad_(True)
     model(*feeds, return_dict=False)[0].square().mean().backward()
     without = [n for n, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
     assert without == []
@@ -172,7 +172,7 @@ def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
             "attn2": nn.ModuleDict({"to_k": nn.Linear(7, 4, bias=False)}),
         }
     )
-    fake_quant.attach(model, Int8(smooth=smooth))
+    fake_quant.attach(model, Int8Config(smooth=smooth))
     inputs = {"conv": torch.randn(2, 6, 9, 8), "ff": torch.randn(2, 5, 7), "attn2.to_k": torch.randn(2, 154, 7)}
     for name, quantizer in fake_quant.ranges(model):
         quantizer.set_scale(0.02 if name.endswith("input") else 0.03)
@@ -209,7 +209,7 @@ def test_what_float16_rounds_to_nothing_is_no_division_by_zero():
     model = nn.ModuleDict({"conv": nn.Conv2d(2, 3, 1), "ff": nn.Linear(4, 3)}).requires_grad_(False)
     for layer in model.values():
         layer.weight.mul_(1e-9)
-    fake_quant.attach(model, Int8())
+    fake_quant.attach(model, Int8Config())
     for _, quantizer in fake_quant.ranges(model):
         quantizer.set_scale(1e-9)
     packed.pack(model, torch.float16)
@@ -231,7 +231,7 @@ def test_begin_of_text_tokens_are_not_rounded(tokens):
 
     def error(apart: bool) -> float:
         own = copy.deepcopy(model)
-        fake_quant.attach(own, Int8(bos_apart=apart))
+        fake_quant.attach(own, Int8Config(bos_apart=apart))
         layer = own["attn2"]["to_v"]
         layer.input_range.set_scale((x[:, ~first] if apart else x).abs().max() / 127)
         fake_quant.set_mode(own, "quantize")
@@ -246,7 +246,7 @@ def test_begin_of_text_tokens_are_not_rounded(tokens):
 
 def test_observed_ranges_follow_in_training_and_rest_in_evaluation():
     layer = nn.ModuleDict({"ff": nn.Linear(4, 4)})
-    fake_quant.attach(layer, Int8())
+    fake_quant.attach(layer, Int8Config())
     fake_quant.set_mode(layer, "quantize")
     quantizer = layer["ff"].input_range
     quantizer.set_scale(1.0)
@@ -263,7 +263,7 @@ def test_observed_ranges_follow_in_training_and_rest_in_evaluation():
 def test_scales_come_back(unet, feeds):
     model = quantised(unet, feeds)
     again = copy.deepcopy(unet)
-    fake_quant.attach(again, Int8())
+    fake_quant.attach(again, Int8Config())
     fake_quant.set_scales(again, fake_quant.scales(model))
     fake_quant.set_mode(again, "quantize")
     with torch.no_grad():

@@ -465,7 +465,7 @@ def dmd2_unet(sdxl):
     [("dmd2_sdxl_4step_unet_fp16.bin", [999, 749, 499, 249]), ("dmd2_sdxl_1step_unet_fp16.bin", [399])],
 )
 def test_a_dmd2_unet_brings_its_weights_and_its_sampling_constants(sdxl, dmd2_unet, tmp_path, name, timesteps):
-    """tests/accel/test_control.py exports one and makes its picture; here the decoder stands for the bundle."""
+    """tests/accel/test_control.py exports one and makes its image; here the decoder stands for the bundle."""
     torch.save(dmd2_unet, tmp_path / name)
     out = tmp_path / "bundle"
     command = ["export", str(sdxl), str(out), "--unet", str(tmp_path / name), "--steps", str(len(timesteps))]

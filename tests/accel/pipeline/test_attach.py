@@ -19,7 +19,7 @@ def pipe(sd15):
     return pipe
 
 
-def picture(pipe, **options):
+def image(pipe, **options):
     generator = torch.Generator().manual_seed(3)
     options = dict(num_inference_steps=4, guidance_scale=5.0, height=64, width=64) | options
     return pipe("the cat", generator=generator, output_type="np", **options).images
@@ -27,12 +27,12 @@ def picture(pipe, **options):
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("guidance", [0.0, 5.0])
-def test_the_picture_stays_the_same(engine, guidance, pipe, sd15_bundle):
+def test_the_image_stays_the_same(engine, guidance, pipe, sd15_bundle):
     pytest.importorskip(engine)
-    before = picture(pipe, guidance_scale=guidance)
+    before = image(pipe, guidance_scale=guidance)
     with accel.attach(pipe, sd15_bundle, engine=engine) as attached:
         assert set(attached.engines) == {"text_encoder", "unet", "vae_decoder"}
-        assert np.abs(picture(pipe, guidance_scale=guidance) - before).max() < 1 / 255
+        assert np.abs(image(pipe, guidance_scale=guidance) - before).max() < 1 / 255
 
 
 def test_the_engine_really_does_the_work(pipe, sd15_bundle):
@@ -41,16 +41,16 @@ def test_the_engine_really_does_the_work(pipe, sd15_bundle):
         unet = attached.engines["unet"]
         run = unet.run
         unet.run = lambda feeds: calls.append(1) or run(feeds)
-        picture(pipe, num_inference_steps=3)
+        image(pipe, num_inference_steps=3)
         assert len(calls) >= 3
 
 
 def test_detach_restores_the_pipeline_exactly(pipe, sd15_bundle):
-    before, parts = picture(pipe), (pipe.unet, pipe.vae, pipe.text_encoder)
+    before, parts = image(pipe), (pipe.unet, pipe.vae, pipe.text_encoder)
     attached = accel.attach(pipe, sd15_bundle, engine="onnxruntime")
     attached.detach()
     assert (pipe.unet, pipe.vae, pipe.text_encoder) == parts
-    assert np.array_equal(picture(pipe), before)
+    assert np.array_equal(image(pipe), before)
 
 
 def test_another_model_is_refused_and_nothing_changes(sd15_tiny, sd15_bundle):
@@ -66,6 +66,6 @@ def test_another_model_is_refused_and_nothing_changes(sd15_tiny, sd15_bundle):
 def test_features_the_graph_does_not_have_are_refused(pipe, sd15_bundle):
     with accel.attach(pipe, sd15_bundle, engine="onnxruntime"):
         with pytest.raises(UserError, match="hidden states"):
-            picture(pipe, clip_skip=1)
+            image(pipe, clip_skip=1)
         with pytest.raises(UserError, match="cross_attention_kwargs"):
             pipe("the cat", num_inference_steps=1, cross_attention_kwargs={"gligen": {"boxes": 1}})

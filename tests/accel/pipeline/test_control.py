@@ -31,7 +31,7 @@ def edges():
 
 
 def loud(model):
-    """Random weights whose effect on the picture can be seen; ControlNets start as zeros."""
+    """Random weights whose effect on the image can be seen; ControlNets start as zeros."""
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def make_controlnet(source):
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(source / "unet")
-    # A VAE of three stages makes latents of a quarter of the picture, where published ones make an eighth.
+    # A VAE of three stages makes latents of a quarter of the image, where published ones make an eighth.
     config = dict(ControlNetModel.from_unet(unet).config) | {"conditioning_embedding_out_channels": (8, 16, 16)}
     return loud(ControlNetModel.from_config(config))
 
@@ -182,14 +182,14 @@ def reference(family, kind, source, parts, image, **options):
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd15", "controlnet"), ("sd15", "adapter"), ("sdxl", "controlnet")])
-def test_a_controlled_picture_equals_diffusers(made, edges, family, kind):
+def test_a_controlled_image_equals_diffusers(made, edges, family, kind):
     source, parts, bundle = made(family, kind)
     expected = reference(family, kind, source, parts, edges, **{f"{kind}_conditioning_scale": 0.8})
     pipe = accel.load(bundle, engine="onnxruntime")
     found = pipe("the cat", control_image=edges, control_scale=0.8, seed=5, output_type="np").images
     assert np.abs(found - expected).max() < ONE_STEP_OF_A_PIXEL
     without = pipe("the cat", seed=5, output_type="np").images
-    assert np.abs(found - without).max() > 3 * ONE_STEP_OF_A_PIXEL, "the control picture has an effect"
+    assert np.abs(found - without).max() > 3 * ONE_STEP_OF_A_PIXEL, "the control image has an effect"
 
 
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
@@ -229,14 +229,14 @@ def test_four_steps_with_a_canny_adapter_and_a_tiny_vae_equal_diffusers(few_step
 @pytest.mark.parametrize("engine", ["eager", "openvino"])
 def test_other_engines_agree(made, edges, engine):
     _, _, bundle = made("sd15", "controlnet")
-    pictures = [
+    images = [
         accel.load(bundle, engine=name)("the cat", control_image=edges, seed=5, output_type="np").images
         for name in ("onnxruntime", engine)
     ]
-    assert np.abs(pictures[0] - pictures[1]).max() < ONE_STEP_OF_A_PIXEL
+    assert np.abs(images[0] - images[1]).max() < ONE_STEP_OF_A_PIXEL
 
 
-def test_without_a_control_picture_it_is_the_plain_model(made):
+def test_without_a_control_image_it_is_the_plain_model(made):
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     source, _, bundle = made("sd15", "controlnet")
@@ -279,9 +279,9 @@ def test_a_diffusers_pipeline_runs_on_the_compiled_control_network(made, edges, 
 
 
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
-def test_a_controlled_unet_on_tensorrt_runs_step_by_step(made, edges, tensorrt, with_plan_of_unet):
+def test_a_controlled_unet_on_tensorrt_runs_step_by_step(made, edges, tensorrt, with_engine_file_of_unet):
     """What is added differs from step to step, so there is no graph of the whole loop to replay."""
-    theirs, ours = with_plan_of_unet(made("sd15", "controlnet")[2].path)
+    theirs, ours = with_engine_file_of_unet(made("sd15", "controlnet")[2].path)
     for options in (dict(control_image=edges), dict(control_image=edges, control_end=0.5), {}):
         found, expected = (
             pipe("the cat", steps=2, seed=5, output_type="latent", **options).latents for pipe in (ours, theirs)
@@ -294,7 +294,7 @@ def test_a_folder_that_is_no_control_network_is_refused(sd15):
         open_source(sd15, controlnet=sd15 / "unet")
 
 
-def test_the_command_line_runs_canny_on_a_picture(made, tmp_path, edges):
+def test_the_command_line_runs_canny_on_an_image(made, tmp_path, edges):
     pytest.importorskip("skimage")
     _, _, bundle = made("sd15", "controlnet")
     edges.save(tmp_path / "photo.png")
@@ -316,8 +316,8 @@ def test_a_controlled_bundle_is_benched_with_its_control_network(made, edges, tm
     assert row["parity"]["image"]["max_abs"] < 1
 
 
-@pytest.mark.parametrize(("controlled", "words"), [(True, "no such picture"), (False, "no T2I-Adapter or ControlNet")])
-def test_a_control_picture_that_cannot_be_benched_is_told_at_once(made, sd15_bundle, capsys, controlled, words):
+@pytest.mark.parametrize(("controlled", "words"), [(True, "no such image"), (False, "no T2I-Adapter or ControlNet")])
+def test_a_control_image_that_cannot_be_benched_is_told_at_once(made, sd15_bundle, capsys, controlled, words):
     bundle = made("sd15", "controlnet").bundle.path if controlled else sd15_bundle
     assert main(["bench", str(bundle), "--engines", "onnxruntime", "--control", "missing.png"]) == 1
     assert words in capsys.readouterr().err

@@ -21,7 +21,7 @@ SEED = 7
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     rows, columns = np.mgrid[0:80, 0:96]
     array = np.stack([rows * 3, columns * 2, (rows + columns) % 97 * 2], axis=-1)
     return Image.fromarray(array.clip(0, 255).astype(np.uint8))
@@ -65,12 +65,12 @@ SAMPLERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteSc
 
 
 @pytest.mark.parametrize(("sampler", "strength"), [("dpmpp_2m", 0.6), ("euler", 0.5), ("ddim", 0.8)])
-def test_image_to_image_equals_diffusers(sd15, sd15_bundle, picture, monkeypatch, sampler, strength):
+def test_image_to_image_equals_diffusers(sd15, sd15_bundle, image, monkeypatch, sampler, strength):
     pipe = diffusers_pipeline("StableDiffusionImg2ImgPipeline", sd15, SAMPLERS[sampler])
     draws(monkeypatch, _OF_IMAGE, 0)
     expected = pipe(
         "the cat",
-        image=picture.resize((64, 64), Image.Resampling.LANCZOS),
+        image=image.resize((64, 64), Image.Resampling.LANCZOS),
         strength=strength,
         num_inference_steps=5,
         guidance_scale=4.0,
@@ -78,7 +78,7 @@ def test_image_to_image_equals_diffusers(sd15, sd15_bundle, picture, monkeypatch
     ).images
     found = accel.load(sd15_bundle, engine="onnxruntime")(
         "the cat",
-        image=picture,
+        image=image,
         strength=strength,
         sampler=sampler,
         steps=5,
@@ -92,13 +92,13 @@ def test_image_to_image_equals_diffusers(sd15, sd15_bundle, picture, monkeypatch
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_inpainting_with_an_ordinary_unet_equals_diffusers(sd15, sd15_bundle, picture, mask, monkeypatch, strength):
+def test_inpainting_with_an_ordinary_unet_equals_diffusers(sd15, sd15_bundle, image, mask, monkeypatch, strength):
     pipe = diffusers_pipeline("StableDiffusionInpaintPipeline", sd15, "DDIMScheduler")
-    # The third is of the masked picture, which diffusers encodes for a UNet that does not look at it.
+    # The third is of the masked image, which diffusers encodes for a UNet that does not look at it.
     draws(monkeypatch, _OF_IMAGE, 0, _OF_MASKED)
     expected = pipe(
         "the cat",
-        image=picture,
+        image=image,
         mask_image=mask,
         strength=strength,
         num_inference_steps=5,
@@ -109,7 +109,7 @@ def test_inpainting_with_an_ordinary_unet_equals_diffusers(sd15, sd15_bundle, pi
     ).images
     found = accel.load(sd15_bundle, engine="onnxruntime")(
         "the cat",
-        image=picture,
+        image=image,
         mask_image=mask,
         strength=strength,
         sampler="ddim",
@@ -145,13 +145,13 @@ def inpainting(sd15, sd15_bundle, completed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_inpainting_with_nine_channels_equals_diffusers(inpainting, picture, mask, monkeypatch, strength):
+def test_inpainting_with_nine_channels_equals_diffusers(inpainting, image, mask, monkeypatch, strength):
     source, bundle = inpainting
     pipe = diffusers_pipeline("StableDiffusionInpaintPipeline", source, "DPMSolverMultistepScheduler")
     draws(monkeypatch, *((0, _OF_MASKED) if strength == 1.0 else (_OF_IMAGE, 0, _OF_MASKED)))
     expected = pipe(
         "the cat",
-        image=picture,
+        image=image,
         mask_image=mask,
         strength=strength,
         num_inference_steps=5,
@@ -162,7 +162,7 @@ def test_inpainting_with_nine_channels_equals_diffusers(inpainting, picture, mas
     ).images
     found = accel.load(bundle, engine="onnxruntime")(
         "the cat",
-        image=picture,
+        image=image,
         mask_image=mask,
         strength=strength,
         sampler="dpmpp_2m",
@@ -177,13 +177,13 @@ def test_inpainting_with_nine_channels_equals_diffusers(inpainting, picture, mas
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
 @pytest.mark.parametrize("channels", [4, 9])
 def test_what_differs_from_the_captured_loop_runs_step_by_step(
-    sd15_bundle, inpainting, tensorrt, picture, mask, channels, with_plan_of_unet
+    sd15_bundle, inpainting, tensorrt, image, mask, channels, with_plan_of_unet
 ):
-    """A whole-loop CUDA graph holds plain text to image; a picture, a mask and a callback need the steps one by one."""
+    """A whole-loop CUDA graph holds plain text to image; an image, a mask and a callback need the steps one by one."""
     theirs, ours = with_plan_of_unet(sd15_bundle if channels == 4 else inpainting[1].path)
-    cases = [dict(image=picture, mask_image=mask, strength=strength) for strength in (1.0, 0.6)]
+    cases = [dict(image=image, mask_image=mask, strength=strength) for strength in (1.0, 0.6)]
     if channels == 4:
-        cases += [dict(image=picture, strength=0.6), dict(callback=lambda i, t, x: None)]
+        cases += [dict(image=image, strength=0.6), dict(callback=lambda i, t, x: None)]
     for options in cases:
         found, expected = (
             pipe("the cat", steps=3, sampler="euler", seed=SEED, output_type="latent", **options).latents
@@ -192,28 +192,28 @@ def test_what_differs_from_the_captured_loop_runs_step_by_step(
         assert np.abs(found - expected).max() < 1e-4, options
 
 
-def test_an_inpainting_model_without_a_picture_says_what_it_needs(inpainting):
+def test_an_inpainting_model_without_an_image_says_what_it_needs(inpainting):
     with pytest.raises(UserError, match="inpainting model") as error:
         accel.load(inpainting[1], engine="onnxruntime")("the cat", steps=1)
     assert "--mask" in error.value.fix
 
 
-def test_a_few_step_student_starts_from_a_picture_on_its_own_grid(sd15_bundle, picture):
+def test_a_few_step_student_starts_from_an_image_on_its_own_grid(sd15_bundle, image):
     """Half the strength is half of the four steps, and what is kept shows."""
     pipe = accel.load(sd15_bundle, engine="onnxruntime")
     seen = []
     options = dict(sampler="dmd2", timesteps=[999, 749, 499, 249], guidance_scale=0.0, seed=SEED)
-    pipe("the cat", image=picture, strength=0.5, callback=lambda i, t, x: seen.append((i, t)), **options)
+    pipe("the cat", image=image, strength=0.5, callback=lambda i, t, x: seen.append((i, t)), **options)
     assert seen == [(2, 499), (3, 249)]
 
 
-def test_what_is_masked_off_is_kept(sd15_bundle, picture, mask):
+def test_what_is_masked_off_is_kept(sd15_bundle, image, mask):
     pipe = accel.load(sd15_bundle, engine="onnxruntime")
-    made = pipe("the cat", image=picture, mask_image=mask, steps=4, seed=SEED)
-    known = pipe("the cat", image=picture, strength=1.0, steps=4, seed=SEED)
+    made = pipe("the cat", image=image, mask_image=mask, steps=4, seed=SEED)
+    known = pipe("the cat", image=image, strength=1.0, steps=4, seed=SEED)
     small = images.shrunk(images.masks(mask, 1, (64, 64)), 4)
     assert small.min() == 0 and small.max() == 1
-    again = pipe("a dog", image=picture, mask_image=mask, steps=4, seed=SEED)
+    again = pipe("a dog", image=image, mask_image=mask, steps=4, seed=SEED)
     kept = np.broadcast_to(small == 0, made.latents.shape)
     assert np.array_equal(made.latents[kept], again.latents[kept])
     assert not np.array_equal(made.latents[~kept], again.latents[~kept])
@@ -221,8 +221,8 @@ def test_what_is_masked_off_is_kept(sd15_bundle, picture, mask):
 
 
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
-def test_low_memory_makes_the_same_picture_and_holds_nothing(sd15_bundle, picture, engine):
-    options = dict(steps=2, seed=SEED, output_type="np", image=picture)
+def test_low_memory_makes_the_same_image_and_holds_nothing(sd15_bundle, image, engine):
+    options = dict(steps=2, seed=SEED, output_type="np", image=image)
     pipe = accel.load(sd15_bundle, engine=engine, low_memory=True)
     assert pipe.engines._loaded == {}
     made = pipe(["the cat"] * 3, **options).images
@@ -234,28 +234,28 @@ def test_low_memory_makes_the_same_picture_and_holds_nothing(sd15_bundle, pictur
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (dict(strength=0.5), "without a picture"),
-        (dict(mask_image=np.zeros((64, 64))), "without a picture"),
+        (dict(strength=0.5), "without an image"),
+        (dict(mask_image=np.zeros((64, 64))), "without an image"),
         (dict(image="missing.png"), "missing.png"),
         (dict(image=np.zeros((64, 64, 4))), "(64, 64, 4)"),
         (dict(image=np.full((64, 64, 3), 7.0)), "outside 0 to 1"),
         (dict(image=np.zeros((64, 64, 3)), strength=0.0), "strength = 0"),
         (dict(image=np.zeros((64, 64, 3)), strength=1.5), "strength = 1.5"),
         (dict(image=np.zeros((64, 64, 3)), strength=0.2, steps=4), "leaves no step"),
-        (dict(image=[np.zeros((64, 64, 3))] * 3), "3 pictures for 1"),
+        (dict(image=[np.zeros((64, 64, 3))] * 3), "3 images for 1"),
         (dict(control_image=np.zeros((64, 64, 3))), "without adapter"),
         (dict(crop=(1,), control_end=2.0), "control_end = 2"),
     ],
 )
-def test_wrong_pictures_are_named(sd15_bundle, arguments, named):
+def test_wrong_images_are_named(sd15_bundle, arguments, named):
     with pytest.raises(UserError) as error:
         accel.load(sd15_bundle, engine="onnxruntime")("the cat", **arguments)
     assert named in str(error.value) and error.value.fix
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path):
+def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "x.png").write_bytes(b"hello")
-    with pytest.raises(UserError, match="x.png is no picture"):
+    with pytest.raises(UserError, match="x.png is no image"):
         images.batch(tmp_path / "x.png", 1, (8, 8))
 
 

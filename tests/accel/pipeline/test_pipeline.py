@@ -114,7 +114,7 @@ def test_pil_images_are_rounded_as_diffusers_does(pipelines, reference):
     assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipelines):
+def test_an_image_does_not_depend_on_its_batch(pipelines):
     pipe = pipelines("onnxruntime")
     together = pipe(["the cat", "a dog"], num_images_per_prompt=3, seed=10, output_type="np", steps=2)
     assert together.seeds == [10, 11, 12, 13, 14, 15]  # more images than the profile's batch of 4: made in parts
@@ -123,7 +123,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipelines):
     assert np.abs(together.images[3] - together.images[4]).max() > ONE_STEP_OF_A_PIXEL
 
 
-def test_mixed_engines_give_the_same_picture(sd15_bundle, pipelines):
+def test_mixed_engines_give_the_same_image(sd15_bundle, pipelines):
     chosen = {"text_encoder": "onnxruntime", "unet": "eager", "vae_decoder": "onnxruntime"}
     mixed = accel.load(sd15_bundle, engine=chosen)
     a = mixed("the cat", steps=2, output_type="np").images

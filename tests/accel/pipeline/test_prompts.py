@@ -1,4 +1,4 @@
-"""Long prompts and weights: against the text encoder of transformers, and the picture of diffusers."""
+"""Long prompts and weights: against the text encoder of transformers, and the image of diffusers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def embeddings(pipe, rows, weights=None):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_long_prompt_makes_the_picture_of_its_chunks(sd15, long_bundle, tokenizer, weighted):
+def test_a_long_prompt_makes_the_image_of_its_chunks(sd15, long_bundle, tokenizer, weighted):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(sd15)

@@ -100,7 +100,7 @@ def test_sdxl_is_benched(family):
 
     _, bundle = family("sdxl")
     variants = [bench.parse(name) for name in ("eager", "onnxruntime")]
-    result = bench.measure(bundle, variants, bench.Settings(rounds=1, memory=False))
+    result = bench.measure(bundle, variants, bench.BenchSettings(rounds=1, memory=False))
     rows = {row["variant"]: row for row in result.document.as_dict()["rows"]}
     assert set(rows["onnxruntime"]["scopes"]) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "image"}
     assert rows["onnxruntime"]["parity"]["image"]["max_abs"] < 1
@@ -137,7 +137,7 @@ def louder(sdxl_maker, tmp_path):
     return make
 
 
-def test_a_loud_vae_gets_float32_islands_and_the_same_picture(louder, tmp_path):
+def test_a_loud_vae_gets_float32_islands_and_the_same_image(louder, tmp_path):
     source = louder()
     bundle = export_pipeline(source, tmp_path / "b", profile="static", precision="fp16", components=("vae_decoder",))
     vae = bundle.component("vae_decoder")

@@ -15,7 +15,7 @@ SIDES = st.integers(1, 90)
 SEEDS = st.integers(0, 2**32)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def an_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -26,8 +26,8 @@ def drawn(width, height, resolution, seed, *, center=False, flip=True) -> Placem
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(8, 90), st.integers(8, 90), st.integers(4, 40), SEEDS, st.booleans())
-def test_flipping_the_resized_picture_and_cutting_at_the_reported_corner_gives_the_pixels(w, h, size, seed, center):
-    image = picture(w, h, seed)
+def test_flipping_the_resized_image_and_cutting_at_the_reported_corner_gives_the_pixels(w, h, size, seed, center):
+    image = an_image(w, h, seed)
     placement = drawn(w, h, size, seed, center=center)
     high, wide, top, left, *target = time_ids(placement, image.size, size)
     whole = image.resize(placement.resized, Image.Resampling.BILINEAR)

@@ -18,7 +18,7 @@ from accel.errors import UserError
 
 
 def write_folder(folder, count, *, broken=(), size=(24, 20), captions=None):
-    """Pictures of random pixels; those in `broken` are cut short."""
+    """Images of random pixels; those in `broken` are cut short."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in range(count):
@@ -27,7 +27,7 @@ def write_folder(folder, count, *, broken=(), size=(24, 20), captions=None):
         Image.fromarray(values).save(path)
         if row in broken:
             path.write_bytes(path.read_bytes()[:200])
-        lines.append(json.dumps({"file_name": path.name, "text": captions or [f"number {row}", f"picture {row}"]}))
+        lines.append(json.dumps({"file_name": path.name, "text": captions or [f"number {row}", f"image {row}"]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -59,7 +59,7 @@ def test_an_example_is_the_same_whoever_asks(ten):
     assert "time_ids" not in make(ten)[0]
 
 
-def test_every_epoch_shows_every_picture_once_in_another_order(ten):
+def test_every_epoch_shows_every_image_once_in_another_order(ten):
     names = [make(ten)[index]["name"] for index in range(30)]
     epochs = [names[:10], names[10:20], names[20:]]
     assert all(sorted(epoch) == sorted(set(names)) for epoch in epochs)
@@ -69,7 +69,7 @@ def test_every_epoch_shows_every_picture_once_in_another_order(ten):
 def test_placements_and_captions_change_from_epoch_to_epoch(ten):
     examples = make(ten)
     row = [next(i for i in range(10 * e, 10 * e + 10) if examples[i]["name"] == "0004.png") for e in range(12)]
-    assert {examples[index]["caption"] for index in row} == {"number 4", "picture 4"}
+    assert {examples[index]["caption"] for index in row} == {"number 4", "image 4"}
     assert len({examples[index]["pixels"].numpy().tobytes() for index in row}) > 6
 
 
@@ -83,7 +83,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(ten):
     assert {make(ten, caption_dropout=1)[index]["caption"] for index in range(9)} == {""}
 
 
-def test_a_broken_picture_is_replaced_and_named_and_nothing_else_moves(tmp_path):
+def test_a_broken_image_is_replaced_and_named_and_nothing_else_moves(tmp_path):
     whole = make(open_data(write_folder(tmp_path / "whole", 12)))
     told = []
     source = open_data(write_folder(tmp_path / "damaged", 12, broken=(4, 5, 11)))
@@ -103,7 +103,7 @@ def test_a_broken_picture_is_replaced_and_named_and_nothing_else_moves(tmp_path)
     assert told == list(damaged.broken.items())
 
 
-def test_a_picture_too_narrow_to_cut_a_square_from_is_broken(tmp_path):
+def test_an_image_too_narrow_to_cut_a_square_from_is_broken(tmp_path):
     folder = write_folder(tmp_path, 3)
     Image.new("RGB", (2000, 3)).save(folder / "0001.png")
     examples = make(open_data(folder))
@@ -113,7 +113,7 @@ def test_a_picture_too_narrow_to_cut_a_square_from_is_broken(tmp_path):
 
 def test_when_everything_is_broken_there_is_no_training(tmp_path):
     examples = make(open_data(write_folder(tmp_path, 6, broken=range(6))))
-    with pytest.raises(UserError, match="all 6 training pictures cannot be used; 000.*cannot be decoded"):
+    with pytest.raises(UserError, match="all 6 training images cannot be used; 000.*cannot be decoded"):
         examples[0]
 
 
@@ -121,7 +121,7 @@ def test_when_most_is_broken_it_is_known_early(tmp_path):
     count = 3 * FIRST
     folder = write_folder(tmp_path, count, broken=[row for row in range(count) if row % 8], size=(17, 17))
     examples = make(open_data(folder))
-    with pytest.raises(UserError, match=r"51 of the first \d+ training pictures cannot be used"):
+    with pytest.raises(UserError, match=r"51 of the first \d+ training images cannot be used"):
         for index in range(count):
             examples[index]
     # A third is not most of it.
@@ -199,7 +199,7 @@ def test_the_error_of_a_worker_is_the_error(tmp_path, workers):
     iterator = loader(make(open_data(write_folder(tmp_path, 4, broken=range(4)))), batch=2, workers=workers)
     with pytest.raises(UserError) as caught:
         next(iterator)
-    assert caught.value.message.startswith("all 4 training pictures cannot be used")
+    assert caught.value.message.startswith("all 4 training images cannot be used")
     assert "Traceback" not in str(caught.value) and "mounted" in caught.value.fix
     iterator.close()
     assert multiprocessing.active_children() == []

@@ -33,14 +33,14 @@ def inpaint(sd15, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(six_pictures) -> Path:
-    return six_pictures
+def images(six_images) -> Path:
+    return six_images
 
 
-def recipe(make, source: Path, pictures: Path, **fields) -> recipes.Recipe:
+def recipe(make, source: Path, images: Path, **fields) -> recipes.Recipe:
     common: dict = dict(
         model=str(source),
-        data=str(pictures),
+        data=str(images),
         resolution=64,
         steps=2,
         batch=2,
@@ -90,10 +90,10 @@ def test_the_channels_are_those_of_diffusers_pipeline(inpaint):
 
 
 @pytest.mark.parametrize("make", [recipes.tiny, recipes.finetune, recipes.lora], ids=lambda made: made.__name__)
-def test_training_an_inpainting_model(inpaint, pictures, tmp_path, make):
+def test_training_an_inpainting_model(inpaint, images, tmp_path, make):
     from diffusers import StableDiffusionInpaintPipeline
 
-    made = recipe(make, inpaint, pictures)
+    made = recipe(make, inpaint, images)
     assert execute(made, tmp_path / "out").steps == 2
     losses = [json.loads(line) for line in (tmp_path / "out-run" / "losses.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(np.isfinite(line["task"]) for line in losses)
@@ -109,10 +109,10 @@ def test_training_an_inpainting_model(inpaint, pictures, tmp_path, make):
     assert out.images[0].size == (64, 64)
 
 
-def test_what_cannot_be_is_refused_at_the_start(inpaint, sd15, pictures, tmp_path):
+def test_what_cannot_be_is_refused_at_the_start(inpaint, sd15, images, tmp_path):
     with pytest.raises(UserError, match="masks are drawn anew"):
-        execute(recipe(recipes.tiny, inpaint, pictures, cache=str(tmp_path / "cache")), tmp_path / "out")
+        execute(recipe(recipes.tiny, inpaint, images, cache=str(tmp_path / "cache")), tmp_path / "out")
     five = with_channels(tmp_path / "five", sd15, 5)
     with pytest.raises(UserError, match="5 input channels"):
-        execute(recipe(recipes.tiny, five, pictures), tmp_path / "out")
+        execute(recipe(recipes.tiny, five, images), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["five"]

@@ -42,7 +42,7 @@ def test_min_snr_weight_of_pure_noise_is_finite():
         assert torch.isfinite(losses.min_snr_weight(torch.zeros(1), 5.0, kind)).all()
 
 
-def test_weights_of_all_kinds_weigh_the_same_error_of_the_clean_picture():
+def test_weights_of_all_kinds_weigh_the_same_error_of_the_clean_image():
     """One weighted loss in three units: eps, v and x0 errors of one and the same mistake."""
     x0, eps = pair()
     wrong = x0 + 0.1

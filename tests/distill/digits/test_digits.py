@@ -44,7 +44,7 @@ def test_split_is_disjoint_complete_and_stratified():
     assert torch.bincount(labels[held_out]).tolist() == [digits.HELD_OUT_PER_DIGIT] * 10
 
 
-def test_pictures_are_rgb_white_on_black():
+def test_images_are_rgb_white_on_black():
     images, labels = digits.dataset("held-out")
     assert images.shape == (500, 3, 64, 64) and len(labels) == 500
     assert images.min() == -1 and images.max() == 1
@@ -176,7 +176,7 @@ def test_shipped_folder_is_small_safe_and_measured():
 
 @pytest.fixture
 def few_pictures(monkeypatch):
-    """A hundred pictures of either part: encoding all of them would take most of a test's time."""
+    """A hundred images of either part: encoding all of them would take most of a test's time."""
     whole = digits.dataset
     monkeypatch.setattr(digits, "dataset", lambda part: tuple(tensor[:100] for tensor in whole(part)))
 
@@ -186,7 +186,7 @@ def _weights(pipeline, classifier):
     return [tensor for part in parts for tensor in part.state_dict().values()]
 
 
-def test_killed_run_resumes_to_the_same_weights(few_pictures, tmp_path, monkeypatch):
+def test_killed_run_resumes_to_the_same_weights(few_images, tmp_path, monkeypatch):
     uninterrupted = train_digits.train(TINY, tmp_path / "whole", every=1)
     save_checkpoint = fit.save_checkpoint
 
@@ -204,7 +204,7 @@ def test_killed_run_resumes_to_the_same_weights(few_pictures, tmp_path, monkeypa
     assert uninterrupted[0].vae.config.scaling_factor == resumed[0].vae.config.scaling_factor
 
 
-def test_command_writes_a_pipeline_and_its_card(few_pictures, tmp_path):
+def test_command_writes_a_pipeline_and_its_card(few_images, tmp_path):
     out = tmp_path / "out"
     options = (
         "--steps 2 --batch 4 --text-steps 2 --text-batch 4 --vae-steps 2 --vae-batch 4 --classifier-steps 2 "

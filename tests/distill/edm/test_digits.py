@@ -1,4 +1,4 @@
-"""EDM end to end on real pictures: a small ADM network learns scikit-learn's digits and draws the ones asked for."""
+"""EDM end to end on real images: a small ADM network learns scikit-learn's digits and draws the ones asked for."""
 
 import pytest
 import torch
@@ -15,19 +15,19 @@ STEPS = 200
 @pytest.mark.slow
 def test_a_trained_network_draws_the_class_asked_for_with_the_datas_variety():
     digits = load_digits()
-    pictures = torch.tensor(digits.data, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = torch.tensor(digits.data, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     classes = torch.tensor(digits.target)
-    reader = SVC(gamma=0.02).fit(pictures.flatten(1).numpy(), classes)
+    reader = SVC(gamma=0.02).fit(images.flatten(1).numpy(), classes)
     torch.manual_seed(0)
     config = preconditioning.unet_config(
         size=8, channels=1, width=32, multipliers=(1, 2), layers=1, attention=(4,), head_width=32, classes=10
     )
-    net = preconditioning.Preconditioned(UNet2DModel(**config), sigma_data=float(pictures.std()))
+    net = preconditioning.Preconditioned(UNet2DModel(**config), sigma_data=float(images.std()))
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.1)
     for _ in range(STEPS):
-        rows = torch.randint(len(pictures), (128,))
-        x0, sigma = pictures[rows], (1.2 * torch.randn(128) - 1.2).exp()  # levels as in arXiv 2206.00364, table 1
+        rows = torch.randint(len(images), (128,))
+        x0, sigma = images[rows], (1.2 * torch.randn(128) - 1.2).exp()  # levels as in arXiv 2206.00364, table 1
         said = net(preconditioning.add_noise(x0, torch.randn_like(x0), sigma), sigma, classes[rows])
         loss = (preconditioning.loss_weight(sigma, net.sigma_data).view(-1, 1, 1, 1) * (said - x0) ** 2).mean()
         optimizer.zero_grad()
@@ -49,7 +49,7 @@ def test_a_trained_network_draws_the_class_asked_for_with_the_datas_variety():
         return float(torch.stack([made[labels == number].var(0).mean() for number in range(10)]).mean().sqrt())
 
     read = {name: float(reader.score(made.flatten(1).numpy(), asked.numpy())) for name, made in drawn.items()}
-    varied = {name: variety(made, asked) / variety(pictures, classes) for name, made in drawn.items()}
+    varied = {name: variety(made, asked) / variety(images, classes) for name, made in drawn.items()}
     assert min(read.values()) > 0.85, read
     assert 0.8 < varied["heun"] < 1.2 and 0.8 < varied["churn"] < 1.2, varied
     # One step of the undistilled teacher is the mean of the class: right, and always the same. DMD2 is to mend that.

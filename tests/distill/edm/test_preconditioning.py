@@ -98,11 +98,11 @@ def test_a_silent_network_is_the_ideal_denoiser_of_a_gaussian():
     assert torch.allclose(silent(x.double(), sigma.double(), labels), wanted, rtol=1e-12)
 
 
-def test_without_noise_the_picture_stays_and_with_all_of_it_nothing_is_kept(net):
+def test_without_noise_the_image_stays_and_with_all_of_it_nothing_is_kept(net):
     x, _, labels = noisy()
     small = torch.full((6,), 1e-7, dtype=torch.float64)
     assert (net(x.double(), small, labels) - x).abs().max() < 1e-6
-    # At 80, x holds hardly anything: D is the network's own picture in units of sigma_data.
+    # At 80, x holds hardly anything: D is the network's own image in units of sigma_data.
     eps = torch.randn(6, 3, 16, 16)
     with torch.no_grad():
         out = net(80 * eps, 80.0, labels)

@@ -172,7 +172,7 @@ def test_one_step_is_the_denoiser_at_80_of_noise_of_80(net):
     made.square().mean().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
     net.zero_grad()
-    # One Euler step of the teacher is the same picture: what the student is before it has learnt anything.
+    # One Euler step of the teacher is the same image: what the student is before it has learnt anything.
     assert torch.allclose(sample(net, z, labels, steps=1), made, atol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_sampling_holds_its_state_in_float64_and_each_row_alone(net):
     assert not torch.allclose(sample(net, z, labels - 1, steps=4), made, atol=1e-3)
     exact = heun(lambda x, sigma: net(x.float(), sigma, labels), 80 * z.double(), sampling_sigmas(4))
     assert torch.allclose(made, exact.float(), atol=1e-4)
-    with pytest.raises(UserError, match="0 steps make no picture"):
+    with pytest.raises(UserError, match="0 steps make no image"):
         sample(net, z, labels, steps=0)
 
 

@@ -29,7 +29,7 @@ from accel.errors import UserError
 FAST = dict(steps=2, limit=6)
 
 
-def pictures(out: Path) -> np.ndarray:
+def drawn(out: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((out / "pictures").iterdir())]).astype(int)
 
 
@@ -42,12 +42,12 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def never_made(monkeypatch):
-    monkeypatch.setattr(generators, "load", lambda *_: pytest.fail("a picture was made again"))
+    monkeypatch.setattr(generators, "load", lambda *_: pytest.fail("an image was made again"))
 
 
 @pytest.fixture
 def coco(monkeypatch):
-    """A protocol of captions and real pictures, small, judged by the mean colour of each picture."""
+    """A protocol of captions and real images, small, judged by the mean colour of each image."""
 
     def see(images):
         return np.stack([np.asarray(image, np.float64).mean((0, 1)) / 255 for image in images])
@@ -69,7 +69,7 @@ def coco(monkeypatch):
 
 @pytest.fixture
 def real(tmp_path):
-    """Three real pictures and four captions."""
+    """Three real images and four captions."""
     folder = tmp_path / "real"
     folder.mkdir()
     for index in range(3):
@@ -93,20 +93,20 @@ def test_the_result_says_what_was_measured_and_how(made):
     assert result["model"]["name"] == "digits" and len(result["model"]["digest"]) == 64
     assert result["machine"]["cpu"] and result["versions"]["scikit-learn"]
     assert all(path.is_file() for path in (out / result["pictures"]).iterdir())
-    assert pictures(out).shape == (6, 64, 64, 3)
+    assert drawn(out).shape == (6, 64, 64, 3)
 
 
-def test_the_figures_are_those_of_the_pictures(made):
+def test_the_figures_are_those_of_the_images(made):
     out, result = made
-    images = torch.from_numpy(pictures(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = torch.from_numpy(drawn(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
     wanted = digits_quality.judge(images, torch.arange(6))
     accuracy, distance = result["figures"]
     assert accuracy["value"] == wanted["prompt_accuracy"]
     assert distance["value"] == pytest.approx(wanted["frechet_distance"], rel=1e-9)
 
 
-def test_the_floor_of_all_pictures_is_the_floor_of_the_model_card(tmp_path):
-    """500 pictures, 50 of each digit: the floor of `digits_quality`, which the shipped model's card quotes."""
+def test_the_floor_of_all_images_is_the_floor_of_the_model_card(tmp_path):
+    """500 images, 50 of each digit: the floor of `digits_quality`, which the shipped model's card quotes."""
     black = tmp_path / "black.png"
     Image.new("RGB", (64, 64)).save(black)
     wanted = [digit for _, digit in digits.prompt_set(digits.HELD_OUT_PER_DIGIT)]
@@ -122,13 +122,13 @@ def test_digits_are_drawn_as_the_model_cards_figures_were(made):
     texts = [text for text, _ in digits.prompt_set(1)[:6]]
     images = digits_quality.generate(load(DIGITS / "teacher"), texts, guidance=3.0, steps=2)
     wanted = ((images / 2 + 0.5) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert np.abs(pictures(made[0]) - wanted).max() <= 1
+    assert np.abs(drawn(made[0]) - wanted).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------- resumed and shared runs
 
 
-def test_pictures_that_are_there_are_kept_and_damaged_or_missing_ones_made_again(made, tmp_path, monkeypatch):
+def test_images_that_are_there_are_kept_and_damaged_or_missing_ones_made_again(made, tmp_path, monkeypatch):
     out = Path(shutil.copytree(made[0], tmp_path / "out"))
     (out / "pictures" / "00001.png").unlink()
     damaged = out / "pictures" / "00004.png"
@@ -138,7 +138,7 @@ def test_pictures_that_are_there_are_kept_and_damaged_or_missing_ones_made_again
     assert again["pictures_made"] == 2
     assert {path.name: path.stat().st_mtime_ns for path in (out / "pictures").iterdir()}.items() >= kept.items()
     # In a batch of two, the last bit may come out otherwise.
-    assert np.abs(pictures(out) - pictures(made[0])).max() <= 1
+    assert np.abs(drawn(out) - drawn(made[0])).max() <= 1
 
 
 def test_a_finished_run_loads_no_model_and_a_longer_one_makes_only_what_is_new(made, tmp_path, never_made, monkeypatch):
@@ -164,23 +164,23 @@ def test_another_request_in_the_same_folder_is_refused_and_costs_nothing(made, n
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_two_processes_share_a_folder_and_make_the_same_pictures_as_one(made, tmp_path):
+def test_two_processes_share_a_folder_and_make_the_same_images_as_one(made, tmp_path):
     out = tmp_path / "out"
     second = evaluate.evaluate("digits", "digits", out, **FAST, shard=Shard(1, 2), batch=2)
     assert second is None and not list(out.glob("result*"))
     assert sorted(path.name for path in (out / "pictures").iterdir()) == ["00001.png", "00003.png", "00005.png"]
     result = evaluate.evaluate("digits", "digits", out, **FAST, shard=Shard(0, 2), patience=5)
     assert result["pictures_made"] == 3 and result["processes"] == 2
-    assert np.abs(pictures(out) - pictures(made[0])).max() <= 1
+    assert np.abs(drawn(out) - drawn(made[0])).max() <= 1
 
 
-def test_rank_0_tells_whose_pictures_did_not_come(tmp_path):
-    with pytest.raises(UserError, match=r"2 of 4 pictures .* 00001.png, 00003.png \(of rank 1\)"):
+def test_rank_0_tells_whose_images_did_not_come(tmp_path):
+    with pytest.raises(UserError, match=r"2 of 4 images .* 00001.png, 00003.png \(of rank 1\)"):
         evaluate.evaluate("digits", "digits", tmp_path / "out", steps=1, limit=4, shard=Shard(0, 2), patience=0.1)
     assert not list((tmp_path / "out").glob("result*"))
 
 
-def test_ctrl_c_keeps_finished_pictures_and_the_next_run_goes_on(tmp_path):
+def test_ctrl_c_keeps_finished_images_and_the_next_run_goes_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "accel", "evaluate", "digits", "--steps", "4", "--batch", "1", "--out", out]
     process = subprocess.Popen(
@@ -208,9 +208,9 @@ def test_ctrl_c_keeps_finished_pictures_and_the_next_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dmd2", "ddim", "euler"])
-def test_a_bundle_makes_the_pictures_of_its_pipeline(sd15, sd15_bundle, tmp_path, sampler):
+def test_a_bundle_makes_the_images_of_its_pipeline(sd15, sd15_bundle, tmp_path, sampler):
     """The same noise on both sides, the noise that a stochastic sampler adds included; the bundle, which takes two
-    guided pictures at once, in parts."""
+    guided images at once, in parts."""
     how = dict(sampler=sampler, steps=3, guidance=2.0, limit=5)
     bundle = evaluate.evaluate(sd15_bundle, "digits", tmp_path / "bundle", **how, engine="onnxruntime")
     assert bundle["model"]["kind"] == "bundle" and bundle["engine"] == "onnxruntime"
@@ -218,16 +218,16 @@ def test_a_bundle_makes_the_pictures_of_its_pipeline(sd15, sd15_bundle, tmp_path
     changed = f"sampler={sampler},".replace("sampler=dpmpp_2m,", "")
     assert bundle["protocol"] == f"digits[{changed}steps=3,guidance=2,images=5]"
     evaluate.evaluate(sd15, "digits", tmp_path / "pipeline", **how)
-    one, other = pictures(tmp_path / "bundle"), pictures(tmp_path / "pipeline")
+    one, other = drawn(tmp_path / "bundle"), drawn(tmp_path / "pipeline")
     assert np.abs(one - other).max() <= 1
-    assert np.abs(one[0] - one[1]).max() > 8, "pictures of different noise are different"
+    assert np.abs(one[0] - one[1]).max() > 8, "images of different noise are different"
 
 
-def test_a_bundle_draws_every_pictures_noise_once_however_it_cuts_the_batch(sd15_bundle, tmp_path):
+def test_a_bundle_draws_every_images_noise_once_however_it_cuts_the_batch(sd15_bundle, tmp_path):
     how = dict(sampler="dmd2", steps=2, guidance=2.0, limit=5, engine="onnxruntime")
     evaluate.evaluate(sd15_bundle, "digits", tmp_path / "whole", **how, batch=5)
     evaluate.evaluate(sd15_bundle, "digits", tmp_path / "single", **how, batch=1)
-    assert np.abs(pictures(tmp_path / "whole") - pictures(tmp_path / "single")).max() <= 1
+    assert np.abs(drawn(tmp_path / "whole") - drawn(tmp_path / "single")).max() <= 1
 
 
 def test_a_students_own_constants_come_first_and_a_flag_over_them(tmp_path):
@@ -248,7 +248,7 @@ def test_a_students_own_constants_come_first_and_a_flag_over_them(tmp_path):
 def test_sdxl_and_models_without_constants_are_run_as_the_protocol_says(sdxl, tmp_path):
     result = evaluate.evaluate(sdxl, "digits", tmp_path / "out", limit=2, steps=2)
     assert result["sampling"]["sampler"] == "dpmpp_2m" and result["sampling"]["guidance"] == 3
-    assert len(np.unique(pictures(tmp_path / "out"))) > 2
+    assert len(np.unique(drawn(tmp_path / "out"))) > 2
 
 
 def test_other_weights_in_the_same_folder_are_another_model(made, tmp_path):
@@ -269,16 +269,16 @@ def test_other_weights_in_the_same_folder_are_another_model(made, tmp_path):
     assert generators.open_model(model).digest not in (before, changed)
 
 
-def test_a_nan_is_an_error_and_never_a_black_picture():
+def test_a_nan_is_an_error_and_never_a_black_image():
     with pytest.raises(UserError, match="NaN"):
         generators.rounded(np.full((1, 2, 2, 3), np.nan, np.float32))
     assert generators.rounded(np.array([-0.1, 0, 0.5, 1, 1.2])).tolist() == [0, 0, 128, 255, 255]
 
 
-# ---------------------------------------------------------------------------------------- captions and real pictures
+# ---------------------------------------------------------------------------------------- captions and real images
 
 
-def test_a_protocol_of_captions_is_measured_against_real_pictures(coco, real, sd15, tmp_path):
+def test_a_protocol_of_captions_is_measured_against_real_images(coco, real, sd15, tmp_path):
     out = tmp_path / "out"
     result = evaluate.evaluate(sd15, coco.id, out, **real)
     assert result["protocol"] == coco.id and (out / "result.json").is_file()
@@ -289,7 +289,7 @@ def test_a_protocol_of_captions_is_measured_against_real_pictures(coco, real, sd
     assert result["reference"]["images"] == 3
 
 
-def test_pndm_is_diffusers_own_pipeline_from_the_pictures_own_seed(coco, real, sd15, tmp_path):
+def test_pndm_is_diffusers_own_pipeline_from_the_images_own_seed(coco, real, sd15, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     evaluate.evaluate(sd15, coco.id, tmp_path / "out", **real, limit=2)
@@ -306,10 +306,10 @@ def test_pndm_is_diffusers_own_pipeline_from_the_pictures_own_seed(coco, real, s
     ).images[0]
     image.save(tmp_path / "wanted.jpg")
     wanted = np.asarray(Image.open(tmp_path / "wanted.jpg")).astype(int)
-    assert np.abs(pictures(tmp_path / "out")[1] - wanted).mean() < 0.5
+    assert np.abs(drawn(tmp_path / "out")[1] - wanted).mean() < 0.5
 
 
-def test_fewer_real_pictures_and_another_dtype_are_a_part_of_the_name(coco, real, sd15, tmp_path):
+def test_fewer_real_images_and_another_dtype_are_a_part_of_the_name(coco, real, sd15, tmp_path):
     (real["reference"] / "2.jpg").unlink()
     result = evaluate.evaluate(sd15, coco.id, tmp_path / "out", **real, options={"dtype": "bf16"}, limit=2)
     assert result["protocol"] == f"{coco.id}[dtype=bf16,images=2,reference=2]"
@@ -361,7 +361,7 @@ def test_captions_that_cannot_be_used_name_the_line(tmp_path, name, content, wor
         evaluate.read_captions(tmp_path / name)
 
 
-def test_real_pictures_statistics_are_taken_where_the_protocol_takes_them(tmp_path):
+def test_real_images_statistics_are_taken_where_the_protocol_takes_them(tmp_path):
     path = tmp_path / "real.npz"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     mean, covariance = evaluate._reference(protocols.BK_SDM_COCO30K, path)
@@ -393,7 +393,7 @@ def test_json_is_the_result(made, capsys):
     assert json.loads(capsys.readouterr().out)["figures"] == made[1]["figures"]
 
 
-def test_another_rank_says_that_its_pictures_are_there(made, capsys, monkeypatch):
+def test_another_rank_says_that_its_images_are_there(made, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["evaluate", "digits", "--steps", "2", "--limit", "6", "--out", str(made[0])]) == 0
@@ -415,7 +415,7 @@ def test_another_rank_says_that_its_pictures_are_there(made, capsys, monkeypatch
         (["--dtype", "fp8"], ["fp8"]),
         (["--device", "toaster"], ["toaster"]),
         (["--captions", "x.csv"], ["prompts of its own"]),
-        (["--reference", "x"], ["real pictures of its own"]),
+        (["--reference", "x"], ["real images of its own"]),
         (["--protocol", "bk-sdm-coco30k"], ["30000 captions", "metadata.csv"]),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_request_that_cannot_be_met_says_why_and_makes_nothing(args, words, tm
     assert not list((tmp_path / "out").glob("pictures/*"))
 
 
-def test_coco_without_libraries_or_real_pictures_says_what_to_get(tmp_path, capsys, real, monkeypatch):
+def test_coco_without_libraries_or_real_images_says_what_to_get(tmp_path, capsys, real, monkeypatch):
     command = ["evaluate", "digits", "--protocol", "bk-sdm-coco30k", "--limit", "2"]
     command += ["--captions", str(real["captions"])]
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""The figures' arithmetic against scipy, transformers and closed forms; the preparation of pictures against PIL."""
+"""The figures' arithmetic against scipy, transformers and closed forms; the preparation of images against PIL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def features(seed: int, count: int, width: int, spread: float = 1.0) -> np.ndarr
     return source.normal(size=(count, width)) @ source.normal(size=(width, width)) * spread + source.normal(size=width)
 
 
-def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
+def image(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
 
 
@@ -65,8 +65,8 @@ def test_single_precision_features_are_summed_in_double():
     assert metrics.frechet_distance(sample, shifted) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_one_picture_has_no_distance():
-    with pytest.raises(UserError, match="1 pictures have no covariance"):
+def test_one_image_has_no_distance():
+    with pytest.raises(UserError, match="1 images have no covariance"):
         metrics.frechet_distance(np.zeros((1, 4)), np.zeros((5, 4)))
 
 
@@ -94,14 +94,14 @@ def test_inception_score_of_sure_and_even_guesses_is_the_number_of_classes_and_o
 
 
 def test_inception_score_shuffles_before_it_splits():
-    """Pictures sorted by class would look alike within every part."""
+    """Images sorted by class would look alike within every part."""
     sorted_by_class = 1e4 * np.repeat(np.eye(10), 100, axis=0)
     assert metrics.inception_score(sorted_by_class, 10, seed=None)[0] == pytest.approx(1)
     assert metrics.inception_score(sorted_by_class, 10)[0] > 9
 
 
-def test_inception_score_needs_a_picture_to_a_part():
-    with pytest.raises(UserError, match="3 pictures are less than the 10 parts"):
+def test_inception_score_needs_an_image_to_a_part():
+    with pytest.raises(UserError, match="3 images are less than the 10 parts"):
         metrics.inception_score(np.zeros((3, 5)))
 
 
@@ -137,20 +137,20 @@ def test_clip_score_refuses_captions_that_do_not_match():
         metrics.clip_score(np.ones((3, 4)), np.ones((2, 4)))
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_picture_becomes_rgb_of_one_size(name, mode):
+def test_every_image_becomes_rgb_of_one_size(name, mode):
     for metric in PROTOCOLS[name].metrics:
-        seen = metrics.prepare(picture(0, 640, 427, mode), metric.prepare)
+        seen = metrics.prepare(image(0, 640, 427, mode), metric.prepare)
         side = metric.prepare.size or metric.prepare.crop
         assert seen.mode == "RGB" and seen.size == ((side, side) if side else (640, 427))
 
 
 def test_bk_sdm_squashes_with_pils_default_filter_and_saves_a_jpeg():
-    source = picture(0, 90, 60)
+    source = image(0, 90, 60)
     file = io.BytesIO()
     source.resize((256, 256)).save(file, "JPEG")
     wanted = np.asarray(Image.open(file).convert("RGB"))
@@ -159,7 +159,7 @@ def test_bk_sdm_squashes_with_pils_default_filter_and_saves_a_jpeg():
 
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (61, 90), (60, 60), (91, 60)])
 def test_dmd2_crops_the_middle_and_resizes_with_lanczos(width, height):
-    source = picture(1, width, height)
+    source = image(1, width, height)
     side = min(width, height)
     left, top = round((width - side) / 2), round((height - side) / 2)
     square = Image.fromarray(np.asarray(source)[top : top + side, left : left + side])
@@ -168,20 +168,20 @@ def test_dmd2_crops_the_middle_and_resizes_with_lanczos(width, height):
     assert np.array_equal(np.asarray(seen), wanted)
 
 
-def test_a_patch_is_cut_and_not_resized_and_a_picture_that_is_smaller_stays_whole():
-    source = picture(2, 400, 310)
+def test_a_patch_is_cut_and_not_resized_and_an_image_that_is_smaller_stays_whole():
+    source = image(2, 400, 310)
     assert np.array_equal(np.asarray(metrics.prepare(source, Preparation(crop=299))), np.asarray(source)[6:305, 50:349])
-    assert metrics.prepare(picture(2, 200, 310), Preparation(crop=299)).size == (200, 310)
+    assert metrics.prepare(image(2, 200, 310), Preparation(crop=299)).size == (200, 310)
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    picture(0, 8, 8).save(tmp_path / "b.png")
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    image(0, 8, 8).save(tmp_path / "b.png")
     whole = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     for name in ("a.png", "b.png", "c.png"):
         with pytest.raises(UserError, match=name):
-            metrics.read_picture(tmp_path / name)
+            metrics.read_image(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
 
 @pytest.fixture
 def coarse(monkeypatch):
-    """A network that sees the mean colour of each picture, in the place of one that has to be downloaded."""
+    """A network that sees the mean colour of each image, in the place of one that has to be downloaded."""
     shapes = []
 
     def see(images):
@@ -200,12 +200,12 @@ def coarse(monkeypatch):
     return shapes
 
 
-def test_a_distance_is_measured_in_batches_on_prepared_pictures(coarse, tmp_path):
+def test_a_distance_is_measured_in_batches_on_prepared_images(coarse, tmp_path):
     files = {"made": [], "real": []}
     for kind, size in (("made", 64), ("real", 48)):
         for index in range(40):
             files[kind].append(tmp_path / f"{kind}{index}.png")
-            picture(index, size, size + (kind == "real")).save(files[kind][-1])
+            image(index, size, size + (kind == "real")).save(files[kind][-1])
     metric = Metric(name="FID", kind="frechet", extractor="coarse", prepare=Preparation(size=32))
     shares = []
     found = metrics.measure(metric, files["made"], [], files["real"], "cpu", shares.append)
@@ -222,7 +222,7 @@ def test_a_distance_is_measured_in_batches_on_prepared_pictures(coarse, tmp_path
     assert metrics.measure(metric, files["made"], [], known, "cpu")["value"] == pytest.approx(found["value"])
 
 
-def test_a_clip_score_reads_prefixed_captions_in_the_order_of_the_pictures(monkeypatch, tmp_path):
+def test_a_clip_score_reads_prefixed_captions_in_the_order_of_the_images(monkeypatch, tmp_path):
     files = []
     for index in range(70):
         files.append(tmp_path / f"{index}.png")
@@ -273,7 +273,7 @@ def test_weights_that_cannot_be_had_are_a_message_and_not_a_traceback(error, mon
     monkeypatch.setattr(metrics, "EXTRACTORS", {"x": (fail, "numpy", "numpy")})
     with pytest.raises(UserError, match=str(error).splitlines()[0]) as shown:
         metrics.measure(Metric(name="FID", kind="frechet", extractor="x"), [], [], [], "cpu")
-    assert "pictures are kept" in shown.value.fix
+    assert "images are kept" in shown.value.fix
 
 
 def test_the_adapters_give_the_libraries_what_they_take(monkeypatch):

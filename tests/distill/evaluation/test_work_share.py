@@ -1,4 +1,4 @@
-"""A folder of pictures that several processes fill: who makes what, what is kept, what is refused."""
+"""A folder of images that several processes fill: who makes what, what is kept, what is refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image
 
 from accel.distill.evaluation import work_share
 from accel.distill.evaluation.work_share import (
-    PICTURES,
+    IMAGES,
     RUN,
     Shard,
     claim,
     confirm,
+    image_file,
     is_whole,
-    picture_file,
     save,
     shard_of,
     wait_for,
@@ -37,7 +37,7 @@ def image(seed: int = 0, size: int = 16) -> np.ndarray:
 
 
 @given(st.integers(1, 9), st.integers(0, 60))
-def test_every_picture_is_made_by_one_process(world, count):
+def test_every_image_is_made_by_one_process(world, count):
     made = [index for rank in range(world) for index in Shard(rank, world).indices(count)]
     assert sorted(made) == list(range(count))
 
@@ -72,9 +72,9 @@ def test_variables_that_do_not_fit_are_refused(environment):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_a_picture_is_whole_or_not_there(tmp_path, kind, monkeypatch):
-    (tmp_path / PICTURES).mkdir()
-    path = picture_file(tmp_path, 7, kind)
+def test_an_image_is_whole_or_not_there(tmp_path, kind, monkeypatch):
+    (tmp_path / IMAGES).mkdir()
+    path = image_file(tmp_path, 7, kind)
     assert path.name == {"png": "00007.png", "jpeg": "00007.jpg"}[kind] and not is_whole(path, 16)
     save(image(), path, kind)
     assert is_whole(path, 16) and not is_whole(path, 32)
@@ -97,7 +97,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path, kind, monkeypatch):
 def test_a_folder_keeps_its_settings_and_names_what_differs(tmp_path):
     out = tmp_path / "a" / "out"
     claim(out, SETTINGS)
-    save(image(), picture_file(out, 0, "png"), "png")
+    save(image(), image_file(out, 0, "png"), "png")
     claim(out, dict(SETTINGS))
     before = (out / RUN).read_bytes()
     with pytest.raises(UserError, match=r"steps was 25 and is 4 now; guidance was 3.0 and is 0.0 now") as error:
@@ -108,10 +108,10 @@ def test_a_folder_keeps_its_settings_and_names_what_differs(tmp_path):
     with pytest.raises(UserError, match="guidance was 3.0 and is nothing now"):
         claim(out, {key: value for key, value in SETTINGS.items() if key != "guidance"})
     assert (out / RUN).read_bytes() == before
-    assert sorted(entry.name for entry in out.iterdir()) == [PICTURES, RUN]
+    assert sorted(entry.name for entry in out.iterdir()) == [IMAGES, RUN]
 
 
-def test_a_folder_without_pictures_takes_new_settings_and_the_process_of_the_old_ones_notices(tmp_path):
+def test_a_folder_without_images_takes_new_settings_and_the_process_of_the_old_ones_notices(tmp_path):
     claim(tmp_path, SETTINGS)
     claim(tmp_path, SETTINGS | {"steps": 4})
     confirm(tmp_path, SETTINGS | {"steps": 4})
@@ -134,7 +134,7 @@ def test_a_path_that_cannot_be_a_folder_and_a_damaged_record_are_told(tmp_path):
         with pytest.raises(UserError, match="cannot be used"):
             claim(path, SETTINGS)
     claim(tmp_path / "out", SETTINGS)
-    save(image(), picture_file(tmp_path / "out", 0, "png"), "png")
+    save(image(), image_file(tmp_path / "out", 0, "png"), "png")
     for text in ("{", "[]"):
         (tmp_path / "out" / RUN).write_text(text)
         with pytest.raises(UserError, match="damaged|no table"):
@@ -160,7 +160,7 @@ def test_processes_that_start_together_agree_on_the_first_ones_settings(tmp_path
         for process in started:
             process.join()
         assert json.loads((tmp_path / str(trial) / RUN).read_text())["steps"] == 25
-        assert sorted(entry.name for entry in (tmp_path / str(trial)).iterdir()) == [PICTURES, RUN]
+        assert sorted(entry.name for entry in (tmp_path / str(trial)).iterdir()) == [IMAGES, RUN]
 
 
 def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
@@ -172,14 +172,14 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     confirm(tmp_path / "out", SETTINGS)
 
 
-def test_waiting_ends_with_the_last_picture_and_is_patient_while_pictures_come(tmp_path, monkeypatch):
+def test_waiting_ends_with_the_last_image_and_is_patient_while_images_come(tmp_path, monkeypatch):
     monkeypatch.setattr(work_share, "POLL", 0.02)
     claim(tmp_path, SETTINGS)
 
     def other_process():
         for index in range(5):
             time.sleep(0.15)
-            save(image(), picture_file(tmp_path, index, "png"), "png")
+            save(image(), image_file(tmp_path, index, "png"), "png")
 
     thread = threading.Thread(target=other_process)
     thread.start()
@@ -191,12 +191,12 @@ def test_waiting_ends_with_the_last_picture_and_is_patient_while_pictures_come(t
     assert seen == sorted(seen) and seen[0] < 5 and seen[-1] == 5
 
 
-def test_waiting_in_vain_names_the_pictures_and_whose_they_are(tmp_path, monkeypatch):
+def test_waiting_in_vain_names_the_images_and_whose_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(work_share, "POLL", 0.02)
     claim(tmp_path, SETTINGS)
     for index in (0, 1, 2, 3, 6):
-        save(image(), picture_file(tmp_path, index, "png"), "png")
-    words = r"3 of 8 pictures .* 00004.png, 00005.png, 00007.png \(of rank 1, 2\)"
+        save(image(), image_file(tmp_path, index, "png"), "png")
+    words = r"3 of 8 images .* 00004.png, 00005.png, 00007.png \(of rank 1, 2\)"
     with pytest.raises(UserError, match=words) as error:
         wait_for(tmp_path, 8, "png", 3, 0.1)
     assert "kept" in error.value.fix

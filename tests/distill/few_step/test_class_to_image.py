@@ -1,4 +1,4 @@
-"""DMD2 of EDM models: pictures of a class, in pixels; the same method with another forward process and network."""
+"""DMD2 of EDM models: images of a class, in pixels; the same method with another forward process and network."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_each_turn_reaches_its_own_network_and_no_other(model):
         total, terms = made.loss(turn, batch, 0)
         assert all(torch.isfinite(term) for term in terms.values())
         total.backward()
-        # A class's row of the table learns when a picture of it is in the batch.
+        # A class's row of the table learns when an image of it is in the batch.
         assert all(p.grad is not None and bool((p.grad != 0).any()) for p in learns.parameters())
         assert all(p.grad is None for network in rests for p in network.parameters())
         learns.zero_grad(set_to_none=True)
@@ -138,20 +138,20 @@ def test_a_run_its_result_and_its_resume(model, tmp_path):
     assert len(checkpoints.all_of(tmp_path / "again-run")) == 2
 
 
-def test_folders_are_classes_in_the_order_of_their_names(tmp_path, six_pictures):
+def test_folders_are_classes_in_the_order_of_their_names(tmp_path, six_images):
     for number, name in enumerate(("n02", "n01", "n02", "n03", "n01", "n03")):
         (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "train" / name / f"{number}.png").write_bytes((six_pictures / f"{number}.png").read_bytes())
+        (tmp_path / "train" / name / f"{number}.png").write_bytes((six_images / f"{number}.png").read_bytes())
     source = open_data(tmp_path, classes=True)
     assert [source[row].captions for row in range(6)] == [("0",), ("0",), ("1",), ("1",), ("2",), ("2",)]
     with pytest.raises(UserError, match="no captions"):
         open_data(tmp_path)
 
 
-def test_a_column_of_numbers_is_one_of_classes(tmp_path, six_pictures):
+def test_a_column_of_numbers_is_one_of_classes(tmp_path, six_images):
     lines = [json.dumps({"file_name": f"{number}.png", "label": number % 3}) for number in range(6)]
     for number in range(6):
-        (tmp_path / f"{number}.png").write_bytes((six_pictures / f"{number}.png").read_bytes())
+        (tmp_path / f"{number}.png").write_bytes((six_images / f"{number}.png").read_bytes())
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     source = open_data(tmp_path, caption_column="label", classes=True)
     assert [source.captions(row) for row in range(3)] == [("0",), ("1",), ("2",)]
@@ -170,9 +170,9 @@ def test_what_cannot_be_is_said(model, fields, said):
         method(model, **fields)
 
 
-def test_words_are_no_classes(model, six_pictures, tmp_path):
+def test_words_are_no_classes(model, six_images, tmp_path):
     with pytest.raises(UserError, match="no class number"):
-        execute(recipe(model, data=str(six_pictures)), tmp_path / "out")
+        execute(recipe(model, data=str(six_images)), tmp_path / "out")
 
 
 def test_other_methods_do_not_train_it(model, tmp_path):

@@ -157,7 +157,7 @@ def test_timesteps_that_cannot_be_are_errors_for_people(fields):
 
 
 def test_backward_simulation_is_lcm_schedulers_sampling(sd15, monkeypatch):
-    """G's pictures in training are the ones it will draw: LCMScheduler with the same timesteps and the same noise."""
+    """G's images in training are the ones it will draw: LCMScheduler with the same timesteps and the same noise."""
     made = method(sd15)
     batch = batch_of(made)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_only_the_last_call_of_the_generator_has_a_gradient(sd15):
 
 
 def test_a_batch_of_all_steps_is_those_of_one_step_put_together(sd15):
-    """And a picture's last call, and no other, has a gradient."""
+    """And an image's last call, and no other, has a gradient."""
     made = method(sd15)
     batch = batch_of(made, 8)
     last = made.last(batch, 0)
@@ -227,7 +227,7 @@ def test_smaller_micro_batches_do_not_turn_mixed_steps_off_on_resume():
     assert settings(timesteps="999,499", batch=2, accumulation=4)["mixed_steps"]
 
 
-def test_the_critic_is_told_which_step_drew_a_picture(sd15):
+def test_the_critic_is_told_which_step_drew_an_image(sd15):
     made = method(sd15)
     batch = batch_of(made, 8)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_the_critic_is_told_which_step_drew_a_picture(sd15):
     assert method(sd15, step_aware=False).critic.told is None and method(sd15, few_steps=1).critic.told is None
 
 
-def test_without_backward_simulation_the_generator_learns_on_noised_pictures(sd15):
+def test_without_backward_simulation_the_generator_learns_on_noised_images(sd15):
     made = method(sd15, backward_simulation=False)
     batch = batch_of(made)
     seen = []
@@ -251,7 +251,7 @@ def test_without_backward_simulation_the_generator_learns_on_noised_pictures(sd1
     assert t.tolist() == [499, 499]
     clean = batch["latent_mean"]
     a = made.process.alpha_bar(t)[0]
-    # What is left after taking the picture away is noise of the right size.
+    # What is left after taking the image away is noise of the right size.
     noise = (x_t - a.sqrt().float() * clean) / (1 - a).sqrt().float()
     assert noise.std().item() == pytest.approx(1.0, abs=0.1)
 
@@ -281,7 +281,7 @@ def test_each_turn_reaches_its_own_network_and_no_other(family, request):
     assert set(terms) == {"denoising", "discriminator", "accuracy"}
 
 
-def test_the_critic_learns_on_the_pictures_of_the_generators_turn(sd15, monkeypatch):
+def test_the_critic_learns_on_the_images_of_the_generators_turn(sd15, monkeypatch):
     made = method(sd15)
     batch = batch_of(made)
     made.loss(made.turns[0], batch, 0)

@@ -141,8 +141,8 @@ def test_what_cannot_be_is_said(sd15, tmp_path, fields, error, said):
         execute(recipe(sd15, **fields), tmp_path / "out")
 
 
-def test_lpips_compares_decoded_pictures_and_its_slope_reaches_the_latent(sd15, monkeypatch):
-    """Of pictures in -1..1, as the package expects; a stand-in takes its place, which is not on every machine."""
+def test_lpips_compares_decoded_images_and_its_slope_reaches_the_latent(sd15, monkeypatch):
+    """Of images in -1..1, as the package expects; a stand-in takes its place, which is not on every machine."""
     seen = []
 
     class LPIPS(torch.nn.Module):
@@ -150,9 +150,9 @@ def test_lpips_compares_decoded_pictures_and_its_slope_reaches_the_latent(sd15, 
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, pictures, wanted):
-            seen.append((pictures, wanted))
-            return self.weight * (pictures - wanted).square().mean((1, 2, 3), keepdim=True)
+        def forward(self, images, wanted):
+            seen.append((images, wanted))
+            return self.weight * (images - wanted).square().mean((1, 2, 3), keepdim=True)
 
     package = types.ModuleType("lpips")
     package.LPIPS, package.__spec__ = LPIPS, importlib.machinery.ModuleSpec("lpips", None)
@@ -165,8 +165,8 @@ def test_lpips_compares_decoded_pictures_and_its_slope_reaches_the_latent(sd15, 
     batch = {"z": torch.randn(2, 4, 8, 8), "latent_mean": wanted} | encoders.prompts(["a cat", "a dog"])
     error, _ = method.loss(method.turns[0], batch, 0)
     error.backward()
-    (pictures, compared), expected = seen[0], encoders.vae.decode(wanted / encoders.vae.config.scaling_factor).sample
-    assert torch.equal(compared, expected.clamp(-1, 1)) and pictures.shape == compared.shape
+    (images, compared), expected = seen[0], encoders.vae.decode(wanted / encoders.vae.config.scaling_factor).sample
+    assert torch.equal(compared, expected.clamp(-1, 1)) and images.shape == compared.shape
     assert all((p.grad != 0).any() for p in method.unet.parameters() if p.grad is not None)
     assert sum(p.grad is not None for p in method.unet.parameters()) == len(list(method.unet.parameters()))
     assert method.perceptual.weight.grad is None and all(p.grad is None for p in encoders.vae.parameters())

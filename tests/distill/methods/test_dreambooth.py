@@ -1,4 +1,4 @@
-"""DreamBooth: prompts that cannot work are refused, class pictures are drawn once, and the loss is the paper's."""
+"""DreamBooth: prompts that cannot work are refused, class images are drawn once, and the loss is the paper's."""
 
 import json
 import warnings
@@ -28,13 +28,13 @@ pytest.importorskip("peft")
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Path:
-    """Three pictures without captions, one of them in a subfolder, and a file that is none."""
+    """Three images without captions, one of them in a subfolder, and a file that is none."""
     folder = tmp_path_factory.mktemp("subject")
     rng = np.random.default_rng(0)
     (folder / "more").mkdir()
     for name in ("a.png", "b.jpg", "more/c.png"):
         Image.fromarray(rng.integers(0, 255, (72, 64, 3), np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -154,7 +154,7 @@ def test_rank_zero_trains_everything_else_a_lora(sd15):
     assert kinds == [Denoising, LowRank]
 
 
-# ---------------------------------------------------------------------------------------------------- class pictures
+# ---------------------------------------------------------------------------------------------------- class images
 
 
 class OneProcess:
@@ -179,58 +179,58 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.glob("*.png"))}
 
 
-def test_class_pictures_are_drawn_once_and_what_is_missing_is_drawn_again(sd15, tmp_path):
+def test_class_images_are_drawn_once_and_what_is_missing_is_drawn_again(sd15, tmp_path):
     encoders, said = Encoders(open_source(sd15)), []
-    folder = dreambooth.class_pictures(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
+    folder = dreambooth.class_images(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
     whole = digests(folder)
     assert list(whole) == [f"{number:06d}.png" for number in range(5)] and len(set(whole.values())) == 5
     assert Image.open(folder / "000000.png").size == (64, 64)
     assert not list(folder.glob(".*"))
     kept = (folder / "000000.png").stat().st_mtime_ns
     (folder / "000003.png").unlink()
-    dreambooth.class_pictures(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
+    dreambooth.class_images(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
     assert "4 of 5" in said[-1] and digests(folder) == whole
     count = len(said)
-    dreambooth.class_pictures(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
+    dreambooth.class_images(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
     assert len(said) == count and (folder / "000000.png").stat().st_mtime_ns == kept
 
 
 def test_two_processes_draw_a_half_each(sd15, tmp_path):
     encoders = Encoders(open_source(sd15))
-    folder = dreambooth.class_pictures(tiny(sd15), encoders, tmp_path, Half(), print)
+    folder = dreambooth.class_images(tiny(sd15), encoders, tmp_path, Half(), print)
     assert list(digests(folder)) == ["000001.png", "000003.png"]
 
 
-def test_pictures_drawn_with_other_settings_are_not_mixed_in(sd15, tmp_path):
+def test_images_drawn_with_other_settings_are_not_mixed_in(sd15, tmp_path):
     encoders = Encoders(open_source(sd15))
-    folder = dreambooth.class_pictures(tiny(sd15, class_images=1), encoders, tmp_path, OneProcess(), print)
+    folder = dreambooth.class_images(tiny(sd15, class_images=1), encoders, tmp_path, OneProcess(), print)
     before = digests(folder)
     with pytest.raises(UserError, match="drawn with another prompt"):
-        dreambooth.class_pictures(tiny(sd15, class_prompt="the cat"), encoders, tmp_path, OneProcess(), print)
+        dreambooth.class_images(tiny(sd15, class_prompt="the cat"), encoders, tmp_path, OneProcess(), print)
     assert digests(folder) == before
 
 
 def test_a_class_folder_that_is_given_is_used_as_it_is(sd15, subject, tmp_path):
     recipe = tiny(sd15, class_data=str(subject))
-    assert dreambooth.class_pictures(recipe, None, tmp_path, OneProcess(), print) == subject
+    assert dreambooth.class_images(recipe, None, tmp_path, OneProcess(), print) == subject
     assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
-def test_pictures_need_no_captions(subject):
-    pictures = dreambooth.open_pictures(subject, "a  photo of\nsks dog")
-    assert pictures.names == ("a.png", "b.jpg", "more/c.png")
-    assert {pictures[row].captions for row in range(3)} == {("a photo of sks dog",)}
-    assert pictures.identity != dreambooth.open_pictures(subject, "a photo").identity
+def test_images_need_no_captions(subject):
+    images = dreambooth.open_images(subject, "a  photo of\nsks dog")
+    assert images.names == ("a.png", "b.jpg", "more/c.png")
+    assert {images[row].captions for row in range(3)} == {("a photo of sks dog",)}
+    assert images.identity != dreambooth.open_images(subject, "a photo").identity
 
 
-def test_a_folder_without_pictures(tmp_path):
-    with pytest.raises(UserError, match="no pictures"):
-        dreambooth.open_pictures(tmp_path, "x")
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match="no images"):
+        dreambooth.open_images(tmp_path, "x")
     with pytest.raises(UserError, match="no such folder"):
-        dreambooth.open_pictures(tmp_path / "nothing", "x", "--class-data")
+        dreambooth.open_images(tmp_path / "nothing", "x", "--class-data")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

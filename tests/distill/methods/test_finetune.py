@@ -13,8 +13,8 @@ from accel.distill.run import execute
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Four smooth pictures with captions."""
+def images(tmp_path_factory) -> Path:
+    """Four smooth images with captions."""
     folder = tmp_path_factory.mktemp("pictures")
     lines = []
     for number in range(4):
@@ -25,10 +25,10 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def finetune(source: Path, pictures: Path, **fields) -> recipes.Finetune:
+def finetune(source: Path, images: Path, **fields) -> recipes.Finetune:
     common: dict = dict(
         model=str(source),
-        data=str(pictures),
+        data=str(images),
         resolution=64,
         cache="none",
         steps=30,
@@ -43,11 +43,11 @@ def finetune(source: Path, pictures: Path, **fields) -> recipes.Finetune:
 
 
 @pytest.mark.parametrize("model", ["sd15", "sd15_tiny"])
-def test_the_loss_falls_and_the_topology_stays(model, pictures, request, tmp_path):
+def test_the_loss_falls_and_the_topology_stays(model, images, request, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     folder = request.getfixturevalue(model)
-    assert not execute(finetune(folder, pictures), tmp_path / "out").stopped
+    assert not execute(finetune(folder, images), tmp_path / "out").stopped
     tasks = [json.loads(line)["task"] for line in (tmp_path / "out-run" / "losses.jsonl").read_text().splitlines()]
     assert np.mean(tasks[-10:]) < 0.8 * np.mean(tasks[:10])
     tuned, base = (StableDiffusionPipeline.from_pretrained(path) for path in (tmp_path / "out", folder))
@@ -64,11 +64,11 @@ def test_the_loss_falls_and_the_topology_stays(model, pictures, request, tmp_pat
     assert np.isfinite(image).all() and image.shape == (1, 64, 64, 3)
 
 
-def test_sdxl_with_both_text_encoders(sdxl, pictures, tmp_path):
+def test_sdxl_with_both_text_encoders(sdxl, images, tmp_path):
     """What nothing reads of the first encoder, behind its last but one layer, is left as it was."""
     from diffusers import StableDiffusionXLPipeline
 
-    assert not execute(finetune(sdxl, pictures, steps=2, text_encoder=True), tmp_path / "out").stopped
+    assert not execute(finetune(sdxl, images, steps=2, text_encoder=True), tmp_path / "out").stopped
     tuned, base = (StableDiffusionXLPipeline.from_pretrained(path) for path in (tmp_path / "out", sdxl))
     for name in ("unet", "text_encoder", "text_encoder_2"):
         ours, theirs = (getattr(pipe, name).state_dict() for pipe in (tuned, base))

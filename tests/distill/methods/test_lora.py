@@ -29,14 +29,14 @@ BOTH = ("lora_A", "lora_B")
 
 
 @pytest.fixture(scope="module")
-def pictures(six_pictures) -> Path:
-    return six_pictures
+def images(six_images) -> Path:
+    return six_images
 
 
-def tiny(source: Path | str = "", pictures: Path | str = "", **fields) -> recipes.Lora:
+def tiny(source: Path | str = "", images: Path | str = "", **fields) -> recipes.Lora:
     common: dict = dict(
         model=str(source),
-        data=str(pictures),
+        data=str(images),
         resolution=64,
         cache="none",
         steps=4,
@@ -76,7 +76,7 @@ def batch_of(model: Path, method: LowRank) -> dict:
     return batch
 
 
-def picture(pipe) -> np.ndarray:
+def image(pipe) -> np.ndarray:
     from diffusers import DDIMScheduler
 
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -101,17 +101,17 @@ def picture(pipe) -> np.ndarray:
 @pytest.mark.parametrize("model", ["sd15", "sd15_tiny", "sdxl"])
 @pytest.mark.parametrize("alpha", [4.0, 27.0])
 def test_diffusers_loads_exactly_what_was_trained(model, alpha, request, tmp_path):
-    """The same picture to the bit, by a pipeline that knows only the file; also where alpha is not the rank."""
+    """The same image to the bit, by a pipeline that knows only the file; also where alpha is not the rank."""
     from diffusers import DiffusionPipeline
 
     folder = request.getfixturevalue(model)
     method = made(folder, alpha=alpha)
     method.save(tmp_path)
-    trained = picture(method.pipeline())
+    trained = image(method.pipeline())
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    base = picture(pipe)
+    base = image(pipe)
     pipe.load_lora_weights(str(tmp_path))
-    assert np.array_equal(picture(pipe), trained)
+    assert np.array_equal(image(pipe), trained)
     assert np.abs(base - trained).max() > 0.01
 
 
@@ -213,11 +213,11 @@ def test_the_seed_decides_the_start_and_the_global_random_state_stays(sd15):
 
 
 @pytest.fixture(scope="module")
-def straight(sd15, pictures, tmp_path_factory) -> Path:
+def straight(sd15, images, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("straight") / "out"
     torch.set_num_threads(1)
-    assert not execute(tiny(sd15, pictures, ema=0.9), out).stopped
+    assert not execute(tiny(sd15, images, ema=0.9), out).stopped
     return out
 
 
@@ -268,9 +268,9 @@ def start(recipe: recipes.Recipe, out: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(straight, sd15, pictures, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_weights(straight, sd15, images, tmp_path):
     """Killed after a step that no checkpoint holds; gone on with by the same settings."""
-    recipe, out = tiny(sd15, pictures, ema=0.9), tmp_path / "out"
+    recipe, out = tiny(sd15, images, ema=0.9), tmp_path / "out"
     process = start(recipe, out)
     log = tmp_path / "out-run" / "losses.jsonl"
     while process.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < 3):
@@ -284,8 +284,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(straight, sd15, pictures, tmp_
         assert equal(newest(out) / name / checkpoints.WEIGHTS, newest(straight) / name / checkpoints.WEIGHTS)
 
 
-def test_with_a_cache_the_latents_come_from_it_and_the_texts_do_not(sd15, pictures, tmp_path):
-    recipe = tiny(sd15, pictures, cache="auto", cache_dtype="float32", cache_variants=1, random_flip=False, steps=3)
+def test_with_a_cache_the_latents_come_from_it_and_the_texts_do_not(sd15, images, tmp_path):
+    recipe = tiny(sd15, images, cache="auto", cache_dtype="float32", cache_variants=1, random_flip=False, steps=3)
     assert not execute(recipe, tmp_path / "out").stopped
     assert not execute(dataclasses.replace(recipe, cache="none"), tmp_path / "plain" / "out").stopped
     ours, theirs = load_file(tmp_path / "out" / WEIGHT_NAME), load_file(tmp_path / "plain" / "out" / WEIGHT_NAME)
@@ -293,8 +293,8 @@ def test_with_a_cache_the_latents_come_from_it_and_the_texts_do_not(sd15, pictur
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4)
 
 
-def test_training_lowers_the_loss(sd15, pictures, tmp_path):
-    assert not execute(tiny(sd15, pictures, steps=40, text_encoder=False), tmp_path / "out").stopped
+def test_training_lowers_the_loss(sd15, images, tmp_path):
+    assert not execute(tiny(sd15, images, steps=40, text_encoder=False), tmp_path / "out").stopped
     rows = [json.loads(line)["task"] for line in (tmp_path / "out-run" / "losses.jsonl").read_text().splitlines()]
     assert np.mean(rows[-10:]) < 0.95 * np.mean(rows[:10])
 

@@ -22,11 +22,11 @@ UNET = Path("unet/diffusion_pytorch_model.safetensors")
 CPU = torch.device("cpu")
 
 
-def common(source: Path, pictures: Path, **fields) -> dict:
+def common(source: Path, images: Path, **fields) -> dict:
     return (
         dict(
             model=str(source),
-            data=str(pictures),
+            data=str(images),
             resolution=32,
             cache="none",
             steps=2,
@@ -52,18 +52,18 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def tuned(smallest, six_pictures, tmp_path_factory) -> Path:
+def tuned(smallest, six_images, tmp_path_factory) -> Path:
     """The smallest pipeline fine-tuned for int8, without interruption."""
     out = tmp_path_factory.mktemp("tuned") / "out"
-    assert not execute(recipes.changed(recipes.finetune(), **common(smallest, six_pictures)), out).stopped
+    assert not execute(recipes.changed(recipes.finetune(), **common(smallest, six_images)), out).stopped
     return out
 
 
 @pytest.fixture(scope="module")
-def straight(sd15, six_pictures, tmp_path_factory) -> Path:
+def straight(sd15, six_images, tmp_path_factory) -> Path:
     """A student trained by knowledge distillation for int8, without interruption."""
     out = tmp_path_factory.mktemp("qat") / "out"
-    assert not execute(recipes.changed(recipes.tiny(), **common(sd15, six_pictures)), out).stopped
+    assert not execute(recipes.changed(recipes.tiny(), **common(sd15, six_images)), out).stopped
     return out
 
 
@@ -93,8 +93,8 @@ def test_ranges_are_learned_averaged_and_in_every_checkpoint(straight):
         assert torch.allclose(averaged[name].exp(), kept, rtol=1e-5)
 
 
-def test_a_resumed_run_is_the_same_run(tuned, smallest, six_pictures, tmp_path):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures))
+def test_a_resumed_run_is_the_same_run(tuned, smallest, six_images, tmp_path):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images))
     execute(recipes.changed(recipe, steps=1), tmp_path / "half", tmp_path / "run")
     execute(recipe, tmp_path / "out", tmp_path / "run")
     for file in (UNET, Path(trained_scales.FILE)):
@@ -104,9 +104,9 @@ def test_a_resumed_run_is_the_same_run(tuned, smallest, six_pictures, tmp_path):
         execute(recipes.changed(recipe, qat="conv"), tmp_path / "other", tmp_path / "run")
 
 
-def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_pictures, tmp_path):
+def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_images, tmp_path):
     recipe = recipes.changed(
-        recipes.finetune(), **common(smallest, six_pictures, steps=1, qat="conv", qat_ranges="observed")
+        recipes.finetune(), **common(smallest, six_images, steps=1, qat="conv", qat_ranges="observed")
     )
     method = Denoising(recipe, Encoders(open_source(smallest)))
     assert qat.attach(method, recipe)
@@ -119,8 +119,8 @@ def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_pictures, 
     assert trained_scales.find(tmp_path / "out").recipe.level == "conv"
 
 
-def test_only_the_generator_of_dmd2_rounds(sd15, six_pictures):
-    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_pictures, few_steps=2))
+def test_only_the_generator_of_dmd2_rounds(sd15, six_images):
+    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_images, few_steps=2))
     method = DMD2(recipe, Encoders(open_source(sd15)))
     names = qat.attach(method, recipe)
     assert names and qat.network_of(method).model is method.generator
@@ -135,31 +135,31 @@ def test_only_the_generator_of_dmd2_rounds(sd15, six_pictures):
     )
 
 
-def test_a_network_that_several_adapters_share_cannot_round(sd15, six_pictures):
+def test_a_network_that_several_adapters_share_cannot_round(sd15, six_images):
     pytest.importorskip("peft")
-    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_pictures, few_steps=2, rank=2, critic_rank=2))
+    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_images, few_steps=2, rank=2, critic_rank=2))
     with pytest.raises(UserError, match="no UNet of its own.*\n.*train all weights"):
         qat.attach(DMD2(recipe, Encoders(open_source(sd15))), recipe)
 
 
-def test_what_cannot_round_is_said_before_the_data_are_read(sd15, six_pictures, tmp_path, monkeypatch):
+def test_what_cannot_round_is_said_before_the_data_are_read(sd15, six_images, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr(run, "batches_of", lambda *_: pytest.fail("the cache may take hours"))
-    fields = common(sd15, six_pictures, few_steps=2, rank=2, critic_rank=2)
+    fields = common(sd15, six_images, few_steps=2, rank=2, critic_rank=2)
     with pytest.raises(UserError, match="no UNet of its own"):
         execute(recipes.changed(recipes.dmd2(), **fields), tmp_path / "out")
 
 
 @pytest.mark.parametrize("attention", ["flash-attn", "xformers"])
-def test_attention_that_is_one_kernel_cannot_round(sd15, six_pictures, attention):
-    fields = common(sd15, six_pictures, attention=attention)
+def test_attention_that_is_one_kernel_cannot_round(sd15, six_images, attention):
+    fields = common(sd15, six_images, attention=attention)
     with pytest.raises(UserError, match=f"--attention {attention} leaves to one kernel\n.*--qat all"):
         settings.check(recipes.changed(recipes.finetune(), **fields))
     settings.check(recipes.changed(recipes.finetune(), **fields | {"qat": "all"}))
 
 
-def test_training_without_the_option_is_untouched(smallest, six_pictures):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures, qat=""))
+def test_training_without_the_option_is_untouched(smallest, six_images):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images, qat=""))
     method = Denoising(recipe, Encoders(open_source(smallest)))
     assert qat.attach(method, recipe) == [] and qat.detach(method, recipe) is None
     qat.calibrate(method, recipe, CPU)
@@ -169,13 +169,13 @@ def test_training_without_the_option_is_untouched(smallest, six_pictures):
         settings.check(recipes.changed(recipe, qat="convs"))
 
 
-def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(smallest, six_pictures, tmp_path):
+def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(smallest, six_images, tmp_path):
     pytest.importorskip("peft")
     from accel.distill.methods.lora import LowRank
 
     # All kinds of layers that can have an update: attention, feed-forward, convolutions.
     targets = "to_q,to_k,ff.net.2,conv1"
-    fields = common(smallest, six_pictures, rank=2, alpha=3.0, targets=targets, steps=2, ema=0.0)
+    fields = common(smallest, six_images, rank=2, alpha=3.0, targets=targets, steps=2, ema=0.0)
     recipe = recipes.changed(recipes.lora(), **fields)
     method = LowRank(recipe, Encoders(open_source(smallest)))
     names = qat.attach(method, recipe)
@@ -218,7 +218,7 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     from accel.export.int8.calibration import Calibration
     from accel.export.int8.options import Options
     from accel.export.pipeline import export_pipeline
-    from accel.int8.recipe import Int8
+    from accel.int8.config import Int8Config
 
     monkeypatch.setattr(speed, "SECONDS", 0.0)
     monkeypatch.setattr(speed, "ENGINES", ("onnxruntime",))
@@ -242,7 +242,7 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     settings = quantize.Settings(trained.recipe, Calibration(("the cat",)), trained=trained.scales)
     assert quantize.calibrate(None, {}, settings) == {}, "a trained UNet may be left out"
     with pytest.raises(UserError, match="was trained with its own int8 recipe"):
-        export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Options(recipe=Int8()))
+        export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Options(recipe=Int8Config()))
 
 
 def test_a_damaged_range_file_is_refused(tuned, tmp_path):
@@ -259,8 +259,8 @@ def test_a_damaged_range_file_is_refused(tuned, tmp_path):
     assert trained_scales.find(tmp_path / "elsewhere") is None
 
 
-def test_ranges_survive_a_deep_copy(smallest, six_pictures):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_pictures))
+def test_ranges_survive_a_deep_copy(smallest, six_images):
+    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images))
     method = Denoising(recipe, Encoders(open_source(smallest)))
     qat.attach(method, recipe)
     twin = copy.deepcopy(method.unet)

@@ -80,7 +80,7 @@ def test_weights_decide_the_terms(sd15, batch):
         TinyVaeMethod(recipes.changed(recipe, reconstruction_weight=0.0), Encoders(open_source(sd15)))
 
 
-def test_psnr_of_equal_pictures_has_no_end_and_noise_lowers_it(method):
+def test_psnr_of_equal_images_has_no_end_and_noise_lowers_it(method):
     z = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         own = method.tiny.decode(z).sample.clamp(-1, 1)
@@ -100,12 +100,12 @@ def test_the_shipped_decoder_is_as_good_as_its_figures_say():
     folder = DIGITS / "tiny-vae"
     quality, card = json.loads((folder / "quality.json").read_text()), (folder / "README.md").read_text()
     tiny, vae = AutoencoderTiny.from_pretrained(folder).eval(), open_source("digits").load("vae")
-    pictures = digits.dataset("held-out")[0][::4]
+    images = digits.dataset("held-out")[0][::4]
     with torch.no_grad():
-        latents = vae.encode(pictures).latent_dist.mean
+        latents = vae.encode(images).latent_dist.mean
         full = vae.decode(latents).sample.clamp(-1, 1)
     found = psnr(tiny, latents * vae.config.scaling_factor, full)
-    # A quarter of the pictures stands for all of them.
+    # A quarter of the images stands for all of them.
     assert found > 25 and found == pytest.approx(quality["psnr_against_full_db"], abs=0.3)
     count = {
         name: sum(p.numel() for p in part.parameters())
@@ -153,7 +153,7 @@ def tiny_pipeline(tiny):
 
 
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
-def test_a_tiny_decoder_makes_diffusers_picture(tiny, engine):
+def test_a_tiny_decoder_makes_diffusers_image(tiny, engine):
     _, _, bundle = tiny
     assert bundle.manifest.pipeline["scaling_factor"] == 1.0
     latents = torch.from_numpy(noise.normal([5], 0, (4, 16, 16)))

@@ -1,4 +1,4 @@
-"""Every way to hand over training pictures, whole and broken, on real small files."""
+"""Every way to hand over training images, whole and broken, on real small files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from accel.errors import Notice, UserError
 datasets = pytest.importorskip("datasets")
 
 
-def picture(number: int, mode: str = "RGB") -> Image.Image:
+def an_image(number: int, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(number).integers(0, 256, (12, 16, 3), np.uint8)
     return Image.fromarray(values).convert(mode)
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    picture(number).save(file, kind)
+    an_image(number).save(file, kind)
     return file.getvalue()
 
 
@@ -44,12 +44,12 @@ def metadata(folder, *lines):
 
 
 def seen(source) -> list[tuple]:
-    """(name, captions, the number of the picture) of every row."""
+    """(name, captions, the number of the image) of every row."""
     found = []
     for row in range(len(source)):
         item = source[row]
         assert item.image.mode == "RGB" and item.captions == source.captions(row)
-        numbers = [n for n in range(10) if np.array_equal(np.asarray(item.image), np.asarray(picture(n)))]
+        numbers = [n for n in range(10) if np.array_equal(np.asarray(item.image), np.asarray(an_image(n)))]
         found.append((item.name, item.captions, *numbers))
     return found
 
@@ -76,7 +76,7 @@ def test_captions_pair_by_file_name_and_not_by_position(tmp_path):
     assert seen(source) == [("part/2.png", ("two",), 2), ("part/0.png", ("nought zero",), 0)]
 
 
-def test_a_list_of_captions_and_rows_that_share_a_picture(tmp_path):
+def test_a_list_of_captions_and_rows_that_share_an_image(tmp_path):
     write(tmp_path / "a.png", encoded(1))
     metadata(tmp_path, {"file_name": "a.png", "captions": ["one", "", "uno"]}, {"file_name": "a.png", "captions": "I"})
     assert seen(open_data(tmp_path)) == [("a.png", ("one", "uno"), 1), ("a.png", ("I",), 1)]
@@ -107,14 +107,14 @@ def test_rows_of_a_csv_that_are_broken(tmp_path):
     assert "metadata.csv line 5: it has no file_name" in reason(source, 4)
 
 
-def test_captions_beside_pictures_in_subfolders(tmp_path):
+def test_captions_beside_images_in_subfolders(tmp_path):
     write(tmp_path / "b/x.PNG", encoded(1))
     write(tmp_path / "b/x.txt", "\ufeffone\r\nline two\n")
     write(tmp_path / "a.jpeg", encoded(2))
     write(tmp_path / "a.txt", "two")
     write(tmp_path / "c.webp", encoded(3))
     write(tmp_path / "._a.jpeg", b"what another system leaves behind")
-    write(tmp_path / "notes.md", "no picture")
+    write(tmp_path / "notes.md", "no image")
     (tmp_path / "b/loop").symlink_to(tmp_path)
     source = open_data(tmp_path)
     assert len(source) == 3
@@ -134,7 +134,7 @@ def test_everything_that_makes_a_row_unusable(tmp_path):
     cases = {
         "cut.png": (whole[: len(whole) // 2], "x", "cannot be decoded"),
         "cut.jpg": (encoded(1, "JPEG")[:300], "x", "cannot be decoded"),
-        "text.png": (b"<html>404</html>", "x", "not a picture"),
+        "text.png": (b"<html>404</html>", "x", "not an image"),
         "empty.png": (b"", "x", "the file is empty"),
         "gone.png": (None, "x", "No such file"),
         "blank.png": (whole, " \n ", "its caption is empty"),
@@ -189,10 +189,10 @@ def test_columns_are_guessed_only_when_one_can_be_meant(tmp_path):
 
 
 def test_folders_that_cannot_be_used_say_what_they_are(tmp_path):
-    with pytest.raises(UserError, match="holds no training pictures; it holds nothing"):
+    with pytest.raises(UserError, match="holds no training images; it holds nothing"):
         open_data(tmp_path)
     write(tmp_path / "1.png", encoded(1))
-    with pytest.raises(UserError, match="has 1 pictures and no captions: .* no 1.txt beside 1.png"):
+    with pytest.raises(UserError, match="has 1 images and no captions: .* no 1.txt beside 1.png"):
         open_data(tmp_path)
     write(tmp_path / "metadata.jsonl", "\n\r\n")
     with pytest.raises(UserError, match="has no row that can be read") as caught:
@@ -205,14 +205,14 @@ def test_folders_that_cannot_be_used_say_what_they_are(tmp_path):
         open_data(tmp_path / "metadata.csv")
     assert str(tmp_path) in caught.value.fix
     write(tmp_path / "other/model.bin", b"x")
-    with pytest.raises(UserError, match="holds no training pictures; it holds .bin"):
+    with pytest.raises(UserError, match="holds no training images; it holds .bin"):
         open_data(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("no-such-folder", "no training pictures at no-such-folder"),
+        ("no-such-folder", "no training images at no-such-folder"),
         ("https://x.org/a.tar", "is not on this machine"),
         ("no-such-{00..03}.tar", "4 of 4 shards .* are missing, the first one is no-such-00.tar"),
         ("no-such-*.tar", "no file matches no-such-"),
@@ -225,7 +225,7 @@ def test_what_is_not_there(spec, message):
     assert caught.value.fix
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------- images
 
 
 def only(tmp_path, name: str, save) -> Image.Image:
@@ -235,10 +235,10 @@ def only(tmp_path, name: str, save) -> Image.Image:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
+def test_images_are_turned_as_exif_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = only(tmp_path, "a.png", lambda path: picture(1).save(path, exif=exif))
+    image = only(tmp_path, "a.png", lambda path: an_image(1).save(path, exif=exif))
     with Image.open(tmp_path / "a.png") as stored:
         expected = ImageOps.exif_transpose(stored)
     assert image.size == ((16, 12) if orientation < 5 else (12, 16))
@@ -246,15 +246,15 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_cost_the_picture(tmp_path):
-    image = only(tmp_path, "a.png", lambda path: picture(1).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
-    assert np.array_equal(np.asarray(image), np.asarray(picture(1)))
+def test_damaged_exif_does_not_cost_the_image(tmp_path):
+    image = only(tmp_path, "a.png", lambda path: an_image(1).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
+    assert np.array_equal(np.asarray(image), np.asarray(an_image(1)))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
 def test_opaque_modes_become_rgb(tmp_path, mode):
-    image = only(tmp_path, "a.tif", lambda path: picture(1, mode).save(path))
-    assert np.array_equal(np.asarray(image), np.asarray(picture(1, mode).convert("RGB")))
+    image = only(tmp_path, "a.tif", lambda path: an_image(1, mode).save(path))
+    assert np.array_equal(np.asarray(image), np.asarray(an_image(1, mode).convert("RGB")))
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
@@ -279,13 +279,13 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
     assert np.asarray(image)[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
 
 
-def test_floating_point_pictures_have_no_known_range(tmp_path):
+def test_floating_point_images_have_no_known_range(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     metadata(tmp_path, {"file_name": "a.tif", "text": "x"})
     assert "the range of its values (Pillow mode F) is not known" in reason(open_data(tmp_path), 0)
 
 
-def test_a_decompression_bomb_is_a_broken_picture(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_a_broken_image(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     write(tmp_path / "a.png", encoded(1))
     metadata(tmp_path, {"file_name": "a.png", "text": "x"})
@@ -370,13 +370,13 @@ def test_samples_that_cannot_be_used(tmp_path):
     whys = [reason(source, row) for row in range(1, len(source))]
     assert whys == [
         "a.tar/no-text: it has no .txt; it has png",
-        "a.tar/no-picture: it has no picture; it has txt",
-        "a.tar/two: it has several pictures (png, jpg); name one: --image-column",
+        "a.tar/no-picture: it has no image; it has txt",
+        "a.tar/two: it has several images (png, jpg); name one: --image-column",
         "a.tar/latin: its caption is not UTF-8",
-        "a.tar/bad: not a picture, or a format that Pillow cannot read",
+        "a.tar/bad: not an image, or a format that Pillow cannot read",
     ]
     named = open_data(path, image_column=".JPG")
-    assert np.array_equal(np.asarray(named[3].image), np.asarray(picture(2)))
+    assert np.array_equal(np.asarray(named[3].image), np.asarray(an_image(2)))
     with pytest.raises(UserError, match="no sample has a .gif; there are .png, .txt, .jpg"):
         open_data(path, image_column="gif")
 
@@ -432,11 +432,11 @@ def test_one_shard_that_is_none_does_not_stop_the_others(tmp_path):
         open_data(tmp_path / "b.tar")
 
 
-def test_compressed_shards_and_shards_without_pictures_or_captions(tmp_path):
+def test_compressed_shards_and_shards_without_images_or_captions(tmp_path):
     write(tmp_path / "a.tar.gz", b"x")
     with pytest.raises(UserError, match="is compressed"):
         open_data(tmp_path / "a.tar.gz")
-    with pytest.raises(UserError, match="no sample has a picture; there are .txt"):
+    with pytest.raises(UserError, match="no sample has an image; there are .txt"):
         open_data(shard(tmp_path / "b.tar", {"1.txt": "x"}))
     with pytest.raises(UserError, match="no sample has captions: no .txt, no .json; there are .png, .cls"):
         open_data(shard(tmp_path / "c.tar", {"1.png": encoded(1), "1.cls": "4"}))
@@ -479,8 +479,8 @@ def _own_datasets_cache(tmp_path, monkeypatch):
 
 
 def table(**more) -> datasets.Dataset:
-    pictures = [{"bytes": encoded(number), "path": f"{number}.png"} for number in (2, 0, 1)]
-    made = datasets.Dataset.from_dict({"image": pictures, "text": ["two", "nought", "one"]} | more)
+    images = [{"bytes": encoded(number), "path": f"{number}.png"} for number in (2, 0, 1)]
+    made = datasets.Dataset.from_dict({"image": images, "text": ["two", "nought", "one"]} | more)
     return made.cast_column("image", datasets.Image())
 
 
@@ -524,7 +524,7 @@ def test_a_parquet_file_of_plain_bytes(tmp_path):
         open_data(tmp_path / "a.parquet")
     source = open_data(tmp_path / "a.parquet", image_column="jpg")
     assert source[0].captions == ("one", "uno")
-    assert reason(source, 1) == "row 1: not a picture, or a format that Pillow cannot read"
+    assert reason(source, 1) == "row 1: not an image, or a format that Pillow cannot read"
     assert len(source.identity) == 64
 
 
@@ -533,13 +533,13 @@ def test_columns_of_a_dataset_are_named_and_not_numbered(tmp_path):
     with pytest.raises(UserError, match="columns text, prompt, score; several may hold the captions: text, prompt"):
         open_data(tmp_path / "saved")
     assert open_data(tmp_path / "saved", caption_column="prompt")[1].captions == ("b",)
-    with pytest.raises(UserError, match="has no column 'picture'"):
+    with pytest.raises(UserError, match="has no column 'image'"):
         open_data(tmp_path / "saved", image_column="picture")
-    with pytest.raises(UserError, match="the column score holds .*, not pictures"):
+    with pytest.raises(UserError, match="the column score holds .*, not images"):
         open_data(tmp_path / "saved", image_column="score", caption_column="text")
     two = table().add_column("mask", [{"bytes": encoded(9), "path": None}] * 3).cast_column("mask", datasets.Image())
     two.save_to_disk(tmp_path / "two")
-    with pytest.raises(UserError, match="several hold pictures: image, mask"):
+    with pytest.raises(UserError, match="several hold images: image, mask"):
         open_data(tmp_path / "two")
     assert strip(seen(open_data(tmp_path / "two", image_column="image"))) == strip(EXPECTED)
 
@@ -556,7 +556,7 @@ def test_rows_of_a_dataset_that_cannot_be_used(tmp_path):
     source = open_data(tmp_path / "saved")
     assert reason(source, 0).startswith("row 0 (a.png): cannot be decoded")
     assert [reason(source, row) for row in (1, 2, 3)] == [
-        "row 1: it has no picture in image",
+        "row 1: it has no image in image",
         "row 2: it has no caption",
         "row 3: its caption is empty",
     ]

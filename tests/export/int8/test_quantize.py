@@ -31,7 +31,7 @@ from accel.export.pipeline import export_pipeline
 from accel.export.tensorrt import build as tensorrt_build
 from accel.int8 import fake_quant as fake
 from accel.int8 import packed, summary
-from accel.int8.recipe import Int8, is_product
+from accel.int8.config import Int8Config, is_product
 from accel.machine import machine_name
 from accel.models import networks
 from accel.parity import relative_l2
@@ -73,7 +73,7 @@ def int8(floating, tmp_path_factory) -> Path:
 def attention(floating, tmp_path_factory) -> Path:
     """As `int8`, and the products of self-attention too."""
     out = tmp_path_factory.mktemp("attention") / "bundle"
-    options = Options(Int8(level="attention"), networks=("unet",), **QUICK)
+    options = Options(Int8Config(level="attention"), networks=("unet",), **QUICK)
     export_pipeline(floating, out, precision="int8", int8=options)
     return out
 
@@ -82,7 +82,7 @@ def attention(floating, tmp_path_factory) -> Path:
 def mix_only(floating, tmp_path_factory) -> Path:
     """One of the two products in int8: what a budget may leave."""
     out = tmp_path_factory.mktemp("mix") / "bundle"
-    options = Options(Int8(level="attention", keep=("*.scores",)), networks=("unet",), **QUICK)
+    options = Options(Int8Config(level="attention", keep=("*.scores",)), networks=("unet",), **QUICK)
     export_pipeline(floating, out, precision="int8", int8=options)
     return out
 
@@ -172,7 +172,7 @@ def test_the_manifest_says_how_it_was_made(int8):
     record = unet_of(int8)
     assert record.int8["calibration"]["ranges"] == "calibrated" and record.int8["calibration"]["images"] == 2
     assert record.int8["calibration"]["sampler"]["timesteps"] == [999, 499]
-    assert Int8.from_dict(record.int8["recipe"]) == Int8()
+    assert Int8Config.from_dict(record.int8["recipe"]) == Int8Config()
     assert record.int8["verdict"]["machine"] == machine_name()
     assert "to_k" in " ".join(name for name, traits in record.int8["layers"].items() if "bos" in traits)
     assert not any("conv_in" in name or "time_emb" in name for name in record.int8["layers"])
@@ -424,11 +424,11 @@ def test_what_was_not_measured_is_said(judged):
 
 
 def test_auto_goes_by_what_was_measured_on_the_gpu_of_the_plan(judged, monkeypatch):
-    def plan(gpu: str) -> None:
-        found = engine_files.Plan(Path("p"), {"identity": {"gpu": gpu}}, b"")
+    def engine_file(gpu: str) -> None:
+        found = engine_files.EngineFile(Path("p"), {"identity": {"gpu": gpu}}, b"")
         monkeypatch.setattr(engines.select, "fitting_plan", lambda *_: found)
 
-    plan("one GPU")
+    engine_file("one GPU")
     somewhere = Bundle(Path("."), None)
     assert engines.choose("auto", judged(onnxruntime=3.0, tensorrt=9.0, gpu="one GPU"), somewhere) == "tensorrt"
     assert engines.choose("auto", judged(onnxruntime=3.0, tensorrt=0.8, gpu="one GPU"), somewhere) == "onnxruntime"
@@ -467,7 +467,7 @@ def test_what_has_no_layer_of_the_level_stays_float_and_that_is_said(for_gpus, f
             floating,
             bundle.parent / "out",
             precision="int8",
-            int8=Options(recipe=Int8(level="conv"), networks=("text_encoder",), **QUICK),
+            int8=Options(recipe=Int8Config(level="conv"), networks=("text_encoder",), **QUICK),
         )
 
 
@@ -475,17 +475,17 @@ def test_parity_decides_where_the_engine_is_not_here_and_that_is_said(for_gpus):
     bundle, said, errors = for_gpus
     record = Bundle.open(bundle).component("vae_decoder")
     assert record.int8["verdict"]["engines"] == {} == record.int8["audit"] and record.int8["verdict"]["offered"] == []
-    assert "only 2 calibration pictures" in errors and "dB from float32's" in said
+    assert "only 2 calibration images" in errors and "dB from float32's" in said
     assert "speed was not measured: TensorRT" in said
     Bundle.open(bundle).verify()
 
 
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
 def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_path):
-    """With a double of TensorRT, whose speed says nothing: that plans are built, audited, raced, kept and chosen."""
+    """With a fake of TensorRT, whose speed says nothing: engine files are built, audited, raced, kept and chosen."""
     made, _, _ = for_gpus
     folder = Path(shutil.copytree(made, tmp_path / "bundle"))
-    settings = quantize.Settings(Int8(), Calibration(("the cat",)), dtype="float16", strict=False)
+    settings = quantize.Settings(Int8Config(), Calibration(("the cat",)), dtype="float16", strict=False)
     found = {"vae_decoder": {"psnr": 40.0, "ok": True, "budget": 20.0}}
 
     def race(faster: float) -> dict:
@@ -495,7 +495,7 @@ def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_
             scratch = tmp_path / f"scratch-{faster}"
             raced = acceptance.decide(folder, Bundle.open(floating), records, found, settings, scratch, lambda *_: None)
         seal(folder, replace(Bundle.open(folder).manifest, components=records))
-        acceptance.keep_plans(raced, records, folder)
+        acceptance.keep_engine_files(raced, records, folder)
         return records
 
     record = race(0.0)["vae_decoder"]
@@ -506,12 +506,12 @@ def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_
     bundle = Bundle.open(folder)
     assert engines.choose("auto", bundle.component("vae_decoder"), bundle) == "tensorrt"
     assert not any(name.startswith("engines/") for name in bundle.manifest.files)
-    tensorrt._world.dtype = "Half"  # a plan that computes in float16 is refused when it is built
+    tensorrt._world.dtype = "Half"  # an engine file that computes in float16 is refused when it is built
     shutil.rmtree(folder / "engines")
     with pytest.raises(UserError, match="was to run in int8"):
         tensorrt_build.build(bundle, ["vae_decoder"])
     tensorrt._world.dtype = ""
-    with pytest.raises(UserError, match="no TensorRT plan that fits"):
+    with pytest.raises(UserError, match="no TensorRT engine file that fits"):
         audit.audit(bundle, record, "tensorrt")
     slower = race(1e9)["vae_decoder"]
     assert slower.precision == "float16" and "not faster" in slower.parity["int8_tried"]["reason"]
@@ -546,7 +546,7 @@ def test_the_inspection_says_what_was_measured(int8, capsys):
 def test_the_report_of_a_benchmark_names_it(int8):
     from accel import bench
 
-    settings = bench.Settings(rounds=1, memory=False, steps=1)
+    settings = bench.BenchSettings(rounds=1, memory=False, steps=1)
     found = bench.measure(int8, [bench.parse("onnxruntime")], settings).document.as_dict()
     (note,) = [note for note in found["notes"] if note.startswith("unet is int8")]
     assert "layers run in int8" in note and "dB from float32's" in note
@@ -583,8 +583,8 @@ def test_the_budget_leaves_out_the_worst_layers_and_no_more():
 
 @pytest.fixture(scope="module")
 def calibrated(floating):
-    """A calibrated pipeline in torch, its UNet, and a judge of its pictures."""
-    settings = quantize.Settings(Int8(level="conv"), Calibration(("the cat", "the dog")))
+    """A calibrated pipeline in torch, its UNet, and a judge of its images."""
+    settings = quantize.Settings(Int8Config(level="conv"), Calibration(("the cat", "the dog")))
     pipeline = accel.load(floating, "eager")
     models = {"unet": pipeline.engines["unet"].module.model}
     assert quantize.calibrate(pipeline, models, settings) == {"unet": {}}
@@ -618,7 +618,7 @@ def test_a_budget_is_met_and_the_table_and_plot_are_written(calibrated, tmp_path
 
 def test_a_budget_that_no_layer_meets(floating, tmp_path):
     """An error where int8 was asked for, float where it was to be tried; what was measured is kept either way."""
-    recipe = Int8(level="conv", keep=("down_blocks", "up_blocks.0", "up_blocks.1.resnets"))
+    recipe = Int8Config(level="conv", keep=("down_blocks", "up_blocks.0", "up_blocks.1.resnets"))
     options = Options(recipe=recipe, budget=99.0, networks=("unet",), sensitivity=tmp_path / "costs", **QUICK)
     with pytest.raises(UserError, match="no layer can compute in int8 within 99 dB.*\n.*smaller --budget"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=options)
@@ -632,7 +632,7 @@ def test_a_budget_that_no_layer_meets(floating, tmp_path):
 
 
 def test_calibration_sees_the_deployed_steps_and_no_others(floating):
-    """And the ranges are those of the pictures, however many times they are drawn in one observation."""
+    """And the ranges are those of the images, however many times they are drawn in one observation."""
     seen = []
 
     class Twice(Calibration):
@@ -640,11 +640,11 @@ def test_calibration_sees_the_deployed_steps_and_no_others(floating):
             super().run(*args)
             return super().run(*args)
 
-    def scales(pictures: Calibration) -> dict[str, torch.Tensor]:
+    def scales(images: Calibration) -> dict[str, torch.Tensor]:
         pipeline = accel.load(floating, "eager")
         unet = pipeline.engines["unet"].module.model
         unet.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
-        quantize.calibrate(pipeline, {"unet": unet}, quantize.Settings(Int8(level="conv"), pictures))
+        quantize.calibrate(pipeline, {"unet": unet}, quantize.Settings(Int8Config(level="conv"), images))
         return fake.scales(unet)
 
     once, calls = scales(Calibration(("the cat",))), len(seen)
@@ -673,12 +673,12 @@ def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
             read_prompts(lines)
     with pytest.raises(UserError, match="no calibration prompts"):
         calibration([" "])
-    with pytest.raises(UserError, match="0 calibration pictures"):
+    with pytest.raises(UserError, match="0 calibration images"):
         calibration(["a"], 0)
 
 
-def test_too_few_pictures_are_said_with_their_number():
-    with pytest.warns(Notice, match="only 3 calibration pictures"):
+def test_too_few_images_are_said_with_their_number():
+    with pytest.warns(Notice, match="only 3 calibration images"):
         calibration(["a"], 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
@@ -689,7 +689,7 @@ def test_too_few_pictures_are_said_with_their_number():
 def test_a_recipe_that_names_no_layer(floating, tmp_path):
     with pytest.raises(UserError, match="no layer is called 'blocks'.*\n.*some of: .*conv_in"):
         export_pipeline(
-            floating, tmp_path / "out", precision="int8", int8=Options(recipe=Int8(keep=("blocks",)), **QUICK)
+            floating, tmp_path / "out", precision="int8", int8=Options(recipe=Int8Config(keep=("blocks",)), **QUICK)
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -704,7 +704,7 @@ def test_weights_that_are_not_finite_are_named(smallest, tmp_path):
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="conv_out.bias is not finite"):
         export_pipeline(source, tmp_path / "out", profile="batch=1,size=32", precision="int8")
-    with pytest.raises(UserError, match="calibrated on whole pictures"):
+    with pytest.raises(UserError, match="calibrated on whole images"):
         export_pipeline(smallest, tmp_path / "out", precision="int8", components=("unet",))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -721,7 +721,7 @@ def changed_unet(floating, tmp_path, edit_manifest):
     return change
 
 
-def test_unets_that_take_pictures_are_refused_before_anything_is_drawn(changed_unet, tmp_path):
+def test_unets_that_take_images_are_refused_before_anything_is_drawn(changed_unet, tmp_path):
     control = {"name": "mid_residual", "dtype": "float32", "shape": ["batch", 16, 4, 4]}
     bundle = changed_unet(lambda inputs: inputs.append(control))
     with pytest.raises(UserError, match="cannot be int8: calibration has no control.*\n.*--int8-components text_enc"):
@@ -783,7 +783,7 @@ def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_pa
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     for words, *option in (
-        ("0 calibration pictures", "--calibration-images=0"),
+        ("0 calibration images", "--calibration-images=0"),
         ("no prompts in it", "--calibration", empty),
         ("cannot be read", "--calibration", tmp_path / "none.txt"),
         ("budget of -5 dB", "--budget=-5"),
@@ -814,9 +814,9 @@ def test_options_that_cannot_be(floating, int8, tmp_path):
         export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
     with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Options(networks=("tokenizer",)))
-    for pictures in (dict(adapter=True), dict(controlnet="anywhere")):
-        with pytest.raises(UserError, match="ControlNet cannot be int8: calibration has no control pictures"):
-            export_pipeline(floating, tmp_path / "out", precision="int8", **pictures)
+    for images in (dict(adapter=True), dict(controlnet="anywhere")):
+        with pytest.raises(UserError, match="ControlNet cannot be int8: calibration has no control images"):
+            export_pipeline(floating, tmp_path / "out", precision="int8", **images)
     with pytest.raises(UserError, match="unknown precision 'int4'\n.*int8"):
         export_pipeline(floating, tmp_path / "out", precision="int4")
     with pytest.raises(UserError, match="exists already"):

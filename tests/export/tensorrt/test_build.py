@@ -1,4 +1,4 @@
-"""Building plans, against doubles of TensorRT 10.16 and 11.4: order, profiles, failures, audit, identity, trust."""
+"""Building engine files, on fakes of TensorRT 10.16 and 11.4: order, profiles, failures, audit, identity, trust."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def here(tensorrt) -> engine_files.Here:
     return engine_files.Here.of(tensorrt.__version__, Cuda())
 
 
-def verdict(bundle, tensorrt, component="vae_decoder") -> preflight.Verdict:
-    (plan,) = engine_files.find(bundle, component)
-    assert isinstance(plan, engine_files.Plan), plan
-    return preflight.check(bundle, plan, here(tensorrt))
+def verdict(bundle, tensorrt, component="vae_decoder") -> preflight.Fit:
+    (engine_file,) = engine_files.find(bundle, component)
+    assert isinstance(engine_file, engine_files.EngineFile), engine_file
+    return preflight.check(bundle, engine_file, here(tensorrt))
 
 
 # The double itself
@@ -75,22 +75,25 @@ def test_what_a_version_does_not_have_does_not_exist(tensorrt):
 
 def test_a_build_goes_in_order_and_is_kept(bundle, tensorrt):
     said = []
-    (plan,) = build(bundle, VAE, announce=said.append)
+    (engine_file,) = build(bundle, VAE, announce=said.append)
     assert tensorrt._world.calls == ["Builder", "network", "parse", "config", "profile", "build", "deserialize"]
-    assert plan.path == bundle.path / "engines" / plan.key / "vae_decoder.plan" and plan.path.is_file()
+    assert (
+        engine_file.path == bundle.path / "engines" / engine_file.key / "vae_decoder.plan"
+        and engine_file.path.is_file()
+    )
     assert "building needs about" in said[0] and "in fp32" in said[1]
     assert verdict(bundle, tensorrt).ok
-    bundle.verify()  # plans lie beside what the manifest lists
-    assert build(bundle, VAE, announce=said.append)[0].key == plan.key and "built already" in said[-1]
+    bundle.verify()  # engine files lie beside what the manifest lists
+    assert build(bundle, VAE, announce=said.append)[0].key == engine_file.key and "built already" in said[-1]
     assert tensorrt._world.calls.count("build") == 1
     build(bundle, VAE, force=True)
     assert tensorrt._world.calls.count("build") == 2
 
 
 def test_several_profiles_become_one_plan(bundle, tensorrt):
-    (plan,) = build(bundle, VAE, profiles=["batch=1,size=64", "batch=1-4,height=64-128,width=128"])
+    (engine_file,) = build(bundle, VAE, profiles=["batch=1,size=64", "batch=1-4,height=64-128,width=128"])
     assert tensorrt._world.calls.count("profile") == 2
-    first, second = (profile["shapes"]["latent_sample"] for profile in plan.identity["profiles"])
+    first, second = (profile["shapes"]["latent_sample"] for profile in engine_file.identity["profiles"])
     assert first == [[1, 4, 16, 16]] * 3 and second == [[1, 4, 16, 32], [1, 4, 32, 32], [4, 4, 32, 32]]
 
 
@@ -135,14 +138,14 @@ def test_profiles_outside_the_bundle_are_refused_before_anything_is_built(bundle
     ],
 )
 def test_options_are_flags_of_both_versions_and_part_of_the_key(bundle, tensorrt, options, flags):
-    (plan,) = build(bundle, VAE, options=options)
-    data = plan.path.read_bytes()
+    (engine_file,) = build(bundle, VAE, options=options)
+    data = engine_file.path.read_bytes()
     start = data.index(b'{"version"')
     header, _ = json.JSONDecoder().raw_decode(data[start : start + 4000].decode("utf-8", "replace"))
     assert set(header["flags"]) == flags
     assert header["limits"] == ({"WORKSPACE": options.workspace} if options.workspace else {})
-    plain = engine_files.key_of({**plan.identity, "options": BuildOptions().identity()})
-    assert (plan.key == plain) == (options == BuildOptions())
+    plain = engine_files.key_of({**engine_file.identity, "options": BuildOptions().identity()})
+    assert (engine_file.key == plain) == (options == BuildOptions())
 
 
 @NEWEST
@@ -188,10 +191,10 @@ def test_the_activation_estimate_counts_what_lives_at_once(bundle):
     component = bundle.component("vae_decoder")
     sizes = {k: v.max for k, v in shapes.dims_of(bundle, component, bundle.manifest.profile).items()}
     small = {k: v.min for k, v in shapes.dims_of(bundle, component, bundle.manifest.profile).items()}
-    # Four pictures of 32 x 32 latents: the scores of the decoder's one attention, before and after softmax.
+    # Four images of 32 x 32 latents: the scores of the decoder's one attention, before and after softmax.
     scores = 4 * (32 * 32) ** 2 * 4
     assert 2 * scores <= peak(bundle, component, sizes) <= 4 * scores
-    # Four times the pictures and four times the cells; scores grow with the square of the cells.
+    # Four times the images and four times the cells; scores grow with the square of the cells.
     assert 16 <= peak(bundle, component, sizes) / peak(bundle, component, small) <= 64
 
 
@@ -388,13 +391,13 @@ def test_int8_plans_must_have_int8_layers_and_are_not_refitted(bundle_copy, edit
         build(bundle, VAE, options=BuildOptions(refittable=True))
     assert "--lora" in caught.value.fix
     tensorrt._world.dtype = "Int8"
-    (plan,) = build(bundle, VAE)
-    assert plan.record["audit"]["wanted"] == "int8"
+    (engine_file,) = build(bundle, VAE)
+    assert engine_file.record["audit"]["wanted"] == "int8"
 
 
 def test_the_audit_lies_beside_the_plan(bundle, tensorrt):
-    (plan,) = build(bundle, VAE)
-    record = json.loads(plan.path.with_suffix(".json").read_text())
+    (engine_file,) = build(bundle, VAE)
+    record = json.loads(engine_file.path.with_suffix(".json").read_text())
     assert record["audit"]["wanted"] == "fp32" and record["audit"]["heavy"]["fp32"] > 10
 
 
@@ -404,7 +407,7 @@ def test_the_audit_lies_beside_the_plan(bundle, tensorrt):
 @NEWEST
 def test_another_gpu_another_tensorrt_another_system(bundle, tensorrt):
     build(bundle, VAE)
-    (plan,) = engine_files.find(bundle)
+    (engine_file,) = engine_files.find(bundle)
     now = here(tensorrt)
     for other, reason in (
         (engine_files.Here("9.9.9", now.gpu, now.compute_capability), "TensorRT"),
@@ -412,7 +415,7 @@ def test_another_gpu_another_tensorrt_another_system(bundle, tensorrt):
         (engine_files.Here(now.tensorrt, now.gpu, "8.6"), "8.6"),
         (engine_files.Here(now.tensorrt, now.gpu, now.compute_capability, "Windows AMD64"), "Windows"),
     ):
-        found = preflight.check(bundle, plan, other)
+        found = preflight.check(bundle, engine_file, other)
         assert not found.ok and reason in found.reason and found.fix.startswith(f"accel build {bundle.path}")
 
 
@@ -420,16 +423,16 @@ def test_another_gpu_another_tensorrt_another_system(bundle, tensorrt):
 def test_the_command_that_helps_builds_the_same_plan_again(bundle, tensorrt, edit_manifest):
     """Its profiles and options, for this GPU; profiles only as far as the bundle still takes them."""
     options = BuildOptions(optimization_level=0, workspace=1 << 20, refittable=True)
-    (plan,) = build(bundle, VAE, profiles=["batch=1,size=64", "batch=1-2,size=64-96"], options=options)
+    (engine_file,) = build(bundle, VAE, profiles=["batch=1,size=64", "batch=1-2,size=64-96"], options=options)
     command = ["accel", "build", str(bundle.path), "--components", "vae_decoder"]
     given = ["--optimization-level", "0", "--workspace", "1048576", "--refittable"]
     other = engine_files.Here("9.9.9", "Double GPU", "9.0")
-    words = shlex.split(preflight.check(bundle, plan, other).fix)
+    words = shlex.split(preflight.check(bundle, engine_file, other).fix)
     assert words == [*command, "--profile", "batch=1,size=64", "--profile", "batch=1-2,size=64-96", *given]
-    plan.path.unlink()
+    engine_file.path.unlink()
     assert main(words[1:]) == 0
     again = engine_files.find(bundle)[0]
-    assert again.key == plan.key
+    assert again.key == engine_file.key
 
     narrowed = lambda data: data["components"]["vae_decoder"]["dims"]["images"].update(max=1)  # noqa: E731
     edit_manifest(bundle.path, narrowed)
@@ -442,11 +445,11 @@ def test_the_command_that_helps_builds_the_same_plan_again(bundle, tensorrt, edi
 def test_what_compatible_plans_take(bundle, tensorrt):
     now = here(tensorrt)
     build(bundle, VAE, options=BuildOptions(version_compatible=True, hardware_compatible="ampere_plus"))
-    (plan,) = engine_files.find(bundle)
+    (engine_file,) = engine_files.find(bundle)
     major = int(now.tensorrt.split(".")[0])
 
     def ok(version, capability="8.6"):
-        return preflight.check(bundle, plan, engine_files.Here(version, "Other GPU", capability)).ok
+        return preflight.check(bundle, engine_file, engine_files.Here(version, "Other GPU", capability)).ok
 
     assert ok(f"{major}.99.0") and ok(f"{major + 1}.0.0") and not ok(f"{major + 2}.0.0") and not ok(f"{major}.0.0")
     assert not ok(now.tensorrt, "7.5")
@@ -454,15 +457,15 @@ def test_what_compatible_plans_take(bundle, tensorrt):
 
 @NEWEST
 def test_a_flipped_byte(bundle, tensorrt):
-    (plan,) = build(bundle, VAE)
-    data = bytearray(plan.path.read_bytes())
+    (engine_file,) = build(bundle, VAE)
+    data = bytearray(engine_file.path.read_bytes())
     data[len(data) // 2] ^= 1
-    plan.path.write_bytes(data)
+    engine_file.path.write_bytes(data)
     assert "changed after it was built" in verdict(bundle, tensorrt).reason
-    plan.path.write_bytes(data[:-1])
+    engine_file.path.write_bytes(data[:-1])
     assert "bytes where" in verdict(bundle, tensorrt).reason
-    plan.path.unlink()
-    with pytest.raises(UserError, match="no TensorRT plan"):
+    engine_file.path.unlink()
+    with pytest.raises(UserError, match="no TensorRT engine file"):
         preflight.choose(bundle, "vae_decoder", here(tensorrt))
 
 
@@ -471,19 +474,21 @@ def test_contents_are_read_once_and_only_of_plans_that_fit(bundle, tensorrt, mon
     import accel
 
     read, changed = [], preflight.changed
-    monkeypatch.setattr(preflight, "changed", lambda plan, *data: read.append(plan.key) or changed(plan, *data))
-    (plan,) = build(bundle, VAE)
+    monkeypatch.setattr(
+        preflight, "changed", lambda engine_file, *data: read.append(engine_file.key) or changed(engine_file, *data)
+    )
+    (engine_file,) = build(bundle, VAE)
     other = engine_files.Here(tensorrt.__version__, "Other GPU", "9.0")
     with pytest.raises(UserError, match="it was built for Double GPU"):
         preflight.choose(bundle, "vae_decoder", other)
     assert read == []
-    assert accel.load_engine(bundle, "vae_decoder").name == "tensorrt" and read == [plan.key]
+    assert accel.load_engine(bundle, "vae_decoder").name == "tensorrt" and read == [engine_file.key]
 
 
 @NEWEST
 def test_an_edited_record(bundle, tensorrt):
-    (plan,) = build(bundle, VAE)
-    path = plan.path.with_suffix(".json")
+    (engine_file,) = build(bundle, VAE)
+    path = engine_file.path.with_suffix(".json")
     whole = path.read_text()
     for change, reason in (
         (lambda r: r["identity"]["options"].update(version_compatible=True), "record was changed"),
@@ -537,14 +542,14 @@ def test_a_bundle_that_was_exported_again_has_stale_plans(bundle_copy, tensorrt,
 
 @NEWEST
 def test_a_plan_from_elsewhere_runs_only_after_trust(bundle, tensorrt, capsys):
-    (plan,) = build(bundle, VAE)
+    (engine_file,) = build(bundle, VAE)
     trust.key_file().unlink()  # as if another user had built it
     assert "not built by you" in verdict(bundle, tensorrt).reason
     build(bundle, ("text_encoder",))  # makes a key of our own
     assert "not built by you" in verdict(bundle, tensorrt).reason and "accel trust" in verdict(bundle, tensorrt).fix
     assert main(["trust", str(bundle.path)]) == 0
     shown = capsys.readouterr().out
-    assert plan.record["plan"]["sha256"] in shown and "--yes" in shown and not verdict(bundle, tensorrt).ok
+    assert engine_file.record["plan"]["sha256"] in shown and "--yes" in shown and not verdict(bundle, tensorrt).ok
     assert main(["trust", str(bundle.path), "--yes"]) == 0
     assert verdict(bundle, tensorrt).ok
     assert "yours already" in (main(["trust", str(bundle.path)]), capsys.readouterr().out)[1]
@@ -553,9 +558,9 @@ def test_a_plan_from_elsewhere_runs_only_after_trust(bundle, tensorrt, capsys):
 @NEWEST
 def test_trust_signs_the_text_that_it_shows(bundle, tensorrt, capsys, monkeypatch):
     """Somebody who may write the bundle exchanges the record while it is looked at."""
-    (plan,) = build(bundle, VAE)
+    (engine_file,) = build(bundle, VAE)
     trust.key_file().unlink()
-    path, changed = plan.path.with_suffix(".json"), preflight.changed
+    path, changed = engine_file.path.with_suffix(".json"), preflight.changed
     whole = path.read_bytes()
 
     def meanwhile(found, data=None):
@@ -571,9 +576,9 @@ def test_trust_signs_the_text_that_it_shows(bundle, tensorrt, capsys, monkeypatc
 
 @NEWEST
 def test_trust_does_not_sign_what_is_damaged(bundle, tensorrt):
-    (plan,) = build(bundle, VAE)
+    (engine_file,) = build(bundle, VAE)
     trust.key_file().unlink()
-    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    engine_file.path.write_bytes(engine_file.path.read_bytes()[:-1] + b"x")
     assert main(["trust", str(bundle.path), "--yes"]) == 1
     assert not preflight.trusted(engine_files.find(bundle)[0])
 
@@ -586,8 +591,8 @@ def test_a_text_file_named_plan_and_a_folder_that_others_may_write(bundle, tenso
     with pytest.raises(UserError, match="accel did not build it"):
         preflight.choose(bundle, "vae_decoder", here(tensorrt))
     (folder / "vae_decoder.plan").unlink()
-    (plan,) = build(bundle, VAE)
-    for place, mode in ((plan.path.parent, 0o777), (plan.path.parent, 0o775), (plan.path, 0o664)):
+    (engine_file,) = build(bundle, VAE)
+    for place, mode in ((engine_file.path.parent, 0o777), (engine_file.path.parent, 0o775), (engine_file.path, 0o664)):
         before = place.stat().st_mode
         place.chmod(mode)
         assert "others can write" in verdict(bundle, tensorrt).reason
@@ -608,18 +613,18 @@ def test_a_plan_is_private_where_new_folders_are_not(bundle, tensorrt):
 @NEWEST
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
 def test_a_plan_of_another_user_is_not_loaded(bundle, tensorrt):
-    (plan,) = build(bundle, VAE)
-    os.chown(plan.path, 12345, -1)
+    (engine_file,) = build(bundle, VAE)
+    os.chown(engine_file.path, 12345, -1)
     found = verdict(bundle, tensorrt)
     assert "another user" in found.reason and found.fix.startswith("cp -r")
 
 
 @NEWEST
 def test_a_plan_behind_a_link_is_refused(bundle, tensorrt, tmp_path):
-    (plan,) = build(bundle, VAE)
+    (engine_file,) = build(bundle, VAE)
     elsewhere = tmp_path / "elsewhere"
-    plan.path.parent.rename(elsewhere)
-    plan.path.parent.symlink_to(elsewhere)
+    engine_file.path.parent.rename(elsewhere)
+    engine_file.path.parent.symlink_to(elsewhere)
     with pytest.raises(UserError, match="symbolic link"):
         preflight.choose(bundle, "vae_decoder", here(tensorrt))
 
@@ -659,8 +664,8 @@ def test_only_plans_that_fit_make_a_bundle_ready(bundle_copy, edit_manifest, ten
             components={name: c for name, c in data["components"].items() if name in ("text_encoder", *VAE)}
         ),
     )
-    (plan,) = build(Bundle.open(bundle_copy), VAE)
-    plan.path.write_bytes(b"hello")
+    (engine_file,) = build(Bundle.open(bundle_copy), VAE)
+    engine_file.path.write_bytes(b"hello")
     command = ["build", str(bundle_copy), "--components"]
     assert main([*command, "text_encoder"]) == 0 and "--engine auto --prompt" in capsys.readouterr().out
     assert main([*command, "vae_decoder"]) == 0 and "--engine tensorrt --prompt" in capsys.readouterr().out
@@ -684,5 +689,7 @@ def test_an_export_with_plans_at_once(sd15, tensorrt, tmp_path, capsys):
     command = ["export", str(sd15), str(out), "--components", "text_encoder", "--profile", "batch=1-2,size=64"]
     assert main([*command, "--engine", "tensorrt", "--refittable"]) == 0
     assert "text_encoder: building needs" in capsys.readouterr().err
-    (plan,) = engine_files.find(Bundle.open(out))
-    assert plan.identity["options"]["refittable"] and plan.identity["profiles"][0]["shapes"]["input_ids"][2] == [2, 77]
+    (engine_file,) = engine_files.find(Bundle.open(out))
+    assert engine_file.identity["options"]["refittable"] and engine_file.identity["profiles"][0]["shapes"]["input_ids"][
+        2
+    ] == [2, 77]

@@ -31,7 +31,7 @@ def shapes(name: str, kind: str, guidance: bool = True):
 
 
 @pytest.mark.parametrize("side", [512, 768, 1024])
-def test_a_size_of_the_field_with_one_to_eight_pictures(side):
+def test_a_size_of_the_field_with_one_to_eight_images(side):
     name, cells = f"batch=1-8,size={side}", side // 8
     unet = shapes(name, "unet")
     assert unet["sample"] == ((1, 4, cells, cells), (2, 4, cells, cells), (16, 4, cells, cells))

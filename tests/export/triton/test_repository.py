@@ -115,7 +115,7 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     from accel.export.tensorrt.build import build
 
     bundle, out = Bundle.open(bundle_copy), tmp_path / "repo"
-    with pytest.raises(UserError, match="no TensorRT plan of text_encoder"):
+    with pytest.raises(UserError, match="no TensorRT engine file of text_encoder"):
         write(bundle, out, Serving("tensorrt"))
     assert not out.exists()
     build(bundle, profiles=["batch=1-2,size=64"])
@@ -128,7 +128,7 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
         0
     ].path.read_bytes()
     assert list(config.model_warmup[0].inputs["latent_sample"].dims) == [4, 16, 16]
-    unet = parsed(out, "unet")  # a plan has one timestep for the whole batch
+    unet = parsed(out, "unet")  # an engine file has one timestep for the whole batch
     assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
     (timestep,) = (tensor for tensor in unet.input if tensor.name == "timestep")
     assert list(timestep.dims) == [1] and list(timestep.reshape.shape) == []
@@ -152,8 +152,8 @@ def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp
     build(bundle, options=BuildOptions(version_compatible=True))
     command = write(bundle, tmp_path / "repo", Serving("tensorrt"))
     assert command.endswith("repo --backend-config=tensorrt,version-compatible=true")
-    (plan,) = (p for p in engine_files.find(bundle) if p.identity["options"]["version_compatible"])
-    plan.path.write_bytes(plan.path.read_bytes()[:-1] + b"x")
+    (engine_file,) = (p for p in engine_files.find(bundle) if p.identity["options"]["version_compatible"])
+    engine_file.path.write_bytes(engine_file.path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="the file was changed after it was built .*and 1 more"):
         write(bundle, tmp_path / "repo", Serving("tensorrt"), overwrite=True)
 

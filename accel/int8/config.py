@@ -53,7 +53,7 @@ _CROSS_KEYS_VALUES = re.compile(r"(^|\.)attn2\.(to_k|to_v)$")
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8Config:
     """How a network is quantised: weights int8 per output channel, activations int8 per tensor, both symmetric.
 
     Attributes:
@@ -88,7 +88,7 @@ class Int8:
         return asdict(self) | {"keep": list(self.keep)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Int8:
+    def from_dict(cls, data: Mapping[str, Any]) -> Int8Config:
         return cls(**dict(data) | {"keep": tuple(data["keep"])})
 
 
@@ -113,7 +113,7 @@ def bos_layer(name: str) -> bool:
     return bool(_CROSS_KEYS_VALUES.search(name))
 
 
-def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+def fitting(recipe: Int8Config, layers: Mapping[str, bool]) -> list[str]:
     """Names of the layers that the recipe fits.
 
     Args:
@@ -129,7 +129,7 @@ def fitting(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
     ]
 
 
-def chosen(recipe: Int8, layers: Mapping[str, bool]) -> list[str]:
+def chosen(recipe: Int8Config, layers: Mapping[str, bool]) -> list[str]:
     """What `fitting` gives for a network that must have some.
 
     Raises:
