@@ -26,7 +26,7 @@ from accel.models.source import Source, open_source
 from accel.pipeline import control
 
 from .companions import copy_companions
-from .constants import checked_sampler, own_sampler, pipeline_constants
+from .constants import checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
 from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
@@ -124,14 +124,14 @@ def export_pipeline(
     base = None if share is None else Bundle.open(share)
     names = _component_names(source, components)
     pipeline = pipeline_constants(source)
-    chosen_sampler = checked_sampler(sampler or own_sampler(source))
+    sampling = checked_sampling(sampler) if sampler else own_sampling(source)
     shapes = parse_profile(profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = _control_inputs(source, adapter is True)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"],
         latent_multiple=pipeline["latent_multiple"],
-        guidance=float(chosen_sampler["guidance"]) > 1,
+        guidance=sampling.guidance > 1,
     )
     stored = sum(
         p.stat().st_size
@@ -155,7 +155,7 @@ def export_pipeline(
             family=source.family,
             topology=source.topology,
             pipeline=pipeline,
-            sampler=chosen_sampler,
+            sampler=sampling.as_dict(),
             profile=shapes,
             precision=precision,
             source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))} | source.record(),

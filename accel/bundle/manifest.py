@@ -16,6 +16,7 @@ from .._version import __version__
 from ..assets import resolve
 from ..errors import UserError
 from ..files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from ..sampling import Sampling
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
 
@@ -188,11 +189,7 @@ class Manifest:
         )
         _require(data["source"], "source", name=str)
         _require(data["exporter"], "exporter", opset=int, torch=str)
-        _require(data["sampler"], "sampler", name=str, guidance=number)
-        if "timesteps" in data["sampler"]:
-            _require(data["sampler"], "sampler", timesteps=list)
-        else:
-            _require(data["sampler"], "sampler", steps=int)
+        Sampling.from_dict(data["sampler"], "sampler")
         _require(
             data["pipeline"],
             "pipeline",
@@ -261,8 +258,10 @@ class Bundle:
             )
         try:
             manifest = Manifest.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST} is damaged ({error})", "export the model again") from None
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            raise UserError(
+                f"{path / MANIFEST} is damaged ({getattr(error, 'message', error)})", "export the model again"
+            ) from None
         bundle = cls(path, manifest)
         for entry in manifest.files:
             inside(path, entry, "the manifest entry")

@@ -319,14 +319,13 @@ class _Run:
         feeds = self._feeds(chunk, text, unet)
         add = control.prepare(self.asked, chunk, plan, self.manifest, self.engines, size=self.pixels, total=self.total)
         extra = None if start.extra is None else unet.array(start.extra)
-        index = {t: i for i, t in enumerate(plan.timesteps)}
         dtype = spec["sample"].dtype
 
         def model(x, t):
             sample = x if extra is None else concat([x, extra], axis=1)
             sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(index[t], inputs))["out_sample"], "float32")
+            out = cast(unet(**inputs, **add(sum(s >= t for s in plan.timesteps) - 1, inputs))["out_sample"], "float32")
             if not plan.guided:
                 return out
             without, with_prompt = out[: len(x)], out[len(x) :]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..bundle import Manifest
 from ..errors import UserError
+from ..sampling import Sampling
 from ..sampling import samplers as sampler
 
 
@@ -89,13 +90,13 @@ def plan(
     strength: float | None,
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where nothing else is asked for."""
-    own = manifest.sampler
-    name = name or own["name"]
-    if timesteps is None and steps is None and name == own["name"]:
-        timesteps, steps = own.get("timesteps"), own.get("steps")
+    own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
+    name = name or own.sampler
+    if timesteps is None and steps is None and name == own.sampler:
+        timesteps, steps = own.timesteps, own.steps
     if timesteps is None:
         timesteps = sampler.grid(name, schedule, steps)
-    scale = float(own["guidance"] if guidance is None else guidance)
+    scale = float(own.guidance if guidance is None else guidance)
     if not 0 <= scale < float("inf"):
         raise UserError(f"guidance_scale = {scale} makes no sense", "use 0 for none, 3 to 12 for a guided model")
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
