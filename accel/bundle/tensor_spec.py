@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from .. import records
 from ..errors import UserError
 from .shape_profiles import Range
 
@@ -30,11 +31,11 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
-        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+        return records.read(cls, data, "tensor")
 
     @property
     def is_activation(self) -> bool:

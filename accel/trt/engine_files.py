@@ -15,8 +15,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from .. import records
 from ..bundle import Bundle, Component
 from ..errors import UserError
 from ..files import digest_of, inside, write_bytes
@@ -25,23 +26,38 @@ from .cuda import Cuda
 
 SCHEMA = 1
 FOLDER = "engines"
-# What every record has: those of engine files from elsewhere are read too, and shown before anybody trusts them.
-_WANTED = {
-    "schema": int,
-    "component": str,
-    "key": str,
-    "plan": {"bytes": int, "sha256": str},
-    "audit": dict,
-    "built": str,
-    "identity": {
-        "tensorrt": str,
-        "gpu": str,
-        "compute_capability": str,
-        "platform": str,
-        "options": dict,
-        "profiles": [{"name": str, "dims": dict, "shapes": dict}],
-    },
-}
+
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Profile(TypedDict):
+    name: str
+    dims: dict
+    shapes: dict
+
+
+class _Identity(TypedDict):
+    tensorrt: str
+    gpu: str
+    compute_capability: str
+    platform: str
+    options: dict
+    profiles: list[_Profile]
+
+
+class _Record(TypedDict):
+    """What every record has. Those of engine files from elsewhere are read too, before anybody trusts them."""
+
+    schema: int
+    component: str
+    key: str
+    plan: _File
+    audit: dict
+    built: str
+    identity: _Identity
 
 
 @dataclass(frozen=True)
@@ -155,22 +171,13 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
         record = None
     if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
-    if wrong := _lacks(record, _WANTED):
-        raise UserError(f"{described} is damaged: it lacks {wrong}", rebuild(bundle, component))
+    try:
+        records.read(_Record, record, "record")
+    except ValueError as error:
+        raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component:
         raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
     return EngineFile(path, record, text)
-
-
-def _lacks(found: Any, wanted: Any, name: str = "a record") -> str:
-    """The name of the first thing that is missing or of another kind; empty where there is none."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        parts = [(found.get(key), kind, key) for key, kind in wanted.items()]
-    elif isinstance(wanted, list) and isinstance(found, list):
-        parts = [(part, wanted[0], name) for part in found]
-    else:
-        return "" if isinstance(wanted, type) and isinstance(found, wanted) else name
-    return next((wrong for part in parts if (wrong := _lacks(*part))), "")
 
 
 def find(bundle: Bundle, component: str | None = None) -> list[EngineFile | UserError]:
