@@ -151,7 +151,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
-    """The timesteps of a sampler, high noise first; `grid(...)[start]` is what image-to-image noises its image to."""
+    """The timesteps of a sampler, high noise first; image-to-image noises its image to `grid(...)[start]`."""
     chosen = _sampler(name)
     steps = chosen.steps if steps is None else steps
     _check_steps(steps, schedule.T)
