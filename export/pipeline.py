@@ -225,7 +225,8 @@ def _export_component(
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    network = resolve_name(kind_of(name).network)(source, name, inputs)
+    kind = kind_of(name)
+    network = resolve_name(kind.network or f"accel.models.source_networks:{kind.names[0]}")(source, name, inputs)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
     # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.

@@ -15,7 +15,8 @@ class Kind:
     Attributes:
         names: the components that can be of this kind; the first name is the kind's own.
         wrapper: torch module with named inputs and outputs around a model, made as (model, output specs).
-        network: (source, name, `UNetInputs`) -> the `Network` to export; see `accel.models.source_networks`.
+        network: (source, name, `UNetInputs`) -> the `Network` to export; "" for the function of the kind's name in
+            `accel.models.source_networks`.
         classes: classes that the model may have; the first one where its config names none.
         library: the package of these classes, diffusers or transformers.
         part: the part of a diffusers pipeline that the model is; "" for the one of the component's own name.
@@ -29,8 +30,8 @@ class Kind:
 
     names: tuple[str, ...]
     wrapper: str
-    network: str
     classes: tuple[str, ...]
+    network: str = ""
     library: str = "diffusers"
     part: str = ""
     unused: tuple[str, ...] = ()
@@ -40,63 +41,58 @@ class Kind:
     stand_in: str = ""
 
 
+_MODELS, _ATTACH = "accel.models", "accel.pipeline.attach"
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
 # In the order in which an image needs them.
 _KINDS = (
     Kind(
         names=("text_encoder", "text_encoder_2"),
-        wrapper="accel.models.networks:TextEncoder",
-        network="accel.models.source_networks:text_encoder",
+        wrapper=f"{_MODELS}.networks:TextEncoder",
         classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
         library="transformers",
         use="always",
         slots=("text_encoder", "text_encoder_2"),
-        stand_in="accel.pipeline.attach:CompiledTextEncoder",
+        stand_in=f"{_ATTACH}:CompiledTextEncoder",
     ),
     Kind(
         names=("t2i_adapter",),
-        wrapper="accel.models.control_networks:T2IAdapter",
-        network="accel.models.source_networks:t2i_adapter",
+        wrapper=f"{_MODELS}.control_networks:T2IAdapter",
         classes=("T2IAdapter",),
         use="if present",
         control=True,
         slots=("adapter",),
-        stand_in="accel.pipeline.attach:CompiledAdapter",
+        stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
     Kind(
         names=("controlnet",),
-        wrapper="accel.models.control_networks:ControlNet",
-        network="accel.models.source_networks:controlnet",
+        wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
         control=True,
         slots=("controlnet",),
-        stand_in="accel.pipeline.attach:CompiledControlNet",
+        stand_in=f"{_ATTACH}:CompiledControlNet",
     ),
     Kind(
         names=("unet",),
-        wrapper="accel.models.networks:UNet",
-        network="accel.models.source_networks:unet",
+        wrapper=f"{_MODELS}.networks:UNet",
         classes=("UNet2DConditionModel",),
         use="always",
         slots=("unet",),
-        stand_in="accel.pipeline.attach:CompiledUNet",
+        stand_in=f"{_ATTACH}:CompiledUNet",
     ),
     Kind(
         names=("vae_decoder",),
-        wrapper="accel.models.networks:VaeDecoder",
-        network="accel.models.source_networks:vae_decoder",
+        wrapper=f"{_MODELS}.networks:VaeDecoder",
         classes=_VAES,
         part="vae",
         unused=("encoder", "quant_conv"),
         use="always",
         slots=("vae",),
-        stand_in="accel.pipeline.attach:CompiledVae",
+        stand_in=f"{_ATTACH}:CompiledVae",
     ),
     Kind(
         names=("vae_encoder",),
-        wrapper="accel.models.networks:VaeEncoder",
-        network="accel.models.source_networks:vae_encoder",
+        wrapper=f"{_MODELS}.networks:VaeEncoder",
         classes=_VAES,
         part="vae",
         unused=("decoder", "post_quant_conv"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from .. import records
 from .._version import __version__
@@ -26,18 +26,21 @@ SCHEMA = 1
 MANIFEST = "accel.json"
 
 
+# What the objects of a manifest that are kept as they are must have.
+_REQUIRED = {
+    "pipeline": dict.fromkeys(("vae_scale", "latent_channels", "latent_multiple", "native_size"), int)
+    | {"scaling_factor": float, "shift_factor": float, "zero_empty_prompt": bool},
+    "source": {"name": str},
+    "exporter": {"opset": int, "torch": str},
+    "components": Mapping[str, dict],
+    "files": Mapping[str, {"sha256": str, "bytes": int}],
+}
+_INT8 = dict.fromkeys(("recipe", "layers", "graphs", "calibration"), dict)
+
+
 def is_bundle(path: str | Path) -> bool:
     """Whether a folder, or a shipped name, is a bundle."""
     return (Path(resolve(path)) / MANIFEST).is_file()
-
-
-class Int8(TypedDict):
-    """What the manifest says of every component with int8 layers; see `Component.int8`."""
-
-    recipe: dict
-    layers: dict
-    graphs: dict
-    calibration: dict
 
 
 @dataclass(frozen=True)
@@ -101,42 +104,6 @@ class Component:
         return f"int8 + {self.dtype}" if self.int8 else self.dtype
 
 
-class PipelineConstants(TypedDict):
-    """What an app needs to turn pixels into latents and back.
-
-    `vae_scale`: pixels per latent pixel; `latent_multiple`: what a latent side must be a multiple of; `native_size` in
-    pixels; `zero_empty_prompt`: whether no negative prompt means zeros instead of the embedding of "".
-    """
-
-    vae_scale: int
-    latent_channels: int
-    scaling_factor: float
-    shift_factor: float
-    latent_multiple: int
-    native_size: int
-    zero_empty_prompt: bool
-
-
-class Origin(TypedDict):
-    """The pipeline that a bundle was made from: beside its name the digest of its weights, LoRA files, parts."""
-
-    name: str
-
-
-class Exporter(TypedDict):
-    """Versions of the packages, the opset, and how the graphs were traced."""
-
-    opset: int
-    torch: str
-
-
-class FileEntry(TypedDict):
-    """sha256 and size of a file."""
-
-    sha256: str
-    bytes: int
-
-
 @dataclass(frozen=True)
 class Manifest:
     """Everything `accel.json` says.
@@ -144,7 +111,9 @@ class Manifest:
     Attributes:
         family: sd1, sd2 or sdxl.
         topology: name out of `accel.models.topology`, or "custom".
-        pipeline: sizes and factors of latents and images.
+        pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor,
+            shift_factor, latent_multiple (of a latent side), native_size (pixels), zero_empty_prompt (whether no
+            negative prompt means zeros instead of the embedding of "").
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).
@@ -156,18 +125,22 @@ class Manifest:
 
     family: str
     topology: str
-    pipeline: PipelineConstants
+    pipeline: Mapping[str, Any]
     sampler: Mapping[str, Any]
     profile: Profile
     precision: str
-    source: Origin
-    exporter: Exporter
+    source: Mapping[str, Any]
+    exporter: Mapping[str, Any]
     components: Mapping[str, Component]
-    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         components = {name: component.as_dict() for name, component in self.components.items()}
-        changed = {"profile": asdict(self.profile), "components": components, "files": dict(sorted(self.files.items()))}
+        changed = {
+            "profile": self.profile.as_dict(),
+            "components": components,
+            "files": dict(sorted(self.files.items())),
+        }
         return {"schema": SCHEMA, "accel": __version__} | vars(self) | changed
 
     @classmethod
@@ -177,14 +150,13 @@ class Manifest:
         Raises:
             ValueError, UserError: for the first value that is missing or wrong.
         """
-        for key in ("components", "files"):
-            records.read(Mapping[str, dict], data.get(key), "manifest", key)
+        records.read(_REQUIRED, data, "manifest")
         named = {name: entry | {"name": name} for name, entry in data["components"].items()}
         found = records.read(cls, data | {"components": named}, "manifest")
         Sampling.from_dict(found.sampler, "manifest: sampler")
-        for component in found.components.values():
+        for name, component in found.components.items():
             if component.int8:
-                records.read(Int8, component.int8, "manifest", "components", component.name, "int8")
+                records.read(_INT8, component.int8, "manifest", "components", name, "int8")
         return found
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .. import records
 from ..errors import UserError
 
 
@@ -65,10 +64,6 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
-        return records.read(cls, data, "profile")
 
     def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool) -> dict[str, Range]:
         """The symbolic dimensions of a pipeline's tensors.

@@ -36,10 +36,6 @@ _OTHERS = {
 }
 
 
-def is_single_file(state: Tensors) -> bool:
-    return any(key.startswith((UNET, "joint_blocks.", "double_blocks.")) for key in state)
-
-
 def family(state: Tensors, name: str) -> str:
     """sd1, sd2 or sdxl of a single file.
 

@@ -25,7 +25,7 @@ from . import conditioning, control, request
 from .initial_latents import Start
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
-from .request import Chunk, Clock, InputImages, Request, Sizes
+from .request import Chunk, Clock, InputImages, Request
 from .tokenizer import ClipTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -205,7 +205,7 @@ class Pipeline:
             width=width,
             latents=latents,
             images=images,
-            sizes=Sizes(original_size, crop, target_size),
+            sizes=(original_size, crop, target_size),
             renoise=renoise,
             weighted=prompt_weights,
         )
@@ -363,10 +363,7 @@ class _Run:
         batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                sizes = self.request.sizes
-                feeds["time_ids"] = conditioning.time_ids(
-                    batch, self.request.pixels, sizes.original, sizes.crop, sizes.target
-                )
+                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
             elif spec.name == "timestep_cond":
                 feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, spec.shape[-1])
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}

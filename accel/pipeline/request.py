@@ -45,15 +45,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """SDXL's size conditioning in pixels; None for the image's own size."""
-
-    original: Sequence[int] | None = None
-    crop: Sequence[int] = (0, 0)
-    target: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
 class InputImages:
     """Images to start from, as `accel.images.batch` takes them.
 
@@ -96,7 +87,7 @@ class Request:
         size: height and width of the latents.
         pixels: height and width of the images.
         images: images to start from and to control by.
-        sizes: SDXL's size conditioning.
+        sizes: SDXL's size conditioning in pixels: original size, top and left of the crop, target size.
         latents: initial noise [N, C, h, w] of unit variance; None for the seeds'.
         renoise: i -> noise [N, C, h, w] that a stochastic sampler adds after step i; None for the seeds'.
         weighted: whether `(words:1.3)` in a prompt counts by that factor.
@@ -107,7 +98,7 @@ class Request:
     size: tuple[int, int]
     pixels: tuple[int, int]
     images: InputImages = InputImages()
-    sizes: Sizes = Sizes()
+    sizes: tuple[Sequence[int] | None, Sequence[int], Sequence[int] | None] = (None, (0, 0), None)
     latents: Any = None
     renoise: Callable[[int], Any] | None = None
     weighted: bool = False

@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from .. import records
 from ..bundle import Bundle, Component
@@ -28,36 +28,18 @@ SCHEMA = 1
 FOLDER = "engines"
 
 
-class _File(TypedDict):
-    bytes: int
-    sha256: str
-
-
-class _Profile(TypedDict):
-    name: str
-    dims: dict
-    shapes: dict
-
-
-class _Identity(TypedDict):
-    tensorrt: str
-    gpu: str
-    compute_capability: str
-    platform: str
-    options: dict
-    profiles: list[_Profile]
-
-
-class _Record(TypedDict):
-    """What every record has. Those of engine files from elsewhere are read too, before anybody trusts them."""
-
-    schema: int
-    component: str
-    key: str
-    plan: _File
-    audit: dict
-    built: str
-    identity: _Identity
+_PROFILE = {"name": str, "dims": dict, "shapes": dict}
+# What every record has: those of engine files from elsewhere are read too, and shown before anybody trusts them.
+_REQUIRED = {
+    "schema": int,
+    "component": str,
+    "key": str,
+    "plan": {"bytes": int, "sha256": str},
+    "audit": dict,
+    "built": str,
+    "identity": dict.fromkeys(("tensorrt", "gpu", "compute_capability", "platform"), str)
+    | {"options": dict, "profiles": list[_PROFILE]},
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +154,7 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
     if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
     try:
-        records.read(_Record, record, "record")
+        records.read(_REQUIRED, record, "record")
     except ValueError as error:
         raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component:
