@@ -49,6 +49,7 @@ _MOVED = {
     ("accel.distill", "accel.distill.training"): (
         "train=loop checkpoints log stop symptoms=monitors attention samples pipelines"
     ),
+    ("accel.export", "accel.export"): "companions=pipeline_files share=hard_links",
     ("accel.export", "accel.export.graph"): (
         "component onnx=trace check precision islands=fp32_fallback float16=fp16_reference half=fp16 uint8"
     ),

@@ -35,7 +35,7 @@ import torch
 from int8_ways import PROMPTS, ways
 
 from accel.assets import DIGITS
-from accel.bundle import Bundle, seal
+from accel.bundle import Bundle, finalize
 from accel.distill import recipes
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
@@ -320,7 +320,7 @@ def ship(model: Model) -> None:
     shutil.copytree(model.low, target, ignore=shutil.ignore_patterns(UNUSED))
     manifest = Bundle.open(model.low).manifest
     parts = {name: record for name, record in manifest.components.items() if name != UNUSED}
-    seal(target, replace(manifest, components=parts))
+    finalize(target, replace(manifest, components=parts))
 
 
 def shipped() -> list[str]:

@@ -1,4 +1,4 @@
-"""A pipeline to a bundle: every network exported and checked, everything an embedding app needs in one folder."""
+"""A pipeline to a bundle: every network exported and checked, everything that an app needs in one folder."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
-
-from accel.bundle import Bundle, Component, Manifest, seal
+from accel.bundle import Bundle, Component, Manifest, finalize
+from accel.bundle.kinds import KINDS, control_components, kind_of
 from accel.bundle.shape_profiles import Range
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.errors import UserError
 from accel.files import new_folder, require_space
-from accel.models import control_networks, networks
+from accel.models import networks
 from accel.models.control_networks import match_adapter, match_controlnet
 from accel.models.lora import LoraFile
-from accel.models.networks import Network
 from accel.models.source import Source, open_source
+from accel.models.source_networks import UNetInputs, own_tokens, unet_config
 from accel.pipeline import control
 
-from .companions import copy_companions
-from .constants import checked_sampler, own_sampler, pipeline_constants
+from .constants import checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
 from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
+from .hard_links import link_equal_files
 from .int8 import options
 from .int8.unsupported import refuse_control
-from .share import share_files
+from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 _STAGES = 4
 Progress = Callable[[str, float], None]
 
@@ -63,8 +62,8 @@ def export_pipeline(
             (`accel.models.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.bundle.shape_profiles`).
-        precision: fp32, fp16, or one of `export.precision.INT8`.
-        opset: ONNX opset (`export.onnx.OPSETS`).
+        precision: fp32, fp16, or one of `accel.export.graph.precision.INT8`.
+        opset: ONNX opset (`accel.export.graph.trace.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
         adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
@@ -124,21 +123,15 @@ def export_pipeline(
     base = None if share is None else Bundle.open(share)
     names = _component_names(source, components)
     pipeline = pipeline_constants(source)
-    chosen_sampler = checked_sampler(sampler or own_sampler(source))
+    sampling = checked_sampling(sampler) if sampler else own_sampling(source)
     shapes = parse_profile(profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
-    inputs = _control_inputs(source, adapter is True)
+    inputs = _unet_inputs(source, shapes.tokens, adapter is True)
     dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"],
-        latent_multiple=pipeline["latent_multiple"],
-        guidance=float(chosen_sampler["guidance"]) > 1,
+        vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
     )
-    stored = sum(
-        p.stat().st_size
-        for name in ("text_encoder", "text_encoder_2", "unet", "vae", *control.COMPONENTS)
-        if source.has(name)
-        for p in source.weight_files(name)
-    )
+    parts = sorted({kind_of(name).part or name for name in names})
+    stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
     require_space(Path(out).absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
     with new_folder(Path(out), overwrite=overwrite) as folder:
         records = {}
@@ -147,26 +140,24 @@ def export_pipeline(
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
-            records[name] = _export_component(
-                source, name, folder / name, dims, precision, opset, inputs, step, shapes.tokens
-            )
-        copy_companions(source, folder)
+            records[name] = _export_component(source, name, folder / name, dims, precision, opset, inputs, step)
+        copy_pipeline_files(source, folder)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
             pipeline=pipeline,
-            sampler=chosen_sampler,
+            sampler=sampling.as_dict(),
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(_weight_folders(names))} | source.record(),
+            source={"name": source.name, "weights_sha256": source.digest(parts)} | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,
         )
         progress("digests", 0.99)
         if base is not None:
-            share_files(folder, base)
-        seal(folder, manifest)
+            link_equal_files(folder, base)
+        finalize(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
 
@@ -182,72 +173,42 @@ def _check_int8(components: Sequence[str], shares: bool) -> None:
 
 
 def _check_controlled(model: str | Path | Source, adapter: Any, controlnet: Any) -> None:
-    if adapter or controlnet or isinstance(model, Source) and any(map(model.has, control.COMPONENTS)):
+    if adapter or controlnet or isinstance(model, Source) and any(map(model.has, control_components())):
         refuse_control()
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
-    """The UNet takes one context of the text encoder's own length, or several of them laid end to end."""
-    own = _own_tokens(source)
+    """Refuse a text context that is not one or several of the text encoder's own, laid end to end."""
+    own = own_tokens(source)
     if tokens % own:
         raise UserError(
             f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
         )
 
 
-def _own_tokens(source: Source) -> int:
-    return source.config("text_encoder").get("max_position_embeddings", 77)
+def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
+    """All components to export: the control networks that the source has, and what is wanted."""
+    choices = [name for name, kind in KINDS.items() if not kind.control]
+    if unknown := [name for name in wanted if name not in choices]:
+        raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(choices)}")
+    if not wanted:
+        raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
+    more = [name for name in control_components() if source.has(name)]
+    return more + [
+        name for kind in dict.fromkeys(wanted) for name in KINDS[kind].names if name == kind or source.has(name)
+    ]
 
 
-def _component_names(source: Source, wanted: tuple[str, ...]) -> list[str]:
-    unknown = [name for name in wanted if name not in COMPONENTS]
-    if unknown:
-        raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(COMPONENTS)}")
-    names = list(dict.fromkeys(wanted))
-    if not names:
-        raise UserError("no component is to be exported", f"choose from: {', '.join(COMPONENTS)}")
-    if "text_encoder" in names and source.has("text_encoder_2"):
-        names.insert(names.index("text_encoder") + 1, "text_encoder_2")
-    return [*(name for name in control.COMPONENTS if source.has(name)), *names]
-
-
-def _control_inputs(source: Source, adapter: bool) -> dict[str, Any]:
-    """Which control inputs the UNet gets, as `networks.unet` takes them; says early what does not fit."""
-    unet = _unet_config(source)
+def _unet_inputs(source: Source, tokens: int, adapter: bool) -> UNetInputs:
+    """Which inputs the UNet gets; says early which control network does not fit."""
+    unet = unet_config(source)
     features = len(unet["block_out_channels"]) if adapter else 0
     if source.has(control.ADAPTER):
         scale = pipeline_constants(source)["vae_scale"]
         features = len(match_adapter(source.config(control.ADAPTER), unet, scale))
     if source.has(control.CONTROLNET):
         match_controlnet({"addition_embed_type": None} | source.config(control.CONTROLNET), unet)
-    return {"adapter": features, "control": source.has(control.CONTROLNET)}
-
-
-def _weight_folders(names: list[str]) -> list[str]:
-    return sorted({"vae" if name.startswith("vae_") else name for name in names})
-
-
-def _unet_config(source: Source) -> dict[str, Any]:
-    """With diffusers' defaults for fields that are younger than some configs."""
-    return {"mid_block_type": "UNetMidBlock2DCrossAttn", "addition_embed_type": None} | source.config("unet")
-
-
-def _network(source: Source, name: str, inputs: Mapping[str, Any], tokens: int) -> Network:
-    if name.startswith("text_encoder"):
-        own = _own_tokens(source)
-        return networks.text_encoder(source.load(name), name, hidden_states=source.family == "sdxl", tokens=own)
-    if name == "unet":
-        return networks.unet(source.load("unet"), tokens=tokens, **inputs)
-    if name == control.ADAPTER:
-        model = source.load(name)
-        shapes = match_adapter(model.config, _unet_config(source), pipeline_constants(source)["vae_scale"])
-        return Network(name, name, *control_networks.t2i_adapter(model, shapes))
-    if name == control.CONTROLNET:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(source.config("unet"))
-        shared = networks.unet(unet, tokens=tokens).inputs
-        return Network(name, name, *control_networks.controlnet(source.load(name), shared))
-    return getattr(networks, name)(source.load("vae"))
+    return UNetInputs(tokens, features, source.has(control.CONTROLNET))
 
 
 def _export_component(
@@ -257,18 +218,18 @@ def _export_component(
     dims: Mapping[str, Range],
     recipe: str,
     opset: int,
-    control_inputs: Mapping[str, Any],
+    inputs: UNetInputs,
     step: Callable[[str, int], None],
-    tokens: int,
 ) -> Component:
-    """Weights, graph and proof of one network."""
+    """Write weights and graph of one network, and check the graph against torch."""
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    network = _network(source, name, control_inputs, tokens)
+    kind = kind_of(name)
+    network = resolve_name(kind.network or f"accel.models.source_networks:{kind.names[0]}")(source, name, inputs)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
-    # The truth is the source as it was loaded, so that a config or weight lost on the way into the bundle shows too.
+    # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.
     scaling_factor = pipeline_constants(source)["scaling_factor"]
     known = component.truth(network, limits, recipe, family=source.family, scaling_factor=scaling_factor)
     networks.save_config(network, folder)

@@ -212,13 +212,13 @@ def completed(bundle, base):
     import shutil
     from dataclasses import replace
 
-    from accel.bundle import Bundle, seal
+    from accel.bundle import Bundle, finalize
 
     own, others = bundle.manifest.components, base.manifest.components
     lacking = {name: record for name, record in others.items() if name not in own}
     for record in lacking.values():
         shutil.copytree(base.path / record.folder, bundle.path / record.folder)
-    seal(bundle.path, replace(bundle.manifest, components={**lacking, **own}))
+    finalize(bundle.path, replace(bundle.manifest, components={**lacking, **own}))
     return Bundle.open(bundle.path)
 
 

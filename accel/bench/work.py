@@ -12,9 +12,10 @@ import numpy as np
 from .. import images as images
 from ..arrays import synchronize
 from ..bundle import Bundle
+from ..bundle.kinds import control_components
 from ..engines.base import to_numpy
 from ..errors import UserError
-from ..pipeline import Pipeline, component_names, control
+from ..pipeline import Pipeline, component_names
 
 PROMPTS = (
     "a photo of a lighthouse on a cliff at dusk",
@@ -83,7 +84,7 @@ def with_control(settings: BenchSettings, bundle: Bundle, folder: Path) -> Bench
     Raises:
         UserError: for an image of one's own that cannot be read, or that the bundle has no network for.
     """
-    controlled = bool(set(control.COMPONENTS) & set(bundle.manifest.components))
+    controlled = bool(set(control_components()) & set(bundle.manifest.components))
     if settings.control and not controlled:
         raise UserError(f"{bundle.path} has no T2I-Adapter or ControlNet", "leave --control out")
     if settings.control:

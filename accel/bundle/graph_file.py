@@ -23,7 +23,9 @@ def graph_file(bundle: Bundle, component: Component, engine: str = "") -> Path:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
-        raise UserError(f"{path} is no readable ONNX file ({type(error).__name__})", "export the model again") from None
+        raise UserError(
+            f"{path} is not a readable ONNX file ({type(error).__name__})", "export the model again"
+        ) from None
     tensors = [*_tensors(model.graph)] + [t for f in model.functions for t in _tensors(f)]
     locations = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     for location in sorted(locations):

@@ -8,20 +8,34 @@ ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from .._version import __version__
 from ..assets import resolve
 from ..errors import UserError
 from ..files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from ..sampling import Sampling
+from .kinds import KINDS
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
 
 SCHEMA = 1
 MANIFEST = "accel.json"
-KINDS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "t2i_adapter", "controlnet")
+
+
+# What the objects of a manifest that are kept as they are must have.
+_REQUIRED = {
+    "pipeline": dict.fromkeys(("vae_scale", "latent_channels", "latent_multiple", "native_size"), int)
+    | {"scaling_factor": float, "shift_factor": float, "zero_empty_prompt": bool},
+    "source": {"name": str},
+    "exporter": {"opset": int, "torch": str},
+    "components": Mapping[str, dict],
+    "files": Mapping[str, {"sha256": str, "bytes": int}],
+}
+_INT8 = dict.fromkeys(("recipe", "layers", "graphs", "calibration"), dict)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -35,7 +49,7 @@ class Component:
 
     Attributes:
         name: folder name: text_encoder, unet, vae_decoder, vae_encoder, t2i_adapter, controlnet, ...
-        kind: which wrapper rebuilds it in torch, one of `KINDS`.
+        kind: a key of `accel.bundle.kinds.KINDS`, which says how it is rebuilt in torch.
         graph: ONNX file, relative to the bundle.
         weights: safetensors file that the graph and the eager engine share, relative to the bundle.
         inputs, outputs: tensors in graph order.
@@ -45,7 +59,7 @@ class Component:
         wide: those of them whose output is float32 too, because it would not fit.
         parameters: number of parameters.
         parity: what the export measured against torch.
-        int8: how it is quantised, empty where it is not: `recipe`; `layers` (name -> traits,
+        int8: how it is quantized, empty where it is not: `recipe`; `layers` (name -> traits,
             `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one);
             `calibration`; `audit`; `verdict`.
     """
@@ -64,51 +78,17 @@ class Component:
     parity: Mapping[str, Any] = field(default_factory=dict)
     int8: Mapping[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "graph": self.graph,
-            "weights": self.weights,
-            "dtype": self.dtype,
-            "float32": list(self.float32),
-            **({"wide": list(self.wide)} if self.wide else {}),
-            "parameters": self.parameters,
-            "inputs": [spec.as_dict() for spec in self.inputs],
-            "outputs": [spec.as_dict() for spec in self.outputs],
-            "dims": {name: vars(dim) for name, dim in self.dims.items()},
-            "parity": dict(self.parity),
-        } | ({"int8": dict(self.int8)} if self.int8 else {})
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.name}: unknown kind {self.kind!r}")
+        for spec in (*self.inputs, *self.outputs):
+            for dim in spec.shape:
+                if isinstance(dim, str) and dim not in self.dims:
+                    raise ValueError(f"{self.name}: {spec.name} has an unknown dimension {dim!r}")
 
-    @classmethod
-    def from_dict(cls, name: str, data: Mapping[str, Any]) -> Component:
-        _require(data, f"component {name}", kind=str, graph=str, weights=str, dtype=str, parameters=int, parity=dict)
-        for spec in (*data["inputs"], *data["outputs"]):
-            _require(spec, f"a tensor of {name}", name=str, dtype=str, shape=list)
-            for dim in spec["shape"]:
-                if not isinstance(dim, int) and dim not in data["dims"]:
-                    raise ValueError(f"{name}: {spec['name']} has an unknown dimension {dim!r}")
-        if data["kind"] not in KINDS:
-            raise ValueError(f"{name}: unknown kind {data['kind']!r}")
-        if int8 := data.get("int8", {}):
-            _require(data, f"component {name}", int8=dict)
-            _require(int8, f"int8 of {name}", recipe=dict, layers=dict, graphs=dict, calibration=dict)
-        for dim, limits in data["dims"].items():
-            _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
-        return cls(
-            name=name,
-            kind=data["kind"],
-            graph=str(data["graph"]),
-            weights=str(data["weights"]),
-            inputs=tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),
-            outputs=tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
-            dims={dim: Range(**limits) for dim, limits in data["dims"].items()},
-            dtype=str(data["dtype"]),
-            float32=tuple(data["float32"]),
-            wide=tuple(data.get("wide", ())),
-            parameters=int(data["parameters"]),
-            parity=data["parity"],
-            int8=int8,
-        )
+    def as_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {key: found[key] for key in found if key != "name" and (found[key] or key not in ("wide", "int8"))}
 
     @property
     def folder(self) -> str:
@@ -131,9 +111,10 @@ class Manifest:
     Attributes:
         family: sd1, sd2 or sdxl.
         topology: name out of `accel.models.topology`, or "custom".
-        pipeline: constants an embedding app needs: vae_scale (pixels per latent pixel), latent_channels,
-            scaling_factor, shift_factor, latent_multiple, native_size (pixels).
-        sampler: name, steps or timesteps, guidance: how this model is meant to be sampled.
+        pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor,
+            shift_factor, latent_multiple (of a latent side), native_size (pixels), zero_empty_prompt (whether no
+            negative prompt means zeros instead of the embedding of "").
+        sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).
         source: name and weights digest of the pipeline it was made from.
@@ -154,73 +135,29 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "accel": __version__,
-            "family": self.family,
-            "topology": self.topology,
-            "precision": self.precision,
-            "sampler": dict(self.sampler),
-            "pipeline": dict(self.pipeline),
+        components = {name: component.as_dict() for name, component in self.components.items()}
+        changed = {
             "profile": self.profile.as_dict(),
-            "source": dict(self.source),
-            "exporter": dict(self.exporter),
-            "components": {name: component.as_dict() for name, component in self.components.items()},
-            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+            "components": components,
+            "files": dict(sorted(self.files.items())),
         }
+        return {"schema": SCHEMA, "accel": __version__} | vars(self) | changed
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
-        number = (int, float)
-        _require(
-            data,
-            "the manifest",
-            family=str,
-            topology=str,
-            precision=str,
-            pipeline=dict,
-            sampler=dict,
-            profile=dict,
-            source=dict,
-            exporter=dict,
-            components=dict,
-            files=dict,
-        )
-        _require(data["source"], "source", name=str)
-        _require(data["exporter"], "exporter", opset=int, torch=str)
-        _require(data["sampler"], "sampler", name=str, guidance=number)
-        if "timesteps" in data["sampler"]:
-            _require(data["sampler"], "sampler", timesteps=list)
-        else:
-            _require(data["sampler"], "sampler", steps=int)
-        _require(
-            data["pipeline"],
-            "pipeline",
-            vae_scale=int,
-            latent_channels=int,
-            scaling_factor=number,
-            shift_factor=number,
-            latent_multiple=int,
-            native_size=int,
-            zero_empty_prompt=bool,
-        )
-        _require(data["profile"], "profile", name=str, batch=dict, height=dict, width=dict, tokens=int)
-        for side in ("batch", "height", "width"):
-            _require(data["profile"][side], f"profile {side}", min=int, opt=int, max=int, multiple=int)
-        for name, entry in data["files"].items():
-            _require(entry, f"file {name}", sha256=str, bytes=int)
-        components = {name: Component.from_dict(name, entry) for name, entry in data["components"].items()}
-        plain = ("family", "topology", "pipeline", "sampler", "precision", "source", "exporter", "files")
-        return cls(profile=Profile.from_dict(data["profile"]), components=components, **{k: data[k] for k in plain})
+        """The manifest of a JSON object.
 
-
-def _require(data: Any, what: str, **kinds: type | tuple[type, ...]) -> None:
-    """Raise ValueError naming the first key of `data` that is missing or of another kind."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{what} is no table")
-    for key, kind in kinds.items():
-        if not isinstance(data.get(key), kind):
-            raise ValueError(f"{what}: {key!r} is {'missing' if key not in data else f'wrong: {data[key]!r:.40}'}")
+        Raises:
+            ValueError, UserError: for the first value that is missing or wrong.
+        """
+        records.read(_REQUIRED, data, "manifest")
+        named = {name: entry | {"name": name} for name, entry in data["components"].items()}
+        found = records.read(cls, data | {"components": named}, "manifest")
+        Sampling.from_dict(found.sampler, "manifest: sampler")
+        for name, component in found.components.items():
+            if component.int8:
+                records.read(_INT8, component.int8, "manifest", "components", name, "int8")
+        return found
 
 
 @dataclass(frozen=True)
@@ -238,22 +175,22 @@ class Bundle:
             path: its folder, or the name of one that ships (`digits/4step-int8`).
 
         Raises:
-            UserError: for a missing folder, a folder that is no bundle, a manifest that is damaged, newer than this
+            UserError: for a missing folder, a folder that is not a bundle, a manifest that is damaged, newer than this
                 version, or that names files outside the bundle.
         """
-        asked, path = path, Path(resolve(path))
+        given, path = path, Path(resolve(path))
         if not path.is_dir():
-            raise UserError(f"no such folder: {asked}", "check the path; `accel export MODEL OUT` makes a bundle")
+            raise UserError(f"no such folder: {given}", "check the path; `accel export MODEL OUT` makes a bundle")
         if not (path / MANIFEST).is_file():
             if (path / "model_index.json").is_file():
                 raise UserError(
-                    f"{asked} is a diffusers pipeline, not a bundle", f"accel export {asked} {Path(asked).name}-bundle"
+                    f"{given} is a diffusers pipeline, not a bundle", f"accel export {given} {Path(given).name}-bundle"
                 )
-            raise UserError(f"{path} is no bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
+            raise UserError(f"{path} is not a bundle: it has no {MANIFEST}", "accel export MODEL OUT makes one")
         data = read_json(path / MANIFEST, "the manifest")
         schema = data.get("schema") if isinstance(data, dict) else None
         if not isinstance(schema, int) or schema is True or schema < 1:
-            raise UserError(f"{path / MANIFEST} is no accel manifest", "export the model again")
+            raise UserError(f"{path / MANIFEST} is not a manifest of accel", "export the model again")
         if schema > SCHEMA:
             raise UserError(
                 f"{path} was written by a newer accel (schema {schema}; this version reads up to {SCHEMA})",
@@ -261,8 +198,10 @@ class Bundle:
             )
         try:
             manifest = Manifest.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST} is damaged ({error})", "export the model again") from None
+        except (ValueError, UserError) as error:
+            raise UserError(
+                f"{path / MANIFEST} is damaged ({getattr(error, 'message', error)})", "export the model again"
+            ) from None
         bundle = cls(path, manifest)
         for entry in manifest.files:
             inside(path, entry, "the manifest entry")
@@ -341,7 +280,7 @@ class Bundle:
         return digest_of(self.manifest.as_dict())
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
+def finalize(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a finished folder, with size and sha256 of every file in it."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}

@@ -1,7 +1,7 @@
 """Named shape profiles: which batches and sizes an exported pipeline accepts.
 
 A profile speaks the user's units (images per call, pixels, tokens). `dims` turns it into the symbolic dimensions of
-the tensors, which is what the exporter, the engines and TensorRT's optimisation profiles need.
+the tensors, which is what the exporter, the engines and TensorRT's optimization profiles need.
 """
 
 from __future__ import annotations
@@ -65,11 +65,6 @@ class Profile:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
-        ranges = {key: Range(**data[key]) for key in ("batch", "height", "width")}
-        return cls(name=data["name"], tokens=data["tokens"], **ranges)
-
     def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool) -> dict[str, Range]:
         """The symbolic dimensions of a pipeline's tensors.
 
@@ -80,7 +75,7 @@ class Profile:
                 always leaves room for it; a fixed batch is fixed to one or the other.
 
         Raises:
-            UserError: when a size of the profile is no multiple of what the network can represent.
+            UserError: when a size of the profile is not a multiple of what the network can represent.
         """
         step = vae_scale * latent_multiple
         batch = self.batch.scaled(1 + guidance)
@@ -90,7 +85,7 @@ class Profile:
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels.min % step or pixels.max % step:
                 raise UserError(
-                    f"profile {self.name!r}: {side} {pixels} is no multiple of {step} px, which this model needs",
+                    f"profile {self.name!r}: {side} {pixels} is not a multiple of {step} px, which this model needs",
                     f"use multiples of {step}, for example {side}={round_to(pixels.opt, step)}",
                 )
             snapped = Range(pixels.min, round_to(pixels.opt, step), pixels.max, 1 if pixels.fixed else step)

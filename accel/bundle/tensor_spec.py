@@ -29,13 +29,6 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
-        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
-
     @property
     def is_activation(self) -> bool:
         """Whether this tensor follows the network's dtype."""

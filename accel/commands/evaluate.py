@@ -15,12 +15,14 @@ PROTOCOL_NAMES = ("digits", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-co
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..sampling.samplers import SAMPLERS
+
     parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
     parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
     parser.add_argument(
         "--out", required=True, help="folder for the images and the result; a run that was interrupted goes on there"
     )
-    parser.add_argument("--sampler", help="pndm, dmd2, dpmpp_2m, ddim or euler (default: the protocol's)")
+    parser.add_argument("--sampler", help=f"pndm, {', '.join(SAMPLERS)} (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="only the first so many images")

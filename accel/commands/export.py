@@ -43,6 +43,7 @@ _OF_INT8 = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..bundle.shape_profiles import PROFILES
+    from ..sampling.samplers import SAMPLERS
 
     parser.add_argument(
         "model",
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
     )
-    parser.add_argument("--sampler", help="sampler to store in the bundle: dmd2, dpmpp_2m, ddim or euler")
+    parser.add_argument("--sampler", help=f"sampler to store in the bundle: {', '.join(SAMPLERS)}")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
     _add_int8(parser)
@@ -296,10 +297,10 @@ def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store, where any was given; the rest from the source."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
-    from accel.export.constants import checked_sampler, own_sampler
+    from accel.export.constants import own_sampling
     from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
 
-    own = checked_sampler(own_sampler(source))
+    own = own_sampling(source).as_dict()
     name = args.sampler or own["name"]
     if args.steps is not None or name != own["name"]:
         usual = SAMPLERS[name].steps if name in SAMPLERS else None

@@ -37,7 +37,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampler", help="dmd2, dpmpp_2m, ddim or euler (default: the bundle's own)")
+    from ..sampling.samplers import SAMPLERS
+
+    parser.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the bundle's own)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the bundle's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 or 1 for none (default: the bundle's own)")
 

@@ -7,6 +7,7 @@ the initial noise to the final latents; a call copies noise and conditioning in,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,8 +77,9 @@ class _Loop(Graph):
         super().__init__(Bound(loop.unet, sizes), self.sample)
         self.loop, self.result = loop, None
         self.x, *self.noise = (loop.unet.cuda.empty(tuple(x.shape), "float32") for _ in range(1 + draws))
-        kind = self.bound.inputs["timestep"].dtype
-        self.times = {t: torch.tensor(t, dtype=kind, device=loop.unet.device) for t in loop.timesteps}
+        # Made in the ordinary run before the capture: a sampler may call the UNet between the timesteps of its grid.
+        like = dict(dtype=self.bound.inputs["timestep"].dtype, device=loop.unet.device)
+        self.time = cache(lambda t: torch.tensor(t, **like))
 
     def sample(self) -> None:
         loop = self.loop
@@ -88,7 +90,7 @@ class _Loop(Graph):
     def model(self, x: Any, t: float) -> Any:
         bound, loop = self.bound, self.loop
         bound.inputs["sample"].copy_(x.repeat(2, 1, 1, 1) if loop.guided else x)
-        bound.inputs["timestep"].copy_(self.times[t])
+        bound.inputs["timestep"].copy_(self.time(t))
         bound.enqueue()
         out = bound.outputs["out_sample"].to(x.dtype, copy=True)  # the next step writes over it
         if not loop.guided:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .. import records
 from ..errors import UserError
 
 # The two products of self-attention, which have no weights: q k^T, and softmax(scores) v (`accel.int8.attention`).
@@ -89,7 +90,9 @@ class Int8Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Int8Config:
-        return cls(**dict(data) | {"keep": tuple(data["keep"])})
+        if unknown := set(data) - {field.name for field in fields(cls)}:
+            raise ValueError(f"int8 config: unknown key {unknown.pop()!r}")
+        return records.read(cls, data, "int8 config")
 
 
 def kind(name: str, convolution: bool) -> str:

@@ -1,4 +1,4 @@
-"""T2I-Adapter and ControlNet as thin torch modules, and the shapes at which they meet a UNet.
+"""T2I-Adapter and ControlNet as thin torch modules, and the shapes of what they add to a UNet.
 
 Both add tensors to the UNet at its inner resolutions. A shape is (channels, stride): how many latent pixels one of its
 pixels covers along a side.
@@ -22,10 +22,10 @@ Shape = tuple[int, int]
 class T2IAdapter(nn.Module):
     """control_image [images, C, H, W] in [0, 1] -> adapter_features_0 ... [images, c, h, w], as many as are taken."""
 
-    def __init__(self, model: nn.Module, count: int):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec]):
         super().__init__()
         self.model = model
-        self.count = count
+        self.count = len(outputs)
 
     def forward(self, control_image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.model(control_image)[: self.count])
@@ -34,7 +34,7 @@ class T2IAdapter(nn.Module):
 class ControlNet(nn.Module):
     """sample, timestep, encoder_hidden_states, control_image [batch, 3, H, W] -> down_residual_0 ..., mid_residual."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
 
@@ -76,7 +76,7 @@ def unet_adapter_shapes(config: Any) -> list[Shape]:
 
 
 def adapter_shapes(config: Any, vae_scale: int) -> list[Shape]:
-    """What a T2I-Adapter puts out."""
+    """Shapes of the features that a T2I-Adapter puts out."""
     strides = [config["downscale_factor"] * 2**i for i in range(len(config["channels"]))]
     if config["adapter_type"] == "full_adapter_xl":
         strides = [config["downscale_factor"] * factor for factor in (1, 1, 2, 2)]
@@ -84,7 +84,7 @@ def adapter_shapes(config: Any, vae_scale: int) -> list[Shape]:
 
 
 def residual_shapes(config: Any) -> list[Shape]:
-    """What a ControlNet puts out, and what a UNet adds to its skip connections: conv_in, then every layer in order."""
+    """Shapes of the residuals of a ControlNet, one for each skip connection: conv_in, then every layer in order."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     per_block = layers if isinstance(layers, (list, tuple)) else [layers] * len(widths)
     shapes, last = [(widths[0], 1)], len(widths) - 1
@@ -153,9 +153,10 @@ def _text(shapes: Sequence[Shape]) -> str:
 
 
 def t2i_adapter(model: nn.Module, shapes: Sequence[Shape]) -> tuple[nn.Module, tuple, tuple]:
-    """Module, inputs and outputs; `shapes` as `match_adapter` found them."""
+    """Module, inputs and outputs; `shapes` as `match_adapter` returns them."""
     inputs = (TensorSpec("control_image", FLOAT, ("images", model.config.in_channels, "height", "width")),)
-    return T2IAdapter(model, len(shapes)), inputs, tuple(feature_specs(shapes, "images"))
+    outputs = tuple(feature_specs(shapes, "images"))
+    return T2IAdapter(model, outputs), inputs, outputs
 
 
 def controlnet(model: nn.Module, unet_inputs: Sequence[TensorSpec]) -> tuple[nn.Module, tuple, tuple]:

@@ -2,8 +2,8 @@
 
     W' = W + scale * alpha / r * B A            A: down [r, in, ...], B: up [out, r, ...]
 
-diffusers' and kohya's files are read by diffusers' own conversion; peft is not needed. What a file says and the model
-does not have is an error: half a LoRA is another LoRA.
+diffusers' and kohya's files are read by diffusers' own conversion; peft is not needed. A tensor for a layer that the
+model does not have is an error, because half a LoRA is another LoRA.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _OTHER_KINDS = {
     "lora_embedding_": "LoRA of embeddings",
 }
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_TOLD = 3  # keys that a message names
+_SHOWN = 3  # how many keys an error names
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file and how strongly it counts."""
+    """A LoRA file and the scale that its update is multiplied by."""
 
     path: Path
     scale: float = 1.0
 
     def record(self) -> dict[str, Any]:
-        """What a manifest keeps, and what makes a digest: name, sha256, scale."""
+        """What the manifest and the digest record: name, sha256, scale."""
         return {"name": self.path.name, "sha256": sha256(self.path), "scale": self.scale}
 
 
@@ -68,7 +68,7 @@ def lora_file(spec: str | Path | LoraFile) -> LoraFile:
     """`FILE` or `FILE=SCALE`; a folder stands for the LoRA that diffusers' `save_lora_weights` wrote into it.
 
     Raises:
-        UserError: when there is no such file, or the scale is no number.
+        UserError: when there is no such file, or the scale is not a number.
     """
     if isinstance(spec, LoraFile):
         return spec
@@ -80,7 +80,7 @@ def lora_file(spec: str | Path | LoraFile) -> LoraFile:
         except ValueError:
             scale = math.nan
         if not math.isfinite(scale):
-            raise UserError(f"{number!r} is no scale of a LoRA", f"for example {text}=0.8")
+            raise UserError(f"invalid LoRA scale: {number!r} (expected a number)", f"for example {text}=0.8")
     path = Path(text).expanduser()
     if path.is_dir():
         path = path / WEIGHT_NAME
@@ -97,7 +97,7 @@ def read(file: LoraFile, unet_config: Mapping[str, Any]) -> dict[str, dict[str, 
         unet_config: of the model it is for; kohya's SDXL files number blocks as the original code does.
 
     Raises:
-        UserError: when the file cannot be read, or holds something else than LoRA weights.
+        UserError: when the file cannot be read, or holds anything but LoRA weights.
     """
     tensors, metadata = _open(file.path)
     for key in tensors:
@@ -207,10 +207,7 @@ def made_for(tensors: Mapping[str, torch.Tensor]) -> str:
         if re.search(r"attn2[._](processor\.)?to_k", key) and re.search(r"down|lora_A", key) and tensor.dim() > 1:
             width = tensor.shape[1]
             return f"it seems to be made for {_WIDTHS.get(width, f'a UNet whose text is {width} wide')}"
-    return "what it is made for does not show"
-
-
-# --------------------------------------------------------------------------------------------------------------- parts
+    return "its names do not show what it is made for"
 
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -272,7 +269,7 @@ def _updates(part: Mapping[str, torch.Tensor], settings: Mapping[str, Any], path
     for key, value in part.items():
         match = known.fullmatch(key)
         if not match:
-            raise UserError(f"{path} holds something else than LoRA weights: {key}", "give a LoRA file")
+            raise UserError(f"{path} holds a tensor that is not a LoRA weight: {key}", "give a LoRA file")
         found.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = value
     for name, tensors in found.items():
         if "A.weight" not in tensors or "B.weight" not in tensors or "A.bias" in tensors:
@@ -335,7 +332,7 @@ def _fits_fix(unet_config: Mapping[str, Any]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _line(error: BaseException) -> str:

@@ -1,35 +1,35 @@
 """The networks of a pipeline as thin torch modules with named tensors in and out.
 
-One definition serves two readers: the exporter traces these modules to ONNX, and the eager engine runs them, so both
-see the same interface and the same weights. Tensor names follow optimum's ONNX layout.
+The exporter traces these modules to ONNX and the eager engine runs them, so both have the same interface and weights.
+Tensor names follow optimum's ONNX layout.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..bundle.kinds import KINDS
 from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
 from ..int8 import packed
-from .control_networks import (
-    ControlNet,
-    T2IAdapter,
-    feature_specs,
-    residual_shapes,
-    residual_specs,
-    unet_adapter_shapes,
-)
+from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
 
 FLOAT = "float32"
+# What a T2I-Adapter and a ControlNet can add, for the largest UNets; one tuple for the adapter, one for the skips.
+_FEATURES = tuple(f"adapter_features_{i}" for i in range(4))
+_RESIDUALS = tuple(f"down_residual_{i}" for i in range(12))
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Network:
 
     Attributes:
         name: component name (folder of the bundle).
-        kind: key of `WRAPPERS`.
+        kind: key of `accel.bundle.kinds.KINDS`.
         module: takes the inputs by name, returns a tuple in the order of `outputs`; `module.model` holds the weights.
         inputs, outputs: float tensors are declared float32; `with_dtype` changes them together with the module.
     """
@@ -53,10 +53,10 @@ class Network:
 class TextEncoder(nn.Module):
     """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...]."""
 
-    def __init__(self, model: nn.Module, hidden_states: bool):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
-        self.hidden_states = hidden_states
+        self.hidden_states = any(spec.name.startswith("hidden_states.") for spec in outputs)
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.model(input_ids, output_hidden_states=self.hidden_states)
@@ -66,13 +66,26 @@ class TextEncoder(nn.Module):
         return out.last_hidden_state, pooled, *out.hidden_states[:-1]
 
 
+def _with_parameters(*names: str) -> Callable[[Callable], Callable]:
+    """Name what a function takes as `**keywords`: torch.export goes by the signature, and lists inputs by its names."""
+
+    def decorate(function: Callable) -> Callable:
+        *own, _ = inspect.signature(function).parameters.values()
+        more = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+        function.__signature__ = inspect.Signature([*own, *more])
+        return function
+
+    return decorate
+
+
 class UNet(nn.Module):
     """sample [batch, C, h, w], timestep [], encoder_hidden_states [batch, tokens, D], ... -> out_sample."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
 
+    @_with_parameters(*_FEATURES, *_RESIDUALS, "mid_residual")
     def forward(
         self,
         sample: torch.Tensor,
@@ -81,41 +94,10 @@ class UNet(nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
-        adapter_features_0: torch.Tensor | None = None,
-        adapter_features_1: torch.Tensor | None = None,
-        adapter_features_2: torch.Tensor | None = None,
-        adapter_features_3: torch.Tensor | None = None,
-        down_residual_0: torch.Tensor | None = None,
-        down_residual_1: torch.Tensor | None = None,
-        down_residual_2: torch.Tensor | None = None,
-        down_residual_3: torch.Tensor | None = None,
-        down_residual_4: torch.Tensor | None = None,
-        down_residual_5: torch.Tensor | None = None,
-        down_residual_6: torch.Tensor | None = None,
-        down_residual_7: torch.Tensor | None = None,
-        down_residual_8: torch.Tensor | None = None,
-        down_residual_9: torch.Tensor | None = None,
-        down_residual_10: torch.Tensor | None = None,
-        down_residual_11: torch.Tensor | None = None,
-        mid_residual: torch.Tensor | None = None,
+        **control: torch.Tensor | None,
     ) -> tuple[torch.Tensor]:
-        features = (adapter_features_0, adapter_features_1, adapter_features_2, adapter_features_3)
-        adapter = [feature for feature in features if feature is not None]
-        residuals = (
-            down_residual_0,
-            down_residual_1,
-            down_residual_2,
-            down_residual_3,
-            down_residual_4,
-            down_residual_5,
-            down_residual_6,
-            down_residual_7,
-            down_residual_8,
-            down_residual_9,
-            down_residual_10,
-            down_residual_11,
-        )
-        control = tuple(residual for residual in residuals if residual is not None)
+        features = [control[name] for name in _FEATURES if control.get(name) is not None]
+        residuals = tuple(control[name] for name in _RESIDUALS if control.get(name) is not None)
         added = None
         if text_embeds is not None:
             # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
@@ -126,9 +108,9 @@ class UNet(nn.Module):
             encoder_hidden_states,
             timestep_cond=timestep_cond,
             added_cond_kwargs=added,
-            down_intrablock_additional_residuals=adapter or None,
-            down_block_additional_residuals=control or None,
-            mid_block_additional_residual=mid_residual,
+            down_intrablock_additional_residuals=features or None,
+            down_block_additional_residuals=residuals or None,
+            mid_block_additional_residual=control.get("mid_residual"),
             return_dict=False,
         )
 
@@ -136,7 +118,7 @@ class UNet(nn.Module):
 class VaeDecoder(nn.Module):
     """latent_sample [images, 4, h, w] -> sample [images, 3, H, W] in [-1, 1]."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
 
@@ -147,7 +129,7 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """sample [images, 3, H, W] -> latent_parameters (mean and log variance, or the latent of a tiny VAE)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
 
@@ -170,7 +152,7 @@ def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states:
     if hidden_states:
         outputs += [TensorSpec(f"hidden_states.{i}", FLOAT, ("images", tokens, width)) for i in range(layers)]
     inputs = (TensorSpec("input_ids", "int64", ("images", tokens)),)
-    return Network(name, "text_encoder", TextEncoder(model, hidden_states), inputs, tuple(outputs))
+    return Network(name, "text_encoder", TextEncoder(model, outputs), inputs, tuple(outputs))
 
 
 def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False) -> Network:
@@ -222,25 +204,13 @@ def vae_encoder(model: nn.Module) -> Network:
     return Network("vae_encoder", "vae_encoder", VaeEncoder(_only(model, "vae_encoder")), inputs, outputs)
 
 
-_OTHER_HALF = {"vae_decoder": ("encoder", "quant_conv"), "vae_encoder": ("decoder", "post_quant_conv")}
-
-
-def _only(vae: nn.Module, kind: str) -> nn.Module:
-    """The same VAE without the half that `kind` does not use; parameters are shared, not copied."""
-    half = copy.copy(vae)
-    half._modules = {k: None if k in _OTHER_HALF[kind] else v for k, v in vae._modules.items()}
-    return half
-
-
-CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "T2IAdapter", "ControlNetModel")
-WRAPPERS: Mapping[str, Callable[..., nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "unet": UNet,
-    "vae_decoder": VaeDecoder,
-    "vae_encoder": VaeEncoder,
-    "t2i_adapter": T2IAdapter,
-    "controlnet": ControlNet,
-}
+def _only(model: nn.Module, kind: str) -> nn.Module:
+    """The same model without the submodules that a component of this kind does not use; parameters are shared."""
+    if not KINDS[kind].unused:
+        return model
+    part = copy.copy(model)
+    part._modules = {k: None if k in KINDS[kind].unused else v for k, v in model._modules.items()}
+    return part
 
 
 def rebuild(
@@ -282,30 +252,19 @@ def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], output
 
     with init_empty_weights(include_buffers=False):
         model = _build(kind, json.loads(config_path.read_text()))
-    if kind == "text_encoder":
-        module = TextEncoder(model, any(spec.name.startswith("hidden_states.") for spec in outputs))
-    elif kind == "t2i_adapter":
-        module = T2IAdapter(model, len(outputs))
-    else:
-        module = WRAPPERS[kind](model)
+    module = resolve_name(KINDS[kind].wrapper)(model, outputs)
     return module.eval().requires_grad_(False)
 
 
 def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    if kind == "text_encoder":
-        import transformers
-
-        name = (config.get("architectures") or ["CLIPTextModel"])[0]
-        if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise UserError(f"text encoder {name} is not supported", "CLIPTextModel and its projection variant are")
-        return getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(dict(config)))
-    import diffusers
-
-    name = config.get("_class_name")
-    if name not in CLASSES:
-        raise UserError(f"{name} is not supported", f"one of: {', '.join(CLASSES)}")
-    model = getattr(diffusers, name).from_config(dict(config))
-    return _only(model, kind) if kind in _OTHER_HALF else model
+    row = KINDS[kind]
+    name = config.get("_class_name") or (config.get("architectures") or row.classes)[0]
+    if name not in row.classes:
+        raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
+    cls = getattr(import_module(row.library), name)
+    if row.library == "transformers":
+        return cls(cls.config_class.from_dict(dict(config)))
+    return _only(cls.from_config(dict(config)), kind)
 
 
 def save_config(network: Network, folder: Path) -> None:

@@ -20,7 +20,7 @@ from .weight_files import aliases
 Tensors = Mapping[str, torch.Tensor]
 
 UNET, VAE, TEXT, TEXT_XL = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders."
-# Whose tokenizers and configs are fetched where no base folder is given.
+# The hub repositories whose tokenizers and configs are fetched where no base folder is given.
 BASES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2": "stabilityai/stable-diffusion-2-1",
@@ -34,10 +34,6 @@ _OTHERS = {
     "clip_txt_mapper.": ("Stable Cascade", "run it with diffusers"),
     "conditioner.embedders.0.model.": ("SDXL's refiner", "export the base model; few-step students need no refiner"),
 }
-
-
-def is_single_file(state: Tensors) -> bool:
-    return any(key.startswith((UNET, "joint_blocks.", "double_blocks.")) for key in state)
 
 
 def family(state: Tensors, name: str) -> str:
@@ -111,7 +107,7 @@ def unet_config(state: Tensors, base: Mapping[str, Any], name: str) -> dict[str,
         for entry in TOPOLOGIES.values()
         if (entry.family == "sdxl") == xl
     ]
-    told = ""
+    first_misfit = ""
     for config in (own, *others):
         try:
             tensors = plain(state, "unet", config)
@@ -122,9 +118,9 @@ def unet_config(state: Tensors, base: Mapping[str, Any], name: str) -> dict[str,
         problem = misfit(tensors, wanted)
         if not problem:
             return config
-        told = told or problem
+        first_misfit = first_misfit or problem
     raise UserError(
-        f"{name} does not fit this pipeline's UNet: {told or 'its names are not those of a UNet'}",
+        f"{name} does not fit this pipeline's UNet: {first_misfit or 'its names are not those of a UNet'}",
         "give the UNet of the same family (or a base of the family it was made for)",
     )
 

@@ -63,7 +63,7 @@ class Source:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         config = read_json(self.folder(component) / name, f"the {component} config")
         if not isinstance(config, dict):
-            raise UserError(f"{self.folder(component) / name} is no table", "get the file again")
+            raise UserError(f"{self.folder(component) / name} is not a JSON object", "get the file again")
         return config
 
     @cached_property
@@ -148,8 +148,8 @@ class Source:
 
     @property
     def topology(self) -> str:
-        found = identify(self.config("unet"))
-        return found.name if found else "custom"
+        known = identify(self.config("unet"))
+        return known.name if known else "custom"
 
 
 def open_source(
@@ -175,30 +175,21 @@ def open_source(
         variant: of the folder's weight files, such as "fp16".
 
     Raises:
-        UserError: for a path that does not exist, a folder that is no pipeline, a model of another family, weights
+        UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
             that do not fit, or a LoRA file that cannot be read or is for components that the pipeline does not have.
     """
     loras = tuple(lora_file(spec) for spec in loras)
-    asked, model = str(model), resolve(model)
+    given, model = str(model), resolve(model)
     path, files = Path(model), {}
     if path.is_file():
         files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), path)
         path = _base_of(path, base)
     elif base is not None:
-        raise UserError(f"--base {base} belongs to a single file", f"{model} is none: leave --base out")
+        raise UserError(f"--base {base} belongs to a single file, and {model} is not one", "leave --base out")
     else:
         path = _folder(model, variant)
-    index = read_json(path / "model_index.json", "model_index.json")
-    if not isinstance(index, dict):
-        raise UserError(f"{path / 'model_index.json'} is no table", "save it with pipeline.save_pretrained(FOLDER)")
     local = Path(model).stem if files else path.resolve().name
-    source = Source(path, local if Path(asked).exists() else asked, index, loras, variant=variant)
-    for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not source.has(needed):
-            kind = index.get("_class_name")
-            other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
-            fix = single_file.ELSEWHERE if other else _SUPPORTED
-            raise UserError(f"{path} is a {kind} without {needed}", fix)
+    source = Source(path, local if Path(given).exists() else given, _index(path), loras, variant=variant)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
@@ -217,6 +208,23 @@ def open_source(
     return source
 
 
+def _index(path: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline that has all parts which a Stable Diffusion needs."""
+    index = read_json(path / "model_index.json", "model_index.json")
+    if not isinstance(index, dict):
+        raise UserError(
+            f"{path / 'model_index.json'} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)"
+        )
+    pipeline = Source(path, path.name, index)
+    for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not pipeline.has(needed):
+            kind = index.get("_class_name")
+            other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
+            fix = single_file.ELSEWHERE if other else _SUPPORTED
+            raise UserError(f"{path} is a {kind} without {needed}", fix)
+    return index
+
+
 def _folder(model: str | Path, variant: str | None) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
@@ -228,7 +236,7 @@ def _folder(model: str | Path, variant: str | None) -> Path:
         raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
     if not (path / "model_index.json").is_file():
         raise UserError(
-            f"{path} is no diffusers pipeline: it has no model_index.json",
+            f"{path} is not a diffusers pipeline: it has no model_index.json",
             "save one with pipeline.save_pretrained(FOLDER)",
         )
     return path
@@ -275,16 +283,16 @@ def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) ->
 def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
     """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them.
 
-    What lies in the cache from earlier wishes, ours or diffusers', does not count as this one's.
+    Files that lie in the cache already, from other variants or from diffusers, do not count.
     """
     path = _snapshot(repo, (), ())
     if configs_only or not (path / "unet/config.json").is_file():  # nothing for us: not worth gigabytes
         return path
     plain, half = (("safetensors", ("*.fp16*",)), ("bin", ("*.fp16*",))), (("fp16*.safetensors", ()),)
-    wishes = plain + half
+    choices = plain + half
     if variant is not None:
-        wishes = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
-    for kind, ignored in wishes:
+        choices = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
+    for kind, ignored in choices:
         path = _snapshot(repo, (kind,), ignored)
         if any(not any(file.match(pattern) for pattern in ignored) for file in path.glob(f"unet/*.{kind}")):
             break

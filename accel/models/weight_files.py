@@ -1,4 +1,4 @@
-"""Weight files of the field: safetensors and torch's pickles, read as weights and nothing else."""
+"""Weight files: safetensors and pickles of torch, read as weights and nothing else."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a file in its own dtype, memory-mapped where the format allows.
 
     Raises:
-        UserError: for a file that is missing, truncated, no weights, or a pickle with anything else than weights in it.
+        UserError: for a file that is missing, truncated or of another kind, or a pickle with more than weights in it.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is no weight file", f"one of: {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is not a weight file", f"one of: {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"no such file: {path}", "check the path")
     state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
@@ -43,10 +43,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Compare a file's size with what its header promises, which costs no reading of weights.
+    """Compare a file's size with what its header promises, without reading weights.
 
     Raises:
-        UserError: naming the file, for one that is truncated or no safetensors at all.
+        UserError: naming the file, for one that is truncated or not a safetensors file.
     """
     size = path.stat().st_size
     length, header = _header(path)
@@ -60,7 +60,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself; empty for a pickle, which says nothing."""
+    """The metadata in the header of a safetensors file; empty for a pickle, which has none."""
     header = _header(path)[1] if path.suffix == SAFETENSORS else None
     return (header or {}).get("__metadata__", {})
 
@@ -80,16 +80,16 @@ def _header(path: Path) -> tuple[int, dict | None]:
 
 
 def _no_safetensors(path: Path) -> UserError:
-    return UserError(f"{path} is no safetensors file ({path.stat().st_size:,} bytes)", _AGAIN)
+    return UserError(f"{path} is not a safetensors file ({path.stat().st_size:,} bytes)", _AGAIN)
 
 
 def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
     """The weight files of a component's folder and their variant ("fp16", or None for the plain ones).
 
-    Safetensors go before pickles. Without a wish plain files are taken, or the only variant that is there.
+    Safetensors go before pickles. With `variant` None the plain files are taken, or the only variant that is there.
 
     Raises:
-        UserError: when the variant is not there; those that are are listed.
+        UserError: when the variant is not there; the error lists those that are.
     """
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*")):
@@ -152,5 +152,5 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read: {line}", _AGAIN) from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no table of weights", "give another file")
+        raise UserError(f"{path} does not hold a dictionary of weights", "give another file")
     return state

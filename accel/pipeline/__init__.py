@@ -1,4 +1,4 @@
-"""Prompt to image: request, conditioning, initial latents, sampler, decoder."""
+"""Prompt to image: request, conditioning, initial latents, sampler, decoder. Start: `accel.load`."""
 
 from .pipeline import Pipeline, component_names, load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,21 +11,11 @@ import torch
 from torch import nn
 
 from ..bundle import Bundle
+from ..bundle.kinds import KINDS
 from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
 from ..errors import UserError
 from . import control
-
-_SLOTS = {
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "unet": "unet",
-    "vae": "vae_decoder",
-    "adapter": "t2i_adapter",
-    "controlnet": "controlnet",
-}
-# diffusers asks for this class by name, so the module stays and only what it computes is exchanged.
-_KEPT = ("controlnet",)
 
 
 class Attached:
@@ -42,7 +33,7 @@ class Attached:
     def detach(self) -> None:
         """Put the original modules back."""
         for name, module in self._originals.items():
-            if name in _KEPT:
+            if getattr(self._pipeline, name) is module:
                 module.__dict__.pop("forward", None)
             else:
                 setattr(self._pipeline, name, module)
@@ -75,29 +66,28 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         choose(engine)  # before anything is loaded
     slots = {
         slot: component
-        for slot, component in _SLOTS.items()
+        for kind in KINDS.values()
+        for slot, component in zip(kind.slots, kind.names, strict=False)
         if getattr(pipeline, slot, None) is not None and component in bundle.manifest.components
     }
     if "unet" not in slots:
-        raise UserError(
-            f"{type(pipeline).__name__} and {bundle.path} share no UNet",
-            "attach to a Stable Diffusion or SDXL pipeline of diffusers",
-        )
+        fix = "attach to a Stable Diffusion or SDXL pipeline of diffusers"
+        raise UserError(f"{type(pipeline).__name__} and {bundle.path} have no UNet in common", fix)
     for slot, component in slots.items():
         _same_network(getattr(pipeline, slot), bundle, component)
     engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
     originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, component in slots.items():
-        wrapper = _WRAPPERS[component](originals[slot], engines[component])
-        if slot in _KEPT:
-            originals[slot].__dict__["forward"] = wrapper.forward
+        compiled = resolve_name(KINDS[bundle.component(component).kind].stand_in)(originals[slot], engines[component])
+        if compiled.keeps_class:
+            originals[slot].__dict__["forward"] = compiled.forward
         else:
-            setattr(pipeline, slot, wrapper)
+            setattr(pipeline, slot, compiled)
     return Attached(pipeline, originals, engines)
 
 
 def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
-    """Compare shapes by config, so that a mistake is a sentence and not a wrong image."""
+    """Compare what decides the shapes of both configs, so that a mistake is an error and not a wrong image."""
     from ..files import read_json
 
     record = bundle.component(component)
@@ -129,6 +119,8 @@ def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
 class _Compiled(nn.Module):
     """A stand-in for a module: same config, dtype and device as the original, computed by an engine."""
 
+    keeps_class = False
+
     def __init__(self, original: nn.Module, engine: Engine):
         super().__init__()
         self.config = original.config
@@ -153,7 +145,7 @@ class _Compiled(nn.Module):
         return {name: to_torch(value, str(self.device)).to(self.dtype) for name, value in outputs.items()}
 
 
-class _CompiledUNet(_Compiled):
+class CompiledUNet(_Compiled):
     def forward(
         self,
         sample,
@@ -168,11 +160,11 @@ class _CompiledUNet(_Compiled):
         cross_attention_kwargs=None,
         **unsupported,
     ):
-        asked = [name for name, value in unsupported.items() if value is not None]
-        asked += ["cross_attention_kwargs"] if cross_attention_kwargs else []
-        if asked:
+        given = [name for name, value in unsupported.items() if value is not None]
+        given += ["cross_attention_kwargs"] if cross_attention_kwargs else []
+        if given:
             raise UserError(
-                f"the compiled UNet has no input for {', '.join(asked)}", "detach() first, or do without that feature"
+                f"the compiled UNet has no input for {', '.join(given)}", "detach() first, or do without that feature"
             )
         feeds = {
             "sample": sample,
@@ -189,7 +181,7 @@ class _CompiledUNet(_Compiled):
             feeds[f"down_residual_{i}"] = residual
         if mid_block_additional_residual is not None:
             feeds["mid_residual"] = mid_block_additional_residual
-        feeds |= self._nothing(sample, feeds)
+        feeds |= self._zeros(sample, feeds)
         out = self.call(**feeds)["out_sample"]
         if not return_dict:
             return (out,)
@@ -197,7 +189,7 @@ class _CompiledUNet(_Compiled):
 
         return UNet2DConditionOutput(sample=out)
 
-    def _nothing(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _zeros(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Zeros for the control inputs that this pipeline does not feed."""
         missing = [
             spec
@@ -208,12 +200,14 @@ class _CompiledUNet(_Compiled):
         return {spec.name: torch.zeros(spec.concrete(sizes), device=sample.device) for spec in missing}
 
 
-class _CompiledAdapter(_Compiled):
+class CompiledAdapter(_Compiled):
     def forward(self, x):
         return list(self.call(control_image=x).values())
 
 
-class _CompiledControlNet(_Compiled):
+class CompiledControlNet(_Compiled):
+    keeps_class = True  # diffusers asks for the class by name: the module stays, and only its `forward` is replaced
+
     def forward(
         self,
         sample,
@@ -247,7 +241,7 @@ class _CompiledControlNet(_Compiled):
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
 
 
-class _CompiledVae(_Compiled):
+class CompiledVae(_Compiled):
     """Decodes on the engine; encoding stays with the original."""
 
     def decode(self, z, return_dict=True, generator=None):
@@ -259,7 +253,7 @@ class _CompiledVae(_Compiled):
         return DecoderOutput(sample=out)
 
 
-class _CompiledTextEncoder(_Compiled):
+class CompiledTextEncoder(_Compiled):
     def forward(self, input_ids, attention_mask=None, output_hidden_states=False, return_dict=True, **_):
         if attention_mask is not None:
             raise UserError("the compiled text encoder takes no attention mask", "detach() first")
@@ -283,13 +277,3 @@ class _TextOutput(tuple):
         self.last_hidden_state, self.pooler_output = out["last_hidden_state"], pooled
         self.text_embeds, self.hidden_states = out.get("text_embeds"), tuple(hidden)
         return self
-
-
-_WRAPPERS = {
-    "text_encoder": _CompiledTextEncoder,
-    "text_encoder_2": _CompiledTextEncoder,
-    "unet": _CompiledUNet,
-    "vae_decoder": _CompiledVae,
-    "t2i_adapter": _CompiledAdapter,
-    "controlnet": _CompiledControlNet,
-}

@@ -1,4 +1,4 @@
-"""Prompts to what the UNet is conditioned on: token ids, text embeddings, SDXL's pooled embedding and sizes."""
+"""Conditioning of the UNet: prompts to token ids and text embeddings, SDXL's pooled embedding and sizes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encode(
     Args:
         encoders: one (tokenizer, engine) for SD1.x and SD2.x; two for SDXL, in order.
         prompts: N texts.
-        chunks: how many contexts of 77 tokens the UNet takes.
+        chunks: number of contexts of 77 tokens that the UNet takes.
         weighted: whether `(words:1.3)` counts (`accel.pipeline.prompts`).
 
     Returns:
@@ -56,13 +56,13 @@ def encode(
         name = "last_hidden_state" if len(encoders) == 1 else f"hidden_states.{layers - 1}"
         states = outputs[name]
         if (weights != 1).any():
-            nothing = _run(engine, tokenize(tokenizer, [""])[0][:, 0])[name]
-            states = nothing + engine.array(weights.reshape(-1, weights.shape[-1], 1)) * (states - nothing)
+            empty = _run(engine, tokenize(tokenizer, [""])[0][:, 0])[name]
+            states = empty + engine.array(weights.reshape(-1, weights.shape[-1], 1)) * (states - empty)
         hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
         if len(encoders) > 1 and "text_embeds" in outputs:
             pooled = outputs["text_embeds"][::chunks]
-    found = {"encoder_hidden_states": hidden[0] if len(hidden) == 1 else concat(hidden, axis=-1)}
-    return found if pooled is None else found | {"text_embeds": pooled}
+    made = {"encoder_hidden_states": hidden[0] if len(hidden) == 1 else concat(hidden, axis=-1)}
+    return made if pooled is None else made | {"text_embeds": pooled}
 
 
 def _run(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def time_ids(
     """
     row = [*(original or size), *crop, *(target or size)]
     if len(row) != 6 or not all(isinstance(n, (int, float, np.number)) and n >= 0 for n in row):
-        raise UserError(f"size conditioning {row} makes no sense", "give (height, width), and (top, left) for the crop")
+        fix = "give (height, width) of the sizes, and (top, left) of the crop"
+        raise UserError(f"invalid size conditioning: {row} (expected six numbers >= 0)", fix)
     return np.tile(np.array(row, np.float32), (images, 1))
 
 

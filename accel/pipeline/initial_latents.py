@@ -1,4 +1,4 @@
-"""Where sampling starts: from noise, from an image (SDEdit, arXiv 2108.01073), or from an image and a mask.
+"""Initial latents: noise, a noised image (SDEdit, arXiv 2108.01073), or an image and a mask (inpainting).
 
 Inpainting with an ordinary UNet puts the kept part back after every step (RePaint's idea, arXiv 2201.09865, without its
 resampling); a UNet with nine input channels is shown mask and masked image instead. Both as diffusers does it.
@@ -18,7 +18,7 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
-from .request import Chunk, InputImages, SamplingPlan
+from .request import Chunk, Request
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
 _OF_IMAGE, _OF_MASKED = 1_000_001, 1_000_002
@@ -45,7 +45,7 @@ def encode(
     """Latents float32 [N, C, h, w] of pixels in [-1, 1]: a sample of the posterior, or a tiny VAE's latents."""
     (spec,) = encoder.component.inputs
     limit = encoder.component.dims["images"].max
-    found = concat(
+    latents = concat(
         [
             cast(
                 to_numpy(encoder(sample=cast(encoder.array(pixels[i : i + limit]), spec.dtype))["latent_parameters"]),
@@ -55,20 +55,17 @@ def encode(
         ]
     )
     channels = constants["latent_channels"]
-    if found.shape[1] == 2 * channels:
-        mean, log_variance = found[:, :channels], np.clip(found[:, channels:], -30, 20)
-        found = mean + np.exp(0.5 * log_variance) * noise.normal(seeds, draw, mean.shape[1:])
-    return (found - constants["shift_factor"]) * constants["scaling_factor"]
+    if latents.shape[1] == 2 * channels:
+        mean, log_variance = latents[:, :channels], np.clip(latents[:, channels:], -30, 20)
+        latents = mean + np.exp(0.5 * log_variance) * noise.normal(seeds, draw, mean.shape[1:])
+    return (latents - constants["shift_factor"]) * constants["scaling_factor"]
 
 
 def start(
-    asked: InputImages,
+    request: Request,
     chunk: Chunk,
-    plan: SamplingPlan,
     first: np.ndarray,
     *,
-    size: tuple[int, int],
-    total: int,
     channels: int,
     encoder: Callable[[], Engine],
     schedule: samplers.NoiseSchedule,
@@ -77,25 +74,23 @@ def start(
     """The start of one chunk.
 
     Args:
-        asked: the images.
         first: noise of the chunk, float32 [n, C, h, w].
-        size: height and width of the image in pixels.
-        total: how many images are made in all; one image may be given for each.
-        channels: of the UNet's input.
+        channels: number of channels of the UNet's input.
         encoder: loads the VAE encoder.
 
     Raises:
         UserError: when the UNet and the images do not fit each other.
     """
+    given, plan = request.images, request.plan
     inpaints = channels == 2 * constants["latent_channels"] + 1
     if not inpaints and channels != constants["latent_channels"]:
         raise UserError(f"UNets with {channels} input channels are not supported", "use text-to-image or inpainting")
-    if inpaints and asked.mask is None:
+    if inpaints and given.mask is None:
         raise UserError("this is an inpainting model: it needs an image and a mask", "--image FILE --mask FILE")
-    if asked.image is None:
+    if given.image is None:
         return Start(first)
-    pixels = images.batch(asked.image, total, size)[chunk.rows] * 2 - 1
-    mask = None if asked.mask is None else images.masks(asked.mask, total, size)[chunk.rows]
+    pixels = images.batch(given.image, request.total, request.pixels)[chunk.rows] * 2 - 1
+    mask = None if given.mask is None else images.masks(given.mask, request.total, request.pixels)[chunk.rows]
     fresh = mask is not None and plan.start == 0
     known = None if fresh and inpaints else encode(encoder(), pixels, constants, chunk.seeds, _OF_IMAGE)
     x = first if fresh else samplers.add_noise(schedule, known, first, plan.timesteps[plan.start])

@@ -1,4 +1,4 @@
-"""The engines of a pipeline by name, loaded when they are first used and, if asked, gone after their phase."""
+"""The engines of a pipeline by name: loaded on first use and, with `offload`, closed after their phase."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ..engines import Engine
 
 
-class Components(Mapping[str, Engine]):
+class LazyEngines(Mapping[str, Engine]):
     """Engines by name.
 
     Args:
-        loaders: what loads each of them.
-        passing: whether `release` gives memory back, so that an image needs only the largest component at a time.
+        loaders: the function that loads each of them.
+        offload: whether `release` gives memory back, so that an image needs only the largest component at a time.
 
     Attributes:
-        descriptions: the engines' own words, of every component that was loaded at any time.
+        descriptions: how each engine describes itself, for every component that was loaded at any time.
     """
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, passing: bool = False):
-        self._loaders, self._loaded, self.passing = dict(loaders), {}, passing
+    def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, offload: bool = False):
+        self._loaders, self._loaded, self.offload = dict(loaders), {}, offload
         self.descriptions: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Engine:
@@ -36,14 +36,14 @@ class Components(Mapping[str, Engine]):
         return len(self._loaders)
 
     def take(self, name: str) -> Engine:
-        """A component that is the caller's from now on; asked for again, it is loaded again."""
+        """A component that the caller owns from now on; the next use loads it again."""
         engine = self[name]
         del self._loaded[name]
         return engine
 
     def release(self, names: Iterable[str]) -> None:
-        """Their phase is over: with `passing` their memory goes, else nothing happens."""
-        if not self.passing:
+        """Their phase is over: with `offload` they are closed, else nothing happens."""
+        if not self.offload:
             return
         for name in names:
             if name in self._loaded:

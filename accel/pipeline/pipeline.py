@@ -14,6 +14,7 @@ import numpy as np
 
 from ..arrays import cast, concat, synchronize
 from ..bundle import Bundle, Manifest
+from ..bundle.kinds import KINDS, control_components
 from ..engines import Engine, load_engine
 from ..engines.base import to_numpy
 from ..errors import UserError
@@ -23,12 +24,12 @@ from ..sampling import samplers as sampler
 from . import conditioning, control, request
 from .initial_latents import Start
 from .initial_latents import start as start_from
-from .lazy_engines import Components
-from .request import Chunk, Clock, InputImages, SamplingPlan, Sizes
+from .lazy_engines import LazyEngines
+from .request import Chunk, Clock, InputImages, Request
 from .tokenizer import ClipTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = KINDS["text_encoder"].names
 StepCallback = Callable[[int, float, Any], None]
 
 
@@ -51,15 +52,21 @@ class Output:
 
 
 def component_names(bundle: Bundle) -> list[str]:
-    """What an image needs, in the order it is needed.
+    """The components that make an image, in the order in which it needs them.
 
     Raises:
         UserError: where the bundle lacks one of them.
     """
-    present = bundle.manifest.components
-    for name in ("text_encoder", "unet", "vae_decoder"):
-        bundle.component(name)  # says what is missing
-    return [name for name in (*TEXT_ENCODERS, *control.COMPONENTS, "unet", "vae_decoder") if name in present]
+    for name, kind in KINDS.items():
+        if kind.use == "always":
+            bundle.component(name)  # says what is missing
+    return _present(bundle, "always", "if present")
+
+
+def _present(bundle: Bundle, *uses: str) -> list[str]:
+    """The components of a bundle that are used so, see `accel.bundle.kinds.Kind.use`."""
+    names = [name for kind in KINDS.values() if kind.use in uses for name in kind.names]
+    return [name for name in names if name in bundle.manifest.components]
 
 
 def load(
@@ -87,7 +94,7 @@ def load(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     wanted = component_names(bundle)
-    later = [name for name in ("vae_encoder",) if name in bundle.manifest.components]
+    later = _present(bundle, "on demand")
     by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)
     unknown = set(by_component) - set(bundle.manifest.components)
     if unknown and isinstance(engine, Mapping):
@@ -98,9 +105,9 @@ def load(
         name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
         for name in [*wanted, *later]
     }
-    engines = Components(loaders, passing=low_memory)
+    engines = LazyEngines(loaders, offload=low_memory)
     if not low_memory:
-        for name in wanted:  # the VAE encoder waits for the first image to start from
+        for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
     return Pipeline(bundle, engines)
 
@@ -116,7 +123,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
         loaded = {name: partial(engines.__getitem__, name) for name in engines}
-        self.engines = engines if isinstance(engines, Components) else Components(loaded)
+        self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines(loaded)
         self.schedule = sampler.NoiseSchedule.from_folder(bundle.path / "scheduler")
         self.tokenizers = {
             name: ClipTokenizer.from_folder(bundle.path / name.replace("text_encoder", "tokenizer"))
@@ -184,40 +191,40 @@ class Pipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}", f"one of: {', '.join(OUTPUT_TYPES)}")
-        asked = InputImages(image, mask_image, control_image, control_scale, control_end)
-        if image is not None:
-            strength = strength if strength is not None else 0.8 if mask_image is None else 1.0
-        elif strength is not None:
-            raise UserError(f"strength {strength:g} without an image", "give the image to start from as well")
-        plan = request.plan(self.bundle.manifest, self.schedule, sampler, steps, timesteps, guidance_scale, strength)
-        prompts, negatives = request.prompts(prompt, negative_prompt, num_images_per_prompt)
-        if latents is not None and tuple(latents.shape)[0] != len(prompts):
-            raise UserError(f"{tuple(latents.shape)[0]} latents for {len(prompts)} images", "give one per image")
-        seeds = request.seeds(seed, len(prompts))
-        manifest = self._limits()
-        size = request.latent_size(manifest, height, width, latents)
-        limit = request.images_per_run(manifest, plan)
-        chunks = [
-            Chunk(rows, prompts[rows], negatives and negatives[rows], seeds[rows])
-            for rows in (slice(i, i + limit) for i in range(0, len(prompts), limit))
-        ]
-        sizes = Sizes(original_size, crop, target_size)
-        run = _Run(self, plan, size, asked, sizes, len(prompts), latents, renoise, prompt_weights)
-        final, pixels = run(chunks, callback, progress, decode=output_type != "latent")
+        images = InputImages(image, mask_image, strength, control_image, control_scale, control_end)
+        manifest = self.bundle.manifest
+        plan = request.plan(manifest, self.schedule, sampler, steps, timesteps, guidance_scale, images.strength)
+        made = request.complete(
+            self._limits(),
+            plan,
+            prompt,
+            negative_prompt,
+            num_images_per_prompt,
+            seed,
+            height=height,
+            width=width,
+            latents=latents,
+            images=images,
+            sizes=(original_size, crop, target_size),
+            renoise=renoise,
+            weighted=prompt_weights,
+        )
+        run = _Run(self, made)
+        final, pixels = run(callback, progress, decode=output_type != "latent")
         if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
             raise UserError(
                 "the image is NaN or infinite",
                 "this precision overflows on this model: export with --precision fp32, or use another dtype",
             )
         if pixels is None:
-            return Output(final, final, seeds, run.clock.seconds)
+            return Output(final, final, made.seeds, run.clock.seconds)
         pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
-        return Output(pixels if output_type == "np" else to_pil(pixels), final, seeds, run.clock.seconds)
+        return Output(pixels if output_type == "np" else to_pil(pixels), final, made.seeds, run.clock.seconds)
 
     def _limits(self) -> Manifest:
-        """The manifest with the sizes that the engines take: a TensorRT plan may take fewer than the bundle allows."""
+        """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""
         manifest = self.bundle.manifest
-        if getattr(self.engines, "passing", False):  # they are loaded when it is their turn
+        if self.engines.offload:  # they are loaded when their phase begins
             return manifest
         own = {name: self.engines[name].component for name in ("unet", "vae_decoder") if name in self.engines}
         return replace(manifest, components={**manifest.components, **own})
@@ -226,37 +233,25 @@ class Pipeline:
 class _Run:
     """One call of a pipeline, phase by phase over all chunks, so that each component is needed for one phase only."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        plan: SamplingPlan,
-        size: tuple[int, int],
-        asked: InputImages,
-        sizes: Sizes,
-        total: int,
-        latents: Any,
-        renoise: Callable[[int], Any] | None,
-        weighted: bool,
-    ):
-        self.plan, self.size, self.asked, self.sizes, self.total = plan, size, asked, sizes, total
+    def __init__(self, pipeline: Pipeline, request: Request):
+        self.request, self.plan = request, request.plan
         self.engines, self.tokenizers, self.schedule = pipeline.engines, pipeline.tokenizers, pipeline.schedule
         self.manifest, self.constants = pipeline.bundle.manifest, pipeline.bundle.manifest.pipeline
-        self.latents, self.renoise, self.weighted = latents, renoise, weighted
-        self.pixels = tuple(side * self.constants["vae_scale"] for side in size)
-        self.shape = (self.constants["latent_channels"], *size)
+        self.shape = (self.constants["latent_channels"], *request.size)
         self.clock = Clock()
 
     def __call__(
-        self, chunks: list[Chunk], callback: StepCallback | None, progress: bool, *, decode: bool
+        self, callback: StepCallback | None, progress: bool, *, decode: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
+        chunks = self.request.chunks
         with self._phase("text_encoder", *self.tokenizers):
             texts = [self._texts(chunk) for chunk in chunks]
             for value in texts[-1].values():
                 synchronize(value)
         starts = [self._start(chunk) for chunk in chunks]
         bar = _Bar(progress, self.plan.steps * len(chunks))
-        with bar, self._phase("unet", *control.COMPONENTS, "unet"):
+        with bar, self._phase("unet", *control_components(), "unet"):
             done = [
                 self._denoise(chunk, text, start, bar, callback)
                 for chunk, text, start in zip(chunks, texts, starts, strict=True)
@@ -269,7 +264,7 @@ class _Run:
 
     @contextmanager
     def _phase(self, name: str, *components: str) -> Iterator[None]:
-        """Times a phase; with low memory its components leave at the end."""
+        """Time a phase; with low memory its components are closed at its end."""
         began = time.perf_counter()
         yield
         self.clock.add(name, time.perf_counter() - began)
@@ -280,7 +275,7 @@ class _Run:
         encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
-        how = dict(chunks=max(1, context.shape[1] // length), weighted=self.weighted)
+        how = dict(chunks=max(1, context.shape[1] // length), weighted=self.request.weighted)
         feeds = _encode(encoders, chunk.prompts, **how)
         if self.plan.guided:
             without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
@@ -292,23 +287,20 @@ class _Run:
     def _start(self, chunk: Chunk) -> Start:
         """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
         first = noise.normal(chunk.seeds, 0, self.shape)
-        if self.latents is not None:
-            first = np.asarray(to_numpy(self.latents[chunk.rows]), np.float32)
+        if self.request.latents is not None:
+            first = np.asarray(to_numpy(self.request.latents[chunk.rows]), np.float32)
         record = self.manifest.components["unet"]
         began = time.perf_counter()
         made = start_from(
-            self.asked,
+            self.request,
             chunk,
-            self.plan,
             first,
-            size=self.pixels,
-            total=self.total,
             channels=record.inputs[0].shape[1],
             encoder=lambda: self.engines["vae_encoder"],
             schedule=self.schedule,
             constants=self.constants,
         )
-        if self.asked.image is not None:
+        if self.request.images.image is not None:
             self.clock.add("vae_encoder", time.perf_counter() - began)
             self.engines.release(["vae_encoder"])
         return made
@@ -317,25 +309,24 @@ class _Run:
         unet, plan = self.engines["unet"], self.plan
         spec = {s.name: s for s in unet.component.inputs}
         feeds = self._feeds(chunk, text, unet)
-        add = control.prepare(self.asked, chunk, plan, self.manifest, self.engines, size=self.pixels, total=self.total)
+        add = control.prepare(self.request, chunk, self.manifest, self.engines)
         extra = None if start.extra is None else unet.array(start.extra)
-        index = {t: i for i, t in enumerate(plan.timesteps)}
         dtype = spec["sample"].dtype
 
         def model(x, t):
             sample = x if extra is None else concat([x, extra], axis=1)
             sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(index[t], inputs))["out_sample"], "float32")
+            out = cast(unet(**inputs, **add(sum(s >= t for s in plan.timesteps) - 1, inputs))["out_sample"], "float32")
             if not plan.guided:
                 return out
             without, with_prompt = out[: len(x)], out[len(x) :]
             return without + plan.guidance * (with_prompt - without)
 
         def fresh(i):
-            if self.renoise is None:
+            if self.request.renoise is None:
                 return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
-            return cast(unet.array(self.renoise(i)[chunk.rows]), "float32")
+            return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
 
         def after(i, t, x):
             bar.advance()
@@ -372,9 +363,7 @@ class _Run:
         batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(
-                    batch, self.pixels, self.sizes.original, self.sizes.crop, self.sizes.target
-                )
+                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
             elif spec.name == "timestep_cond":
                 feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, spec.shape[-1])
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}

@@ -1,4 +1,4 @@
-"""Prompts longer than the text encoder's 77 tokens, and words that count more or less than others.
+"""Prompts longer than the text encoder's 77 tokens, and weights of words.
 
 A long prompt becomes several contexts of 75 tokens, each with start and end, which are encoded one by one and laid end
 to end: the UNet's cross-attention takes any length. `(words:1.3)` counts by a factor: the embedding of each token is
@@ -28,16 +28,16 @@ class Tokens:
 
 
 def parts(prompt: str) -> list[tuple[str, float]]:
-    r"""A prompt as (text, weight) in order; `\(` and `\)` are brackets that mean nothing.
+    r"""A prompt as (text, weight) in order; `\(` and `\)` are plain brackets.
 
     Raises:
-        UserError: for a weight beyond what an image survives.
+        UserError: for a weight outside 0 to 3.
     """
     found, end = [], 0
     for match in _GROUP.finditer(prompt):
         weight = float(match[2])
         if not 0 <= weight <= 3:
-            raise UserError(f"the weight {weight:g} in {match[0]!r}", "use 0 to 3, such as (red:1.3)")
+            raise UserError(f"invalid weight: {weight:g} in {match[0]!r} (expected 0 to 3)", "such as (red:1.3)")
         found += [(prompt[end : match.start()], 1.0), (match[1], weight)]
         end = match.end()
     found.append((prompt[end:], 1.0))
@@ -46,7 +46,7 @@ def parts(prompt: str) -> list[tuple[str, float]]:
 
 
 def tokens(tokenizer: ClipTokenizer, prompt: str, *, chunks: int = 1, weighted: bool = False) -> Tokens:
-    """Token ids of a prompt in `chunks` contexts, none of them empty of start and end."""
+    """Token ids of a prompt in `chunks` contexts, each of them with start and end."""
     ids, weights, texts = [], [], []
     for text, weight in parts(prompt) if weighted else [(prompt, 1.0)]:
         encoding = tokenizer.backend.encode(text, add_special_tokens=False)

@@ -1,8 +1,8 @@
-"""What is asked of a pipeline, made complete and checked before any network runs."""
+"""A request to a pipeline, complete and checked before any network runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..bundle import Manifest
 from ..errors import UserError
+from ..sampling import Sampling
 from ..sampling import samplers as sampler
 
 
@@ -35,21 +36,12 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images that are made at once: rows of what was asked for."""
+    """The images that are made at once: `rows` of the request."""
 
     rows: slice
     prompts: list[str]
     negatives: list[str] | None
     seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """SDXL's size conditioning in pixels; None for the image's own size."""
-
-    original: Sequence[int] | None = None
-    crop: Sequence[int] = (0, 0)
-    target: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class InputImages:
     Attributes:
         image: what to start from.
         mask: white where to paint.
+        strength: share of the steps that are run, above 0 to 1; None for 0.8, and for 1 with a mask.
         control: what a T2I-Adapter or ControlNet is shown.
         control_scale: how strongly it counts.
         control_end: fraction of the steps that it counts for.
@@ -66,17 +59,99 @@ class InputImages:
 
     image: Any = None
     mask: Any = None
+    strength: float | None = None
     control: Any = None
     control_scale: float = 1.0
     control_end: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.image is not None and self.strength is None:
+            object.__setattr__(self, "strength", 0.8 if self.mask is None else 1.0)
+        if self.image is None and self.strength is not None:
+            raise UserError(f"strength {self.strength:g} without an image", "give the image to start from as well")
         if self.mask is not None and self.image is None:
             raise UserError("a mask without an image", "give the image that is to be painted in as well")
         if not np.isfinite(self.control_scale):
-            raise UserError(f"control_scale = {self.control_scale}", "use a number such as 0.8")
+            raise UserError(f"invalid control_scale = {self.control_scale} (expected a number)", "such as 0.8")
         if not 0 <= self.control_end <= 1:
-            raise UserError(f"control_end = {self.control_end}", "use a fraction from 0 to 1")
+            raise UserError(f"invalid control_end = {self.control_end} (expected 0 to 1)", "such as 0.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides the images of one call.
+
+    Attributes:
+        plan: how to sample.
+        chunks: the images, as they are made at once.
+        size: height and width of the latents.
+        pixels: height and width of the images.
+        images: images to start from and to control by.
+        sizes: SDXL's size conditioning in pixels: original size, top and left of the crop, target size.
+        latents: initial noise [N, C, h, w] of unit variance; None for the seeds'.
+        renoise: i -> noise [N, C, h, w] that a stochastic sampler adds after step i; None for the seeds'.
+        weighted: whether `(words:1.3)` in a prompt counts by that factor.
+    """
+
+    plan: SamplingPlan
+    chunks: Sequence[Chunk]
+    size: tuple[int, int]
+    pixels: tuple[int, int]
+    images: InputImages = InputImages()
+    sizes: tuple[Sequence[int] | None, Sequence[int], Sequence[int] | None] = (None, (0, 0), None)
+    latents: Any = None
+    renoise: Callable[[int], Any] | None = None
+    weighted: bool = False
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for chunk in self.chunks for seed in chunk.seeds]
+
+    @property
+    def total(self) -> int:
+        """Number of images."""
+        return len(self.seeds)
+
+
+def complete(
+    manifest: Manifest,
+    plan: SamplingPlan,
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] | None,
+    per_prompt: int,
+    seed: int | Sequence[int],
+    *,
+    height: int | None,
+    width: int | None,
+    latents: Any,
+    **kept: Any,
+) -> Request:
+    """The request of a call, split into what this bundle makes at once.
+
+    Args:
+        manifest: with the shapes that the engines take.
+        kept: further fields of the request.
+
+    Raises:
+        UserError: for arguments that do not fit each other or the bundle's profile.
+    """
+    texts, negatives = prompts(prompt, negative, per_prompt)
+    if latents is not None and tuple(latents.shape)[0] != len(texts):
+        raise UserError(f"{tuple(latents.shape)[0]} latents for {len(texts)} images", "give one per image")
+    numbers = seeds(seed, len(texts))
+    size = latent_size(manifest, height, width, latents)
+    limit = images_per_run(manifest, plan)
+    return Request(
+        plan=plan,
+        chunks=[
+            Chunk(rows, texts[rows], negatives and negatives[rows], numbers[rows])
+            for rows in (slice(i, i + limit) for i in range(0, len(texts), limit))
+        ],
+        size=size,
+        pixels=tuple(side * manifest.pipeline["vae_scale"] for side in size),
+        latents=latents,
+        **kept,
+    )
 
 
 def plan(
@@ -88,16 +163,22 @@ def plan(
     guidance: float | None,
     strength: float | None,
 ) -> SamplingPlan:
-    """The sampler, its grid and guidance: the bundle's own constants where nothing else is asked for."""
-    own = manifest.sampler
-    name = name or own["name"]
-    if timesteps is None and steps is None and name == own["name"]:
-        timesteps, steps = own.get("timesteps"), own.get("steps")
+    """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
+
+    Raises:
+        UserError: for an unknown sampler, or a value outside its limits.
+    """
+    own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
+    name = name or own.sampler
+    if timesteps is None and steps is None and name == own.sampler:
+        timesteps, steps = own.timesteps, own.steps
     if timesteps is None:
         timesteps = sampler.grid(name, schedule, steps)
-    scale = float(own["guidance"] if guidance is None else guidance)
+    scale = float(own.guidance if guidance is None else guidance)
     if not 0 <= scale < float("inf"):
-        raise UserError(f"guidance_scale = {scale} makes no sense", "use 0 for none, 3 to 12 for a guided model")
+        raise UserError(
+            f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
+        )
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
     start = 0 if strength is None else _start(len(timesteps), strength)
     return SamplingPlan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
@@ -106,7 +187,9 @@ def plan(
 def _start(steps: int, strength: float) -> int:
     """How many steps of the grid a strength skips (SDEdit, arXiv 2108.01073, counted as diffusers does)."""
     if not 0 < strength <= 1:
-        raise UserError(f"strength = {strength:g}", "use a fraction above 0, up to 1 (1 keeps nothing of the image)")
+        raise UserError(
+            f"invalid strength = {strength:g} (expected above 0, at most 1)", "1 keeps nothing of the image"
+        )
     start = steps - min(int(steps * strength), steps)
     if start == steps:
         raise UserError(
@@ -156,7 +239,7 @@ def prompts(prompt: str | Sequence[str], negative: Any, per_prompt: int) -> tupl
     if not prompts:
         raise UserError("there is no prompt", "give at least one text")
     if per_prompt < 1:
-        raise UserError(f"num_images_per_prompt = {per_prompt}", "use a whole number of at least 1")
+        raise UserError(f"invalid num_images_per_prompt: {per_prompt} (expected an integer >= 1)", "such as 1")
     negatives = None
     if negative is not None:
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -169,9 +252,10 @@ def prompts(prompt: str | Sequence[str], negative: Any, per_prompt: int) -> tupl
 
 
 def seeds(seed: int | Sequence[int], images: int) -> list[int]:
+    """One seed for each image: those given, or counted on from one."""
     seeds = [seed + i for i in range(images)] if isinstance(seed, (int, np.integer)) else list(seed)
     if len(seeds) != images or any(s < 0 for s in seeds):
-        raise UserError(f"seed = {seed!r} for {images} images", "use one number of at least 0, or one per image")
+        raise UserError(f"invalid seed: {seed!r} for {images} images", "give one number >= 0, or one for each image")
     return seeds
 
 

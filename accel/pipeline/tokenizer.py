@@ -90,7 +90,7 @@ class ClipTokenizer:
         return ids, dropped
 
     def __call__(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """ids int64 [B, length]; what does not fit is cut silently, `encode` tells."""
+        """ids int64 [B, length]; what does not fit is cut silently, `encode` returns it."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return np.stack([self.encode(p)[0] for p in prompts]) if len(prompts) else np.empty((0, self.length), np.int64)
 

@@ -1,1 +1,5 @@
-"""Noise schedules, initial noise and samplers as pure functions on numpy arrays."""
+"""Noise schedules, initial noise, sampling constants and samplers: data and pure functions on arrays."""
+
+from .constants import Sampling
+
+__all__ = ["Sampling"]

@@ -1,13 +1,13 @@
 """Samplers by name: which update rule, on which grid of timesteps, in how many steps.
 
-The rules themselves, and what `model`, `noise` and `callback` have to be, are in `accel.sampling.solvers`.
+The rules themselves, and what `model`, `noise` and `callback` have to be, are in `accel.sampling.solvers`. To add a
+sampler: its function there, and its entry in `SAMPLERS` here. Command line, evaluation and export read that table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,21 @@ __all__ = [
 ]
 
 
-def dmd2_timesteps(steps: int, T: int = 1000) -> list[int]:  # noqa: N803 (the papers' name)
-    """DMD2's grid: T-1 downwards by T // steps, exactly `steps` entries; one step is [399], see `sample_dmd2`."""
+def dmd2_timesteps(steps: int, T: int = 1000, *, one_step: int | None = None) -> list[int]:  # noqa: N803 (the papers')
+    """DMD2's grid (arXiv 2405.14867, section 4.4): T - 1 downwards by T // steps; 4 steps are 999, 749, 499, 249.
+
+    Args:
+        steps: number of entries, 1 to T.
+        T: number of training timesteps.
+        one_step: the entry of a grid of one. None for 2/5 of the schedule, t = 399 of 1000, where the published
+            one-step SDXL model runs (see `sample_dmd2`); SD1.5's, and the students trained here, run at T - 1.
+
+    Raises:
+        UserError: for another number of steps.
+    """
     _check_steps(steps, T)
     if steps == 1:
-        return [max(0, T * 2 // 5 - 1)]
+        return [max(0, T * 2 // 5 - 1) if one_step is None else one_step]
     return [T - 1 - i * (T // steps) for i in range(steps)]
 
 
@@ -82,51 +92,66 @@ def _spaced(schedule: NoiseSchedule, spacing: str, steps: int, *, points: int, w
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One sampler: its function, its grid (schedule, steps -> timesteps), and what a caller has to know."""
+    """One sampler.
+
+    Attributes:
+        function: the update rule, called as those of `accel.sampling.solvers`.
+        grid: (schedule, steps) -> timesteps, high noise first.
+        steps: the default number of steps.
+        stochastic: whether it adds noise after its steps.
+        description: what it is for, in a line.
+        scheduler: the class of diffusers that computes the same.
+        options: names of further keyword arguments of `function`.
+    """
 
     function: Callable[..., Any]
     grid: Callable[[NoiseSchedule, int], list[float]]
     steps: int
     stochastic: bool
     description: str
+    scheduler: str
+    options: tuple[str, ...] = ()
 
 
-SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
-    {
-        "dmd2": Sampler(
-            function=sample_dmd2,
-            grid=_grid_dmd2,
-            steps=4,
-            stochastic=True,
-            description="few-step distilled models (DMD2, LCM-like): x0, fresh noise, repeat; no guidance",
-        ),
-        "dpmpp_2m": Sampler(
-            function=sample_dpmpp_2m,
-            grid=_grid_dpmpp,
-            steps=25,
-            stochastic=False,
-            description="DPM-Solver++ 2M: second-order multistep, the usual choice for undistilled models",
-        ),
-        "ddim": Sampler(
-            function=sample_ddim,
-            grid=_grid_ddim,
-            steps=50,
-            stochastic=False,
-            description="DDIM: first order, deterministic; eta > 0 adds noise",
-        ),
-        "euler": Sampler(
-            function=sample_euler,
-            grid=_grid_euler,
-            steps=30,
-            stochastic=False,
-            description="Euler on the probability-flow ODE: first order, deterministic",
-        ),
-    }
-)
+SAMPLERS: dict[str, Sampler] = {
+    "dmd2": Sampler(
+        function=sample_dmd2,
+        grid=_grid_dmd2,
+        steps=4,
+        stochastic=True,
+        description="few-step distilled models (DMD2, LCM-like): x0, fresh noise, repeat; no guidance",
+        scheduler="LCMScheduler",
+    ),
+    "dpmpp_2m": Sampler(
+        function=sample_dpmpp_2m,
+        grid=_grid_dpmpp,
+        steps=25,
+        stochastic=False,
+        description="DPM-Solver++ 2M: second-order multistep, the usual choice for undistilled models",
+        scheduler="DPMSolverMultistepScheduler",
+    ),
+    "ddim": Sampler(
+        function=sample_ddim,
+        grid=_grid_ddim,
+        steps=50,
+        stochastic=False,
+        description="DDIM: first order, deterministic; eta > 0 adds noise",
+        scheduler="DDIMScheduler",
+        options=("eta",),
+    ),
+    "euler": Sampler(
+        function=sample_euler,
+        grid=_grid_euler,
+        steps=30,
+        stochastic=False,
+        description="Euler on the probability-flow ODE: first order, deterministic",
+        scheduler="EulerDiscreteScheduler",
+    ),
+}
 
 
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
-    """The timesteps of a sampler, high noise first; `grid(...)[start]` is what image-to-image noises its image to."""
+    """The timesteps of a sampler, high noise first; image-to-image noises its image to `grid(...)[start]`."""
     chosen = _sampler(name)
     steps = chosen.steps if steps is None else steps
     _check_steps(steps, schedule.T)
@@ -135,7 +160,8 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[f
 
 def needs_noise(name: str, *, eta: float = 0.0) -> bool:
     """Whether `sample` has to be given `noise`."""
-    return _sampler(name).stochastic or (name == "ddim" and eta > 0)
+    chosen = _sampler(name)
+    return chosen.stochastic or ("eta" in chosen.options and eta > 0)
 
 
 def sample(
@@ -152,7 +178,7 @@ def sample(
     start: int = 0,
     **options,
 ):
-    """Runs a sampler by name.
+    """Run a sampler by name.
 
     Args:
         name: a key of `SAMPLERS`.
@@ -163,7 +189,7 @@ def sample(
         noise: i -> standard normal array like x; wanted where `needs_noise(name)`.
         constrain: (i, x) -> x, applied after step i.
         start: number of leading steps to skip.
-        options: `eta` of DDIM.
+        options: the sampler's own, such as `eta` of DDIM.
 
     Returns:
         x0, like x.
@@ -172,9 +198,9 @@ def sample(
         UserError: unknown name or option, step count outside 1..T, a grid outside the schedule, missing noise.
     """
     chosen = _sampler(name)
-    allowed = {"eta"} if name == "ddim" else set()
-    if unknown := set(options) - allowed:
-        raise UserError(f"sampler {name} has no option {', '.join(sorted(unknown))}", "eta belongs to ddim")
+    if unknown := set(options) - set(chosen.options):
+        fix = f"it has: {', '.join(chosen.options)}" if chosen.options else "it has none: leave it out"
+        raise UserError(f"sampler {name} has no option {', '.join(sorted(unknown))}", fix)
     if timesteps is None:
         timesteps = grid(name, schedule, steps)
     elif steps is not None and steps != len(timesteps):
@@ -191,4 +217,4 @@ def _sampler(name: str) -> Sampler:
 
 def _check_steps(steps: int, limit: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= limit:
-        raise UserError(f"number of steps = {steps!r}", f"use a whole number from 1 to {limit}")
+        raise UserError(f"invalid steps: {steps!r} (expected an integer from 1 to {limit})", "such as 4 or 25")

@@ -187,7 +187,9 @@ def _predictions(schedule: NoiseSchedule, a: float, t: float) -> tuple[tuple[flo
 
 def _draw(name: str, noise: Noise | None, i: int):
     if noise is None:
-        raise UserError(f"sampler {name} adds noise after step {i}, but got none", "pass noise=, see needs_noise()")
+        raise UserError(
+            f"sampler {name} adds noise after step {i}, and none was given", "pass noise=; see needs_noise()"
+        )
     return noise(i)
 
 

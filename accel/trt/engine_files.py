@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..bundle import Bundle, Component
 from ..errors import UserError
 from ..files import digest_of, inside, write_bytes
@@ -25,22 +26,19 @@ from .cuda import Cuda
 
 SCHEMA = 1
 FOLDER = "engines"
+
+
+_PROFILE = {"name": str, "dims": dict, "shapes": dict}
 # What every record has: those of engine files from elsewhere are read too, and shown before anybody trusts them.
-_WANTED = {
+_REQUIRED = {
     "schema": int,
     "component": str,
     "key": str,
     "plan": {"bytes": int, "sha256": str},
     "audit": dict,
     "built": str,
-    "identity": {
-        "tensorrt": str,
-        "gpu": str,
-        "compute_capability": str,
-        "platform": str,
-        "options": dict,
-        "profiles": [{"name": str, "dims": dict, "shapes": dict}],
-    },
+    "identity": dict.fromkeys(("tensorrt", "gpu", "compute_capability", "platform"), str)
+    | {"options": dict, "profiles": list[_PROFILE]},
 }
 
 
@@ -155,22 +153,13 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
         record = None
     if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
-    if wrong := _lacks(record, _WANTED):
-        raise UserError(f"{described} is damaged: it lacks {wrong}", rebuild(bundle, component))
+    try:
+        records.read(_REQUIRED, record, "record")
+    except ValueError as error:
+        raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component:
         raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
     return EngineFile(path, record, text)
-
-
-def _lacks(found: Any, wanted: Any, name: str = "a record") -> str:
-    """The name of the first thing that is missing or of another kind; empty where there is none."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        parts = [(found.get(key), kind, key) for key, kind in wanted.items()]
-    elif isinstance(wanted, list) and isinstance(found, list):
-        parts = [(part, wanted[0], name) for part in found]
-    else:
-        return "" if isinstance(wanted, type) and isinstance(found, wanted) else name
-    return next((wrong for part in parts if (wrong := _lacks(*part))), "")
 
 
 def find(bundle: Bundle, component: str | None = None) -> list[EngineFile | UserError]:

@@ -63,9 +63,3 @@ class Diffusion:
     ) -> torch.Tensor:
         """Mean squared error of a prediction, in the network's own units."""
         return F.mse_loss(prediction.float(), self.target(x0, eps, t).float())
-
-
-def few_steps(count: int, training_steps: int = 1000) -> list[int]:
-    """DMD2's timesteps for `count` steps: 4 -> 999, 749, 499, 249 (arXiv 2405.14867, section 4.4)."""
-    spacing = training_steps // count
-    return [training_steps - 1 - index * spacing for index in range(count)]

@@ -18,11 +18,12 @@ from accel.engines import choose
 from accel.errors import UserError
 from accel.files import digest_of, sha256, write_json
 from accel.machine import machine
+from accel.sampling import Sampling
 
 from ..sources import digits
 from . import digits as digits_quality
 from . import generators, metrics
-from .protocols import Protocol, Sampling, full_id, overridden, protocol, sampling_changes
+from .protocols import Protocol, full_id, overridden, protocol, sampling_changes, sampling_record
 from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for
 
 SCHEMA = 1
@@ -127,7 +128,7 @@ def evaluate(
         "title": chosen.title,
         "figures": figures,
         "images": count,
-        "sampling": used.as_dict() | {"dtype": dtype, "size": size, "seed": chosen.seed},
+        "sampling": sampling_record(used) | {"dtype": dtype, "size": size, "seed": chosen.seed},
         "model": {"name": opened.name, "kind": opened.kind, "digest": opened.digest},
         "engine": _engine(opened, engine),
         "ran_on": ran_on,
@@ -173,7 +174,7 @@ def _settings(
         "protocol": chosen.id,
         "model": opened.name,
         "model_digest": opened.digest,
-        **used.as_dict(),
+        **sampling_record(used),
         "dtype": dtype,
         "size": size,
         "seed": chosen.seed,

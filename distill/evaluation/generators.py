@@ -21,18 +21,12 @@ from accel.bundle import Bundle
 from accel.errors import UserError
 from accel.files import digest_of, sha256
 from accel.models.source import Source, open_source
+from accel.sampling import Sampling
 from accel.sampling.samplers import NoiseSchedule, grid
 
-from .protocols import Sampling, sampling_of
+from .protocols import schedulers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCHEDULERS = {
-    "pndm": "PNDMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dmd2": "LCMScheduler",
-}
 
 # prompts [n], seeds [n] -> images, uint8 [n, height, width, 3]
 Maker = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -71,11 +65,11 @@ def open_model(model: str | Path) -> Model:
     if (path / "accel.json").is_file():
         bundle = Bundle.open(path)
         manifest = bundle.manifest
-        own = sampling_of(manifest.sampler, f"the sampler of {path}")
+        own = Sampling.from_dict(manifest.sampler, f"the sampler of {path}", schedulers())
         return Model(origin=bundle, name=path.resolve().name, digest=bundle.digest, own=own, dtype=manifest.precision)
     source = open_source(model)
     constants = source.sampler()
-    own = None if constants is None else sampling_of(constants, str(source.path / "sampler.json"))
+    own = None if constants is None else Sampling.from_dict(constants, str(source.path / "sampler.json"), schedulers())
     return Model(origin=source, name=source.name, digest=_digest(source), own=own, dtype="fp32")
 
 
@@ -198,7 +192,7 @@ def _assemble(source: Source, sampling: Sampling) -> Any:
     from transformers import CLIPTokenizer
 
     # From the file and not from the loaded scheduler, whose defaults would be taken for the model's choices.
-    scheduler = getattr(diffusers, SCHEDULERS[sampling.sampler]).from_config(source.config("scheduler"))
+    scheduler = getattr(diffusers, schedulers()[sampling.sampler]).from_config(source.config("scheduler"))
     networks = {
         name: source.load(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2") if source.has(name)
     }

@@ -15,36 +15,22 @@ table of batch sizes, this alone moves the FID by about 0.2.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from accel.errors import UserError
+from accel.sampling import Sampling
 from accel.sampling.samplers import SAMPLERS
 
-# PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with; only pipeline folders run it.
-SAMPLER_NAMES = ("pndm", *SAMPLERS)
 
+def schedulers() -> dict[str, str]:
+    """Every sampler that an evaluation can name -> the class of diffusers that runs it for a pipeline folder.
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How an image is drawn: sampler, `steps` or its `timesteps` (high noise first), guidance scale (0: none)."""
-
-    sampler: str
-    guidance: float
-    steps: int | None = None
-    timesteps: tuple[float, ...] | None = None
-
-    @property
-    def count(self) -> int:
-        return len(self.timesteps) if self.timesteps is not None else self.steps
-
-    def as_dict(self) -> dict[str, Any]:
-        found = dataclasses.asdict(self)
-        return found | {"timesteps": None if self.timesteps is None else list(self.timesteps)}
+    PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with; only diffusers runs it.
+    """
+    return {"pndm": "PNDMScheduler"} | {name: sampler.scheduler for name, sampler in SAMPLERS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,30 +216,6 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def sampling_of(constants: Any, where: str) -> Sampling:
-    """The sampling constants of a model's `sampler.json`, or of a bundle, after a look at whether they make sense."""
-    fix = 'put it right, as in {"name": "dpmpp_2m", "steps": 25, "guidance": 3.0}, or with "timesteps" for "steps"'
-    if not isinstance(constants, Mapping):
-        raise UserError(f"{where} is no table", fix)
-    steps, timesteps = constants.get("steps"), constants.get("timesteps")
-    if timesteps is not None and not (
-        isinstance(timesteps, (list, tuple)) and timesteps and all(_is_number(t) and t >= 0 for t in timesteps)
-    ):
-        raise UserError(f"{where}: timesteps = {timesteps!r} makes no sense", fix)
-    if timesteps is None and not _is_count(steps):
-        raise UserError(f"{where}: steps = {steps!r} makes no sense", fix)
-    if constants.get("name") not in SAMPLER_NAMES:
-        raise UserError(f"{where}: unknown sampler {constants.get('name')!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
-    if not _is_guidance(constants.get("guidance")):
-        raise UserError(f"{where}: guidance = {constants.get('guidance')!r} makes no sense", fix)
-    return Sampling(
-        sampler=constants["name"],
-        guidance=float(constants["guidance"]),
-        steps=steps if timesteps is None else None,
-        timesteps=None if timesteps is None else tuple(timesteps),
-    )
-
-
 def overridden(
     base: Sampling, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
 ) -> Sampling:
@@ -262,19 +224,12 @@ def overridden(
     Raises:
         UserError: for an unknown sampler, or numbers that make no sense.
     """
-    if sampler is not None and sampler not in SAMPLER_NAMES:
-        raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
-    if steps is not None and not _is_count(steps):
-        raise UserError(f"steps = {steps!r} makes no sense", "use a whole number of at least 1")
-    if guidance is not None and not _is_guidance(guidance):
-        raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")
-    same_grid = (sampler or base.sampler) == base.sampler and steps in (None, base.count)
-    return Sampling(
-        sampler=sampler or base.sampler,
-        guidance=base.guidance if guidance is None else float(guidance),
-        steps=base.steps if same_grid else steps or base.count,
-        timesteps=base.timesteps if same_grid else None,
-    )
+    if sampler is not None and sampler not in schedulers():
+        raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(schedulers())}")
+    used = replace(base, sampler=sampler or base.sampler, guidance=base.guidance if guidance is None else guidance)
+    if used.sampler == base.sampler and steps in (None, base.count):
+        return used
+    return replace(used, steps=base.count if steps is None else steps, timesteps=None)
 
 
 def full_id(name: str, changes: Mapping[str, Any]) -> str:
@@ -288,6 +243,12 @@ def full_id(name: str, changes: Mapping[str, Any]) -> str:
     return f"{name}[{','.join(shown)}]"
 
 
+def sampling_record(used: Sampling) -> dict[str, Any]:
+    """Sampling constants by the names of the flags, as results keep them."""
+    timesteps = None if used.timesteps is None else list(used.timesteps)
+    return {"sampler": used.sampler, "guidance": float(used.guidance), "steps": used.steps, "timesteps": timesteps}
+
+
 def sampling_changes(base: Sampling, used: Sampling) -> dict[str, Any]:
     """What of `used` differs from `base`, by the names of the flags."""
     changes: dict[str, Any] = {}
@@ -298,15 +259,3 @@ def sampling_changes(base: Sampling, used: Sampling) -> dict[str, Any]:
     if used.guidance != base.guidance:
         changes["guidance"] = used.guidance
     return changes
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_guidance(value: Any) -> bool:
-    return _is_number(value) and value >= 0

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from accel.errors import UserError
+from accel.sampling.samplers import dmd2_timesteps
 
 from ..data import rng
 from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
-from ..diffusion.process import few_steps
 from ..edm.source import ClassEncoders
 from ..methods.kd import DTYPES
 from ..settings import DMD2 as Recipe
@@ -292,7 +292,7 @@ def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
     else:
         if not 1 <= recipe.few_steps <= training_steps:
             raise UserError(f"a student of {recipe.few_steps} steps cannot be", "--few-steps 1, 2, 4 or 8")
-        given = tuple(few_steps(recipe.few_steps, training_steps))
+        given = tuple(dmd2_timesteps(recipe.few_steps, training_steps, one_step=training_steps - 1))
     if list(given) != sorted(set(given), reverse=True) or not 0 <= given[-1] <= given[0] < training_steps:
         raise UserError(
             f"timesteps {','.join(map(str, given))} do not fall within 0 to {training_steps - 1}",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accel.bundle import MANIFEST, Bundle, Component, seal
+from accel.bundle import MANIFEST, Bundle, Component, finalize
 from accel.trt import engine_files
 
 from ..graph import fp16
@@ -73,7 +73,7 @@ def stay(records: dict[str, Component], entry: str, reason: str, measured: Mappi
 def _halved(bundle: Bundle, entry: str, folder: Path) -> Bundle:
     """A bundle of one component, in float16."""
     made = fp16.write(bundle, entry, folder / entry)
-    seal(folder, replace(bundle.manifest, precision="fp16", components={entry: made}))
+    finalize(folder, replace(bundle.manifest, precision="fp16", components={entry: made}))
     return Bundle.open(folder)
 
 

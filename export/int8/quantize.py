@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.bundle import MANIFEST, Bundle, Component, seal
+from accel.bundle import MANIFEST, Bundle, Component, finalize
 from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8 import fake_quant, packed
@@ -109,10 +109,10 @@ def quantize(
         if settings.dtype != "float32":
             _halve_the_rest(bundle, records, folder)
         manifest = replace(bundle.manifest, precision=name, components=records)
-        seal(folder, manifest)
+        finalize(folder, manifest)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
             raced = acceptance.decide(folder, bundle, records, found, settings, Path(scratch), progress)
-            seal(folder, replace(manifest, components=records))
+            finalize(folder, replace(manifest, components=records))
             acceptance.keep_engine_files(raced, records, folder)
     progress("done", 1.0)
     return Bundle.open(out)

@@ -21,7 +21,8 @@ FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill
 ACCEL = (
     ("ground",),
     ("assets",),
-    ("bundle", "sampling"),
+    ("sampling",),
+    ("bundle",),
     ("int8", "trt"),
     ("models",),
     ("engines",),

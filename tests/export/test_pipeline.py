@@ -419,12 +419,12 @@ def never_load(monkeypatch):
         ({"profile": "size=100"}, "multiple"),
         ({"profile": "huge"}, "huge"),
         ({"sampler": {"name": "ddpm", "steps": 4, "guidance": 1}}, "ddpm"),
-        ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "steps = 0"),
-        ({"sampler": {"name": "ddim", "guidance": 1}}, "steps = None"),
+        ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "invalid steps: 0"),
+        ({"sampler": {"name": "ddim", "guidance": 1}}, "invalid steps: None"),
         ({"sampler": {"name": "ddim", "steps": 4, "guidance": float("nan")}}, "guidance = nan"),
-        ({"sampler": {"name": "ddim", "steps": 4, "guidance": -1}}, "guidance = -1"),
-        ({"sampler": {"name": "ddim", "steps": 4}}, "guidance = None"),
-        ({"sampler": {"name": "dmd2", "timesteps": [], "guidance": 0}}, "timesteps = []"),
+        ({"sampler": {"name": "ddim", "steps": 4, "guidance": -1}}, "invalid guidance: -1"),
+        ({"sampler": {"name": "ddim", "steps": 4}}, "invalid guidance: None"),
+        ({"sampler": {"name": "dmd2", "timesteps": [], "guidance": 0}}, "invalid timesteps: ()"),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_loaded(sd15, tmp_path, never_load, options, words):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import accel
-from accel.bundle import MANIFEST, SCHEMA, Bundle, manifest, seal
+from accel.bundle import MANIFEST, SCHEMA, Bundle, finalize, manifest
 from accel.cli import main
 from accel.errors import UserError
 
@@ -199,7 +199,7 @@ def reseal(bundle: Path) -> None:
     for path in bundle.rglob("*"):
         assert not path.is_symlink()
     data = json.loads((bundle / MANIFEST).read_text())
-    seal(bundle, Bundle.open(bundle).manifest)
+    finalize(bundle, Bundle.open(bundle).manifest)
     assert set(json.loads((bundle / MANIFEST).read_text())["files"]) >= set(data["files"])
 
 

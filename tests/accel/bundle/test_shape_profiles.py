@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from accel import records
 from accel.bundle.shape_profiles import PROFILES, Profile, Range, fixed, profile, round_to
 from accel.errors import UserError
 
@@ -37,7 +38,7 @@ def test_every_named_profile_fits_stable_diffusion_and_is_consistent(name, guida
 @pytest.mark.parametrize("text", ["sd-512", "dynamic", "batch=2,height=64-128,width=64", "static", "native"])
 def test_a_profile_survives_json(text):
     made = profile(text, native=512)
-    assert Profile.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+    assert records.read(Profile, json.loads(json.dumps(made.as_dict())), "profile") == made
 
 
 def test_guidance_doubles_a_fixed_batch_and_a_range_leaves_room_for_both():

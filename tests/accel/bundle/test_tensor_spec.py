@@ -1,6 +1,9 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
+from accel import records
 from accel.bundle.shape_profiles import Range, fixed
 from accel.bundle.tensor_spec import TensorSpec, check, dtype_name
 from accel.errors import UserError
@@ -102,7 +105,7 @@ def test_what_is_no_array_is_refused_by_name(value):
 
 def test_spec_survives_json():
     for spec in SPECS:
-        assert TensorSpec.from_dict(spec.as_dict()) == spec
+        assert records.read(TensorSpec, asdict(spec), "tensor") == spec
 
 
 def test_timestep_and_sizes_in_pixels_do_not_follow_the_networks_dtype():

@@ -225,7 +225,7 @@ def test_a_file_is_given_as_file_folder_or_with_a_scale(lora15, tmp_path):
 
 @pytest.mark.parametrize("number", ["much", "nan", "inf", ""])
 def test_a_scale_that_is_none(lora15, number):
-    with pytest.raises(UserError, match="no scale"):
+    with pytest.raises(UserError, match="invalid LoRA scale"):
         lora_file(f"{lora15}={number}")
 
 

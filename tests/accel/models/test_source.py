@@ -59,9 +59,9 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    assert "model.safetensors is no safetensors file" in refusal(tmp_path / "model.safetensors", tmp_path).message
+    assert "model.safetensors is not a safetensors file" in refusal(tmp_path / "model.safetensors", tmp_path).message
     (tmp_path / "notes.txt").write_text("x")
-    assert "notes.txt is no weight file" in refusal(tmp_path / "notes.txt", tmp_path).message
+    assert "notes.txt is not a weight file" in refusal(tmp_path / "notes.txt", tmp_path).message
 
 
 def test_a_bundle_is_not_exported_again(sd15_bundle, tmp_path):

@@ -56,7 +56,7 @@ def assert_equal(ours, reference, tolerance=1e-5):
 
 
 def test_dmd2_timesteps():
-    assert dmd2_timesteps(1) == [399]
+    assert dmd2_timesteps(1) == [399] and dmd2_timesteps(1, one_step=999) == [999]
     assert dmd2_timesteps(2) == [999, 499]
     assert dmd2_timesteps(4) == [999, 749, 499, 249]
     assert dmd2_timesteps(8) == [999, 874, 749, 624, 499, 374, 249, 124]

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 from accel.assets import DIGITS
 from accel.commands.evaluate import PROTOCOL_NAMES
 from accel.distill.evaluation import generators, metrics
-from accel.distill.evaluation.protocols import (
-    PROTOCOLS,
-    SAMPLER_NAMES,
-    Sampling,
-    full_id,
-    overridden,
-    protocol,
-    sampling_changes,
-    sampling_of,
-)
+from accel.distill.evaluation.protocols import PROTOCOLS, full_id, overridden, protocol, sampling_changes, schedulers
 from accel.errors import UserError
+from accel.sampling import Sampling
+from accel.sampling.samplers import SAMPLERS
 
 BASE = Sampling(sampler="dmd2", timesteps=(999, 749, 499, 249), guidance=0.0)
 
@@ -33,12 +26,12 @@ def test_the_command_line_lists_every_protocol_and_every_metric_has_its_adapter(
         assert found.prompts in ("digits", "captions") and found.format in ("png", "jpeg")
         assert bool(found.captions_source) == (found.prompts == "captions")
         assert bool(found.reference_source) == bool(found.reference_images)
-        assert found.sampling.sampler in generators.SCHEDULERS and found.dtype in (None, *generators.DTYPES)
+        assert found.sampling.sampler in schedulers() and found.dtype in (None, *generators.DTYPES)
         for metric in found.metrics:
             assert metric.kind in ("digits", "frechet", "inception_score", "clip_score")
             assert metric.kind in ("digits", "clip_score") or metric.extractor in metrics.EXTRACTORS
             assert metric.prepare.filter in metrics.FILTERS
-    assert set(generators.SCHEDULERS) == set(SAMPLER_NAMES)
+    assert set(schedulers()) == {"pndm", *SAMPLERS}
 
 
 def test_the_two_coco_protocols_are_not_the_same_measurement():
@@ -85,10 +78,10 @@ def test_the_models_own_timesteps_stay_unless_the_grid_changes():
 
 
 @given(
-    st.sampled_from(SAMPLER_NAMES),
+    st.sampled_from(list(schedulers())),
     st.integers(1, 100),
     st.floats(0, 20),
-    st.sampled_from([None, *SAMPLER_NAMES]),
+    st.sampled_from([None, *schedulers()]),
     st.none() | st.integers(1, 100),
     st.none() | st.floats(0, 20),
 )
@@ -121,9 +114,9 @@ def test_flags_that_make_no_sense_are_refused(flags, word):
 
 def test_the_shipped_constants_are_read():
     constants = json.loads((DIGITS / "teacher" / "sampler.json").read_text())
-    found = sampling_of(constants, "here")
+    found = Sampling.from_dict(constants, "here")
     assert (found.sampler, found.count, found.guidance) == ("dpmpp_2m", 25, 3.0)
-    assert sampling_of({"name": "dmd2", "timesteps": [999, 499], "guidance": 0}, "here").count == 2
+    assert Sampling.from_dict({"name": "dmd2", "timesteps": [999, 499], "guidance": 0}, "here").count == 2
 
 
 @pytest.mark.parametrize(
@@ -144,4 +137,4 @@ def test_the_shipped_constants_are_read():
 )
 def test_constants_that_make_no_sense_name_their_file(constants):
     with pytest.raises(UserError, match=r"folder/sampler\.json"):
-        sampling_of(constants, "folder/sampler.json")
+        Sampling.from_dict(constants, "folder/sampler.json", schedulers())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from accel.distill import recipes
 from accel.distill.data.encoders import Encoders, encoded
 from accel.distill.data.examples import Examples, loader
-from accel.distill.diffusion.process import Diffusion, few_steps
+from accel.distill.diffusion.process import Diffusion
 from accel.distill.few_step import shared_lora
 from accel.distill.few_step.dmd2 import DMD2, matching_gradient, matching_loss, timesteps_of
 from accel.distill.run import execute
@@ -24,6 +24,7 @@ from accel.errors import UserError
 from accel.models.lora import WEIGHT_NAME, fuse, lora_file
 from accel.models.source import open_source
 from accel.sampling.noise_schedule import NoiseSchedule
+from accel.sampling.samplers import dmd2_timesteps
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
@@ -124,11 +125,11 @@ def test_following_the_gradient_brings_two_gaussians_together():
     [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (8, [999, 874, 749, 624, 499, 374, 249, 124])],
 )
 def test_steps_are_the_published_ones(count, steps):
-    assert few_steps(count) == steps
+    assert dmd2_timesteps(count, one_step=999) == steps
 
 
 def test_a_number_that_does_not_divide_gives_that_many_steps():
-    assert len(few_steps(3)) == 3 and len(few_steps(7)) == 7
+    assert len(dmd2_timesteps(3)) == 3 and len(dmd2_timesteps(7)) == 7
 
 
 @pytest.mark.parametrize("fields", [dict(timesteps="399"), dict(timesteps="999,749,499,249"), dict(few_steps=2)])

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import accel
 from accel import engines
-from accel.bundle import Bundle, seal
+from accel.bundle import Bundle, finalize
 from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import Notice, UserError
 from accel.export.graph import check, uint8
@@ -494,7 +494,7 @@ def test_tensorrt_judges_int8_against_float16(tensorrt, for_gpus, floating, tmp_
             records = dict(Bundle.open(made).manifest.components)
             scratch = tmp_path / f"scratch-{faster}"
             raced = acceptance.decide(folder, Bundle.open(floating), records, found, settings, scratch, lambda *_: None)
-        seal(folder, replace(Bundle.open(folder).manifest, components=records))
+        finalize(folder, replace(Bundle.open(folder).manifest, components=records))
         acceptance.keep_engine_files(raced, records, folder)
         return records
 

@@ -1,4 +1,4 @@
-"""What an embedding app needs beside the networks: tokenizer, scheduler, model_index.json."""
+"""Copy tokenizers, scheduler and model_index.json into a bundle: all that an app needs beside the networks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+from accel.bundle.kinds import control_components
 from accel.files import write_json
 from accel.models.source import Source
-from accel.pipeline.control import COMPONENTS
 
 
-def copy_companions(source: Source, folder: Path) -> None:
-    """Copy them from the source, tokenizers in both of the forms that the field reads."""
+def copy_pipeline_files(source: Source, folder: Path) -> None:
+    """Copy them from the source, tokenizers in both of the forms that other libraries read."""
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
             shutil.copytree(
@@ -21,7 +21,8 @@ def copy_companions(source: Source, folder: Path) -> None:
             if name != "scheduler":
                 complete_tokenizer(folder / name)
     if source.folders:  # the classes of parts that lie elsewhere; diffusers has no place for a control network
-        write_json(folder / "model_index.json", {k: v for k, v in source.index.items() if k not in COMPONENTS})
+        others = control_components()
+        write_json(folder / "model_index.json", {k: v for k, v in source.index.items() if k not in others})
     else:
         shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from accel.export.companions import complete_tokenizer
+from accel.export.pipeline_files import complete_tokenizer
 from accel.pipeline.tokenizer import ClipTokenizer
 
 PROMPTS = ["the cat", "A Dog, the dog's!", "", "naïve café  99", "🦊 " * 50]

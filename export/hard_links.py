@@ -1,4 +1,4 @@
-"""A bundle that differs from another in one network need not repeat the gigabytes of the others."""
+"""Hard links between bundles: one that differs from another in one network does not repeat the other files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from accel.errors import Notice
 from accel.files import sha256
 
 
-def share_files(folder: Path, base: Bundle) -> int:
+def link_equal_files(folder: Path, base: Bundle) -> int:
     """Turn every file of a folder that is equal to one of the base bundle into a hard link to it.
 
     Deleting either bundle leaves the other whole. Where links are not possible (another disk) the files stay copies.
 
     Returns:
-        Bytes that are shared.
+        Number of bytes that both bundles share.
     """
     known = {(entry["bytes"], entry["sha256"]): name for name, entry in base.manifest.files.items()}
     sizes = {size for size, _ in known}
-    shared = 0
+    linked = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
         name = known.get((size, sha256(path))) if size in sizes else None
@@ -31,9 +31,9 @@ def share_files(folder: Path, base: Bundle) -> int:
         try:
             os.link(original, link)
         except OSError as error:
-            what = f"{base.path} cannot share its files ({error.strerror}): they are copied"
+            what = f"no hard links to {base.path} ({error.strerror}): its files are copied"
             warnings.warn(what, Notice, stacklevel=2)
-            return shared
+            return linked
         os.replace(link, path)
-        shared += size
-    return shared
+        linked += size
+    return linked

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from accel.bundle import Bundle
 from accel.errors import Notice, UserError
+from accel.export.hard_links import link_equal_files
 from accel.export.pipeline import export_pipeline
-from accel.export.share import share_files
 from accel.models.source import open_source
 
 
@@ -69,9 +69,9 @@ def test_where_links_are_not_possible_files_are_copied_audibly(sd15_bundle, tmp_
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("accel.export.share.os.link", refuse)
-    with pytest.warns(Notice, match="cannot share"):
-        assert share_files(copy, Bundle.open(sd15_bundle)) == 0
+    monkeypatch.setattr("accel.export.hard_links.os.link", refuse)
+    with pytest.warns(Notice, match="no hard links"):
+        assert link_equal_files(copy, Bundle.open(sd15_bundle)) == 0
     Bundle.open(copy).verify()
 
 
