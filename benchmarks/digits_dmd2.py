@@ -25,7 +25,7 @@ import torch
 
 from accel import machine
 from accel.assets import DIGITS, resolve
-from accel.distill import recipes
+from accel.distill import recipes, registry
 from accel.distill.digits.card import few_step_card, image_grid
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
@@ -108,7 +108,7 @@ def digest(name: str) -> str:
         settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
     else:
         kind, fields, _ = ROWS[name]
-        recipe = recipes.changed(recipes.recipe(kind), **fields)
+        recipe = recipes.changed(registry.recipe(kind), **fields)
         settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
         settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
     return digest_of(settings)[:12]
@@ -121,7 +121,7 @@ def stem(name: str, seed: int) -> str:
 def run_row(name: str, seed: int, out: Path) -> dict:
     kind, fields, shows = ROWS[name]
     recipe = recipes.changed(
-        recipes.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
+        registry.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
     )
     folder = out / stem(name, seed)
     result = folder.with_name(folder.name + ".json")
@@ -141,7 +141,7 @@ def run_row(name: str, seed: int, out: Path) -> dict:
         timesteps=timesteps,
         steps=record["steps"],
         seconds_per_step=record["seconds_per_step"],
-        **digits_quality.judge(images, wanted),
+        **digits_quality.evaluate(images, wanted),
     )
     write_json(result, row)
     print(row, flush=True)
@@ -154,7 +154,7 @@ def baseline(name: str, seed: int, out: Path) -> dict:
     if result.is_file():
         return json.loads(result.read_text())
     images, wanted = draw_images(DIGITS / folder, timesteps, guidance, first_noise(seed))
-    row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.judge(images, wanted))
+    row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.evaluate(images, wanted))
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, row)
     print(row, flush=True)
@@ -167,7 +167,7 @@ def ship(row: dict, folder: Path, baselines: list[dict]) -> None:
     shutil.copytree(folder, target)
     record = json.loads((target / "training.json").read_text())
     kind, fields, _ = ROWS[row["name"]]
-    asked = dataclasses.asdict(recipes.changed(recipes.recipe(kind), **fields))
+    asked = dataclasses.asdict(recipes.changed(registry.recipe(kind), **fields))
     record["recipe"] |= {name: asked[name] for name in ("cache", "log", "sample_every")}  # as the command has them
     write_json(target / "training.json", record)
     write_json(target / "quality.json", row)
@@ -251,7 +251,9 @@ def other_noise(name: str, sets: int) -> dict:
     timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
     found = []
     for number in range(sets):
-        found.append(digits_quality.judge(*draw_images(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number))))
+        found.append(
+            digits_quality.evaluate(*draw_images(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number)))
+        )
         print(name, found[-1], flush=True)
     return {"weights": weights(f"digits/{name}")} | {
         key: [each[key] for each in found] for key in ("frechet_distance", "prompt_accuracy")

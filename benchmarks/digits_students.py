@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from accel import machine
 from accel.assets import DIGITS
-from accel.distill import recipes
+from accel.distill import recipes, registry
 from accel.distill.digits.card import student_card
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
@@ -55,7 +55,7 @@ def quality(folder: Path, guidance: float, steps: int) -> dict:
     """500 images, the teacher's sampler and guidance."""
     texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
     images = digits_quality.generate(load(folder), list(texts), guidance, steps)
-    return digits_quality.judge(images, torch.tensor(wanted))
+    return digits_quality.evaluate(images, torch.tensor(wanted))
 
 
 def unet_parameters(folder: Path) -> int:
@@ -65,7 +65,7 @@ def unet_parameters(folder: Path) -> int:
 
 def run_row(name: str, out: Path, sampler: dict) -> dict:
     kind, fields, shows = ROWS[name]
-    recipe = recipes.changed(recipes.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
+    recipe = recipes.changed(registry.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
     folder, result = out / name, out / f"{name}.json"
     if result.is_file():
         return json.loads(result.read_text())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from accel.errors import UserError
 
-from ..sources.item import BrokenItem, Item, Source
+from ..sources.item import BrokenItem, ImageSource, Item
 from . import rng as draws
 from .crop import Placement, pixels, place, time_ids
 
@@ -48,7 +48,7 @@ class Examples(Dataset):
 
     def __init__(
         self,
-        source: Source | None,
+        source: ImageSource | None,
         *,
         seed: int,
         resolution: int,

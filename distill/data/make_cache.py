@@ -26,7 +26,7 @@ from accel import interrupt
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, read_json, require_space, write_bytes, write_json
 
-from ..sources.item import BrokenItem, Lines, Source
+from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
 from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
 from .crop import pixels, time_ids
@@ -40,7 +40,7 @@ Progress = Callable[[str, float], None]
 
 
 def build(
-    source: Source,
+    source: ImageSource,
     encoders: Encoders,
     folder: str | Path | None = None,
     *,
@@ -130,7 +130,7 @@ class _Maker:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         encoders: Encoders,
         folder: Path,
         key: dict[str, Any],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import recipes
+from .. import registry
 
 
 def parameters(model: nn.Module) -> int:
@@ -143,7 +143,7 @@ def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[d
     """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
     recipe, steps = record["recipe"], len(row["timesteps"])
     kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
-    usual = vars(recipes.recipe(kind))
+    usual = vars(registry.recipe(kind))
     extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
     lines = "".join(
         f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines

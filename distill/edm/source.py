@@ -15,8 +15,9 @@ import torch
 
 from accel.errors import UserError
 from accel.files import read_json
-from accel.models.source import Source
+from accel.models.source import Source, open_source
 
+from ..data.encoders import Encoders
 from ..training.pipelines import SAVE_DTYPES, write_network
 from .preconditioning import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, Preconditioned
 
@@ -88,6 +89,7 @@ class ClassEncoders:
     text_learns: bool = False
     open: Callable[[str], EDMSource] = open_edm
 
+    by_class = True
     sdxl = False
     inpaints = False
     factor = 1
@@ -120,3 +122,21 @@ class ClassEncoders:
                 "give images in one folder per class, or a column of class numbers: --caption-column label",
             )
         return {"context": torch.tensor([int(text) for text in texts], device=self.device)}
+
+
+def open_encoders(model: str | Path, **options: Any) -> Encoders | ClassEncoders:
+    """The encoders of a text-to-image pipeline, or of an EDM folder."""
+    if is_edm(model):
+        return ClassEncoders(open_edm(model), **options)
+    return Encoders(open_source(model), **options)
+
+
+def open_text_encoders(model: str | Path, **options: Any) -> Encoders:
+    """The encoders of a text-to-image pipeline.
+
+    Raises:
+        UserError: for an EDM folder.
+    """
+    if is_edm(model):
+        raise UserError(f"{model} is an EDM model, which is trained by DMD2 alone", "accel distill dmd2")
+    return Encoders(open_source(model), **options)

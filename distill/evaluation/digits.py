@@ -146,7 +146,7 @@ def generate(
     return torch.cat(made)
 
 
-def judge(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> dict[str, float]:
+def evaluate(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> dict[str, float]:
     """Prompt accuracy of generated images, and their Frechet distance to the 500 held-out real ones."""
     classifier = classifier or load_classifier()
     return dict(

@@ -357,7 +357,7 @@ def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str
     pixels = np.stack([np.asarray(metrics.read_image(path).convert("RGB")) for path in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     labels = torch.tensor(wanted)
-    quality = digits_quality.judge(images, labels, classifier)
+    quality = digits_quality.evaluate(images, labels, classifier)
     real, of = digits.dataset("train")
     per_digit = torch.bincount(labels, minlength=10).tolist()
     rows = torch.cat([torch.nonzero(of == digit)[:many, 0] for digit, many in enumerate(per_digit)])

@@ -21,7 +21,7 @@ from accel.sheet import contact_sheet
 from ..edm import preconditioning
 from ..edm.sampler import pixels
 from ..edm.source import ClassEncoders, EDMSource, save_edm
-from ..settings import DMD2 as Recipe
+from ..settings import DMD2Recipe
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ClassToImage:
 
     guides = False  # there is no class for "none"
 
-    def __init__(self, recipe: Recipe, encoders: ClassEncoders):
+    def __init__(self, recipe: DMD2Recipe, encoders: ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         constants, theirs = encoders.source.config("scheduler"), self.teacher.config("scheduler")

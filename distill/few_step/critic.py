@@ -82,7 +82,7 @@ class Critic(nn.Module):
         super().__init__()
         self.network = network
         self._family = family
-        self.told = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
+        self.step_embedding = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = head(*family.bottleneck_shape())
@@ -91,16 +91,20 @@ class Critic(nn.Module):
     def core(self) -> nn.Module:
         return self.network
 
-    def tell(self, conditions: Any, steps: list[int] | None) -> Any:
-        return conditions if self.told is None else self._family.tell(conditions, self.told[steps])
+    def condition_on_step(self, conditions: Any, steps: list[int] | None) -> Any:
+        return (
+            conditions
+            if self.step_embedding is None
+            else self._family.condition_on_step(conditions, self.step_embedding[steps])
+        )
 
     def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
         """mu_fake's prediction, in the units of the teacher's, for what the student's `steps` draw, one a row."""
-        return self._family.call(self.network, x_t, t, self.tell(conditions, steps))
+        return self._family.call(self.network, x_t, t, self.condition_on_step(conditions, steps))
 
     def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
         """D(x_t) [b]: positive for real, negative for what those `steps` of the student draw."""
-        told = self.tell(conditions, steps)
+        told = self.condition_on_step(conditions, steps)
         return self.head(self._family.bottleneck(self.network, x_t, t, told)).flatten(1).mean(1)
 
     def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):

@@ -26,21 +26,21 @@ from ..diffusion.denoising import clean
 from ..diffusion.process import few_steps
 from ..edm.source import ClassEncoders
 from ..methods.kd import DTYPES
-from ..settings import DMD2 as Recipe
-from ..training.method import Network, Terms, Turn
-from ..training.monitors import Symptom
+from ..settings import DMD2Recipe
+from ..training.method import OptimizerPhase, Terms, TrainedNetwork
+from ..training.monitors import Monitor
 from . import critic, shared_lora
 from .class_to_image import ClassToImage
 from .text_to_image import TextToImage
 
-SYMPTOMS = (
-    Symptom(
+MONITORS = (
+    Monitor(
         "generator/lag",
         1.25,
         "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
         "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
     ),
-    Symptom(
+    Monitor(
         "critic/accuracy",
         0.95,
         "the discriminator tells every drawn image from a real one, and the generator has no slope to follow",
@@ -50,18 +50,18 @@ SYMPTOMS = (
 
 
 class DMD2:
-    """The method: generator and critic learn in turns; the teacher is frozen.
+    """The method: generator and critic learn in phases; the teacher is frozen.
 
     Args:
         recipe: its settings.
         encoders: the frozen half of the generator's pipeline, which says what family it is of.
     """
 
-    symptoms = SYMPTOMS
+    monitors = MONITORS
 
-    def __init__(self, recipe: Recipe, encoders: Encoders | ClassEncoders):
+    def __init__(self, recipe: DMD2Recipe, encoders: Encoders | ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
-        self.family = family = (ClassToImage if isinstance(encoders, ClassEncoders) else TextToImage)(recipe, encoders)
+        self.family = family = (ClassToImage if encoders.by_class else TextToImage)(recipe, encoders)
         if recipe.real_guidance != 1 and not family.guides:
             raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
         self.process = family.process
@@ -73,45 +73,45 @@ class DMD2:
             self.critic.head.requires_grad_(False)
         self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.networks = {
-            "generator": Network(self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)),
-            "critic": Network(
+            "generator": TrainedNetwork(
+                self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)
+            ),
+            "critic": TrainedNetwork(
                 self.critic, self.critic, averaged=False, shardable=not shared_lora.is_shared(self.critic)
             ),
         }
         rate = recipe.critic_learning_rate or recipe.learning_rate
-        self.turns = (
-            Turn("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
-            Turn("critic", ("critic",), learning_rate=rate),
+        self.phases = (
+            OptimizerPhase("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
+            OptimizerPhase("critic", ("critic",), learning_rate=rate),
         )
         self._drawn: dict[int, torch.Tensor] = {}
         self.dtype = torch.float32
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         chosen = self.recipe.teacher_dtype
-        if chosen != "auto" and chosen not in DTYPES:
-            raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
         self.device, self.dtype = device, dtype
         shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
         for network in (self.generator, self.critic.network):
             shared_lora.place(network, device, dtype)
         self.family.ready()
 
-    # ---------------------------------------------------------------------------------------------------- the two turns
+    # --------------------------------------------------------------------------------------------------- the two phases
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         first = batch["index"][0]
         for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
-            parameter.requires_grad_(turn.name == "critic")
+            parameter.requires_grad_(phase.name == "critic")
         last = self.last(batch, step)
-        if turn.name == "generator":
+        if phase.name == "generator":
             x = self.draw(batch, last)
             self._drawn[first] = x.detach()
-            return self.generator_turn(x, batch, last)
+            return self.generator_phase(x, batch, last)
         x = self._drawn.pop(first, None)
         if x is None:
             with torch.no_grad():
                 x = self.draw(batch, last)
-        return self.critic_turn(x, batch, last)
+        return self.critic_phase(x, batch, last)
 
     def last(self, batch: Mapping[str, Any], step: int) -> list[int]:
         """At which of its steps G is trained, for each image of a batch: all of them in turn, or one that all share.
@@ -124,7 +124,7 @@ class DMD2:
             return [index % count for index in batch["index"]]
         return [int(rng.generator(self.recipe.seed, step, "steps").integers(count))] * rows
 
-    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
+    def generator_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
         """Losses of x, which G's steps `last` drew."""
         gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
@@ -138,7 +138,7 @@ class DMD2:
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
-    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
+    def critic_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
         score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
         fake = real = None
@@ -278,7 +278,7 @@ def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
 
 
-def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
+def timesteps_of(recipe: DMD2Recipe, training_steps: int) -> tuple[int, ...]:
     """The student's timesteps, falling.
 
     Raises:

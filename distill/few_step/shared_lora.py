@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from accel.errors import MissingPackage, UserError
 
 from ..methods.lora import adapt, names_of
-from ..settings import DMD2
+from ..settings import DMD2Recipe
 
 GENERATOR = "generator"
 
@@ -133,7 +133,7 @@ def is_shared(module: nn.Module) -> bool:
     return any(isinstance(part, Adapted) for part in module.modules())
 
 
-def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+def networks(recipe: DMD2Recipe, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Generator, fake score and teacher of a DMD2 run, sharing what is frozen.
 
     Raises:
@@ -165,7 +165,7 @@ def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module
     return generator, fake, real.plain() if real else family.load(family.teacher).requires_grad_(False).eval()
 
 
-def check(recipe: DMD2) -> None:
+def check(recipe: DMD2Recipe) -> None:
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
     if min(recipe.rank, recipe.critic_rank) < 0 or recipe.alpha < 0:

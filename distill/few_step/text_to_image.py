@@ -19,7 +19,7 @@ from ..diffusion import inpainting
 from ..diffusion.denoising import added_conditions
 from ..diffusion.process import Diffusion
 from ..methods.lora import save_lora
-from ..settings import DMD2, Regression
+from ..settings import DMD2Recipe, RegressionRecipe
 from ..training import samples
 from ..training.pipelines import assemble, save_pipeline
 from . import critic, shared_lora
@@ -40,7 +40,7 @@ class TextToImage:
 
     guides = True  # a prompt can be left empty, so that guidance is possible
 
-    def __init__(self, recipe: DMD2 | Regression, encoders: Encoders):
+    def __init__(self, recipe: DMD2Recipe | RegressionRecipe, encoders: Encoders):
         inpainting.check(recipe, encoders)
         if encoders.inpaints:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
@@ -65,7 +65,7 @@ class TextToImage:
         """Of what `tell` adds to the conditions."""
         return self.teacher.config("unet")["cross_attention_dim"]
 
-    def tell(self, conditions: Conditions, vectors: torch.Tensor) -> Conditions:
+    def condition_on_step(self, conditions: Conditions, vectors: torch.Tensor) -> Conditions:
         """The conditions with a vector, one of [b, D], added to every token."""
         context, added = conditions
         return context + vectors.unsqueeze(1).to(context.dtype), added

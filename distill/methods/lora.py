@@ -22,7 +22,7 @@ from accel.errors import MissingPackage, UserError
 from accel.models.lora import WEIGHT_NAME
 
 from ..data.encoders import Encoders
-from ..settings import Lora
+from ..settings import LoraRecipe
 from .kd import Denoising, unused_text_modules
 
 
@@ -32,7 +32,7 @@ class LowRank(Denoising):
     Frozen weights take the dtype of mixed precision, the updates stay in float32.
     """
 
-    def __init__(self, recipe: Lora, encoders: Encoders):
+    def __init__(self, recipe: LoraRecipe, encoders: Encoders):
         check(recipe)
         super().__init__(recipe, encoders)
         for name, network in self.networks.items():
@@ -61,7 +61,7 @@ class LowRank(Denoising):
         (folder / "README.md").write_text(card(self.recipe, self.encoders, tuple(self.networks)))
 
 
-def check(recipe: Lora) -> None:
+def check(recipe: LoraRecipe) -> None:
     """Raises: MissingPackage without peft; UserError for a rank or alpha that cannot be."""
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
@@ -188,7 +188,7 @@ def metadata_of(network: nn.Module, adapter: str = "default") -> dict[str, Any]:
     return kept | ({"exclude_modules": excluded} if excluded else {})
 
 
-def card(recipe: Lora, encoders: Encoders, components: Sequence[str]) -> str:
+def card(recipe: LoraRecipe, encoders: Encoders, components: Sequence[str]) -> str:
     """README.md of a LoRA folder."""
     prompt = getattr(recipe, "instance_prompt", "") or recipe.sample_prompts.split("|")[0].strip() or "..."
     pipeline = "StableDiffusionXLPipeline" if encoders.sdxl else "StableDiffusionPipeline"

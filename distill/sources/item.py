@@ -46,7 +46,7 @@ class BrokenItem(Exception):
         return f"{self.name}: {self.reason}"
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images with captions by row number; the same row is the same image in every process and run.
 
     `source[row]` and `source.captions(row)` raise BrokenItem for a row that cannot be used. `captions` does not decode

@@ -14,9 +14,9 @@ from PIL import Image
 from accel.errors import UserError
 
 from . import digits
-from .item import BrokenItem, Item, Source
+from .item import BrokenItem, ImageSource, Item
 
-__all__ = ["BrokenItem", "Item", "Source", "open_data"]
+__all__ = ["BrokenItem", "Item", "ImageSource", "open_data"]
 
 _KINDS = "a folder of images with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, or digits"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,7 +29,7 @@ def open_data(
     caption_column: str | None = None,
     split: str = "train",
     classes: bool = False,
-) -> Source:
+) -> ImageSource:
     """Open training images.
 
     Args:
@@ -68,7 +68,7 @@ def open_data(
     raise UserError(f"no training images at {spec}: there is no such file or folder", f"give {_KINDS}")
 
 
-def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> Source:
+def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> ImageSource:
     from .folder import metadata_file, open_beside, open_classes, open_metadata
 
     for folder in (path, path / split):
@@ -94,7 +94,7 @@ def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str,
     raise UserError(f"{path} holds no training images; it holds {', '.join(found) or 'nothing'}", f"give {_KINDS}")
 
 
-def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -> Source:
+def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -> ImageSource:
     if path.suffix == ".tar":
         from .webdataset import open_tars
 

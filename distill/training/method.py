@@ -1,4 +1,4 @@
-"""What a training method tells the loop: its networks, its turns, its loss, and how its result is kept."""
+"""What a training method tells the loop: its networks, its phases, its loss, and how its result is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Terms = dict[str, torch.Tensor]
 
 
 @dataclass
-class Network:
+class TrainedNetwork:
     """One network that learns.
 
     Attributes:
@@ -41,7 +41,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Turn:
+class OptimizerPhase:
     """One kind of optimizer step: the networks that it changes, when it comes, and its own learning rate.
 
     It comes at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
@@ -66,18 +66,18 @@ class Method(Protocol):
 
     Attributes:
         networks: what learns, by name.
-        turns: the optimizer steps of one training step, in order.
+        phases: the optimizer steps of one training step, in order.
 
-    It may have `symptoms`, a sequence of `symptoms.Symptom`: what in its figures tells that a run goes wrong.
+    It may have `monitors`, a sequence of `monitors.Monitor`: what in its figures tells that a run goes wrong.
     """
 
-    networks: dict[str, Network]
-    turns: Sequence[Turn]
+    networks: dict[str, TrainedNetwork]
+    phases: Sequence[OptimizerPhase]
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what is frozen to the device. dtype: what mixed precision computes in."""
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         """Total loss and its terms, each a mean over the batch."""
 
     def samples(self) -> Any:

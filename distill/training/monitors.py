@@ -10,7 +10,7 @@ WINDOW = 50  # values of a figure; one alone says nothing
 
 
 @dataclass(frozen=True)
-class Symptom:
+class Monitor:
     """A figure whose mean over `WINDOW` values must stay below a bound.
 
     Attributes:
@@ -29,12 +29,12 @@ class Symptom:
 class Watch:
     """Says each symptom once."""
 
-    def __init__(self, symptoms: Sequence[Symptom]):
-        self._open = list(symptoms)
-        self._values: dict[str, deque[float]] = {one.figure: deque(maxlen=WINDOW) for one in symptoms}
+    def __init__(self, monitors: Sequence[Monitor]):
+        self._open = list(monitors)
+        self._values: dict[str, deque[float]] = {one.figure: deque(maxlen=WINDOW) for one in monitors}
 
     def see(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """The symptoms that these figures complete, as text for people."""
+        """The monitors that these figures complete, as text for people."""
         for name, values in self._values.items():
             if name in figures:
                 values.append(figures[name])
