@@ -26,13 +26,14 @@ import torch
 from accel import machine
 from accel.assets import DIGITS, resolve
 from accel.distill import recipes, registry
-from accel.distill.digits.card import few_step_card, image_grid
+from accel.distill.digits.card import digit_sheet, few_step_card
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
+from accel.sheet import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/digits-dmd2.json"
@@ -132,7 +133,7 @@ def run_row(name: str, seed: int, out: Path) -> dict:
     record = json.loads((folder / "training.json").read_text())
     timesteps = json.loads((folder / "sampler.json").read_text())["timesteps"]
     images, wanted = draw_images(folder, tuple(timesteps), 0.0, first_noise(seed))
-    image_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
+    digit_sheet(images[:50]).save(folder.with_name(folder.name + ".png"))
     row = dict(
         name=name,
         shows=shows,
@@ -242,8 +243,8 @@ def gallery(path: Path) -> None:
         if (DIGITS / name).is_dir():
             timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
             rows[f"{ROWS[name][2]}, distilled"] = (DIGITS / name, tuple(timesteps), 0.0)
-    strips = {label: image_grid(draw_images(*row, seed=0, each=1)[0], 10) for label, row in rows.items()}
-    pages.strips(path, strips)
+    made = {label: digits.pixels(draw_images(*row, seed=0, each=1)[0]) for label, row in rows.items()}
+    contact_sheet(made, cell=64).save(path)
 
 
 def other_noise(name: str, sets: int) -> dict:

@@ -34,6 +34,7 @@ from .encoders import Encoders
 from .examples import FIRST, placement_of
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PATIENCE = 3600.0  # seconds without a new file from the other processes
 _STALE = 3600.0  # seconds after which a temporary file is nobody's any more
 
 Progress = Callable[[str, float], None]
@@ -102,7 +103,14 @@ def build(
     maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
     with _disk(folder):
         maker.run()
-        distributed.meet([_note(folder, name) for name in maker.names()])
+        files = [_note(folder, name) for name in maker.names()]
+        if missing := distributed.wait_for_files(files, PATIENCE):
+            raise UserError(
+                f"{len(missing)} files are missing in {folder}, the first one {missing[0].stem}; "
+                f"nothing new has come for {PATIENCE:g} seconds",
+                "a process of this run has stopped; start again: what is finished is kept",
+            )
+        distributed.barrier()  # a file of an earlier run may just be found damaged by another process
         # All write the same bytes, so without a process group it does not matter who is last.
         if rank == 0 or not distributed.grouped():
             maker.finish()

@@ -49,8 +49,8 @@ class Diffusion:
 
     def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The clean image that a prediction means, float64."""
-        a = self.alpha_bar(t).view(-1, *[1] * (x_t.dim() - 1))
         said, seen = prediction.double(), x_t.double()
+        a = losses.per_row(self.alpha_bar(t), seen)
         kind = self.schedule.prediction_type
         if kind == "epsilon":
             return (seen - (1 - a).sqrt() * said) / a.sqrt()

@@ -1,4 +1,4 @@
-"""The model card and the image of the digits model."""
+"""Model cards of the digits models, and a contact sheet of what they draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.sheet import contact_sheet
+
 from .. import registry
+from ..sources.digits import SIZE, WORDS, pixels
 
 
 def parameters(model: nn.Module) -> int:
@@ -185,11 +188,7 @@ limits are the teacher's.
 """
 
 
-def image_grid(images: torch.Tensor, columns: int) -> Any:
-    """Images [n, 3, h, w] in -1..1, n a multiple of `columns`, as one PIL image."""
-    from PIL import Image
-
-    count, channels, height, width = images.shape
-    rows = images.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    grid = rows.reshape(count // columns * height, columns * width, channels)
-    return Image.fromarray(((grid + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+def digit_sheet(images: torch.Tensor) -> Any:
+    """A contact sheet of images [n, 3, 64, 64] in -1..1 of the digits 0 to 9 in turn, n a multiple of ten; PIL."""
+    rows = pixels(images).reshape(-1, 10, SIZE, SIZE, 3)
+    return contact_sheet({f"{number + 1}": row for number, row in enumerate(rows)}, WORDS, cell=SIZE)

@@ -37,7 +37,7 @@ from ..evaluation.digits import (
 )
 from ..sources import digits
 from . import networks
-from .card import image_grid, model_card, parameters
+from .card import digit_sheet, model_card, parameters
 from .fit import CONSOLE, Stage, fit
 
 PROMPT_DROPOUT = 0.1
@@ -301,7 +301,7 @@ def run_all(settings: DigitsSettings, how: Measure, out: Path, run: Path, every:
     (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
     (teacher / "README.md").write_text(model_card(stored, judge_model, settings, quality), encoding="utf-8")
     texts = [prompt for prompt, _ in digits.prompt_set(10)]
-    image_grid(generate(stored, texts, quality["guidance"], how.sample_steps), 10).save(run / "grid.png")
+    digit_sheet(generate(stored, texts, quality["guidance"], how.sample_steps)).save(run / "grid.png")
     CONSOLE.print(f"figures: {teacher / 'quality.json'}; images to look at: {run / 'grid.png'}")
     return quality
 

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from accel.errors import UserError
 
+from ..diffusion.losses import per_row
+
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 SIGMA_DATA = 0.5
 # Of the full-size network: 295.9 M is what ADM and EDM publish. ADM's own network also predicts variances; the three
@@ -179,11 +181,11 @@ class Preconditioned(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = coefficients(sigma, self.sigma_data)
-        scaled, index = (_rows(c_in, x) * x).to(self.unet.dtype), self._classes(labels)
+        scaled, index = (per_row(c_in, x) * x).to(self.unet.dtype), self._classes(labels)
         if bottleneck:
             return self._encode(scaled, c_noise, index).to(x.dtype)
         said = self.unet(scaled, c_noise, class_labels=index, return_dict=False)[0]
-        return _rows(c_skip, x) * x + _rows(c_out, x) * said.to(x.dtype)
+        return per_row(c_skip, x) * x + per_row(c_out, x) * said.to(x.dtype)
 
     def _classes(self, labels: torch.Tensor | None) -> torch.Tensor | None:
         classes = self.unet.config.num_class_embeds
@@ -236,8 +238,4 @@ def loss_weight(sigma: torch.Tensor, sigma_data: float = SIGMA_DATA) -> torch.Te
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x_sigma = x_0 + sigma eps, each row at its own level; in the dtype of x0."""
-    return x0 + _rows(sigma, x0).to(x0.dtype) * eps
-
-
-def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+    return x0 + per_row(sigma, x0) * eps

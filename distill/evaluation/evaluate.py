@@ -23,7 +23,7 @@ from ..sources import digits
 from . import digits as digits_quality
 from . import generators, metrics
 from .protocols import Protocol, Sampling, full_id, overridden, protocol, sampling_changes
-from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for
+from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for_images
 
 SCHEMA = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -110,7 +110,7 @@ def evaluate(
     making = time.perf_counter() - started
     if shard.rank:
         return None
-    files = wait_for(
+    files = wait_for_images(
         out,
         count,
         chosen.format,

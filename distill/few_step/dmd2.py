@@ -23,6 +23,7 @@ from accel.errors import UserError
 from ..data import rng
 from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
+from ..diffusion.losses import per_row
 from ..diffusion.process import few_steps
 from ..edm.source import ClassEncoders
 from ..methods.kd import DTYPES
@@ -269,8 +270,8 @@ class DMD2:
 
 def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Equation 3 of DMD2 with the normalisation of DMD (arXiv 2311.18828, equation 8), float64 [b, c, h, w]."""
-    scale = (x.double() - real.double()).abs().flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
-    return (fake.double() - real.double()) / scale
+    scale = (x.double() - real.double()).abs().flatten(1).mean(1)
+    return (fake.double() - real.double()) / per_row(scale, real.double())
 
 
 def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,11 @@ def render(grey: torch.Tensor) -> torch.Tensor:
     return (ink * ink * (3 - 2 * ink) * 2 - 1).expand(-1, 3, -1, -1).contiguous()
 
 
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """Images [n, 3, h, w] in -1..1 as uint8 [n, h, w, 3]."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def split(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training images [1297] and of the held-out ones [500]: 50 of each digit, by a fixed seed."""
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(labels))

@@ -166,6 +166,11 @@ def clean_captions(value: Any, name: str) -> tuple[str, ...]:
     return texts
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value of a row is a caption or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], str))
+
+
 def caption_of_bytes(data: bytes, name: str) -> tuple[str, ...]:
     """The caption in a text file: all of it is one caption."""
     try:

@@ -151,5 +151,4 @@ def _open_digits(split: str, classes: bool) -> DigitsSource:
     if split not in ("train", "held-out"):
         raise UserError(f"digits has no split {split!r}", "train or held-out")
     images, labels = digits.dataset(split)
-    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
-    return DigitsSource(pixels.numpy(), labels.numpy(), classes)
+    return DigitsSource(digits.pixels(images), labels.numpy(), classes)

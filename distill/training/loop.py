@@ -1,7 +1,10 @@
 """The training loop, on accelerate: one process or many, exact resume, logs, sample grids.
 
-What learns and how is a `methods.Method`; what is random depends on the seed and the example's index (`draws`); so
+What learns and how is a `method.Method`; random numbers depend on the seed and the example's index (`data.rng`); so
 this file knows neither losses nor data.
+
+`digits.fit` is a second, smaller loop on purpose: it trains networks from nothing that belong to no pipeline yet
+(classifier, VAE, text encoder), one after another on one CPU, which need no encoders, phases, FSDP or trackers.
 """
 
 from __future__ import annotations
