@@ -1,4 +1,4 @@
-"""A training run from a recipe to a folder: data, cache, method, loop, result."""
+"""Run a training from a recipe to a folder: data, cache, method, loop, result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to latents, captions to what the UNet is conditioned on: the frozen half of a pipeline."""
+"""Encode images to latents and captions to the UNet's conditions: the frozen half of a pipeline."""
 
 from __future__ import annotations
 

@@ -237,18 +237,18 @@ class _Maker:
                 for caption in self.source.captions(row):
                     self.texts.setdefault(caption, len(self.texts))
             except BrokenItem:
-                continue  # told when its image is encoded
+                continue  # reported when its image is encoded
         if self.rank == 0:
             self._put(name, _lines(self.texts))
 
-    def _text_shard(self, name: str, rows: range, tell: Callable[[int], None]) -> None:
+    def _text_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         texts = list(self.texts)[rows.start : rows.stop]
         made = []
         for start in range(0, len(texts), self.batch):
             interrupt.check()
             part = texts[start : start + self.batch]
             made.append({key: self._cast(value, part) for key, value in self.encoders.prompts(part).items()})
-            tell(start + len(part))
+            progress(start + len(part))
         self._put(name, serialized({key: torch.cat([part[key] for part in made]) for key in made[0]}))
 
     def _cast(self, value: torch.Tensor, texts: list[str]) -> torch.Tensor:
@@ -261,7 +261,7 @@ class _Maker:
 
     # latents
 
-    def _latent_shard(self, name: str, rows: range, tell: Callable[[int], None]) -> None:
+    def _latent_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         listed: list[dict[str, Any]] = []
         waiting: list[dict[str, Any]] = []  # read and placed, not encoded yet
         size = self.key["resolution"] // self.encoders.factor
@@ -296,7 +296,7 @@ class _Maker:
             if len(waiting) * self.key["variants"] >= self.batch:
                 encode()
             self._watch(row)
-            tell(len(listed))
+            progress(len(listed))
         if waiting:
             encode()
         self._put(name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)

@@ -32,7 +32,7 @@ class Diffusion:
         return self.schedule.T
 
     def start(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What a student's first step sees: noise alone, whichever timestep it is told (arXiv 2405.14867, 4.3)."""
+        """Input of a student's first step: noise alone, at whichever timestep (arXiv 2405.14867, section 4.3)."""
         return noise
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:

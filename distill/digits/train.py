@@ -2,8 +2,8 @@
 
     python -m accel.distill.digits.train --out out/digits
 
-makes a tokenizer, a digit classifier (the judge), a VAE, a text encoder, and a UNet trained together with it; writes
-an ordinary diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures it.
+trains a digit classifier (for the evaluation), a VAE, a text encoder, and a UNet together with it; writes an ordinary
+diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures both.
 Killed and started again it goes on from its last checkpoint, and ends with the same weights as if it had not been.
 """
 
@@ -167,7 +167,7 @@ def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, C
         rows = pick(len(images), settings.classifier_batch, generator)
         return classifier_loss(classifier, images[rows], labels[rows], generator)
 
-    CONSOLE.print("classifier: learns to judge the digits")
+    CONSOLE.print("classifier: learns to read the digits")
     seconds["classifier"] = fit(
         stage("classifier", settings.classifier_steps, settings.classifier_batch, settings.classifier_learning_rate),
         classifier,
@@ -292,14 +292,14 @@ def run_all(settings: DigitsSettings, how: Measure, out: Path, run: Path, every:
     pipeline, classifier, seconds = train(settings, run, every)
     teacher = save(pipeline, classifier, out)
     CONSOLE.print(f"written: {teacher}; now measured as loaded from there")
-    stored, judge_model = load(teacher), load_classifier(out / "classifier.safetensors")
-    quality = measure(stored, judge_model, how)
+    stored, reader = load(teacher), load_classifier(out / "classifier.safetensors")
+    quality = measure(stored, reader, how)
     quality |= dict(seconds=seconds, threads=torch.get_num_threads(), settings=dataclasses.asdict(settings))
     quality |= dict(parameters={name: parameters(getattr(stored, name)) for name in ("unet", "text_encoder", "vae")})
     (teacher / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     sampler = dict(name="dpmpp_2m", steps=how.sample_steps, guidance=quality["guidance"])
     (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
-    (teacher / "README.md").write_text(model_card(stored, judge_model, settings, quality), encoding="utf-8")
+    (teacher / "README.md").write_text(model_card(stored, reader, settings, quality), encoding="utf-8")
     texts = [prompt for prompt, _ in digits.prompt_set(10)]
     digit_sheet(generate(stored, texts, quality["guidance"], how.sample_steps)).save(run / "grid.png")
     CONSOLE.print(f"figures: {teacher / 'quality.json'}; images to look at: {run / 'grid.png'}")

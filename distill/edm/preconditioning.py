@@ -51,7 +51,7 @@ def edm_sigmas(
     ramp = np.linspace(0.0, 1.0, n) if n > 1 else np.ones(1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (low + ramp * (high - low)) ** rho
-    sigmas[-1] = sigma_max  # a sampler is told to start at 80, not at the rounding error beside it
+    sigmas[-1] = sigma_max  # a sampler starts at exactly 80, not at the rounding error beside it
     if n > 1:
         sigmas[0] = sigma_min
     return sigmas
@@ -124,13 +124,13 @@ def class_index(labels: torch.Tensor, classes: int) -> torch.Tensor:
         bad = (labels != nn.functional.one_hot(index, classes).to(labels.dtype)).any(1)
     else:
         raise UserError(
-            f"labels of shape {list(labels.shape)} and type {labels.dtype} are no classes",
+            f"labels of shape {list(labels.shape)} and type {labels.dtype} are not classes",
             f"give whole numbers [b], or one-hot rows [b, {classes}]",
         )
     # Asked before the look-up: an index beyond a table stops a GPU's whole process, with no word about labels.
     if not torch.compiler.is_compiling() and not is_fake(bad) and bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise UserError(f"label {row} is no class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
+        raise UserError(f"label {row} is not a class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
     return index
 
 

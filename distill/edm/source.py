@@ -43,12 +43,12 @@ def open_edm(path: str | Path) -> EDMSource:
     """Open a folder that `save_edm` wrote.
 
     Raises:
-        UserError: when it is none.
+        UserError: when it is not one.
     """
     path = Path(path)
     if not is_edm(path):
         raise UserError(
-            f"{path} is no folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
+            f"{path} is not a folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
         )
     return EDMSource(path, path.resolve().name, read_json(path / "model_index.json", "model_index.json"))
 
@@ -81,7 +81,7 @@ def save_edm(
 
 @dataclass
 class ClassEncoders:
-    """What `encode.Encoders` is for text to image: here an image is its own latent, and a caption a class number."""
+    """`data.encoders.Encoders` of an EDM model: an image is its own latent, a caption is a class number."""
 
     source: EDMSource
     device: torch.device | str = "cpu"
@@ -113,12 +113,12 @@ class ClassEncoders:
         """Captions that are class numbers to `context`, int64 [n].
 
         Raises:
-            UserError: for one that is no number; the network finds those that are no class.
+            UserError: for one that is not a number; the network refuses numbers that are not classes.
         """
         wrong = next((text for text in texts if not text.strip().isdigit()), None)
         if wrong is not None:
             raise UserError(
-                f"{wrong[:60]!r} is no class number, and {self.source.name} draws one of {self.classes} classes",
+                f"{wrong[:60]!r} is not a class number, and {self.source.name} draws one of {self.classes} classes",
                 "give images in one folder per class, or a column of class numbers: --caption-column label",
             )
         return {"context": torch.tensor([int(text) for text in texts], device=self.device)}

@@ -1,4 +1,4 @@
-"""How a figure of quality is measured, as data. A Frechet distance or a CLIP score without its protocol says nothing.
+"""Evaluation protocols, as data. A Frechet distance or a CLIP score without its protocol says nothing.
 
 A protocol fixes the prompts, the sampler, the noise, the storage format, the way images are resized, the real
 images and the weights of every metric. What is changed by hand becomes a part of its name, which is printed with
@@ -124,7 +124,7 @@ class Protocol:
 
 DIGITS = Protocol(
     id="digits",
-    title="500 digits, judged by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
+    title="500 digits, read by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
     images=500,
     prompts="digits",
     sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0),
@@ -226,26 +226,26 @@ def protocol(name: str) -> Protocol:
         UserError: when there is none.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"there is no protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
+        raise UserError(f"unknown protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def sampling_of(constants: Any, where: str) -> Sampling:
-    """The sampling constants of a model's `sampler.json`, or of a bundle, after a look at whether they make sense."""
+    """The sampling constants of a model's `sampler.json`, or of a bundle, validated."""
     fix = 'put it right, as in {"name": "dpmpp_2m", "steps": 25, "guidance": 3.0}, or with "timesteps" for "steps"'
     if not isinstance(constants, Mapping):
-        raise UserError(f"{where} is no table", fix)
+        raise UserError(f"{where} is not a JSON object", fix)
     steps, timesteps = constants.get("steps"), constants.get("timesteps")
     if timesteps is not None and not (
         isinstance(timesteps, (list, tuple)) and timesteps and all(_is_number(t) and t >= 0 for t in timesteps)
     ):
-        raise UserError(f"{where}: timesteps = {timesteps!r} makes no sense", fix)
+        raise UserError(f"{where}: invalid timesteps: {timesteps!r} (expected numbers >= 0)", fix)
     if timesteps is None and not _is_count(steps):
-        raise UserError(f"{where}: steps = {steps!r} makes no sense", fix)
+        raise UserError(f"{where}: invalid steps: {steps!r} (expected an integer >= 1)", fix)
     if constants.get("name") not in SAMPLER_NAMES:
         raise UserError(f"{where}: unknown sampler {constants.get('name')!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
     if not _is_guidance(constants.get("guidance")):
-        raise UserError(f"{where}: guidance = {constants.get('guidance')!r} makes no sense", fix)
+        raise UserError(f"{where}: invalid guidance: {constants.get('guidance')!r} (expected a number >= 0)", fix)
     return Sampling(
         sampler=constants["name"],
         guidance=float(constants["guidance"]),
@@ -257,17 +257,19 @@ def sampling_of(constants: Any, where: str) -> Sampling:
 def overridden(
     base: Sampling, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
 ) -> Sampling:
-    """`base` with what was asked for in its place. Another sampler walks its own grid, in as many steps as before.
+    """`base` with the given values in its place. Another sampler uses its own timesteps, as many as before.
 
     Raises:
-        UserError: for an unknown sampler, or numbers that make no sense.
+        UserError: for an unknown sampler, or numbers out of range.
     """
     if sampler is not None and sampler not in SAMPLER_NAMES:
         raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(SAMPLER_NAMES)}")
     if steps is not None and not _is_count(steps):
-        raise UserError(f"steps = {steps!r} makes no sense", "use a whole number of at least 1")
+        raise UserError(f"invalid steps: {steps!r} (expected an integer >= 1)", "--steps 4, or more")
     if guidance is not None and not _is_guidance(guidance):
-        raise UserError(f"guidance = {guidance!r} makes no sense", "use 0 for none, 3 to 12 for a guided model")
+        raise UserError(
+            f"invalid guidance: {guidance!r} (expected a number >= 0)", "use 0 for none, 3 to 12 for a guided model"
+        )
     same_grid = (sampler or base.sampler) == base.sampler and steps in (None, base.count)
     return Sampling(
         sampler=sampler or base.sampler,

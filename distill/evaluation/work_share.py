@@ -1,4 +1,4 @@
-"""A folder of numbered images that several processes fill together, and that a killed run goes on filling.
+"""A folder of numbered images that several processes generate together, and that a restarted run completes.
 
     out/run.json               the settings that every image in it was made with
     out/pictures/00000.png     written whole or not at all; image i is made by the process of rank i % world

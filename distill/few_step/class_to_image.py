@@ -1,4 +1,4 @@
-"""EDM's ImageNet 64 x 64 as few-step distillation sees it: images of a class, in pixels, without text or autoencoder.
+"""Few-step distillation of EDM's ImageNet 64 x 64: images of a class, in pixels, without text or autoencoder.
 
 A model is a folder of `edm.source`.
 """
@@ -61,7 +61,7 @@ class Karras:
 class ClassToImage:
     """Networks are `edm.Preconditioned`, conditions are class numbers [b]."""
 
-    guides = False  # there is no class for "none"
+    guides = False  # no class stands for "no class"
 
     def __init__(self, recipe: DMD2Recipe, encoders: ClassEncoders):
         self.recipe, self.encoders = recipe, encoders

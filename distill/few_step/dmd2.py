@@ -1,10 +1,10 @@
 """DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
 
-A generator G learns to draw in a few steps what its teacher draws in many. Per sample, at a random t,
+A generator G learns to generate in a few steps what its teacher generates in many. Per sample, at a random t,
 
     grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
 
-mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise what G draws, in
+mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise G's images, in
 several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's images
 from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
 """
@@ -38,13 +38,13 @@ MONITORS = (
     Monitor(
         "generator/lag",
         1.25,
-        "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
+        "the fake score does not keep up with the generator's images, and the matching gradient is noise",
         "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
     ),
     Monitor(
         "critic/accuracy",
         0.95,
-        "the discriminator tells every drawn image from a real one, and the generator has no slope to follow",
+        "the discriminator recognises every generated image, and the generator has no gradient to follow",
         "a smaller --discriminator-weight or --critic-learning-rate",
     ),
 )
@@ -68,8 +68,8 @@ class DMD2:
         self.process = family.process
         self.timesteps = timesteps_of(recipe, self.process.levels)
         self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
-        told = len(self.timesteps) if recipe.step_aware and family.guides else 1
-        self.critic = critic.Critic(fake, family, recipe.seed, told)
+        steps = len(self.timesteps) if recipe.step_aware and family.guides else 1
+        self.critic = critic.Critic(fake, family, recipe.seed, steps)
         if not recipe.adversarial_weight:
             self.critic.head.requires_grad_(False)
         self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
@@ -118,7 +118,7 @@ class DMD2:
         """At which of its steps G is trained, for each image of a batch: all of them in turn, or one that all share.
 
         Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
-        is fitted to the last one it met, and pushes what the other steps draw away from it.
+        is fitted to the last one it met, and pushes the images of the other steps away from it.
         """
         count, rows = len(self.timesteps), len(batch["index"])
         if self.recipe.mixed_steps and rows >= count:
@@ -126,7 +126,7 @@ class DMD2:
         return [int(rng.generator(self.recipe.seed, step, "steps").integers(count))] * rows
 
     def generator_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
-        """Losses of x, which G's steps `last` drew."""
+        """Losses of x, the images of G's steps `last`."""
         gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
@@ -186,7 +186,7 @@ class DMD2:
         return torch.stack([drawn[row] for row in range(len(z))])
 
     def draw_from_real(self, batch: Mapping[str, Any], last: list[int], noise: torch.Tensor) -> torch.Tensor:
-        """As `draw`, but G's last call sees noised real images, as it never does when it draws."""
+        """As `draw`, but G's last call sees noised real images, which it never sees at inference."""
         real, drawn = clean(batch, self.recipe.seed), {}
         for number in sorted(set(last)):
             at = self.at(number, noise)
@@ -212,7 +212,7 @@ class DMD2:
     def matching_gradient(
         self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
-        """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
+        """The gradient of distribution matching by x [b, c, h, w], and diagnostics of the fake score."""
         count = self.process.levels
         low, high = int(self.recipe.low * count), int(self.recipe.high * count)
         t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
@@ -283,7 +283,7 @@ def timesteps_of(recipe: DMD2Recipe, training_steps: int) -> tuple[int, ...]:
     """The student's timesteps, falling.
 
     Raises:
-        UserError: for steps or timesteps that cannot be.
+        UserError: for steps or timesteps out of range.
     """
     if recipe.timesteps:
         try:
@@ -292,7 +292,10 @@ def timesteps_of(recipe: DMD2Recipe, training_steps: int) -> tuple[int, ...]:
             raise UserError(f"timesteps {recipe.timesteps!r} are not numbers", "--timesteps 999,749,499,249") from None
     else:
         if not 1 <= recipe.few_steps <= training_steps:
-            raise UserError(f"a student of {recipe.few_steps} steps cannot be", "--few-steps 1, 2, 4 or 8")
+            raise UserError(
+                f"invalid few_steps: {recipe.few_steps} (expected an integer >= 1 and <= {training_steps})",
+                "--few-steps 1, 2, 4 or 8",
+            )
         given = tuple(few_steps(recipe.few_steps, training_steps))
     if list(given) != sorted(set(given), reverse=True) or not 0 <= given[-1] <= given[0] < training_steps:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What a DMD2 run needs in memory, computed before anything is loaded.
+"""Estimate the memory of a DMD2 run before anything is loaded.
 
-Both phases of an iteration run on tensors without content (torch's FakeTensorMode), while the bytes that would be held
-are counted. Weights are not read, only configs.
+Both phases of an iteration run on fake tensors (torch's FakeTensorMode) while the bytes of the real ones are counted.
+Weights are not read, only configs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of one process, and what they are.
+    """Memory at the peak of one process, in bytes, by what it holds.
 
     Attributes:
         parts: name -> bytes, those of `peak`.
@@ -106,7 +106,7 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class FakeSource:
-    """A source whose networks have shapes and no content."""
+    """A model whose networks have shapes and no weights, to be loaded on the meta device."""
 
     source: Source
 
@@ -144,7 +144,7 @@ def predict(
     dtype = PRECISIONS[recipe.mixed_precision]
     with torch.device("meta"):
         method = DMD2(recipe, fake_encoders(encoders))
-        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # what has no content cannot be moved
+        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # fake tensors cannot be moved
         method.place(torch.device("meta"), dtype)
         qat.attach(method, recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -183,7 +183,7 @@ def predict(
 
 
 def fake(method: DMD2) -> None:
-    """Weights on the meta device, which autocast does not know, become ones without content on the CPU."""
+    """Turn weights on the meta device, which autocast does not support, into fake tensors on the CPU."""
     made: dict[int, nn.Parameter] = {}
     modules = [part for network in (method.generator, method.critic, method.teacher) for part in inner(network)]
     for module in (part for whole in modules for part in whole.modules()):
@@ -236,7 +236,7 @@ def phase_bytes(method: DMD2, phase: Any, batch: dict[str, Any], foreach: bool, 
 
 
 def batch_of(recipe: DMD2Recipe, encoders: Any) -> dict[str, Any]:
-    """A batch as the loop hands it to the method, without content."""
+    """A batch as the loop hands it to the method, of fake tensors."""
     cells = recipe.resolution // encoders.factor
     channels = encoders.latent_channels
     batch: dict[str, Any] = {"index": list(range(recipe.batch)), "name": [""] * recipe.batch}
@@ -247,7 +247,7 @@ def batch_of(recipe: DMD2Recipe, encoders: Any) -> dict[str, Any]:
 
 
 def fake_encoders(encoders: Encoders | ClassEncoders) -> Any:
-    """The encoders with prompts of the right shape and no networks behind them."""
+    """The encoders with fake sources, and prompts of the right shape instead of text encoders."""
     made = dataclasses.replace(
         encoders, source=FakeSource(encoders.source), open=lambda model: FakeSource(encoders.open(model))
     )

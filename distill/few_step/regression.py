@@ -1,4 +1,4 @@
-"""Regression warm-up of one-step students: G(z) learns to be what the teacher's ODE makes of z.
+"""Regression warm-up of one-step students: G(z) learns to predict the teacher's image of the noise z.
 
     L = d(G(z, t), x_0),      d: squared error or pseudo-Huber of latents, or LPIPS of images (arXiv 1801.03924)
 
@@ -42,7 +42,10 @@ class Regression:
         self.recipe, self.encoders, self.family = recipe, encoders, TextToImage(recipe, encoders)
         levels = self.family.process.levels
         if not 0 <= recipe.timestep < levels:
-            raise UserError(f"timestep {recipe.timestep} is none of 0 to {levels - 1}", "--timestep 999, or 399")
+            raise UserError(
+                f"invalid timestep: {recipe.timestep} (expected an integer >= 0 and <= {levels - 1})",
+                "--timestep 999, or 399",
+            )
         self.unet = encoders.source.load("unet").requires_grad_(True).train()
         self.networks = {"unet": TrainedNetwork(self.unet, self.unet)}
         self.phases = (OptimizerPhase("unet", ("unet",)),)

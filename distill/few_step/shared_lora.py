@@ -137,7 +137,7 @@ def networks(recipe: DMD2Recipe, family: Any) -> tuple[nn.Module, nn.Module, nn.
     """Generator, fake score and teacher of a DMD2 run, sharing what is frozen.
 
     Raises:
-        UserError: for ranks that cannot be, or a teacher that is to be offloaded but is shared.
+        UserError: for ranks below 0, or a teacher that is to be offloaded but is shared.
         MissingPackage: for ranks without peft.
     """
     source, same = family.encoders.source, family.teacher is family.encoders.source
@@ -170,7 +170,7 @@ def check(recipe: DMD2Recipe) -> None:
         raise MissingPackage("peft", "LoRA", extra="train")
     if min(recipe.rank, recipe.critic_rank) < 0 or recipe.alpha < 0:
         raise UserError(
-            f"ranks of {recipe.rank} and {recipe.critic_rank} with alpha {recipe.alpha} cannot be",
+            f"invalid rank {recipe.rank}, critic_rank {recipe.critic_rank} or alpha {recipe.alpha} (expected >= 0)",
             "--rank 64 --critic-rank 64 --alpha 8; 0 for none",
         )
 

@@ -2,7 +2,7 @@
 
     L = |eps - S(x_t, "a photo of sks dog")|^2 + w |eps' - S(x'_t, "a photo of a dog")|^2
 
-x are images of the subject, x' images of its class that the model drew before training. Each batch has as many of
+x are images of the subject, x' images of its class that the model generated before training. Each batch has as many of
 one as of the other.
 """
 
@@ -147,7 +147,11 @@ class SubjectImages:
 
 
 def open_images(folder: str | Path, caption: str, flag: str = "--data") -> SubjectImages:
-    """Raises: UserError when there is no such folder, or no image in it."""
+    """The images of a folder, all with one caption.
+
+    Raises:
+        UserError: when there is no such folder, or no image in it.
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}", f"{flag} FOLDER, with the images in it")
@@ -199,13 +203,13 @@ def joined(subject: Mapping[str, Any], prior: Mapping[str, Any]) -> dict[str, An
 def class_images(
     recipe: DreamBoothRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
 ) -> Path:
-    """The folder of class images: the one given, or `<run>/class`, into which the model draws what is missing.
+    """The folder of class images: the one given, or `<run>/class`, in which the model generates those that are missing.
 
-    Image i depends on the recipe's seed and i alone, so drawing goes on where it was interrupted; the processes
+    Image i depends on the recipe's seed and i alone, so an interrupted run goes on where it was; the processes
     share the work.
 
     Raises:
-        UserError: when the folder holds images that were drawn with other settings.
+        UserError: when the folder holds images that were generated with other settings.
     """
     if recipe.class_data:
         return Path(recipe.class_data).expanduser()
@@ -224,26 +228,26 @@ def class_images(
     if record.is_file() and (kept := read_json(record, "class.json")) != settings:
         other = ", ".join(name for name in settings if kept.get(name) != settings[name])
         raise UserError(
-            f"the images in {folder} were drawn with another {other}",
+            f"the images in {folder} were generated with another {other}",
             f"delete {folder}, choose another --run, or keep them with --class-data {folder}",
         )
     paths = [folder / f"{number:06d}.png" for number in range(recipe.class_images)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     # Later numbers may lie there from a run that wanted more; they are of the same kind, and stay.
     if missing:
-        say(f"class images: {len(paths) - len(missing)} of {len(paths)} are there, drawing the others into {folder}")
+        say(f"class images: {len(paths) - len(missing)} of {len(paths)} exist, generating the others in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             write_json(record, settings)
         own = missing[accelerator.process_index :: accelerator.num_processes]
-        draw(recipe, encoders, {number: paths[number] for number in own}, accelerator)
+        generate(recipe, encoders, {number: paths[number] for number in own}, accelerator)
     accelerator.wait_for_everyone()
     return folder
 
 
 @torch.no_grad()
-def draw(recipe: DreamBoothRecipe, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
-    """Draw class images by number. An image appears under its name when it is whole."""
+def generate(recipe: DreamBoothRecipe, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
+    """Generate class images by number. An image gets its name when it is complete."""
     from PIL import Image
     from rich.console import Console
     from rich.progress import track

@@ -62,13 +62,21 @@ class LowRank(Denoising):
 
 
 def check(recipe: LoraRecipe) -> None:
-    """Raises: MissingPackage without peft; UserError for a rank or alpha that cannot be."""
+    """Refuse what cannot train.
+
+    Raises:
+        MissingPackage: without peft.
+        UserError: for a rank or an alpha out of range.
+    """
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
     if recipe.rank < 1:
-        raise UserError(f"a rank of {recipe.rank} is none", "--rank 16; or accel distill finetune for all weights")
+        raise UserError(
+            f"invalid rank: {recipe.rank} (expected an integer >= 1)",
+            "--rank 16; or accel distill finetune for all weights",
+        )
     if not recipe.alpha > 0:
-        raise UserError(f"alpha {recipe.alpha} gives updates without effect", f"--alpha {recipe.rank}")
+        raise UserError(f"invalid alpha: {recipe.alpha} (expected a number > 0)", f"--alpha {recipe.rank}")
 
 
 def names_of(text: str) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ def prompts(digit: int) -> tuple[str, ...]:
 
 
 def prompt_set(per_digit: int) -> list[tuple[str, int]]:
-    """`10 * per_digit` pairs (prompt, digit) to judge a model by, digits in turn, templates evenly used."""
+    """`10 * per_digit` pairs (prompt, digit) to evaluate a model with, digits in turn, templates evenly used."""
     return [(prompts(digit)[index % len(TEMPLATES)], digit) for index in range(per_digit) for digit in range(10)]
 
 

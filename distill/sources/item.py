@@ -1,4 +1,4 @@
-"""One image with its captions, and everything that makes one unusable."""
+"""Training images with captions by row number, and the reasons why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
     Transparent parts become white. 16-bit grey is divided by 257, so that white stays white.
 
     Raises:
-        BrokenItem: when it is no image, is cut short, or has no defined way to 8-bit RGB.
+        BrokenItem: when it is not an image, is truncated, or has no defined way to 8-bit RGB.
     """
     try:
         if not isinstance(file, bytes):

@@ -1,4 +1,4 @@
-"""Where training images come from: one door for folders, webdataset shards, Hugging Face datasets and digits."""
+"""Open training images: folders, webdataset shards, Hugging Face datasets, or digits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_data(
             a hub id; `digits`, the 1,297 training images of the shipped model.
         image_column: column of the image or its file name; for shards, the file suffix, as in `jpg`.
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
-            the json file. Both are guessed where only one can be meant.
+            the json file. Both are found where only one column fits.
         split: part of a dataset that has several.
         classes: captions are numbers of classes; a folder without metadata is one of ImageNet's kind, with a folder per
             class.

@@ -38,7 +38,7 @@ from .item import (
 )
 
 _VERSION = 1
-_SMALL = 1 << 20  # bytes; larger files are no captions
+_SMALL = 1 << 20  # bytes; larger files are not captions
 _PEEK = 50  # samples read to learn the columns of their json files
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")

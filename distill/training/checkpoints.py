@@ -137,7 +137,7 @@ def write(
 
 @contextlib.contextmanager
 def _saving(partial: Path) -> Iterator[None]:
-    """What fails, or is interrupted, leaves nothing behind; a disk that is full is told in a sentence."""
+    """What fails, or is interrupted, leaves nothing behind; a full disk is an error for people."""
     try:
         yield
     except BaseException as error:

@@ -210,7 +210,7 @@ class Loop:
         return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
 
     def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
-        """Every phase that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms.
+        """Run every phase that is due. Returns terms, averaged over micro-batches and processes, and gradient norms.
 
         Where float16 overflows, the scaler skips the update and the step counts all the same: the schedules depend on
         the number of the step alone.

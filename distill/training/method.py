@@ -1,4 +1,4 @@
-"""What a training method tells the loop: its networks, its phases, its loss, and how its result is kept."""
+"""What a training method provides to the loop: networks, optimizer phases, the loss, samples, and saving the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Terms = dict[str, torch.Tensor]
 
 @dataclass
 class TrainedNetwork:
-    """One network that learns.
+    """A network that learns, and how the loop treats it.
 
     Attributes:
         module: what the loss calls; the loop replaces it by its prepared form (DDP, FSDP2, autocast).
@@ -42,9 +42,9 @@ class TrainedNetwork:
 
 @dataclass(frozen=True)
 class OptimizerPhase:
-    """One kind of optimizer step: the networks that it changes, when it comes, and its own learning rate.
+    """One kind of optimizer step: the networks it updates, at which training steps, and its own learning rate.
 
-    It comes at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
+    It is due at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
     """
 
     name: str
@@ -57,7 +57,7 @@ class OptimizerPhase:
         return step >= self.start and (step - self.start) % self.every == 0
 
     def count(self, steps: int) -> int:
-        """How often it comes within the first `steps` steps."""
+        """How often it is due within the first `steps` training steps."""
         return max(0, -(-(steps - self.start) // self.every))
 
 
@@ -68,7 +68,7 @@ class Method(Protocol):
         networks: what learns, by name.
         phases: the optimizer steps of one training step, in order.
 
-    It may have `monitors`, a sequence of `monitors.Monitor`: what in its figures tells that a run goes wrong.
+    It may have `monitors`, a sequence of `monitors.Monitor`: signs of a failing run in its figures.
     """
 
     networks: dict[str, TrainedNetwork]

@@ -241,7 +241,7 @@ def test_a_students_own_constants_come_first_and_a_flag_over_them(tmp_path):
     other = evaluate.evaluate(student, "digits", tmp_path / "other", limit=2, steps=1, guidance=2)
     assert other["protocol"] == "digits[steps=1,guidance=2,images=2]"
     (student / "sampler.json").write_text('{"name": "dmd2", "timesteps": "all", "guidance": 0.0}')
-    with pytest.raises(UserError, match="sampler.json: timesteps"):
+    with pytest.raises(UserError, match="sampler.json: invalid timesteps"):
         evaluate.evaluate(student, "digits", tmp_path / "broken", limit=2)
 
 

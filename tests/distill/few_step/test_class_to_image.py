@@ -171,7 +171,7 @@ def test_what_cannot_be_is_said(model, fields, said):
 
 
 def test_words_are_no_classes(model, six_images, tmp_path):
-    with pytest.raises(UserError, match="no class number"):
+    with pytest.raises(UserError, match="not a class number"):
         execute(recipe(model, data=str(six_images)), tmp_path / "out")
 
 

@@ -513,7 +513,7 @@ def test_gradient_checkpointing_of_whole_networks(sd15, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (dict(rank=-1), "cannot be"),
+        (dict(rank=-1), "invalid rank -1"),
         (dict(rank=2, targets="nothing"), "no layer"),
         (dict(rank=2, offload_teacher=True), "shares its weights"),
     ],

@@ -131,7 +131,7 @@ def test_pseudo_huber_is_the_distance_far_from_zero():
     ("fields", "error", "said"),
     [
         (dict(loss="l7"), UserError, "invalid loss"),
-        (dict(timestep=1000), UserError, "timestep 1000"),
+        (dict(timestep=1000), UserError, "invalid timestep: 1000"),
         (dict(loss="lpips"), MissingPackage, "lpips"),
         (dict(pair_count=0), UserError, "pair_count"),
     ],

@@ -210,7 +210,7 @@ def test_images_drawn_with_other_settings_are_not_mixed_in(sd15, tmp_path):
     encoders = Encoders(open_source(sd15))
     folder = dreambooth.class_images(tiny(sd15, class_images=1), encoders, tmp_path, OneProcess(), print)
     before = digests(folder)
-    with pytest.raises(UserError, match="drawn with another prompt"):
+    with pytest.raises(UserError, match="generated with another prompt"):
         dreambooth.class_images(tiny(sd15, class_prompt="the cat"), encoders, tmp_path, OneProcess(), print)
     assert digests(folder) == before
 
