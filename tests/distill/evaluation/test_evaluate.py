@@ -404,7 +404,7 @@ def test_another_rank_says_that_its_images_are_there(made, capsys, monkeypatch):
     ("args", "words"),
     [
         (["--protocol", "coco"], ["coco", "bk-sdm-coco30k"]),
-        (["--limit", "1"], ["limit = 1", "500"]),
+        (["--limit", "1"], ["invalid limit: 1", "500"]),
         (["--limit", "501"], ["501", "500"]),
         (["--steps", "0"], ["steps"]),
         (["--guidance", "nan"], ["guidance"]),
