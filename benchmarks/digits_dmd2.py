@@ -26,7 +26,7 @@ import torch
 from accel import machine
 from accel.assets import DIGITS, resolve
 from accel.distill import recipes, registry
-from accel.distill.digits.card import digit_sheet, few_step_card
+from accel.distill.digits.card import digit_sheet
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
@@ -272,6 +272,52 @@ def noise_table(found: dict[str, dict]) -> str:
         ends = f"{min(distances):.2f} to {max(distances):.2f}"
         lines.append(f"| {ROWS[name][2]} | {len(distances)} | {middle} | {ends} | {right:.1%} |")
     return "\n".join(lines)
+
+
+def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
+    """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
+    recipe, steps = record["recipe"], len(row["timesteps"])
+    kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
+    usual = vars(registry.recipe(kind))
+    extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
+    lines = "".join(
+        f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
+    )
+    return f"""---
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+
+# Digits {row["name"]}
+
+The digits model in {steps} step{"s" * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
+`{recipe["model"]}`. No guidance: the UNet runs once a step.
+
+```python
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{row["name"]}")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, guidance_scale=0)
+```
+
+## Training
+
+`accel distill dmd2 --recipe {kind}{extra} --out OUT`:
+{record["steps"]} steps of {recipe["batch"]}, {record["steps"] * record["seconds_per_step"] / 60:.0f} minutes on \
+{record["threads"]} CPU thread of a busy machine. `training.json` has every setting.
+
+## Figures
+
+{row["images"]} images, measured on the stored weights; one training.
+
+| | prompt accuracy | Frechet distance to 500 held-out real images |
+|---|---|---|
+| **this** | {row["prompt_accuracy"]:.1%} | {row["frechet_distance"]:.2f} |
+{lines}
+The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
+limits are the teacher's.
+"""
 
 
 def main() -> None:

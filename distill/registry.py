@@ -30,7 +30,7 @@ class MethodEntry:
             identifies the method.
         help: one line for the command line.
         factory: of (recipe, encoders) -> `training.method.Method`.
-        presets: names of functions in `recipes` that `--recipe` takes besides the defaults.
+        presets: names of functions in `recipes` that `--recipe` takes besides the defaults, separated by spaces.
         encoders: of (model, device=..., dtype=...) -> what turns images and captions into what the model learns from.
         batches: of (recipe, encoders, run, accelerator, say) -> (first step) -> micro-batches of this process.
         complete: of (recipe, encoders) -> the recipe with the fields filled in that depend on others; "" for none.
@@ -40,7 +40,7 @@ class MethodEntry:
     recipe: str
     help: str
     factory: str
-    presets: tuple[str, ...] = ()
+    presets: str = ""
     encoders: str = ".edm.source:open_text_encoders"
     batches: str = ".data.batches:batches_of"
     complete: str = ""
@@ -51,42 +51,29 @@ class MethodEntry:
         return load(self.recipe)()
 
 
-KNOWLEDGE_DISTILLATION = ".methods.kd:Distillation"
+KD = ".methods.kd:Distillation"
 
 METHODS = {
     "base": MethodEntry(
         ".recipes:base",
         "SD1.x or SD2.x without one layer of each stage (BK-SDM-Base, Segmind's SD-Small)",
-        KNOWLEDGE_DISTILLATION,
-        presets=("sd15_base", "segmind_small", "digits_base"),
+        KD,
+        "sd15_base segmind_small digits_base",
     ),
-    "small": MethodEntry(
-        ".recipes:small",
-        "base without the mid block (BK-SDM-Small)",
-        KNOWLEDGE_DISTILLATION,
-        presets=("sd15_small", "digits_small"),
-    ),
+    "small": MethodEntry(".recipes:small", "base without the mid block (BK-SDM-Small)", KD, "sd15_small digits_small"),
     "tiny": MethodEntry(
         ".recipes:tiny",
         "small without the fourth stage (BK-SDM-Tiny, Segmind's SD-Tiny)",
-        KNOWLEDGE_DISTILLATION,
-        presets=("sd15_tiny", "segmind_tiny", "digits_tiny"),
+        KD,
+        "sd15_tiny segmind_tiny digits_tiny",
     ),
-    "ssd-1b": MethodEntry(".recipes:ssd_1b", "SDXL with SSD-1B's transformer depths", KNOWLEDGE_DISTILLATION),
-    "vega": MethodEntry(".recipes:vega", "SDXL with Segmind-Vega's transformer depths", KNOWLEDGE_DISTILLATION),
+    "ssd-1b": MethodEntry(".recipes:ssd_1b", "SDXL with SSD-1B's transformer depths", KD),
+    "vega": MethodEntry(".recipes:vega", "SDXL with Segmind-Vega's transformer depths", KD),
     "dmd2": MethodEntry(
         ".settings:DMD2Recipe",
         "a few-step student, by distribution matching and a discriminator (DMD2)",
         ".few_step.dmd2:DMD2",
-        presets=(
-            "dmd2_sd15",
-            "dmd2_sdxl",
-            "dmd2_sdxl_lora",
-            "dmd2_sdxl_1step",
-            "dmd2_imagenet64",
-            "digits_dmd2",
-            "digits_dmd2_1step",
-        ),
+        presets="dmd2_sd15 dmd2_sdxl dmd2_sdxl_lora dmd2_sdxl_1step dmd2_imagenet64 digits_dmd2 digits_dmd2_1step",
         encoders=".edm.source:open_encoders",
         memory_estimate=".few_step.memory:predict",
     ),
@@ -101,7 +88,7 @@ METHODS = {
         ".settings:LoraRecipe",
         "train a LoRA of any pipeline: a small file of low-rank updates",
         ".methods.lora:LowRank",
-        presets=("digits_lora",),
+        presets="digits_lora",
     ),
     "dreambooth": MethodEntry(
         ".settings:DreamBoothRecipe",
@@ -114,7 +101,7 @@ METHODS = {
         ".settings:TinyVaeRecipe",
         "a tiny VAE that replaces a pipeline's own, which takes most of the time of a few-step image",
         ".methods.tiny_vae:TinyVaeMethod",
-        presets=("digits_vae",),
+        presets="digits_vae",
     ),
 }
 
@@ -134,7 +121,10 @@ def recipe(name: str, verb: str | None = None) -> Recipe:
         own.replace("-", "_"): reference
         for method, entry in METHODS.items()
         if verb in (None, method)
-        for own, reference in ((method, entry.recipe), *((preset, f".recipes:{preset}") for preset in entry.presets))
+        for own, reference in (
+            (method, entry.recipe),
+            *((preset, f".recipes:{preset}") for preset in entry.presets.split()),
+        )
     }
     reference = known.get(name.replace("-", "_"))
     if reference is None:

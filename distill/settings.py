@@ -19,7 +19,7 @@ from accel.int8.config import LEVELS
 ATTENTIONS = ("auto", "sdpa", "flash-attn", "xformers")
 _HALF = ("float32", "float16")
 _TEACHER = ("auto", "float32", "bfloat16", "float16")
-_LORA = ("diffusers", "kohya")
+_SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 
 
 def option(
@@ -72,9 +72,7 @@ class Recipe:
     batch: int = option(8, "images per process and micro-batch", least=1)
     accumulation: int = option(1, "micro-batches per optimizer step", least=1)
     learning_rate: float = option(5e-5, "peak learning rate", least=0)
-    lr_schedule: str = option(
-        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine", "polynomial")
-    )
+    lr_schedule: str = option("constant", "learning rate after the warm-up", choices=_SCHEDULES)
     warmup: int = option(0, "steps of linear warm-up", least=0)
     optimizer: str = option("adamw", "adamw8bit needs bitsandbytes", choices=("adamw", "adamw8bit"))
     beta1: float = option(0.9, "AdamW's beta1", least=0, below=1)
@@ -84,9 +82,7 @@ class Recipe:
     max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
     ema: float = option(0.0, "decay of the exponential moving average of the weights; 0 for none", least=0, below=1)
 
-    qat: str = option(
-        "", "quantization-aware training: layers with int8 rounding; empty for none", choices=("", *LEVELS)
-    )
+    qat: str = option("", "quantization-aware training: which layers round; empty: none", choices=("", *LEVELS))
     qat_ranges: str = option("learned", "ranges of the rounded activations", choices=("learned", "observed"))
 
     offset_noise: float = option(0.0, "strength of offset noise", least=0)
@@ -123,15 +119,9 @@ class DistillationRecipe(Recipe):
     """Block removal or depth pruning with three-part knowledge distillation (BK-SDM, Distill-SD, SSD-1B)."""
 
     student: str = option("tiny", "base, small, tiny (SD1.x, SD2.x), ssd-1b or vega (SDXL)")
-    init: str = option(
-        "copy", "initial weights of the student: the teacher's, or random ones", choices=("copy", "random")
-    )
-    layers: str = option(
-        "first", "transformer layers that the student keeps: first, spread, or a list like 10:4=0,1,2,6"
-    )
-    features: str = option(
-        "nota", "which feature pairs the feature loss compares", choices=("nota", "segmind", "layers")
-    )
+    init: str = option("copy", "student's initial weights: the teacher's, or random", choices=("copy", "random"))
+    layers: str = option("first", "transformer layers that are kept: first, spread, or a list like 10:4=0,1,2,6")
+    features: str = option("nota", "feature pairs that the loss compares", choices=("nota", "segmind", "layers"))
     task_weight: float = option(1.0, "weight of the denoising loss", least=0)
     output_weight: float = option(1.0, "weight of the loss against the teacher's output", least=0)
     feature_weight: float = option(1.0, "weight of the loss against the teacher's features", least=0)
@@ -163,12 +153,12 @@ class LoraRecipe(FinetuneRecipe):
     learning_rate: float = default("learning_rate", 1e-4)
     rank: int = option(16, "rank of the updates")
     alpha: float = option(
-        16.0, "scale of the updates is alpha / rank; with alpha equal to the rank every program reads the file right"
+        16.0, "scale of the updates times the rank; every program reads the file right if both are equal"
     )
     targets: str = option("to_q,to_k,to_v,to_out.0", "layers of the UNet that get updates, by the end of their names")
     text_targets: str = option("q_proj,k_proj,v_proj,out_proj", "layers of the text encoder(s) that get updates")
     lora_format: str = option(
-        "diffusers", "tensor names in the LoRA file; ComfyUI and A1111 read kohya's", choices=_LORA
+        "diffusers", "tensor names; ComfyUI and A1111 read kohya's", choices=("diffusers", "kohya")
     )
 
 
@@ -184,9 +174,7 @@ class DreamBoothRecipe(LoraRecipe):
     class_data: str = option("", "folder of images of the class, instead of generating them")
     class_batch: int = option(4, "images of the class generated at once", least=1)
     rank: int = option(16, "rank of the updates; 0 trains all weights")
-    learning_rate: float = default(
-        "learning_rate", 0.0, "peak learning rate; 0 means 1e-4, or 1e-6 where all weights are trained"
-    )
+    learning_rate: float = default("learning_rate", 0.0, "peak learning rate; 0: 1e-4, or 1e-6 for all weights")
     caption_dropout: float = default("caption_dropout", 0.0)
     steps: int = default("steps", 800)
     batch: int = default("batch", 1, "images of the subject per process and micro-batch, and as many of the class")
@@ -213,11 +201,9 @@ class DMD2Recipe(Recipe):
     matching_weight: float = option(1.0, "weight of the distribution matching loss")
     adversarial_weight: float = option(5e-3, "weight of the GAN loss of the generator; 0 for no GAN")
     discriminator_weight: float = option(1e-2, "weight of the GAN loss of the critic")
-    backward_simulation: bool = option(
-        True, "train the generator on its own intermediate results, not on noised images"
-    )
+    backward_simulation: bool = option(True, "train the generator on its own outputs, not on noised images")
     mixed_steps: bool = option(
-        True, "train all of the student's steps in each batch of at least as many images; off: one step a batch"
+        True, "train all of the student's steps in each batch that has room; off: one step a batch"
     )
     step_aware: bool = option(True, "condition the critic on the student's step that made an image; see docs/dmd2.md")
     low: float = option(0.02, "smallest timestep of distribution matching, as a share of all timesteps")
@@ -234,23 +220,17 @@ class DMD2Recipe(Recipe):
         "layers that get updates, by the end of their names (default: those of DMD2's published LoRA)",
     )
     lora_format: str = option(
-        "diffusers", "tensor names in the LoRA file; ComfyUI and A1111 read kohya's", choices=_LORA
+        "diffusers", "tensor names; ComfyUI and A1111 read kohya's", choices=("diffusers", "kohya")
     )
 
-    caption_dropout: float = default(
-        "caption_dropout", 0.0, "share of captions left empty; the student needs no guidance"
-    )
+    caption_dropout: float = default("caption_dropout", 0.0)
     learning_rate: float = default("learning_rate", 5e-7, "peak learning rate of the generator")
     max_grad_norm: float = default("max_grad_norm", 10.0)
 
-    @property
-    def mixes(self) -> bool:
-        """Whether batches hold all of the student's steps: smaller micro-batches have no room for them."""
-        steps = len(self.timesteps.split(",")) if self.timesteps else self.few_steps
-        return self.mixed_steps and self.batch >= steps
-
     def in_effect(self) -> dict[str, Any]:
-        return {"mixed_steps": self.mixes}
+        # Smaller micro-batches have no room for all of the student's steps.
+        steps = len(self.timesteps.split(",")) if self.timesteps else self.few_steps
+        return {"mixed_steps": self.mixed_steps and self.batch >= steps}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +243,7 @@ class RegressionRecipe(Recipe):
     pair_count: int = option(10_000, "pairs of noise and image", least=1)
     pair_steps: int = option(50, "the teacher's steps", least=1)
     pair_guidance: float = option(8.0, "the teacher's guidance scale")
-    loss: str = option(
-        "mse",
-        "mse and huber compare latents, lpips images (needs the package lpips)",
-        choices=("mse", "huber", "lpips"),
-    )
+    loss: str = option("mse", "of latents, or lpips of images (needs lpips)", choices=("mse", "huber", "lpips"))
 
     learning_rate: float = default("learning_rate", 1e-5)
     steps: int = default("steps", 3000)

@@ -1,4 +1,4 @@
-"""Model cards of the digits models, and a contact sheet of what they draw."""
+"""The model card of the digits teacher, and a contact sheet of digits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from accel.sheet import contact_sheet
 
-from .. import registry
 from ..sources.digits import SIZE, WORDS, pixels
 
 
@@ -96,95 +95,6 @@ this folder, so it compares with no figure from elsewhere. The guidance scale wa
 ## Limits
 
 It knows ten digits and about thirty words. Anything else gives some digit or a blot.
-"""
-
-
-def student_card(row: dict[str, Any], record: dict[str, Any], sampler: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """README.md of a student's folder, from its figures, its training record and the teacher's figures."""
-    name, recipe = row["name"], record["recipe"]
-    minutes = record["steps"] * record["seconds_per_step"] / 60
-    return f"""---
-pipeline_tag: text-to-image
-library_name: diffusers
----
-
-# Digits {name}
-
-The digits teacher with blocks removed as in BK-SDM-{name.title()} (arXiv 2305.15798) and distilled with its three
-losses: task, output, features. It draws 64x64 images for prompts such as "a handwritten seven".
-
-```python
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{name}")
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, num_inference_steps={sampler["steps"]}, \
-guidance_scale={sampler["guidance"]})
-```
-
-## Training
-
-`accel distill {name} --recipe digits_{name} --out out/digits-{name}`: {record["steps"]} steps of {recipe["batch"]}, \
-{minutes:.0f} minutes on {record["threads"]} CPU threads of a busy machine. `training.json` has every setting.
-
-## Figures
-
-{row["images"]} images, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
-
-| | {name} | teacher |
-|---|---|---|
-| UNet parameters | {row["parameters"]:,} | {teacher["parameters"]["unet"]:,} |
-| prompt accuracy | {row["prompt_accuracy"]:.1%} | {teacher["prompt_accuracy"]:.1%} |
-| Frechet distance to 500 held-out real images | {row["frechet_distance"]:.2f} | {teacher["frechet_distance"]:.2f} |
-
-The distance is taken in the features of the classifier that ships beside this folder; two sets of real images are
-{teacher["frechet_floor"]:.2f} apart. Data, licence of the data and limits are the teacher's.
-"""
-
-
-def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
-    recipe, steps = record["recipe"], len(row["timesteps"])
-    kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
-    usual = vars(registry.recipe(kind))
-    extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
-    lines = "".join(
-        f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
-    )
-    return f"""---
-pipeline_tag: text-to-image
-library_name: diffusers
----
-
-# Digits {row["name"]}
-
-The digits model in {steps} step{"s" * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
-`{recipe["model"]}`. No guidance: the UNet runs once a step.
-
-```python
-from diffusers import LCMScheduler, StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{row["name"]}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, guidance_scale=0)
-```
-
-## Training
-
-`accel distill dmd2 --recipe {kind}{extra} --out OUT`:
-{record["steps"]} steps of {recipe["batch"]}, {record["steps"] * record["seconds_per_step"] / 60:.0f} minutes on \
-{record["threads"]} CPU thread of a busy machine. `training.json` has every setting.
-
-## Figures
-
-{row["images"]} images, measured on the stored weights; one training.
-
-| | prompt accuracy | Frechet distance to 500 held-out real images |
-|---|---|---|
-| **this** | {row["prompt_accuracy"]:.1%} | {row["frechet_distance"]:.2f} |
-{lines}
-The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
-limits are the teacher's.
 """
 
 

@@ -7,13 +7,11 @@ digit on black of 64x64 RGB pixels. 500 images, 50 of each digit, are held out o
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from accel.errors import MissingPackage, UserError
+from accel.errors import MissingPackage
 
 SIZE = 64
 HELD_OUT_PER_DIGIT = 50
@@ -92,19 +90,6 @@ def prompts(digit: int) -> tuple[str, ...]:
 def prompt_set(per_digit: int) -> list[tuple[str, int]]:
     """`10 * per_digit` pairs (prompt, digit) to evaluate a model with, digits in turn, templates evenly used."""
     return [(prompts(digit)[index % len(TEMPLATES)], digit) for index in range(per_digit) for digit in range(10)]
-
-
-def digit_of(prompt: str) -> int:
-    """The digit a prompt asks for.
-
-    Raises:
-        UserError: when it names none, or more than one.
-    """
-    names = {word: digit for digit, word in enumerate(WORDS)} | {str(digit): digit for digit in range(10)}
-    found = {names[word] for word in re.findall(r"[a-z]+|\d", prompt.lower()) if word in names}
-    if len(found) != 1:
-        raise UserError(f"the prompt {prompt!r} does not name one digit", 'ask for one, as in "a handwritten seven"')
-    return found.pop()
 
 
 def words() -> list[str]:

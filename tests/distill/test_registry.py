@@ -116,13 +116,13 @@ def test_every_entry_names_code_that_is_there():
     for entry in METHODS.values():
         for reference in (entry.factory, entry.encoders, entry.batches, entry.complete, entry.memory_estimate):
             assert not reference or callable(registry.load(reference))
-        for preset in entry.presets:
+        for preset in entry.presets.split():
             assert type(registry.recipe(preset)) is type(entry.settings()), preset
 
 
 def test_every_recipe_function_belongs_to_a_method():
     functions = {name for name, value in vars(recipes).items() if getattr(value, "__module__", "") == recipes.__name__}
-    named = {preset for entry in METHODS.values() for preset in entry.presets}
+    named = {preset for entry in METHODS.values() for preset in entry.presets.split()}
     named |= {entry.recipe.partition(":")[2] for entry in METHODS.values() if entry.recipe.startswith(".recipes")}
     assert functions - {"changed", "R"} == named
 
