@@ -25,14 +25,15 @@ import torch
 
 from accel import machine
 from accel.assets import DIGITS, resolve
-from accel.distill import recipes
-from accel.distill.digits.card import few_step_card, image_grid
+from accel.distill import recipes, registry
+from accel.distill.digits.card import digit_sheet
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
+from accel.sheet import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/digits-dmd2.json"
@@ -108,7 +109,7 @@ def digest(name: str) -> str:
         settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
     else:
         kind, fields, _ = ROWS[name]
-        recipe = recipes.changed(recipes.recipe(kind), **fields)
+        recipe = recipes.changed(registry.recipe(kind), **fields)
         settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
         settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
     return digest_of(settings)[:12]
@@ -121,7 +122,7 @@ def stem(name: str, seed: int) -> str:
 def run_row(name: str, seed: int, out: Path) -> dict:
     kind, fields, shows = ROWS[name]
     recipe = recipes.changed(
-        recipes.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
+        registry.recipe(kind), seed=seed, cache=str(out / "cache"), sample_every=0, log="none", **fields
     )
     folder = out / stem(name, seed)
     result = folder.with_name(folder.name + ".json")
@@ -132,7 +133,7 @@ def run_row(name: str, seed: int, out: Path) -> dict:
     record = json.loads((folder / "training.json").read_text())
     timesteps = json.loads((folder / "sampler.json").read_text())["timesteps"]
     images, wanted = draw_images(folder, tuple(timesteps), 0.0, first_noise(seed))
-    image_grid(images[:50], 10).save(folder.with_name(folder.name + ".png"))
+    digit_sheet(images[:50]).save(folder.with_name(folder.name + ".png"))
     row = dict(
         name=name,
         shows=shows,
@@ -141,7 +142,7 @@ def run_row(name: str, seed: int, out: Path) -> dict:
         timesteps=timesteps,
         steps=record["steps"],
         seconds_per_step=record["seconds_per_step"],
-        **digits_quality.judge(images, wanted),
+        **digits_quality.evaluate(images, wanted),
     )
     write_json(result, row)
     print(row, flush=True)
@@ -154,7 +155,7 @@ def baseline(name: str, seed: int, out: Path) -> dict:
     if result.is_file():
         return json.loads(result.read_text())
     images, wanted = draw_images(DIGITS / folder, timesteps, guidance, first_noise(seed))
-    row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.judge(images, wanted))
+    row = dict(name=name, shows=name, seed=seed, recipe=digest(name), **digits_quality.evaluate(images, wanted))
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, row)
     print(row, flush=True)
@@ -167,7 +168,7 @@ def ship(row: dict, folder: Path, baselines: list[dict]) -> None:
     shutil.copytree(folder, target)
     record = json.loads((target / "training.json").read_text())
     kind, fields, _ = ROWS[row["name"]]
-    asked = dataclasses.asdict(recipes.changed(recipes.recipe(kind), **fields))
+    asked = dataclasses.asdict(recipes.changed(registry.recipe(kind), **fields))
     record["recipe"] |= {name: asked[name] for name in ("cache", "log", "sample_every")}  # as the command has them
     write_json(target / "training.json", record)
     write_json(target / "quality.json", row)
@@ -242,8 +243,8 @@ def gallery(path: Path) -> None:
         if (DIGITS / name).is_dir():
             timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
             rows[f"{ROWS[name][2]}, distilled"] = (DIGITS / name, tuple(timesteps), 0.0)
-    strips = {label: image_grid(draw_images(*row, seed=0, each=1)[0], 10) for label, row in rows.items()}
-    pages.strips(path, strips)
+    made = {label: digits.pixels(draw_images(*row, seed=0, each=1)[0]) for label, row in rows.items()}
+    contact_sheet(made, cell=64).save(path)
 
 
 def other_noise(name: str, sets: int) -> dict:
@@ -251,7 +252,9 @@ def other_noise(name: str, sets: int) -> dict:
     timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
     found = []
     for number in range(sets):
-        found.append(digits_quality.judge(*draw_images(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number))))
+        found.append(
+            digits_quality.evaluate(*draw_images(DIGITS / name, tuple(timesteps), 0.0, first_noise(10 + number)))
+        )
         print(name, found[-1], flush=True)
     return {"weights": weights(f"digits/{name}")} | {
         key: [each[key] for each in found] for key in ("frechet_distance", "prompt_accuracy")
@@ -269,6 +272,52 @@ def noise_table(found: dict[str, dict]) -> str:
         ends = f"{min(distances):.2f} to {max(distances):.2f}"
         lines.append(f"| {ROWS[name][2]} | {len(distances)} | {middle} | {ends} | {right:.1%} |")
     return "\n".join(lines)
+
+
+def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
+    """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
+    recipe, steps = record["recipe"], len(row["timesteps"])
+    kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
+    usual = vars(registry.recipe(kind))
+    extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
+    lines = "".join(
+        f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
+    )
+    return f"""---
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+
+# Digits {row["name"]}
+
+The digits model in {steps} step{"s" * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
+`{recipe["model"]}`. No guidance: the UNet runs once a step.
+
+```python
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{row["name"]}")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, guidance_scale=0)
+```
+
+## Training
+
+`accel distill dmd2 --recipe {kind}{extra} --out OUT`:
+{record["steps"]} steps of {recipe["batch"]}, {record["steps"] * record["seconds_per_step"] / 60:.0f} minutes on \
+{record["threads"]} CPU thread of a busy machine. `training.json` has every setting.
+
+## Figures
+
+{row["images"]} images, measured on the stored weights; one training.
+
+| | prompt accuracy | Frechet distance to 500 held-out real images |
+|---|---|---|
+| **this** | {row["prompt_accuracy"]:.1%} | {row["frechet_distance"]:.2f} |
+{lines}
+The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
+limits are the teacher's.
+"""
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from int8_ways import PROMPTS, ways
 
 from accel.assets import DIGITS
 from accel.bundle import Bundle, finalize
-from accel.distill import recipes
+from accel.distill import recipes, registry, settings
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
@@ -137,7 +137,7 @@ def draw(pipeline: Pipeline, images: int) -> np.ndarray:
 def judged(images: np.ndarray) -> dict[str, float]:
     """What the classifier says of images of the prompt set."""
     _, wanted = zip(*digits.prompt_set(len(images) // 10), strict=True)
-    return digits_quality.judge(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
+    return digits_quality.evaluate(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
 
 
 # ------------------------------------------------------------------------------------------- by calibration, in torch
@@ -200,7 +200,7 @@ def trained(model: Model, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
+def training(model: Model, qat: str, steps: int) -> settings.Recipe:
     """A few-step student goes on by DMD2 against the teacher that it came from, any other by fine-tuning."""
     common = dict(
         model=model.name,
@@ -214,10 +214,10 @@ def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
         ema=0.9,
     )
     if model.few_steps is not None:
-        recipe = recipes.recipe("digits_dmd2_1step" if len(model.few_steps) == 1 else "digits_dmd2")
+        recipe = registry.recipe("digits_dmd2_1step" if len(model.few_steps) == 1 else "digits_dmd2")
         # The critic starts as the teacher, so it must learn what the student draws before it says where to go.
         return recipes.changed(recipe, **common, teacher="digits", learning_rate=1e-4, critic_warmup=30)
-    digit = recipes.recipe("digits_lora")
+    digit = registry.recipe("digits_lora")
     fields = {
         name: getattr(digit, name)
         for name in (
@@ -230,7 +230,9 @@ def training(model: Model, qat: str, steps: int) -> recipes.Recipe:
             "sample_prompts",
         )
     }
-    return recipes.changed(recipes.finetune(), **fields, **common, batch=32, learning_rate=1e-4, save_dtype="float16")
+    return recipes.changed(
+        settings.FinetuneRecipe(), **fields, **common, batch=32, learning_rate=1e-4, save_dtype="float16"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the result

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pages
 import torch
@@ -22,8 +23,7 @@ from safetensors import safe_open
 
 from accel import machine
 from accel.assets import DIGITS
-from accel.distill import recipes
-from accel.distill.digits.card import student_card
+from accel.distill import recipes, registry
 from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
@@ -55,7 +55,7 @@ def quality(folder: Path, guidance: float, steps: int) -> dict:
     """500 images, the teacher's sampler and guidance."""
     texts, wanted = zip(*digits.prompt_set(digits.HELD_OUT_PER_DIGIT), strict=True)
     images = digits_quality.generate(load(folder), list(texts), guidance, steps)
-    return digits_quality.judge(images, torch.tensor(wanted))
+    return digits_quality.evaluate(images, torch.tensor(wanted))
 
 
 def unet_parameters(folder: Path) -> int:
@@ -65,7 +65,7 @@ def unet_parameters(folder: Path) -> int:
 
 def run_row(name: str, out: Path, sampler: dict) -> dict:
     kind, fields, shows = ROWS[name]
-    recipe = recipes.changed(recipes.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
+    recipe = recipes.changed(registry.recipe(kind), cache=str(out / "cache"), sample_every=0, log="none", **fields)
     folder, result = out / name, out / f"{name}.json"
     if result.is_file():
         return json.loads(result.read_text())
@@ -136,6 +136,49 @@ def table(rows: list[dict], teacher: dict) -> str:
         )
     floor = teacher["frechet_floor"]
     return "\n".join([*lines, f"| *real images (the floor)* | | | | | {floor:.2f} |"])
+
+
+def student_card(row: dict[str, Any], record: dict[str, Any], sampler: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """README.md of a student's folder, from its figures, its training record and the teacher's figures."""
+    name, recipe = row["name"], record["recipe"]
+    minutes = record["steps"] * record["seconds_per_step"] / 60
+    return f"""---
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+
+# Digits {name}
+
+The digits teacher with blocks removed as in BK-SDM-{name.title()} (arXiv 2305.15798) and distilled with its three
+losses: task, output, features. It draws 64x64 images for prompts such as "a handwritten seven".
+
+```python
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{name}")
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+pipe("a handwritten seven", height=64, width=64, num_inference_steps={sampler["steps"]}, \
+guidance_scale={sampler["guidance"]})
+```
+
+## Training
+
+`accel distill {name} --recipe digits_{name} --out out/digits-{name}`: {record["steps"]} steps of {recipe["batch"]}, \
+{minutes:.0f} minutes on {record["threads"]} CPU threads of a busy machine. `training.json` has every setting.
+
+## Figures
+
+{row["images"]} images, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
+
+| | {name} | teacher |
+|---|---|---|
+| UNet parameters | {row["parameters"]:,} | {teacher["parameters"]["unet"]:,} |
+| prompt accuracy | {row["prompt_accuracy"]:.1%} | {teacher["prompt_accuracy"]:.1%} |
+| Frechet distance to 500 held-out real images | {row["frechet_distance"]:.2f} | {teacher["frechet_distance"]:.2f} |
+
+The distance is taken in the features of the classifier that ships beside this folder; two sets of real images are
+{teacher["frechet_floor"]:.2f} apart. Data, licence of the data and limits are the teacher's.
+"""
 
 
 def main() -> None:

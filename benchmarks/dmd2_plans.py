@@ -2,8 +2,8 @@
 
     python benchmarks/dmd2_plans.py --write
 
-asks `accel distill dmd2 --plan` (nothing is loaded; configs only) and writes benchmarks/dmd2-plans.json and the table
-of docs/dmd2.md.
+asks `accel distill dmd2 --memory-estimate` (nothing is loaded; configs only) and writes benchmarks/dmd2-plans.json and
+the table of docs/dmd2.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS = {
 def plan(recipe: str, model: Path, teacher: Path | None, options: list[str]) -> dict:
     command = [sys.executable, "-m", "accel", "distill", "dmd2", "--recipe", recipe, "--model", str(model)]
     command += ["--teacher", str(teacher)] if teacher else []
-    command += ["--data", "digits", "--plan", "--json", *options]
+    command += ["--data", "digits", "--memory-estimate", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,6 @@ def bars(
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def strips(path: Path, rows: Mapping[str, Any]) -> None:
-    """A wide PIL image for each label, one below the other, as a PNG file."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(len(rows), figsize=(9, 0.62 * len(rows)))
-    for axis, (label, image) in zip(axes, rows.items(), strict=True):
-        axis.imshow(image)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        axis.set(xticks=[], yticks=[])
-    figure.subplots_adjust(hspace=0.03)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -1,67 +1,44 @@
-"""The named recipes, as functions: settings that were published, or that suit the shipped model."""
+"""Named recipes, as functions: settings that were published, or that suit the shipped model.
+
+`registry` lists them under the method that they are settings of.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from accel.errors import UserError
 
-from .settings import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
+from .settings import DistillationRecipe, DMD2Recipe, LoraRecipe, Recipe, TinyVaeRecipe
 
 
-def base() -> Distillation:
+def base() -> DistillationRecipe:
     """SD1.x or SD2.x without the second layer of each stage (BK-SDM-Base, Segmind's SD-Small)."""
-    return Distillation(student="base")
+    return DistillationRecipe(student="base")
 
 
-def small() -> Distillation:
+def small() -> DistillationRecipe:
     """Base without the mid block (BK-SDM-Small)."""
-    return Distillation(student="small")
+    return DistillationRecipe(student="small")
 
 
-def tiny() -> Distillation:
+def tiny() -> DistillationRecipe:
     """Small without the fourth stage (BK-SDM-Tiny, Segmind's SD-Tiny)."""
-    return Distillation(student="tiny")
+    return DistillationRecipe(student="tiny")
 
 
-def finetune() -> Finetune:
-    """The whole UNet, at a low learning rate."""
-    return Finetune()
-
-
-def lora() -> Lora:
-    """A LoRA of the attention layers."""
-    return Lora()
-
-
-def dreambooth() -> DreamBooth:
-    """BK-SDM's published setting: 800 steps, batch 1, 200 class images, prior weight 1, LoRA at 1e-4."""
-    return DreamBooth()
-
-
-def dmd2() -> DMD2:
-    """Four steps, with DMD2's published weights."""
-    return DMD2()
-
-
-def regress() -> Regression:
-    """DMD2's warm-up of SDXL in one step: 10,000 pairs of 50 steps at guidance 8, 3,000 steps."""
-    return Regression()
-
-
-# DMD2 as it was published: one step of the student a batch, and a critic that does not know which.
+# DMD2 as it was published: one step of the student a batch, and a critic that is not conditioned on it.
 _PUBLISHED = dict(step_aware=False, mixed_steps=False)
 
 
-def dmd2_sd15() -> DMD2:
+def dmd2_sd15() -> DMD2Recipe:
     """DMD2's published SD1.5 in one step, in its first stage: 64 processes x 32, without the GAN.
 
     The second stage goes on from its result: 5e-7, --adversarial-weight 1e-3.
     """
-    return DMD2(
+    return DMD2Recipe(
         **_PUBLISHED,
         few_steps=1,
         real_guidance=1.75,
@@ -77,9 +54,9 @@ def dmd2_sd15() -> DMD2:
     )
 
 
-def dmd2_sdxl() -> DMD2:
+def dmd2_sdxl() -> DMD2Recipe:
     """DMD2's published SDXL in four steps: 64 processes x 2, 19,000 generator updates."""
-    return DMD2(
+    return DMD2Recipe(
         **_PUBLISHED,
         resolution=1024,
         few_steps=4,
@@ -95,7 +72,7 @@ def dmd2_sdxl() -> DMD2:
     )
 
 
-def dmd2_sdxl_lora() -> DMD2:
+def dmd2_sdxl_lora() -> DMD2Recipe:
     """DMD2's published LoRA of SDXL in four steps: rank 64, alpha 8, 16,000 generator updates.
 
     The published fake score is a full copy; --critic-rank 64 shares one frozen SDXL among all three networks.
@@ -103,14 +80,14 @@ def dmd2_sdxl_lora() -> DMD2:
     return dataclasses.replace(dmd2_sdxl(), rank=64, alpha=8.0, learning_rate=5e-5, steps=80_000)
 
 
-def dmd2_sdxl_1step() -> DMD2:
-    """DMD2's published SDXL in one step, told t = 399; it starts from a UNet warmed up by `accel distill regress`."""
+def dmd2_sdxl_1step() -> DMD2Recipe:
+    """DMD2's published SDXL in one step at t = 399; it starts from a UNet warmed up by `accel distill regress`."""
     return dataclasses.replace(dmd2_sdxl(), timesteps="399", steps=120_000)
 
 
-def dmd2_imagenet64() -> DMD2:
+def dmd2_imagenet64() -> DMD2Recipe:
     """DMD2's published ImageNet 64 x 64 in one step: 7 processes x 40, 200,000 generator updates."""
-    return DMD2(
+    return DMD2Recipe(
         **_PUBLISHED,
         resolution=64,
         few_steps=1,
@@ -128,14 +105,9 @@ def dmd2_imagenet64() -> DMD2:
     )
 
 
-def vae() -> TinyVae:
-    """TAESD's size: 64 channels, three blocks a stage."""
-    return TinyVae()
-
-
-def sd15_base() -> Distillation:
+def sd15_base() -> DistillationRecipe:
     """BK-SDM's published setting: 50,000 steps of 256 images (here 8 processes x 8 x 4)."""
-    return Distillation(
+    return DistillationRecipe(
         student="base",
         steps=50_000,
         batch=8,
@@ -147,17 +119,17 @@ def sd15_base() -> Distillation:
     )
 
 
-def sd15_small() -> Distillation:
+def sd15_small() -> DistillationRecipe:
     return dataclasses.replace(sd15_base(), student="small")
 
 
-def sd15_tiny() -> Distillation:
+def sd15_tiny() -> DistillationRecipe:
     return dataclasses.replace(sd15_base(), student="tiny")
 
 
-def segmind_small() -> Distillation:
+def segmind_small() -> DistillationRecipe:
     """Distill-SD's SD-Small, which is our `base`: 100,000 steps of 32, weights 1 / 0.5 / 0.5, its own feature pairs."""
-    return Distillation(
+    return DistillationRecipe(
         student="base",
         features="segmind",
         output_weight=0.5,
@@ -172,14 +144,14 @@ def segmind_small() -> Distillation:
     )
 
 
-def segmind_tiny() -> Distillation:
+def segmind_tiny() -> DistillationRecipe:
     """Distill-SD's SD-Tiny: 125,000 steps."""
     return dataclasses.replace(segmind_small(), student="tiny", steps=125_000)
 
 
-def ssd_1b() -> Distillation:
+def ssd_1b() -> DistillationRecipe:
     """SSD-1B: layer-level features, weights 1 / 0.5 / 0.5, 1024 px, 251,000 steps of 32 x 4."""
-    return Distillation(
+    return DistillationRecipe(
         student="ssd-1b",
         features="layers",
         output_weight=0.5,
@@ -197,7 +169,7 @@ def ssd_1b() -> Distillation:
     )
 
 
-def vega() -> Distillation:
+def vega() -> DistillationRecipe:
     """Segmind-Vega's depths with SSD-1B's published setting; Vega's own was not published."""
     return dataclasses.replace(ssd_1b(), student="vega")
 
@@ -215,9 +187,9 @@ _DIGITS: dict[str, Any] = dict(
 )
 
 
-def digits_base() -> Distillation:
+def digits_base() -> DistillationRecipe:
     """The shipped model's students, on two CPU cores in minutes."""
-    return Distillation(
+    return DistillationRecipe(
         **_DIGITS,
         student="base",
         save_dtype="float16",
@@ -234,17 +206,17 @@ def digits_base() -> Distillation:
     )
 
 
-def digits_small() -> Distillation:
+def digits_small() -> DistillationRecipe:
     return dataclasses.replace(digits_base(), student="small")
 
 
-def digits_tiny() -> Distillation:
+def digits_tiny() -> DistillationRecipe:
     return dataclasses.replace(digits_base(), student="tiny")
 
 
-def digits_dmd2_1step() -> DMD2:
+def digits_dmd2_1step() -> DMD2Recipe:
     """The shipped model in one step, in a quarter of an hour on one CPU core."""
-    return DMD2(
+    return DMD2Recipe(
         **_DIGITS,
         save_dtype="float16",
         few_steps=1,
@@ -267,7 +239,7 @@ def digits_dmd2_1step() -> DMD2:
     )
 
 
-def digits_dmd2() -> DMD2:
+def digits_dmd2() -> DMD2Recipe:
     """The same in four steps, from one: each step sees as many images of a batch as the one step did."""
     return dataclasses.replace(
         digits_dmd2_1step(),
@@ -285,9 +257,9 @@ def digits_dmd2() -> DMD2:
     )
 
 
-def digits_vae() -> TinyVae:
+def digits_vae() -> TinyVaeRecipe:
     """The shipped model's tiny VAE, on two CPU cores."""
-    return TinyVae(
+    return TinyVaeRecipe(
         **_DIGITS,
         save_dtype="float16",
         steps=1200,
@@ -302,9 +274,9 @@ def digits_vae() -> TinyVae:
     )
 
 
-def digits_lora() -> Lora:
+def digits_lora() -> LoraRecipe:
     """A LoRA of the shipped model, on two CPU cores in a minute; give --data a folder with a new word for something."""
-    return Lora(
+    return LoraRecipe(
         **_DIGITS,
         steps=80,
         batch=16,
@@ -318,53 +290,7 @@ def digits_lora() -> Lora:
     )
 
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {
-    made.__name__: made
-    for made in (
-        base,
-        small,
-        tiny,
-        dmd2,
-        regress,
-        finetune,
-        lora,
-        dreambooth,
-        vae,
-        sd15_base,
-        sd15_small,
-        sd15_tiny,
-        segmind_small,
-        segmind_tiny,
-        ssd_1b,
-        vega,
-        dmd2_sd15,
-        dmd2_sdxl,
-        dmd2_sdxl_lora,
-        dmd2_sdxl_1step,
-        dmd2_imagenet64,
-        digits_base,
-        digits_small,
-        digits_tiny,
-        digits_lora,
-        digits_dmd2,
-        digits_dmd2_1step,
-        digits_vae,
-    )
-}
-
 R = TypeVar("R", bound=Recipe)
-
-
-def recipe(name: str) -> Recipe:
-    """A recipe by name (`-` and `_` are the same).
-
-    Raises:
-        UserError: for an unknown name; the known ones are listed.
-    """
-    made = RECIPES.get(name.replace("-", "_"))
-    if made is None:
-        raise UserError(f"unknown recipe {name!r}", f"one of: {', '.join(RECIPES)}")
-    return made()
 
 
 def changed(recipe: R, **fields: Any) -> R:

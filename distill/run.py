@@ -1,4 +1,4 @@
-"""A training run from a recipe to a folder: data, cache, method, loop, result."""
+"""Run a training from a recipe to a folder: data, cache, method, loop, result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,17 @@ from accel._version import __version__
 from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.int8 import trained_scales
-from accel.models.source import Source, open_source
+from accel.models.source import Source
 
 from . import settings
 from .data.encoders import Encoders
-from .data.examples import Examples, loader
-from .edm.source import ClassEncoders, is_edm, open_edm
-from .few_step import regression
-from .few_step.dmd2 import DMD2 as DistributionMatching
-from .methods import dreambooth, qat
-from .methods.kd import Denoising
-from .methods.lora import LowRank
-from .methods.tiny_vae import TinyVaeMethod
-from .settings import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Regression, TinyVae
-from .sources.open_data import open_data
+from .methods import qat
+from .registry import entry_of, load
+from .settings import Recipe
 from .training import checkpoints
 from .training.attention import check_attention
 from .training.loop import PRECISIONS, Outcome, accelerator_for, train
 from .training.method import Method
-
-METHODS: dict[type[Recipe], Any] = {
-    Distillation: Denoising,
-    Finetune: Denoising,
-    Lora: LowRank,
-    DreamBooth: dreambooth.method,
-    DMD2: DistributionMatching,
-    Regression: regression.Regression,
-    TinyVae: TinyVaeMethod,
-}
-
-SHOWN = 5  # broken images that are named on the screen
 
 
 def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:
@@ -88,15 +68,13 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     encoders = encoders_of(recipe, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
     source = encoders.source
     check_resolution(recipe, encoders)
-    if isinstance(recipe, DreamBooth):
-        recipe = dreambooth.settled(recipe, encoders)
+    entry = entry_of(recipe)
+    if entry.complete:
+        recipe = load(entry.complete)(recipe, encoders)
     # Before the data, whose cache may take hours: what the method refuses is known at once.
-    method: Method = METHODS[type(recipe)](recipe, encoders)
+    method: Method = load(entry.factory)(recipe, encoders)
     qat.attach(method, recipe)
-    if isinstance(recipe, DreamBooth):
-        batches = dreambooth.batches_of(recipe, encoders, run, accelerator, say, stream_of)
-    else:
-        batches = batches_of(recipe, encoders, run, accelerator, say)
+    batches = load(entry.batches)(recipe, encoders, run, accelerator, say)
     qat.calibrate(method, recipe, accelerator.device, say)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:
@@ -109,7 +87,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     }
     if accelerator.is_main_process:
         if sharded:  # what saves a network wants it whole: a second one, on the CPU
-            method = METHODS[type(recipe)](recipe, encoders_of(recipe))
+            method = load(entry.factory)(recipe, encoders_of(recipe))
             qat.attach(method, recipe)
         for name, tensors in sharded.items():
             method.networks[name].model.load_state_dict(tensors, strict=False)
@@ -127,17 +105,13 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     return outcome
 
 
-def encoders_of(recipe: Recipe, **options: Any) -> Encoders | ClassEncoders:
-    """What turns images and captions into what the recipe's model learns from, by the family of the model.
+def encoders_of(recipe: Recipe, **options: Any) -> Any:
+    """What turns images and captions into the inputs of the recipe's model: `Encoders`, or EDM's `ClassEncoders`.
 
     Raises:
         UserError: for a model that this method does not train.
     """
-    if not is_edm(recipe.model):
-        return Encoders(open_source(recipe.model), **options)
-    if not isinstance(recipe, DMD2):
-        raise UserError(f"{recipe.model} is an EDM model, which is trained by DMD2 alone", "accel distill dmd2")
-    return ClassEncoders(open_edm(recipe.model), **options)
+    return load(entry_of(recipe).encoders)(recipe.model, **options)
 
 
 def check_places(out: Path, run: Path, overwrite: bool) -> None:
@@ -170,105 +144,11 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
         raise UserError(f"resolution {recipe.resolution} is not a multiple of {multiple}", f"--resolution {near}")
 
 
-def batches_of(recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any) -> Any:
-    """(first step) -> micro-batches of this process, from the cache or encoded as they come."""
-    source = data_of(recipe, encoders)
-    if isinstance(recipe, Regression):
-        return regression.batches_of(recipe, source, encoders, run, accelerator, say)
-    return stream_of(source, recipe, encoders, run, accelerator, say)
-
-
-def data_of(recipe: Recipe, encoders: Encoders | ClassEncoders) -> Any:
-    return open_data(
-        recipe.data,
-        image_column=recipe.image_column or None,
-        caption_column=recipe.caption_column or None,
-        split=recipe.split,
-        classes=isinstance(encoders, ClassEncoders),
-    )
-
-
-def stream_of(
-    source: Any, recipe: Recipe, encoders: Encoders, run: Path, accelerator: Any, say: Any, suffix: str = ""
-) -> Any:
-    """(first step) -> micro-batches of a data source; `suffix` sets its cache apart from that of another source."""
-    placement = dict(
-        seed=recipe.seed, resolution=recipe.resolution, center_crop=recipe.center_crop, random_flip=recipe.random_flip
-    )
-    cache = None
-    if encoders.uncached and recipe.cache == "auto":
-        say(f"no cache: {encoders.uncached}")
-    elif recipe.cache != "none":
-        folder = run / f"cache{suffix}" if recipe.cache == "auto" else Path(f"{recipe.cache}{suffix}")
-        cache = build_cache(recipe, source, encoders, folder, placement, accelerator)
-    skipped = run / "skipped.jsonl"
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        skipped.unlink(missing_ok=True)
-
-    def on_broken(name: str, reason: str) -> None:
-        if len(examples.broken) <= SHOWN:
-            say(f"skipped {name}: {reason}" + f"; more are in {skipped}" * (len(examples.broken) == SHOWN))
-        if accelerator.is_main_process:
-            with skipped.open("a") as file:
-                file.write(json.dumps({"name": name, "reason": reason}) + "\n")
-
-    examples = Examples(
-        source,
-        **placement,
-        caption_dropout=recipe.caption_dropout,
-        size_conditioning=encoders.sdxl,
-        cache=cache,
-        on_broken=on_broken,
-    )
-    say(f"data{suffix}: {len(examples)} images" + (", cached" if cache else ""))
-    if cache and cache.broken:
-        say(f"{len(cache.broken)} images cannot be used and are left out")
-        examples.note([{"name": name, "reason": reason} for name, reason in cache.broken.items()])
-
-    def batches(step: int) -> Iterator[dict[str, Any]]:
-        return loader(
-            examples,
-            step=step,
-            batch=recipe.batch,
-            accumulation=recipe.accumulation,
-            workers=recipe.workers,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-
-    return batches
-
-
-def build_cache(
-    recipe: Recipe, source: Any, encoders: Encoders, folder: Path, placement: dict[str, Any], accelerator: Any
-) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from .data.make_cache import build
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("latents and texts", total=1.0)
-        return build(
-            source,
-            encoders,
-            folder,
-            **placement,
-            variants=recipe.cache_variants,
-            dtype=recipe.cache_dtype,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
-        )
-
-
 def training_record(recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any) -> dict[str, Any]:
     """How the result was made, to be kept beside it."""
     device = accelerator.device
     return {
-        "method": type(recipe).__name__,
+        "method": recipe.method,
         "recipe": dataclasses.asdict(recipe),
         "steps": outcome.steps,
         "seconds_per_step": round(outcome.seconds_per_step, 4),

@@ -1,4 +1,4 @@
-"""Train a small student, or train a pipeline on: one method per sub-verb, its options made from the recipe's fields."""
+"""Train a small student, or fine-tune a pipeline: one sub-verb per method, one option per field of its recipe."""
 
 from __future__ import annotations
 
@@ -7,44 +7,42 @@ import dataclasses
 import difflib
 import json
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import Notice, UserError
+
+if TYPE_CHECKING:
+    from accel.distill.registry import MethodEntry
+    from accel.distill.settings import Recipe
 
 EXAMPLE = "accel distill tiny --model runwayml/stable-diffusion-v1-5 --data photos/ --recipe sd15_tiny --out my-tiny"
 
-# Sub-verb -> the recipe its defaults come from.
-METHODS = {
-    "base": "SD1.x or SD2.x without one layer of each stage (BK-SDM-Base, Segmind's SD-Small)",
-    "small": "base without the mid block (BK-SDM-Small)",
-    "tiny": "small without the fourth stage (BK-SDM-Tiny, Segmind's SD-Tiny)",
-    "ssd-1b": "SDXL with SSD-1B's transformer depths",
-    "vega": "SDXL with Segmind-Vega's transformer depths",
-    "dmd2": "a student of few steps, by distribution matching and a discriminator (DMD2)",
-    "regress": "warm a one-step student up on the teacher's own images",
-    "finetune": "train the UNet of any pipeline on",
-    "lora": "train a LoRA of any pipeline: a small file of low-rank updates",
-    "dreambooth": "teach any pipeline a subject from a few images",
-    "vae": "a tiny VAE that stands in for a pipeline's own, whose decoder costs most of a few-step image",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from accel.distill.registry import METHODS
+
     methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, parser_class=_Parser)
-    for name, text in METHODS.items():
+    for name, entry in METHODS.items():
         method = methods.add_parser(
             name,
-            help=text,
-            description=text,
+            help=entry.help,
+            description=entry.help,
             usage=f"accel distill {name} --model M --data D --out O [options]",
             epilog=f"example: {EXAMPLE.replace('tiny', name)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        _add_method(method, name)
+        method.add_options = partial(_add_options, method, name, entry)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which option was probably meant."""
+    """Gets its options when it is chosen, and suggests the nearest one for a misspelt one."""
+
+    add_options: Callable[[], None] | None = None
 
     def error(self, message: str) -> Any:
         known = [text.lstrip("-") for action in self._actions for text in action.option_strings if text[:2] == "--"]
@@ -57,48 +55,52 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
+        if self.add_options:
+            self.add_options()
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found, rest
 
 
-def _add_method(parser: argparse.ArgumentParser, name: str) -> None:
-    from accel.distill.recipes import recipe
-
-    parser.add_argument("--out", required=name != "dmd2", type=Path, help="folder to write the trained pipeline to")
-    parser.add_argument("--run", type=Path, help="checkpoints, losses, samples (default: OUT-run); kept to resume")
-    parser.add_argument("--recipe", help="named settings to start from; options given here override its fields")
+def _add_options(parser: argparse.ArgumentParser, name: str, entry: MethodEntry) -> None:
+    parser.add_argument("--out", type=Path, required=not entry.memory_estimate, help="folder of the trained pipeline")
+    parser.add_argument(
+        "--run", type=Path, help="folder of checkpoints, losses and samples (default: OUT-run); kept to resume"
+    )
+    parser.add_argument("--recipe", help="named settings to start from; other options override its fields")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    if name == "dmd2":
-        parser.add_argument("--plan", action="store_true", help="print the memory that the run would need, and stop")
-        parser.add_argument("--processes", type=int, default=1, help="FSDP2 processes that --plan divides by")
+    if entry.memory_estimate:
+        parser.add_argument(
+            "--memory-estimate", action="store_true", help="print the memory that a run needs, and stop"
+        )
+        parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)  # its name until 0.2
+        parser.add_argument("--processes", type=int, default=1, help="FSDP2 processes of the memory estimate")
     parser.add_argument("--json", action="store_true", help="print the training record as JSON")
-    for field in dataclasses.fields(recipe(name)):
+    defaults = entry.settings()
+    for field in dataclasses.fields(defaults):
         if field.name == "student":
             continue  # the sub-verb says it
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        default = getattr(recipe(name), field.name)
+        text, default, choices = field.metadata["help"], getattr(defaults, field.name), field.metadata["choices"]
         text += f" (default: {default})" if default != "" and "default" not in text else ""
-        kind = type(default)
-        options: dict[str, Any] = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-        parser.add_argument(flag, default=None, help=text.replace("%", "%%"), **options)
+        options: dict[str, Any] = dict(type=type(default), choices=choices)
+        if isinstance(default, bool):
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif choices:
+            options["metavar"] = "{" + ",".join(filter(None, choices)) + "}"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **options)
 
 
 def run(args: argparse.Namespace) -> int:
-    from accel.distill import recipes
+    from accel.distill import recipes, registry
     from accel.distill.run import execute
-    from accel.errors import UserError
 
     if args.threads:
         import torch
 
         torch.set_num_threads(args.threads)
-    settings = recipes.recipe(args.recipe or args.method)
-    own = recipes.recipe(args.method)
-    if type(settings) is not type(own) or getattr(settings, "student", None) != getattr(own, "student", None):
-        raise UserError(f"recipe {args.recipe} is not one of {args.method}", f"one of: {', '.join(_recipes(own))}")
+    settings = registry.recipe(args.recipe or args.method, args.method)
     given = {
         field.name: value
         for field in dataclasses.fields(settings)
@@ -106,9 +108,11 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = recipes.changed(settings, **given)
     if getattr(args, "plan", False):
-        return _plan(settings, args)
+        warnings.warn(Notice("--plan is now called --memory-estimate"), stacklevel=2)
+    if getattr(args, "memory_estimate", False) or getattr(args, "plan", False):
+        return _print_memory_estimate(settings, args)
     if not args.out:
-        raise UserError("no --out given", "--out FOLDER, or --plan to see what the run needs")
+        raise UserError("no --out given", "--out FOLDER, or --memory-estimate to see what the run needs")
     outcome = execute(settings, args.out, args.run, overwrite=args.overwrite)
     if outcome.stopped:
         print(f"stopped after step {outcome.steps}; the same command goes on from there", file=sys.stderr)
@@ -116,34 +120,29 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
-        whole = (args.out / "model_index.json").is_file()
-        option = "" if whole else f" --{'vae' if args.method == 'vae' else 'lora'} {args.out}"
-        print(f"{args.out} is ready: accel export {args.out if whole else args.model or 'MODEL'} BUNDLE{option}")
+        print(f"{args.out} is ready{_next_command(args.out, args.model or 'MODEL')}")
     return 0
 
 
-def _plan(settings: Any, args: argparse.Namespace) -> int:
-    from accel.distill.few_step.memory import predict
+def _next_command(out: Path, model: str) -> str:
+    """How `accel export` takes a result: a pipeline, a LoRA or a VAE."""
+    if (out / "model_index.json").is_file():
+        return f": accel export {out} BUNDLE"
+    parts = {"pytorch_lora_weights.safetensors": "lora", "config.json": "vae"}
+    option = next((option for name, option in parts.items() if (out / name).is_file()), None)
+    return f": accel export {model} BUNDLE --{option} {out}" if option else ""
+
+
+def _print_memory_estimate(settings: Recipe, args: argparse.Namespace) -> int:
+    from accel.distill.registry import entry_of, load
     from accel.distill.run import encoders_of
-    from accel.errors import UserError
 
     if args.processes < 1:
-        raise UserError(f"{args.processes} processes make no sense", "--processes 1, or more")
-    plan = predict(settings, encoders_of(settings), shards=args.processes)
+        raise UserError(f"invalid processes: {args.processes} (expected an integer >= 1)", "--processes 1, or more")
+    memory = load(entry_of(settings).memory_estimate)(settings, encoders_of(settings), shards=args.processes)
     if args.json:
-        print(json.dumps({"peak_bytes": plan.peak, "parts": dict(plan.parts), "parameters": dict(plan.parameters)}))
+        parts, parameters = dict(memory.parts), dict(memory.parameters)
+        print(json.dumps({"peak_bytes": memory.peak, "parts": parts, "parameters": parameters}))
     else:
-        print("\n".join(plan.lines()))
+        print("\n".join(memory.lines()))
     return 0
-
-
-def _recipes(own: Any) -> list[str]:
-    """Names of the recipes of the same method and student."""
-    from accel.distill.recipes import RECIPES
-
-    student = getattr(own, "student", None)
-    return [
-        name
-        for name, made in RECIPES.items()
-        if type(made()) is type(own) and getattr(made(), "student", None) == student
-    ]

@@ -1,4 +1,4 @@
-"""How good are a model's images, by a named protocol."""
+"""Evaluate a model's images by a named protocol."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
     parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
     parser.add_argument(
-        "--out", required=True, help="folder for the images and the result; a run that was interrupted goes on there"
+        "--out", required=True, help="folder of the images and the result; an interrupted run continues there"
     )
     parser.add_argument("--sampler", help=f"pndm, {', '.join(SAMPLERS)} (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
-    parser.add_argument("--limit", type=int, help="only the first so many images")
-    parser.add_argument("--batch", type=int, help="images at once (default: the protocol's); changes only the speed")
-    parser.add_argument("--reference", help="folder of real images, where the protocol needs them")
-    parser.add_argument("--captions", help="file of captions (.csv or .txt), where the protocol needs it")
+    parser.add_argument("--limit", type=int, help="evaluate only the first LIMIT images")
+    parser.add_argument("--batch", type=int, help="images per call (default: the protocol's); changes only the speed")
+    parser.add_argument("--reference", help="folder of real images, for protocols that need them")
+    parser.add_argument("--captions", help="file of captions (.csv or .txt), for protocols that need them")
     parser.add_argument(
         "--patience",
         type=float,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if result is None:
         done = {"rank": shard.rank, "processes": shard.world, "out": args.out}
-        print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its images are there")
+        print(json.dumps(done) if args.json else f"rank {shard.rank} of {shard.world}: its images are done")
     elif args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -100,7 +100,7 @@ def _show(result: dict[str, Any], out: str) -> None:
     seconds = result["seconds"]
     print(
         f"{result['images']} images, {sampling['sampler']}, steps {steps}, guidance {sampling['guidance']:g}, "
-        f"{sampling['dtype']}; {result['pictures_made']} of them made now in {seconds['images']:.1f} s, "
+        f"{sampling['dtype']}; {result['pictures_made']} of them made now in {seconds['pictures']:.1f} s, "
         f"measured in {seconds['metrics']:.1f} s\n"
         f"images and result: {out}"
     )

@@ -175,9 +175,9 @@ def refuse_difference(folder: Path, had: Any, asked: dict[str, Any]) -> None:
         raise UserError(f"{folder / 'key.json'} is damaged", "choose another folder for the cache")
     if not (other := [name for name in asked if had.get(name) != asked[name]]):
         return
-    told = [_WORDS.get(name) or f"{name} {had.get(name)}, where {asked[name]} is asked for" for name in other]
+    changes = [_WORDS.get(name) or f"{name} {had.get(name)}, where {asked[name]} is wanted" for name in other]
     raise UserError(
-        f"the cache in {folder} was made with {'; '.join(told)}",
+        f"the cache in {folder} was made with {'; '.join(changes)}",
         f"choose another folder for the cache, or remove this one: rm -r {folder}",
     )
 

@@ -1,4 +1,4 @@
-"""Where the square that training sees lies in an image: resize, crop, flip.
+"""Resize, crop and flip: which square of an image training uses.
 
 As torchvision's Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip do it, which BK-SDM and diffusers' training
 scripts use; with Pillow alone.

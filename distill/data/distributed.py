@@ -1,17 +1,16 @@
-"""Processes that share a piece of work wait for each other."""
+"""Processes that share a piece of work wait for each other's files."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from accel import interrupt
-from accel.errors import UserError
 
-PATIENCE = 3600.0  # seconds without any news from the other processes
+POLL = 0.2  # seconds between two looks
 
 
 def grouped() -> bool:
@@ -24,26 +23,27 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def meet(files: Sequence[Path]) -> None:
-    """Wait until all processes have done their share, of which each leaves some of the files.
+def wait_for_files(
+    files: Sequence[Path], patience: float, progress: Callable[[int], None] = lambda there: None
+) -> list[Path]:
+    """Wait until every process has written its files: a share may take hours, and a barrier gives up after minutes.
 
-    First by looking for them, because a share may take hours and a barrier gives up after minutes; then at a barrier,
-    because a file may be there from an earlier run and just be found damaged.
+    Args:
+        files: of all processes together.
+        patience: seconds without a new file after which to give up.
+        progress: called with the number of files that are there.
 
-    Raises:
-        UserError: when nothing new has come for an hour.
+    Returns:
+        The files that are missing when it gives up; none where all are there.
     """
-    waiting, since = list(files), time.monotonic()
-    while missing := [file for file in waiting if not file.is_file()]:
-        if len(missing) < len(waiting):
+    missing, since = list(files), time.monotonic()
+    while True:
+        still = [file for file in missing if not file.is_file()]
+        if len(still) < len(missing):
             since = time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(
-                f"{len(missing)} files are missing in {missing[0].parent}, the first one {missing[0].name}; "
-                f"nothing new has come for {PATIENCE:.0f} seconds",
-                "a process of this run has stopped; start again: what is finished is kept",
-            )
-        waiting = missing
+        missing = still
+        progress(len(files) - len(missing))
+        if not missing or time.monotonic() - since > patience:
+            return missing
         interrupt.check()
-        time.sleep(0.2)
-    barrier()
+        time.sleep(POLL)

@@ -1,4 +1,4 @@
-"""Images to latents, captions to what the UNet is conditioned on: the frozen half of a pipeline."""
+"""Encode images to latents and captions to the UNet's conditions: the frozen half of a pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Encoders:
         dtype: dtype the text encoders run in. The VAE stays in float32: SDXL's overflows in float16.
         text_learns: the text encoders are trained, so captions are encoded in the loss and not ahead of it.
         open: how another pipeline of this kind is opened, a teacher's.
+        by_class: captions are class numbers; never here, see `edm.source.ClassEncoders`.
     """
+
+    by_class = False
 
     source: Source
     device: torch.device | str = "cpu"

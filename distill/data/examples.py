@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from accel.errors import UserError
 
-from ..sources.item import BrokenItem, Item, Source
-from . import rng as draws
+from ..sources.item import BrokenItem, ImageSource, Item
+from . import rng
 from .crop import Placement, pixels, place, time_ids
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ FIRST = 100  # rows after which it is clear whether most of the data is broken
 
 
 class Examples(Dataset):
-    """Example i of a run, the same one in whichever process and however often it is asked for.
+    """Example i of a run, the same one in every process and at every access.
 
     A row that is broken is replaced by the next one that is not, for that example only; all others stay where they
     are. `broken` names what was passed over.
@@ -48,7 +48,7 @@ class Examples(Dataset):
 
     def __init__(
         self,
-        source: Source | None,
+        source: ImageSource | None,
         *,
         seed: int,
         resolution: int,
@@ -97,7 +97,7 @@ class Examples(Dataset):
         Raises:
             UserError: when all rows are broken, or most of the first hundred.
         """
-        row, epoch = draws.row(index, self._count, self.seed)
+        row, epoch = rng.row(index, self._count, self.seed)
         replaced: list[dict[str, Any]] = []
         for candidate in itertools.chain(range(row, self._count), range(row)):
             try:
@@ -175,10 +175,10 @@ class Examples(Dataset):
         return {"name": name, "caption": self.cache.caption(chosen)} | latents | self.cache.prompt(chosen)
 
     def _caption(self, index: int, count: int) -> int:
-        return int(draws.generator(self.seed, index, "caption").integers(count))
+        return int(rng.generator(self.seed, index, "caption").integers(count))
 
     def _keeps_caption(self, index: int) -> bool:
-        return draws.generator(self.seed, index, "dropout").random() >= self.caption_dropout
+        return rng.generator(self.seed, index, "dropout").random() >= self.caption_dropout
 
 
 def placement_of(
@@ -191,9 +191,9 @@ def placement_of(
     Raises:
         BrokenItem: when the image is too narrow.
     """
-    rng = draws.generator(seed, epoch * count + row, "placement")
+    numbers = rng.generator(seed, epoch * count + row, "placement")
     try:
-        return place(item.image.size, resolution, center_crop=center_crop, random_flip=random_flip, rng=rng)
+        return place(item.image.size, resolution, center_crop=center_crop, random_flip=random_flip, rng=numbers)
     except ValueError as error:
         raise BrokenItem(item.name, str(error)) from None
 
@@ -233,7 +233,7 @@ def loader(
         UserError: as `Examples` does, also when a worker met the problem.
     """
     micro_batches = (
-        list(draws.micro_batch(at, micro, batch=batch, accumulation=accumulation, rank=rank, world=world))
+        list(rng.micro_batch(at, micro, batch=batch, accumulation=accumulation, rank=rank, world=world))
         for at in itertools.count(step)
         for micro in range(accumulation)
     )

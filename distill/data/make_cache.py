@@ -26,7 +26,7 @@ from accel import interrupt
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, read_json, require_space, write_bytes, write_json
 
-from ..sources.item import BrokenItem, Lines, Source
+from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
 from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
 from .crop import pixels, time_ids
@@ -34,13 +34,14 @@ from .encoders import Encoders
 from .examples import FIRST, placement_of
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PATIENCE = 3600.0  # seconds without a new file from the other processes
 _STALE = 3600.0  # seconds after which a temporary file is nobody's any more
 
 Progress = Callable[[str, float], None]
 
 
 def build(
-    source: Source,
+    source: ImageSource,
     encoders: Encoders,
     folder: str | Path | None = None,
     *,
@@ -102,7 +103,14 @@ def build(
     maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
     with _disk(folder):
         maker.run()
-        distributed.meet([_note(folder, name) for name in maker.names()])
+        files = [_note(folder, name) for name in maker.names()]
+        if missing := distributed.wait_for_files(files, PATIENCE):
+            raise UserError(
+                f"{len(missing)} files are missing in {folder}, the first one {missing[0].stem}; "
+                f"nothing new has come for {PATIENCE:g} seconds",
+                "a process of this run has stopped; start again: what is finished is kept",
+            )
+        distributed.barrier()  # a file of an earlier run may just be found damaged by another process
         # All write the same bytes, so without a process group it does not matter who is last.
         if rank == 0 or not distributed.grouped():
             maker.finish()
@@ -130,7 +138,7 @@ class _Maker:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         encoders: Encoders,
         folder: Path,
         key: dict[str, Any],
@@ -229,18 +237,18 @@ class _Maker:
                 for caption in self.source.captions(row):
                     self.texts.setdefault(caption, len(self.texts))
             except BrokenItem:
-                continue  # told when its image is encoded
+                continue  # reported when its image is encoded
         if self.rank == 0:
             self._put(name, _lines(self.texts))
 
-    def _text_shard(self, name: str, rows: range, tell: Callable[[int], None]) -> None:
+    def _text_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         texts = list(self.texts)[rows.start : rows.stop]
         made = []
         for start in range(0, len(texts), self.batch):
             interrupt.check()
             part = texts[start : start + self.batch]
             made.append({key: self._cast(value, part) for key, value in self.encoders.prompts(part).items()})
-            tell(start + len(part))
+            progress(start + len(part))
         self._put(name, serialized({key: torch.cat([part[key] for part in made]) for key in made[0]}))
 
     def _cast(self, value: torch.Tensor, texts: list[str]) -> torch.Tensor:
@@ -253,7 +261,7 @@ class _Maker:
 
     # latents
 
-    def _latent_shard(self, name: str, rows: range, tell: Callable[[int], None]) -> None:
+    def _latent_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         listed: list[dict[str, Any]] = []
         waiting: list[dict[str, Any]] = []  # read and placed, not encoded yet
         size = self.key["resolution"] // self.encoders.factor
@@ -288,7 +296,7 @@ class _Maker:
             if len(waiting) * self.key["variants"] >= self.batch:
                 encode()
             self._watch(row)
-            tell(len(listed))
+            progress(len(listed))
         if waiting:
             encode()
         self._put(name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)

@@ -1,7 +1,7 @@
-"""What is random in training, as pure functions of (seed, index of the example).
+"""Random numbers of training, as pure functions of (seed, index of the example).
 
 `index` counts the examples of a run from its first step on, over all processes: example i of the run is the same
-image with the same noise however many processes, micro-batches or restarts it takes to reach it. So a resumed run
+image with the same noise in any number of processes and micro-batches, and after any restart. So a resumed run
 needs no random state to go on exactly, and two processes see together what one sees with the joint batch.
 """
 

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from accel.errors import UserError
 
 
-def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Values [b] in the dtype of `like` [b, ...] and in a shape that broadcasts over it, such as [b, 1, 1, 1]."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
     """x_t, each row at its own noise level."""
-    return _rows(alpha_bar.sqrt(), x0) * x0 + _rows((1 - alpha_bar).sqrt(), x0) * eps
+    return per_row(alpha_bar.sqrt(), x0) * x0 + per_row((1 - alpha_bar).sqrt(), x0) * eps
 
 
 def target(prediction_type: str, x0: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def target(prediction_type: str, x0: torch.Tensor, eps: torch.Tensor, alpha_bar:
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "v_prediction":
-        return _rows(alpha_bar.sqrt(), x0) * eps - _rows((1 - alpha_bar).sqrt(), x0) * x0
+        return per_row(alpha_bar.sqrt(), x0) * eps - per_row((1 - alpha_bar).sqrt(), x0) * x0
     if prediction_type == "sample":
         return x0
     raise UserError(f"unknown prediction type {prediction_type!r}", "one of: epsilon, v_prediction, sample")

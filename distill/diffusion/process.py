@@ -32,7 +32,7 @@ class Diffusion:
         return self.schedule.T
 
     def start(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What a student's first step sees: noise alone, whichever timestep it is told (arXiv 2405.14867, 4.3)."""
+        """Input of a student's first step: noise alone, at whichever timestep (arXiv 2405.14867, section 4.3)."""
         return noise
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,8 @@ class Diffusion:
 
     def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The clean image that a prediction means, float64."""
-        a = self.alpha_bar(t).view(-1, *[1] * (x_t.dim() - 1))
         said, seen = prediction.double(), x_t.double()
+        a = losses.per_row(self.alpha_bar(t), seen)
         kind = self.schedule.prediction_type
         if kind == "epsilon":
             return (seen - (1 - a).sqrt() * said) / a.sqrt()

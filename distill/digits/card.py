@@ -1,4 +1,4 @@
-"""The model card and the image of the digits model."""
+"""The model card of the digits teacher, and a contact sheet of digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import recipes
+from accel.sheet import contact_sheet
+
+from ..sources.digits import SIZE, WORDS, pixels
 
 
 def parameters(model: nn.Module) -> int:
@@ -96,100 +98,7 @@ It knows ten digits and about thirty words. Anything else gives some digit or a 
 """
 
 
-def student_card(row: dict[str, Any], record: dict[str, Any], sampler: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """README.md of a student's folder, from its figures, its training record and the teacher's figures."""
-    name, recipe = row["name"], record["recipe"]
-    minutes = record["steps"] * record["seconds_per_step"] / 60
-    return f"""---
-pipeline_tag: text-to-image
-library_name: diffusers
----
-
-# Digits {name}
-
-The digits teacher with blocks removed as in BK-SDM-{name.title()} (arXiv 2305.15798) and distilled with its three
-losses: task, output, features. It draws 64x64 images for prompts such as "a handwritten seven".
-
-```python
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{name}")
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, num_inference_steps={sampler["steps"]}, \
-guidance_scale={sampler["guidance"]})
-```
-
-## Training
-
-`accel distill {name} --recipe digits_{name} --out out/digits-{name}`: {record["steps"]} steps of {recipe["batch"]}, \
-{minutes:.0f} minutes on {record["threads"]} CPU threads of a busy machine. `training.json` has every setting.
-
-## Figures
-
-{row["images"]} images, DPM++ 2M, {sampler["steps"]} steps, guidance {sampler["guidance"]}; the teacher's settings.
-
-| | {name} | teacher |
-|---|---|---|
-| UNet parameters | {row["parameters"]:,} | {teacher["parameters"]["unet"]:,} |
-| prompt accuracy | {row["prompt_accuracy"]:.1%} | {teacher["prompt_accuracy"]:.1%} |
-| Frechet distance to 500 held-out real images | {row["frechet_distance"]:.2f} | {teacher["frechet_distance"]:.2f} |
-
-The distance is taken in the features of the classifier that ships beside this folder; two sets of real images are
-{teacher["frechet_floor"]:.2f} apart. Data, licence of the data and limits are the teacher's.
-"""
-
-
-def few_step_card(row: dict[str, Any], record: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """README.md of a few-step student's folder, from its figures, its training record and those of the undistilled."""
-    recipe, steps = record["recipe"], len(row["timesteps"])
-    kind = "digits_dmd2_1step" if steps == 1 else "digits_dmd2"
-    usual = vars(recipes.recipe(kind))
-    extra = "".join(f" --{name} {recipe[name]}" for name in ("model", "teacher") if recipe[name] != usual[name])
-    lines = "".join(
-        f"| {line['shows']} | {line['prompt_accuracy']:.1%} | {line['frechet_distance']:.2f} |\n" for line in baselines
-    )
-    return f"""---
-pipeline_tag: text-to-image
-library_name: diffusers
----
-
-# Digits {row["name"]}
-
-The digits model in {steps} step{"s" * (steps > 1)}, distilled by DMD2 (arXiv 2405.14867); it started from
-`{recipe["model"]}`. No guidance: the UNet runs once a step.
-
-```python
-from diffusers import LCMScheduler, StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{row["name"]}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe("a handwritten seven", height=64, width=64, timesteps={row["timesteps"]}, guidance_scale=0)
-```
-
-## Training
-
-`accel distill dmd2 --recipe {kind}{extra} --out OUT`:
-{record["steps"]} steps of {recipe["batch"]}, {record["steps"] * record["seconds_per_step"] / 60:.0f} minutes on \
-{record["threads"]} CPU thread of a busy machine. `training.json` has every setting.
-
-## Figures
-
-{row["images"]} images, measured on the stored weights; one training.
-
-| | prompt accuracy | Frechet distance to 500 held-out real images |
-|---|---|---|
-| **this** | {row["prompt_accuracy"]:.1%} | {row["frechet_distance"]:.2f} |
-{lines}
-The distance is taken in the features of the classifier that ships beside this folder. Data, licence of the data and
-limits are the teacher's.
-"""
-
-
-def image_grid(images: torch.Tensor, columns: int) -> Any:
-    """Images [n, 3, h, w] in -1..1, n a multiple of `columns`, as one PIL image."""
-    from PIL import Image
-
-    count, channels, height, width = images.shape
-    rows = images.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    grid = rows.reshape(count // columns * height, columns * width, channels)
-    return Image.fromarray(((grid + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+def digit_sheet(images: torch.Tensor) -> Any:
+    """A contact sheet of images [n, 3, 64, 64] in -1..1 of the digits 0 to 9 in turn, n a multiple of ten; PIL."""
+    rows = pixels(images).reshape(-1, 10, SIZE, SIZE, 3)
+    return contact_sheet({f"{number + 1}": row for number, row in enumerate(rows)}, WORDS, cell=SIZE)

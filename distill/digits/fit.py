@@ -2,6 +2,9 @@
 
 Random numbers of a step depend on the seed and the step alone, so a run that is killed and started again ends with the
 same weights as one that was not.
+
+`training.loop` is the loop of every training method; it starts from a pipeline. This one makes the parts of the first
+pipeline, before there is any: a loss of random numbers is all it takes.
 """
 
 from __future__ import annotations

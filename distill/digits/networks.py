@@ -54,7 +54,7 @@ TEXT: Mapping[str, Any] = MappingProxyType(
         hidden_act="quick_gelu",
     )
 )
-# SD 1.5's own scheduler file, but for v instead of epsilon (see `train_digits.denoising_loss`). PNDM does not read
+# SD 1.5's own scheduler file, but for v instead of epsilon (see `train.denoising_loss`). PNDM does not read
 # clip_sample; schedulers made from this config, such as DDIM, do.
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
     dict(

@@ -2,8 +2,8 @@
 
     python -m accel.distill.digits.train --out out/digits
 
-makes a tokenizer, a digit classifier (the judge), a VAE, a text encoder, and a UNet trained together with it; writes
-an ordinary diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures it.
+trains a digit classifier (for the evaluation), a VAE, a text encoder, and a UNet together with it; writes an ordinary
+diffusers pipeline to `<out>/teacher` and the classifier to `<out>/classifier.safetensors`; and measures both.
 Killed and started again it goes on from its last checkpoint, and ends with the same weights as if it had not been.
 """
 
@@ -28,16 +28,16 @@ from accel.errors import UserError
 from ..evaluation.digits import (
     Classifier,
     classifier_loss,
+    evaluate,
     frechet_floor,
     generate,
-    judge,
     load_classifier,
     prompt_accuracy,
     save_classifier,
 )
 from ..sources import digits
 from . import networks
-from .card import image_grid, model_card, parameters
+from .card import digit_sheet, model_card, parameters
 from .fit import CONSOLE, Stage, fit
 
 PROMPT_DROPOUT = 0.1
@@ -49,7 +49,7 @@ KL_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DigitsSettings:
     """Everything that decides the result. Two runs with equal settings give equal weights on the same machine."""
 
     steps: int = 800
@@ -128,7 +128,7 @@ def text_loss(model: nn.ModuleDict, tokens: torch.Tensor, digit: torch.Tensor, e
     return F.cross_entropy(scores[padding], digit[:, None].expand_as(tokens)[padding])
 
 
-def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classifier, dict[str, float]]:
+def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, Classifier, dict[str, float]]:
     """Everything but the measuring: a diffusers pipeline in full precision, the classifier, seconds per part."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -167,7 +167,7 @@ def train(settings: Settings, run: Path, every: int = 100) -> tuple[Any, Classif
         rows = pick(len(images), settings.classifier_batch, generator)
         return classifier_loss(classifier, images[rows], labels[rows], generator)
 
-    CONSOLE.print("classifier: learns to judge the digits")
+    CONSOLE.print("classifier: learns to read the digits")
     seconds["classifier"] = fit(
         stage("classifier", settings.classifier_steps, settings.classifier_batch, settings.classifier_learning_rate),
         classifier,
@@ -265,7 +265,7 @@ def measure(pipeline: Any, classifier: Classifier, how: Measure) -> dict[str, An
     def figures(guidance: float, per_digit: int, seed: int) -> dict[str, Any]:
         texts, wanted = zip(*digits.prompt_set(per_digit), strict=True)
         images = generate(pipeline, list(texts), guidance, how.sample_steps, seed)
-        result = judge(images, torch.tensor(wanted), classifier)
+        result = evaluate(images, torch.tensor(wanted), classifier)
         CONSOLE.print(
             f"guidance {guidance}: {result['images']} images, prompt accuracy {result['prompt_accuracy']:.3f}, "
             f"Frechet distance {result['frechet_distance']:.2f}"
@@ -287,21 +287,21 @@ def measure(pipeline: Any, classifier: Classifier, how: Measure) -> dict[str, An
     )
 
 
-def run_all(settings: Settings, how: Measure, out: Path, run: Path, every: int = 100) -> dict[str, Any]:
+def run_all(settings: DigitsSettings, how: Measure, out: Path, run: Path, every: int = 100) -> dict[str, Any]:
     """Train, save, load again as a user would, measure, write the figures and the model card."""
     pipeline, classifier, seconds = train(settings, run, every)
     teacher = save(pipeline, classifier, out)
     CONSOLE.print(f"written: {teacher}; now measured as loaded from there")
-    stored, judge_model = load(teacher), load_classifier(out / "classifier.safetensors")
-    quality = measure(stored, judge_model, how)
+    stored, reader = load(teacher), load_classifier(out / "classifier.safetensors")
+    quality = measure(stored, reader, how)
     quality |= dict(seconds=seconds, threads=torch.get_num_threads(), settings=dataclasses.asdict(settings))
     quality |= dict(parameters={name: parameters(getattr(stored, name)) for name in ("unet", "text_encoder", "vae")})
     (teacher / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     sampler = dict(name="dpmpp_2m", steps=how.sample_steps, guidance=quality["guidance"])
     (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
-    (teacher / "README.md").write_text(model_card(stored, judge_model, settings, quality), encoding="utf-8")
+    (teacher / "README.md").write_text(model_card(stored, reader, settings, quality), encoding="utf-8")
     texts = [prompt for prompt, _ in digits.prompt_set(10)]
-    image_grid(generate(stored, texts, quality["guidance"], how.sample_steps), 10).save(run / "grid.png")
+    digit_sheet(generate(stored, texts, quality["guidance"], how.sample_steps)).save(run / "grid.png")
     CONSOLE.print(f"figures: {teacher / 'quality.json'}; images to look at: {run / 'grid.png'}")
     return quality
 
@@ -317,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--run", type=Path, default=Path("runs/digits"), help="checkpoints; kept to resume")
     made.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints")
     made.add_argument("--threads", type=int, default=2, help="CPU threads")
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(DigitsSettings):
         kind = type(field.default)
         made.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=" ")
     made.add_argument("--guidance", type=float, nargs="+", default=list(Measure.guidance), help="scales to choose from")
@@ -330,7 +330,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    settings = DigitsSettings(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(DigitsSettings)}
+    )
     how = Measure(
         guidance=tuple(options.guidance),
         choose_per_digit=options.choose_per_digit,

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from accel.errors import UserError
 
+from ..diffusion.losses import per_row
+
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 SIGMA_DATA = 0.5
 # Of the full-size network: 295.9 M is what ADM and EDM publish. ADM's own network also predicts variances; the three
@@ -49,7 +51,7 @@ def edm_sigmas(
     ramp = np.linspace(0.0, 1.0, n) if n > 1 else np.ones(1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (low + ramp * (high - low)) ** rho
-    sigmas[-1] = sigma_max  # a sampler is told to start at 80, not at the rounding error beside it
+    sigmas[-1] = sigma_max  # a sampler starts at exactly 80, not at the rounding error beside it
     if n > 1:
         sigmas[0] = sigma_min
     return sigmas
@@ -122,13 +124,13 @@ def class_index(labels: torch.Tensor, classes: int) -> torch.Tensor:
         bad = (labels != nn.functional.one_hot(index, classes).to(labels.dtype)).any(1)
     else:
         raise UserError(
-            f"labels of shape {list(labels.shape)} and type {labels.dtype} are no classes",
+            f"labels of shape {list(labels.shape)} and type {labels.dtype} are not classes",
             f"give whole numbers [b], or one-hot rows [b, {classes}]",
         )
     # Asked before the look-up: an index beyond a table stops a GPU's whole process, with no word about labels.
     if not torch.compiler.is_compiling() and not is_fake(bad) and bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise UserError(f"label {row} is no class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
+        raise UserError(f"label {row} is not a class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
     return index
 
 
@@ -179,11 +181,11 @@ class Preconditioned(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = coefficients(sigma, self.sigma_data)
-        scaled, index = (_rows(c_in, x) * x).to(self.unet.dtype), self._classes(labels)
+        scaled, index = (per_row(c_in, x) * x).to(self.unet.dtype), self._classes(labels)
         if bottleneck:
             return self._encode(scaled, c_noise, index).to(x.dtype)
         said = self.unet(scaled, c_noise, class_labels=index, return_dict=False)[0]
-        return _rows(c_skip, x) * x + _rows(c_out, x) * said.to(x.dtype)
+        return per_row(c_skip, x) * x + per_row(c_out, x) * said.to(x.dtype)
 
     def _classes(self, labels: torch.Tensor | None) -> torch.Tensor | None:
         classes = self.unet.config.num_class_embeds
@@ -236,8 +238,4 @@ def loss_weight(sigma: torch.Tensor, sigma_data: float = SIGMA_DATA) -> torch.Te
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x_sigma = x_0 + sigma eps, each row at its own level; in the dtype of x0."""
-    return x0 + _rows(sigma, x0).to(x0.dtype) * eps
-
-
-def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+    return x0 + per_row(sigma, x0) * eps

@@ -15,8 +15,9 @@ import torch
 
 from accel.errors import UserError
 from accel.files import read_json
-from accel.models.source import Source
+from accel.models.source import Source, open_source
 
+from ..data.encoders import Encoders
 from ..training.pipelines import SAVE_DTYPES, write_network
 from .preconditioning import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, Preconditioned
 
@@ -42,12 +43,12 @@ def open_edm(path: str | Path) -> EDMSource:
     """Open a folder that `save_edm` wrote.
 
     Raises:
-        UserError: when it is none.
+        UserError: when it is not one.
     """
     path = Path(path)
     if not is_edm(path):
         raise UserError(
-            f"{path} is no folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
+            f"{path} is not a folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
         )
     return EDMSource(path, path.resolve().name, read_json(path / "model_index.json", "model_index.json"))
 
@@ -80,7 +81,7 @@ def save_edm(
 
 @dataclass
 class ClassEncoders:
-    """What `encode.Encoders` is for text to image: here an image is its own latent, and a caption a class number."""
+    """`data.encoders.Encoders` of an EDM model: an image is its own latent, a caption is a class number."""
 
     source: EDMSource
     device: torch.device | str = "cpu"
@@ -88,6 +89,7 @@ class ClassEncoders:
     text_learns: bool = False
     open: Callable[[str], EDMSource] = open_edm
 
+    by_class = True
     sdxl = False
     inpaints = False
     factor = 1
@@ -111,12 +113,30 @@ class ClassEncoders:
         """Captions that are class numbers to `context`, int64 [n].
 
         Raises:
-            UserError: for one that is no number; the network finds those that are no class.
+            UserError: for one that is not a number; the network refuses numbers that are not classes.
         """
         wrong = next((text for text in texts if not text.strip().isdigit()), None)
         if wrong is not None:
             raise UserError(
-                f"{wrong[:60]!r} is no class number, and {self.source.name} draws one of {self.classes} classes",
+                f"{wrong[:60]!r} is not a class number, and {self.source.name} draws one of {self.classes} classes",
                 "give images in one folder per class, or a column of class numbers: --caption-column label",
             )
         return {"context": torch.tensor([int(text) for text in texts], device=self.device)}
+
+
+def open_encoders(model: str | Path, **options: Any) -> Encoders | ClassEncoders:
+    """The encoders of a text-to-image pipeline, or of an EDM folder."""
+    if is_edm(model):
+        return ClassEncoders(open_edm(model), **options)
+    return Encoders(open_source(model), **options)
+
+
+def open_text_encoders(model: str | Path, **options: Any) -> Encoders:
+    """The encoders of a text-to-image pipeline.
+
+    Raises:
+        UserError: for an EDM folder.
+    """
+    if is_edm(model):
+        raise UserError(f"{model} is an EDM model, which is trained by DMD2 alone", "accel distill dmd2")
+    return Encoders(open_source(model), **options)

@@ -67,10 +67,12 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged pickle raises anything
         if isinstance(error, pickle.UnpicklingError) and _head(path) in (b"\x80", b"P"):  # a pickle, or one in a zip
             raise _is_code(path) from None
-        line = "it is no file of torch" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        line = (
+            "it is not a file of torch" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        )
         raise UserError(f"{path} cannot be read: {line or type(error).__name__}", "get the file again") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no table of tensors", "save the network's state_dict() alone")
+        raise UserError(f"{path} does not hold a dict of tensors", "save the network's state_dict() alone")
     return dict(state)
 
 

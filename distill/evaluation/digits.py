@@ -1,11 +1,11 @@
-"""How good are generated digits? A classifier says whether they are the digit asked for, and how far from real ones.
+"""Quality of generated digits: prompt accuracy by a classifier, and Frechet distance to real digits.
 
 Prompt accuracy: the share of images in which a classifier sees the digit of the prompt.
 
 Frechet distance (Heusel et al. 2017, arXiv 1706.08500), between the normal distributions fitted to two sets of
 features: |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)). Heusel takes the features from Inception-v3; here they are the
 64 penultimate features of the digit classifier. The distance of two finite sets of the same source is not zero, so
-every figure is given with its floor: 500 real training images against the 500 held-out images that judge a model,
+every figure is given with its floor: 500 real training images against the 500 held-out images that evaluate a model,
 50 of each digit on either side. A model that only repeats its training data gets the floor, not zero.
 """
 
@@ -146,7 +146,7 @@ def generate(
     return torch.cat(made)
 
 
-def judge(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> dict[str, float]:
+def evaluate(images: torch.Tensor, wanted: torch.Tensor, classifier: Classifier | None = None) -> dict[str, float]:
     """Prompt accuracy of generated images, and their Frechet distance to the 500 held-out real ones."""
     classifier = classifier or load_classifier()
     return dict(

@@ -1,4 +1,4 @@
-"""Evaluate a model by a named protocol: make its images, shared among processes and resumable, and measure them."""
+"""Evaluate a model by a named protocol: generate its images, on several processes and resumable, and measure them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..sources import digits
 from . import digits as digits_quality
 from . import generators, metrics
 from .protocols import Protocol, full_id, overridden, protocol, sampling_changes, sampling_record
-from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for
+from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for_images
 
 SCHEMA = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -56,14 +56,14 @@ def evaluate(
     Args:
         model: a diffusers pipeline folder, a hub id, `digits`, `digits/NAME`, or a bundle.
         name: id of the protocol, a key of `protocols.PROTOCOLS`.
-        out: folder for `run.json`, `images/` and the result. Images that are there are not made again.
-        sampler, steps, guidance: instead of the protocol's; they become a part of the id of every figure.
-        limit: this many images, the first ones, instead of all; so does this.
-        batch: images at once; it does not change the images (beyond rounding).
+        out: folder for `run.json`, `pictures/` and the result. Images that exist are kept.
+        sampler, steps, guidance: instead of the protocol's; recorded in the id of every metric.
+        limit: evaluate only the first N images; recorded in the id of every metric.
+        batch: images per call; it does not change the images (beyond rounding).
         reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
         captions: a .csv with a heading and a column of captions, or a .txt with one to a line.
-        engine, options: what runs a bundle, and its options; `dtype` overrides the protocol's.
-        shard: which images this process makes. Rank 0 also waits for the others' and measures.
+        engine, options: the engine of a bundle and its options; `dtype` overrides the protocol's.
+        shard: which images this process generates. Rank 0 also waits for the others' and measures.
         patience: how many seconds rank 0 waits for the next image of another process.
         progress: called as (stage, fraction of the stage).
 
@@ -78,7 +78,7 @@ def evaluate(
     chosen = protocol(name)
     count = _count(chosen, limit)
     if batch is not None and batch < 1:
-        raise UserError(f"batch = {batch} makes no sense", "use a whole number of at least 1")
+        raise UserError(f"invalid batch: {batch} (expected an integer >= 1)", "--batch 1, or more")
     prompts, wanted = _prompts(chosen, captions, count)
     real: list[Path] | metrics.Statistics = []
     if shard.rank == 0:
@@ -90,7 +90,7 @@ def evaluate(
         engine = choose(engine, opened.origin.component("unet"))  # now, so that the record says which one `auto` was
     usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
     used = overridden(usual, sampler, steps, guidance)
-    # Given on the command line, then the protocol's; a bundle computes in its own unless it is told otherwise.
+    # Given on the command line, then the protocol's; a bundle computes in its own unless another is given.
     dtype = options.get("dtype") or (chosen.dtype if opened.kind == "pipeline" else None) or opened.dtype
     if opened.kind == "pipeline":
         options["dtype"] = dtype
@@ -111,7 +111,7 @@ def evaluate(
     making = time.perf_counter() - started
     if shard.rank:
         return None
-    files = wait_for(
+    files = wait_for_images(
         out,
         count,
         chosen.format,
@@ -154,7 +154,10 @@ def _count(chosen: Protocol, limit: int | None) -> int:
     if limit is None:
         return chosen.images
     if not 2 <= limit <= chosen.images:
-        raise UserError(f"limit = {limit} makes no sense", f"{chosen.id} has {chosen.images} images: use 2 to that")
+        raise UserError(
+            f"invalid limit: {limit} (expected an integer >= 2 and <= {chosen.images})",
+            f"{chosen.id} has {chosen.images} images",
+        )
     return limit
 
 
@@ -358,7 +361,7 @@ def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str
     pixels = np.stack([np.asarray(metrics.read_image(path).convert("RGB")) for path in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     labels = torch.tensor(wanted)
-    quality = digits_quality.judge(images, labels, classifier)
+    quality = digits_quality.evaluate(images, labels, classifier)
     real, of = digits.dataset("train")
     per_digit = torch.bincount(labels, minlength=10).tolist()
     rows = torch.cat([torch.nonzero(of == digit)[:many, 0] for digit, many in enumerate(per_digit)])

@@ -1,6 +1,6 @@
-"""A model that can be asked for images: a pipeline folder run by diffusers, or a bundle run by an engine.
+"""Generate images with a model: a pipeline folder run by diffusers, or a bundle run by an engine.
 
-Image after image comes from its own seed. Its generator gives the initial latents first and then, to a stochastic
+Each image comes from its own seed. Its generator gives the initial latents first and then, to a stochastic
 sampler, the noise of one step after another; so an image does not depend on the batch it is made in, and both kinds
 of model start from the same noise.
 """
@@ -41,7 +41,7 @@ class Model:
         name: what to call it.
         digest: of everything that decides its images: weights, configs, tokenizers; or of the bundle.
         own: the sampling constants it carries along, None where it has none.
-        dtype: what it computes in unless told otherwise.
+        dtype: what it computes in unless another dtype is asked for.
     """
 
     origin: Source | Bundle
@@ -152,7 +152,7 @@ def _pipeline_maker(
     pipeline = _assemble(source, sampling).to(device, DTYPES[dtype])
     scale = pipeline.vae_scale_factor
     if size % scale:
-        raise UserError(f"{size} px is no multiple of {scale}", "choose another protocol for this model")
+        raise UserError(f"{size} px is not a multiple of {scale}", "choose another protocol for this model")
     shape = (pipeline.unet.config.in_channels, size // scale, size // scale)
 
     def make(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The figures that protocols name: their arithmetic, and thin adapters to the networks that see the images.
+"""Metrics: their arithmetic, and thin adapters to the networks that compute features of images.
 
 Arithmetic (`frechet_distance`, `inception_score`, `clip_score`) takes features and knows no network. The networks come
 from the libraries that the field's published figures come from (extra `evaluate`): pytorch-fid, clean-fid,
@@ -224,13 +224,13 @@ Progress = Callable[[float], None]
 
 
 @torch.no_grad()
-def seen(
+def features_of(
     paths: Sequence[Path], how: Preparation, extractor: Extractor, batch: int = 32, progress: Progress = lambda _: None
 ) -> np.ndarray:
     """Features [n, d] of image files, prepared, in batches.
 
     Raises:
-        UserError: naming a file that is no image.
+        UserError: naming a file that is not an image.
     """
     found = []
     for start in range(0, len(paths), batch):
@@ -250,7 +250,7 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no image that can be read: {error}", "remove it or get it again") from None
+        raise UserError(f"{path} is not an image that can be read: {error}", "remove it or get it again") from None
 
 
 def measure(
@@ -270,22 +270,22 @@ def measure(
     require([metric])
     if metric.kind == "clip_score":
         see, read = _loaded(metric, lambda: open_clip(metric.extractor, device))
-        features = seen(images, metric.prepare, see, progress=progress)
+        features = features_of(images, metric.prepare, see, progress=progress)
         texts = [metric.prefix + caption for caption in captions]
         with torch.no_grad():
             embedded = np.concatenate([read(texts[start : start + 64]) for start in range(0, len(texts), 64)])
         return {"value": clip_score(features, embedded)}
     extractor = _loaded(metric, lambda: EXTRACTORS[metric.extractor][0](device))
     if metric.kind == "inception_score":
-        value, deviation = inception_score(seen(images, metric.prepare, extractor, progress=progress))
+        value, deviation = inception_score(features_of(images, metric.prepare, extractor, progress=progress))
         return {"value": value, "deviation": deviation}
     if metric.kind != "frechet":
         raise ValueError(f"no metric of kind {metric.kind!r}")
-    made = statistics(seen(images, metric.prepare, extractor, progress=lambda share: progress(share / 2)))
+    made = statistics(features_of(images, metric.prepare, extractor, progress=lambda share: progress(share / 2)))
     if not isinstance(reference, tuple):
         # One at a time where images keep their sizes: cropping a smaller one than the crop leaves it as it is.
         batch = 32 if metric.prepare.size else 1
-        real = seen(reference, metric.prepare, extractor, batch, lambda share: progress(0.5 + share / 2))
+        real = features_of(reference, metric.prepare, extractor, batch, lambda share: progress(0.5 + share / 2))
         reference = statistics(real)
     return {"value": frechet_of(made, reference)}
 

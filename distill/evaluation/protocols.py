@@ -1,4 +1,4 @@
-"""How a figure of quality is measured, as data. A Frechet distance or a CLIP score without its protocol says nothing.
+"""Evaluation protocols, as data. A Frechet distance or a CLIP score without its protocol says nothing.
 
 A protocol fixes the prompts, the sampler, the noise, the storage format, the way images are resized, the real
 images and the weights of every metric. What is changed by hand becomes a part of its name, which is printed with
@@ -110,7 +110,7 @@ class Protocol:
 
 DIGITS = Protocol(
     id="digits",
-    title="500 digits, judged by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
+    title="500 digits, read by a classifier: prompt accuracy, and Frechet distance of its features to real ones'",
     images=500,
     prompts="digits",
     sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=3.0),
@@ -212,17 +212,17 @@ def protocol(name: str) -> Protocol:
         UserError: when there is none.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"there is no protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
+        raise UserError(f"unknown protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def overridden(
     base: Sampling, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
 ) -> Sampling:
-    """`base` with what was asked for in its place. Another sampler walks its own grid, in as many steps as before.
+    """`base` with the given values in its place. Another sampler uses its own timesteps, as many as before.
 
     Raises:
-        UserError: for an unknown sampler, or numbers that make no sense.
+        UserError: for an unknown sampler, or numbers out of range.
     """
     if sampler is not None and sampler not in schedulers():
         raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(schedulers())}")

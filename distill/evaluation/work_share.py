@@ -1,4 +1,4 @@
-"""A folder of numbered images that several processes fill together, and that a killed run goes on filling.
+"""A folder of numbered images that several processes generate together, and that a restarted run completes.
 
     out/run.json               the settings that every image in it was made with
     out/pictures/00000.png     written whole or not at all; image i is made by the process of rank i % world
@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from PIL import Image
 from accel.errors import UserError
 from accel.files import read_json, write_bytes, write_json
 
+from ..data.distributed import wait_for_files
+
 IMAGES, RUN = "pictures", "run.json"
 SUFFIX = {"png": ".png", "jpeg": ".jpg"}
-POLL = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def shard_of(environment: Mapping[str, str]) -> Shard:
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", environment.get("RANK", "0"))):
         text = environment.get(name, default)
         if not text.isdecimal():
-            raise UserError(f"{name} = {text!r} is no whole number", f"unset {name}, or set it as torchrun does")
+            raise UserError(f"{name} = {text!r} is not a whole number", f"unset {name}, or set it as torchrun does")
         found.append(int(text))
     rank, world, local = found
     if rank >= world:
@@ -117,7 +117,7 @@ def confirm(out: Path, settings: Mapping[str, Any]) -> None:
     """
     there = read_json(out / RUN, "the record of an earlier run")
     if not isinstance(there, dict):
-        raise UserError(f"{out / RUN} is no table", "choose another --out")
+        raise UserError(f"{out / RUN} is not a JSON object", "choose another --out")
     differences = [
         f"{key} was {_short(there.get(key))} and is {_short(settings.get(key))} now"
         for key in [*settings, *(key for key in there if key not in settings)]
@@ -155,7 +155,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def wait_for(
+def wait_for_images(
     out: Path, count: int, kind: str, world: int, patience: float, progress: Callable[[int], None] = lambda _: None
 ) -> list[Path]:
     """The files of all images, once they are all there.
@@ -168,20 +168,12 @@ def wait_for(
         UserError: naming the images that did not come and whose they are.
     """
     files = [image_file(out, index, kind) for index in range(count)]
-    missing, since = list(range(count)), time.monotonic()
-    while True:
-        still = [index for index in missing if not files[index].exists()]
-        if len(still) < len(missing):
-            since = time.monotonic()
-        missing = still
-        progress(count - len(missing))
-        if not missing:
-            return files
-        if time.monotonic() - since > patience:
-            names = ", ".join(files[index].name for index in missing[:5]) + (" ..." if len(missing) > 5 else "")
-            ranks = ", ".join(str(rank) for rank in sorted({index % world for index in missing}))
-            raise UserError(
-                f"{len(missing)} of {count} images did not come within {patience:g} s: {names} (of rank {ranks})",
-                "start those processes again, or run this one alone with WORLD_SIZE=1: finished images are kept",
-            )
-        time.sleep(POLL)
+    if missing := wait_for_files(files, patience, progress):
+        late = set(missing)
+        names = ", ".join(file.name for file in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        ranks = ", ".join(str(rank) for rank in range(world) if late & set(files[rank::world]))
+        raise UserError(
+            f"{len(missing)} of {count} images did not come within {patience:g} s: {names} (of rank {ranks})",
+            "start those processes again, or run this one alone with WORLD_SIZE=1: finished images are kept",
+        )
+    return files

@@ -1,4 +1,4 @@
-"""EDM's ImageNet 64 x 64 as few-step distillation sees it: images of a class, in pixels, without text or autoencoder.
+"""Few-step distillation of EDM's ImageNet 64 x 64: images of a class, in pixels, without text or autoencoder.
 
 A model is a folder of `edm.source`.
 """
@@ -21,7 +21,7 @@ from accel.sheet import contact_sheet
 from ..edm import preconditioning
 from ..edm.sampler import pixels
 from ..edm.source import ClassEncoders, EDMSource, save_edm
-from ..settings import DMD2 as Recipe
+from ..settings import DMD2Recipe
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Karras:
 class ClassToImage:
     """Networks are `edm.Preconditioned`, conditions are class numbers [b]."""
 
-    guides = False  # there is no class for "none"
+    guides = False  # no class stands for "no class"
 
-    def __init__(self, recipe: Recipe, encoders: ClassEncoders):
+    def __init__(self, recipe: DMD2Recipe, encoders: ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         constants, theirs = encoders.source.config("scheduler"), self.teacher.config("scheduler")

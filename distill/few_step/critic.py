@@ -31,11 +31,11 @@ def head(channels: int, size: int) -> nn.Sequential:
             (nn.Conv2d(channels, channels, kernel, stride, padding), nn.GroupNorm(groups, channels), nn.SiLU())
         )
 
-    asked = size
+    cells = size
     while size > 4:
         if size % 2:
             raise UserError(
-                f"a bottleneck of {asked} x {asked} cells does not halve down to 4",
+                f"a bottleneck of {cells} x {cells} cells does not halve down to 4",
                 "choose a resolution whose bottleneck is 4, 8, 16, 32 or 64 cells wide",
             )
         stage(4, 2, 1)
@@ -47,7 +47,7 @@ def head(channels: int, size: int) -> nn.Sequential:
 def bottleneck(
     unet: nn.Module, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: Mapping | None = None
 ) -> torch.Tensor:
-    """What a `UNet2DConditionModel` knows at its narrowest place, [b, C, h, w]; the decoder does not run."""
+    """The features of a `UNet2DConditionModel` at its bottleneck, [b, C, h, w]; the decoder does not run."""
     embedding = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t))
     extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=context, added_cond_kwargs=added)
     embedding = embedding if extra is None else embedding + extra
@@ -73,16 +73,17 @@ class Critic(nn.Module):
         network: a copy of the teacher.
         family: how it is called and where its bottleneck is (`text_to_image.TextToImage` and others).
         seed: of the head's weights.
-        steps: of the student, if the critic is told which of them drew an image: a vector for each is added to the
-            conditions, zero at first. Without it the scores are those of the mixture of all steps, which can be right
-            while none of them is; only the last one's images are ever seen.
+        steps: number of the student's steps, if the critic is conditioned on the step that made an image, by an
+            embedding that is added to the conditions (zero at first); 1 for no conditioning. Without it the scores are
+            those of the mixture of all steps, which can be right while none of them is, and only the last step's
+            images are used.
     """
 
     def __init__(self, network: nn.Module, family: Any, seed: int = 0, steps: int = 1):
         super().__init__()
         self.network = network
         self._family = family
-        self.told = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
+        self.step_embedding = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = head(*family.bottleneck_shape())
@@ -91,20 +92,24 @@ class Critic(nn.Module):
     def core(self) -> nn.Module:
         return self.network
 
-    def tell(self, conditions: Any, steps: list[int] | None) -> Any:
-        return conditions if self.told is None else self._family.tell(conditions, self.told[steps])
+    def condition_on_step(self, conditions: Any, steps: list[int] | None) -> Any:
+        return (
+            conditions
+            if self.step_embedding is None
+            else self._family.condition_on_step(conditions, self.step_embedding[steps])
+        )
 
     def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
-        """mu_fake's prediction, in the units of the teacher's, for what the student's `steps` draw, one a row."""
-        return self._family.call(self.network, x_t, t, self.tell(conditions, steps))
+        """mu_fake's prediction, in the units of the teacher's, for images of the student's `steps`, one step a row."""
+        return self._family.call(self.network, x_t, t, self.condition_on_step(conditions, steps))
 
     def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
-        """D(x_t) [b]: positive for real, negative for what those `steps` of the student draw."""
-        told = self.tell(conditions, steps)
-        return self.head(self._family.bottleneck(self.network, x_t, t, told)).flatten(1).mean(1)
+        """D(x_t) [b]: positive for real, negative for images of those `steps` of the student."""
+        conditions = self.condition_on_step(conditions, steps)
+        return self.head(self._family.bottleneck(self.network, x_t, t, conditions)).flatten(1).mean(1)
 
     def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):
-        """Everything of one critic turn in one call, as wrappers of several processes need it.
+        """Everything of one critic phase in one call, as wrappers of several processes need it.
 
         Args:
             score: arguments of `score`.

@@ -1,10 +1,10 @@
 """DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
 
-A generator G learns to draw in a few steps what its teacher draws in many. Per sample, at a random t,
+A generator G learns to generate in a few steps what its teacher generates in many. Per sample, at a random t,
 
     grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
 
-mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise what G draws, in
+mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise G's images, in
 several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's images
 from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
 """
@@ -24,108 +24,109 @@ from accel.sampling.samplers import dmd2_timesteps
 from ..data import rng
 from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
+from ..diffusion.losses import per_row
 from ..edm.source import ClassEncoders
 from ..methods.kd import DTYPES
-from ..settings import DMD2 as Recipe
-from ..training.method import Network, Terms, Turn
-from ..training.monitors import Symptom
+from ..settings import DMD2Recipe
+from ..training.method import OptimizerPhase, Terms, TrainedNetwork
+from ..training.monitors import Monitor
 from . import critic, shared_lora
 from .class_to_image import ClassToImage
 from .text_to_image import TextToImage
 
-SYMPTOMS = (
-    Symptom(
+MONITORS = (
+    Monitor(
         "generator/lag",
         1.25,
-        "the fake score does not keep up with what the generator draws, and the matching gradient is noise",
+        "the fake score does not keep up with the generator's images, and the matching gradient is noise",
         "a larger --ratio or --critic-learning-rate, or a smaller --learning-rate",
     ),
-    Symptom(
+    Monitor(
         "critic/accuracy",
         0.95,
-        "the discriminator tells every drawn image from a real one, and the generator has no slope to follow",
+        "the discriminator recognises every generated image, and the generator has no gradient to follow",
         "a smaller --discriminator-weight or --critic-learning-rate",
     ),
 )
 
 
 class DMD2:
-    """The method: generator and critic learn in turns; the teacher is frozen.
+    """The method: generator and critic learn in phases; the teacher is frozen.
 
     Args:
         recipe: its settings.
         encoders: the frozen half of the generator's pipeline, which says what family it is of.
     """
 
-    symptoms = SYMPTOMS
+    monitors = MONITORS
 
-    def __init__(self, recipe: Recipe, encoders: Encoders | ClassEncoders):
+    def __init__(self, recipe: DMD2Recipe, encoders: Encoders | ClassEncoders):
         self.recipe, self.encoders = recipe, encoders
-        self.family = family = (ClassToImage if isinstance(encoders, ClassEncoders) else TextToImage)(recipe, encoders)
+        self.family = family = (ClassToImage if encoders.by_class else TextToImage)(recipe, encoders)
         if recipe.real_guidance != 1 and not family.guides:
             raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
         self.process = family.process
         self.timesteps = timesteps_of(recipe, self.process.levels)
         self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
-        told = len(self.timesteps) if recipe.step_aware and family.guides else 1
-        self.critic = critic.Critic(fake, family, recipe.seed, told)
+        steps = len(self.timesteps) if recipe.step_aware and family.guides else 1
+        self.critic = critic.Critic(fake, family, recipe.seed, steps)
         if not recipe.adversarial_weight:
             self.critic.head.requires_grad_(False)
         self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.networks = {
-            "generator": Network(self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)),
-            "critic": Network(
+            "generator": TrainedNetwork(
+                self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)
+            ),
+            "critic": TrainedNetwork(
                 self.critic, self.critic, averaged=False, shardable=not shared_lora.is_shared(self.critic)
             ),
         }
         rate = recipe.critic_learning_rate or recipe.learning_rate
-        self.turns = (
-            Turn("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
-            Turn("critic", ("critic",), learning_rate=rate),
+        self.phases = (
+            OptimizerPhase("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
+            OptimizerPhase("critic", ("critic",), learning_rate=rate),
         )
         self._drawn: dict[int, torch.Tensor] = {}
         self.dtype = torch.float32
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         chosen = self.recipe.teacher_dtype
-        if chosen != "auto" and chosen not in DTYPES:
-            raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
         self.device, self.dtype = device, dtype
         shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
         for network in (self.generator, self.critic.network):
             shared_lora.place(network, device, dtype)
         self.family.ready()
 
-    # ---------------------------------------------------------------------------------------------------- the two turns
+    # --------------------------------------------------------------------------------------------------- the two phases
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         first = batch["index"][0]
         for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
-            parameter.requires_grad_(turn.name == "critic")
+            parameter.requires_grad_(phase.name == "critic")
         last = self.last(batch, step)
-        if turn.name == "generator":
+        if phase.name == "generator":
             x = self.draw(batch, last)
             self._drawn[first] = x.detach()
-            return self.generator_turn(x, batch, last)
+            return self.generator_phase(x, batch, last)
         x = self._drawn.pop(first, None)
         if x is None:
             with torch.no_grad():
                 x = self.draw(batch, last)
-        return self.critic_turn(x, batch, last)
+        return self.critic_phase(x, batch, last)
 
     def last(self, batch: Mapping[str, Any], step: int) -> list[int]:
         """At which of its steps G is trained, for each image of a batch: all of them in turn, or one that all share.
 
         Shared, it depends on the training step alone, so that all processes agree. A critic that meets one step a batch
-        is fitted to the last one it met, and pushes what the other steps draw away from it.
+        is fitted to the last one it met, and pushes the images of the other steps away from it.
         """
         count, rows = len(self.timesteps), len(batch["index"])
         if self.recipe.mixed_steps and rows >= count:
             return [index % count for index in batch["index"]]
         return [int(rng.generator(self.recipe.seed, step, "steps").integers(count))] * rows
 
-    def generator_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
-        """Losses of x, which G's steps `last` drew."""
+    def generator_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
+        """Losses of x, the images of G's steps `last`."""
         gradient, diagnostics = self.matching_gradient(x.detach(), batch, last)
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
@@ -138,7 +139,7 @@ class DMD2:
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
-    def critic_turn(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
+    def critic_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
         t, eps = self.noise_level(batch, "critic", x)
         score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
         fake = real = None
@@ -185,7 +186,7 @@ class DMD2:
         return torch.stack([drawn[row] for row in range(len(z))])
 
     def draw_from_real(self, batch: Mapping[str, Any], last: list[int], noise: torch.Tensor) -> torch.Tensor:
-        """As `draw`, but G's last call sees noised real images, as it never does when it draws."""
+        """As `draw`, but G's last call sees noised real images, which it never sees at inference."""
         real, drawn = clean(batch, self.recipe.seed), {}
         for number in sorted(set(last)):
             at = self.at(number, noise)
@@ -211,7 +212,7 @@ class DMD2:
     def matching_gradient(
         self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
-        """The gradient of distribution matching by x [b, c, h, w], and what tells whether the fake score keeps up."""
+        """The gradient of distribution matching by x [b, c, h, w], and diagnostics of the fake score."""
         count = self.process.levels
         low, high = int(self.recipe.low * count), int(self.recipe.high * count)
         t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
@@ -269,8 +270,8 @@ class DMD2:
 
 def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Equation 3 of DMD2 with the normalisation of DMD (arXiv 2311.18828, equation 8), float64 [b, c, h, w]."""
-    scale = (x.double() - real.double()).abs().flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
-    return (fake.double() - real.double()) / scale
+    scale = (x.double() - real.double()).abs().flatten(1).mean(1)
+    return (fake.double() - real.double()) / per_row(scale, real.double())
 
 
 def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -278,11 +279,11 @@ def matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
 
 
-def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
+def timesteps_of(recipe: DMD2Recipe, training_steps: int) -> tuple[int, ...]:
     """The student's timesteps, falling.
 
     Raises:
-        UserError: for steps or timesteps that cannot be.
+        UserError: for steps or timesteps out of range.
     """
     if recipe.timesteps:
         try:
@@ -291,7 +292,10 @@ def timesteps_of(recipe: Recipe, training_steps: int) -> tuple[int, ...]:
             raise UserError(f"timesteps {recipe.timesteps!r} are not numbers", "--timesteps 999,749,499,249") from None
     else:
         if not 1 <= recipe.few_steps <= training_steps:
-            raise UserError(f"a student of {recipe.few_steps} steps cannot be", "--few-steps 1, 2, 4 or 8")
+            raise UserError(
+                f"invalid few_steps: {recipe.few_steps} (expected an integer >= 1 and <= {training_steps})",
+                "--few-steps 1, 2, 4 or 8",
+            )
         given = tuple(dmd2_timesteps(recipe.few_steps, training_steps, one_step=training_steps - 1))
     if list(given) != sorted(set(given), reverse=True) or not 0 <= given[-1] <= given[0] < training_steps:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What a DMD2 run needs in memory, computed before anything is loaded.
+"""Estimate the memory of a DMD2 run before anything is loaded.
 
-Both turns of an iteration run on tensors without content (torch's FakeTensorMode), while the bytes that would be held
-are counted. Weights are not read, only configs.
+Both phases of an iteration run on fake tensors (torch's FakeTensorMode) while the bytes of the real ones are counted.
+Weights are not read, only configs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..data.encoders import Encoders
 from ..edm.preconditioning import SIGMA_DATA, Preconditioned
 from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
-from ..settings import DMD2
+from ..settings import DMD2Recipe
 from ..training.method import refused_sharding
-from .dmd2 import DMD2 as Method
+from .dmd2 import DMD2
 from .shared_lora import Adapted
 
 GIB = 2**30
@@ -37,8 +37,8 @@ _FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes at the peak of one process, and what they are.
+class MemoryEstimate:
+    """Memory at the peak of one process, in bytes, by what it holds.
 
     Attributes:
         parts: name -> bytes, those of `peak`.
@@ -105,8 +105,8 @@ class Live(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Hollow:
-    """A source whose networks have shapes and no content."""
+class FakeSource:
+    """A model whose networks have shapes and no weights, to be loaded on the meta device."""
 
     source: Source
 
@@ -121,7 +121,9 @@ class Hollow:
         return made
 
 
-def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1, foreach: bool = True) -> Plan:
+def predict(
+    recipe: DMD2Recipe, encoders: Encoders | ClassEncoders, *, shards: int = 1, foreach: bool = True
+) -> MemoryEstimate:
     """The peak of one process.
 
     Mixed precision is the CPU autocast's; a GPU's keeps a few more layers in float32. What FSDP2 gathers for the layer
@@ -141,8 +143,8 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
         raise refused_sharding()
     dtype = PRECISIONS[recipe.mixed_precision]
     with torch.device("meta"):
-        method = Method(recipe, hollow(encoders))
-        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # what has no content cannot be moved
+        method = DMD2(recipe, fake_encoders(encoders))
+        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # fake tensors cannot be moved
         method.place(torch.device("meta"), dtype)
         qat.attach(method, recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -152,8 +154,12 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
         if recipe.gradient_checkpointing:
             for network in method.networks.values():
                 network.core.enable_gradient_checkpointing()
-        learn = {turn.name: learning(method.networks[name].model) for turn in method.turns for name in turn.networks}
-        used = [turn_bytes(method, turn, batch_of(recipe, method.encoders), foreach, shards) for turn in method.turns]
+        learn = {
+            phase.name: learning(method.networks[name].model) for phase in method.phases for name in phase.networks
+        }
+        used = [
+            phase_bytes(method, phase, batch_of(recipe, method.encoders), foreach, shards) for phase in method.phases
+        ]
         modules = (method.generator, method.critic, method.teacher)
         frozen = bytes_of({id(p): p for module in modules for p in weights(module) if not p.requires_grad}.values())
         named = dict(zip(("generator", "critic", "teacher"), modules, strict=True))
@@ -173,11 +179,11 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
         "average": averaged // shards,
         "gradients and activations": max(max(rest, inside + away) for rest, inside in used),
     }
-    return Plan({name: size for name, size in parts.items() if size}, parameters)
+    return MemoryEstimate({name: size for name, size in parts.items() if size}, parameters)
 
 
-def fake(method: Method) -> None:
-    """Weights on the meta device, which autocast does not know, become ones without content on the CPU."""
+def fake(method: DMD2) -> None:
+    """Turn weights on the meta device, which autocast does not support, into fake tensors on the CPU."""
     made: dict[int, nn.Parameter] = {}
     modules = [part for network in (method.generator, method.critic, method.teacher) for part in inner(network)]
     for module in (part for whole in modules for part in whole.modules()):
@@ -193,11 +199,11 @@ def fake(method: Method) -> None:
     method.family.ready()
 
 
-def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool, shards: int = 1) -> tuple[int, int]:
-    """(peak of a turn outside of the teacher's call, peak inside of it), weights not counted."""
+def phase_bytes(method: DMD2, phase: Any, batch: dict[str, Any], foreach: bool, shards: int = 1) -> tuple[int, int]:
+    """(peak of a phase outside of the teacher's call, peak inside of it), weights not counted."""
     inside = [0]
     plain = method.guided
-    learn = [p for name in turn.networks for p in learning(method.networks[name].model)]
+    learn = [p for name in phase.networks for p in learning(method.networks[name].model)]
     parts: list[torch.Tensor] = []
 
     def keep_a_part(parameter: torch.Tensor) -> None:
@@ -215,7 +221,7 @@ def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool, 
 
         method.guided = guided
         try:
-            loss, _ = method.loss(turn, batch, 0)
+            loss, _ = method.loss(phase, batch, 0)
             loss.backward()
             del loss, _
         finally:
@@ -224,13 +230,13 @@ def turn_bytes(method: Method, turn: Any, batch: dict[str, Any], foreach: bool, 
                 hook.remove()
         method._drawn.clear()
         gradients = bytes_of(learn) // shards
-        for name in turn.networks:
+        for name in phase.networks:
             method.networks[name].model.zero_grad(set_to_none=True)
     return max(live.peak, gradients * (2 if foreach else 1)), inside[0]
 
 
-def batch_of(recipe: DMD2, encoders: Any) -> dict[str, Any]:
-    """A batch as the loop hands it to the method, without content."""
+def batch_of(recipe: DMD2Recipe, encoders: Any) -> dict[str, Any]:
+    """A batch as the loop hands it to the method, of fake tensors."""
     cells = recipe.resolution // encoders.factor
     channels = encoders.latent_channels
     batch: dict[str, Any] = {"index": list(range(recipe.batch)), "name": [""] * recipe.batch}
@@ -240,12 +246,12 @@ def batch_of(recipe: DMD2, encoders: Any) -> dict[str, Any]:
     return batch | ({"time_ids": torch.zeros(recipe.batch, 6)} if encoders.sdxl else {})
 
 
-def hollow(encoders: Encoders | ClassEncoders) -> Any:
-    """The encoders with prompts of the right shape and no networks behind them."""
+def fake_encoders(encoders: Encoders | ClassEncoders) -> Any:
+    """The encoders with fake sources, and prompts of the right shape instead of text encoders."""
     made = dataclasses.replace(
-        encoders, source=Hollow(encoders.source), open=lambda model: Hollow(encoders.open(model))
+        encoders, source=FakeSource(encoders.source), open=lambda model: FakeSource(encoders.open(model))
     )
-    if isinstance(encoders, ClassEncoders):
+    if encoders.by_class:
         return made
     unet = encoders.source.config("unet")
     width = unet["cross_attention_dim"]
@@ -262,7 +268,7 @@ def hollow(encoders: Encoders | ClassEncoders) -> Any:
 
 def text_bytes(encoders: Encoders | ClassEncoders, dtype: torch.dtype) -> int:
     """Of the text encoders, which stay: the empty prompt is theirs."""
-    if isinstance(encoders, ClassEncoders):
+    if encoders.by_class:
         return 0
     total = 0
     for name in ("text_encoder", "text_encoder_2"):

@@ -24,8 +24,8 @@ from accel.files import read_json, write_bytes, write_json
 
 from ..data import rng
 from ..data.encoders import Encoders
-from ..settings import Regression
-from ..sources.item import Source
+from ..settings import RegressionRecipe
+from ..sources.item import ImageSource
 from ..training import pipelines
 
 SHARD = 64
@@ -60,8 +60,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def make(
-    recipe: Regression,
-    source: Source,
+    recipe: RegressionRecipe,
+    source: ImageSource,
     encoders: Encoders,
     folder: Path,
     *,
@@ -114,7 +114,7 @@ def make(
     return Pairs(folder, recipe.pair_count, recipe.seed)
 
 
-def caption_of(source: Source, seed: int, number: int) -> str:
+def caption_of(source: ImageSource, seed: int, number: int) -> str:
     from ..sources.item import BrokenItem
 
     row, _ = rng.row(number, len(source), seed)
@@ -129,7 +129,7 @@ def caption_of(source: Source, seed: int, number: int) -> str:
 
 @torch.no_grad()
 def solve(
-    pipeline: Any, recipe: Regression, encoders: Encoders, numbers: list[int], captions: list[str]
+    pipeline: Any, recipe: RegressionRecipe, encoders: Encoders, numbers: list[int], captions: list[str]
 ) -> torch.Tensor:
     """x_0 of the teacher's ODE, [n, 4, h, w] on the CPU, by DPM-Solver++(2M)."""
     cells = recipe.resolution // encoders.factor
@@ -155,7 +155,7 @@ def solve(
 
 
 def batches(
-    pairs: Pairs, recipe: Regression, step: int, *, rank: int = 0, world: int = 1
+    pairs: Pairs, recipe: RegressionRecipe, step: int, *, rank: int = 0, world: int = 1
 ) -> Iterator[Mapping[str, Any]]:
     """Endless micro-batches of one process, from any step on, shuffled anew in every epoch."""
     while True:

@@ -1,4 +1,4 @@
-"""Regression warm-up of one-step students: G(z) learns to be what the teacher's ODE makes of z.
+"""Regression warm-up of one-step students: G(z) learns to predict the teacher's image of the noise z.
 
     L = d(G(z, t), x_0),      d: squared error or pseudo-Huber of latents, or LPIPS of images (arXiv 1801.03924)
 
@@ -8,7 +8,7 @@ DMD2 needs it for SDXL in one step, where t = 399 (arXiv 2405.14867, section 4.5
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch import nn
 
 from accel.errors import MissingPackage, UserError
 
+from ..data.batches import Batches, data_of
 from ..data.encoders import Encoders
-from ..settings import Regression as Recipe
-from ..sources.item import Source
-from ..training.method import Network, Terms, Turn
+from ..settings import RegressionRecipe
+from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from . import ode_pairs
 from .text_to_image import TextToImage
 
-LOSSES = ("mse", "huber", "lpips")
 HUBER = 0.00054  # times the square root of the latent's size (Song and Dhariwal 2023, arXiv 2310.14189, section 3.3)
 
 
@@ -37,18 +36,19 @@ class Regression:
         encoders: the frozen half of its pipeline.
     """
 
-    def __init__(self, recipe: Recipe, encoders: Encoders):
-        if recipe.loss not in LOSSES:
-            raise UserError(f"unknown loss {recipe.loss!r}", f"one of: {', '.join(LOSSES)}")
+    def __init__(self, recipe: RegressionRecipe, encoders: Encoders):
         if recipe.loss == "lpips" and importlib.util.find_spec("lpips") is None:
             raise MissingPackage("lpips", "--loss lpips")
         self.recipe, self.encoders, self.family = recipe, encoders, TextToImage(recipe, encoders)
         levels = self.family.process.levels
         if not 0 <= recipe.timestep < levels:
-            raise UserError(f"timestep {recipe.timestep} is none of 0 to {levels - 1}", "--timestep 999, or 399")
+            raise UserError(
+                f"invalid timestep: {recipe.timestep} (expected an integer >= 0 and <= {levels - 1})",
+                "--timestep 999, or 399",
+            )
         self.unet = encoders.source.load("unet").requires_grad_(True).train()
-        self.networks = {"unet": Network(self.unet, self.unet)}
-        self.turns = (Turn("unet", ("unet",)),)
+        self.networks = {"unet": TrainedNetwork(self.unet, self.unet)}
+        self.phases = (OptimizerPhase("unet", ("unet",)),)
         self.perceptual: nn.Module | None = None
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ class Regression:
 
             self.perceptual = lpips.LPIPS(net="vgg").to(device).requires_grad_(False).eval()
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         z, wanted = batch["z"], batch["latent_mean"]
         t = torch.full((len(z),), self.recipe.timestep, device=z.device)
         process, module = self.family.process, self.networks["unet"].module
@@ -90,9 +90,9 @@ def pseudo_huber(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def batches_of(
-    recipe: Recipe, source: Source, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
-) -> Callable[[int], Iterator[Mapping[str, Any]]]:
-    """(first step) -> micro-batches, on pairs that are made first where they are missing."""
+    recipe: RegressionRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
+) -> Batches:
+    """The micro-batches of pairs; missing pairs are made first, on the captions of the data."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -102,7 +102,7 @@ def batches_of(
         task = bar.add_task("pairs of noise and image", total=1.0)
         made = ode_pairs.make(
             recipe,
-            source,
+            data_of(recipe, encoders),
             encoders,
             folder,
             rank=accelerator.process_index,
@@ -112,8 +112,5 @@ def batches_of(
     accelerator.wait_for_everyone()
     say(f"pairs: {made.count} in {folder}")
 
-    def batches(step: int) -> Iterator[Mapping[str, Any]]:
-        rank, world = accelerator.process_index, accelerator.num_processes
-        return ode_pairs.batches(made, recipe, step, rank=rank, world=world)
-
-    return batches
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return lambda step: ode_pairs.batches(made, recipe, step, rank=rank, world=world)

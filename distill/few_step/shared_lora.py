@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from accel.errors import MissingPackage, UserError
 
 from ..methods.lora import adapt, names_of
-from ..settings import DMD2
+from ..settings import DMD2Recipe
 
 GENERATOR = "generator"
 
@@ -133,11 +133,11 @@ def is_shared(module: nn.Module) -> bool:
     return any(isinstance(part, Adapted) for part in module.modules())
 
 
-def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+def networks(recipe: DMD2Recipe, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Generator, fake score and teacher of a DMD2 run, sharing what is frozen.
 
     Raises:
-        UserError: for ranks that cannot be, or a teacher that is to be offloaded but is shared.
+        UserError: for ranks below 0, or a teacher that is to be offloaded but is shared.
         MissingPackage: for ranks without peft.
     """
     source, same = family.encoders.source, family.teacher is family.encoders.source
@@ -165,12 +165,12 @@ def networks(recipe: DMD2, family: Any) -> tuple[nn.Module, nn.Module, nn.Module
     return generator, fake, real.plain() if real else family.load(family.teacher).requires_grad_(False).eval()
 
 
-def check(recipe: DMD2) -> None:
+def check(recipe: DMD2Recipe) -> None:
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
     if min(recipe.rank, recipe.critic_rank) < 0 or recipe.alpha < 0:
         raise UserError(
-            f"ranks of {recipe.rank} and {recipe.critic_rank} with alpha {recipe.alpha} cannot be",
+            f"invalid rank {recipe.rank}, critic_rank {recipe.critic_rank} or alpha {recipe.alpha} (expected >= 0)",
             "--rank 64 --critic-rank 64 --alpha 8; 0 for none",
         )
 

@@ -1,4 +1,4 @@
-"""SD1.x, SD2.x and SDXL as few-step distillation sees them: a UNet between a VAE and text encoders."""
+"""Few-step distillation of SD1.x, SD2.x and SDXL: a UNet between a VAE and text encoders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..diffusion import inpainting
 from ..diffusion.denoising import added_conditions
 from ..diffusion.process import Diffusion
 from ..methods.lora import save_lora
-from ..settings import DMD2, Regression
+from ..settings import DMD2Recipe, RegressionRecipe
 from ..training import samples
 from ..training.pipelines import assemble, save_pipeline
 from . import critic, shared_lora
@@ -35,12 +35,12 @@ class TextToImage:
         encoders: the frozen half of the generator's pipeline.
 
     Raises:
-        UserError: for an inpainting pipeline, or a teacher that speaks of other noise than the model.
+        UserError: for an inpainting pipeline, or a teacher with another noise schedule than the model.
     """
 
     guides = True  # a prompt can be left empty, so that guidance is possible
 
-    def __init__(self, recipe: DMD2 | Regression, encoders: Encoders):
+    def __init__(self, recipe: DMD2Recipe | RegressionRecipe, encoders: Encoders):
         inpainting.check(recipe, encoders)
         if encoders.inpaints:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
@@ -62,11 +62,11 @@ class TextToImage:
 
     @property
     def width(self) -> int:
-        """Of what `tell` adds to the conditions."""
+        """Size D of the vectors that `condition_on_step` adds to the conditions."""
         return self.teacher.config("unet")["cross_attention_dim"]
 
-    def tell(self, conditions: Conditions, vectors: torch.Tensor) -> Conditions:
-        """The conditions with a vector, one of [b, D], added to every token."""
+    def condition_on_step(self, conditions: Conditions, vectors: torch.Tensor) -> Conditions:
+        """The conditions with an embedding of the student's step, [b, D], added to every token."""
         context, added = conditions
         return context + vectors.unsqueeze(1).to(context.dtype), added
 
@@ -83,7 +83,7 @@ class TextToImage:
         return self.empty["context"].expand_as(context), added
 
     def cast(self, x_t: torch.Tensor, conditions: Conditions, dtype: torch.dtype) -> tuple[torch.Tensor, Conditions]:
-        """What a network of that dtype takes. SDXL's sizes stay in float32: bfloat16 does not tell 1020 from 1024."""
+        """What a network of that dtype takes. SDXL's sizes stay in float32: bfloat16 rounds 1020 to 1024."""
         context, added = conditions
         return x_t.to(dtype), (context.to(dtype), added)
 
@@ -120,7 +120,7 @@ class TextToImage:
 
 
 def check_teacher(source: Source, teacher: Source, process: Diffusion) -> None:
-    """The networks must speak of the same noise."""
+    """Raises UserError where the networks have different noise schedules or prediction types."""
     ours, theirs = process.schedule, NoiseSchedule.from_config(teacher.config("scheduler"))
     if ours.prediction_type != theirs.prediction_type or (ours.alphas_cumprod != theirs.alphas_cumprod).any():
         raise UserError(

@@ -2,7 +2,7 @@
 
     L = |eps - S(x_t, "a photo of sks dog")|^2 + w |eps' - S(x'_t, "a photo of a dog")|^2
 
-x are images of the subject, x' images of its class that the model drew before training. Each batch has as many of
+x are images of the subject, x' images of its class that the model generated before training. Each batch has as many of
 one as of the other.
 """
 
@@ -25,8 +25,9 @@ from accel.errors import Notice, UserError
 from accel.files import read_json, write_json
 from accel.sampling.noise import normal
 
+from ..data.batches import Batches, stream_of
 from ..data.encoders import Encoders
-from ..settings import DreamBooth
+from ..settings import DreamBoothRecipe
 from ..sources.item import IMAGE_SUFFIXES, Item, size_of, upright_rgb
 from ..training import pipelines
 from .kd import Denoising
@@ -39,21 +40,19 @@ _LORA_RATE, _FULL_RATE = 1e-4, 1e-6
 _MANY = 3  # tokens that make a word no longer a rare token
 
 
-def method(recipe: DreamBooth, encoders: Encoders) -> Denoising:
+def method(recipe: DreamBoothRecipe, encoders: Encoders) -> Denoising:
     """A LoRA, or at rank 0 all weights."""
     return LowRank(recipe, encoders) if recipe.rank else Denoising(recipe, encoders)
 
 
-def settled(recipe: DreamBooth, encoders: Encoders) -> DreamBooth:
-    """The recipe with what depends on other fields filled in; all that can be wrong with it is found here.
+def completed(recipe: DreamBoothRecipe, encoders: Encoders) -> DreamBoothRecipe:
+    """The recipe with the learning rate and the sample prompts filled in, which depend on other fields.
 
     Raises:
-        UserError: for prompts that cannot work (`check_prompts`), or numbers that are none.
+        UserError: for prompts that cannot work (`check_prompts`), or numbers out of range.
     """
     if recipe.rank:
         check_lora(recipe)
-    if recipe.prior_weight < 0:
-        raise UserError(f"prior weight {recipe.prior_weight} is negative", "--prior-weight 1, or 0 for none")
     if recipe.prior_weight and not recipe.class_data and recipe.class_images < 1:
         raise UserError(
             f"{recipe.class_images} class images preserve nothing", "--class-images 200, or --prior-weight 0"
@@ -67,7 +66,7 @@ def settled(recipe: DreamBooth, encoders: Encoders) -> DreamBooth:
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
-def check_prompts(recipe: DreamBooth, tokenizers: list[Any]) -> None:
+def check_prompts(recipe: DreamBoothRecipe, tokenizers: list[Any]) -> None:
     """Prompts that would train something else than was meant.
 
     Raises:
@@ -124,8 +123,8 @@ def words_beyond(tokenizer: Any, prompt: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of a folder and its subfolders, all with one caption (an `items.Source`)."""
+class SubjectImages:
+    """The images of a folder and its subfolders, all with one caption (an `ImageSource`)."""
 
     folder: Path
     names: tuple[str, ...]
@@ -147,8 +146,12 @@ class Images:
         return hashlib.sha256(repr((rows, self.captions(0))).encode()).hexdigest()
 
 
-def open_images(folder: str | Path, caption: str, flag: str = "--data") -> Images:
-    """Raises: UserError when there is no such folder, or no image in it."""
+def open_images(folder: str | Path, caption: str, flag: str = "--data") -> SubjectImages:
+    """The images of a folder, all with one caption.
+
+    Raises:
+        UserError: when there is no such folder, or no image in it.
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}", f"{flag} FOLDER, with the images in it")
@@ -160,17 +163,13 @@ def open_images(folder: str | Path, caption: str, flag: str = "--data") -> Image
     if not names:
         kinds = ", ".join(IMAGE_SUFFIXES[:4])
         raise UserError(f"{folder} has no images", f"{flag} FOLDER, with files such as {kinds}")
-    return Images(folder, tuple(names), caption)
+    return SubjectImages(folder, tuple(names), caption)
 
 
 def batches_of(
-    recipe: DreamBooth, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None], stream_of: Any
-) -> Callable[[int], Iterator[dict[str, Any]]]:
-    """(first step) -> micro-batches: `batch` images of the subject, then as many of the class, marked by `prior`.
-
-    Args:
-        stream_of: `run.stream_of`, which makes the stream of one source.
-    """
+    recipe: DreamBoothRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
+) -> Batches:
+    """Micro-batches of `batch` images of the subject, then as many of the class, marked by `prior`."""
     images = open_images(recipe.data, recipe.instance_prompt)
     if recipe.prior_weight:
         folder = class_images(recipe, encoders, run, accelerator, say)
@@ -202,15 +201,15 @@ def joined(subject: Mapping[str, Any], prior: Mapping[str, Any]) -> dict[str, An
 
 
 def class_images(
-    recipe: DreamBooth, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
+    recipe: DreamBoothRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
 ) -> Path:
-    """The folder of class images: the one given, or `<run>/class`, into which the model draws what is missing.
+    """The folder of class images: the one given, or `<run>/class`, in which the model generates those that are missing.
 
-    Image i depends on the recipe's seed and i alone, so drawing goes on where it was interrupted; the processes
+    Image i depends on the recipe's seed and i alone, so an interrupted run goes on where it was; the processes
     share the work.
 
     Raises:
-        UserError: when the folder holds images that were drawn with other settings.
+        UserError: when the folder holds images that were generated with other settings.
     """
     if recipe.class_data:
         return Path(recipe.class_data).expanduser()
@@ -229,26 +228,26 @@ def class_images(
     if record.is_file() and (kept := read_json(record, "class.json")) != settings:
         other = ", ".join(name for name in settings if kept.get(name) != settings[name])
         raise UserError(
-            f"the images in {folder} were drawn with another {other}",
+            f"the images in {folder} were generated with another {other}",
             f"delete {folder}, choose another --run, or keep them with --class-data {folder}",
         )
     paths = [folder / f"{number:06d}.png" for number in range(recipe.class_images)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     # Later numbers may lie there from a run that wanted more; they are of the same kind, and stay.
     if missing:
-        say(f"class images: {len(paths) - len(missing)} of {len(paths)} are there, drawing the others into {folder}")
+        say(f"class images: {len(paths) - len(missing)} of {len(paths)} exist, generating the others in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             write_json(record, settings)
         own = missing[accelerator.process_index :: accelerator.num_processes]
-        draw(recipe, encoders, {number: paths[number] for number in own}, accelerator)
+        generate(recipe, encoders, {number: paths[number] for number in own}, accelerator)
     accelerator.wait_for_everyone()
     return folder
 
 
 @torch.no_grad()
-def draw(recipe: DreamBooth, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
-    """Draw class images by number. An image appears under its name when it is whole."""
+def generate(recipe: DreamBoothRecipe, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
+    """Generate class images by number. An image gets its name when it is complete."""
     from PIL import Image
     from rich.console import Console
     from rich.progress import track

@@ -1,4 +1,4 @@
-"""Knowledge distillation of a pruned UNet, and plain fine-tuning, which is the same without a teacher.
+"""Knowledge distillation of a pruned UNet (kd), and fine-tuning, which is the same without a teacher.
 
     L = w_task |eps - S(x_t)|^2 + w_output |T(x_t) - S(x_t)|^2 + w_feature sum_l |T_l(x_t) - S_l(x_t)|^2
 
@@ -21,10 +21,10 @@ from accel.sampling.noise_schedule import NoiseSchedule
 from ..data.encoders import Encoders
 from ..diffusion import inpainting, losses
 from ..diffusion.denoising import added_conditions, noised, task_terms
-from ..settings import Distillation, Finetune
+from ..settings import DistillationRecipe, FinetuneRecipe
 from ..training import samples
 from ..training.attention import set_attention
-from ..training.method import Network, Terms, Turn
+from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.pipelines import assemble, save_pipeline
 from . import students
 from .features import Tapped, pairs
@@ -33,54 +33,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Denoising:
-    """A UNet learns to denoise, with or without a teacher beside it.
+    """Fine-tuning: a UNet learns to denoise, and the text encoders with it where the recipe says so.
 
     Args:
         recipe: its settings.
-        encoders: the frozen half of the pipeline; its UNet is the teacher, or what is tuned.
+        encoders: the frozen half of the pipeline whose UNet learns.
     """
 
-    def __init__(self, recipe: Distillation | Finetune, encoders: Encoders):
+    def __init__(self, recipe: FinetuneRecipe | DistillationRecipe, encoders: Encoders):
         self.recipe, self.encoders = recipe, encoders
         inpainting.check(recipe, encoders)
         self.schedule = NoiseSchedule.from_config(encoders.source.config("scheduler"))
-        self.weights = {"task": 1.0, "prior": getattr(recipe, "prior_weight", 0.0)}
-        self.teacher = None
-        unet = encoders.source.load("unet")
-        taps: list[tuple[str, str]] = []
-        if isinstance(recipe, Distillation):
-            kind = recipe.student
-            student = students.make_student(unet, kind, layers=recipe.layers, init=recipe.init, seed=recipe.seed)
-            self.weights = {
-                "task": recipe.task_weight,
-                "output": recipe.output_weight,
-                "feature": recipe.feature_weight,
-            }
-            if not any(self.weights.values()):
-                raise UserError("all loss weights are 0", "give --task-weight, --output-weight or --feature-weight")
-            taps = pairs(recipe.features, kind, student) if recipe.feature_weight else []
-            if recipe.output_weight or recipe.feature_weight:
-                self.teacher = Tapped(unet.requires_grad_(False).eval(), [theirs for theirs, _ in taps])
-            unet = student
+        unet, tapped = self.trained_unet(encoders.source.load("unet"))
         self.unet = unet.requires_grad_(True).train()
-        module = Tapped(self.unet, [ours for _, ours in taps])
-        self.networks = {"unet": Network(module, self.unet)}
+        self.networks = {"unet": TrainedNetwork(Tapped(self.unet, tapped), self.unet)}
         self.text = text_networks(encoders) if getattr(recipe, "text_encoder", False) else {}
         self.networks |= self.text
-        self.turns = (Turn("unet", tuple(self.networks)),)
+        self.phases = (OptimizerPhase("unet", tuple(self.networks)),)
+
+    def trained_unet(self, unet: nn.Module) -> tuple[nn.Module, list[str]]:
+        """The UNet that learns, made of the pipeline's own, and the modules whose activations the loss reads."""
+        return unet, []
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        if self.teacher is not None:
-            chosen = getattr(self.recipe, "teacher_dtype", "auto")
-            dtype = DTYPES.get(chosen, dtype)
-            self.teacher.to(device, dtype)
-            exact = dtype == torch.float32 and self.recipe.attention == "flash-attn"  # which has no float32
-            attention = "sdpa" if exact else self.recipe.attention
-            set_attention(self.teacher.unet, attention, device=device, half=dtype != torch.float32)
-            if self.recipe.compile:
-                self.teacher.compile()
+        pass
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         if self.text:
             models = [network.module for network in self.text.values()]
             batch = {**batch, **self.encoders.conditions(batch["caption"], models)}
@@ -89,19 +67,13 @@ class Denoising:
         if self.encoders.inpaints:
             x_t = torch.cat([x_t, inpainting.hidden(batch, self.recipe.seed, self.encoders)], 1)
         out, features = self.networks["unet"].module(x_t, made.t, batch["context"], added)
-        terms = task_terms(out, made, batch)
-        if self.teacher is not None:
-            wanted, wanted_features = self._teach(x_t, made.t, batch["context"], added)
-            terms["output"] = losses.output_loss(out, wanted)
-            if features:
-                terms["feature"] = losses.feature_loss(features, wanted_features)
-        return sum(self.weights[name] * term for name, term in terms.items()), terms
+        terms = task_terms(out, made, batch) | self.teacher_terms(out, features, x_t, made.t, batch["context"], added)
+        weights = self.recipe.loss_weights
+        return sum(weights[name] * term for name, term in terms.items()), terms
 
-    @torch.no_grad()
-    def _teach(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: dict | None):
-        dtype = next(self.teacher.parameters()).dtype
-        # SDXL's sizes stay in float32, as the student gets them: bfloat16 tells 1020 from 1024 pixels, and not finer.
-        return self.teacher(x_t.to(dtype), t, context.to(dtype), added)
+    def teacher_terms(self, out: torch.Tensor, features: list[torch.Tensor], *inputs: Any) -> Terms:
+        """Loss terms against a teacher that gets the same inputs; none here."""
+        return {}
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -119,7 +91,47 @@ class Denoising:
         save_pipeline(self.encoders.source, folder, networks, dtype=self.recipe.save_dtype)
 
 
-def text_networks(encoders: Encoders) -> dict[str, Network]:
+class Distillation(Denoising):
+    """Knowledge distillation: the UNet is a pruned student, and the pipeline's own UNet its frozen teacher."""
+
+    teacher: Tapped | None = None
+
+    def trained_unet(self, unet: nn.Module) -> tuple[nn.Module, list[str]]:
+        recipe, kind = self.recipe, self.recipe.student
+        student = students.make_student(unet, kind, layers=recipe.layers, init=recipe.init, seed=recipe.seed)
+        if not any(recipe.loss_weights.values()):
+            raise UserError("all loss weights are 0", "give --task-weight, --output-weight or --feature-weight")
+        taps = pairs(recipe.features, kind, student) if recipe.feature_weight else []
+        if recipe.output_weight or recipe.feature_weight:
+            self.teacher = Tapped(unet.requires_grad_(False).eval(), [theirs for theirs, _ in taps])
+        return student, [ours for _, ours in taps]
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.teacher is None:
+            return
+        dtype = DTYPES.get(self.recipe.teacher_dtype, dtype)
+        self.teacher.to(device, dtype)
+        exact = dtype == torch.float32 and self.recipe.attention == "flash-attn"  # which has no float32
+        attention = "sdpa" if exact else self.recipe.attention
+        set_attention(self.teacher.unet, attention, device=device, half=dtype != torch.float32)
+        if self.recipe.compile:
+            self.teacher.compile()
+
+    def teacher_terms(self, out: torch.Tensor, features: list[torch.Tensor], *inputs: Any) -> Terms:
+        if self.teacher is None:
+            return {}
+        wanted, wanted_features = self._teach(*inputs)
+        terms = {"output": losses.output_loss(out, wanted)}
+        return terms | ({"feature": losses.feature_loss(features, wanted_features)} if features else {})
+
+    @torch.no_grad()
+    def _teach(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor, added: dict | None):
+        dtype = next(self.teacher.parameters()).dtype
+        # SDXL's sizes stay in float32, as the student gets them: bfloat16 tells 1020 from 1024 pixels, and not finer.
+        return self.teacher(x_t.to(dtype), t, context.to(dtype), added)
+
+
+def text_networks(encoders: Encoders) -> dict[str, TrainedNetwork]:
     """The text encoders by component name, made to learn: in float32, and frozen where no gradient can reach."""
     encoders.text_learns = True
     made = {}
@@ -130,7 +142,7 @@ def text_networks(encoders: Encoders) -> dict[str, Network]:
         for part in unused_text_modules(encoders, name, model):
             part.requires_grad_(False)
         encoders.text[index] = (tokenizer, model)
-        made[name] = Network(model, model)
+        made[name] = TrainedNetwork(model, model)
     return made
 
 

@@ -22,7 +22,7 @@ from accel.errors import MissingPackage, UserError
 from accel.models.lora import WEIGHT_NAME
 
 from ..data.encoders import Encoders
-from ..settings import Lora
+from ..settings import LoraRecipe
 from .kd import Denoising, unused_text_modules
 
 
@@ -32,7 +32,7 @@ class LowRank(Denoising):
     Frozen weights take the dtype of mixed precision, the updates stay in float32.
     """
 
-    def __init__(self, recipe: Lora, encoders: Encoders):
+    def __init__(self, recipe: LoraRecipe, encoders: Encoders):
         check(recipe)
         super().__init__(recipe, encoders)
         for name, network in self.networks.items():
@@ -61,14 +61,22 @@ class LowRank(Denoising):
         (folder / "README.md").write_text(card(self.recipe, self.encoders, tuple(self.networks)))
 
 
-def check(recipe: Lora) -> None:
-    """Raises: MissingPackage without peft; UserError for a rank or alpha that cannot be."""
+def check(recipe: LoraRecipe) -> None:
+    """Refuse what cannot train.
+
+    Raises:
+        MissingPackage: without peft.
+        UserError: for a rank or an alpha out of range.
+    """
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
     if recipe.rank < 1:
-        raise UserError(f"a rank of {recipe.rank} is none", "--rank 16; or accel distill finetune for all weights")
+        raise UserError(
+            f"invalid rank: {recipe.rank} (expected an integer >= 1)",
+            "--rank 16; or accel distill finetune for all weights",
+        )
     if not recipe.alpha > 0:
-        raise UserError(f"alpha {recipe.alpha} gives updates without effect", f"--alpha {recipe.rank}")
+        raise UserError(f"invalid alpha: {recipe.alpha} (expected a number > 0)", f"--alpha {recipe.rank}")
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -188,7 +196,7 @@ def metadata_of(network: nn.Module, adapter: str = "default") -> dict[str, Any]:
     return kept | ({"exclude_modules": excluded} if excluded else {})
 
 
-def card(recipe: Lora, encoders: Encoders, components: Sequence[str]) -> str:
+def card(recipe: LoraRecipe, encoders: Encoders, components: Sequence[str]) -> str:
     """README.md of a LoRA folder."""
     prompt = getattr(recipe, "instance_prompt", "") or recipe.sample_prompts.split("|")[0].strip() or "..."
     pipeline = "StableDiffusionXLPipeline" if encoders.sdxl else "StableDiffusionPipeline"

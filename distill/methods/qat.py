@@ -22,14 +22,14 @@ from accel.int8.observers import observe
 from accel.int8.trained_scales import Trained
 
 from ..settings import Recipe
-from ..training.method import Method, Network
+from ..training.method import Method, TrainedNetwork
 
 
 def recipe_of(recipe: Recipe) -> Int8Config:
     return Int8Config(level=recipe.qat)
 
 
-def network_of(method: Method) -> Network:
+def network_of(method: Method) -> TrainedNetwork:
     """The network whose result is deployed: a diffusers UNet that is averaged and kept. (A critic is neither.)"""
     for network in method.networks.values():
         if network.averaged and hasattr(network.model, "down_blocks"):

@@ -23,9 +23,9 @@ from accel.errors import UserError
 
 from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
-from ..settings import TinyVae
+from ..settings import TinyVaeRecipe
 from ..training import samples
-from ..training.method import Network, Terms, Turn
+from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.pipelines import SAVE_DTYPES, assemble, write_network
 
 
@@ -59,7 +59,7 @@ class Halves(nn.Module):
 class TinyVaeMethod:
     """An AutoencoderTiny learns to be the pipeline's VAE."""
 
-    def __init__(self, recipe: TinyVae, encoders: Encoders):
+    def __init__(self, recipe: TinyVaeRecipe, encoders: Encoders):
         from diffusers import AutoencoderTiny
 
         config = encoders.source.config("vae")
@@ -71,8 +71,8 @@ class TinyVaeMethod:
         encoders.text_learns = True  # nothing reads captions here, so they need not be encoded
         torch.manual_seed(recipe.seed)
         self.tiny = AutoencoderTiny(**tiny_config(config, recipe.width, recipe.blocks)).train()
-        self.networks = {"vae": Network(Halves(self.tiny), self.tiny)}
-        self.turns = (Turn("vae", ("vae",)),)
+        self.networks = {"vae": TrainedNetwork(Halves(self.tiny), self.tiny)}
+        self.phases = (OptimizerPhase("vae", ("vae",)),)
         self.scale, self.shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -93,7 +93,7 @@ class TinyVaeMethod:
             made.append(x)
         return made
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         latents = clean(batch, self.recipe.seed)
         images = self.truth(latents)
         decoded, encoded = self.networks["vae"].module(latents, images)

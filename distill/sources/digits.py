@@ -7,13 +7,11 @@ digit on black of 64x64 RGB pixels. 500 images, 50 of each digit, are held out o
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from accel.errors import MissingPackage, UserError
+from accel.errors import MissingPackage
 
 SIZE = 64
 HELD_OUT_PER_DIGIT = 50
@@ -60,6 +58,11 @@ def render(grey: torch.Tensor) -> torch.Tensor:
     return (ink * ink * (3 - 2 * ink) * 2 - 1).expand(-1, 3, -1, -1).contiguous()
 
 
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """Images [n, 3, h, w] in -1..1 as uint8 [n, h, w, 3]."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def split(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training images [1297] and of the held-out ones [500]: 50 of each digit, by a fixed seed."""
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
@@ -85,21 +88,8 @@ def prompts(digit: int) -> tuple[str, ...]:
 
 
 def prompt_set(per_digit: int) -> list[tuple[str, int]]:
-    """`10 * per_digit` pairs (prompt, digit) to judge a model by, digits in turn, templates evenly used."""
+    """`10 * per_digit` pairs (prompt, digit) to evaluate a model with, digits in turn, templates evenly used."""
     return [(prompts(digit)[index % len(TEMPLATES)], digit) for index in range(per_digit) for digit in range(10)]
-
-
-def digit_of(prompt: str) -> int:
-    """The digit a prompt asks for.
-
-    Raises:
-        UserError: when it names none, or more than one.
-    """
-    names = {word: digit for digit, word in enumerate(WORDS)} | {str(digit): digit for digit in range(10)}
-    found = {names[word] for word in re.findall(r"[a-z]+|\d", prompt.lower()) if word in names}
-    if len(found) != 1:
-        raise UserError(f"the prompt {prompt!r} does not name one digit", 'ask for one, as in "a handwritten seven"')
-    return found.pop()
 
 
 def words() -> list[str]:

@@ -25,6 +25,7 @@ from .item import (
     caption_column,
     caption_of_bytes,
     clean_captions,
+    is_text,
     named_column,
     size_of,
     upright_rgb,
@@ -143,7 +144,7 @@ def open_metadata(path: Path, image_column: str | None, text_column: str | None)
             continue  # a broken line is a broken row, found again when it is read
         if isinstance(entry, dict):
             for name, value in entry.items():
-                columns[name] = columns.get(name, False) or _is_text(value)
+                columns[name] = columns.get(name, False) or is_text(value)
     columns.pop(_TOO_MANY, None)
     if not columns:
         example = '{"file_name": "0001.jpg", "text": "a red fox"}'
@@ -161,10 +162,6 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[dict[str, Any]]:
         yield from reader
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV: {error}", "repair that line") from None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], str))
 
 
 def open_beside(folder: Path) -> FolderSource | None:

@@ -1,4 +1,4 @@
-"""One image with its captions, and everything that makes one unusable."""
+"""Training images with captions by row number, and the reasons why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BrokenItem(Exception):
         return f"{self.name}: {self.reason}"
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images with captions by row number; the same row is the same image in every process and run.
 
     `source[row]` and `source.captions(row)` raise BrokenItem for a row that cannot be used. `captions` does not decode
@@ -103,7 +103,7 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
     Transparent parts become white. 16-bit grey is divided by 257, so that white stays white.
 
     Raises:
-        BrokenItem: when it is no image, is cut short, or has no defined way to 8-bit RGB.
+        BrokenItem: when it is not an image, is truncated, or has no defined way to 8-bit RGB.
     """
     try:
         if not isinstance(file, bytes):
@@ -164,6 +164,11 @@ def clean_captions(value: Any, name: str) -> tuple[str, ...]:
     except UnicodeEncodeError:
         raise BrokenItem(name, "its caption is not UTF-8") from None
     return texts
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value of a row is a caption or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], str))
 
 
 def caption_of_bytes(data: bytes, name: str) -> tuple[str, ...]:

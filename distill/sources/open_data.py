@@ -1,4 +1,4 @@
-"""Where training images come from: one door for folders, webdataset shards, Hugging Face datasets and digits."""
+"""Open training images: folders, webdataset shards, Hugging Face datasets, or digits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 from accel.errors import UserError
 
 from . import digits
-from .item import BrokenItem, Item, Source
+from .item import BrokenItem, ImageSource, Item
 
-__all__ = ["BrokenItem", "Item", "Source", "open_data"]
+__all__ = ["BrokenItem", "Item", "ImageSource", "open_data"]
 
 _KINDS = "a folder of images with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, or digits"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,7 +29,7 @@ def open_data(
     caption_column: str | None = None,
     split: str = "train",
     classes: bool = False,
-) -> Source:
+) -> ImageSource:
     """Open training images.
 
     Args:
@@ -39,7 +39,7 @@ def open_data(
             a hub id; `digits`, the 1,297 training images of the shipped model.
         image_column: column of the image or its file name; for shards, the file suffix, as in `jpg`.
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
-            the json file. Both are guessed where only one can be meant.
+            the json file. Both are found where only one column fits.
         split: part of a dataset that has several.
         classes: captions are numbers of classes; a folder without metadata is one of ImageNet's kind, with a folder per
             class.
@@ -68,7 +68,7 @@ def open_data(
     raise UserError(f"no training images at {spec}: there is no such file or folder", f"give {_KINDS}")
 
 
-def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> Source:
+def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str, classes: bool) -> ImageSource:
     from .folder import metadata_file, open_beside, open_classes, open_metadata
 
     for folder in (path, path / split):
@@ -94,7 +94,7 @@ def _open_folder(path: Path, columns: tuple[str | None, str | None], split: str,
     raise UserError(f"{path} holds no training images; it holds {', '.join(found) or 'nothing'}", f"give {_KINDS}")
 
 
-def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -> Source:
+def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -> ImageSource:
     if path.suffix == ".tar":
         from .webdataset import open_tars
 
@@ -151,5 +151,4 @@ def _open_digits(split: str, classes: bool) -> DigitsSource:
     if split not in ("train", "held-out"):
         raise UserError(f"digits has no split {split!r}", "train or held-out")
     images, labels = digits.dataset(split)
-    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
-    return DigitsSource(pixels.numpy(), labels.numpy(), classes)
+    return DigitsSource(digits.pixels(images), labels.numpy(), classes)

@@ -25,10 +25,20 @@ from typing import Any
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, write_json
 
-from .item import IMAGE_SUFFIXES, BrokenItem, Item, Lines, caption_column, caption_of_bytes, clean_captions, upright_rgb
+from .item import (
+    IMAGE_SUFFIXES,
+    BrokenItem,
+    Item,
+    Lines,
+    caption_column,
+    caption_of_bytes,
+    clean_captions,
+    is_text,
+    upright_rgb,
+)
 
 _VERSION = 1
-_SMALL = 1 << 20  # bytes; larger files are no captions
+_SMALL = 1 << 20  # bytes; larger files are not captions
 _PEEK = 50  # samples read to learn the columns of their json files
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -121,7 +131,7 @@ def _table(data: bytes, name: str) -> dict[str, Any]:
         what = "UTF-8" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
         raise BrokenItem(name, f"its .json is not {what}") from None
     if not isinstance(value, dict):
-        raise BrokenItem(name, "its .json is no table")
+        raise BrokenItem(name, "its .json is not a JSON object")
     return value
 
 
@@ -210,8 +220,7 @@ def _caption_place(source: TarSource, suffixes: dict[str, None], asked: str | No
         entry = source.rows[row]
         with contextlib.suppress(BrokenItem):
             for key, value in _table(source._read(entry, "json", ""), "").items():
-                text = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str))
-                columns[key] = columns.get(key, False) or bool(text)
+                columns[key] = columns.get(key, False) or is_text(value)
     text = [key for key, is_text in columns.items() if is_text]
     return "json", caption_column(asked, columns, text, f"the .json of {where}")
 

@@ -1,4 +1,4 @@
-"""Attention by name for a UNet that trains: what was asked for, or an error that says why not."""
+"""The attention kernel of a UNet that trains: the one that was chosen, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from accel.errors import MissingPackage, UserError
 
-NAMES = ("auto", "sdpa", "flash-attn", "xformers")
+from ..settings import ATTENTIONS
 
 
 def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> None:
@@ -26,10 +26,10 @@ def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> 
 
 
 def check_attention(name: str, *, device: torch.device, half: bool) -> None:
-    """Whether an attention can be had.
+    """Check that an attention kernel can run here.
 
     Args:
-        name: a member of NAMES. `auto` is torch's scaled_dot_product_attention, which itself takes the fastest kernel
+        name: a member of ATTENTIONS. `auto` is torch's scaled_dot_product_attention, which takes the fastest kernel
             that fits; `flash-attn` and `xformers` are the packages of these names.
         device: where the UNet runs.
         half: whether attention runs in float16 or bfloat16.
@@ -37,8 +37,8 @@ def check_attention(name: str, *, device: torch.device, half: bool) -> None:
     Raises:
         UserError: when an explicit choice cannot be honoured here.
     """
-    if name not in NAMES:
-        raise UserError(f"unknown attention {name!r}", f"one of: {', '.join(NAMES)}")
+    if name not in ATTENTIONS:
+        raise UserError(f"unknown attention {name!r}", f"one of: {', '.join(ATTENTIONS)}")
     if name in ("auto", "sdpa"):
         return
     module = name.replace("-", "_")

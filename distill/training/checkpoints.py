@@ -4,7 +4,7 @@
     state.json                  step, recipe, global batch, versions, the scaler of float16
     unet/                       the network as diffusers writes it, so that it can be loaded as it is
     unet_ema/                   its average, where there is one
-    optimizer-unet.pt           one per turn
+    optimizer-unet.pt           one per optimizer phase
     scheduler-unet.pt
     rng-0.pt                    random states of every rank
 """
@@ -32,8 +32,8 @@ from torch import nn
 from accel.errors import UserError
 from accel.files import read_json, readable
 
-from ..settings import DMD2, Recipe
-from .method import Network
+from ..settings import Recipe
+from .method import TrainedNetwork
 
 _PARTIAL = ".partial"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -46,6 +46,9 @@ FREE = frozenset(
     "cache attention compile gradient_checkpointing save_dtype".split()
 )
 
+# Tensor names that earlier versions wrote, by their last part.
+_RENAMED = {"told": "step_embedding"}
+
 
 def settings(recipe: Recipe, world: int) -> dict[str, Any]:
     """What must be equal to go on from a checkpoint, as JSON-able data."""
@@ -54,11 +57,10 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
-    if isinstance(recipe, DMD2):
-        kept["mixed_steps"] = recipe.mixes
+    kept |= recipe.in_effect()
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"
-    return kept | {"method": type(recipe).__name__, "global_batch": recipe.batch * recipe.accumulation * world}
+    return kept | {"method": recipe.method, "global_batch": recipe.batch * recipe.accumulation * world}
 
 
 def all_of(run: Path) -> list[Path]:
@@ -79,7 +81,7 @@ def write(
     run: Path,
     step: int,
     *,
-    networks: Mapping[str, Network],
+    networks: Mapping[str, TrainedNetwork],
     averages: Mapping[str, Sequence[torch.Tensor]],
     optimizers: Mapping[str, Any],
     schedulers: Mapping[str, Any],
@@ -111,13 +113,13 @@ def write(
                 shadow = {key: whole(value) for key, value in zip(_trained(network.model), averages[name], strict=True)}
                 if main:
                     _write_network(network.model, tensors | shadow, partial / f"{name}_ema")
-        for turn, optimizer in optimizers.items():
-            models = nn.ModuleDict({name: networks[name].model for name in kept["turns"][turn]})
+        for phase, optimizer in optimizers.items():
+            models = nn.ModuleDict({name: networks[name].model for name in kept["phases"][phase]})
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
             state = get_optimizer_state_dict(models, optimizer, options=options)
             if main:
-                _save(state, partial / f"optimizer-{turn}.pt")
-                _save(schedulers[turn].state_dict(), partial / f"scheduler-{turn}.pt")
+                _save(state, partial / f"optimizer-{phase}.pt")
+                _save(schedulers[phase].state_dict(), partial / f"scheduler-{phase}.pt")
         accelerator.wait_for_everyone()
         if main:
             scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
@@ -135,7 +137,7 @@ def write(
 
 @contextlib.contextmanager
 def _saving(partial: Path) -> Iterator[None]:
-    """What fails, or is interrupted, leaves nothing behind; a disk that is full is told in a sentence."""
+    """What fails, or is interrupted, leaves nothing behind; a full disk is an error for people."""
     try:
         yield
     except BaseException as error:
@@ -182,7 +184,7 @@ def _sweep(folder: Path) -> None:
 def read(
     path: Path,
     *,
-    networks: Mapping[str, Network],
+    networks: Mapping[str, TrainedNetwork],
     averages: Mapping[str, Sequence[torch.Tensor]],
     optimizers: Mapping[str, Any],
     schedulers: Mapping[str, Any],
@@ -209,14 +211,19 @@ def read(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     try:
         for name, network in networks.items():
-            set_model_state_dict(network.model, load_file(path / name / WEIGHTS), options=options)
+            tensors = load_file(path / name / WEIGHTS)
+            tensors = {_renamed(key): value for key, value in tensors.items()}
+            set_model_state_dict(network.model, tensors, options=options)
             if name in averages:
                 _fill(averages[name], load_file(path / f"{name}_ema" / WEIGHTS), _trained(network.model))
-        for turn, optimizer in optimizers.items():
-            models = nn.ModuleDict({name: networks[name].model for name in kept["turns"][turn]})
-            moments = torch.load(path / f"optimizer-{turn}.pt", weights_only=True)
+        for phase, optimizer in optimizers.items():
+            models = nn.ModuleDict({name: networks[name].model for name in kept["phases"][phase]})
+            moments = torch.load(path / f"optimizer-{phase}.pt", weights_only=True)
+            moments["state"] = {_renamed(key): value for key, value in moments["state"].items()}
+            for group in moments["param_groups"]:
+                group["params"] = [_renamed(key) for key in group["params"]]
             set_optimizer_state_dict(models, optimizer, moments, options=options)
-            schedulers[turn].load_state_dict(torch.load(path / f"scheduler-{turn}.pt", weights_only=True))
+            schedulers[phase].load_state_dict(torch.load(path / f"scheduler-{phase}.pt", weights_only=True))
         random_file = path / f"rng-{accelerator.process_index}.pt"
         if random_file.is_file():
             _set_random_state(torch.load(random_file, weights_only=True))
@@ -225,6 +232,11 @@ def read(
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"delete {path}; the one before is used then") from None
     return state["step"]
+
+
+def _renamed(name: str) -> str:
+    head, dot, last = name.rpartition(".")
+    return head + dot + _RENAMED.get(last, last)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line of figures per step."""
+"""The log of a run: a line of figures per step, and the trackers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """The training loop, on accelerate: one process or many, exact resume, logs, sample grids.
 
-What learns and how is a `methods.Method`; what is random depends on the seed and the example's index (`draws`); so
+What learns and how is a `method.Method`; random numbers depend on the seed and the example's index (`data.rng`); so
 this file knows neither losses nor data.
+
+`digits.fit` is a second, smaller loop on purpose: it trains networks from nothing that belong to no pipeline yet
+(classifier, VAE, text encoder), one after another on one CPU, which need no encoders, phases, FSDP or trackers.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
 from . import checkpoints
 from .log import Log
-from .method import Method, Network, Turn, refused_sharding
+from .method import Method, OptimizerPhase, TrainedNetwork, refused_sharding
 from .monitors import Watch
 from .stop import Stop
 
@@ -109,19 +112,19 @@ class Loop:
         for network in method.networks.values():
             _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
         self.optimizers = {
-            turn.name: _optimizer(
-                recipe, _parameters(method.networks[name] for name in turn.networks), turn.learning_rate
+            phase.name: _optimizer(
+                recipe, _parameters(method.networks[name] for name in phase.networks), phase.learning_rate
             )
-            for turn in method.turns
+            for phase in method.phases
         }
         self.prepare()
         self.schedulers = {
-            turn.name: _schedule(recipe, self.optimizers[turn.name].optimizer, turn) for turn in method.turns
+            phase.name: _schedule(recipe, self.optimizers[phase.name].optimizer, phase) for phase in method.phases
         }
         self.averages = self.make_averages()
         self.kept = {
             "settings": checkpoints.settings(recipe, accelerator.num_processes),
-            "turns": {turn.name: list(turn.networks) for turn in method.turns},
+            "phases": {phase.name: list(phase.networks) for phase in method.phases},
             "accel": __version__,
             "torch": torch.__version__,
         }
@@ -133,15 +136,15 @@ class Loop:
         sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
         if sharded and not all(network.shardable for network in self.method.networks.values()):
             raise refused_sharding()
-        for turn in self.method.turns:
-            networks = [self.method.networks[name] for name in turn.networks]
+        for phase in self.method.phases:
+            networks = [self.method.networks[name] for name in phase.networks]
             if sharded and len(networks) > 1:
                 raise UserError(
-                    f"FSDP takes one network per optimizer, this run trains {' and '.join(turn.networks)} together",
+                    f"FSDP takes one network per optimizer, this run trains {' and '.join(phase.networks)} together",
                     "launch without FSDP, or train one of them",
                 )
             modules = [network.module for network in networks]
-            *prepared, self.optimizers[turn.name] = self.accelerator.prepare(*modules, self.optimizers[turn.name])
+            *prepared, self.optimizers[phase.name] = self.accelerator.prepare(*modules, self.optimizers[phase.name])
             for network, module in zip(networks, prepared, strict=True):
                 network.module = module
 
@@ -162,7 +165,7 @@ class Loop:
         return dict(
             networks=self.method.networks,
             averages={name: average.shadow_params for name, average in self.averages.items()},
-            optimizers={turn: optimizer.optimizer for turn, optimizer in self.optimizers.items()},
+            optimizers={phase: optimizer.optimizer for phase, optimizer in self.optimizers.items()},
             schedulers=self.schedulers,
             kept=self.kept,
             accelerator=self.accelerator,
@@ -173,7 +176,7 @@ class Loop:
     def run_all(self, batches: Any) -> Outcome:
         first = self.resume()
         log = Log(self.run, first, self.accelerator, self.recipe)
-        stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "symptoms", ()))
+        stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "monitors", ()))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -207,17 +210,17 @@ class Loop:
         return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
 
     def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
-        """Every turn that is due. Returns the terms, averaged over micro-batches and processes, and gradient norms.
+        """Run every phase that is due. Returns terms, averaged over micro-batches and processes, and gradient norms.
 
         Where float16 overflows, the scaler skips the update and the step counts all the same: the schedules depend on
         the number of the step alone.
         """
         micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
         figures: dict[str, float] = {}
-        for turn in self.method.turns:
-            if not turn.due(step):
+        for phase in self.method.phases:
+            if not phase.due(step):
                 continue
-            optimizer, networks = self.optimizers[turn.name], [self.method.networks[name] for name in turn.networks]
+            optimizer, networks = self.optimizers[phase.name], [self.method.networks[name] for name in phase.networks]
             sums: dict[str, torch.Tensor] = {}
             for number, batch in enumerate(micro):
                 last = number + 1 == len(micro)
@@ -225,27 +228,27 @@ class Loop:
                     if not last:
                         for network in networks:
                             stack.enter_context(self.accelerator.no_sync(network.module))
-                    loss, terms = self.method.loss(turn, batch, step)
+                    loss, terms = self.method.loss(phase, batch, step)
                     self.accelerator.backward(loss / len(micro))
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + value.detach().float() / len(micro)
             values = self.reduced(sums)
             if not all(math.isfinite(value) for value in values.values()):
-                raise self.not_finite("loss", step, turn.name, values, micro)
+                raise self.not_finite("loss", step, phase.name, values, micro)
             norm = self.accelerator.clip_grad_norm_(_parameters(networks), self.recipe.max_grad_norm)
             values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
             scaler = self.accelerator.scaler
             # A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint.
             if not math.isfinite(values["grad_norm"]) and (scaler is None or scaler.get_scale() < 1):
-                raise self.not_finite("gradient", step, turn.name, values, micro)
-            values["lr"] = self.schedulers[turn.name].get_last_lr()[0]
+                raise self.not_finite("gradient", step, phase.name, values, micro)
+            values["lr"] = self.schedulers[phase.name].get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            self.schedulers[turn.name].step()
-            for name in turn.networks:
+            self.schedulers[phase.name].step()
+            for name in phase.networks:
                 if name in self.averages:
                     self.averages[name].step(_parameters([self.method.networks[name]]))
-            prefix = f"{turn.name}/" if len(self.method.turns) > 1 else ""
+            prefix = f"{phase.name}/" if len(self.method.phases) > 1 else ""
             figures |= {prefix + name: value for name, value in values.items()}
         return figures
 
@@ -255,7 +258,7 @@ class Loop:
         return dict(zip(sums, mean.tolist(), strict=True))
 
     def not_finite(
-        self, what: str, step: int, turn: str, values: Mapping[str, float], micro: Sequence[Mapping]
+        self, what: str, step: int, phase: str, values: Mapping[str, float], micro: Sequence[Mapping]
     ) -> UserError:
         from accelerate.utils import gather_object
 
@@ -265,7 +268,7 @@ class Loop:
         last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return UserError(
-            f"the {what} of turn {turn} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
+            f"the {what} of phase {phase} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
             "look at these images; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
         )
 
@@ -282,7 +285,7 @@ class Loop:
                 f"--steps {step}, another --run folder, or delete the checkpoints beyond step {self.recipe.steps}",
             )
         for name, average in self.averages.items():
-            average.optimization_step = sum(turn.count(step) for turn in self.method.turns if name in turn.networks)
+            average.optimization_step = sum(phase.count(step) for phase in self.method.phases if name in phase.networks)
         self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
         return step
 
@@ -338,7 +341,7 @@ def _parameters(networks: Any) -> list[torch.nn.Parameter]:
     return [value for network in networks for value in network.model.parameters() if value.requires_grad]
 
 
-def _configure(network: Network, recipe: Recipe, device: torch.device, *, half: bool) -> None:
+def _configure(network: TrainedNetwork, recipe: Recipe, device: torch.device, *, half: bool) -> None:
     from .attention import set_attention
 
     core = network.core
@@ -371,13 +374,13 @@ def _optimizer(
     return AdamW8bit(parameters, **options)
 
 
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, turn: Turn) -> Any:
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, phase: OptimizerPhase) -> Any:
     """Learning rate over optimizer steps. It counts a run's steps, not those of all processes together."""
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule
     return get_scheduler(
-        name, optimizer, num_warmup_steps=recipe.warmup // turn.every, num_training_steps=turn.count(recipe.steps)
+        name, optimizer, num_warmup_steps=recipe.warmup // phase.every, num_training_steps=phase.count(recipe.steps)
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training method tells the loop: its networks, its turns, its loss, and how its result is kept."""
+"""What a training method provides to the loop: networks, optimizer phases, the loss, samples, and saving the result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Terms = dict[str, torch.Tensor]
 
 
 @dataclass
-class Network:
-    """One network that learns.
+class TrainedNetwork:
+    """A network that learns, and how the loop treats it.
 
     Attributes:
         module: what the loss calls; the loop replaces it by its prepared form (DDP, FSDP2, autocast).
@@ -41,10 +41,10 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One kind of optimizer step: the networks that it changes, when it comes, and its own learning rate.
+class OptimizerPhase:
+    """One kind of optimizer step: the networks it updates, at which training steps, and its own learning rate.
 
-    It comes at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
+    It is due at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Turn:
         return step >= self.start and (step - self.start) % self.every == 0
 
     def count(self, steps: int) -> int:
-        """How often it comes within the first `steps` steps."""
+        """How often it is due within the first `steps` training steps."""
         return max(0, -(-(steps - self.start) // self.every))
 
 
@@ -66,18 +66,18 @@ class Method(Protocol):
 
     Attributes:
         networks: what learns, by name.
-        turns: the optimizer steps of one training step, in order.
+        phases: the optimizer steps of one training step, in order.
 
-    It may have `symptoms`, a sequence of `symptoms.Symptom`: what in its figures tells that a run goes wrong.
+    It may have `monitors`, a sequence of `monitors.Monitor`: signs of a failing run in its figures.
     """
 
-    networks: dict[str, Network]
-    turns: Sequence[Turn]
+    networks: dict[str, TrainedNetwork]
+    phases: Sequence[OptimizerPhase]
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what is frozen to the device. dtype: what mixed precision computes in."""
 
-    def loss(self, turn: Turn, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
+    def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         """Total loss and its terms, each a mean over the batch."""
 
     def samples(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the figures of a run say about why it fails, said while it runs."""
+"""Monitors: known signs of a failing run in its figures, reported while it runs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-WINDOW = 50  # values of a figure; one alone says nothing
+WINDOW = 50  # values of a figure that are averaged
 
 
 @dataclass(frozen=True)
-class Symptom:
+class Monitor:
     """A figure whose mean over `WINDOW` values must stay below a bound.
 
     Attributes:
         figure: as in losses.jsonl.
         above: the bound.
-        means: what it means for the run to be above it.
+        means: what it means for the run if the mean is above it.
         fix: what to type next.
     """
 
@@ -27,14 +27,14 @@ class Symptom:
 
 
 class Watch:
-    """Says each symptom once."""
+    """Reports each monitor once."""
 
-    def __init__(self, symptoms: Sequence[Symptom]):
-        self._open = list(symptoms)
-        self._values: dict[str, deque[float]] = {one.figure: deque(maxlen=WINDOW) for one in symptoms}
+    def __init__(self, monitors: Sequence[Monitor]):
+        self._open = list(monitors)
+        self._values: dict[str, deque[float]] = {one.figure: deque(maxlen=WINDOW) for one in monitors}
 
     def see(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """The symptoms that these figures complete, as text for people."""
+        """The messages of the monitors whose bound these figures pass."""
         for name, values in self._values.items():
             if name in figures:
                 values.append(figures[name])

@@ -1,4 +1,4 @@
-"""Sample grids: the same prompts from the same noise at every interval, on the pipeline that is in memory."""
+"""Sample grids: images of the same prompts from the same noise at every interval, by the pipeline in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An end that loses nothing, asked for by a signal."""
+"""Stop a run on a signal, after the current step and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Stop:
-    """Ctrl-C, or a termination signal, ends the run after the step it falls into; a second one at once."""
+    """Ctrl-C or SIGTERM ends the run after the current step; a second one ends it at once."""
 
     def __init__(self, accelerator: Any):
         self.accelerator, self.wanted, self.before = accelerator, False, {}

@@ -70,14 +70,15 @@ def test_one_step_of_sd15_to_sd_tiny(tmp_path):
 DMD2_TURNS = """
 import json, resource, sys
 import torch
-from accel.distill import plan, recipes
-from accel.distill.dmd2 import DMD2
-from accel.distill.encode import Encoders
-from accel.source import open_source
+from accel.distill import recipes, settings
+from accel.distill.data.encoders import Encoders
+from accel.distill.few_step import memory
+from accel.distill.few_step.dmd2 import DMD2
+from accel.models.source import open_source
 
 tiny, full = sys.argv[1:]
-recipe = recipes.changed(recipes.dmd2(), model=tiny, teacher=full, data="digits", resolution=64, batch=1)
-parts = plan.predict(recipe, Encoders(open_source(tiny)), foreach=False).parts
+recipe = recipes.changed(settings.DMD2Recipe(), model=tiny, teacher=full, data="digits", resolution=64, batch=1)
+parts = memory.predict(recipe, Encoders(open_source(tiny)), foreach=False).parts
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 method = DMD2(recipe, Encoders(open_source(tiny)))
 method.place(torch.device("cpu"), torch.float32)
@@ -87,11 +88,11 @@ batch = {"index": [0], "latent_mean": torch.randn(1, 4, 8, 8), "latent_std": tor
 learnt = lambda module: sum(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
 count = lambda module: sum(1 for _ in module.parameters())
 result = {}
-for turn in method.turns:
-    total, terms = method.loss(turn, batch, 0)
+for phase in method.phases:
+    total, terms = method.loss(phase, batch, 0)
     total.backward()
-    result[turn.name] = {name: learnt(getattr(method, name)) for name in ("generator", "critic", "teacher")}
-    result[turn.name]["terms"] = {name: float(term) for name, term in terms.items()}
+    result[phase.name] = {name: learnt(getattr(method, name)) for name in ("generator", "critic", "teacher")}
+    result[phase.name]["terms"] = {name: float(term) for name, term in terms.items()}
     method.generator.zero_grad(set_to_none=True)
     method.critic.zero_grad(set_to_none=True)
 result["parameters"] = {name: count(getattr(method, name)) for name in ("generator", "critic", "teacher")}
@@ -105,7 +106,7 @@ print(json.dumps(result))
 
 @pytest.mark.slow
 def test_one_iteration_of_dmd2_from_sd15_to_sd_tiny(tmp_path):
-    """Each turn reaches all of its own network and nothing of the others; the teacher gets no gradient at all.
+    """Each phase reaches all of its own network and nothing of the others; the teacher gets no gradient at all.
 
     And the memory is what `--plan` says; no optimizer takes part.
     """
@@ -119,9 +120,9 @@ def test_one_iteration_of_dmd2_from_sd15_to_sd_tiny(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     parameters = result["parameters"]
     assert parameters["generator"] == 358 and parameters["teacher"] == 686
-    for turn, learns in (("generator", "generator"), ("critic", "critic")):
+    for phase, learns in (("generator", "generator"), ("critic", "critic")):
         for name in ("generator", "critic", "teacher"):
-            assert result[turn][name] == (parameters[name] if name == learns else 0), (turn, name)
-        assert all(abs(value) < 1e6 for value in result[turn]["terms"].values())  # false for NaN
+            assert result[phase][name] == (parameters[name] if name == learns else 0), (phase, name)
+        assert all(abs(value) < 1e6 for value in result[phase]["terms"].values())  # false for NaN
     print(f"peak {result['peak'] / 1e9:.2f} GB; {result}")
     assert result["peak"] - result["before"] == pytest.approx(result["predicted"], rel=0.1)

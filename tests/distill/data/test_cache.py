@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill.data import distributed, make_cache
+from accel.distill.data import make_cache
 from accel.distill.data.cache import open_cache
 from accel.distill.data.encoders import Encoders
 from accel.distill.data.examples import Examples, loader
@@ -385,7 +385,7 @@ dist.destroy_process_group()
 
 
 def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE", 0.5)
+    monkeypatch.setattr(make_cache, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="3 files are missing in .*, the first one text-00001.safetensors"):
         build(data, encoders, tmp_path / "cache", rank=0, world=2, **PLAIN)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.diffusion import inpainting
 from accel.distill.run import execute
@@ -37,7 +37,7 @@ def images(six_images) -> Path:
     return six_images
 
 
-def recipe(make, source: Path, images: Path, **fields) -> recipes.Recipe:
+def recipe(make, source: Path, images: Path, **fields) -> settings.Recipe:
     common: dict = dict(
         model=str(source),
         data=str(images),
@@ -89,7 +89,9 @@ def test_the_channels_are_those_of_diffusers_pipeline(inpaint):
     assert abs(spread.mean()) < 0.1 and abs(spread.std() - 1) < 0.1  # a draw of the posterior, as the pipeline's
 
 
-@pytest.mark.parametrize("make", [recipes.tiny, recipes.finetune, recipes.lora], ids=lambda made: made.__name__)
+@pytest.mark.parametrize(
+    "make", [recipes.tiny, settings.FinetuneRecipe, settings.LoraRecipe], ids=lambda made: made.__name__
+)
 def test_training_an_inpainting_model(inpaint, images, tmp_path, make):
     from diffusers import StableDiffusionInpaintPipeline
 
@@ -98,7 +100,7 @@ def test_training_an_inpainting_model(inpaint, images, tmp_path, make):
     losses = [json.loads(line) for line in (tmp_path / "out-run" / "losses.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(np.isfinite(line["task"]) for line in losses)
     assert (tmp_path / "out-run" / "samples" / "step-000002.png").is_file()
-    if make is recipes.lora:
+    if make is settings.LoraRecipe:
         pipeline = StableDiffusionInpaintPipeline.from_pretrained(inpaint)
         pipeline.load_lora_weights(tmp_path / "out")
     else:

@@ -15,7 +15,6 @@ from accel.distill.digits import fit, networks
 from accel.distill.digits import train as train_digits
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.sources import digits
-from accel.errors import UserError
 from accel.models.topology import topology
 
 TEACHER = DIGITS / "teacher"
@@ -58,19 +57,14 @@ def test_images_are_rgb_white_on_black():
 @pytest.mark.parametrize("digit", range(10))
 def test_prompts_name_their_digit_and_survive_the_tokenizer(digit, tokenizer):
     for prompt in digits.prompts(digit):
-        assert digits.digit_of(prompt) == digit
+        named = set(prompt.split()) & {*digits.WORDS, *map(str, range(10))}
+        assert len(named) == 1 and named <= {digits.WORDS[digit], str(digit)}
         ids = tokenizer(prompt).input_ids
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         inner = ids[1:-1]
         assert tokenizer.unk_token_id not in inner
         assert len(inner) == len(prompt.split()), "one token to a word"
         assert tokenizer.decode(inner) == prompt
-
-
-@pytest.mark.parametrize("prompt", ["a handwritten cat", "seven or eight", "12", ""])
-def test_prompt_without_one_digit_is_refused(prompt):
-    with pytest.raises(UserError, match="does not name one digit"):
-        digits.digit_of(prompt)
 
 
 @settings(max_examples=50, deadline=None)

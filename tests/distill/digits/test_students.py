@@ -8,9 +8,9 @@ import torch
 from accel.assets import DIGITS, resolve
 from accel.distill.digits import networks
 from accel.distill.digits.train import load
-from accel.distill.evaluation.digits import generate, judge
+from accel.distill.evaluation.digits import evaluate, generate
 from accel.distill.methods.students import student_config
-from accel.distill.recipes import recipe
+from accel.distill.registry import recipe
 from accel.distill.sources import digits
 
 STUDENTS = ("tiny", "small")
@@ -33,7 +33,7 @@ def test_a_students_unet_is_the_teachers_with_the_blocks_removed(name):
 def test_a_student_draws_the_digit_it_is_asked_for(name):
     texts, wanted = zip(*digits.prompt_set(4), strict=True)
     images = generate(load(DIGITS / name), list(texts), guidance=3.0, steps=12, seed=4_000)
-    assert judge(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.97
+    assert evaluate(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.97
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -55,7 +55,7 @@ def test_a_few_step_student_draws_the_digit_it_is_asked_for_in_its_steps(name):
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     timesteps = json.loads((DIGITS / name / "sampler.json").read_text())["timesteps"]
     images = generate(pipeline, list(texts), guidance=0.0, seed=4_000, timesteps=timesteps)
-    assert judge(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.95
+    assert evaluate(images, torch.tensor(wanted))["prompt_accuracy"] >= 0.95
 
 
 @pytest.mark.parametrize("name", FEW_STEPS)

@@ -150,13 +150,13 @@ def test_one_hot_rows_and_indices_are_the_same_class(net):
 @pytest.mark.parametrize(
     "labels, said",
     [
-        (torch.tensor([0, 10]), "label 1 is no class of 0 to 9: 10"),
-        (torch.tensor([-1, 0]), "label 0 is no class of 0 to 9: -1"),
-        (torch.tensor([0.0, 1.0]), "are no classes"),
-        (torch.eye(9)[:2], "are no classes"),
+        (torch.tensor([0, 10]), "label 1 is not a class of 0 to 9: 10"),
+        (torch.tensor([-1, 0]), "label 0 is not a class of 0 to 9: -1"),
+        (torch.tensor([0.0, 1.0]), "are not classes"),
+        (torch.eye(9)[:2], "are not classes"),
         (torch.zeros(2, 10), "a row with 0 entries"),
         (torch.full((2, 10), 0.1), "a row with 10 entries"),
-        (2 * torch.eye(10)[:2], "label 0 is no class"),
+        (2 * torch.eye(10)[:2], "label 0 is not a class"),
         (None, "one of 10 classes, and no labels were given"),
     ],
 )

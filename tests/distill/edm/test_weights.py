@@ -402,8 +402,8 @@ def test_files_that_hold_no_network_are_refused(tmp_path):
         "empty.pt": "cannot be read",
         "noise.safetensors": "cannot be read",
         "half.pt": "cannot be read",
-        "list.pt": "no table of tensors",
-        "numbers.pt": "no table of tensors",
+        "list.pt": "does not hold a dict of tensors",
+        "numbers.pt": "does not hold a dict of tensors",
         "other.pt": "not the weights of EDM",
         "shape.pt": r"shape \[7\] where \[512\] belongs",
     }

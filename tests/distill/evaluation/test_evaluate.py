@@ -100,7 +100,7 @@ def test_the_result_says_what_was_measured_and_how(made):
 def test_the_figures_are_those_of_the_images(made):
     out, result = made
     images = torch.from_numpy(drawn(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    wanted = digits_quality.judge(images, torch.arange(6))
+    wanted = digits_quality.evaluate(images, torch.arange(6))
     accuracy, distance = result["figures"]
     assert accuracy["value"] == wanted["prompt_accuracy"]
     assert distance["value"] == pytest.approx(wanted["frechet_distance"], rel=1e-9)
@@ -405,7 +405,7 @@ def test_another_rank_says_that_its_images_are_there(made, capsys, monkeypatch):
     ("args", "words"),
     [
         (["--protocol", "coco"], ["coco", "bk-sdm-coco30k"]),
-        (["--limit", "1"], ["limit = 1", "500"]),
+        (["--limit", "1"], ["invalid limit: 1", "500"]),
         (["--limit", "501"], ["501", "500"]),
         (["--steps", "0"], ["steps"]),
         (["--guidance", "nan"], ["guidance"]),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from accel.distill.data import distributed
 from accel.distill.evaluation import work_share
 from accel.distill.evaluation.work_share import (
     IMAGES,
@@ -25,7 +26,7 @@ from accel.distill.evaluation.work_share import (
     is_whole,
     save,
     shard_of,
-    wait_for,
+    wait_for_images,
 )
 from accel.errors import UserError
 
@@ -137,7 +138,7 @@ def test_a_path_that_cannot_be_a_folder_and_a_damaged_record_are_told(tmp_path):
     save(image(), image_file(tmp_path / "out", 0, "png"), "png")
     for text in ("{", "[]"):
         (tmp_path / "out" / RUN).write_text(text)
-        with pytest.raises(UserError, match="damaged|no table"):
+        with pytest.raises(UserError, match="damaged|not a JSON object"):
             claim(tmp_path / "out", SETTINGS)
 
 
@@ -173,7 +174,7 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
 
 
 def test_waiting_ends_with_the_last_image_and_is_patient_while_images_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(work_share, "POLL", 0.02)
+    monkeypatch.setattr(distributed, "POLL", 0.02)
     claim(tmp_path, SETTINGS)
 
     def other_process():
@@ -185,18 +186,18 @@ def test_waiting_ends_with_the_last_image_and_is_patient_while_images_come(tmp_p
     thread.start()
     seen = []
     # All five take longer than the patience; each of them does not.
-    files = wait_for(tmp_path, 5, "png", 2, 0.5, seen.append)
+    files = wait_for_images(tmp_path, 5, "png", 2, 0.5, seen.append)
     thread.join()
     assert [path.name for path in files] == [f"{index:05d}.png" for index in range(5)]
     assert seen == sorted(seen) and seen[0] < 5 and seen[-1] == 5
 
 
 def test_waiting_in_vain_names_the_images_and_whose_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(work_share, "POLL", 0.02)
+    monkeypatch.setattr(distributed, "POLL", 0.02)
     claim(tmp_path, SETTINGS)
     for index in (0, 1, 2, 3, 6):
         save(image(), image_file(tmp_path, index, "png"), "png")
     words = r"3 of 8 images .* 00004.png, 00005.png, 00007.png \(of rank 1, 2\)"
     with pytest.raises(UserError, match=words) as error:
-        wait_for(tmp_path, 8, "png", 3, 0.1)
+        wait_for_images(tmp_path, 8, "png", 3, 0.1)
     assert "kept" in error.value.fix

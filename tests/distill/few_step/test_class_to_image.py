@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import encoded
 from accel.distill.data.examples import Examples, loader
 from accel.distill.edm import preconditioning
@@ -52,7 +52,7 @@ def recipe(model, **fields):
         sample_every=0,
         log="none",
     )
-    return recipes.changed(recipes.dmd2(), **common | fields)
+    return recipes.changed(settings.DMD2Recipe(), **common | fields)
 
 
 def method(model, **fields):
@@ -108,11 +108,11 @@ def test_the_fake_scores_loss_is_edms():
 def test_each_turn_reaches_its_own_network_and_no_other(model):
     made = method(model)
     batch = batch_of(made)
-    for turn, learns, rests in (
-        (made.turns[0], made.generator, (made.critic, made.teacher)),
-        (made.turns[1], made.critic, (made.generator, made.teacher)),
+    for phase, learns, rests in (
+        (made.phases[0], made.generator, (made.critic, made.teacher)),
+        (made.phases[1], made.critic, (made.generator, made.teacher)),
     ):
-        total, terms = made.loss(turn, batch, 0)
+        total, terms = made.loss(phase, batch, 0)
         assert all(torch.isfinite(term) for term in terms.values())
         total.backward()
         # A class's row of the table learns when an image of it is in the batch.
@@ -171,10 +171,10 @@ def test_what_cannot_be_is_said(model, fields, said):
 
 
 def test_words_are_no_classes(model, six_images, tmp_path):
-    with pytest.raises(UserError, match="no class number"):
+    with pytest.raises(UserError, match="not a class number"):
         execute(recipe(model, data=str(six_images)), tmp_path / "out")
 
 
 def test_other_methods_do_not_train_it(model, tmp_path):
     with pytest.raises(UserError, match="DMD2 alone"):
-        execute(recipes.changed(recipes.finetune(), model=str(model), data="digits"), tmp_path / "out")
+        execute(recipes.changed(settings.FinetuneRecipe(), model=str(model), data="digits"), tmp_path / "out")

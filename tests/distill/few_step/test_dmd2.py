@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from accel.distill import recipes
+from accel.distill import recipes, registry, settings
 from accel.distill.data.encoders import Encoders, encoded
 from accel.distill.data.examples import Examples, loader
 from accel.distill.diffusion.process import Diffusion
@@ -19,7 +19,7 @@ from accel.distill.few_step.dmd2 import DMD2, matching_gradient, matching_loss, 
 from accel.distill.run import execute
 from accel.distill.sources.open_data import open_data
 from accel.distill.training import checkpoints
-from accel.distill.training.method import Turn
+from accel.distill.training.method import OptimizerPhase
 from accel.errors import UserError
 from accel.models.lora import WEIGHT_NAME, fuse, lora_file
 from accel.models.source import open_source
@@ -34,7 +34,7 @@ def diffusion(kind: str) -> Diffusion:
     return Diffusion(NoiseSchedule.from_config(SD | {"prediction_type": kind}))
 
 
-def recipe(model: Path, **fields) -> recipes.DMD2:
+def recipe(model: Path, **fields) -> settings.DMD2Recipe:
     common: dict = dict(
         model=str(model),
         data="digits",
@@ -50,7 +50,7 @@ def recipe(model: Path, **fields) -> recipes.DMD2:
         sample_every=0,
         log="none",
     )
-    return recipes.changed(recipes.dmd2(), **common | fields)
+    return recipes.changed(settings.DMD2Recipe(), **common | fields)
 
 
 def method(model: Path, **fields) -> DMD2:
@@ -135,7 +135,7 @@ def test_a_number_that_does_not_divide_gives_that_many_steps():
 @pytest.mark.parametrize("fields", [dict(timesteps="399"), dict(timesteps="999,749,499,249"), dict(few_steps=2)])
 def test_timesteps_by_name(fields):
     wanted = {"399": (399,), "999,749,499,249": (999, 749, 499, 249), "": (999, 499)}[fields.get("timesteps", "")]
-    assert timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000) == wanted
+    assert timesteps_of(recipes.changed(settings.DMD2Recipe(), **fields), 1000) == wanted
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_timesteps_by_name(fields):
 )
 def test_timesteps_that_cannot_be_are_errors_for_people(fields):
     with pytest.raises(UserError, match="step"):
-        timesteps_of(recipes.changed(recipes.dmd2(), **fields), 1000)
+        timesteps_of(recipes.changed(settings.DMD2Recipe(), **fields), 1000)
 
 
 # ------------------------------------------------------------------------------------------------------------ generator
@@ -219,27 +219,30 @@ def test_one_step_a_batch_is_the_same_for_all_processes(sd15):
 
 
 def test_smaller_micro_batches_do_not_turn_mixed_steps_off_on_resume():
-    def settings(**fields):
-        return checkpoints.settings(recipes.changed(recipes.dmd2(), model="m", data="d", **fields), 1)
+    def compared(**fields):
+        return checkpoints.settings(recipes.changed(settings.DMD2Recipe(), model="m", data="d", **fields), 1)
 
-    whole = settings(few_steps=4, batch=8)
-    assert settings(few_steps=4, batch=4, accumulation=2) == whole
-    assert settings(few_steps=4, batch=2, accumulation=4) != whole
-    assert settings(timesteps="999,499", batch=2, accumulation=4)["mixed_steps"]
+    whole = compared(few_steps=4, batch=8)
+    assert compared(few_steps=4, batch=4, accumulation=2) == whole
+    assert compared(few_steps=4, batch=2, accumulation=4) != whole
+    assert compared(timesteps="999,499", batch=2, accumulation=4)["mixed_steps"]
 
 
 def test_the_critic_is_told_which_step_drew_an_image(sd15):
     made = method(sd15)
     batch = batch_of(made, 8)
     with torch.no_grad():
-        made.critic.told[2] += 1
+        made.critic.step_embedding[2] += 1
         x_t, t = torch.randn(8, 4, 16, 16), torch.full((8,), 500)
         conditions = made.family.conditions(batch)
         told = made.critic.score(x_t, t, conditions, made.last(batch, 0))
         plain = made.critic._family.call(made.critic.network, x_t, t, conditions)
     differs = [not torch.allclose(one, other, atol=1e-5) for one, other in zip(told, plain, strict=True)]
     assert differs == [False, False, True, False] * 2
-    assert method(sd15, step_aware=False).critic.told is None and method(sd15, few_steps=1).critic.told is None
+    assert (
+        method(sd15, step_aware=False).critic.step_embedding is None
+        and method(sd15, few_steps=1).critic.step_embedding is None
+    )
 
 
 def test_without_backward_simulation_the_generator_learns_on_noised_images(sd15):
@@ -268,7 +271,7 @@ def gradients(module: torch.nn.Module) -> dict[str, bool]:
 def test_each_turn_reaches_its_own_network_and_no_other(family, request):
     made = method(request.getfixturevalue(family))
     batch = batch_of(made)
-    generator, critic = made.turns
+    generator, critic = made.phases
     total, terms = made.loss(generator, batch, 0)
     total.backward()
     assert all(gradients(made.generator).values())
@@ -285,16 +288,16 @@ def test_each_turn_reaches_its_own_network_and_no_other(family, request):
 def test_the_critic_learns_on_the_images_of_the_generators_turn(sd15, monkeypatch):
     made = method(sd15)
     batch = batch_of(made)
-    made.loss(made.turns[0], batch, 0)
+    made.loss(made.phases[0], batch, 0)
     monkeypatch.setattr(made, "draw", lambda *_: pytest.fail("drawn twice"))
-    made.loss(made.turns[1], batch, 0)
+    made.loss(made.phases[1], batch, 0)
     assert made._drawn == {}
 
 
 def test_without_a_gan_the_head_does_not_learn(sd15):
     made = method(sd15, adversarial_weight=0.0)
     batch = batch_of(made)
-    total, terms = made.loss(made.turns[1], batch, 1)
+    total, terms = made.loss(made.phases[1], batch, 1)
     total.backward()
     assert set(terms) == {"denoising"} and not any(gradients(made.critic.head).values())
 
@@ -342,13 +345,13 @@ def test_a_run_its_result_and_its_resume(sd15, tmp_path):
     assert all(np.isfinite(value) for line in lines for value in line.values())
 
     class Dies(DMD2):
-        def loss(self, turn, batch, step):
+        def loss(self, phase, batch, step):
             if step == 3:
                 raise RuntimeError("the power went off")
-            return super().loss(turn, batch, step)
+            return super().loss(phase, batch, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("accel.distill.run", fromlist=["run"]).METHODS, recipes.DMD2, Dies)
+        patch.setattr("accel.distill.few_step.dmd2.DMD2", Dies)
         with pytest.raises(RuntimeError, match="power"):
             execute(recipe(sd15), tmp_path / "resumed")
     execute(recipe(sd15), tmp_path / "resumed")
@@ -377,16 +380,16 @@ def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15_tiny, sd15, tmp_path
 PROCESSES = """
 import sys, torch
 from pathlib import Path
-from accel.distill import recipes, run
+from accel.distill import recipes, registry, run, settings
 torch.set_num_threads(1)
-run.execute(recipes.changed(recipes.dmd2(), **eval(sys.argv[1])), Path(sys.argv[2]))
+run.execute(recipes.changed(settings.DMD2Recipe(), **eval(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("mixed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_the_joint_batch(sd15, tmp_path, torchrun, sharded, mixed):
-    """Several steps call the generator several times before one backward pass, and both turns need gradients reduced.
+    """Several steps call the generator several times before one backward pass, and both phases need gradients reduced.
 
     Losses and gradient norms of a step follow from all weights before it, so they are what is compared: AdamW's first
     updates are as large as the learning rate however small the gradient, and make much of rounding.
@@ -410,9 +413,9 @@ def test_the_critic_may_learn_alone_first(sd15, tmp_path):
 
 @pytest.mark.parametrize(("every", "start"), [(1, 0), (5, 0), (5, 3), (2, 7)])
 def test_a_turn_counts_what_is_due(every, start):
-    turn = Turn("generator", (), every=every, start=start)
+    phase = OptimizerPhase("generator", (), every=every, start=start)
     for steps in range(20):
-        assert turn.count(steps) == sum(turn.due(step) for step in range(steps))
+        assert phase.count(steps) == sum(phase.due(step) for step in range(steps))
 
 
 def test_two_learning_rates_and_schedules(sd15, tmp_path):
@@ -424,8 +427,8 @@ def test_two_learning_rates_and_schedules(sd15, tmp_path):
 
 
 def test_fields_are_options(sd15):
-    assert {field.name for field in dataclasses.fields(recipes.DMD2)} >= {"ratio", "real_guidance", "few_steps"}
-    assert recipes.recipe("digits-dmd2").real_guidance == 1.3
+    assert {field.name for field in dataclasses.fields(settings.DMD2Recipe)} >= {"ratio", "real_guidance", "few_steps"}
+    assert registry.recipe("digits-dmd2").real_guidance == 1.3
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRA
@@ -440,11 +443,11 @@ def test_what_is_frozen_is_shared(sd15, ranks, bases):
     found = {id(shared_lora.within(network, lambda unet: unet)) for network in networks}
     assert len(found) == bases
     batch = batch_of(made)
-    for turn, learns, rests in (
-        (made.turns[0], made.generator, made.critic),
-        (made.turns[1], made.critic, made.generator),
+    for phase, learns, rests in (
+        (made.phases[0], made.generator, made.critic),
+        (made.phases[1], made.critic, made.generator),
     ):
-        made.loss(turn, batch, 0)[0].backward()
+        made.loss(phase, batch, 0)[0].backward()
         reached = gradients(learns)
         # A of a fresh adapter has no gradient while B is zero; the others have one.
         assert all(found for name, found in reached.items() if "lora_A" not in name)
@@ -511,7 +514,7 @@ def test_gradient_checkpointing_of_whole_networks(sd15, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (dict(rank=-1), "cannot be"),
+        (dict(rank=-1), "invalid rank -1"),
         (dict(rank=2, targets="nothing"), "no layer"),
         (dict(rank=2, offload_teacher=True), "shares its weights"),
     ],

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders, encoded
 from accel.distill.data.examples import Examples, loader
 from accel.distill.few_step import memory
@@ -23,11 +23,11 @@ from accel.models.source import open_source
 
 def recipe(model, **fields):
     common = dict(model=str(model), data="digits", resolution=64, random_flip=False, cache="none", batch=2, few_steps=1)
-    return recipes.changed(recipes.dmd2(), **common | fields)
+    return recipes.changed(settings.DMD2Recipe(), **common | fields)
 
 
 def measured(given):
-    """Peak bytes of both turns, weights not counted, of tensors that do exist."""
+    """Peak bytes of both phases, weights not counted, of tensors that do exist."""
     method = DMD2(given, Encoders(open_source(given.model)))
     method.place(torch.device("cpu"), torch.float32)
     examples = Examples(open_data("digits"), seed=0, resolution=64, random_flip=False)
@@ -37,7 +37,7 @@ def measured(given):
     if given.gradient_checkpointing:
         for network in method.networks.values():
             network.core.enable_gradient_checkpointing()
-    return max(max(memory.turn_bytes(method, turn, batch, False)) for turn in method.turns)
+    return max(max(memory.phase_bytes(method, phase, batch, False)) for phase in method.phases)
 
 
 @functools.cache

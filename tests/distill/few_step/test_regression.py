@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.few_step import ode_pairs
 from accel.distill.few_step.regression import Regression, pseudo_huber
@@ -37,7 +37,7 @@ def recipe(model, **fields):
         sample_every=0,
         log="none",
     )
-    return recipes.changed(recipes.regress(), **common | fields)
+    return recipes.changed(settings.RegressionRecipe(), **common | fields)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_warm_up_lowers_the_error_and_its_result_is_a_one_step_student(sd15,
     assert json.loads((tmp_path / "out/sampler.json").read_text())["timesteps"] == [999]
     # And DMD2 goes on from it.
     dmd2 = recipes.changed(
-        recipes.dmd2(),
+        settings.DMD2Recipe(),
         model=str(tmp_path / "out"),
         teacher=str(sd15),
         data="digits",
@@ -130,10 +130,10 @@ def test_pseudo_huber_is_the_distance_far_from_zero():
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        (dict(loss="l7"), UserError, "unknown loss"),
-        (dict(timestep=1000), UserError, "timestep 1000"),
+        (dict(loss="l7"), UserError, "invalid loss"),
+        (dict(timestep=1000), UserError, "invalid timestep: 1000"),
         (dict(loss="lpips"), MissingPackage, "lpips"),
-        (dict(pair_count=0), UserError, "pair-count"),
+        (dict(pair_count=0), UserError, "pair_count"),
     ],
 )
 def test_what_cannot_be_is_said(sd15, tmp_path, fields, error, said):
@@ -163,7 +163,7 @@ def test_lpips_compares_decoded_images_and_its_slope_reaches_the_latent(sd15, mo
     method.place(torch.device("cpu"), torch.float32)
     wanted = torch.randn(2, 4, 8, 8)
     batch = {"z": torch.randn(2, 4, 8, 8), "latent_mean": wanted} | encoders.prompts(["a cat", "a dog"])
-    error, _ = method.loss(method.turns[0], batch, 0)
+    error, _ = method.loss(method.phases[0], batch, 0)
     error.backward()
     (images, compared), expected = seen[0], encoders.vae.decode(wanted / encoders.vae.config.scaling_factor).sample
     assert torch.equal(compared, expected.clamp(-1, 1)) and images.shape == compared.shape

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.diffusion import losses
 from accel.distill.diffusion.denoising import noised, task_terms
@@ -38,7 +38,7 @@ def subject(tmp_path_factory) -> Path:
     return folder
 
 
-def tiny(model: Path | str = "", subject: Path | str = "", **fields) -> recipes.DreamBooth:
+def tiny(model: Path | str = "", subject: Path | str = "", **fields) -> settings.DreamBoothRecipe:
     common: dict = dict(
         model=str(model),
         data=str(subject),
@@ -57,7 +57,7 @@ def tiny(model: Path | str = "", subject: Path | str = "", **fields) -> recipes.
         log="none",
         seed=7,
     )
-    return recipes.changed(recipes.dreambooth(), **common | fields)
+    return recipes.changed(settings.DreamBoothRecipe(), **common | fields)
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts
@@ -106,17 +106,22 @@ def test_a_rare_word_of_many_tokens_is_noticed(tokenizers):
 def test_the_learning_rate_follows_the_rank_unless_it_is_given(sd15):
     encoders = Encoders(open_source(sd15))
     rates = [
-        dreambooth.settled(tiny(**fields), encoders).learning_rate
+        dreambooth.completed(tiny(**fields), encoders).learning_rate
         for fields in ({}, {"rank": 0}, {"rank": 0, "learning_rate": 3e-5})
     ]
     assert rates == [1e-4, 1e-6, 3e-5]
-    assert dreambooth.settled(tiny(), encoders).sample_prompts == "the q dog|the dog"
+    assert dreambooth.completed(tiny(), encoders).sample_prompts == "the q dog|the dog"
 
 
-@pytest.mark.parametrize("fields", [{"prior_weight": -1.0}, {"class_images": 0}, {"rank": -1}])
+@pytest.mark.parametrize("fields", [{"class_images": 0}, {"rank": -1}])
 def test_numbers_that_are_none(sd15, fields):
     with pytest.raises(UserError):
-        dreambooth.settled(tiny(**fields), Encoders(open_source(sd15)))
+        dreambooth.completed(tiny(**fields), Encoders(open_source(sd15)))
+
+
+def test_a_negative_prior_weight_is_refused():
+    with pytest.raises(UserError, match="invalid prior_weight: -1.0"):
+        settings.check(tiny(prior_weight=-1.0))
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -134,8 +139,8 @@ def test_the_loss_is_instance_plus_weighted_prior(sd15):
     one = {"index": [0], **{key: value[:1] for key, value in rows.items()}}
     other = {"index": [dreambooth.PRIOR, dreambooth.PRIOR + 1], **{key: value[1:] for key, value in rows.items()}}
     with torch.no_grad():
-        total, terms = method.loss(method.turns[0], dreambooth.joined(one, other), 0)
-        alone = [method.loss(method.turns[0], batch, 0)[0] for batch in (one, other)]
+        total, terms = method.loss(method.phases[0], dreambooth.joined(one, other), 0)
+        alone = [method.loss(method.phases[0], batch, 0)[0] for batch in (one, other)]
     torch.testing.assert_close(terms["task"], alone[0])
     torch.testing.assert_close(terms["prior"], alone[1])
     torch.testing.assert_close(total, alone[0] + 0.3 * alone[1])
@@ -205,7 +210,7 @@ def test_images_drawn_with_other_settings_are_not_mixed_in(sd15, tmp_path):
     encoders = Encoders(open_source(sd15))
     folder = dreambooth.class_images(tiny(sd15, class_images=1), encoders, tmp_path, OneProcess(), print)
     before = digests(folder)
-    with pytest.raises(UserError, match="drawn with another prompt"):
+    with pytest.raises(UserError, match="generated with another prompt"):
         dreambooth.class_images(tiny(sd15, class_prompt="the cat"), encoders, tmp_path, OneProcess(), print)
     assert digests(folder) == before
 
@@ -268,14 +273,13 @@ def test_all_weights_and_the_text_encoder_learn(sd15, subject, tmp_path):
 
 def test_the_subject_and_the_class_share_no_noise(sd15, subject, tmp_path):
     """Indices of the two halves differ, so that timesteps, noise and crops are drawn apart."""
-    from accel.distill.run import stream_of
 
     class Accelerator(OneProcess):
         device = torch.device("cpu")
 
     recipe = tiny(sd15, subject, class_data=str(subject), batch=2)
     encoders = Encoders(open_source(sd15))
-    batches = dreambooth.batches_of(recipe, encoders, tmp_path, Accelerator(), lambda text: None, stream_of)
+    batches = dreambooth.batches_of(recipe, encoders, tmp_path, Accelerator(), lambda text: None)
     first = batches(0)
     made = [next(first) for _ in range(3)]
     later = batches(2)

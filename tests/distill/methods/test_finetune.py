@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.run import execute
 
 
@@ -25,7 +25,7 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def finetune(source: Path, images: Path, **fields) -> recipes.Finetune:
+def finetune(source: Path, images: Path, **fields) -> settings.FinetuneRecipe:
     common: dict = dict(
         model=str(source),
         data=str(images),
@@ -39,7 +39,7 @@ def finetune(source: Path, images: Path, **fields) -> recipes.Finetune:
         log="none",
         seed=1,
     )
-    return recipes.changed(recipes.finetune(), **common | fields)
+    return recipes.changed(settings.FinetuneRecipe(), **common | fields)
 
 
 @pytest.mark.parametrize("model", ["sd15", "sd15_tiny"])

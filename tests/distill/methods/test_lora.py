@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.methods.lora import LowRank, adapt, suffixes
 from accel.distill.run import execute
@@ -33,7 +33,7 @@ def images(six_images) -> Path:
     return six_images
 
 
-def tiny(source: Path | str = "", images: Path | str = "", **fields) -> recipes.Lora:
+def tiny(source: Path | str = "", images: Path | str = "", **fields) -> settings.LoraRecipe:
     common: dict = dict(
         model=str(source),
         data=str(images),
@@ -51,7 +51,7 @@ def tiny(source: Path | str = "", images: Path | str = "", **fields) -> recipes.
         caption_dropout=0.3,
         seed=7,
     )
-    return recipes.changed(recipes.lora(), **common | fields)
+    return recipes.changed(settings.LoraRecipe(), **common | fields)
 
 
 def made(model: Path, *, random: bool = True, **fields) -> LowRank:
@@ -159,10 +159,10 @@ def test_the_file_tells_alpha_and_nothing_of_this_machine(sd15, tmp_path):
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_every_update_gets_a_gradient_and_nothing_else_does(model, request):
     method = made(request.getfixturevalue(model))
-    assert set(method.turns[0].networks) == set(method.networks)
+    assert set(method.phases[0].networks) == set(method.networks)
     assert ("text_encoder_2" in method.networks) == (model == "sdxl")
     batch = batch_of(request.getfixturevalue(model), method)
-    method.loss(method.turns[0], batch, 0)[0].backward()
+    method.loss(method.phases[0], batch, 0)[0].backward()
     for name, network in method.networks.items():
         for key, parameter in network.model.named_parameters():
             assert parameter.requires_grad == any(part in key for part in BOTH), (name, key)
@@ -176,9 +176,9 @@ def test_cached_texts_are_not_used_where_the_text_encoder_learns(sd15):
     method = made(sd15)
     batch = batch_of(sd15, method)
     with torch.no_grad():
-        plain = method.loss(method.turns[0], batch, 0)[0]
-        stale = method.loss(method.turns[0], batch | {"context": torch.zeros(2, 77, 32)}, 0)[0]
-        other = method.loss(method.turns[0], batch | {"caption": ["the dog", "cat"]}, 0)[0]
+        plain = method.loss(method.phases[0], batch, 0)[0]
+        stale = method.loss(method.phases[0], batch | {"context": torch.zeros(2, 77, 32)}, 0)[0]
+        other = method.loss(method.phases[0], batch | {"caption": ["the dog", "cat"]}, 0)[0]
     assert plain == stale and plain != other
 
 
@@ -186,11 +186,11 @@ def test_at_the_start_the_loss_is_that_of_the_base(sd15):
     from accel.distill.methods.kd import Denoising
 
     method = made(sd15, random=False, text_encoder=False)
-    whole = Denoising(recipes.changed(recipes.finetune(), model=str(sd15), seed=7), Encoders(open_source(sd15)))
+    whole = Denoising(recipes.changed(settings.FinetuneRecipe(), model=str(sd15), seed=7), Encoders(open_source(sd15)))
     batch = batch_of(sd15, method)
     batch |= method.encoders.prompts(batch["caption"])
     with torch.no_grad():
-        assert method.loss(method.turns[0], batch, 0)[0] == whole.loss(whole.turns[0], batch, 0)[0]
+        assert method.loss(method.phases[0], batch, 0)[0] == whole.loss(whole.phases[0], batch, 0)[0]
 
 
 def test_half_precision_keeps_the_updates_in_float32(sd15):
@@ -257,11 +257,11 @@ def test_the_averaged_weights_are_the_result(straight):
         assert all(torch.equal(saved[key], value) for key, value in kept.items()) == same
 
 
-def start(recipe: recipes.Recipe, out: Path) -> subprocess.Popen:
+def start(recipe: settings.Recipe, out: Path) -> subprocess.Popen:
     given = []
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
-        if value != getattr(recipes.lora(), field.name):
+        if value != getattr(settings.LoraRecipe(), field.name):
             name = field.name.replace("_", "-")
             given += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}={value}"]
     command = [sys.executable, "-m", "accel", "distill", "lora", "--out", str(out), *given]

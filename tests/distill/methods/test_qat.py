@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accel.distill import recipes, run, settings
+from accel.distill import recipes, settings
+from accel.distill.data import batches
 from accel.distill.data.encoders import Encoders
 from accel.distill.few_step.dmd2 import DMD2
 from accel.distill.methods import qat
@@ -55,7 +56,7 @@ def _one_thread():
 def tuned(smallest, six_images, tmp_path_factory) -> Path:
     """The smallest pipeline fine-tuned for int8, without interruption."""
     out = tmp_path_factory.mktemp("tuned") / "out"
-    assert not execute(recipes.changed(recipes.finetune(), **common(smallest, six_images)), out).stopped
+    assert not execute(recipes.changed(settings.FinetuneRecipe(), **common(smallest, six_images)), out).stopped
     return out
 
 
@@ -94,7 +95,7 @@ def test_ranges_are_learned_averaged_and_in_every_checkpoint(straight):
 
 
 def test_a_resumed_run_is_the_same_run(tuned, smallest, six_images, tmp_path):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images))
+    recipe = recipes.changed(settings.FinetuneRecipe(), **common(smallest, six_images))
     execute(recipes.changed(recipe, steps=1), tmp_path / "half", tmp_path / "run")
     execute(recipe, tmp_path / "out", tmp_path / "run")
     for file in (UNET, Path(trained_scales.FILE)):
@@ -106,7 +107,7 @@ def test_a_resumed_run_is_the_same_run(tuned, smallest, six_images, tmp_path):
 
 def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_images, tmp_path):
     recipe = recipes.changed(
-        recipes.finetune(), **common(smallest, six_images, steps=1, qat="conv", qat_ranges="observed")
+        settings.FinetuneRecipe(), **common(smallest, six_images, steps=1, qat="conv", qat_ranges="observed")
     )
     method = Denoising(recipe, Encoders(open_source(smallest)))
     assert qat.attach(method, recipe)
@@ -120,7 +121,7 @@ def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_images, tm
 
 
 def test_only_the_generator_of_dmd2_rounds(sd15, six_images):
-    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_images, few_steps=2))
+    recipe = recipes.changed(settings.DMD2Recipe(), **common(sd15, six_images, few_steps=2))
     method = DMD2(recipe, Encoders(open_source(sd15)))
     names = qat.attach(method, recipe)
     assert names and qat.network_of(method).model is method.generator
@@ -137,35 +138,35 @@ def test_only_the_generator_of_dmd2_rounds(sd15, six_images):
 
 def test_a_network_that_several_adapters_share_cannot_round(sd15, six_images):
     pytest.importorskip("peft")
-    recipe = recipes.changed(recipes.dmd2(), **common(sd15, six_images, few_steps=2, rank=2, critic_rank=2))
+    recipe = recipes.changed(settings.DMD2Recipe(), **common(sd15, six_images, few_steps=2, rank=2, critic_rank=2))
     with pytest.raises(UserError, match="no UNet of its own.*\n.*train all weights"):
         qat.attach(DMD2(recipe, Encoders(open_source(sd15))), recipe)
 
 
 def test_what_cannot_round_is_said_before_the_data_are_read(sd15, six_images, tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(run, "batches_of", lambda *_: pytest.fail("the cache may take hours"))
+    monkeypatch.setattr(batches, "batches_of", lambda *_: pytest.fail("the cache may take hours"))
     fields = common(sd15, six_images, few_steps=2, rank=2, critic_rank=2)
     with pytest.raises(UserError, match="no UNet of its own"):
-        execute(recipes.changed(recipes.dmd2(), **fields), tmp_path / "out")
+        execute(recipes.changed(settings.DMD2Recipe(), **fields), tmp_path / "out")
 
 
 @pytest.mark.parametrize("attention", ["flash-attn", "xformers"])
 def test_attention_that_is_one_kernel_cannot_round(sd15, six_images, attention):
     fields = common(sd15, six_images, attention=attention)
     with pytest.raises(UserError, match=f"--attention {attention} leaves to one kernel\n.*--qat all"):
-        settings.check(recipes.changed(recipes.finetune(), **fields))
-    settings.check(recipes.changed(recipes.finetune(), **fields | {"qat": "all"}))
+        settings.check(recipes.changed(settings.FinetuneRecipe(), **fields))
+    settings.check(recipes.changed(settings.FinetuneRecipe(), **fields | {"qat": "all"}))
 
 
 def test_training_without_the_option_is_untouched(smallest, six_images):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images, qat=""))
+    recipe = recipes.changed(settings.FinetuneRecipe(), **common(smallest, six_images, qat=""))
     method = Denoising(recipe, Encoders(open_source(smallest)))
     assert qat.attach(method, recipe) == [] and qat.detach(method, recipe) is None
     qat.calibrate(method, recipe, CPU)
     assert not any(isinstance(part, fake_quant.FakeQuantized) for part in method.unet.modules())
     assert "qat" not in checkpoints.settings(recipe, 1)
-    with pytest.raises(UserError, match="unknown int8 level 'convs'"):
+    with pytest.raises(UserError, match="invalid qat: 'convs'"):
         settings.check(recipes.changed(recipe, qat="convs"))
 
 
@@ -176,7 +177,7 @@ def test_a_lora_rounds_as_the_weights_it_will_be_fused_into(smallest, six_images
     # All kinds of layers that can have an update: attention, feed-forward, convolutions.
     targets = "to_q,to_k,ff.net.2,conv1"
     fields = common(smallest, six_images, rank=2, alpha=3.0, targets=targets, steps=2, ema=0.0)
-    recipe = recipes.changed(recipes.lora(), **fields)
+    recipe = recipes.changed(settings.LoraRecipe(), **fields)
     method = LowRank(recipe, Encoders(open_source(smallest)))
     names = qat.attach(method, recipe)
     assert not any("lora_" in name or "base_layer" in name for name in names)
@@ -260,7 +261,7 @@ def test_a_damaged_range_file_is_refused(tuned, tmp_path):
 
 
 def test_ranges_survive_a_deep_copy(smallest, six_images):
-    recipe = recipes.changed(recipes.finetune(), **common(smallest, six_images))
+    recipe = recipes.changed(settings.FinetuneRecipe(), **common(smallest, six_images))
     method = Denoising(recipe, Encoders(open_source(smallest)))
     qat.attach(method, recipe)
     twin = copy.deepcopy(method.unet)

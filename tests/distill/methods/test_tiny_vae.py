@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import accel
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.methods.tiny_vae import TinyVaeMethod, psnr, tiny_config
 from accel.errors import UserError
@@ -19,7 +19,7 @@ from accel.sampling import noise
 
 @pytest.fixture(scope="module")
 def method(sd15):
-    recipe = recipes.changed(recipes.recipe("vae"), width=8, blocks=1, seed=3)
+    recipe = recipes.changed(settings.TinyVaeRecipe(), width=8, blocks=1, seed=3)
     return TinyVaeMethod(recipe, Encoders(open_source(sd15)))
 
 
@@ -53,13 +53,13 @@ def test_it_has_as_many_stages_as_the_vae_and_loads_as_diffusers_own(method, tmp
 
 
 def test_gradients_reach_the_tiny_vae_and_nothing_else_and_it_learns(sd15, batch):
-    recipe = recipes.changed(recipes.recipe("vae"), width=8, blocks=1)
+    recipe = recipes.changed(settings.TinyVaeRecipe(), width=8, blocks=1)
     method = TinyVaeMethod(recipe, Encoders(open_source(sd15)))
     method.place(torch.device("cpu"), torch.float32)
     optimizer = torch.optim.AdamW(method.tiny.parameters(), lr=5e-3)
     seen = []
     for step in range(25):
-        loss, terms = method.loss(method.turns[0], batch, step)
+        loss, terms = method.loss(method.phases[0], batch, step)
         assert set(terms) == {"reconstruction", "encoder", "perceptual"}
         optimizer.zero_grad()
         loss.backward()
@@ -72,9 +72,9 @@ def test_gradients_reach_the_tiny_vae_and_nothing_else_and_it_learns(sd15, batch
 
 
 def test_weights_decide_the_terms(sd15, batch):
-    recipe = recipes.changed(recipes.recipe("vae"), width=8, blocks=1, perceptual_weight=0.0, encoder_weight=0.0)
+    recipe = recipes.changed(settings.TinyVaeRecipe(), width=8, blocks=1, perceptual_weight=0.0, encoder_weight=0.0)
     method = TinyVaeMethod(recipe, Encoders(open_source(sd15)))
-    loss, terms = method.loss(method.turns[0], batch, 0)
+    loss, terms = method.loss(method.phases[0], batch, 0)
     assert "perceptual" not in terms and torch.equal(loss, terms["reconstruction"])
     with pytest.raises(UserError, match="weights"):
         TinyVaeMethod(recipes.changed(recipe, reconstruction_weight=0.0), Encoders(open_source(sd15)))

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill import recipes, run
+from accel.distill import recipes, run, settings
+from accel.distill.methods import kd
 from accel.distill.methods.kd import Denoising
 from accel.distill.run import execute
 from accel.distill.training import checkpoints
@@ -30,7 +31,7 @@ def images(twelve_images) -> Path:
     return twelve_images
 
 
-def tiny(source: Path, images: Path, **fields) -> recipes.Distillation:
+def tiny(source: Path, images: Path, **fields) -> settings.DistillationRecipe:
     common: dict = dict(
         model=str(source),
         data=str(images),
@@ -53,7 +54,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
 
 
-def flags(recipe: recipes.Recipe) -> list[str]:
+def flags(recipe: settings.Recipe) -> list[str]:
     given = []
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -64,7 +65,7 @@ def flags(recipe: recipes.Recipe) -> list[str]:
     return given
 
 
-def start(recipe: recipes.Recipe, out: Path, *launcher: str) -> subprocess.Popen:
+def start(recipe: settings.Recipe, out: Path, *launcher: str) -> subprocess.Popen:
     command = [*(launcher or [sys.executable, "-m"]), "accel", "distill", "tiny", "--out", str(out), *flags(recipe)]
     return subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}, stderr=subprocess.PIPE, text=True
@@ -169,7 +170,7 @@ TWO = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from accel.distill import recipes, run, train
+from accel.distill import recipes, run, settings, train
 torch.set_num_threads(1)
 recipe = recipes.changed(recipes.tiny(), **eval(sys.argv[1]))
 real = train.Loop.one_step
@@ -205,7 +206,7 @@ SHARDED = """
 import sys, torch
 from pathlib import Path
 from torch.distributed.tensor import DTensor
-from accel.distill import recipes, run, train
+from accel.distill import recipes, run, settings, train
 torch.set_num_threads(1)
 real = train.Loop.run_all
 def run_all(self, batches):
@@ -234,7 +235,7 @@ def test_the_teacher_stays_as_it_was_and_out_of_everything(sd15, images, tmp_pat
     from accel.distill.data.encoders import Encoders
     from accel.models.source import open_source
 
-    method = Denoising(tiny(sd15, images), Encoders(open_source(sd15)))
+    method = kd.Distillation(tiny(sd15, images), Encoders(open_source(sd15)))
     teacher = UNet2DConditionModel.from_pretrained(sd15 / "unet").state_dict()
     assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
     learns = {id(p) for network in method.networks.values() for p in network.module.parameters()}
@@ -265,8 +266,8 @@ def test_rotation_keeps_the_newest(sd15, images, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_step_and_the_images(sd15, images, tmp_path, monkeypatch):
     real = Denoising.loss
 
-    def loss(self, turn, batch, step):
-        total, terms = real(self, turn, batch, step)
+    def loss(self, phase, batch, step):
+        total, terms = real(self, phase, batch, step)
         return (total * float("nan") if step == 3 else total), terms
 
     monkeypatch.setattr(Denoising, "loss", loss)
@@ -282,8 +283,8 @@ def steep(monkeypatch, at: int) -> None:
     """The square root of zero: a finite loss with a gradient that is not, in one step."""
     real = Denoising.loss
 
-    def loss(self, turn, batch, step):
-        total, terms = real(self, turn, batch, step)
+    def loss(self, phase, batch, step):
+        total, terms = real(self, phase, batch, step)
         zero = next(self.unet.parameters()).flatten()[0] * 0
         return (total + zero.sqrt() if step == at else total), terms
 
@@ -292,7 +293,7 @@ def steep(monkeypatch, at: int) -> None:
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(sd15, images, tmp_path, monkeypatch):
     steep(monkeypatch, at=3)
-    with pytest.raises(UserError, match="the gradient of turn unet is not finite at step 4.*step-000003, is intact"):
+    with pytest.raises(UserError, match="the gradient of phase unet is not finite at step 4.*step-000003, is intact"):
         execute(tiny(sd15, images, checkpoint_every=1), tmp_path / "out")
     newest = checkpoints.all_of(tmp_path / "out-run")[-1]
     assert newest.name == "step-000003"
@@ -345,7 +346,7 @@ def test_an_overflow_of_float16_skips_updates_and_not_more(straight, sd15, image
 def test_float16_that_overflows_at_any_scale_is_an_error(sd15, images, tmp_path, monkeypatch):
     scaled(monkeypatch, init_scale=0.5)
     steep(monkeypatch, at=0)
-    with pytest.raises(UserError, match="the gradient of turn unet is not finite"):
+    with pytest.raises(UserError, match="the gradient of phase unet is not finite"):
         execute(tiny(sd15, images), tmp_path / "out")
 
 
@@ -391,7 +392,7 @@ def test_the_averages_of_a_turn_that_comes_seldom_go_on_where_they_were(sd15, im
 
     def seldom(self, *args):
         made(self, *args)
-        self.turns = (dataclasses.replace(self.turns[0], every=2),)
+        self.phases = (dataclasses.replace(self.phases[0], every=2),)
 
     monkeypatch.setattr(Denoising, "__init__", seldom)
     execute(tiny(sd15, images, steps=9, checkpoint_every=3), tmp_path / "straight")
@@ -475,29 +476,29 @@ def test_mixed_precision_trains_with_a_half_precision_teacher(sd15, images, tmp_
 
 BAD = {
     "no model": (dict(model=""), "no --model"),
-    "precision": (dict(mixed_precision="int4"), "unknown mixed precision"),
-    "schedule": (dict(lr_schedule="wavy"), "unknown schedule"),
-    "optimizer": (dict(optimizer="lion"), "unknown optim"),
+    "precision": (dict(mixed_precision="int4"), "invalid mixed_precision: .int4."),
+    "schedule": (dict(lr_schedule="wavy"), "invalid lr_schedule: .wavy. .expected one of: constant, linear"),
+    "optimizer": (dict(optimizer="lion"), "invalid optimizer"),
     "eight bits": (dict(optimizer="adamw8bit"), "bitsandbytes"),
     "log": (dict(log="paper"), "unknown log"),
     "attention": (dict(attention="flash-attn"), "flash-attn"),
     "xformers": (dict(attention="xformers"), "xformers"),
-    "name": (dict(attention="magic"), "unknown attention"),
-    "ema": (dict(ema=2.0), "between 0 and 1"),
+    "name": (dict(attention="magic"), "invalid attention"),
+    "ema": (dict(ema=2.0), "invalid ema: 2.0 .expected a finite number >= 0 and < 1"),
     "resolution": (dict(resolution=60), "not a multiple of 32"),
-    "features": (dict(features="some"), "unknown feature"),
+    "features": (dict(features="some"), "invalid features"),
     "weights": (dict(task_weight=0.0, output_weight=0.0, feature_weight=0.0), "all loss weights are 0"),
-    "teacher": (dict(teacher_dtype="int8"), "unknown teacher dtype"),
+    "teacher": (dict(teacher_dtype="int8"), "invalid teacher_dtype"),
     "data": (dict(data="nowhere"), "nowhere"),
-    "saved": (dict(save_dtype="int8"), "unknown save dtype"),
-    "keep": (dict(keep=-1), "keep is -1"),
-    "interval": (dict(checkpoint_every=0), "checkpoint_every is 0"),
-    "batch": (dict(batch=0), "batch is 0"),
-    "accumulation": (dict(accumulation=0), "accumulation is 0"),
-    "seed": (dict(seed=-1), "seed is -1"),
-    "rate": (dict(learning_rate=float("nan")), "learning_rate is nan"),
-    "beta": (dict(beta2=1.0), "beta2 is 1.0"),
-    "clipping": (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"),
+    "saved": (dict(save_dtype="int8"), "invalid save_dtype"),
+    "keep": (dict(keep=-1), "invalid keep: -1 .expected an integer >= 0"),
+    "interval": (dict(checkpoint_every=0), "invalid checkpoint_every: 0 .expected an integer >= 1"),
+    "batch": (dict(batch=0), "invalid batch: 0"),
+    "accumulation": (dict(accumulation=0), "invalid accumulation: 0"),
+    "seed": (dict(seed=-1), "invalid seed: -1"),
+    "rate": (dict(learning_rate=float("nan")), "invalid learning_rate: nan"),
+    "beta": (dict(beta2=1.0), "invalid beta2: 1.0"),
+    "clipping": (dict(max_grad_norm=0.0), "invalid max_grad_norm: 0.0 .expected a finite number > 0"),
     "layers": (dict(student="vega"), "made of SDXL"),
 }
 
@@ -530,10 +531,10 @@ def test_places_that_cannot_be_written_are_refused_at_the_start(sd15, images, tm
 def test_two_runs_never_share_a_folder(sd15, images, tmp_path, monkeypatch):
     real = Denoising.loss
 
-    def loss(self, turn, batch, step):
+    def loss(self, phase, batch, step):
         with pytest.raises(UserError, match="another process is writing"):
             execute(tiny(sd15, images), tmp_path / "other", tmp_path / "run")
-        return real(self, turn, batch, step)
+        return real(self, phase, batch, step)
 
     monkeypatch.setattr(Denoising, "loss", loss)
     assert execute(tiny(sd15, images, steps=1), tmp_path / "out", tmp_path / "run").steps == 1
@@ -544,7 +545,7 @@ def test_the_teacher_is_told_the_sizes_that_the_student_is_told(sdxl, images, tm
     from accel.distill.data import examples
 
     seen = []
-    real = Denoising._teach
+    real = kd.Distillation._teach
 
     def teach(self, *args):
         hook = self.teacher.unet.add_time_proj.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
@@ -552,7 +553,7 @@ def test_the_teacher_is_told_the_sizes_that_the_student_is_told(sdxl, images, tm
         hook.remove()
         return made
 
-    monkeypatch.setattr(Denoising, "_teach", teach)
+    monkeypatch.setattr(kd.Distillation, "_teach", teach)
     monkeypatch.setattr(examples, "time_ids", lambda *args: [1023, 1021, 3, 5, 64, 64])
     recipe = recipes.changed(
         recipes.vega(),

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from accel.distill import recipes
+from accel.distill import recipes, settings
 from accel.distill.few_step.dmd2 import DMD2
 from accel.distill.run import execute
 from accel.distill.training import monitors
-from accel.distill.training.monitors import Symptom, Watch
+from accel.distill.training.monitors import Monitor, Watch
 
-LATE = Symptom("critic/lag", 1.5, "it lags", "--ratio 9")
+LATE = Monitor("critic/lag", 1.5, "it lags", "--ratio 9")
 
 
 def test_one_value_says_nothing_and_many_say_it_once():
@@ -28,11 +28,11 @@ def test_a_run_names_its_symptoms_once(sd15, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(monitors, "WINDOW", 2)
     monkeypatch.setattr(
         DMD2,
-        "symptoms",
-        [dataclasses.replace(one, above=one.above * low) for one, low in zip(DMD2.symptoms, (0, 10), strict=True)],
+        "monitors",
+        [dataclasses.replace(one, above=one.above * low) for one, low in zip(DMD2.monitors, (0, 10), strict=True)],
     )
     recipe = recipes.changed(
-        recipes.dmd2(),
+        settings.DMD2Recipe(),
         model=str(sd15),
         data="digits",
         resolution=64,

@@ -10,7 +10,7 @@ import accel
 from accel.assets import DIGITS
 from accel.bundle import Bundle
 from accel.distill.digits.train import load
-from accel.distill.evaluation.digits import judge
+from accel.distill.evaluation.digits import evaluate
 from accel.distill.sources import digits
 from accel.export.int8.audit import audit
 from accel.models.source import open_source
@@ -53,7 +53,7 @@ def test_it_draws_what_the_student_draws(name):
     low = accel.load(f"digits/{name}-int8", "onnxruntime")
     steps = list(low.bundle.manifest.sampler["timesteps"])
     made = low(list(texts), seed=40, output_type="np").images
-    assert judge(torch.from_numpy(made).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))["prompt_accuracy"] >= 0.95
+    assert evaluate(torch.from_numpy(made).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))["prompt_accuracy"] >= 0.95
     if len(steps) > 1:
         return  # the noise between the steps is diffusers' own
     student = load(DIGITS / name)
