@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from .. import interrupt
+from ..errors import Notice
+
+
+def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Accept an option's old name as well: absent from the help, and answered with a note.
+
+    Args:
+        new: its name now, such as "--engine-file"; an option that the parser has already and that may be left out.
+    """
+    option = parser._option_string_actions[new]
+
+    class Renamed(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            warnings.warn(f"{old} is now {new}", Notice, stacklevel=2)
+            option(parser, namespace, values, new)
+
+    same = {name: getattr(option, name) for name in ("dest", "nargs", "type", "choices", "metavar")}
+    parser.add_argument(old, action=Renamed, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **same)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +36,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
     parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
-    parser.add_argument("--engine-file", metavar="KEY", help="engine file to use (default: the newest that fits)")
+    parser.add_argument(
+        "--engine-file", metavar="KEY", help="key of the TensorRT engine file to use (default: the newest that fits)"
+    )
+    renamed(parser, "--plan", "--engine-file")
     parser.add_argument(
         "--allow-host-code",
         action="store_true",
