@@ -23,7 +23,7 @@ class Stream:
 class Cuda:
     """One device; `Cuda.state` is shared by all handles to it, as a device is."""
 
-    names = ("Double GPU",)
+    names = ("Fake GPU",)
     current: list[Stream] = []
     captures: dict[int, list] = {}
     made = 0

@@ -81,7 +81,7 @@ class World:
     """
 
     version: str
-    gpu: str = "Double GPU"
+    gpu: str = "Fake GPU"
     cuda: Any = None
     fail: set[str] = field(default_factory=set)
     steps: int = 3

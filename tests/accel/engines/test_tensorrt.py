@@ -75,7 +75,7 @@ def test_a_plan_computes_what_the_graph_computes(bundle, tensorrt, expected):
     for feeds in (inputs(), inputs(3, 16, 32), inputs(4, 32, 24)):
         out = vae(**feeds)["sample"]
         assert torch.is_tensor(out) and np.array_equal(out.numpy(), expected(feeds))
-    assert tensorrt.__version__ in vae.description and "Double GPU" in vae.description
+    assert tensorrt.__version__ in vae.description and "Fake GPU" in vae.description
     vae.close()
 
 
@@ -106,14 +106,14 @@ def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
 
 @NEWEST
 def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, fakes, monkeypatch):
-    monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Double GPU", "Other GPU", "Double GPU"))
+    monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Fake GPU", "Other GPU", "Fake GPU"))
     (engine_file,) = build(bundle, ("text_encoder",))
     fitting = lambda device: engines.fitting_engine_file(bundle, "text_encoder", device)  # noqa: E731
     assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == engine_file
     assert fitting("cpu") is fitting("cuda:1") is None
     assert accel.load_engine(bundle, "text_encoder", device="cpu").name == "openvino"
     assert accel.load_engine(bundle, "text_encoder", device="cuda:2").cuda.index == 2
-    with pytest.raises(UserError, match="built for Double GPU .*here is Other GPU") as caught:
+    with pytest.raises(UserError, match="built for Fake GPU .*here is Other GPU") as caught:
         accel.load_engine(bundle, "text_encoder", "tensorrt", device="cuda:1")
     assert caught.value.fix == f"accel build {bundle.path} --components text_encoder --gpu 1"
 
@@ -172,7 +172,7 @@ def test_the_closest_profile_runs_and_a_misfit_says_why(bundle, tensorrt, expect
     for feeds in (inputs(1), inputs(4, 24, 24), inputs(2, 32, 32), inputs(1)):
         assert np.array_equal(vae(**feeds)["sample"].numpy(), expected(feeds))
     with pytest.raises(
-        UserError, match="no profile of this engine file takes that; the closest is 'batch=1-4"
+        UserError, match="no optimization profile of the engine takes these shapes; the closest is 'batch=1-4"
     ) as caught:
         vae(**inputs(4, 32, 32))
     assert "[4, 4, 32, 32] is not within" in caught.value.message
@@ -383,7 +383,7 @@ def test_refit_equals_fusing_before_export(bundle, tensorrt, loras):
 def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt, loras, monkeypatch, tmp_path):
     build(bundle, ("unet",))
     plain = accel.load_engine(bundle, "unet", "tensorrt")
-    with pytest.raises(UserError, match="not built to be refitted") as caught:
+    with pytest.raises(UserError, match="is not refittable") as caught:
         Refit(plain)
     assert caught.value.fix.endswith("--refittable")
     build(bundle, ("unet",), options=BuildOptions(refittable=True))
@@ -393,7 +393,7 @@ def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt
     with pytest.raises(UserError, match="does not fit this model"):
         refit.loras([make_lora(tmp_path / "c", {"down_blocks.0.nothing": (4, 4)}, 3)])
     tensorrt._world.fail.add("refit")
-    with pytest.raises(UserError, match="does not refit unet: .*missing weights"):
+    with pytest.raises(UserError, match="cannot refit unet: .*missing weights"):
         refit.loras([loras[0]])
     assert refit.digest == own and torch.equal(unet(**unet_inputs())["out_sample"], before)
     monkeypatch.setattr(tensorrt, "__version__", "11.3.0.99")
@@ -426,6 +426,8 @@ def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
     (newer,) = build(bundle, (VAE,), options=BuildOptions(optimization_level=5))
     assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == newer.key
     assert accel.load_engine(bundle, VAE, "tensorrt", engine_file=good.key).engine_file.key == good.key
+    with pytest.warns(Notice, match="plan= is now engine_file="):
+        assert accel.load_engine(bundle, VAE, plan=good.key).engine_file.key == good.key
     newer.path.write_bytes(b"broken")
     assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == good.key
     with pytest.raises(UserError, match="it has 6 bytes"):
@@ -438,7 +440,7 @@ def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
 @pytest.mark.parametrize(
     "fail, message",
     [
-        ("deserialize", "TensorRT refuses the engine file of vae_decoder: .*magic tag"),
+        ("deserialize", "TensorRT cannot deserialize the engine file of vae_decoder: .*magic tag"),
         ("context", "no execution context of vae_decoder: .*OutOfMemory"),
         ("execute", "could not run vae_decoder: .*illegal memory access"),
     ],
