@@ -12,8 +12,8 @@ from onnxscript import optimizer
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph_file
 
-# While TensorRT times tactics, the GPU holds the weights twice: as given, and in the kernel's layout. The host also holds
-# the parsed network and the serialized engine.
+# While TensorRT times tactics, the GPU holds the weights twice: as given, and in the kernel's layout.
+# The host also holds the parsed network and the serialized engine.
 _COPIES_DEVICE, _COPIES_HOST = 2, 3
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for `accel.trt.cuda.Cuda` on the CPU, with streams that can be captured.
+"""A fake of `accel.trt.cuda.Cuda` on the CPU, with streams that can be captured.
 
 A capture records every torch operation and every TensorRT enqueue with the memory that it had; a replay does the same
 on the same memory again. So a graph that was not captured anew when it had to be computes a wrong answer, as on a GPU.

@@ -7,7 +7,7 @@ import pytest
 from accel.bundle import Component
 from accel.bundle.shape_profiles import profile
 from accel.bundle.tensor_spec import TensorSpec
-from accel.export.tensorrt.shapes import shapes_of
+from accel.export.tensorrt.shapes import described, profiles_of, shapes_of
 
 LATENT = ("latent_height", "latent_width")
 INPUTS = {
@@ -49,3 +49,15 @@ def test_a_dynamic_range():
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_static_profile_leaves_nothing_free(kind):
     assert shapes("sd-512-static", kind) == {}
+
+
+def test_guidance_doubles_the_batch_of_the_unet(bundle):
+    """It is 5 in this bundle; a range leaves room for both."""
+    unet = bundle.component("unet")
+    first, second = (
+        described(bundle, unet, profile)
+        for profile in profiles_of(bundle, ["batch=1,size=64", "batch=1-4,height=64-128,width=128"])
+    )
+    assert first["shapes"]["sample"] == [[2, 4, 16, 16]] * 3
+    assert second["shapes"]["sample"] == [[1, 4, 16, 32], [2, 4, 32, 32], [8, 4, 32, 32]]
+    assert second["shapes"]["encoder_hidden_states"][0] == [1, 77, 32] and "timestep" not in first["shapes"]
