@@ -37,9 +37,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
     parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured CUDA graphs (tensorrt)")
-    parser.add_argument(
-        "--engine-file", metavar="KEY", help="key of the TensorRT engine file to use (default: the newest that fits)"
-    )
+    parser.add_argument("--engine-file", metavar="KEY", help="TensorRT engine file (default: the newest that fits)")
     renamed(parser, "--plan", "--engine-file")
     parser.add_argument(
         "--allow-host-code",
@@ -67,22 +65,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_build(parser: argparse.ArgumentParser) -> None:
     """The fields of `export.tensorrt.build.BuildOptions`, each as an option of its name; and `--gpu`."""
-    parser.add_argument(
-        "--optimization-level",
-        type=int,
-        default=3,
-        help="builder optimization level, 0 (fastest build) to 5 (longest search); default: 3",
-    )
+    parser.add_argument("--optimization-level", type=int, default=3, help="0 (fastest build) to 5 (longest search)")
     parser.add_argument("--tf32", action="store_true", help="let float32 layers compute in TF32")
-    parser.add_argument(
-        "--workspace", type=size, metavar="SIZE", help="limit of the workspace memory pool, such as 2G (default: none)"
-    )
-    parser.add_argument(
-        "--no-timing-cache",
-        dest="timing_cache",
-        action="store_false",
-        help="time every kernel again, without the cache",
-    )
+    parser.add_argument("--workspace", type=size, metavar="SIZE", help="limit of the workspace memory pool, such as 2G")
+    parser.add_argument("--no-timing-cache", dest="timing_cache", action="store_false", help="time every kernel again")
     parser.add_argument("--refittable", action="store_true", help="let weights be refitted after the build (LoRA)")
     parser.add_argument("--version-compatible", action="store_true", help="run on later TensorRT too; may be slower")
     parser.add_argument(
@@ -92,7 +78,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         help="hardware compatibility level: run on other GPUs too; may be slower (default: none)",
     )
     parser.add_argument(
-        "--strip-plan", action="store_true", help="leave the weights out; they are refitted from the bundle at load"
+        "--strip-plan", action="store_true", help="leave weights out; loading refits them from the bundle"
     )
     parser.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory")
     parser.add_argument("--gpu", type=int, default=0, help="index of the GPU to build on and for (default: 0)")

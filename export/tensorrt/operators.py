@@ -168,11 +168,8 @@ def _symmetric(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants
     return "its zero point is not 0: quantize symmetrically" if onnx.numpy_helper.to_array(tensor).any() else ""
 
 
-def _only_outputs(count: int) -> Callable[..., str]:
-    def rule(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
-        return f"only its first output is supported, {len(node.output)} are used" if any(node.output[count:]) else ""
-
-    return rule
+def _one_output(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
+    return f"only its first output is supported, {len(node.output)} are used" if any(node.output[1:]) else ""
 
 
 def _only_values(**values: Any) -> Callable[..., str]:
@@ -203,16 +200,13 @@ _RULES: Mapping[str, Callable[..., str]] = {
     "Attention": _attention,
     "QuantizeLinear": _symmetric,
     "DequantizeLinear": _symmetric,
-    "LayerNormalization": _only_outputs(1),
-    "MaxPool": _only_outputs(1),
+    "LayerNormalization": _one_output,
+    "MaxPool": _one_output,
     "AveragePool": _only_values(dilations=1),
     "LpPool": _only_values(dilations=1),
     "ScatterND": _only_values(reduction="none"),
     "LSTM": _only_values(input_forget=0, layout=0),
     "CumSum": _constant_input(1, "axis"),
     "OneHot": _constant_input(1, "depth"),
-    **{
-        f"Reduce{kind}": _constant_input(1, "axes")
-        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-    },
+    **{name: _constant_input(1, "axes") for name in MATRIX if name.startswith("Reduce")},
 }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -183,38 +183,27 @@ def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, 
 def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None) -> dict[str, Any]:
     """One run at the profile's optimal shapes before the server reports that it is ready."""
     sizes = {name: limits.opt for name, limits in dims.items()}
-    inputs = {}
+    inputs = []
     for spec in component.inputs:
         shape = list(spec.concrete(sizes))
-        inputs[spec.name] = {
-            "data_type": EnumValue(_TYPES[spec.dtype]),
-            "dims": (shape[1:] if batched else shape) or [1],
-            "zero_data": True,
-        }
+        dims_of_input = (shape[1:] if batched else shape) or [1]
+        value = {"data_type": EnumValue(_TYPES[spec.dtype]), "dims": dims_of_input, "zero_data": True}
+        inputs.append({"key": spec.name, "value": value})
     return {"name": "ready", "batch_size": sizes[batched] if batched else 0, "inputs": inputs}
 
 
 def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
-    """Protobuf's text format of plain data: dicts are messages, lists are repeated fields, `inputs` is a map."""
+    """Protobuf's text format of plain data: dicts are messages, lists are repeated fields."""
     lines: list[str] = []
     pad = "  " * indent
     for name, value in data.items():
-        if name == "inputs":
-            for key, entry in value.items():
-                lines += [f"{pad}inputs {{", f'{pad}  key: "{key}"', f"{pad}  value {{"]
-                lines += [text_format(entry, indent + 2).rstrip("\n"), f"{pad}  }}", f"{pad}}}"]
-            continue
-        for item in _items(value):
+        for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
                 inner = text_format(item, indent + 1).rstrip("\n")
                 lines += [f"{pad}{name} {{", *([inner] if inner else []), f"{pad}}}"]
             else:
                 lines.append(f"{pad}{name}: {_scalar(item)}")
     return "\n".join(lines) + "\n"
-
-
-def _items(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _scalar(value: Any) -> str:
