@@ -349,7 +349,7 @@ def vae_maker():
 
 @pytest.fixture(params=["10.16", "11.4"])
 def tensorrt(request, monkeypatch, tmp_path):
-    """A `tensorrt` module of both versions and a GPU, as doubles; `tensorrt._world` arranges failures and remembers."""
+    """A fake `tensorrt` module (test double) of two versions, and a fake GPU; `tensorrt._world` arranges failures."""
     from accel.trt import cuda, library
 
     fake_cuda = _fake("cuda")
@@ -375,7 +375,7 @@ def with_engine_file_of_unet(tensorrt, tmp_path):
         from accel.export.tensorrt.build import build
         from accel.pipeline import Pipeline
 
-        bundle = Bundle.open(shutil.copytree(folder, tmp_path / "with-plan"))
+        bundle = Bundle.open(shutil.copytree(folder, tmp_path / "with-engine-file"))
         build(bundle, ("unet",))
         plain = accel.load(bundle, "onnxruntime", threads=1)
         unet = accel.load_engine(bundle, "unet", "tensorrt", cuda_graph="loop")

@@ -1,4 +1,4 @@
-"""A bundle's graphs become TensorRT engine files for this GPU."""
+"""Build TensorRT engines for this GPU from the graphs of a bundle."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         action="append",
         default=[],
-        help="shapes to build for, within the bundle's own; repeat for several in one engine file (default: the "
-        "bundle's own)",
+        help="shape profile within the bundle's own (default: the bundle's own); repeat it for several optimization "
+        "profiles in one engine",
     )
-    parser.add_argument("--force", action="store_true", help="build again what is there and fits")
+    parser.add_argument("--force", action="store_true", help="rebuild engines that already exist")
     add_build(parser)
     add_json(parser)
 
@@ -32,19 +32,16 @@ def run(args: argparse.Namespace) -> int:
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else ()
     built = build_engine_files(bundle, args, components, args.profile)
     if args.json:
-        print(json.dumps([dict(engine_file.record) for engine_file in built], indent=2))
+        print(json.dumps([dict(file.record) for file in built], indent=2))
         return 0
-    for engine_file in built:
-        found, profiles = engine_file.record["audit"], engine_file.identity["profiles"]
-        layers = ", ".join(f"{count} in {name}" for name, count in found["heavy"].items())
-        print(
-            f"{engine_file.component:<15} {engine_file.record['plan']['bytes'] / 1e6:9.1f} MB  "
-            f"{engine_file.record['seconds']:7.1f} s  "
-            f"{', '.join(p['name'] for p in profiles)}; {layers}"
-        )
+    for file in built:
+        record, profiles = file.record, ", ".join(profile["name"] for profile in file.identity["profiles"])
+        layers = ", ".join(f"{count} in {name}" for name, count in record["audit"]["heavy"].items())
+        size = record["plan"]["bytes"] / 1e6
+        print(f"{file.component:<15} {size:9.1f} MB  {record['seconds']:7.1f} s  {profiles}; {layers}")
     device = f"cuda:{args.gpu}"
-    whole = all(fitting_engine_file(bundle, name, device) for name in bundle.manifest.components)
+    complete = all(fitting_engine_file(bundle, name, device) for name in bundle.manifest.components)
     where = f" --device {device}" if args.gpu else ""
-    engine = "tensorrt" if whole else "auto"  # the rest elsewhere
+    engine = "tensorrt" if complete else "auto"  # auto runs the other components on another engine
     print(f"{bundle.path} is ready: accel run {bundle.path} --engine {engine}{where} --prompt ...")
     return 0

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         except UserError as error:
             problem = error
     engines = {name: status(name) for name in ENGINES}
-    compiled = _engine_files(bundle)
+    files = _engine_files(bundle)
     refused = _operators(bundle) if args.target else {}
     if args.json:
         print(
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
                     "intact": None if args.no_verify else problem is None,
                     "problem": str(problem) if problem else None,
                     "engines": {name: vars(state) for name, state in engines.items()},
-                    "plans": compiled,
+                    "engine_files": files,
+                    "plans": files,  # their name in 0.1
                     **({"tensorrt_operators": refused} if args.target else {}),
                 },
                 indent=2,
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         _print(bundle, args.no_verify, problem, engines)
-        for entry in compiled:
+        for entry in files:
             print(
                 f"  engine file      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
                 f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}"
@@ -79,7 +80,7 @@ def _operators(bundle: Bundle) -> dict[str, list[dict]]:
 
 
 def _here() -> tuple[engine_files.Here | None, UserError | None]:
-    """What engine files would run on here, or why there is nothing."""
+    """The TensorRT and GPU that engine files would run on, or the error that says why there are none."""
     from ..trt import library
     from ..trt.cuda import Cuda
 
@@ -90,23 +91,21 @@ def _here() -> tuple[engine_files.Here | None, UserError | None]:
 
 
 def _engine_files(bundle: Bundle) -> list[dict]:
-    """The TensorRT engine files beside a bundle, and what the pre-flight says of each on this machine."""
+    """The TensorRT engine files beside a bundle, and the pre-flight's answer for each on this machine."""
     found = engine_files.find(bundle)
     here, missing = _here() if found else (None, None)
     rows = []
-    for engine_file in found:
-        if isinstance(engine_file, UserError):
-            rows.append({"what": "?", "key": None, "ok": False, "reason": engine_file.message, "fix": engine_file.fix})
+    for file in found:
+        if isinstance(file, UserError):
+            rows.append({"what": "?", "key": None, "ok": False, "reason": file.message, "fix": file.fix})
             continue
-        verdict = preflight.check(bundle, engine_file, here)
-        if verdict.ok and missing:
-            verdict = preflight.Fit(False, missing.message, missing.fix)
-        profiles = ", ".join(p["name"] for p in engine_file.identity["profiles"])
-        built = f"TensorRT {engine_file.identity['tensorrt']}, {engine_file.identity['gpu']}"
-        what = f"{engine_file.component} {engine_file.key[:8]} ({built}, {profiles})"
-        rows.append(
-            {"what": what, "key": engine_file.key, "ok": verdict.ok, "reason": verdict.reason, "fix": verdict.fix}
-        )
+        fit = preflight.check(bundle, file, here)
+        if fit.ok and missing:
+            fit = preflight.Fit(False, missing.message, missing.fix)
+        profiles = ", ".join(profile["name"] for profile in file.identity["profiles"])
+        built = f"TensorRT {file.identity['tensorrt']}, {file.identity['gpu']}"
+        what = f"{file.component} {file.key[:8]} ({built}, {profiles})"
+        rows.append({"what": what, "key": file.key, **vars(fit)})
     return rows
 
 

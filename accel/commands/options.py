@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from .. import interrupt
+from ..errors import Notice
+
+
+def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Accept an option's old name as well: absent from the help, and answered with a note.
+
+    Args:
+        new: its name now, such as "--engine-file"; an option that the parser has already and that may be left out.
+    """
+    option = parser._option_string_actions[new]
+
+    class Renamed(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            warnings.warn(f"{old} is now {new}", Notice, stacklevel=2)
+            option(parser, namespace, values, new)
+
+    same = {name: getattr(option, name) for name in ("dest", "nargs", "type", "choices", "metavar")}
+    parser.add_argument(old, action=Renamed, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **same)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +36,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; an OpenVINO device (openvino)")
     parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
     parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
-    parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured launches (tensorrt)")
-    parser.add_argument("--engine-file", metavar="KEY", help="engine file to use (default: the newest that fits)")
+    parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured CUDA graphs (tensorrt)")
+    parser.add_argument("--engine-file", metavar="KEY", help="TensorRT engine file (default: the newest that fits)")
+    renamed(parser, "--plan", "--engine-file")
     parser.add_argument(
         "--allow-host-code",
         action="store_true",
         default=None,
-        help="let a version-compatible engine file run its own runtime",
+        help="let a version-compatible TensorRT engine run the runtime inside its file",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (onnxruntime, openvino)")
 
@@ -45,45 +66,37 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_build(parser: argparse.ArgumentParser) -> None:
-    """Options of `export.tensorrt.BuildOptions`."""
-    parser.add_argument("--optimization-level", type=int, default=3, help="0 (fast build) to 5 (longest search)")
-    parser.add_argument("--tf32", action="store_true", help="let float32 layers multiply in TF32")
-    parser.add_argument("--workspace", type=size, metavar="SIZE", help="cap on scratch memory, such as 2G or 512M")
-    parser.add_argument("--no-timing-cache", action="store_true", help="measure every kernel again")
-    parser.add_argument("--refittable", action="store_true", help="weights can be exchanged afterwards (LoRA)")
-    parser.add_argument("--version-compatible", action="store_true", help="also for later TensorRT; may be slower")
+    """The fields of `export.tensorrt.build.BuildOptions`, each as an option of its name; and `--gpu`."""
+    parser.add_argument("--optimization-level", type=int, default=3, help="0 (fastest build) to 5 (longest search)")
+    parser.add_argument("--tf32", action="store_true", help="let float32 layers compute in TF32")
+    parser.add_argument("--workspace", type=size, metavar="SIZE", help="limit of the workspace memory pool, such as 2G")
+    parser.add_argument("--no-timing-cache", dest="timing_cache", action="store_false", help="time every kernel again")
+    parser.add_argument("--refittable", action="store_true", help="let weights be refitted after the build (LoRA)")
+    parser.add_argument("--version-compatible", action="store_true", help="run on later TensorRT too; may be slower")
     parser.add_argument(
         "--hardware-compatible",
         default="none",
         choices=("none", "ampere_plus", "same_compute_capability"),
-        help="also for other GPUs; may be slower (default: none)",
+        help="hardware compatibility level: run on other GPUs too; may be slower (default: none)",
     )
-    parser.add_argument("--strip-plan", action="store_true", help="leave weights out; the bundle has them")
-    parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
-    parser.add_argument("--gpu", type=int, default=0, help="which GPU (default: 0)")
+    parser.add_argument(
+        "--strip-plan", action="store_true", help="leave weights out; loading refits them from the bundle"
+    )
+    parser.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory")
+    parser.add_argument("--gpu", type=int, default=0, help="index of the GPU to build on and for (default: 0)")
 
 
 def build_options(args: argparse.Namespace) -> Any:
-    """`add_build`'s options as `export.tensorrt` takes them."""
+    """The `BuildOptions` of `add_build`'s arguments."""
     from accel.export.tensorrt.build import BuildOptions
 
-    return BuildOptions(
-        optimization_level=args.optimization_level,
-        tf32=args.tf32,
-        workspace=args.workspace,
-        timing_cache=not args.no_timing_cache,
-        refittable=args.refittable,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        strip_plan=args.strip_plan,
-        weight_streaming=args.weight_streaming,
-    )
+    return BuildOptions(**{field.name: getattr(args, field.name) for field in fields(BuildOptions)})
 
 
 def build_engine_files(
     bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]
 ) -> list[Any]:
-    """Run a build as `add_build`'s options say, with a progress bar and lines on stderr."""
+    """Build engine files with `add_build`'s arguments; shows a progress bar and announcements on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -112,7 +125,7 @@ def size(text: str) -> int:
     try:
         return int(float(number) * unit)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512M or 2G") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 512M or 2G") from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

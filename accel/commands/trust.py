@@ -1,4 +1,4 @@
-"""Let TensorRT engine files run that you have not built yourself."""
+"""Sign TensorRT engine files that you have not built yourself, so that they may run."""
 
 from __future__ import annotations
 
@@ -16,50 +16,49 @@ EXAMPLE = "accel trust my-bundle --yes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += ". An engine file is executable code: running one is running a program of whoever made it."
     parser.add_argument("bundle", help="a bundle folder")
-    parser.add_argument("--yes", action="store_true", help="sign them; without it they are only shown")
+    parser.add_argument("--yes", action="store_true", help="sign them; without it they are only listed")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     found = engine_files.find(bundle)
-    whole = [engine_file for engine_file in found if isinstance(engine_file, engine_files.EngineFile)]
-    foreign = [engine_file for engine_file in whole if not preflight.trusted(engine_file)]
-    for engine_file in foreign:
-        if reason := preflight.damaged(engine_file) or preflight.changed(engine_file):
-            raise UserError(f"{engine_file.path} cannot be trusted: {reason}", "get it again, or build it here")
+    readable = [file for file in found if isinstance(file, engine_files.EngineFile)]
+    foreign = [file for file in readable if not preflight.trusted(file)]
+    for file in foreign:
+        if reason := preflight.damaged(file) or preflight.changed(file):
+            raise UserError(f"{file.path} cannot be trusted: {reason}", "get it again, or build it here")
     rows = [
         {
-            "component": p.component,
-            "key": p.key,
-            "sha256": p.record["plan"]["sha256"],
-            "gpu": p.identity["gpu"],
-            "tensorrt": p.identity["tensorrt"],
-            "built": p.record["built"],
+            "component": file.component,
+            "key": file.key,
+            "sha256": file.record["plan"]["sha256"],
+            "gpu": file.identity["gpu"],
+            "tensorrt": file.identity["tensorrt"],
+            "built": file.record["built"],
         }
-        for p in foreign
+        for file in foreign
     ]
     if args.yes:
-        for engine_file in foreign:
-            engine_files.sign(engine_file.path, engine_file.text)
+        for file in foreign:
+            engine_files.sign(file.path, file.text)
     if args.json:
-        print(json.dumps({"trusted": args.yes, "plans": rows}, indent=2))
+        # "plans" is what "engine_files" was called in 0.1.
+        print(json.dumps({"trusted": args.yes, "engine_files": rows, "plans": rows}, indent=2))
         return 0
-    for problem in (entry for entry in found if isinstance(entry, UserError)):
-        print(f"left out: {problem.message}")
+    for error in (entry for entry in found if isinstance(entry, UserError)):
+        print(f"left out: {error.message}")
     for row in rows:
         print(
             f"{row['component']} {row['key'][:8]}: TensorRT {row['tensorrt']}, {row['gpu']}, "
             f"built {row['built'][:16]}, sha256 {row['sha256']}"
         )
-    if not foreign:
-        print(
-            f"{len(whole)} engine files, all of them yours already"
-            if whole
-            else f"{bundle.path} has no TensorRT engine files"
-        )
+    if not readable:
+        print(f"{bundle.path} has no TensorRT engine files")
+    elif not foreign:
+        print(f"{len(readable)} engine files, all signed by you already")
     elif args.yes:
         print(f"{len(rows)} engine files carry your signature now")
     else:
-        print(f"compare these with what their maker says; then: accel trust {bundle.path} --yes")
+        print(f"compare the digests with those that the builder gives you; then: accel trust {bundle.path} --yes")
     return 0

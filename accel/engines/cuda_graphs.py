@@ -1,4 +1,4 @@
-"""TensorRT work as CUDA graphs: captured once for each shape, and anew when what it was captured on has changed."""
+"""TensorRT inference as CUDA graphs: captured once per shape, and again when weights or scratch memory have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Capturable(Protocol):
     """What a capture needs of an engine (`accel.engines.tensorrt.TensorRT`).
 
     Attributes:
-        epoch: changes with every change of the weights.
+        epoch: counts the changes of the weights.
     """
 
     component: Any
@@ -34,12 +34,12 @@ class Capturable(Protocol):
 
 
 class Bound:
-    """An execution context tied to fixed buffers for one shape: what a CUDA graph can be captured from.
+    """An execution context bound to fixed buffers of one shape, from which a CUDA graph can be captured.
 
-    TensorRT leaves undefined what a graph does after its context was changed, so each captured shape has one of these.
+    What a graph does after its context was changed is undefined in TensorRT, so each captured shape has its own.
 
     Attributes:
-        inputs, outputs: the buffers. Fill, `enqueue`, read.
+        inputs, outputs: name -> buffer. Fill the inputs, `enqueue`, read the outputs.
     """
 
     def __init__(self, engine: Capturable, sizes: Mapping[str, int]):
@@ -54,7 +54,7 @@ class Bound:
 
     @property
     def stale(self) -> bool:
-        """Whether scratch memory has moved or weights have changed since."""
+        """Whether scratch memory has moved or weights have changed since the context was bound."""
         memory = self.workspace.memory
         return self.epoch != self.engine.epoch or memory is None or memory.data_ptr() != self.scratch
 
@@ -63,36 +63,36 @@ class Bound:
 
 
 class Graph:
-    """Work on a `Bound` that is captured the first time it runs, and replayed from then on.
+    """Work on a `Bound`, captured by its first run and replayed from then on.
 
     Args:
-        work: queues it; may not wait for the GPU.
+        work: queues the work; must not wait for the GPU.
     """
 
     def __init__(self, bound: Bound, work: Callable[[], None]):
         self.bound, self.work, self.replay = bound, work, None
 
     def run(self) -> None:
-        """On the workspace's stream, which has to be the current one."""
+        """Run on the workspace's stream, which has to be the current one."""
         if self.replay is None:
-            self.work()  # TensorRT and torch want one ordinary run before a capture
+            self.work()  # TensorRT and torch need one ordinary run before a capture
             self.replay = self.bound.engine.cuda.capture(self.bound.workspace.stream, self.work)
         self.replay()
 
 
 class Captures:
-    """One thread's graphs of one engine, the last few used of them."""
+    """The graphs of one engine and one thread: the `_KEPT` that were used last."""
 
     def __init__(self):
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` made for this key, something with a `bound`; made anew where that has become stale."""
-        found = self._kept.pop(key, None)
-        if found is None or found.bound.stale:
-            found = None  # its memory is free before the new one asks for some
-            found = make()
-        self._kept[key] = found
+    def get(self, key: Hashable, make: Callable[[], Graph]) -> Graph:
+        """The graph of a key; made again where there is none or it is stale."""
+        graph = self._kept.pop(key, None)
+        if graph is None or graph.bound.stale:
+            graph = None  # frees its memory before the new one asks for some
+            graph = make()
+        self._kept[key] = graph
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        return found
+        return graph

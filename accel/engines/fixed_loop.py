@@ -1,7 +1,8 @@
-"""A sampler's fixed steps as one CUDA graph: one launch per image instead of thousands of kernels.
+"""All fixed steps of a sampler as one CUDA graph: one launch per image instead of thousands.
 
-For a few-step student the launches of sampler and UNet are a visible part of the time. The graph holds everything from
-the initial noise to the final latents; a call copies noise and conditioning in, replays, and copies the latents out.
+For a few-step student, launching the kernels of sampler and UNet takes a visible part of the time. The graph covers
+everything from the initial noise to the final latents; a call copies noise and conditioning in, replays it, and copies
+the latents out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .tensorrt import TensorRT
 
 
 class FixedLoop:
-    """All steps of one grid on one UNet. The graphs are the engine's, one for each thread, shape and grid.
+    """All steps of one timestep grid on one UNet. The engine keeps the graphs, one for each thread, shape and grid.
 
     Args:
         unet: a loaded TensorRT UNet.
@@ -33,19 +34,19 @@ class FixedLoop:
         self.timesteps, self.guidance = tuple(timesteps), guidance
 
     def __call__(self, x: Any, conditioning: Mapping[str, Any], noise: Sequence[Any] = ()) -> Any:
-        """Noise to latents.
+        """Sample latents from noise.
 
         Args:
             x: float32 torch [N, C, h, w], N(0, 1), on the UNet's device.
             conditioning: every other input of the UNet but sample and timestep, in its own dtypes and batch.
-            noise: what a stochastic sampler adds after each step but the last, like x.
+            noise: like x, one for each step but the last, where the sampler is stochastic.
 
         Returns:
             float32 latents like x, in memory of their own.
         """
         cuda = self.unet.cuda
         cuda.activate()
-        # The schedule is held by the graph, so as long as there is a graph no other schedule has its id.
+        # The graph keeps the schedule alive, so no other schedule has its id as long as the graph exists.
         key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), tuple(x.shape))
         graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
         result = cuda.empty(tuple(x.shape), "float32")
@@ -69,7 +70,7 @@ class FixedLoop:
 
 
 class _Loop(Graph):
-    """Buffers of one shape, and the loop over them."""
+    """The buffers of one shape and the sampler's loop on them."""
 
     def __init__(self, loop: FixedLoop, x: Any, sizes: Mapping[str, int], draws: int):
         import torch

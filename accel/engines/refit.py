@@ -1,8 +1,8 @@
-"""LoRA on a finished engine file: weights exchanged in seconds instead of a build of minutes.
+"""Refit LoRA weights into a built engine, in seconds instead of the minutes of a build.
 
-Every exchange starts from the bundle's own weights and sets whatever the last one had changed as well, so A, B and A
-again leave no residue: `digest` names the weights that the engine file runs with, and is the same both times. (Adding
-and subtracting in place is what leaves some, NVIDIA/TensorRT#3628.)
+Every refit starts from the bundle's own weights and also resets what the last one changed, so A, B, A is bit-identical:
+`digest` identifies the weights that the engine runs with, and is the same both times. (Adding and subtracting in place
+would leave rounding errors, NVIDIA/TensorRT#3628.)
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .tensorrt import TensorRT
 
 
 class Refit:
-    """Exchanges the weights of a refittable plan. No other thread may be running the engine meanwhile.
+    """Refits a refittable engine. No other thread may run the engine meanwhile.
 
     Args:
-        engine: a loaded TensorRT engine whose engine file was built with `--refittable`.
+        engine: a loaded TensorRT engine that was built with `--refittable`.
 
     Attributes:
-        digest: sha256 over names and contents of all weights the engine file runs with.
-        changed: names of those that are not the bundle's own.
+        digest: sha256 over names and contents of all weights the engine runs with.
+        changed: names of the weights that are not the bundle's own.
 
     Raises:
-        UserError: for an engine file that cannot be refitted, or a TensorRT that does it wrongly.
+        UserError: for an engine that is not refittable, or a TensorRT version that refits wrongly.
     """
 
     def __init__(self, engine: TensorRT):
@@ -40,7 +40,7 @@ class Refit:
         name = engine.component.name
         if not engine.engine_file.identity["options"]["refittable"]:
             raise UserError(
-                f"the engine file of {name} was not built to be refitted",
+                f"the engine of {name} is not refittable",
                 f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
             )
         self.engine = engine
@@ -49,7 +49,7 @@ class Refit:
         self.digest = digest_of(self._base)
 
     def loras(self, files: Sequence[str | Path | LoraFile], *, unet_config: Mapping[str, Any] | None = None) -> str:
-        """Run with these LoRA files fused into the bundle's weights; with none, with the bundle's own.
+        """Refit the bundle's weights with these LoRA files fused into them; without files, the bundle's own weights.
 
         Returns:
             The new digest.
@@ -82,14 +82,14 @@ class Refit:
         ).model
 
     def _send(self, state: Mapping[str, Any], names: frozenset[str]) -> None:
-        """Set weights by name, and what TensorRT must have along with them."""
+        """Set weights by name, and those that TensorRT needs along with them."""
         engine, module = self.engine, self.engine.module
         if not names:
             return
         work = workspace(engine.cuda)
         with library.collect() as messages, engine.cuda.on(work.stream):
             refitter = module.Refitter(engine.engine, library.logger(module))
-            held = []  # TensorRT keeps pointers until it is done
+            held = []  # TensorRT keeps pointers until the refit is done
             for name in sorted(names):
                 self._set(refitter, name, state, held, messages)
             for name in refitter.get_missing_weights():
@@ -97,11 +97,11 @@ class Refit:
             if not refitter.refit_cuda_engine_async(work.handle):
                 raise self._failure(messages.last())
             engine.cuda.synchronize(work.stream)
-        engine.epoch += 1  # captured graphs have the old weights
+        engine.epoch += 1  # captured graphs still use the old weights
 
     def _set(self, refitter: Any, name: str, state: Mapping[str, Any], held: list, messages: library.Messages) -> None:
         if name not in state:
-            raise self._failure(f"it wants {name}, which is not one of the network's weights")
+            raise self._failure(f"it needs {name}, which is not a weight of the network")
         array = state[name].detach().contiguous().numpy()
         weights = self.engine.module.Weights(array)
         held.append((array, weights))
@@ -110,7 +110,7 @@ class Refit:
 
     def _failure(self, reason: str) -> UserError:
         return UserError(
-            f"TensorRT does not refit {self.engine.component.name}: {reason}",
+            f"TensorRT cannot refit {self.engine.component.name}: {reason}",
             "fuse the LoRA before export instead: accel export MODEL OUT --lora FILE",
         )
 

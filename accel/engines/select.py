@@ -173,6 +173,9 @@ def load_engine(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
+    if "plan" in options:
+        warnings.warn("plan= is now engine_file=", Notice, stacklevel=2)
+        options["engine_file"] = options.pop("plan")
     record, device = bundle.component(component), options.get("device", "auto")
     name = choose(engine, record, bundle, device)
     if verify:

@@ -1,4 +1,4 @@
-"""TensorRT: engine files that `accel build` made for this GPU, on torch's memory, without copies."""
+"""TensorRT: runs the engine files that `accel build` made for this GPU, on torch's memory, without copies."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class TensorRT(Engine):
 
     Args:
         device: "auto", "cuda" or "cuda:1".
-        engine file: key of the engine file to use; by default the newest that fits.
+        engine_file: key of the engine file to use; by default the newest that fits.
         cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
             lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
-        streaming_budget: bytes of weights to keep on the GPU, for engine files built with weight streaming; None:
-            TensorRT's own choice.
-        allow_host_code: let a version-compatible engine file run the TensorRT runtime that it carries inside.
+        streaming_budget: weight streaming budget, the bytes of weights to keep on the GPU, for engines built with
+            weight streaming; None: TensorRT's automatic budget.
+        allow_host_code: let a version-compatible engine run the lean runtime inside its file.
     """
 
     name = "tensorrt"
@@ -87,18 +87,17 @@ class TensorRT(Engine):
         self.epoch = 0
         self._local = threading.local()
         if options["strip_plan"]:
-            self._fill()
+            self._refit_stripped()
         self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
         self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
-        """The engine of bytes that have passed the pre-flight."""
+        """The engine of an engine file whose bytes have passed the pre-flight."""
         name, options = self.component.name, self.engine_file.identity["options"]
         if options["version_compatible"] and not allow_host_code:
             raise UserError(
-                f"the engine file of {name} is version-compatible: it carries a runtime of its own, which is code to "
-                "be run",
-                "--allow-host-code, or build it without --version-compatible",
+                f"the engine file of {name} is version-compatible: it carries a runtime of its own, which is host code",
+                "--allow-host-code lets it run; or build without --version-compatible",
             )
         with library.collect() as messages:
             self.runtime = self.module.Runtime(library.logger(self.module))
@@ -106,31 +105,33 @@ class TensorRT(Engine):
                 self.runtime.engine_host_code_allowed = True
             engine = self.runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise UserError(f"TensorRT refuses the engine file of {name}: {messages.last()}", self._build("--force"))
+            raise UserError(
+                f"TensorRT cannot deserialize the engine file of {name}: {messages.last()}", self._rebuild("--force")
+            )
         return engine
 
-    def _build(self, more: str) -> str:
-        """The command that builds an engine file for this GPU."""
+    def _rebuild(self, more: str) -> str:
+        """The command that builds an engine file of this component for this GPU."""
         return f"{rebuild(self.bundle, self.component.name, gpu=self.cuda.index)} {more}"
 
     def _check_tensors(self) -> None:
-        """The engine file must have the manifest's tensors: a wrong address would be read without a word."""
-        found = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        wanted = {spec.name for spec in (*self.component.inputs, *self.component.outputs)}
-        kinds = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
-        wrong = found ^ wanted or {
+        """Refuse an engine whose I/O tensors are not the manifest's: TensorRT would read wrong addresses silently."""
+        specs = (*self.component.inputs, *self.component.outputs)
+        names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        types = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
+        wrong = names ^ {spec.name for spec in specs} or {
             spec.name
-            for spec in (*self.component.inputs, *self.component.outputs)
-            if self.engine.get_tensor_dtype(spec.name) != getattr(self.module.DataType, kinds[spec.dtype])
+            for spec in specs
+            if self.engine.get_tensor_dtype(spec.name) != getattr(self.module.DataType, types[spec.dtype])
         }
         if wrong:
             raise UserError(
                 f"the engine file of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
-                self._build("--force"),
+                self._rebuild("--force"),
             )
 
-    def _fill(self) -> None:
-        """Give a stripped engine file its weights, out of the graph that it was built from."""
+    def _refit_stripped(self) -> None:
+        """Refit a stripped engine (strip plan) with the weights of the graph that it was built from."""
         work = workspace(self.cuda)
         with library.collect() as messages, self.cuda.on(work.stream):
             logger = library.logger(self.module)
@@ -141,29 +142,32 @@ class TensorRT(Engine):
             self.cuda.synchronize(work.stream)
         if not done:
             raise UserError(
-                f"the weights of {self.component.name} do not go into its stripped engine file: {messages.last()}",
-                self._build("--force"),
+                f"TensorRT cannot refit the stripped engine of {self.component.name}: {messages.last()}",
+                self._rebuild("--force"),
             )
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device)
 
     def context(self) -> Any:
-        """A new execution context of the calling thread, whose scratch memory we provide."""
+        """A new execution context for the calling thread, with user-managed device memory."""
         with library.collect() as messages:
-            made = self.engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if made is None:
+            context = self.engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
             raise UserError(
-                f"TensorRT gives no execution context of {self.component.name}: {messages.last()}",
-                "free the GPU's memory (nvidia-smi shows who has it)",
+                f"TensorRT creates no execution context of {self.component.name}: {messages.last()}",
+                "free GPU memory (see nvidia-smi)",
             )
-        return made
+        return context
 
     def nearest(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The profile that takes these shapes and was optimised for the closest ones.
+        """The index of the optimization profile that takes these shapes and whose optimum (kOPT) is closest to them.
+
+        Args:
+            shapes: input -> shape.
 
         Raises:
-            UserError: when none takes them, with what the closest one takes.
+            UserError: when none takes them, with the limits of the closest one.
         """
         candidates = []
         for i, profile in enumerate(self.engine_file.identity["profiles"]):
@@ -178,15 +182,15 @@ class TensorRT(Engine):
         misfit, _, index, outside, name = min(candidates)
         if misfit:
             raise UserError(
-                f"no profile of this engine file takes that; the closest is {name!r}, where {outside[0]}",
-                self._build("--profile ... (one that does)"),
+                f"no optimization profile of the engine takes these shapes; the closest is {name!r}: {outside[0]}",
+                self._rebuild("--profile ... (one that does)"),
             )
         return index
 
     def prepare(
         self, context: Any, profile: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any], work: Workspace
     ) -> int:
-        """Tell a context its profile, shapes, addresses and scratch memory; returns the scratch memory's address."""
+        """Set a context's profile, input shapes, tensor addresses and device memory; returns that memory's address."""
         if context.active_optimization_profile != profile:
             self._must(context.set_optimization_profile_async(profile, work.handle), "the profile")
         shapes = self.engine_file.identity["profiles"][profile]["shapes"]
@@ -207,7 +211,7 @@ class TensorRT(Engine):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self.cuda.activate()
         sizes, local, work = self.sizes(feeds), self._local, workspace(self.cuda)
-        local.workspace = work  # holds it
+        local.workspace = work  # keeps it alive
         profile = self.nearest({name: tuple(value.shape) for name, value in feeds.items()})
         outputs = {s.name: self.cuda.empty(s.concrete(sizes), s.dtype) for s in self.component.outputs}
         with self.cuda.on(work.stream):
@@ -244,18 +248,18 @@ class TensorRT(Engine):
 
     @staticmethod
     def _must(ok: bool, what: str) -> None:
-        assert ok, f"TensorRT refuses {what}, although the pre-flight and the profile allow it"
+        assert ok, f"TensorRT refuses {what}, although the profile allows it"
 
     def close(self) -> None:
         self._local = threading.local()
         del self.engine, self.runtime
 
 
-def _hull(component: Component, engine_file: EngineFile) -> dict[str, Range]:
-    """The dimensions an engine file takes: from the smallest to the largest of all its profiles."""
+def _hull(component: Component, file: EngineFile) -> dict[str, Range]:
+    """The dimensions an engine takes: from the smallest to the largest of all its optimization profiles."""
     dims = {}
     for name, limits in component.dims.items():
-        low, best, high = zip(*(profile["dims"][name] for profile in engine_file.identity["profiles"]), strict=True)
+        low, best, high = zip(*(profile["dims"][name] for profile in file.identity["profiles"]), strict=True)
         dims[name] = Range(min(low), best[0], max(high), limits.multiple)
     return dims
 

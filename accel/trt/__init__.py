@@ -1,1 +1,1 @@
-"""TensorRT around the engine: the library, engine files, their pre-flight checks and who may be trusted."""
+"""What TensorRT needs around an engine: the library, engine files, the pre-flight, signatures, CUDA, scratch memory."""

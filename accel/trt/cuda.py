@@ -1,4 +1,4 @@
-"""One CUDA device as torch sees it: what it is, its memory, streams of our own, captured graphs."""
+"""One CUDA device through torch: its properties, memory, streams and captured graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _capturing = threading.Lock()
 
 
 def index_of(device: str) -> int | None:
-    """Which CUDA device "auto", "cuda" or "cuda:1" is; None for another kind of device."""
+    """The index of "auto", "cuda" (both 0) or "cuda:1" among the CUDA devices; None for another kind of device."""
     kind, _, number = device.partition(":")
     if device != "auto" and (kind != "cuda" or not (number or "0").isdigit()):
         return None
@@ -25,7 +25,7 @@ class Cuda:
     """A CUDA device.
 
     Args:
-        index: which one, as torch counts them.
+        index: as in torch's "cuda:<index>".
 
     Raises:
         UserError: when torch sees no such device.
@@ -51,19 +51,19 @@ class Cuda:
         )
 
     def activate(self) -> None:
-        """Make it the calling thread's device: TensorRT uses whichever that is."""
+        """Make it the calling thread's current device, which is the one TensorRT uses."""
         import torch
 
         torch.cuda.set_device(self.index)
 
     def free(self) -> int:
-        """Free memory in bytes, for all processes together."""
+        """Free memory of the device in bytes."""
         import torch
 
         return torch.cuda.mem_get_info(self.index)[0]
 
     def release(self) -> None:
-        """Give memory that torch holds without using it back to the device."""
+        """Return the memory that torch's allocator caches to the device."""
         import torch
 
         torch.cuda.empty_cache()
@@ -74,7 +74,7 @@ class Cuda:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def stream(self) -> Any:
-        """A stream that is not the default one, which would synchronise with everything and cannot be captured."""
+        """A new stream. (The default one synchronises with all others and cannot be captured.)"""
         import torch
 
         return torch.cuda.Stream(self.device)
@@ -84,7 +84,7 @@ class Cuda:
 
     @contextmanager
     def on(self, stream: Any) -> Iterator[None]:
-        """Work of the body runs on `stream`: after what the caller has queued, before what the caller queues next."""
+        """Queue the body's work on `stream`: after what the caller has queued, before what the caller queues next."""
         import torch
 
         caller = torch.cuda.current_stream(self.device)
@@ -97,14 +97,18 @@ class Cuda:
         caller.wait_stream(stream)
 
     def capture(self, stream: Any, work: Callable[[], Any]) -> Callable[[], None]:
-        """Record what `work` queues as a CUDA graph; the result replays it on the current stream.
+        """Capture what `work` queues as a CUDA graph.
 
-        `work` must have run once before, outside of a capture, and may not wait for the GPU.
+        Args:
+            work: has run once before, outside of a capture, and does not wait for the GPU.
+
+        Returns:
+            A function that replays the graph on the current stream.
         """
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        # One capture at a time, and other threads may go on allocating meanwhile.
+        # One capture at a time; "thread_local" lets other threads allocate meanwhile.
         with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
         return graph.replay

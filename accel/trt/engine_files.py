@@ -1,9 +1,12 @@
-"""Compiled engine files beside a bundle: what identifies them, their records, and the command that builds one again.
+"""TensorRT engine files beside a bundle: their identity, their records, and the command that rebuilds one.
 
     my-bundle/engines/<key>/unet.plan  unet.json  unet.sig
 
-The key is the digest of everything that changes a plan. `unet.json` says what it was built from, for and with, and
-`unet.sig` is this user's signature of that text. Whether an engine file may and can run here is for `preflight` to say.
+An engine file is a serialized TensorRT engine. NVIDIA also calls it a plan, hence the extension `.plan` and the key
+"plan" of a record: both stay as they are, because records written by earlier versions have to load.
+
+The key is the digest of everything that changes an engine. `unet.json` records what it was built from, for and with;
+`unet.sig` is this user's signature of that text. `preflight` decides whether an engine file may and can run here.
 """
 
 from __future__ import annotations
@@ -44,9 +47,11 @@ _REQUIRED = {
 
 @dataclass(frozen=True)
 class Here:
-    """What engine files run on: TensorRT's version, the GPU's name and compute capability, system and processor.
+    """What an engine is built for and runs on: TensorRT's version, the GPU, operating system and processor.
 
-    `index` is which of this machine's GPUs that is, and no part of what an engine file is.
+    Attributes:
+        gpu: the GPU's name.
+        index: which of this machine's GPUs it is; not part of an engine's identity.
     """
 
     tensorrt: str
@@ -82,7 +87,7 @@ class EngineFile:
 
 
 def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
-    """The part of an engine file's identity that is the bundle's: what would make it another network."""
+    """The part of an engine's identity that comes from the bundle: with any other value it is another network."""
     manifest = bundle.manifest
     return {
         "component": component.name,
@@ -99,7 +104,12 @@ def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
 def identity(
     bundle: Bundle, component: Component, here: Here, profiles: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that changes a plan."""
+    """Everything that changes an engine.
+
+    Args:
+        profiles: optimization profiles as `export.tensorrt.shapes.described` gives them.
+        options: `export.tensorrt.build.BuildOptions.identity`.
+    """
     return sources(bundle, component) | {
         "tensorrt": here.tensorrt,
         "gpu": here.gpu,
@@ -115,13 +125,13 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> EngineFile:
-    """Write and sign an engine file; the record comes after it, so an engine file without one was never finished."""
+    """Write an engine file, then its record, then the signature: without a record, it was never finished."""
     text = (json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False) + "\n").encode()
     folder = bundle.path / FOLDER / record["key"]
     path = folder / f"{record['component']}.plan"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # where new folders are open to the user's group, an engine file in one would be refused
+        folder.chmod(0o755)  # a umask may leave new folders writable for the group, and preflight refuses those
         path.with_suffix(".json").unlink(missing_ok=True)
         write_bytes(path, data)
         write_bytes(path.with_suffix(".json"), text)
@@ -132,7 +142,11 @@ def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> EngineFile:
 
 
 def sign(path: Path, text: bytes) -> None:
-    """Put this user's signature of a record beside an engine file: of this text, whatever its file may say by now."""
+    """Write this user's signature of a record beside its engine file.
+
+    Args:
+        text: the record as it was read, whatever its file may say by now.
+    """
     write_bytes(path.with_suffix(".sig"), trust.sign(text).encode() + b"\n")
 
 
@@ -140,7 +154,7 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
     """The engine file of a key.
 
     Raises:
-        UserError: when its record is missing, damaged, or leaves the bundle.
+        UserError: when its record is missing, damaged, of a newer schema, or outside the bundle.
     """
     path = inside(bundle.path, f"{FOLDER}/{key}/{component}.plan", "the engine file")
     described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the engine file's record")
@@ -163,40 +177,40 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
 
 
 def find(bundle: Bundle, component: str | None = None) -> list[EngineFile | UserError]:
-    """The engine files beside a bundle, newest first; what cannot be understood comes as the error that says so."""
+    """The engine files beside a bundle, newest first; in place of one that cannot be read comes the error."""
     found: list[EngineFile | UserError] = []
     for path in sorted((bundle.path / FOLDER).glob(f"*/{component or '*'}.plan")):
         try:
             found.append(read(bundle, path.parent.name, path.stem))
         except UserError as error:
             found.append(error)
-    return sorted(found, key=lambda p: p.record["built"] if isinstance(p, EngineFile) else "", reverse=True)
+    return sorted(found, key=lambda file: file.record["built"] if isinstance(file, EngineFile) else "", reverse=True)
 
 
 def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rebuild(bundle: Bundle, component: str, engine_file: EngineFile | None = None, gpu: int = 0) -> str:
-    """What to type for an engine file of this component, on one of this machine's GPUs.
+def rebuild(bundle: Bundle, component: str, like: EngineFile | None = None, gpu: int = 0) -> str:
+    """The command that builds an engine file of this component, on one of this machine's GPUs.
 
     Args:
-        engine file: one whose options and, if they fit, profiles it is to have. Only a signed engine file: what a
-            stranger's record says is not to be copied into a shell.
+        like: repeat its build options and, where the bundle still takes them, its profiles. Only a signed engine file:
+            what a stranger's record says must not be copied into a shell.
     """
     words = ["accel", "build", str(bundle.path), "--components", component, *(["--gpu", str(gpu)] if gpu else [])]
-    if engine_file is None or component not in bundle.manifest.components:
+    if like is None or component not in bundle.manifest.components:
         return shlex.join(words)
-    now, profiles = bundle.component(component).dims, engine_file.identity["profiles"]
+    dims, profiles = bundle.component(component).dims, like.identity["profiles"]
     fits = all(
-        name in now and now[name].min <= low and high <= now[name].max
+        name in dims and dims[name].min <= low and high <= dims[name].max
         for profile in profiles
         for name, (low, _, high) in profile["dims"].items()
     )
     if fits and [profile["name"] for profile in profiles] != [bundle.manifest.profile.name]:
         words += [word for profile in profiles for word in ("--profile", profile["name"])]
     usual = {"optimization_level": 3, "hardware_compatible": "none"}
-    for name, value in engine_file.identity["options"].items():
+    for name, value in like.identity["options"].items():
         if value is not None and value is not False and value != usual.get(name):
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(words)

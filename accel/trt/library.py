@@ -1,4 +1,4 @@
-"""The `tensorrt` module where it is installed, and what it says: one logger for the whole process."""
+"""Import `tensorrt`, check its version, and collect what it logs: one logger for the whole process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..errors import MissingPackage, UserError
 
 OLDEST = (10, 14)
 BROKEN_REFIT = "11.3.0"
-_SHOWN = 3  # error lines in a message
+_SHOWN = 3  # lines of TensorRT's log in an error
 
 
 def load() -> ModuleType:
-    """The module.
+    """The `tensorrt` module.
 
     Raises:
-        UserError: when it is not installed, cannot be loaded, or is older than this package speaks to.
+        UserError: when it is not installed, cannot be loaded, or is older than `OLDEST`.
     """
     try:
         import tensorrt
@@ -31,19 +31,18 @@ def load() -> ModuleType:
     except (ImportError, OSError) as error:
         raise UserError(
             f"tensorrt is installed but does not load: {str(error).splitlines()[0][:200]}",
-            "pip install tensorrt-cu13 (or -cu12, as your driver wants), which brings its libraries",
+            "pip install tensorrt-cu13 (or -cu12, for the CUDA version of your driver), which brings its libraries",
         ) from None
     if numbers(tensorrt.__version__)[:2] < OLDEST:
         raise UserError(
-            f"TensorRT {tensorrt.__version__} is too old: strongly typed networks as we use them need "
-            f"{'.'.join(map(str, OLDEST))} or newer",
+            f"TensorRT {tensorrt.__version__} is too old: accel needs {'.'.join(map(str, OLDEST))} or newer",
             'pip install --upgrade "accel-diffusion[tensorrt]"',
         )
     return tensorrt
 
 
 def installed() -> str | None:
-    """Version of the installed package without importing it; None where there is none."""
+    """The version of the installed package, without importing it; None where there is none."""
     if find_spec("tensorrt") is None:
         return None
     for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"):
@@ -60,23 +59,23 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def refuse_broken_refit(version: str) -> None:
-    """TensorRT 11.3.0 loses biases of matrix products in refittable engine files (known issue of its release notes)."""
+    """TensorRT 11.3.0 loses biases of matrix products in refittable engines (a known issue of its release notes)."""
     if version.startswith(BROKEN_REFIT):
         raise UserError(
-            f"TensorRT {version} computes refittable engine files wrongly (it can drop the bias of a matrix product)",
+            f"TensorRT {version} computes refittable engines wrongly (it can drop the bias of a matrix product)",
             "upgrade to TensorRT 11.4 or newer, or fuse the LoRA before export: accel export MODEL OUT --lora FILE",
         )
 
 
 @dataclass
 class Messages:
-    """What TensorRT has said since collecting began."""
+    """What TensorRT has logged since collecting began."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def last(self) -> str:
-        """The last error lines, or warnings where there are none, as one sentence."""
+        """The last errors, or warnings where there are no errors, on one line."""
         lines = self.errors or self.warnings or ["TensorRT gave no reason"]
         return "; ".join(" ".join(line.split())[:300] for line in lines[-_SHOWN:])
 
@@ -87,8 +86,8 @@ _lock, _making = threading.Lock(), threading.Lock()
 
 
 def logger(trt: ModuleType) -> Any:
-    """The process-wide logger: TensorRT keeps the first one it is given for good, so there is only this one."""
-    with _making:  # a lock of its own: whoever is being made may log
+    """The logger of this process. TensorRT keeps the first logger it is given for good, so there is only one."""
+    with _making:  # not `_lock`: a logger may log while it is being made
         if trt not in _loggers:
             _loggers[trt] = _make_logger(trt)
         return _loggers[trt]
@@ -114,7 +113,7 @@ def _make_logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def collect() -> Iterator[Messages]:
-    """What TensorRT says while the body runs, on any thread."""
+    """What TensorRT logs while the body runs, on any thread."""
     messages = Messages()
     with _lock:
         _collecting.append(messages)

@@ -1,7 +1,7 @@
-"""Whether a compiled engine file may and can run here, with the reason and what to type.
+"""Whether an engine file may and can run here; if not, the reason and the command that helps.
 
-TensorRT has no call that tells it in advance, and an engine file is executable code: all of this comes before any byte
-of it is deserialised. The contents come last: they have gigabytes, and most reasons are in the record.
+TensorRT has no call that tells this in advance, and an engine file is executable code: all checks come before a byte of
+it is deserialized. The contents are compared last: they have gigabytes, and the record alone gives most of the reasons.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .library import numbers
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether an engine file can run here; if not, why and what to do."""
+    """Whether an engine file can run here; if not, why and what to type."""
 
     ok: bool
     reason: str
@@ -28,116 +28,112 @@ class Fit:
 
 
 class NoEngineFile(UserError):
-    """There is no engine file that can be used."""
+    """A component has no engine file that can be used here."""
 
 
-def check(bundle: Bundle, engine_file: EngineFile, here: Here | None) -> Fit:
+def check(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
     """Whether an engine file may be loaded here; reads all of it.
 
     Args:
         here: None leaves out what depends on the machine.
     """
-    found = fits(bundle, engine_file, here)
-    return _contents(bundle, engine_file, here, changed(engine_file)) if found.ok else found
+    fit = fits(bundle, file, here)
+    return _contents(bundle, file, here) if fit.ok else fit
 
 
-def fits(bundle: Bundle, engine_file: EngineFile, here: Here | None) -> Fit:
-    """`check` without the engine file's contents: takes no time, and whoever loads them has to compare them."""
-    signed = trusted(engine_file)
-    again = _again(bundle, engine_file, here, signed)
-    if reason := damaged(engine_file):
-        return Fit(False, reason, again)
-    if not trust.owned(engine_file.path):
+def fits(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
+    """`check` without reading the contents, so it takes no time; whoever loads them has to compare them."""
+    signed = trusted(file)
+    build = _rebuild(bundle, file, here, signed)
+    if reason := damaged(file):
+        return Fit(False, reason, build)
+    if not trust.owned(file.path):
         copied = f"cp -r {shlex.quote(str(bundle.path))} my-copy && accel build my-copy"
         return Fit(False, "it or its folder belongs to another user, who can exchange it", copied)
-    if not trust.private(engine_file.path):
+    if not trust.private(file.path):
         reason = "others can write it or its folder, so it may be anybody's code"
-        return Fit(False, reason, f"chmod -R go-w {shlex.quote(str(engine_file.path.parent))}")
+        return Fit(False, reason, f"chmod -R go-w {shlex.quote(str(file.path.parent))}")
     if not signed:
         return Fit(
             False,
             "it does not carry your signature: an engine file is executable code, and this one was not built by you",
-            f"{again}   (or, if you know where it comes from: accel trust {bundle.path})",
+            f"{build}   (or, if you know where it comes from: accel trust {bundle.path})",
         )
-    return (
-        _fits_bundle(bundle, engine_file, again) or (here and _fits_here(engine_file, here, again)) or Fit(True, "fits")
-    )
+    if file.component not in bundle.manifest.components:
+        return Fit(False, f"this bundle has no {file.component}", "accel inspect says what it has")
+    reason = _other_bundle(bundle, file) or (_other_machine(file, here) if here else "")
+    return Fit(False, reason, build) if reason else Fit(True, "fits")
 
 
-def damaged(engine_file: EngineFile) -> str:
-    """What is wrong with an engine file or its record at first sight; empty where nothing is."""
-    if not engine_file.path.is_file():
-        return f"{engine_file.path.name} is missing"
-    size, built = engine_file.path.stat().st_size, engine_file.record["plan"]["bytes"]
+def damaged(file: EngineFile) -> str:
+    """What is wrong with an engine file or its record, without reading the contents; empty where nothing is."""
+    if not file.path.is_file():
+        return f"{file.path.name} is missing"
+    size, built = file.path.stat().st_size, file.record["plan"]["bytes"]
     if size != built:
         return f"it has {size:,} bytes where {built:,} were built"
-    if engine_file.key != key_of(engine_file.identity) or engine_file.path.parent.name != engine_file.key:
+    if file.key != key_of(file.identity) or file.path.parent.name != file.key:
         return "its record was changed after it was built"
     return ""
 
 
-def changed(engine_file: EngineFile, data: bytes | None = None) -> str:
+def changed(file: EngineFile, data: bytes | None = None) -> str:
     """What is wrong with an engine file's contents; empty where they are what was built.
 
     Args:
         data: the contents, where they are in memory already.
     """
-    digest = sha256(engine_file.path) if data is None else digest_bytes(data)
-    same = digest == engine_file.record["plan"]["sha256"]
+    digest = sha256(file.path) if data is None else digest_bytes(data)
+    same = digest == file.record["plan"]["sha256"]
     return "" if same else "the file was changed after it was built (its sha256 differs)"
 
 
-def trusted(engine_file: EngineFile) -> bool:
-    """Whether it carries this user's signature."""
+def trusted(file: EngineFile) -> bool:
+    """Whether an engine file carries this user's signature."""
     try:
-        return trust.signed(
-            engine_file.text, engine_file.path.with_suffix(".sig").read_text(encoding="utf-8", errors="replace")
-        )
+        return trust.signed(file.text, file.path.with_suffix(".sig").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return False
 
 
-def _again(bundle: Bundle, engine_file: EngineFile, here: Here | None, signed: bool) -> str:
-    return rebuild(bundle, engine_file.component, engine_file if signed else None, here.index if here else 0)
+def _rebuild(bundle: Bundle, file: EngineFile, here: Here | None, signed: bool = True) -> str:
+    return rebuild(bundle, file.component, file if signed else None, here.index if here else 0)
 
 
-def _contents(bundle: Bundle, engine_file: EngineFile, here: Here | None, problem: str) -> Fit:
-    return Fit(False, problem, _again(bundle, engine_file, here, True)) if problem else Fit(True, "fits")
+def _contents(bundle: Bundle, file: EngineFile, here: Here | None, data: bytes | None = None) -> Fit:
+    reason = changed(file, data)
+    return Fit(False, reason, _rebuild(bundle, file, here)) if reason else Fit(True, "fits")
 
 
-def _fits_bundle(bundle: Bundle, engine_file: EngineFile, again: str) -> Fit | None:
-    if engine_file.component not in bundle.manifest.components:
-        return Fit(False, f"this bundle has no {engine_file.component}", "accel inspect says what it has")
-    now = sources(bundle, bundle.component(engine_file.component))
+def _other_bundle(bundle: Bundle, file: EngineFile) -> str:
+    """What of the bundle has changed since the build; empty where nothing has."""
     words = {"graph_sha256": "another ONNX graph", "weights_sha256": "other weights"}
-    for name, value in now.items():
-        if engine_file.identity.get(name) != value:
-            what = words.get(name, f"another {name}")
-            return Fit(False, f"it was built from {what} than the bundle has now", again)
-    return None
+    for name, value in sources(bundle, bundle.component(file.component)).items():
+        if file.identity.get(name) != value:
+            return f"it was built from {words.get(name, f'another {name}')} than the bundle has now"
+    return ""
 
 
-def _fits_here(engine_file: EngineFile, here: Here, again: str) -> Fit | None:
-    built, options = engine_file.identity, engine_file.identity["options"]
+def _other_machine(file: EngineFile, here: Here) -> str:
+    """Why an engine does not run on this platform, TensorRT or GPU; empty where it does."""
+    built, options = file.identity, file.identity["options"]
     if built["platform"] != here.platform:
-        return Fit(False, f"it was built on {built['platform']}, this is {here.platform}", again)
+        return f"it was built on {built['platform']}, this is {here.platform}"
     ours, theirs = numbers(here.tensorrt), numbers(built["tensorrt"])
-    if ours != theirs:
-        forward = options.get("version_compatible") and ours > theirs and ours[0] - theirs[0] <= 1
-        if not forward:
-            return Fit(False, f"it was built with TensorRT {built['tensorrt']}, here is {here.tensorrt}", again)
-    if (built["gpu"], built["compute_capability"]) != (here.gpu, here.compute_capability):
-        level, capability = options.get("hardware_compatible"), tuple(map(int, here.compute_capability.split(".")))
-        ampere = level == "ampere_plus" and capability >= (8, 0)
-        same = level == "same_compute_capability" and built["compute_capability"] == here.compute_capability
-        if not ampere and not same:
-            return Fit(
-                False,
-                f"it was built for {built['gpu']} ({built['compute_capability']}), here is {here.gpu} "
-                f"({here.compute_capability})",
-                again,
-            )
-    return None
+    later = ours > theirs and ours[0] - theirs[0] <= 1
+    if ours != theirs and not (options.get("version_compatible") and later):
+        return f"it was built with TensorRT {built['tensorrt']}, here is {here.tensorrt}"
+    if (built["gpu"], built["compute_capability"]) == (here.gpu, here.compute_capability):
+        return ""
+    level, capability = options.get("hardware_compatible"), tuple(map(int, here.compute_capability.split(".")))
+    ampere = level == "ampere_plus" and capability >= (8, 0)
+    same = level == "same_compute_capability" and built["compute_capability"] == here.compute_capability
+    if ampere or same:
+        return ""
+    return (
+        f"it was built for {built['gpu']} ({built['compute_capability']}), here is {here.gpu} "
+        f"({here.compute_capability})"
+    )
 
 
 def choose(
@@ -145,38 +141,38 @@ def choose(
     component: str,
     here: Here | None,
     key: str | None = None,
-    refuse: Callable[[EngineFile], Fit | None] = lambda engine_file: None,
+    refuse: Callable[[EngineFile], Fit | None] = lambda file: None,
 ) -> tuple[EngineFile, bytes]:
     """The newest engine file of a component that passes the pre-flight, and its bytes: the very ones that were checked.
 
     Args:
         here: None leaves out what depends on the machine.
-        key: only this plan.
+        key: only the engine file with this key.
         refuse: what else is wrong with an engine file that would fit.
 
     Raises:
-        NoPlan: when there is none, with the reason of the newest and its fix.
+        NoEngineFile: when there is none, with the reason of the newest and its fix.
     """
     problems: list[tuple[str, Fit]] = []
-    for engine_file in find(bundle, component):
-        if isinstance(engine_file, UserError):
-            problems.append(("", Fit(False, engine_file.message, engine_file.fix)))
-        elif key in (None, engine_file.key):
-            verdict = fits(bundle, engine_file, here)
-            verdict = (verdict.ok and refuse(engine_file)) or verdict
-            if verdict.ok:
+    for file in find(bundle, component):
+        if isinstance(file, UserError):
+            problems.append(("", Fit(False, file.message, file.fix)))
+        elif key in (None, file.key):
+            fit = fits(bundle, file, here)
+            fit = (fit.ok and refuse(file)) or fit
+            if fit.ok:
                 try:
-                    data = engine_file.path.read_bytes()
-                    verdict = _contents(bundle, engine_file, here, changed(engine_file, data))
+                    data = file.path.read_bytes()
+                    fit = _contents(bundle, file, here, data)
                 except OSError as error:
-                    verdict = Fit(False, f"it cannot be read ({error.strerror})", "check its permissions")
-            if verdict.ok:
-                return engine_file, data
-            problems.append((engine_file.key, verdict))
+                    fit = Fit(False, f"it cannot be read ({error.strerror})", "check its permissions")
+            if fit.ok:
+                return file, data
+            problems.append((file.key, fit))
     if not problems:
         which = f" with the key {key}" if key else ""
-        again = rebuild(bundle, component, gpu=here.index if here else 0)
-        raise NoEngineFile(f"{bundle.path} has no TensorRT engine file of {component}{which}", again)
+        build = rebuild(bundle, component, gpu=here.index if here else 0)
+        raise NoEngineFile(f"{bundle.path} has no TensorRT engine file of {component}{which}", build)
     first_key, first = problems[0]
     more = f" (and {len(problems) - 1} more that do not fit)" if len(problems) > 1 else ""
     name = f" {first_key[:8]}" if first_key else ""

@@ -1,9 +1,8 @@
-"""Which compiled engine files may be run: those that carry this user's signature.
+"""Signatures: only engine files that this user has built, or has signed with `accel trust`, are loaded.
 
-An engine file is executable code, also with host code disallowed (NVIDIA's security notes say so). A digest beside it
-proves that it is whole, not who made it. So every engine file is signed (HMAC-SHA256, RFC 2104) with a key that only
-this user can read; an engine file from elsewhere has no such signature until `accel trust` gives it one. What is signed
-is the text of the engine file's record, which holds the engine file's sha256: bytes, so that any language can check it.
+An engine file is executable code, also with host code disallowed (NVIDIA's security notes say so). A digest proves that
+it is intact, not who built it. So each is signed (HMAC-SHA256, RFC 2104) with a key that only this user can read. The
+signature covers the bytes of the record, which holds the engine file's sha256; any language can check it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def owned(path: Path) -> bool:
 
 
 def private(path: Path) -> bool:
-    """Whether nobody but this user (and root) can have written a file, or can replace it in its folder."""
+    """Whether only this user (and root) can write a file or replace it in its folder."""
     others = stat.S_IWGRP | stat.S_IWOTH
     return owned(path) and not any(place.stat().st_mode & others for place in (path, path.parent))
 
@@ -52,7 +51,7 @@ def _key(create: bool) -> bytes | None:
     path = key_file()
     if create and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A finished file appears under the final name, and only if no other process was first.
+        # The key appears complete under its name, and only if no other process was first.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -72,8 +71,8 @@ def _key(create: bool) -> bytes | None:
         raise UserError(f"{path} cannot be read ({error.strerror})", "check its owner and permissions") from None
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISREG(found.st_mode):
         raise UserError(
-            f"{path} can be read or written by others, so it proves nothing",
-            f"rm {path}, then build the engine files again (or look at them and `accel trust` them)",
+            f"{path} can be read or written by others, so its signatures prove nothing",
+            f"rm {path}, then build the engine files again (or check them and sign them: accel trust BUNDLE --yes)",
         )
     if len(key) != _BYTES:
         raise UserError(f"{path} is damaged", f"rm {path}, then build the engine files again")

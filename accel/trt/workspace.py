@@ -1,6 +1,7 @@
-"""One thread's stream and scratch memory on one GPU, shared by all its engines: they run one after another.
+"""The stream and scratch memory (TensorRT: device memory) of one thread on one GPU.
 
-The largest engine decides its size, so text encoder, UNet and VAE together need no more scratch than one of them.
+All engines of a thread share them, because they run one after another: text encoder, UNet and VAE together need no more
+scratch memory than the largest of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _threads = threading.local()
 
 
 class Workspace:
-    """Attributes: `stream`, and `memory`, a uint8 tensor or None."""
+    """Attributes: `stream`; `memory`, a uint8 tensor [bytes], None before first use."""
 
     def __init__(self, cuda: Cuda):
         self.cuda, self.stream, self.memory = cuda, cuda.stream(), None
@@ -25,7 +26,7 @@ class Workspace:
         return self.cuda.handle(self.stream)
 
     def scratch(self, size: int) -> tuple[int, int]:
-        """Address and size of at least `size` bytes. Growing moves it, which captured graphs have to notice."""
+        """Address and size in bytes, at least `size`. Growing moves it, which captured graphs have to notice."""
         if self.memory is None or self.memory.numel() < size:
             self.memory = None
             self.memory = self.cuda.empty((max(size, _ALIGNMENT),), "uint8")
@@ -33,7 +34,7 @@ class Workspace:
 
 
 def workspace(cuda: Cuda) -> Workspace:
-    """The calling thread's workspace on a device; it lives as long as an engine of the thread holds it."""
+    """The calling thread's workspace on a device; freed when no engine of the thread holds it any more."""
     if not hasattr(_threads, "workspaces"):
         _threads.workspaces = WeakValueDictionary()
     found = _threads.workspaces.get(cuda.index)

@@ -1,1 +1,1 @@
-"""Build TensorRT engine files of a bundle and audit them."""
+"""Build TensorRT engines from the graphs of a bundle, and audit what they compute in."""

@@ -1,8 +1,8 @@
-"""What a built engine file really computes in: read off TensorRT's own inspector, not off what was asked for.
+"""Which precision a built engine really computes in, as TensorRT's engine inspector reports it.
 
-Tools that asked TensorRT 11 for a precision flag that is gone got float32 engine files and never noticed. So every
-build ends here: the layers that do the work (convolutions, matrix products, attention) are counted by datatype, and an
-engine file that was meant to be fp16 or int8 and is mostly float32 is refused.
+TensorRT 11 has no precision flags any more; tools that still asked for one got float32 engines and never noticed. So
+every build ends here: the layers that do the work (convolutions, matrix products, attention) are counted by datatype,
+and an engine of an fp16 or int8 graph that computes mostly in float32 is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from accel.errors import UserError
 
 # LayerType as the inspector spells it: CaskConvolution, gemm, MatrixMultiply, fmha, ... In fused kernels of the graph
-# compiler (LayerType kgen, names such as __myl_FcMulAdd_myl0_8) only the name tells.
+# compiler (LayerType kgen, names such as __myl_FcMulAdd_myl0_8) only the name shows it.
 _HEAVY_TYPE = re.compile(r"conv|gemm|matrix|matmul|attention|mha", re.IGNORECASE)
 _HEAVY_NAME = re.compile(r"__myl_\w*?(Fc|Conv|Gemm|MatMul|Mha)")
 _NOT_COMPUTE = re.compile(r"reformat|copy|shuffle|constant|signal|wait", re.IGNORECASE)
-# In this order: "BFloat16" contains "float", "Channel major FP16" and "Half" mean the same.
+# The order counts: "BFloat16" contains "float". "Channel major FP16" and "Half" mean the same.
 _DATATYPES = (
     ("bf16", re.compile(r"bf16|bfloat", re.IGNORECASE)),
     ("fp16", re.compile(r"fp16|half|float16", re.IGNORECASE)),
@@ -28,7 +28,7 @@ _DATATYPES = (
     ("int8", re.compile(r"int8", re.IGNORECASE)),
     ("fp32", re.compile(r"float|fp32", re.IGNORECASE)),
 )
-# Built with detailed verbosity, each layer says which nodes of the graph it was made of.
+# With detailed profiling verbosity, each layer names the ONNX nodes that it was made of.
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TACTICS = (
     ("int8", re.compile(r"i8i8|i8f|s8s8|imma", re.IGNORECASE)),
@@ -39,15 +39,16 @@ _TACTICS = (
 
 
 def audit(information: str) -> dict[str, Any]:
-    """Count layers by what they compute in.
+    """Count an engine's layers by the precision they compute in.
 
     Args:
-        information: `EngineInspector.get_engine_information` in JSON, of an engine file built with detailed verbosity.
+        information: `EngineInspector.get_engine_information` in JSON, of an engine built with detailed profiling
+            verbosity.
 
     Returns:
-        `layers`: all layers; `heavy`: {precision or "unknown": how many} of convolutions, matrix products, attention;
-        `float32_layers`: names of heavy float32 layers, at most 20; `int8_nodes`: names of the ONNX nodes that heavy
-        int8 layers were made of.
+        `layers`: number of all layers; `heavy`: precision or "unknown" -> number of convolutions, matrix products and
+        attentions; `float32_layers`: names of heavy float32 layers, at most 20; `int8_nodes`: names of the ONNX nodes
+        that heavy int8 layers were made of.
     """
     try:
         layers = json.loads(information).get("Layers", [])
@@ -71,33 +72,34 @@ def audit(information: str) -> dict[str, Any]:
     }
 
 
-def check(component: str, wanted: str, found: Mapping[str, Any]) -> str:
-    """Refuse an engine file that is not what was asked for.
+def check(component: str, wanted: str, counts: Mapping[str, Any]) -> str:
+    """Refuse an engine that does not compute in the precision of its graph.
 
     Args:
-        wanted: fp32, fp16 or int8.
+        wanted: the graph's precision: fp32, fp16, bf16 or int8.
+        counts: what `audit` returned.
 
     Returns:
-        One sentence about the plan.
+        The counts as one line.
 
     Raises:
-        UserError: when more than half of the layers that count are float32, or int8 was wanted and none is.
+        UserError: when more than half of the heavy layers are float32, or none of an int8 graph's is int8.
     """
-    heavy = found["heavy"]
+    heavy = counts["heavy"]
     known = {name: count for name, count in heavy.items() if name != "unknown"}
     total = sum(known.values())
     if not total:
-        return "the inspector does not say what its layers compute in"
+        return "the engine inspector does not report the precision of its layers"
     text = ", ".join(f"{count} in {name}" for name, count in known.items())
-    untold = f"; {heavy['unknown']} more do not tell" if heavy.get("unknown") else ""
+    unknown = f"; {heavy['unknown']} more of unknown precision" if heavy.get("unknown") else ""
     low = wanted in ("fp16", "bf16", "int8")
     if low and known.get("fp32", 0) * 2 > total or wanted == "int8" and not known.get("int8"):
         raise UserError(
             f"{component} was to run in {wanted}, but of its {total} convolutions and matrix products TensorRT runs "
-            f"{text}; the engine file is not kept",
+            f"{text}; the engine is not kept",
             f"check the ONNX graph's precision: accel inspect BUNDLE; or export again with --precision {wanted}",
         )
-    return f"{total} convolutions and matrix products: {text}{untold}"
+    return f"{total} convolutions and matrix products: {text}{unknown}"
 
 
 def _is_heavy(layer: Mapping[str, Any]) -> bool:
@@ -108,7 +110,7 @@ def _is_heavy(layer: Mapping[str, Any]) -> bool:
 
 
 def _precision(layer: Mapping[str, Any]) -> str:
-    """Of the first input that tells: what is multiplied decides, what is added to may be wider."""
+    """The datatype of the first input that has one (what is added later may be wider), else that of the tactic."""
     for tensor in layer.get("Inputs") or ():
         text = str(tensor.get("Format/Datatype", "")) if isinstance(tensor, Mapping) else ""
         for name, pattern in _DATATYPES:

@@ -1,7 +1,7 @@
-"""ONNX graph to TensorRT engine file, through the Python API that TensorRT 10 and 11 share.
+"""Build TensorRT engines from ONNX graphs, through the Python API that TensorRT 10 and 11 share.
 
-Networks are strongly typed: precision is the graph's, and no precision flag is ever touched, because 11 has none. A
-engine file is kept only when it loads again and passes the audit.
+Networks are strongly typed: the graph decides the precision, and no precision flag is used, because 11 has none. An
+engine file is kept only when it can be deserialized and passes the audit.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """Options of the builder config, by TensorRT's names where it has one.
 
     Attributes:
-        optimization_level: 0 to 5; higher searches longer.
-        tf32: let float32 layers multiply with ten bits of mantissa; only then are they faster than the graph says.
-        workspace: most bytes of scratch memory that a kernel may ask for; None for all there is.
-        timing_cache: reuse and add to measurements of earlier builds on this GPU.
-        refittable: weights can be exchanged afterwards (LoRA).
-        version_compatible: runs on later TensorRT of the same and the next major version; may be slower.
-        hardware_compatible: "none" (this GPU model), "ampere_plus" or "same_compute_capability"; may be slower.
-        strip_plan: leave the weights out; they are read from the bundle at load.
-        weight_streaming: weights may stay in host memory.
+        optimization_level: builder optimization level, 0 to 5; a higher one searches longer.
+        tf32: let float32 layers compute in TF32 (10-bit mantissa). TensorRT's default is on, ours is off.
+        workspace: limit of the workspace memory pool (scratch memory of one layer) in bytes; None for TensorRT's own.
+        timing_cache: use the timing cache of earlier builds on this GPU, and extend it.
+        refittable: the weights can be refitted after the build (LoRA).
+        version_compatible: runs on later TensorRT of the same and the next major version too; may be slower.
+        hardware_compatible: hardware compatibility level: "none" (this GPU model), "ampere_plus" or
+            "same_compute_capability"; may be slower.
+        strip_plan: leave the weights out of the engine file; they are refitted from the bundle at load.
+        weight_streaming: weights may stay in host memory and be streamed to the GPU.
     """
 
     optimization_level: int = 3
@@ -55,11 +56,14 @@ class BuildOptions:
     weight_streaming: bool = False
 
     def check(self, tensorrt: str) -> None:
-        """Raise UserError for a value that TensorRT does not take, or that this version gets wrong."""
+        """Raise UserError for a value that TensorRT does not accept, or that this version computes wrongly."""
         if not 0 <= self.optimization_level <= 5:
-            raise UserError(f"optimization level {self.optimization_level}", "use 0 (fast build) to 5 (longest search)")
+            wrong = f"invalid optimization level: {self.optimization_level}"
+            raise UserError(wrong, "use 0 (fast build) to 5 (longest search)")
         if self.workspace is not None and self.workspace < 1 << 20:
-            raise UserError(f"a workspace of {self.workspace} bytes", "give at least 1M, or leave it out")
+            raise UserError(
+                f"workspace too small: {self.workspace} bytes", "give at least 1M, or leave --workspace out"
+            )
         if self.hardware_compatible not in HARDWARE:
             wrong = f"unknown hardware compatibility {self.hardware_compatible!r}"
             raise UserError(wrong, f"one of: {', '.join(HARDWARE)}")
@@ -67,15 +71,15 @@ class BuildOptions:
             library.refuse_broken_refit(tensorrt)
 
     def check_int8(self, what: str) -> None:
-        """Raise UserError for what an int8 graph does not take."""
+        """Raise UserError for options that do not go with an int8 graph."""
         if self.refittable:
             raise UserError(
-                f"{what} is int8: its rounding is that of its weights, so they are not exchanged",
+                f"{what} is int8, and cannot be refittable: its scales belong to its present weights",
                 "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
             )
 
     def identity(self) -> dict[str, Any]:
-        """What changes the engine file: everything but where its measurements come from."""
+        """The options that change the engine: all but where its timings come from."""
         return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
 
 
@@ -90,19 +94,20 @@ def build(
     progress: Progress = lambda stage, fraction: None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> list[EngineFile]:
-    """Build engine files of a bundle's components into `engines/<key>/`.
+    """Build an engine file of each component into the bundle's `engines/<key>/`.
 
     Args:
-        components: which; all of the bundle's by default.
-        profiles: named profiles, all of them in each engine file; the bundle's own by default.
-        device: which GPU to build on and for.
-        force: build again what is there and fits.
+        components: their names; all of the bundle's by default.
+        profiles: names of shape profiles, which become the optimization profiles of each engine; the bundle's own by
+            default.
+        device: index of the GPU to build on and for.
+        force: rebuild engines that already exist.
         progress: called with a description and the fraction done.
-        announce: called with lines for people: what will be needed, what was found.
+        announce: called with lines for people: the memory needed, the precisions found.
 
     Raises:
-        UserError: when TensorRT or the GPU is missing, refuses the graph, fails, or its engine file is not what was
-            asked for.
+        UserError: when TensorRT or the GPU is missing, when TensorRT rejects the graph or fails, or when the engine
+            does not compute in the precision of its graph.
     """
     options = options or BuildOptions()
     module = library.load()
@@ -111,11 +116,11 @@ def build(
     here = Here.of(module.__version__, cuda)
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
-    for component in records:  # before the first of them takes minutes
+    described = []
+    for component in records:  # all checks come before the first build, which takes minutes
         if component.int8:
             options.check_int8(component.name)
-        for profile in chosen:
-            shapes.dims_of(bundle, component, profile)
+        described.append([shapes.described(bundle, component, profile) for profile in chosen])
     bundle.verify([component.folder for component in records])
     built = []
     for i, component in enumerate(records):
@@ -123,7 +128,7 @@ def build(
         def step(stage: str, fraction: float, i: int = i, name: str = component.name) -> None:
             progress(f"{name}: {stage}", (i + fraction) / len(records))
 
-        built.append(_build_one(module, bundle, component, chosen, options, cuda, here, force, step, announce))
+        built.append(_build_one(module, bundle, component, described[i], options, cuda, here, force, step, announce))
     progress("done", 1.0)
     return built
 
@@ -140,21 +145,19 @@ def _build_one(
     progress: Progress,
     announce: Callable[[str], None],
 ) -> EngineFile:
-    dims = [shapes.dims_of(bundle, component, profile) for profile in profiles]
-    described = [shapes.described(p, component, d) for p, d in zip(profiles, dims, strict=True)]
-    identity = engine_files.identity(bundle, component, here, described, options.identity())
+    identity = engine_files.identity(bundle, component, here, profiles, options.identity())
     key = engine_files.key_of(identity)
     if not force and (existing := _existing(bundle, component, key, here)):
-        announce(f"{component.name}: {key[:8]} is built already")
+        announce(f"{component.name}: {key[:8]} is already built")
         return existing
-    largest = {name: max((d[name] for d in dims), key=lambda limits: limits.max) for name in component.dims}
+    largest = {name: max(profile["dims"][name][2] for profile in profiles) for name in component.dims}
     needed = estimate(bundle, component, largest, options.workspace)
     announce(f"{component.name}: building needs {needed}{_free(cuda, needed)}")
     started = time.perf_counter()
     job = _Job(module, cuda, progress)
-    data, information = job.run(lambda: _compile(job, bundle, component, described, options, here))
-    found = audit.audit(information)
-    announce(f"{component.name}: {audit.check(component.name, wanted(component), found)}")
+    data, information = job.run(lambda: _compile(job, bundle, component, profiles, options, here))
+    counts = audit.audit(information)
+    announce(f"{component.name}: {audit.check(component.name, wanted(component), counts)}")
     return engine_files.save(
         bundle,
         data,
@@ -163,7 +166,7 @@ def _build_one(
             "key": key,
             "identity": identity,
             "plan": {"file": f"{component.name}.plan", "bytes": len(data), "sha256": engine_files.digest_bytes(data)},
-            "audit": found | {"wanted": wanted(component)},
+            "audit": counts | {"wanted": wanted(component)},
             "estimate": asdict(needed),
             "seconds": round(time.perf_counter() - started, 2),
             "built": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
@@ -172,7 +175,7 @@ def _build_one(
 
 
 def wanted(component: Component) -> str:
-    """The precision that a component's graph has: int8 where it is quantised, else that of its weights."""
+    """The precision of a component's graph: int8 where it is quantized, else that of its weights."""
     if component.int8:
         return "int8"
     return {"float16": "fp16", "bfloat16": "bf16"}.get(component.dtype, "fp32")
@@ -180,16 +183,16 @@ def wanted(component: Component) -> str:
 
 def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> EngineFile | None:
     try:
-        engine_file = engine_files.read(bundle, key, component.name)
+        file = engine_files.read(bundle, key, component.name)
     except UserError:
         return None
-    return engine_file if preflight.check(bundle, engine_file, here).ok else None
+    return file if preflight.check(bundle, file, here).ok else None
 
 
 def _free(cuda: Cuda, needed: Estimate) -> str:
     cuda.release()
     free = cuda.free()
-    return f"; only {free / 1e9:.1f} GB of the GPU are free" if free < needed.device else ""
+    return f"; only {free / 1e9:.1f} GB are free on the GPU" if free < needed.device else ""
 
 
 class _Cancelled(Exception):
@@ -197,7 +200,7 @@ class _Cancelled(Exception):
 
 
 class _Job:
-    """A build on a thread of its own: Ctrl-C is heard while TensorRT is busy, and ends the build at its next step."""
+    """A build on its own thread, so that Ctrl-C is seen while TensorRT works and ends the build at its next step."""
 
     def __init__(self, module: Any, cuda: Cuda, progress: Progress):
         self.module, self.cuda, self.progress = module, cuda, progress
@@ -206,7 +209,7 @@ class _Job:
 
     def run(self, work: Callable[[], Any]) -> Any:
         outcome: dict[str, Any] = {}
-        done = threading.Event()  # not join: Ctrl-C in it makes Python 3.11 take a running thread for an ended one
+        done = threading.Event()  # join() will not do: after a Ctrl-C in it, Python 3.11 takes the thread for finished
 
         def target():
             try:
@@ -226,7 +229,7 @@ class _Job:
                 if interrupted is None:
                     interrupt.check()
                     self.progress(self.stage, self.fraction)
-            except BaseException as error:  # Ctrl-C, or the caller's progress bar failed: end the build, then go on
+            except BaseException as error:  # Ctrl-C, or the caller's progress bar failed: cancel and wait for the end
                 interrupted = error
                 self.cancelled.set()
         thread.join()
@@ -237,7 +240,7 @@ class _Job:
         return outcome["result"]
 
     def monitor(self) -> Any:
-        """TensorRT's progress, phases within phases, as one fraction; and the way to stop it."""
+        """TensorRT's progress monitor: nested phases as one fraction, and the way to cancel the build."""
         job = self
 
         class Monitor(self.module.IProgressMonitor):
@@ -245,7 +248,7 @@ class _Job:
                 job.module.IProgressMonitor.__init__(self)
                 self.phases: dict[str, list] = {}  # name -> [parent, steps, done]
 
-            # An exception must not leave these: it would end in C++.
+            # No exception may leave these methods: C++ calls them.
             def phase_start(self, phase_name, parent_phase, num_steps):
                 self.phases[phase_name] = [parent_phase, max(1, num_steps), 0]
                 job.stage = phase_name
@@ -273,7 +276,7 @@ class _Job:
 def _compile(
     job: _Job, bundle: Bundle, component: Component, profiles: Sequence[Any], options: BuildOptions, here: Here
 ) -> tuple[bytes, str]:
-    """Parse, configure, build, load back: the engine file's bytes and what the inspector says of it."""
+    """Parse, configure, build and load back; returns the serialized engine and the engine inspector's JSON."""
     module = job.module
     logger = library.logger(module)
     with library.collect() as messages:
@@ -282,25 +285,25 @@ def _compile(
         parser = module.OnnxParser(network, logger)
         if not parser.parse_from_file(str(graph_file(bundle, component))):
             raise UserError(
-                f"TensorRT cannot read {component.graph}: {_parser_errors(parser) or messages.last()}",
-                f"accel inspect {bundle.path} --for tensorrt says which operators it does not take",
+                f"TensorRT cannot parse {component.graph}: {_parser_errors(parser) or messages.last()}",
+                f"accel inspect {bundle.path} --for tensorrt lists the nodes it does not support",
             )
         config = _configure(module, builder, profiles, options)
-        monitor = job.monitor()  # named, so that it lives as long as the build
+        monitor = job.monitor()  # the variable keeps it alive during the build
         config.progress_monitor = monitor
         cache = timing_cache.path_for(here)
         if options.timing_cache:
-            timing_cache.give(config, cache)
+            timing_cache.load(config, cache)
         host = builder.build_serialized_network(network, config)
         if job.cancelled.is_set():
             raise _Cancelled
         if host is None:
             raise UserError(
                 f"TensorRT could not build {component.name}: {messages.last()}",
-                "a smaller --profile or another --workspace; free the GPU's memory (nvidia-smi shows who has it)",
+                "a smaller --profile or another --workspace; free GPU memory (see nvidia-smi)",
             )
         if options.timing_cache:
-            timing_cache.keep(config, cache)
+            timing_cache.save(config, cache)
         data = bytes(host)
         del host, parser, network, builder
         return data, _inspect(module, logger, data, profiles, options, component.name, messages)
@@ -317,7 +320,7 @@ def _parser_errors(parser: Any) -> str:
 def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: BuildOptions) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # the audit reads it
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # for the audit
     if options.workspace is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
     flags = {
@@ -326,7 +329,7 @@ def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: Buil
         "STRIP_PLAN": options.strip_plan,
         "VERSION_COMPATIBLE": options.version_compatible,
         "WEIGHT_STREAMING": options.weight_streaming,
-        "TF32": options.tf32,  # TensorRT's own default is on
+        "TF32": options.tf32,  # on by default in TensorRT
     }
     for name, on in flags.items():
         (config.set_flag if on else config.clear_flag)(getattr(module.BuilderFlag, name))
@@ -336,30 +339,30 @@ def _configure(module: Any, builder: Any, profiles: Sequence[Any], options: Buil
         )
     for profile in profiles:
         if not profile["shapes"]:
-            continue  # nothing is free in this graph
-        made = builder.create_optimization_profile()
-        for name, ends in profile["shapes"].items():
-            made.set_shape(name, *(tuple(shape) for shape in ends))
-        if config.add_optimization_profile(made) < 0:
-            raise UserError(f"TensorRT refuses profile {profile['name']!r}", "use another --profile")
+            continue  # no input of this graph has a free dimension
+        added = builder.create_optimization_profile()
+        for name, shapes_of_input in profile["shapes"].items():
+            added.set_shape(name, *map(tuple, shapes_of_input))
+        if config.add_optimization_profile(added) < 0:
+            raise UserError(f"TensorRT rejects the profile {profile['name']!r}", "use another --profile")
     return config
 
 
 def _inspect(
     module: Any, logger: Any, data: bytes, profiles: Sequence[Any], options: BuildOptions, name: str, messages: Any
 ) -> str:
-    """Load the fresh engine file as a user would, and ask what its layers are at the shapes it is best for."""
+    """Deserialize the engine as a user would; returns the engine inspector's JSON at the first profile's optimum."""
     runtime = module.Runtime(logger)
-    runtime.engine_host_code_allowed = options.version_compatible  # we have just built it
+    runtime.engine_host_code_allowed = options.version_compatible  # it was built here just now
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise UserError(
-            f"TensorRT does not load its own engine file of {name}: {messages.last()}", "report this to NVIDIA"
+            f"TensorRT cannot deserialize its own engine of {name}: {messages.last()}", "report this to NVIDIA"
         )
     inspector = engine.create_engine_inspector()
     context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
     if context is not None and not options.strip_plan:
-        for tensor, ends in profiles[0]["shapes"].items():
-            context.set_input_shape(tensor, tuple(ends[1]))
-        inspector.execution_context = context  # without shapes, dynamic layers have no datatype to tell
+        for tensor, (_, best, _) in profiles[0]["shapes"].items():
+            context.set_input_shape(tensor, tuple(best))
+        inspector.execution_context = context  # without shapes, it reports no datatype for dynamic layers
     return inspector.get_engine_information(module.LayerInformationFormat.JSON)

@@ -1,4 +1,4 @@
-"""How much memory a build will need, told before it starts and not after it has failed."""
+"""Estimate the memory that a build needs, before it starts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from onnxscript import optimizer
 
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph_file
-from accel.bundle.shape_profiles import Range
 
-# While TensorRT times its candidates it holds the weights twice (as given, and as the kernel wants them), and on the
-# host the parsed graph and the engine file that is being written.
+# While TensorRT times tactics, the GPU holds the weights twice: as given, and in the kernel's layout.
+# The host also holds the parsed network and the serialized engine.
 _COPIES_DEVICE, _COPIES_HOST = 2, 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes: of the weights, of the activations that live at once at the largest shapes, and of the whole build."""
+    """Bytes of the weights, of the activations alive at once at the largest shapes, and of the whole build."""
 
     weights: int
     activations: int
@@ -29,19 +28,24 @@ class Estimate:
 
     def __str__(self) -> str:
         needs = f"about {_gb(self.device)} on the GPU and {_gb(self.host)} of host memory"
-        return f"{needs} (counted from the graph, attention unfused; never compared with a real build)"
+        return f"{needs} (an estimate from the graph with unfused attention, not calibrated on real builds)"
 
 
-def estimate(bundle: Bundle, component: Component, dims: Mapping[str, Range], workspace: int | None) -> Estimate:
-    """Estimate a build at the largest shapes of `dims`; unfused, so more than a good engine file will need to run."""
+def estimate(bundle: Bundle, component: Component, sizes: Mapping[str, int], workspace: int | None) -> Estimate:
+    """Estimate a build.
+
+    Args:
+        sizes: dimension -> its largest size in any optimization profile.
+        workspace: limit of the workspace memory pool in bytes, None for no limit.
+    """
     weights = bundle.file(component.weights).stat().st_size
-    activations = peak(bundle, component, {name: limits.max for name, limits in dims.items()})
+    activations = peak(bundle, component, sizes)
     device = _COPIES_DEVICE * weights + activations + min(workspace or activations, 8 * activations)
     return Estimate(weights, activations, device, _COPIES_HOST * weights)
 
 
 def peak(bundle: Bundle, component: Component, sizes: Mapping[str, int]) -> int:
-    """Most bytes of tensors alive at once when the graph is walked in its own order at given sizes."""
+    """The most bytes of tensors alive at once when the nodes run in the graph's order at given sizes, unfused."""
     graph = _at(ir.load(graph_file(bundle, component)), sizes).graph
     bytes_of = {v.name: _bytes(v) for v in (*graph.input, *graph.value_info, *graph.output)}
     last_use = {name: i for i, node in enumerate(graph.node) for name in node.input}
@@ -57,9 +61,9 @@ def peak(bundle: Bundle, component: Component, sizes: Mapping[str, int]) -> int:
 
 
 def _at(model: ir.Model, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """The graph at given sizes with the shape of every tensor; weights are not read.
+    """The graph at given sizes, with the shape of every tensor; weights are not read.
 
-    ONNX's own shape inference gives up where a shape is computed, so that arithmetic is folded first.
+    ONNX's shape inference does not follow shapes that nodes compute, so those nodes are folded to constants first.
     """
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(d.value, d) for d in value.shape])

@@ -1,7 +1,7 @@
-"""Which nodes of an ONNX graph TensorRT's parser does not take, told before anybody waits for a build.
+"""Find the nodes of an ONNX graph that TensorRT's parser does not support, without a build.
 
 The table is the operator matrix that NVIDIA publishes with the parser (onnx-tensorrt, docs/operators.md), as of
-TensorRT 10.15: opsets 9 to 24, strongly typed networks alike. It speaks of operators, types and attributes; whether a
+TensorRT 10.15: opsets 9 to 24, also for strongly typed networks. It covers operators, types and attributes; whether a
 kernel exists for a shape is known only to the builder.
 """
 
@@ -22,7 +22,7 @@ _F = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})  # DOUBLE is cast dow
 _FI = _F | {"INT32", "INT64"}
 _ALL = _FI | {"BOOL"}
 _BOOL = frozenset({"BOOL"})
-_QUANTISED = frozenset({"INT8", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT4"})
+_QUANTIZED = frozenset({"INT8", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT4"})
 
 _TYPES: tuple[tuple[frozenset[str], str], ...] = (
     (
@@ -51,46 +51,27 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
         "ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where",
     ),
     (_ALL | {"UINT8"}, "Cast CastLike"),
-    (_ALL | _QUANTISED, "Constant ConstantOfShape"),
+    (_ALL | _QUANTIZED, "Constant ConstantOfShape"),
     (_FI | {"INT8"}, "Gelu"),
     (_F | {"INT8", "FLOAT8E4M3FN"}, "Attention"),
     (_F | {"INT64"}, "RotaryEmbedding"),
-    (_QUANTISED, "DequantizeLinear"),
+    (_QUANTIZED, "DequantizeLinear"),
     (_BOOL, "And Not Or Xor"),
     (frozenset({"FLOAT"}), "STFT"),
 )
 MATRIX: Mapping[str, frozenset[str]] = {name: kinds for kinds, names in _TYPES for name in names.split()}
-# Scales of quantisation are read by its own rule, indices and shapes are integers whatever the data is.
-_DATA_INPUTS = {
-    "Gather": 1,
-    "GatherElements": 1,
-    "GatherND": 1,
-    "Reshape": 1,
-    "Expand": 1,
-    "Slice": 1,
-    "Split": 1,
-    "Squeeze": 1,
-    "Unsqueeze": 1,
-    "Tile": 1,
-    "Resize": 1,
-    "Pad": 1,
-    "TopK": 1,
-    "ConstantOfShape": 0,
-    "DequantizeLinear": 1,
-    "QuantizeLinear": 1,
-    "CumSum": 1,
-    "ReverseSequence": 1,
-    "OneHot": 0,
-    "Loop": 0,
-    "Dropout": 1,
-    "Trilu": 1,
-    "Upsample": 1,
-}
+# How many inputs have a type of the matrix, where it is not all: indices and shapes are integers whatever the data is,
+# and zero points have a rule of their own.
+_DATA_INPUTS = dict.fromkeys(("ConstantOfShape", "OneHot", "Loop"), 0) | dict.fromkeys(
+    "Gather GatherElements GatherND Reshape Expand Slice Split Squeeze Unsqueeze Tile Resize Pad TopK DequantizeLinear "
+    "QuantizeLinear CumSum ReverseSequence Dropout Trilu Upsample".split(),
+    1,
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A node that TensorRT does not take: its name and operator, why, and what helps."""
+    """A node that TensorRT's parser does not support, and why."""
 
     node: str
     operator: str
@@ -98,7 +79,7 @@ class Problem:
 
 
 def check(graph: str | Path | onnx.ModelProto) -> list[Problem]:
-    """Every node, type or attribute of a graph that the matrix does not list.
+    """The nodes whose operator, types or attributes the matrix does not list.
 
     Args:
         graph: a model, or its file; weights are not read.
@@ -116,7 +97,7 @@ def check(graph: str | Path | onnx.ModelProto) -> list[Problem]:
     return problems + list(_walk(inferred.graph, {}, {}))
 
 
-Constants = Mapping[str, Any]  # name -> TensorProto, None where its value does not matter
+Constants = Mapping[str, Any]  # name -> TensorProto, None where it is given in another form
 
 
 def _walk(graph: onnx.GraphProto, outer: Mapping[str, int], constants: Constants) -> Iterator[Problem]:
@@ -148,29 +129,23 @@ def _reason(node: onnx.NodeProto, types: Mapping[str, int], constants: Constants
     for name in [*data, *(node.output[:1] if node.op_type in ("Cast", "ConstantOfShape", "Range") else [])]:
         kind = TensorProto.DataType.Name(types.get(name, 0))
         if kind != "UNDEFINED" and kind not in MATRIX[node.op_type]:
-            return f"{name} is {kind}, and TensorRT takes {', '.join(sorted(MATRIX[node.op_type]))} there"
+            return f"{name} is {kind}, and TensorRT supports {', '.join(sorted(MATRIX[node.op_type]))} there"
     rule = _RULES.get(node.op_type)
     return rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute}, constants) if rule else ""
 
 
 def _resize(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
-    modes = {
-        "coordinate_transformation_mode": (
-            "half_pixel",
-            "pytorch_half_pixel",
-            "tf_half_pixel_for_nn",
-            "asymmetric",
-            "align_corners",
-        ),
-        "mode": ("nearest", "linear"),
-        "nearest_mode": ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil"),
-        "keep_aspect_ratio_policy": ("stretch",),
+    modes = {  # ONNX's default first
+        "coordinate_transformation_mode": "half_pixel pytorch_half_pixel tf_half_pixel_for_nn asymmetric align_corners",
+        "mode": "nearest linear",
+        "nearest_mode": "round_prefer_floor round_prefer_ceil floor ceil",
+        "keep_aspect_ratio_policy": "stretch",
     }
     for name, allowed in modes.items():
-        value = at.get(name, allowed[0] if name != "nearest_mode" else "round_prefer_floor")
+        value = at.get(name, allowed.split()[0])
         value = value.decode() if isinstance(value, bytes) else value
-        if value not in allowed:
-            return f"{name} = {value}, and TensorRT takes {', '.join(allowed)}"
+        if value not in allowed.split():
+            return f"{name} = {value}, and TensorRT supports {', '.join(allowed.split())}"
     return "antialiasing is not supported" if at.get("antialias") else ""
 
 
@@ -190,21 +165,14 @@ def _symmetric(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants
         return "its zero point must be a constant"
     if tensor.external_data:
         return ""  # the weights are not read here
-    return "its zero point is not 0: quantise symmetrically" if onnx.numpy_helper.to_array(tensor).any() else ""
+    return "its zero point is not 0: quantize symmetrically" if onnx.numpy_helper.to_array(tensor).any() else ""
 
 
-def _only_outputs(count: int) -> Callable[..., str]:
-    def rule(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
-        return (
-            f"only the first of its outputs is supported, {len(node.output)} are used"
-            if any(node.output[count:])
-            else ""
-        )
-
-    return rule
+def _one_output(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
+    return f"only its first output is supported, {len(node.output)} are used" if any(node.output[1:]) else ""
 
 
-def _refused(**values: Any) -> Callable[..., str]:
+def _only_values(**values: Any) -> Callable[..., str]:
     """A rule: these attributes only with these values."""
 
     def rule(node: onnx.NodeProto, at: Mapping[str, Any], constants: Constants) -> str:
@@ -232,16 +200,13 @@ _RULES: Mapping[str, Callable[..., str]] = {
     "Attention": _attention,
     "QuantizeLinear": _symmetric,
     "DequantizeLinear": _symmetric,
-    "LayerNormalization": _only_outputs(1),
-    "MaxPool": _only_outputs(1),
-    "AveragePool": _refused(dilations=1),
-    "LpPool": _refused(dilations=1),
-    "ScatterND": _refused(reduction="none"),
-    "LSTM": _refused(input_forget=0, layout=0),
+    "LayerNormalization": _one_output,
+    "MaxPool": _one_output,
+    "AveragePool": _only_values(dilations=1),
+    "LpPool": _only_values(dilations=1),
+    "ScatterND": _only_values(reduction="none"),
+    "LSTM": _only_values(input_forget=0, layout=0),
     "CumSum": _constant_input(1, "axis"),
     "OneHot": _constant_input(1, "depth"),
-    **{
-        f"Reduce{kind}": _constant_input(1, "axes")
-        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-    },
+    **{name: _constant_input(1, "axes") for name in MATRIX if name.startswith("Reduce")},
 }

@@ -1,4 +1,4 @@
-"""Named profiles as TensorRT's optimisation profiles: the shapes of every input, smallest, best and largest."""
+"""Named shape profiles as TensorRT optimization profiles: the min, opt and max shape of every input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from accel.bundle.shape_profiles import Profile, Range
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.errors import UserError
 
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+ENDS = ("min", "opt", "max")
 
 
 def profiles_of(bundle: Bundle, names: Sequence[str]) -> list[Profile]:
-    """The bundle's own profile, or the named ones, which must lie within it."""
+    """The bundle's own profile, or the named ones.
+
+    Raises:
+        UserError: for an unknown name, or one that is given twice.
+    """
     if not names:
         return [bundle.manifest.profile]
     native = bundle.manifest.pipeline["native_size"]
@@ -25,11 +29,15 @@ def profiles_of(bundle: Bundle, names: Sequence[str]) -> list[Profile]:
     return chosen
 
 
-def dims_of(bundle: Bundle, component: Component, profile: Profile) -> dict[str, Range]:
-    """The ranges of a component's dimensions under a profile.
+def described(bundle: Bundle, component: Component, profile: Profile) -> dict[str, Any]:
+    """An optimization profile of a component, as an engine's record keeps it.
+
+    Returns:
+        `name`: the profile's; `dims`: dimension -> [min, opt, max]; `shapes`: input -> its [min, opt, max] shapes, for
+        the inputs that have a free dimension in the graph.
 
     Raises:
-        UserError: when the profile asks for what the exported graph does not take.
+        UserError: when the profile asks for shapes that the exported graph does not take.
     """
     manifest = bundle.manifest
     wanted = profile.dims(
@@ -37,33 +45,26 @@ def dims_of(bundle: Bundle, component: Component, profile: Profile) -> dict[str,
         latent_multiple=manifest.pipeline["latent_multiple"],
         guidance=float(manifest.sampler["guidance"]) > 1,
     )
-    dims = {}
+    dims = {name: wanted.get(name, limits) for name, limits in component.dims.items()}
     for name, limits in component.dims.items():
-        asked = wanted.get(name, limits)
-        if asked.min < limits.min or asked.max > limits.max:
+        if dims[name].min < limits.min or dims[name].max > limits.max:
             raise UserError(
-                f"profile {profile.name!r} asks for {name.replace('_', ' ')} {asked}, and {component.name} was "
+                f"profile {profile.name!r} asks for {name.replace('_', ' ')} {dims[name]}, and {component.name} was "
                 f"exported for {limits}",
                 f"a profile within {manifest.profile.name!r}, or export again with --profile {profile.name}",
             )
-        dims[name] = asked
-    return dims
-
-
-def shapes_of(component: Component, dims: Mapping[str, Range]) -> Shapes:
-    """Input name -> (min, opt, max) shapes of the inputs that have a free dimension in the graph."""
-    ends = [{name: getattr(limits, end) for name, limits in dims.items()} for end in ("min", "opt", "max")]
     return {
-        spec.name: tuple(spec.concrete(sizes) for sizes in ends)
-        for spec in component.inputs
-        if any(isinstance(d, str) and not component.dims[d].fixed for d in spec.shape)
+        "name": profile.name,
+        "dims": {name: [getattr(limits, end) for end in ENDS] for name, limits in dims.items()},
+        "shapes": shapes_of(component, dims),
     }
 
 
-def described(profile: Profile, component: Component, dims: Mapping[str, Range]) -> dict[str, Any]:
-    """What a record keeps of a profile: its name, dimension -> (min, opt, max), and the shapes of the inputs."""
+def shapes_of(component: Component, dims: Mapping[str, Range]) -> dict[str, list[list[int]]]:
+    """Input -> its [min, opt, max] shapes, for the inputs that have a free dimension in the graph."""
+    sizes = [{name: getattr(limits, end) for name, limits in dims.items()} for end in ENDS]
     return {
-        "name": profile.name,
-        "dims": {name: [limits.min, limits.opt, limits.max] for name, limits in dims.items()},
-        "shapes": {name: [list(s) for s in ends] for name, ends in shapes_of(component, dims).items()},
+        spec.name: [list(spec.concrete(size)) for size in sizes]
+        for spec in component.inputs
+        if any(isinstance(d, str) and not component.dims[d].fixed for d in spec.shape)
     }

@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: one file per GPU and TensorRT version, which every build adds to."""
+"""TensorRT's timing cache: one file per GPU and TensorRT version, which every build reads and extends."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ def path_for(here: Here) -> Path:
     return cache_dir() / "tensorrt" / f"{name}.timing"
 
 
-def give(config: Any, path: Path) -> None:
-    """Let a build start from what earlier ones have measured; a file that TensorRT does not want counts as empty."""
+def load(config: Any, path: Path) -> None:
+    """Let a build start from the timings of earlier ones; a file that TensorRT rejects counts as empty."""
     cache = config.create_timing_cache(_bytes(path)) or config.create_timing_cache(b"")
     if not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
-def keep(config: Any, path: Path) -> None:
-    """Merge what a build has measured into the file; two builds that end together lose nothing."""
-    found = config.get_timing_cache()
-    if found is None:
+def save(config: Any, path: Path) -> None:
+    """Merge the timings of a build into the file, under a lock: builds that end together lose none."""
+    cache = config.get_timing_cache()
+    if cache is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with waiting_for(path):
         others = config.create_timing_cache(_bytes(path))
         if others is not None:
-            found.combine(others, ignore_mismatch=False)
-        write_bytes(path, bytes(found.serialize()))
+            cache.combine(others, ignore_mismatch=False)
+        write_bytes(path, bytes(cache.serialize()))
 
 
 def _bytes(path: Path) -> bytes:

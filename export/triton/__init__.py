@@ -1,1 +1,1 @@
-"""A model repository of a bundle for NVIDIA Triton Inference Server."""
+"""Write a bundle as a model repository for NVIDIA Triton Inference Server."""

@@ -1,23 +1,24 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server, for those who outgrow one machine.
+"""Write a bundle as a model repository for NVIDIA Triton Inference Server.
 
     OUT/accel.json                                     the manifest, for the client
     OUT/<component>/config.pbtxt  1/model.onnx (+ model.safetensors) or 1/model.plan
 
-Requests of different clients go through in one batch (dynamic batching). For that a UNet on ONNX Runtime gets one
-timestep for each row, because clients are at different steps; an engine file has the one timestep that it was built
-with, so there the batch is the client's own, and concurrency comes from instances.
+Dynamic batching merges requests of several clients into one batch. Clients are at different steps, so on ONNX Runtime
+the UNet gets one timestep per row. A TensorRT UNet has one timestep for the whole batch: there the batch is the
+client's own, and concurrency comes from instances.
 
-Triton's TensorRT backend deserialises an engine file and runs it (triton-inference-server/tensorrt_backend,
-src/loader.cc). It never refits, so an engine file without weights cannot be served; and it runs the runtime inside a
-version-compatible engine file only when it is started with the option that says so.
+Triton's TensorRT backend deserializes an engine file and runs it (triton-inference-server/tensorrt_backend,
+src/loader.cc). It never refits, so a stripped engine cannot be served; and it allows the runtime inside a
+version-compatible engine only when the server is started with the option for that.
 """
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,19 @@ _TYPES = {
 }
 
 
-class Word(str):
-    """A word of the text format that is not quoted: an enum's member."""
+class EnumValue(str):
+    """A value of a protobuf enum, which the text format does not quote."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a repository is to be served.
+    """How the server runs the models.
 
     Attributes:
-        backend: "onnxruntime" or "tensorrt" (needs engine files, and a server with their TensorRT and their GPU).
-        instances: copies of each model per device.
+        backend: "onnxruntime" or "tensorrt" (needs engine files, and a server with their TensorRT version and GPU).
+        instances: instances of each model per device.
         kind: "gpu" or "cpu".
-        queue_microseconds: how long a request may wait for others to share its batch.
+        queue_microseconds: how long a request may wait for others to share its batch (max_queue_delay_microseconds).
     """
 
     backend: str = "onnxruntime"
@@ -71,7 +72,8 @@ class Serving:
         if self.kind not in ("gpu", "cpu") or (self.kind, self.backend) == ("cpu", "tensorrt"):
             raise UserError(f"{self.backend} does not run on {self.kind!r}", "use gpu, or onnxruntime on cpu")
         if self.instances < 1 or self.queue_microseconds < 0:
-            raise UserError(f"{self.instances} instances, {self.queue_microseconds} us", "at least 1, and not below 0")
+            wrong = f"invalid: {self.instances} instances, a queue delay of {self.queue_microseconds} us"
+            raise UserError(wrong, "use at least 1 instance, and a delay of 0 or more")
 
 
 def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, overwrite: bool = False) -> str:
@@ -81,7 +83,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
         The command that serves it.
 
     Raises:
-        UserError: where the backend is TensorRT, for a bundle without engine files that it can load; for changed files.
+        UserError: for changed files; on the TensorRT backend, for a component without an engine file that it can load.
     """
     serving = serving or Serving()
     serving.check()
@@ -92,32 +94,30 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
         for component in bundle.manifest.components.values():
             version = folder / component.name / "1"
             version.mkdir(parents=True)
-            engine_file = None
+            file = None
             if serving.backend == "tensorrt":
-                # The server's machine need not be this one.
-                engine_file, data = choose(
-                    bundle, component.name, None, refuse=lambda engine_file: _unservable(bundle, engine_file)
-                )
+                # The server may be another machine, so no machine is given to the pre-flight.
+                file, data = choose(bundle, component.name, None, refuse=partial(_unservable, bundle))
                 (version / "model.plan").write_bytes(data)
-                if engine_file.identity["options"]["version_compatible"] and _HOST_CODE not in command:
+                if file.identity["options"]["version_compatible"] and _HOST_CODE not in command:
                     command.append(_HOST_CODE)
             else:
                 component = _graph(bundle, component, version / "model.onnx")
                 shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
-            text = text_format(config(component, serving, engine_file))
+            text = text_format(config(component, serving, file))
             (folder / component.name / "config.pbtxt").write_text(text)
     return shlex.join(command)
 
 
-def _unservable(bundle: Bundle, engine_file: EngineFile) -> Fit | None:
-    if not engine_file.identity["options"]["strip_plan"]:
+def _unservable(bundle: Bundle, file: EngineFile) -> Fit | None:
+    if not file.identity["options"]["strip_plan"]:
         return None
-    reason = "it was built without weights (--strip-plan), and Triton's TensorRT backend never fills any in"
-    return Fit(False, reason, rebuild(bundle, engine_file.component))
+    reason = "it was built without weights (--strip-plan), and Triton's TensorRT backend does not refit"
+    return Fit(False, reason, rebuild(bundle, file.component))
 
 
 def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
-    """Write the graph as it is served; returns the component with the inputs that it has there."""
+    """Write the graph as it is served; returns the component with the inputs of that graph."""
     model = onnx.load(str(graph_file(bundle, component, "onnxruntime")), load_external_data=False)
     rows = with_row_timesteps(model)
     to.write_bytes((rows or model).SerializeToString())
@@ -130,22 +130,26 @@ def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
     )
 
 
-def config(component: Component, serving: Serving, engine_file: EngineFile | None = None) -> dict[str, Any]:
-    """Triton's `ModelConfig` of a component, as data (the field names are its protobuf's)."""
+def config(component: Component, serving: Serving, file: EngineFile | None = None) -> dict[str, Any]:
+    """Triton's `ModelConfig` of a component as dicts and lists, with the field names of the protobuf.
+
+    Args:
+        file: the engine file to serve, whose first optimization profile is used; None serves the graph.
+    """
     dims = dict(component.dims)
-    profiles = engine_file.identity["profiles"] if engine_file else []
+    profiles = file.identity["profiles"] if file else []
     for name, ends in (profiles[0]["dims"] if profiles else {}).items():
         dims[name] = Range(ends[0], ends[1], ends[2], dims[name].multiple)
     batched = _batch(component, dims)
     made: dict[str, Any] = {
         "name": component.name,
         "backend": serving.backend,
-        "default_model_filename": "model.plan" if engine_file else "model.onnx",
+        "default_model_filename": "model.plan" if file else "model.onnx",
         "max_batch_size": dims[batched].max if batched else 0,
         "input": [_tensor(spec, component, bool(batched)) for spec in component.inputs],
         "output": [_tensor(spec, component, bool(batched)) for spec in component.outputs],
         "instance_group": [
-            {"count": serving.instances, "kind": Word(f"KIND_{serving.kind.upper()}")}
+            {"count": serving.instances, "kind": EnumValue(f"KIND_{serving.kind.upper()}")}
             | ({"profile": ["0"]} if profiles else {})
         ],
         "model_warmup": [_warmup(component, dims, batched)],
@@ -160,7 +164,7 @@ def config(component: Component, serving: Serving, engine_file: EngineFile | Non
 
 
 def _batch(component: Component, dims: Mapping[str, Range]) -> str | None:
-    """The dimension that Triton may batch over: the first of every input, free, and starting at one."""
+    """The dimension that Triton may batch over: the first of every input, free, with a minimum of 1."""
     first = {spec.shape[0] if spec.shape else None for spec in component.inputs}
     name = first.pop() if len(first) == 1 else None
     return name if isinstance(name, str) and not component.dims[name].fixed and dims[name].min == 1 else None
@@ -169,7 +173,7 @@ def _batch(component: Component, dims: Mapping[str, Range]) -> str | None:
 def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, Any]:
     free = lambda d: isinstance(d, str) and not component.dims[d].fixed  # noqa: E731
     sizes = [-1 if free(d) else component.dims[d].min if isinstance(d, str) else d for d in spec.shape]
-    made: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype])}
+    made: dict[str, Any] = {"name": spec.name, "data_type": EnumValue(_TYPES[spec.dtype])}
     sizes = sizes[1:] if batched else sizes
     if not sizes:  # Triton has no scalars: the client sends [1], or [rows, 1]
         return made | {"dims": [1], "reshape": {"shape": []}}
@@ -177,30 +181,23 @@ def _tensor(spec: TensorSpec, component: Component, batched: bool) -> dict[str, 
 
 
 def _warmup(component: Component, dims: Mapping[str, Range], batched: str | None) -> dict[str, Any]:
-    """One run at the shapes the model is best for, before the server says it is ready."""
+    """One run at the profile's optimal shapes before the server reports that it is ready."""
     sizes = {name: limits.opt for name, limits in dims.items()}
-    inputs = {}
+    inputs = []
     for spec in component.inputs:
         shape = list(spec.concrete(sizes))
-        inputs[spec.name] = {
-            "data_type": Word(_TYPES[spec.dtype]),
-            "dims": (shape[1:] if batched else shape) or [1],
-            "zero_data": True,
-        }
+        dims_of_input = (shape[1:] if batched else shape) or [1]
+        value = {"data_type": EnumValue(_TYPES[spec.dtype]), "dims": dims_of_input, "zero_data": True}
+        inputs.append({"key": spec.name, "value": value})
     return {"name": "ready", "batch_size": sizes[batched] if batched else 0, "inputs": inputs}
 
 
 def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
-    """Protobuf's text format of plain data: dicts are messages, lists repeat, `inputs` is a map."""
+    """Protobuf's text format of plain data: dicts are messages, lists are repeated fields."""
     lines: list[str] = []
     pad = "  " * indent
     for name, value in data.items():
-        if name == "inputs":
-            for key, entry in value.items():
-                lines += [f"{pad}inputs {{", f'{pad}  key: "{key}"', f"{pad}  value {{"]
-                lines += [text_format(entry, indent + 2).rstrip("\n"), f"{pad}  }}", f"{pad}}}"]
-            continue
-        for item in _items(value):
+        for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
                 inner = text_format(item, indent + 1).rstrip("\n")
                 lines += [f"{pad}{name} {{", *([inner] if inner else []), f"{pad}}}"]
@@ -209,11 +206,7 @@ def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _items(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) and not isinstance(value, Word) else str(value)
+    return f'"{value}"' if isinstance(value, str) and not isinstance(value, EnumValue) else str(value)

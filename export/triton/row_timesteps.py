@@ -1,20 +1,20 @@
-"""A graph whose timestep is one number for each row of the batch instead of one for all.
+"""Give a UNet's graph one timestep per row of the batch instead of one for all.
 
-A server merges requests of clients that are at different steps. Our exports take one timestep, as samplers do, and
-spread it over the batch at once (Unsqueeze, Expand); here the spreading goes and the rows bring their own.
+A server merges requests of clients that are at different steps. Exported graphs take a scalar timestep, as samplers do,
+and first expand it over the batch (Unsqueeze, Expand); here those nodes are removed, and the input is [batch] itself.
 """
 
 from __future__ import annotations
 
 import onnx
 
-_SPREADING = ("Unsqueeze", "Reshape", "Expand")
+_EXPANDING = ("Unsqueeze", "Reshape", "Expand")
 
 
 def with_row_timesteps(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """A copy with `timestep` [batch] instead of []; None where the graph does not begin by spreading a scalar.
+    """A copy with `timestep` [batch] instead of []; None where the graph does not first expand a scalar timestep.
 
-    Weights stay where they are: external data are not read.
+    External data (the weights) are not read.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -25,7 +25,7 @@ def with_row_timesteps(model: onnx.ModelProto) -> onnx.ModelProto | None:
     name, spread = given.name, []
     while not spread or spread[-1].op_type != "Expand":
         users = [node for node in graph.node if name in node.input]
-        if len(users) != 1 or users[0].op_type not in _SPREADING or users[0].input[0] != name:
+        if len(users) != 1 or users[0].op_type not in _EXPANDING or users[0].input[0] != name:
             return None
         spread.append(users[0])
         name = users[0].output[0]

@@ -1,4 +1,4 @@
-"""A stand-in for `accel.trt.cuda.Cuda` on the CPU, with streams that can be captured.
+"""A fake of `accel.trt.cuda.Cuda` on the CPU, with streams that can be captured.
 
 A capture records every torch operation and every TensorRT enqueue with the memory that it had; a replay does the same
 on the same memory again. So a graph that was not captured anew when it had to be computes a wrong answer, as on a GPU.
@@ -23,7 +23,7 @@ class Stream:
 class Cuda:
     """One device; `Cuda.state` is shared by all handles to it, as a device is."""
 
-    names = ("Double GPU",)
+    names = ("Fake GPU",)
     current: list[Stream] = []
     captures: dict[int, list] = {}
     made = 0

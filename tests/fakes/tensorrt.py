@@ -1,10 +1,9 @@
-"""A `tensorrt` module made from the published API of one version, which builds and runs engine files on the CPU.
+"""A fake `tensorrt` module (test double), made from the published API of one version; it runs engines on the CPU.
 
 What the API file does not name does not exist here: a removed flag, a misspelt keyword, an attribute that only one
-version has raise. Calls are checked against the signatures as the bindings print them. A "engine file" is the ONNX
-model with what the builder was told, sealed with a digest; "running" one is ONNX Runtime on the memory behind the
-addresses. So parity, profiles, scratch memory, CUDA graphs and refit are tested for real; speed and TensorRT's own
-opinions are not.
+version has raise. Calls are checked against the signatures as the bindings print them. An engine file is the ONNX model
+with the builder's config and a digest; running it is ONNX Runtime on the memory behind the addresses. So parity,
+profiles, scratch memory, CUDA graphs and refit are tested for real; speed and TensorRT's own opinions are not.
 """
 
 from __future__ import annotations
@@ -24,46 +23,17 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper
 
 API = Path(__file__).parent / "tensorrt_api"
 VERSIONS = {path.stem: path for path in sorted(API.glob("*.json"))}
-MAGIC = b"engine file of the double"
+MAGIC = b"engine file of the fake"
 SCRATCH_ALIGNMENT = 256
 
-_CONSTANTS = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "fp8": "FP8",
-    "int4": "INT4",
-    "fp4": "FP4",
-    "e8m0": "E8M0",
-}
-_NUMPY = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "BOOL": np.bool_,
-    "INT8": np.int8,
-    "UINT8": np.uint8,
-}
-_ONNX = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 9: "BOOL", 3: "INT8", 2: "UINT8", 16: "BF16"}
-_PRECISION_FLAGS = {
-    "FP16",
-    "INT8",
-    "BF16",
-    "FP8",
-    "INT4",
-    "FP4",
-    "OBEY_PRECISION_CONSTRAINTS",
-    "PREFER_PRECISION_CONSTRAINTS",
-}
+# ONNX's names of datatypes, where TensorRT has others.
+_RENAMED = {"FLOAT16": "HALF", "BFLOAT16": "BF16"}
+_PRECISION_FLAGS = set("FP16 INT8 BF16 FP8 INT4 FP4 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS".split())
 
 
 @dataclass
@@ -72,7 +42,7 @@ class World:
 
     Attributes:
         version, gpu: what the engine files are made for.
-        cuda: the CUDA double; asked whether a stream is being captured.
+        cuda: the fake CUDA; asked whether a stream is being captured.
         fail: operators the parser refuses, or "build" / "deserialize" / "context" / "execute" / "refit" to let fail.
         steps: progress steps of a build.
         on_step: called with the number of each step.
@@ -81,7 +51,7 @@ class World:
     """
 
     version: str
-    gpu: str = "Double GPU"
+    gpu: str = "Fake GPU"
     cuda: Any = None
     fail: set[str] = field(default_factory=set)
     steps: int = 3
@@ -145,8 +115,14 @@ def _admits(shape, given) -> bool:
     return len(given) == len(shape) and all(d in (-1, x) for d, x in zip(shape, given, strict=True))
 
 
-def _dtype(value) -> str:
-    return _ONNX[value.type.tensor_type.elem_type]
+def _dtype(kind: int) -> str:
+    """TensorRT's name of a datatype of ONNX."""
+    name = TensorProto.DataType.Name(kind)
+    return _RENAMED.get(name, name)
+
+
+def _numpy(value) -> np.dtype:
+    return helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
 
 class ParserError(_Behaviour):
@@ -169,8 +145,6 @@ class OnnxParser(_Behaviour):
         self._network, self._logger, self._errors = network, logger, []
 
     def parse_from_file(self, model):
-        import onnx
-
         self._world.calls.append("parse")
         try:
             loaded = onnx.load(model)
@@ -313,7 +287,7 @@ class Builder(_Behaviour):
     def _problem(self, network, config) -> str:
         strong = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         if not int(network._flags) & strong:
-            return "the double builds strongly typed networks only"
+            return "the fake builds strongly typed networks only"
         if config._flags & _PRECISION_FLAGS:
             return "Error Code 3: precision flags are not allowed in a strongly typed network"
         if network._model is None:
@@ -399,8 +373,6 @@ class Runtime(_Behaviour):
         self._host_code = value
 
     def deserialize_cuda_engine(self, serialized_engine):
-        import onnx
-
         self._world.calls.append("deserialize")
         data = bytes(serialized_engine)
         body = data[len(MAGIC) + 32 :]
@@ -419,12 +391,12 @@ class Runtime(_Behaviour):
         if header["version"] != self._world.version and not (lean and newer):
             self._log(
                 "ERROR",
-                f"Error Code 6: The engine engine file file is not compatible with this version of TensorRT, "
+                f"Error Code 6: The engine plan file is not compatible with this version of TensorRT, "
                 f"expecting library version {header['version']} got {self._world.version}",
             )
             return None
         if header["gpu"] != self._world.gpu and header["hardware"] == "NONE":
-            self._log("ERROR", "Error Code 6: The engine engine file file is generated on an incompatible device")
+            self._log("ERROR", "Error Code 6: The engine plan file is generated on an incompatible device")
             return None
         return self._trt.ICudaEngine(header, onnx.load_from_string(body[8 + length :]), self._logger)
 
@@ -482,10 +454,6 @@ class ICudaEngine(_Behaviour):
         return 4096 + 16 * sum(int(np.prod(s[2])) for s in shapes.values())
 
     @property
-    def streamable_weights_size(self):
-        return sum(len(t.raw_data) for t in self._model.graph.initializer) if self._header["streamable"] else 0
-
-    @property
     def weight_streaming_budget_v2(self):
         return self._budget
 
@@ -495,7 +463,7 @@ class ICudaEngine(_Behaviour):
         self._budget = value
 
     def get_weight_streaming_automatic_budget(self):
-        return self.streamable_weights_size // 2  # TensorRT's depends on the free memory
+        return sum(len(t.raw_data) for t in self._model.graph.initializer) // 2  # TensorRT's depends on free memory
 
     def get_tensor_name(self, index):
         return self._values()[index].name
@@ -504,11 +472,8 @@ class ICudaEngine(_Behaviour):
         inputs = {v.name for v in self._model.graph.input}
         return self._trt.TensorIOMode.INPUT if name in inputs else self._trt.TensorIOMode.OUTPUT
 
-    def get_tensor_shape(self, name):
-        return _shape(self._value(name))
-
     def get_tensor_dtype(self, name):
-        return getattr(self._trt.DataType, _dtype(self._value(name)))
+        return getattr(self._trt.DataType, _dtype(self._value(name).type.tensor_type.elem_type))
 
     def get_tensor_profile_shape(self, name, profile_index):
         shape = _shape(self._value(name))
@@ -579,7 +544,7 @@ class IExecutionContext(_Behaviour):
         if name in self._shapes or -1 not in shape or self.infer_shapes():
             return self._shapes.get(name, shape)
         inputs = self._engine._model.graph.input
-        feeds = {v.name: np.zeros(self._shapes.get(v.name, _shape(v)), _NUMPY[_dtype(v)]) for v in inputs}
+        feeds = {v.name: np.zeros(self._shapes.get(v.name, _shape(v)), _numpy(v)) for v in inputs}
         return self._engine._run(feeds)[name].shape
 
     def infer_shapes(self):
@@ -620,7 +585,7 @@ class IExecutionContext(_Behaviour):
                 ctypes.memset(memory[0], 0x7F, engine.get_device_memory_size_for_profile_v2(self._profile))
             feeds = {}
             for value in engine._model.graph.input:
-                dtype = np.dtype(_NUMPY[_dtype(value)])
+                dtype = _numpy(value)
                 shape = shapes.get(value.name, _shape(value))
                 count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
                 feeds[value.name] = np.frombuffer(ctypes.string_at(addresses[value.name], count), dtype).reshape(shape)
@@ -646,16 +611,14 @@ class EngineInspector(_Behaviour):
         self._context = value
 
     def get_engine_information(self, format):
-        import onnx
-
         assert format.name == "JSON"
         engine = self._engine
         model = onnx.shape_inference.infer_shapes(engine._model)
         graph = model.graph
-        types = {v.name: _dtype(v) for v in [*graph.value_info, *graph.input, *graph.output]}
+        types = {v.name: _dtype(v.type.tensor_type.elem_type) for v in [*graph.value_info, *graph.input, *graph.output]}
         if -1 in [d for v in graph.input for d in _shape(v)] and self._context is None:
             types = dict.fromkeys(types, "unknown")  # "N/A due to dynamic shapes"
-        types |= {t.name: _ONNX.get(t.data_type, "FLOAT") for t in graph.initializer}
+        types |= {t.name: _dtype(t.data_type) for t in graph.initializer}
         spelt = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BFloat16"}
         kinds = {"Conv": "CaskConvolution", "Gemm": "gemm", "MatMul": "gemm"}
         # A product of two dequantised tensors is one integer kernel with them.
@@ -719,11 +682,7 @@ class OnnxParserRefitter(_Behaviour):
     def __init__(self, refitter, logger):
         self._refitter, self._logger = refitter, logger
 
-    num_errors = property(lambda self: 0)
-
     def refit_from_file(self, model):
-        import onnx
-
         wanted = set(self._refitter.get_all_weights())
         for tensor in onnx.load(model).graph.initializer:
             if tensor.name in wanted:
@@ -761,8 +720,6 @@ def make(version: str, world: World | None = None) -> ModuleType:
             setattr(kinds[owner], member, getattr(kinds["ILogger.Severity"], member))
         elif not owner and name in kinds:
             setattr(module, name, kinds[name])
-        elif not owner and name in _CONSTANTS:
-            setattr(module, name, getattr(kinds["DataType"], _CONSTANTS[name]))
     return module
 
 
@@ -777,7 +734,7 @@ def _class(name: str, api: dict[str, Any], kinds: dict[str, type], module: Modul
     behaviour = _BEHAVIOURS.get(name, _Behaviour)
     members = {key.partition(".")[2]: entry for key, entry in api.items() if key.startswith(f"{name}.")}
     own = {n for n in vars(behaviour) if not n.startswith("_")}
-    assert own <= set(members), f"the double's {name} has what {module.__version__} has not: {own - set(members)}"
+    assert own <= set(members), f"the fake's {name} has what {module.__version__} has not: {own - set(members)}"
     body: dict[str, Any] = {"_trt": module, "_world": module._world}
     for member, entry in members.items():
         if isinstance(entry, dict) or entry == "Severity":
@@ -803,7 +760,7 @@ def _class(name: str, api: dict[str, Any], kinds: dict[str, type], module: Modul
 
 def _not_done(name: str, member: str):
     def call(*_, **__):
-        raise NotImplementedError(f"the double does not do {name}.{member}")
+        raise NotImplementedError(f"the fake does not do {name}.{member}")
 
     return call
 

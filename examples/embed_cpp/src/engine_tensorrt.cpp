@@ -1,4 +1,4 @@
-// A plan that `accel build` made: pre-flight, load, run on a stream of its own.
+// Runs an engine file that `accel build` made: pre-flight, deserialize, run on a stream of its own.
 #include <NvInfer.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -31,7 +31,7 @@ std::string version() {
            std::to_string(NV_TENSORRT_PATCH) + "." + std::to_string(NV_TENSORRT_BUILD);
 }
 
-// This user's key: plans are executable code, so only those that carry this user's signature are loaded.
+// This user's key: engine files are executable code, so only those that carry this user's signature are loaded.
 std::string user_key() {
     const char* own = std::getenv("ACCEL_CACHE");
     const char* xdg = std::getenv("XDG_CACHE_HOME");
@@ -40,11 +40,11 @@ std::string user_key() {
     return read_file((cache / "plans.key").string());
 }
 
-// The reason why a plan must not be loaded here; empty when it may.
+// The reason why an engine file must not be loaded here; empty when it may.
 std::string preflight(const Bundle& bundle, const std::string& name, const Json& record, const std::string& text,
-                      const std::string& signature, const std::string& plan) {
+                      const std::string& signature, const std::string& data) {
     const Json& identity = record["identity"];
-    if (Sha256::hex(plan) != record["plan"]["sha256"].string) return "the file was changed after it was built";
+    if (Sha256::hex(data) != record["plan"]["sha256"].string) return "the file was changed after it was built";
     if (signature.compare(0, 64, Sha256::hmac_hex(user_key(), text)) != 0) return "it does not carry your signature";
     const Json& files = bundle.manifest["files"];
     const Json& component = bundle.component(name);
@@ -60,7 +60,7 @@ std::string preflight(const Bundle& bundle, const std::string& name, const Json&
     check(cudaGetDeviceProperties(&gpu, device));
     if (identity["gpu"].string != gpu.name) return "it was built for " + identity["gpu"].string;
     if (identity["options"]["version_compatible"].boolean || identity["options"]["strip_plan"].boolean)
-        return "this example loads neither version-compatible nor stripped plans";
+        return "this example loads neither version-compatible nor stripped engines";
     return "";
 }
 
@@ -82,24 +82,24 @@ Memory scratch;  // shared by all engines of this program: they run one after an
 class TensorRt : public Engine {
 public:
     TensorRt(const Bundle& bundle, const std::string& component) {
-        std::string reason = "there is none", plan;
-        std::error_code missing;  // a bundle without plans has no such folder
+        std::string reason = "there is none", data;
+        std::error_code missing;  // a bundle without engine files has no such folder
         for (const auto& folder : fs::directory_iterator(fs::path(bundle.path) / "engines", missing)) {
             fs::path base = folder.path() / component;
             auto with = [&](const char* suffix) { return fs::path(base.string() + suffix); };
             if (!fs::exists(with(".plan")) || !fs::exists(with(".json")) || !fs::exists(with(".sig"))) continue;
             std::string text = read_file(with(".json").string());
             record_ = Json::parse(text);
-            plan = read_file(with(".plan").string());
-            reason = preflight(bundle, component, record_, text, read_file(with(".sig").string()), plan);
+            data = read_file(with(".plan").string());
+            reason = preflight(bundle, component, record_, text, read_file(with(".sig").string()), data);
             if (reason.empty()) break;
         }
         if (!reason.empty())
-            throw Error("no plan of " + component + " can be used: " + reason + "\n  fix: accel build " + bundle.path +
+            throw Error("no engine file of " + component + " can be used: " + reason + "\n  fix: accel build " + bundle.path +
                         " --components " + component);
         runtime_.reset(nvinfer1::createInferRuntime(logger));
-        engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
-        if (!engine_) throw Error("TensorRT refuses the plan of " + component + ": " + logger.last);
+        engine_.reset(runtime_->deserializeCudaEngine(data.data(), data.size()));
+        if (!engine_) throw Error("TensorRT cannot deserialize the engine of " + component + ": " + logger.last);
         context_.reset(engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
         if (!context_) throw Error("TensorRT gives no execution context: " + logger.last);
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
@@ -162,7 +162,7 @@ private:
                 }
             if (fits) return static_cast<int>(i);
         }
-        throw Error("no profile of this plan takes these shapes: accel build BUNDLE --profile ... (one that does)");
+        throw Error("no optimization profile of the engine takes these shapes: accel build BUNDLE --profile ... (one that does)");
     }
     static size_t count(const std::vector<int64_t>& shape) {
         size_t n = 1;

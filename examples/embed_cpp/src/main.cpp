@@ -1,4 +1,4 @@
-// Prompt to picture in C++, with everything it needs from the bundle: `embed BUNDLE "a prompt" out.ppm [noise.f32]`.
+// Prompt to image in C++, with everything it needs from the bundle: `embed BUNDLE "a prompt" out.ppm [noise.f32]`.
 //
 // The loop has fixed steps: DMD2's (x0, fresh noise, repeat; arXiv 2405.14867) where the manifest says dmd2, else DDIM
 // (arXiv 2010.02502, eta = 0) with classifier-free guidance over the manifest's number of steps.

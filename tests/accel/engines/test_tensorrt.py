@@ -69,13 +69,13 @@ def on_onnxruntime(sd15_bundle):
     return accel.load(sd15_bundle, "onnxruntime", threads=1)
 
 
-def test_a_plan_computes_what_the_graph_computes(bundle, tensorrt, expected):
+def test_an_engine_computes_what_the_graph_computes(bundle, tensorrt, expected):
     build(bundle, (VAE,))
     vae = accel.load_engine(bundle, VAE, "tensorrt")
     for feeds in (inputs(), inputs(3, 16, 32), inputs(4, 32, 24)):
         out = vae(**feeds)["sample"]
         assert torch.is_tensor(out) and np.array_equal(out.numpy(), expected(feeds))
-    assert tensorrt.__version__ in vae.description and "Double GPU" in vae.description
+    assert tensorrt.__version__ in vae.description and "Fake GPU" in vae.description
     vae.close()
 
 
@@ -97,7 +97,7 @@ def test_the_image_is_the_one_of_onnx_runtime(bundle, tensorrt, graph, on_onnxru
 
 
 @NEWEST
-def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
+def test_auto_takes_tensorrt_where_an_engine_file_fits(bundle, tensorrt):
     assert accel.load_engine(bundle, "text_encoder").name == "openvino"
     build(bundle, ("text_encoder",))
     assert accel.load_engine(bundle, "text_encoder").name == "tensorrt"
@@ -106,26 +106,26 @@ def test_auto_takes_tensorrt_where_there_is_a_plan_that_fits(bundle, tensorrt):
 
 @NEWEST
 def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, fakes, monkeypatch):
-    monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Double GPU", "Other GPU", "Double GPU"))
-    (engine_file,) = build(bundle, ("text_encoder",))
+    monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Fake GPU", "Other GPU", "Fake GPU"))
+    (file,) = build(bundle, ("text_encoder",))
     fitting = lambda device: engines.fitting_engine_file(bundle, "text_encoder", device)  # noqa: E731
-    assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == engine_file
+    assert fitting("cuda") == fitting("cuda:0") == fitting("cuda:2") == file
     assert fitting("cpu") is fitting("cuda:1") is None
     assert accel.load_engine(bundle, "text_encoder", device="cpu").name == "openvino"
     assert accel.load_engine(bundle, "text_encoder", device="cuda:2").cuda.index == 2
-    with pytest.raises(UserError, match="built for Double GPU .*here is Other GPU") as caught:
+    with pytest.raises(UserError, match="built for Fake GPU .*here is Other GPU") as caught:
         accel.load_engine(bundle, "text_encoder", "tensorrt", device="cuda:1")
     assert caught.value.fix == f"accel build {bundle.path} --components text_encoder --gpu 1"
 
 
 @NEWEST
-def test_auto_falls_back_from_a_plan_that_was_changed(bundle, tensorrt):
-    (engine_file,) = build(bundle, ("text_encoder",))
-    engine_file.path.write_bytes(engine_file.path.read_bytes()[:-1] + b"x")
+def test_auto_falls_back_from_an_engine_file_that_was_changed(bundle, tensorrt):
+    (file,) = build(bundle, ("text_encoder",))
+    file.path.write_bytes(file.path.read_bytes()[:-1] + b"x")
     with pytest.warns(Notice, match="changed after it was built.*; openvino runs it instead"):
         assert accel.load_engine(bundle, "text_encoder").name == "openvino"
     with pytest.raises(UserError, match="changed after it was built"):
-        accel.load_engine(bundle, "text_encoder", engine_file=engine_file.key)
+        accel.load_engine(bundle, "text_encoder", engine_file=file.key)
 
 
 @NEWEST
@@ -172,7 +172,7 @@ def test_the_closest_profile_runs_and_a_misfit_says_why(bundle, tensorrt, expect
     for feeds in (inputs(1), inputs(4, 24, 24), inputs(2, 32, 32), inputs(1)):
         assert np.array_equal(vae(**feeds)["sample"].numpy(), expected(feeds))
     with pytest.raises(
-        UserError, match="no profile of this engine file takes that; the closest is 'batch=1-4"
+        UserError, match="no optimization profile of the engine takes these shapes; the closest is 'batch=1-4"
     ) as caught:
         vae(**inputs(4, 32, 32))
     assert "[4, 4, 32, 32] is not within" in caught.value.message
@@ -181,7 +181,7 @@ def test_the_closest_profile_runs_and_a_misfit_says_why(bundle, tensorrt, expect
 
 
 @NEWEST
-def test_a_plan_for_less_than_the_bundle_splits_the_work(bundle, tensorrt):
+def test_an_engine_for_less_than_the_bundle_splits_the_work(bundle, tensorrt):
     build(bundle, ("text_encoder", UNET, VAE), profiles=["batch=1-2,size=128"])
     pipe = accel.load(bundle, "tensorrt")
     assert pipe.engines[UNET].component.dims["batch"].max == 4
@@ -383,7 +383,7 @@ def test_refit_equals_fusing_before_export(bundle, tensorrt, loras):
 def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt, loras, monkeypatch, tmp_path):
     build(bundle, ("unet",))
     plain = accel.load_engine(bundle, "unet", "tensorrt")
-    with pytest.raises(UserError, match="not built to be refitted") as caught:
+    with pytest.raises(UserError, match="is not refittable") as caught:
         Refit(plain)
     assert caught.value.fix.endswith("--refittable")
     build(bundle, ("unet",), options=BuildOptions(refittable=True))
@@ -393,7 +393,7 @@ def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt
     with pytest.raises(UserError, match="does not fit this model"):
         refit.loras([make_lora(tmp_path / "c", {"down_blocks.0.nothing": (4, 4)}, 3)])
     tensorrt._world.fail.add("refit")
-    with pytest.raises(UserError, match="does not refit unet: .*missing weights"):
+    with pytest.raises(UserError, match="cannot refit unet: .*missing weights"):
         refit.loras([loras[0]])
     assert refit.digest == own and torch.equal(unet(**unet_inputs())["out_sample"], before)
     monkeypatch.setattr(tensorrt, "__version__", "11.3.0.99")
@@ -405,7 +405,7 @@ def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt
 
 
 @NEWEST
-def test_no_plan_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
+def test_no_engine_file_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
     with pytest.raises(UserError, match="has no TensorRT engine file of vae_decoder") as caught:
         accel.load_engine(bundle, VAE, "tensorrt")
     assert caught.value.fix == f"accel build {bundle.path} --components vae_decoder"
@@ -421,11 +421,13 @@ def test_no_plan_no_gpu_no_tensorrt(bundle, tensorrt, monkeypatch):
 
 
 @NEWEST
-def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
+def test_the_engine_file_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
     (good,) = build(bundle, (VAE,))
     (newer,) = build(bundle, (VAE,), options=BuildOptions(optimization_level=5))
     assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == newer.key
     assert accel.load_engine(bundle, VAE, "tensorrt", engine_file=good.key).engine_file.key == good.key
+    with pytest.warns(Notice, match="plan= is now engine_file="):
+        assert accel.load_engine(bundle, VAE, plan=good.key).engine_file.key == good.key
     newer.path.write_bytes(b"broken")
     assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == good.key
     with pytest.raises(UserError, match="it has 6 bytes"):
@@ -438,7 +440,7 @@ def test_the_plan_that_fits_is_found_among_those_that_do_not(bundle, tensorrt):
 @pytest.mark.parametrize(
     "fail, message",
     [
-        ("deserialize", "TensorRT refuses the engine file of vae_decoder: .*magic tag"),
+        ("deserialize", "TensorRT cannot deserialize the engine file of vae_decoder: .*magic tag"),
         ("context", "no execution context of vae_decoder: .*OutOfMemory"),
         ("execute", "could not run vae_decoder: .*illegal memory access"),
     ],
@@ -451,11 +453,11 @@ def test_tensorrts_own_failures_carry_its_words(bundle, tensorrt, fail, message)
 
 
 @NEWEST
-def test_plans_are_never_handed_to_tensorrt_before_the_preflight(bundle, tensorrt):
-    (engine_file,) = build(bundle, (VAE,))
-    data = bytearray(engine_file.path.read_bytes())
+def test_tensorrt_never_sees_an_engine_file_that_fails_the_preflight(bundle, tensorrt):
+    (file,) = build(bundle, (VAE,))
+    data = bytearray(file.path.read_bytes())
     data[-5] ^= 1
-    engine_file.path.write_bytes(data)
+    file.path.write_bytes(data)
     tensorrt._world.calls.clear()
     with pytest.raises(UserError, match="changed after it was built"):
         accel.load_engine(bundle, VAE, "tensorrt")
@@ -473,8 +475,8 @@ def test_host_code_is_not_run_unasked(bundle, tensorrt, expected):
 
 def test_a_stripped_plan_gets_its_weights_from_the_bundle(bundle, tensorrt, expected):
     (whole,) = build(bundle, (VAE,))
-    (engine_file,) = build(bundle, (VAE,), options=BuildOptions(strip_plan=True))
-    vae = accel.load_engine(bundle, VAE, "tensorrt", engine_file=engine_file.key)
+    (file,) = build(bundle, (VAE,), options=BuildOptions(strip_plan=True))
+    vae = accel.load_engine(bundle, VAE, "tensorrt", engine_file=file.key)
     assert np.array_equal(vae(**inputs())["sample"].numpy(), expected(inputs()))
 
 
@@ -489,7 +491,7 @@ def test_weight_streaming_sets_the_budget_before_contexts_are_made(bundle, tenso
 
 
 @NEWEST
-def test_a_plan_whose_tensors_are_others_is_refused(bundle, tensorrt, monkeypatch):
+def test_an_engine_with_other_tensors_is_refused(bundle, tensorrt, monkeypatch):
     build(bundle, (VAE,))
     monkeypatch.setattr(tensorrt.ICudaEngine, "get_tensor_dtype", lambda *_: tensorrt.DataType.HALF)
     with pytest.raises(UserError, match="differ in latent_sample, sample"):
@@ -509,7 +511,7 @@ def test_the_benchmark_has_variants_of_it(bundle, tensorrt):
 
 
 @NEWEST
-def test_attach_takes_plans_where_they_fit(bundle, sd15, tensorrt):
+def test_attach_takes_engine_files_where_they_fit(bundle, sd15, tensorrt):
     from diffusers import DiffusionPipeline
 
     build(bundle, (UNET,))
@@ -524,8 +526,8 @@ def test_the_command_line(bundle, tensorrt, tmp_path, capsys):
     out = tmp_path / "cat.png"
     command = ["run", str(bundle.path), "--prompt", "the cat", "--engine", "tensorrt", "--cuda-graph", "loop"]
     assert main([*command, "--out", str(out)]) == 0 and out.is_file()
-    engine_file = engine_files.find(bundle, "unet")[0]
-    engine_file.path.write_text("hello")
+    file = engine_files.find(bundle, "unet")[0]
+    file.path.write_text("hello")
     assert main([*command, "--out", str(out)]) == 1
     told = capsys.readouterr().err
     assert "it has 5 bytes" in told and f"accel build {bundle.path} --components unet" in told

@@ -72,12 +72,12 @@ def test_parity_with_torch_at_every_shape(bundle):
         assert relative_l2(found, wanted) < 0.02
 
 
-def test_the_plan_is_fp16(bundle):
+def test_the_engines_are_fp16(bundle):
     from accel.trt import engine_files
 
-    for engine_file in engine_files.find(bundle):
-        heavy = engine_file.record["audit"]["heavy"]
-        assert heavy.get("fp16", 0) > heavy.get("fp32", 0), engine_file.component
+    for file in engine_files.find(bundle):
+        heavy = file.record["audit"]["heavy"]
+        assert heavy.get("fp16", 0) > heavy.get("fp32", 0), file.component
 
 
 @pytest.mark.parametrize("graph", ["step", "loop"])

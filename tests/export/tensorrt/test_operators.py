@@ -43,7 +43,7 @@ def exported(network, folder, dtype="float32", opset=20):
     folder.mkdir()
     networks.save_config(network, folder)
     inputs, outputs = (precision.with_dtype(specs, dtype) for specs in (network.inputs, network.outputs))
-    precision.save_weights(network.module.model, folder / tracing.WEIGHTS, precision.EngineFile(dtype))
+    precision.save_weights(network.module.model, folder / tracing.WEIGHTS, precision.DtypePolicy(dtype))
     module = networks.rebuild(network.kind, folder / "config.json", folder / tracing.WEIGHTS, inputs, outputs)
     network = networks.Network(network.name, network.kind, module, inputs, outputs)
     tracing.export_graph(network, dims, folder, opset=opset)
@@ -209,7 +209,7 @@ def test_sdxl_and_the_newer_opset_pass(sdxl, tmp_path, opset):
                 helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"]),
                 initializers=[const("w", np.ones(8, np.float32))],
             ),
-            "only the first",
+            "only its first output",
         ),
         (
             graph(

@@ -111,7 +111,7 @@ def test_the_warm_up_is_a_call_that_the_graph_takes(repository, name):
     session.run(None, feeds)
 
 
-def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
+def test_engine_files_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     from accel.export.tensorrt.build import build
 
     bundle, out = Bundle.open(bundle_copy), tmp_path / "repo"
@@ -124,9 +124,8 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
     config = parsed(out, "vae_decoder")
     assert config.backend == "tensorrt" and config.max_batch_size == 2
     assert list(config.instance_group[0].profile) == ["0"]
-    assert (out / "vae_decoder/1/model.plan").read_bytes() == engine_files.find(bundle, "vae_decoder")[
-        0
-    ].path.read_bytes()
+    (file,) = engine_files.find(bundle, "vae_decoder")
+    assert (out / "vae_decoder/1/model.plan").read_bytes() == file.path.read_bytes()
     assert list(config.model_warmup[0].inputs["latent_sample"].dims) == [4, 16, 16]
     unet = parsed(out, "unet")  # an engine file has one timestep for the whole batch
     assert unet.max_batch_size == 0 and not unet.HasField("dynamic_batching")
@@ -135,7 +134,7 @@ def test_plans_for_the_tensorrt_backend(bundle_copy, tensorrt, tmp_path):
 
 
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
-def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp_path):
+def test_engine_files_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp_path):
     from accel.export.tensorrt.build import BuildOptions, build
 
     edit_manifest(
@@ -146,14 +145,14 @@ def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp
     )
     bundle = Bundle.open(bundle_copy)
     build(bundle, options=BuildOptions(strip_plan=True))
-    with pytest.raises(UserError, match="without weights .*never fills any in") as caught:
+    with pytest.raises(UserError, match="without weights .*does not refit") as caught:
         write(bundle, tmp_path / "repo", Serving("tensorrt"))
     assert caught.value.fix == f"accel build {bundle.path} --components text_encoder"
     build(bundle, options=BuildOptions(version_compatible=True))
     command = write(bundle, tmp_path / "repo", Serving("tensorrt"))
     assert command.endswith("repo --backend-config=tensorrt,version-compatible=true")
-    (engine_file,) = (p for p in engine_files.find(bundle) if p.identity["options"]["version_compatible"])
-    engine_file.path.write_bytes(engine_file.path.read_bytes()[:-1] + b"x")
+    (file,) = (f for f in engine_files.find(bundle) if f.identity["options"]["version_compatible"])
+    file.path.write_bytes(file.path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="the file was changed after it was built .*and 1 more"):
         write(bundle, tmp_path / "repo", Serving("tensorrt"), overwrite=True)
 
@@ -161,7 +160,7 @@ def test_plans_that_triton_cannot_load(bundle_copy, edit_manifest, tensorrt, tmp
 @pytest.mark.parametrize(
     "serving", [Serving("pytorch"), Serving(instances=0), Serving("tensorrt", kind="cpu"), Serving(kind="tpu")]
 )
-def test_options_without_sense(sd15_bundle, tmp_path, serving):
+def test_invalid_options_are_refused(sd15_bundle, tmp_path, serving):
     with pytest.raises(UserError):
         write(Bundle.open(sd15_bundle), tmp_path / "repo", serving)
 

@@ -1,4 +1,4 @@
-"""The runner that apps copy: with a `tensorrt` double and memory on the CPU."""
+"""The runner that apps copy, on the fake `tensorrt` module and memory of the CPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from accel.bundle import Bundle
 from accel.export.tensorrt.build import build
 from accel.trt import trust
 
-PROGRAM = Path(__file__).parents[2] / "examples" / "run_plan.py"
+PROGRAM = Path(__file__).parents[2] / "examples" / "run_engine_file.py"
 
 
 class Memory:
     """What `Torch` and `CudaPython` are to the program, on the CPU."""
 
-    handle, gpu = 7, "Double GPU"
+    handle, gpu = 7, "Fake GPU"
 
     def __init__(self):
         self.held = {}
@@ -42,7 +42,7 @@ class Memory:
 
 @pytest.fixture
 def program(tensorrt):
-    spec = importlib.util.spec_from_file_location("run_plan", PROGRAM)
+    spec = importlib.util.spec_from_file_location("run_engine_file", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,27 +52,27 @@ def test_it_computes_what_accel_computes_and_refuses_what_accel_refuses(program,
     bundle = Bundle.open(bundle_copy)
     with pytest.raises(SystemExit, match="there is none"):
         program.EngineFile(bundle_copy, "vae_decoder", Memory())
-    (engine_file,) = build(bundle, ("vae_decoder",), profiles=["batch=1,size=64", "batch=1-4,size=64-128"])
+    (file,) = build(bundle, ("vae_decoder",), profiles=["batch=1,size=64", "batch=1-4,size=64-128"])
     runner = program.EngineFile(bundle_copy, "vae_decoder", Memory())
     for shape in ((1, 4, 16, 16), (3, 4, 16, 32)):
         latents = np.random.default_rng(0).standard_normal(shape, np.float32)
         wanted = accel.load_engine(bundle, "vae_decoder", "tensorrt")(latent_sample=latents)["sample"].numpy()
         assert np.array_equal(runner(latent_sample=latents)["sample"], wanted)
-    with pytest.raises(SystemExit, match="no profile of this engine file"):
+    with pytest.raises(SystemExit, match="no optimization profile of the engine"):
         runner(latent_sample=np.zeros((9, 4, 16, 16), np.float32))
 
     other = Memory()
     other.gpu = "Other GPU"
-    with pytest.raises(SystemExit, match="built for Double GPU"):
+    with pytest.raises(SystemExit, match="built for Fake GPU"):
         program.EngineFile(bundle_copy, "vae_decoder", other)
     key = trust.key_file().read_bytes()
     trust.key_file().write_bytes(b"x" * 32)
     with pytest.raises(SystemExit, match="signature"):
         program.EngineFile(bundle_copy, "vae_decoder", Memory())
     trust.key_file().write_bytes(key)
-    data = bytearray(engine_file.path.read_bytes())
+    data = bytearray(file.path.read_bytes())
     data[100] ^= 1
-    engine_file.path.write_bytes(data)
+    file.path.write_bytes(data)
     with pytest.raises(SystemExit, match="changed after it was built"):
         program.EngineFile(bundle_copy, "vae_decoder", Memory())
 

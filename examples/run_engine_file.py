@@ -1,10 +1,10 @@
-"""An engine file without accel: needs `tensorrt` and `numpy`, and `torch` or `cuda-python` for the GPU's memory.
+"""Run a TensorRT engine file without accel: needs `tensorrt`, `numpy`, and `torch` or `cuda-python` for GPU memory.
 
-    python examples/run_plan.py my-bundle unet feeds.npz out.npz
+    python examples/run_engine_file.py my-bundle unet feeds.npz out.npz
 
-Copy this file into your app. It does what accel does before it lets TensorRT see an engine file: the engine file must
-be whole, built from this bundle's graph and weights, for this TensorRT and this GPU, and carry your own signature,
-because an engine file is executable code.
+Copy this file into your app. Before TensorRT sees an engine file, it makes the same checks as accel: the file must be
+intact, built from this bundle's graph and weights, for this TensorRT version and GPU, and carry your own signature,
+because an engine file is executable code. (NVIDIA calls a serialized engine a plan, hence the file names.)
 """
 
 import hashlib
@@ -95,13 +95,13 @@ def user_key():
 
 
 def preflight(bundle, component, path, gpu):
-    """The reason why an engine file must not be loaded here, or None; and its bytes and record."""
-    text, engine_file = path.with_suffix(".json").read_bytes(), path.read_bytes()
+    """The reason why an engine file must not be loaded here, or None; its bytes; and its record."""
+    text, data = path.with_suffix(".json").read_bytes(), path.read_bytes()
     record, manifest = json.loads(text), json.loads((bundle / "accel.json").read_text())
     identity, part = record["identity"], manifest["components"][component]
     signature = path.with_suffix(".sig").read_text().strip()
     options, reason = identity["options"], None
-    if hashlib.sha256(engine_file).hexdigest() != record["plan"]["sha256"]:
+    if hashlib.sha256(data).hexdigest() != record["plan"]["sha256"]:
         reason = "the file was changed after it was built"
     elif not hmac.compare_digest(hmac.new(user_key(), text, hashlib.sha256).hexdigest(), signature):
         reason = "it does not carry your signature"
@@ -114,12 +114,12 @@ def preflight(bundle, component, path, gpu):
     elif identity["gpu"] != gpu:
         reason = f"it was built for {identity['gpu']}, here is {gpu}"
     elif options["version_compatible"] or options["strip_plan"]:
-        reason = "this program loads neither version-compatible nor stripped engine files"
-    return reason, engine_file, record
+        reason = "this program loads neither version-compatible nor stripped engines"
+    return reason, data, record
 
 
 class EngineFile:
-    """A component's engine file: `engine file(sample=array, ...)` -> {name: array}."""
+    """A component's engine: `EngineFile("my-bundle", "unet", memory())(sample=array, ...)` -> {name: array}."""
 
     def __init__(self, bundle, component, memory):
         reasons = ["there is none"]
@@ -134,10 +134,10 @@ class EngineFile:
         self.runtime = trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise SystemExit(f"TensorRT refuses the engine file: {self.log.last}")
+            raise SystemExit(f"TensorRT cannot deserialize the engine: {self.log.last}")
         self.context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.context is None:
-            raise SystemExit(f"TensorRT gives no execution context: {self.log.last}")
+            raise SystemExit(f"TensorRT creates no execution context: {self.log.last}")
 
     def __call__(self, **feeds):
         index = self.fitting(feeds)
@@ -168,7 +168,7 @@ class EngineFile:
             if all(a <= n <= b for low, shape, high in ranges for a, n, b in zip(low, shape, high, strict=True)):
                 return index
         raise SystemExit(
-            "no profile of this engine file takes these shapes: accel build BUNDLE --profile ... (one that does)"
+            "no optimization profile of the engine takes these shapes: accel build BUNDLE --profile ... (one that does)"
         )
 
 
@@ -181,6 +181,6 @@ def memory():
 
 if __name__ == "__main__":
     folder, part, source, target = sys.argv[1:5]
-    engine_file = EngineFile(folder, part, memory())
-    np.savez(target, **engine_file(**np.load(source)))
+    engine = EngineFile(folder, part, memory())
+    np.savez(target, **engine(**np.load(source)))
     print(target)

@@ -1,0 +1,36 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import pytest
+
+from accel.commands.options import add_engine, engine_options, renamed
+from accel.errors import Notice
+
+
+def test_an_old_name_of_an_option_is_read_with_a_note_and_absent_from_the_help():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--fast", action="store_true")
+    renamed(parser, "--length", "--size")
+    renamed(parser, "--quick", "--fast")
+    with pytest.warns(Notice, match="--length is now --size"):
+        assert vars(parser.parse_args(["--length", "2"])) == {"size": 2, "fast": False}
+    with pytest.warns(Notice, match="--quick is now --fast"):
+        assert vars(parser.parse_args(["--quick"])) == {"size": 1, "fast": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vars(parser.parse_args(["--size", "2"])) == {"size": 2, "fast": False}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--length", "3"])
+    assert "--length" not in parser.format_help() and "--quick" not in parser.format_help()
+
+
+def test_plan_is_still_read_as_the_key_of_an_engine_file():
+    parser = argparse.ArgumentParser()
+    add_engine(parser)
+    with pytest.warns(Notice, match="--plan is now --engine-file"):
+        assert engine_options(parser.parse_args(["--plan", "0123"])) == {"engine_file": "0123"}

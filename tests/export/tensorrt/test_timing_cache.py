@@ -1,0 +1,57 @@
+"""The timing cache: one file per GPU and TensorRT version."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from accel.export.tensorrt import timing_cache
+from accel.export.tensorrt.build import BuildOptions, build
+from accel.trt import library
+from accel.trt.engine_files import Here
+
+VAE = ("vae_decoder",)
+# For what calls nothing of TensorRT that the other tests do not call: one version shows it.
+NEWEST = pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+
+
+def here(tensorrt) -> Here:
+    return Here(tensorrt.__version__, "Fake GPU", "9.0")
+
+
+def test_the_timing_cache_is_one_file_per_gpu_and_version_and_only_grows(bundle, tensorrt):
+    build(bundle, VAE)
+    path = timing_cache.path_for(here(tensorrt))
+    stamp, first = json.loads(path.read_bytes())
+    assert tensorrt.__version__ in path.name and "Conv" in first
+    path.write_text(json.dumps([stamp, ["from another build"]]))
+    build(bundle, ("text_encoder",))
+    assert "from another build" in json.loads(path.read_bytes())[1]
+    path.write_bytes(b"garbage")  # counts as empty
+    build(bundle, VAE, force=True)
+    assert "Conv" in json.loads(path.read_bytes())[1]
+    before = path.read_bytes()
+    build(bundle, VAE, options=BuildOptions(timing_cache=False), force=True)
+    assert path.read_bytes() == before
+
+
+@NEWEST
+def test_builds_that_end_together_lose_no_measurements(tensorrt):
+    path, together = timing_cache.path_for(here(tensorrt)), threading.Barrier(8)
+    builder = tensorrt.Builder(library.logger(tensorrt))
+
+    def end(number):
+        config = builder.create_builder_config()
+        timing_cache.load(config, path)
+        config.get_timing_cache()._entries.add(f"kernel {number}")
+        together.wait()
+        timing_cache.save(config, path)
+
+    threads = [threading.Thread(target=end, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads(path.read_bytes())[1] == [f"kernel {number}" for number in range(8)]
