@@ -19,6 +19,7 @@ from accel.errors import UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.int8 import trained_scales
 from accel.models.source import Source, open_source
+from accel.progress import progress
 
 from . import settings
 from .data.encoders import Encoders
@@ -34,7 +35,7 @@ from .settings import DMD2, Distillation, DreamBooth, Finetune, Lora, Recipe, Re
 from .sources.open_data import open_data
 from .training import checkpoints
 from .training.attention import check_attention
-from .training.loop import PRECISIONS, Outcome, accelerator_for, train
+from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
 
 METHODS: dict[type[Recipe], Any] = {
@@ -85,7 +86,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         if accelerator.is_main_process:
             console.print(text, soft_wrap=True, markup=False)
 
-    encoders = encoders_of(recipe, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
+    encoders = encoders_of(recipe, device=accelerator.device, dtype=compute_dtype(recipe))
     source = encoders.source
     check_resolution(recipe, encoders)
     if isinstance(recipe, DreamBooth):
@@ -244,13 +245,9 @@ def stream_of(
 def build_cache(
     recipe: Recipe, source: Any, encoders: Encoders, folder: Path, placement: dict[str, Any], accelerator: Any
 ) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from .data.make_cache import build
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("latents and texts", total=1.0)
+    with progress(keep=True, shown=accelerator.is_main_process) as report:
         return build(
             source,
             encoders,
@@ -260,7 +257,7 @@ def build_cache(
             dtype=recipe.cache_dtype,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+            progress=report,
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accel.dtypes import FLOATS
 from accel.errors import MissingPackage, UserError
 from accel.int8.config import LEVELS
 
@@ -253,7 +254,6 @@ _LEAST = dict.fromkeys(
 )
 _ABOVE_ZERO = ("max_grad_norm", "epsilon")
 _BELOW_ONE = ("beta1", "beta2")
-_DTYPES = ("float32", "bfloat16", "float16")
 _NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "mixed_precision": ("mixed precision", ("no", "bf16", "fp16")),
     "optimizer": ("optimizer", ("adamw", "adamw8bit")),
@@ -262,7 +262,7 @@ _NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "cache_dtype": ("cache dtype", ("float32", "float16")),
     "qat": ("int8 level", ("", *LEVELS)),
     "qat_ranges": ("way of choosing ranges", ("learned", "observed")),
-    "teacher_dtype": ("teacher dtype", ("auto", *_DTYPES)),
+    "teacher_dtype": ("teacher dtype", ("auto", *FLOATS)),
     "lora_format": ("LoRA format", ("diffusers", "kohya")),
 }
 

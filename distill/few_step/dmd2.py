@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from accel.dtypes import FLOATS, torch_dtype
 from accel.errors import UserError
 
 from ..data import rng
@@ -25,7 +26,6 @@ from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
 from ..diffusion.process import few_steps
 from ..edm.source import ClassEncoders
-from ..methods.kd import DTYPES
 from ..settings import DMD2 as Recipe
 from ..training.method import Network, Terms, Turn
 from ..training.monitors import Symptom
@@ -88,10 +88,9 @@ class DMD2:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         chosen = self.recipe.teacher_dtype
-        if chosen != "auto" and chosen not in DTYPES:
-            raise UserError(f"unknown teacher dtype {chosen!r}", f"one of: auto, {', '.join(DTYPES)}")
+        theirs = dtype if chosen == "auto" else torch_dtype(chosen, ("auto", *FLOATS), "teacher dtype")
         self.device, self.dtype = device, dtype
-        shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
+        shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, theirs)
         for network in (self.generator, self.critic.network):
             shared_lora.place(network, device, dtype)
         self.family.ready()

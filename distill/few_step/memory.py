@@ -135,11 +135,11 @@ def predict(recipe: DMD2, encoders: Encoders | ClassEncoders, *, shards: int = 1
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..training.loop import PRECISIONS
+    from ..training.loop import compute_dtype
 
     if shards > 1 and (recipe.rank or recipe.critic_rank):
         raise refused_sharding()
-    dtype = PRECISIONS[recipe.mixed_precision]
+    dtype = compute_dtype(recipe)
     with torch.device("meta"):
         method = Method(recipe, hollow(encoders))
         method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # what has no content cannot be moved

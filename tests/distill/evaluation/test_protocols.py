@@ -21,6 +21,7 @@ from accel.distill.evaluation.protocols import (
     sampling_changes,
     sampling_of,
 )
+from accel.dtypes import SHORT
 from accel.errors import UserError
 
 BASE = Sampling(sampler="dmd2", timesteps=(999, 749, 499, 249), guidance=0.0)
@@ -33,7 +34,7 @@ def test_the_command_line_lists_every_protocol_and_every_metric_has_its_adapter(
         assert found.prompts in ("digits", "captions") and found.format in ("png", "jpeg")
         assert bool(found.captions_source) == (found.prompts == "captions")
         assert bool(found.reference_source) == bool(found.reference_images)
-        assert found.sampling.sampler in generators.SCHEDULERS and found.dtype in (None, *generators.DTYPES)
+        assert found.sampling.sampler in generators.SCHEDULERS and found.dtype in (None, *SHORT)
         for metric in found.metrics:
             assert metric.kind in ("digits", "frechet", "inception_score", "clip_score")
             assert metric.kind in ("digits", "clip_score") or metric.extractor in metrics.EXTRACTORS
