@@ -7,7 +7,8 @@ import json
 import os
 from typing import Any
 
-from .options import add_engine, add_json, engine_options, stages
+from ..progress import progress
+from .options import add_engine, add_json, engine_options, sampler_names
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 
@@ -20,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="folder for the images and the result; a run that was interrupted goes on there"
     )
-    parser.add_argument("--sampler", help="pndm, dmd2, dpmpp_2m, ddim or euler (default: the protocol's)")
+    parser.add_argument("--sampler", help=f"{sampler_names('pndm')} (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument("--batch", type=int, help="images at once (default: the protocol's); changes only the speed")
     parser.add_argument("--reference", help="folder of real images, where the protocol needs them")
-    parser.add_argument("--captions", help="file of captions (.csv or .txt), where the protocol needs it")
+    parser.add_argument("--captions", help="file of captions (.csv, .jsonl or .txt), where the protocol needs it")
     parser.add_argument(
         "--patience",
         type=float,
@@ -38,17 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from accel.distill.evaluation.evaluate import evaluate
     from accel.distill.evaluation.work_share import shard_of
 
     shard = shard_of(os.environ)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
+    with progress() as report:
         result = evaluate(
             args.model,
             args.protocol,
@@ -64,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             options=engine_options(args),
             shard=shard,
             patience=args.patience,
-            progress=stages(bar, task),
+            progress=report,
         )
     if result is None:
         done = {"rank": shard.rank, "processes": shard.world, "out": args.out}

@@ -1,4 +1,4 @@
-"""What is inside a bundle, whether it is intact, and whether it runs here."""
+"""`accel inspect`: show what a bundle contains, whether it is intact and whether it runs here."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXAMPLE = "accel inspect my-bundle"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument(
-        "--for", dest="target", choices=("tensorrt",), help="check every graph against what that engine's parser takes"
+        "--for", dest="target", choices=("tensorrt",), help="check that the parser of this engine takes every operator"
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+    parser.add_argument("--no-verify", action="store_true", help="skip comparing the files with their digests")
     add_json(parser)
 
 
@@ -98,15 +98,13 @@ def _engine_files(bundle: Bundle) -> list[dict]:
         if isinstance(engine_file, UserError):
             rows.append({"what": "?", "key": None, "ok": False, "reason": engine_file.message, "fix": engine_file.fix})
             continue
-        verdict = preflight.check(bundle, engine_file, here)
-        if verdict.ok and missing:
-            verdict = preflight.Fit(False, missing.message, missing.fix)
+        fit = preflight.check(bundle, engine_file, here)
+        if fit.ok and missing:
+            fit = preflight.Fit(False, missing.message, missing.fix)
         profiles = ", ".join(p["name"] for p in engine_file.identity["profiles"])
         built = f"TensorRT {engine_file.identity['tensorrt']}, {engine_file.identity['gpu']}"
         what = f"{engine_file.component} {engine_file.key[:8]} ({built}, {profiles})"
-        rows.append(
-            {"what": what, "key": engine_file.key, "ok": verdict.ok, "reason": verdict.reason, "fix": verdict.fix}
-        )
+        rows.append({"what": what, "key": engine_file.key, "ok": fit.ok, "reason": fit.reason, "fix": fit.fix})
     return rows
 
 
