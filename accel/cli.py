@@ -15,16 +15,16 @@ from ._version import __version__
 from .errors import Notice, UserError
 
 VERBS = {
-    "doctor": "what can run here, and what to do about what cannot",
-    "demo": "the whole story on the model that ships with the package, in about a minute, offline",
-    "export": "a diffusers pipeline becomes a bundle: checked ONNX graphs and everything an app needs",
-    "build": "a bundle's graphs become TensorRT engine files for this GPU",
-    "trust": "let TensorRT engine files run that you have not built yourself",
-    "distill": "a small student of a pipeline, or a pipeline trained on: checkpoints, logs, exact resume",
-    "run": "prompt to image on any engine",
-    "bench": "eager against compiled: speed, memory and parity in one table",
-    "evaluate": "how good the images are, by a named protocol",
-    "inspect": "what is inside a bundle, whether it is intact and whether it runs here",
+    "doctor": "check which engines run on this machine, and how to fix the others",
+    "demo": "export, run and compare the small models in this package: end to end, offline, about a minute",
+    "export": "export a diffusers pipeline to a bundle of checked ONNX graphs that every engine and app can load",
+    "build": "build TensorRT engine files of a bundle for this GPU",
+    "trust": "trust TensorRT engine files that somebody else built",
+    "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
+    "run": "make images from prompts with a bundle, on any engine",
+    "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
+    "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
+    "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
 }
 
 
@@ -77,7 +77,7 @@ def _guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        print("error: out of memory\n  fix: use a smaller size or batch, or a machine with more", file=sys.stderr)
+        print("error: out of memory\n  fix: use a smaller size or batch, or more memory", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
@@ -89,8 +89,9 @@ def _top_parser() -> argparse.ArgumentParser:
     lines = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="accel",
-        description="Distil, export, compile and measure Stable Diffusion.",
-        epilog=f"verbs:\n{lines}\n\n`accel VERB --help` explains one of them.",
+        description="Distil, export, compile and measure Stable Diffusion pipelines.\n\n"
+        "`accel export` writes a bundle, a folder of ONNX graphs and weights; run, bench and inspect read it.",
+        epilog=f"verbs:\n{lines}\n\n`accel VERB --help` shows the options of one of them, with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"accel {__version__}")

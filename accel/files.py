@@ -13,7 +13,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
@@ -105,38 +107,32 @@ def inside(root: Path, relative: str, what: str) -> Path:
 
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the only right to write `target`; the kernel gives it back when the process ends, however it ends."""
-    import fcntl
-
-    with _lock_file(target) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another process is writing {target} right now", "wait for it to finish, or choose another folder"
-            ) from None
+    """Hold the only right to write `target`; the system gives it back when the process ends, however it ends."""
+    try:
+        held = _lock(target).acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is writing {target} right now", "wait for it to finish, or choose another folder"
+        ) from None
+    with held:
         yield
 
 
-@contextlib.contextmanager
-def waiting_for(target: Path) -> Iterator[None]:
-    """Like `exclusive`, for work of moments: waits until the others are done."""
-    import fcntl
-
-    with _lock_file(target) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def waiting_for(target: Path) -> FileLock:
+    """Like `exclusive`, for work of moments: a context that waits until the others are done."""
+    return _lock(target)
 
 
-def _lock_file(target: Path) -> TextIO:
+def _lock(target: Path) -> FileLock:
     # The lock lies in the cache, not beside the target: a lock file may never be deleted while others may wait on it.
     name = f"{digest_of(str(target))[:32]}.lock"
-    folder = cache_dir() / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / name).open("a")
-    except OSError:
-        return (Path(tempfile.gettempdir()) / f"accel-{os.getuid()}-{name}").open("a")
+    user = getattr(os, "geteuid", int)()
+    for folder in (cache_dir() / "locks", Path(tempfile.gettempdir()) / f"accel-{user}"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+            break
+    return FileLock(folder / name)
 
 
 @contextlib.contextmanager

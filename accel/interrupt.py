@@ -10,21 +10,21 @@ from __future__ import annotations
 import signal
 import sys
 
-_asked = False
+_requested = False
 
 
 def install() -> None:
     """Remember interrupts from now on; where the caller has its own handler, or none, that stays."""
-    global _asked
-    _asked = False
+    global _requested
+    _requested = False
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _remember)
         sys.unraisablehook = _report_dropped
 
 
 def _remember(number, frame) -> None:
-    global _asked
-    _asked = True
+    global _requested
+    _requested = True
     raise KeyboardInterrupt
 
 
@@ -35,8 +35,8 @@ def _report_dropped(dropped) -> None:
 
 
 def check() -> None:
-    """Raise the interrupt that was asked for and lost; called between stages of long work."""
-    global _asked
-    if _asked:
-        _asked = False
+    """Raise the interrupt that was lost; called between stages of long work."""
+    global _requested
+    if _requested:
+        _requested = False
         raise KeyboardInterrupt

@@ -120,7 +120,7 @@ def machine() -> Machine:
         gpus=_gpus(),
         os=_system(),
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) for name in PACKAGES},
     )
 
 
@@ -195,7 +195,8 @@ def _system() -> str:
     return " ".join(part for part in (name, version, platform.machine()) if part)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package, from its metadata; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

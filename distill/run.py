@@ -26,7 +26,7 @@ from .registry import entry_of, load
 from .settings import Recipe
 from .training import checkpoints
 from .training.attention import check_attention
-from .training.loop import PRECISIONS, Outcome, accelerator_for, train
+from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
 
 
@@ -65,7 +65,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         if accelerator.is_main_process:
             console.print(text, soft_wrap=True, markup=False)
 
-    encoders = encoders_of(recipe, device=accelerator.device, dtype=PRECISIONS[recipe.mixed_precision])
+    encoders = encoders_of(recipe, device=accelerator.device, dtype=compute_dtype(recipe))
     source = encoders.source
     check_resolution(recipe, encoders)
     entry = entry_of(recipe)

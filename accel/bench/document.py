@@ -81,11 +81,11 @@ class Floor:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Everything one run of `accel bench` found.
+    """Everything that one run of `accel bench` measured.
 
     Attributes:
         created: UTC, ISO 8601.
-        command: what was typed, without paths.
+        command: the command line, without paths.
         interrupted: whether the user stopped it.
         bundle, work, environment: what was measured, on what work, on what machine.
         rows: one per variant.
@@ -130,7 +130,7 @@ def check_schema(data: Any, name: str) -> dict[str, Any]:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA or not isinstance(data.get("rows"), list):
         raise UserError(
-            f"{name} is no benchmark result that this version reads (schema {schema!r}, not {SCHEMA!r})",
+            f"{name} is not a benchmark result that this version reads (schema {schema!r}, not {SCHEMA!r})",
             "give a file that `accel bench --json FILE` wrote",
         )
     return data

@@ -17,7 +17,7 @@ from . import quality, timing
 from .document import MEASURED, PARTLY, UNMEASURED, Document, Floor, Row, Scope
 from .probe import Process
 from .state import State
-from .variants import DTYPES, Variant
+from .variants import Variant
 from .work import IMAGE, describe
 
 _PEAK_SECONDS = 1.0
@@ -92,7 +92,7 @@ def document(state: State, command: str) -> Document:
         work=_work(state),
         environment=state.environment,
         rows=tuple(_row(state, variant) for variant in state.variants),
-        noise_floor=_floor(state),
+        noise_floor=_noise_floor(state),
         notes=tuple(state.notes + _standing_notes(state)),
     )
 
@@ -190,7 +190,7 @@ def _row(state: State, variant: Variant) -> Row:
         variant=name,
         engine=variant.engine,
         dtype=variant.compute(stored),
-        asked=variant.asked,
+        asked=variant.requested,
         description=state.descriptions.get(name, ""),
         status=outcome,
         reason=reason,
@@ -226,16 +226,14 @@ def _scope(state: State, variant: Variant, scope: str) -> Scope:
     )
 
 
-def _floor(state: State) -> tuple[Floor, ...]:
+def _noise_floor(state: State) -> tuple[Floor, ...]:
     nothing: dict[str, None] = {"unet": None, "image": None}
     if state.reference is None:
         return (Floor(what="eager, once more", parity=nothing, reason="no eager reference"),)
     rows = [Floor(what="eager, once more", parity=quality.parity(state.again, state.reference))]
-    low = {f"eager:{dtype}" for dtype in DTYPES if dtype != "fp32"}
-    for name in sorted(low):
-        found = state.floors.get(name)
-        if isinstance(found, quality.Sample):
-            rows.append(Floor(what=name, parity=quality.parity(found, state.reference)))
-        elif found is not None:
-            rows.append(Floor(what=name, parity=nothing, reason=found))
+    for name, sample in sorted(state.floors.items()):
+        if isinstance(sample, quality.Sample):
+            rows.append(Floor(what=name, parity=quality.parity(sample, state.reference)))
+        else:
+            rows.append(Floor(what=name, parity=nothing, reason=sample))
     return tuple(rows)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names
@@ -90,7 +91,7 @@ def measure(
     images = {name: sample.pixels for name, sample in state.samples_of.items()}
     if state.reference is not None:
         images = {REFERENCE: state.reference.pixels} | images
-    failed = tuple(v.name for v in state.variants if v.asked and v.name in state.reasons)
+    failed = tuple(v.name for v in state.variants if v.requested and v.name in state.reasons)
     return Result(document, images, failed)
 
 
@@ -176,10 +177,8 @@ def _floors(state: State, load: Load, progress: Progress) -> None:
         return
     call = state.settings.call()
     unet = state.bundle.component("unet")
-    wanted = {v.dtype for v in state.live} | {d for d, n in variants.DTYPES.items() if n == unet.dtype}
-    for dtype in ("bf16", "fp16"):
-        if dtype not in wanted:
-            continue
+    wanted = {v.dtype for v in state.live} | {d for d, n in SHORT.items() if n == unet.dtype}
+    for dtype in sorted(wanted - {"", "fp32"}):
         name = f"{REFERENCE}:{dtype}"
         progress(f"noise floor: {name}", 0.6)
         if name in state.samples_of:

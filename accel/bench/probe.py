@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..engines import facts
 from ..errors import UserError
 from . import variants
 
@@ -91,7 +92,7 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """What the fresh process does. See `Process`."""
     started = time.perf_counter()
     variant = variants.parse(request["variant"])
-    for name in variants.LIBRARIES.get(variant.engine, ()):
+    for name in facts(variant.engine).libraries:
         import_module(name)
     imported = time.perf_counter()
     device = _device_used()

@@ -1,9 +1,9 @@
-"""Distance to the hardware's limit: the work a network is, and the rates this machine sustains.
+"""Roofline: FLOPs and bytes of a network, and the rates measured on this machine.
 
 No schedule of kernels runs a network faster than its arithmetic at the peak rate, or than reading its weights once at
-the memory's rate (the roofline, Williams et al. 2009). Work is counted from shapes on the meta device, so a network of
-any size costs no memory; rates are measured, not quoted. One multiply-add is two FLOPs. Only matrix arithmetic counts:
-norms, activations and additions do not run on the units whose rate `measure_peak` takes.
+the memory's rate (the roofline model, Williams et al. 2009). Work is counted from shapes on the meta device, so a
+network of any size costs no memory; rates are measured, not quoted. One multiply-add is two FLOPs. Only matrix
+arithmetic counts: norms, activations and additions do not run on the units whose rate `measure_peak` takes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import FLOATS
 from ..errors import MissingPackage, UserError
 from ..machine import Gpu, Machine, machine
 
@@ -24,7 +25,7 @@ __all__ = [
     "Gpu",
     "Machine",
     "count_flops",
-    "floor_seconds",
+    "roofline_seconds",
     "machine",
     "measure_bandwidth",
     "measure_peak",
@@ -110,10 +111,10 @@ def weight_bytes(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for group in (module.parameters(), module.buffers()) for t in group)
 
 
-def floor_seconds(flops: float, bytes_read: float, *, peak: float, bandwidth: float) -> float:
+def roofline_seconds(flops: float, bytes_read: float, *, peak: float, bandwidth: float) -> float:
     """Least time in seconds for that work on a machine of `peak` FLOP/s and `bandwidth` bytes/s (the roofline)."""
     if not (peak > 0 and bandwidth > 0):
-        raise UserError(f"peak = {peak}, bandwidth = {bandwidth}", "both are rates above zero; measure them")
+        raise UserError(f"invalid rates: peak {peak}, bandwidth {bandwidth} (expected numbers > 0)", "measure them")
     return max(flops / peak, bytes_read / bandwidth)
 
 
@@ -129,7 +130,7 @@ def measure_peak(dtype: torch.dtype | str = "float32", device: str = "cpu", *, s
     torch = _torch("measuring the peak rate")
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype = {dtype} has no peak rate here", "use float32, bfloat16 or float16")
+        raise UserError(f"dtype {dtype} has no peak rate here", f"one of: {', '.join(FLOATS)}")
     where, wait = _device(device)
     sizes = _CPU_SIZES if where.type == "cpu" else _GPU_SIZES
     best = 0.0
@@ -150,7 +151,7 @@ def measure_bandwidth(device: str = "cpu", *, seconds: float = 1.0, size: int = 
     """
     torch = _torch("measuring the memory's rate")
     if size < 1:
-        raise UserError(f"size = {size} bytes", "use a buffer larger than the caches")
+        raise UserError(f"invalid size: {size} bytes (expected an integer >= 1)", "use a buffer larger than the caches")
     where, wait = _device(device)
     with torch.inference_mode():
         source = torch.ones(size, dtype=torch.uint8, device=where)

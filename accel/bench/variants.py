@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines import ENGINES, load_engine, status
+from ..dtypes import SHORT
+from ..engines import ENGINES, facts, load_engine, status
 from ..errors import UserError
 from ..machine import machine
 from ..pipeline import Pipeline, component_names
 
-DTYPES = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})
-
-# What a suffix may say, per engine, and the option of `load_engine` that a device suffix becomes. ONNX Runtime computes
-# in the dtypes of the graph, so it has no dtype to choose.
-_DTYPES = MappingProxyType({"eager": tuple(DTYPES), "compile": tuple(DTYPES), "openvino": tuple(DTYPES)})
-_DEVICES: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
-    {
-        "eager": ("device", {"cpu": "cpu", "cuda": "cuda"}),
-        "compile": ("device", {"cpu": "cpu", "cuda": "cuda"}),
-        "openvino": ("device", {"cpu": "CPU", "gpu": "GPU"}),
-        "onnxruntime": ("provider", {"cpu": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}),
-        "tensorrt": ("cuda_graph", {"step": "step", "loop": "loop"}),
-    }
-)
-_DEFAULT = ("eager", "eager:bf16", "compile", "compile:bf16", "onnxruntime", "openvino", "openvino:bf16")
-_DEFAULT_GPU = ("eager:fp16", "compile:fp16", "tensorrt", "tensorrt:step")
-# What each engine imports before any model is loaded, to tell the model's memory from the libraries'. diffusers and
-# transformers load lazily, so the modules of the networks are named.
-_TORCH = (
-    "torch",
-    "accelerate",
-    "accel.models.networks",
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "transformers.models.clip.modeling_clip",
-)
-LIBRARIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "eager": _TORCH,
-        "compile": _TORCH,
-        "onnxruntime": ("onnx", "onnxruntime"),
-        "openvino": ("onnx", "openvino"),
-        "tensorrt": ("torch", "tensorrt"),
-    }
-)
 _LOW_PRECISION_ISA = MappingProxyType(
     {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "asimdhp")}
 )
@@ -62,13 +27,13 @@ class Variant:
         dtype: "fp32", "bf16" or "fp16"; "" for an engine that computes in the bundle's own dtypes.
         device: suffix that names the device, the provider, or what is captured as a CUDA graph; "" for the engine's own
             choice.
-        asked: whether the user named it, so that not being able to run it is a failure.
+        requested: whether the user named it, so that not being able to run it is a failure.
     """
 
     engine: str
     dtype: str = ""
     device: str = ""
-    asked: bool = True
+    requested: bool = True
 
     @property
     def name(self) -> str:
@@ -79,18 +44,15 @@ class Variant:
     @property
     def options(self) -> dict[str, str]:
         """Options for `load_engine`."""
-        options = {"dtype": self.dtype} if self.dtype else {}
-        if self.device:
-            option, values = _DEVICES[self.engine]
-            options[option] = values[self.device]
-        return options
+        dtype = {"dtype": self.dtype} if self.dtype else {}
+        return dtype | dict(facts(self.engine).devices[self.device] if self.device else {})
 
     def compute(self, stored: str) -> str:
         """Numpy-style name of the dtype it computes in, for weights stored as `stored`."""
-        return DTYPES.get(self.dtype, stored)
+        return SHORT.get(self.dtype, stored)
 
 
-def parse(text: str, *, asked: bool = True) -> Variant:
+def parse(text: str, *, requested: bool = True) -> Variant:
     """A variant from `engine[:dtype][:device]`.
 
     Raises:
@@ -99,7 +61,7 @@ def parse(text: str, *, asked: bool = True) -> Variant:
     engine, *suffixes = text.strip().split(":")
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r} in {text!r}", f"one of: {', '.join(sorted(ENGINES))}")
-    dtypes, devices = _DTYPES.get(engine, ()), _DEVICES.get(engine, ("", {}))[1]
+    dtypes, devices = facts(engine).dtypes, facts(engine).devices
     dtype, device = "fp32" if dtypes else "", ""
     for suffix in suffixes:
         if suffix in dtypes:
@@ -109,7 +71,7 @@ def parse(text: str, *, asked: bool = True) -> Variant:
         else:
             choices = [f"{engine}:{value}" for value in (*dtypes, *devices)]
             raise UserError(f"{engine} has no variant {suffix!r}", f"one of: {', '.join([engine, *choices])}")
-    return Variant(engine, dtype, device, asked)
+    return Variant(engine, dtype, device, requested)
 
 
 def chosen(text: str | None) -> list[Variant]:
@@ -119,7 +81,7 @@ def chosen(text: str | None) -> list[Variant]:
         UserError: for an unknown or repeated name, or an engine that cannot run here, when it was named.
     """
     if text is None:
-        return [parse(name, asked=False) for name in (*_DEFAULT, *(_DEFAULT_GPU if _has_gpu() else ()))]
+        return [parse(name, requested=False) for name in _default()]
     variants = [parse(part) for part in text.split(",") if part.strip()]
     if not variants:
         raise UserError("no engine was named", "for example --engines eager,openvino:bf16")
@@ -133,14 +95,22 @@ def chosen(text: str | None) -> list[Variant]:
     return variants
 
 
+def _default() -> list[str]:
+    """The variants that the engines declare: first all for the CPU, then those for a GPU."""
+    names = [(name, suffix) for name in reversed(ENGINES) for suffix in facts(name).variants]
+    if _has_gpu():
+        names += [(name, suffix) for name in reversed(ENGINES) for suffix in facts(name).gpu_variants]
+    return [f"{name}:{suffix}".removesuffix(":") for name, suffix in names]
+
+
 def unable(variant: Variant) -> str:
     """Why a variant of the default set is not worth trying here; empty if it is."""
     state = status(variant.engine)
     if not state.ok:
         return state.detail
-    # Without the instructions the CPU emulates the dtype, which nobody deploys; it still runs when asked for.
+    # Without the instructions the CPU emulates the dtype, which nobody deploys; it still runs when it is named.
     isa = _LOW_PRECISION_ISA.get(variant.dtype)
-    if isa and not variant.asked and not _has_gpu() and not set(isa) & set(machine().isa):
+    if isa and not variant.requested and not _has_gpu() and not set(isa) & set(machine().isa):
         return f"this CPU has no {variant.dtype} instructions ({', '.join(isa)})"
     return ""
 

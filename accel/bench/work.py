@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import images as images
+from .. import images
 from ..arrays import synchronize
 from ..bundle import Bundle
 from ..bundle.kinds import control_components
@@ -59,11 +59,11 @@ class BenchSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "rounds"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}", "use a whole number of at least 1")
+                raise UserError(f"invalid {name}: {getattr(self, name)} (expected an integer >= 1)", f"--{name} 1")
         if self.seconds is not None and not self.seconds > 0:
-            raise UserError(f"seconds = {self.seconds:g}", "use a time above zero")
+            raise UserError(f"invalid seconds: {self.seconds:g} (expected a number > 0)", "leave --seconds out")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError("the prompt is empty", 'say what to draw: --prompt "a fox in the snow"')
+            raise UserError("the prompt is empty", 'describe the image: --prompt "a fox in the snow"')
 
     def call(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline call."""

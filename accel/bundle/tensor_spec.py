@@ -9,8 +9,6 @@ from typing import Any
 from ..errors import UserError
 from .shape_profiles import Range
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
-
 # Numbers that are not activations: a timestep or a size in pixels is exact in float32 only.
 EXACT_INPUTS = ("timestep", "time_ids")
 
@@ -21,7 +19,7 @@ class TensorSpec:
 
     Attributes:
         name: as in the ONNX graph.
-        dtype: a numpy-style name out of `DTYPES`.
+        dtype: a numpy-style name out of `accel.dtypes.TENSORS`.
         shape: one int or one symbolic dimension name per axis; () for a scalar.
     """
 

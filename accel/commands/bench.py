@@ -1,4 +1,4 @@
-"""Eager against compiled: speed, memory and parity in one table."""
+"""`accel bench`: measure engines against each other on one bundle."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .options import stages
+from ..progress import progress
 
 EXAMPLE = "accel bench my-bundle --engines eager,compile,openvino:bf16 --json bench.json --html bench.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..engines import ENGINES
+
     parser.set_defaults(wrong_use=parser.error)
-    parser.add_argument("bundle", nargs="?", help="a bundle folder")
-    parser.add_argument("--from", dest="saved", metavar="FILE", help="print a saved --json result instead of measuring")
+    parser.add_argument("bundle", nargs="?", help="the bundle folder to measure")
+    parser.add_argument("--from", dest="saved", metavar="FILE", help="show a saved --json result instead of measuring")
     parser.add_argument(
         "--engines",
-        help="comma-separated variants, engine[:dtype][:device]: eager, eager:bf16, compile, openvino:bf16, "
-        "onnxruntime:cuda ... (default: all that can run here)",
+        help=f"comma-separated variants, engine[:dtype][:device], such as eager:bf16 or onnxruntime:cuda; the engines "
+        f"are {', '.join(reversed(ENGINES))} (default: the usual variants of all that can run here)",
     )
-    parser.add_argument("--prompt", action="append", help="what to draw; repeat for several (default: built-in ones)")
+    parser.add_argument("--prompt", action="append", help="text of an image; repeatable (default: built-in ones)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
@@ -34,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="samples of every time (default: 10)")
-    parser.add_argument("--seconds", type=float, help="stop after this long, but not before five rounds")
-    parser.add_argument("--no-memory", action="store_true", help="do not run each variant in a process of its own")
+    parser.add_argument("--rounds", type=int, default=10, help="how often everything is timed (default: 10)")
+    parser.add_argument("--seconds", type=float, help="stop after this many seconds, but not before five rounds")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory and load times")
     parser.add_argument("--json", metavar="FILE", help="write the result as one JSON document; - for stdout")
     parser.add_argument("--html", metavar="FILE", help="write the result as one web page, with the images")
 
@@ -66,9 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .. import bench
     from ..bench.work import PROMPTS
 
@@ -85,16 +84,13 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
         memory=not args.no_memory,
         control=args.control or "",
     )
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        result = bench.measure(
-            args.bundle, bench.chosen(args.engines), settings, command=_command(args), progress=stages(bar, task)
-        )
+    with progress() as report:
+        variants = bench.chosen(args.engines)
+        result = bench.measure(args.bundle, variants, settings, command=_command(args), progress=report)
     document = result.document.as_dict()
     for name in result.failed:
         reason = next(row["reason"] for row in document["rows"] if row["variant"] == name)
-        print(f"error: {name} was asked for and not measured: {reason}", file=sys.stderr)
+        print(f"error: {name} was named and could not be measured: {reason}", file=sys.stderr)
     if result.document.interrupted:
         print("interrupted; what was measured until then follows", file=sys.stderr)
         return document, dict(result.images), 130

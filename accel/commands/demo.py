@@ -1,4 +1,4 @@
-"""The whole story on the models that ship with the package, in about a minute, offline."""
+"""`accel demo`: export, measure and compare the models that ship with the package, offline, in about a minute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .options import stages
+from ..progress import progress
 
 EXAMPLE = "accel demo --out out/demo"
 
@@ -19,7 +19,7 @@ GAIN = 50.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="accel-demo", help="folder to write (default: accel-demo)")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that an earlier demo made")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo wrote there")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls per engine (default: 5)")
     parser.add_argument(
         "--model",
@@ -27,16 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MODELS,
         dest="models",
         metavar="MODEL",
-        help=f"digits models to show: `digits` is the teacher in 25 steps (default: {' '.join(MODELS)})",
+        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from ..bench import report
-    from ..engines import status
+    from ..engines import ENGINES, facts, status
 
     started = time.perf_counter()
     out = Path(args.out)
@@ -46,30 +43,28 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
     names = {model.rstrip("/").rpartition("/")[2]: model for model in args.models}
     if len(names) < len(args.models):
-        raise UserError(f"two models of one name: {' '.join(args.models)}", "give each once")
-    engines = [name for name in ("eager", "onnxruntime", "openvino") if status(name).ok]
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
+        raise UserError(f"two models of one name: {' '.join(args.models)}", "name each model once")
+    engines = [name for name in reversed(ENGINES) if facts(name).auto and status(name).ok]
     results, images = {}, {}
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        for name, model in names.items():
-            results[name] = _measure(model, out / name, engines, args, bar)
-            if results[name].document.interrupted:
-                break
-            images[name] = _images(out / name, engines)
+    for name, model in names.items():
+        results[name] = _measure(model, out / name, engines, args)
+        if results[name].document.interrupted:
+            break
+        images[name] = _images(out / name, engines)
     for result in results.values():
         report.show(result.document.as_dict())
     if images:
-        _sheet(images).save(out / "demo.png")
+        _comparison(images).save(out / "demo.png")
         print(f"{out / 'demo.png'}: ten digits from every engine, and their differences {GAIN:g} times brighter")
     for name in results:
-        print(f"{out / name}: the bundle, {name}.html: its table as a page, {name}.json: for machines")
+        print(f"{out / name}: the bundle; {name}.html: its table as a web page; {name}.json: the numbers")
     print(f'try: accel run {out / name} --prompt "a handwritten seven"\n{time.perf_counter() - started:.0f} s in all')
     if any(result.document.interrupted for result in results.values()):
         return 130
     return 1 if any(result.failed for result in results.values()) else 0
 
 
-def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namespace, bar: Any) -> Any:
+def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namespace) -> Any:
     """Export a model into `folder` and time it on every engine; its table and page are written beside the folder."""
     from accel.export.pipeline import COMPONENTS, export_pipeline
 
@@ -77,23 +72,23 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     from ..bench import report_html
     from ..files import write_json
 
-    task = bar.add_task(f"{folder.name}, export: starting", total=1.0)
-    bundle = export_pipeline(
-        model,
-        folder,
-        profile="digits",
-        overwrite=args.overwrite,
-        components=tuple(name for name in COMPONENTS if name != "vae_encoder"),
-        progress=stages(bar, task, f"{folder.name}, export: "),
-    )
-    task = bar.add_task(f"{folder.name}, bench: starting", total=1.0)
-    result = bench.measure(
-        bundle,
-        [bench.parse(name) for name in engines],
-        bench.BenchSettings(prompts=("a handwritten seven",), rounds=args.rounds, memory=False),
-        command=f"accel demo --model {model} --rounds {args.rounds}",
-        progress=stages(bar, task, f"{folder.name}, bench: "),
-    )
+    with progress(f"{folder.name}, export", keep=True) as report:
+        bundle = export_pipeline(
+            model,
+            folder,
+            profile="digits",
+            overwrite=args.overwrite,
+            components=tuple(name for name in COMPONENTS if name != "vae_encoder"),
+            progress=report,
+        )
+    with progress(f"{folder.name}, bench ", keep=True) as report:
+        result = bench.measure(
+            bundle,
+            [bench.parse(name) for name in engines],
+            bench.BenchSettings(prompts=("a handwritten seven",), rounds=args.rounds, memory=False),
+            command=f"accel demo --model {model} --rounds {args.rounds}",
+            progress=report,
+        )
     document = result.document.as_dict()
     write_json(folder.parent / f"{folder.name}.json", document)
     (folder.parent / f"{folder.name}.html").write_text(report_html.page(document, result.images))
@@ -109,8 +104,8 @@ def _images(folder: Path, engines: list[str]) -> dict[str, Any]:
     return {name: (images * 255).round().astype("uint8") for name, images in drawn.items()}
 
 
-def _sheet(models: dict[str, dict[str, Any]]) -> Any:
-    """Of each model every engine's images, then how each differs from eager."""
+def _comparison(models: dict[str, dict[str, Any]]) -> Any:
+    """A contact sheet: of each model every engine's images, then the differences to eager, made brighter."""
     import numpy as np
 
     from ..sheet import contact_sheet

@@ -1,10 +1,9 @@
-"""What can run here, and what to do about what cannot."""
+"""`accel doctor`: check which engines run on this machine, and how to fix the others."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,25 +12,7 @@ from .options import add_json
 
 EXAMPLE = "accel doctor"
 
-_OPTIONAL = {"sklearn": ("training and judging the digits model", "train")}
-_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "triton",
-    "flash-attn",
-    "xformers",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-)
+_OPTIONAL = {"sklearn": ("training and evaluating the digits model", "train")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,28 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = examine()
+    report = examine()
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
         for title in ("engines", "optional"):
             print(f"{title}:")
-            for name, state in found[title].items():
+            for name, state in report[title].items():
                 mark = "yes" if state["ok"] else "no "
                 fix = f"\n                     fix: {state['fix']}" if state["fix"] else ""
                 print(f"  {mark}  {name:<13} {state['detail']}{fix}")
-        print("GPUs:" if found["gpus"] else "GPUs: none that torch can see")
-        for gpu in found["gpus"]:
+        print("GPUs:" if report["gpus"] else "GPUs: none that torch can see")
+        for gpu in report["gpus"]:
             print(f"  {gpu}")
-        if found["attention"]:
-            print(f"attention: torch chooses among {', '.join(found['attention'])}")
-        machine = found["machine"]
+        if report["attention"]:
+            print(f"attention: torch chooses among {', '.join(report['attention'])}")
+        machine = report["machine"]
         print(
             f"machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
             f"{' '.join(machine['isa'])}; {machine['os']}, Python {machine['python']}"
         )
-        print("packages: " + ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v))
-    return 0 if any(state["ok"] for state in found["engines"].values()) else 1
+        print("packages: " + ", ".join(f"{name} {v}" for name, v in report["packages"].items() if v))
+    return 0 if any(state["ok"] for state in report["engines"].values()) else 1
 
 
 def examine() -> dict[str, Any]:
@@ -72,6 +53,7 @@ def examine() -> dict[str, Any]:
     """
     from ..machine import machine
 
+    here = machine()
     return {
         "engines": {name: vars(status(name)) for name in ENGINES},
         "optional": {
@@ -84,16 +66,9 @@ def examine() -> dict[str, Any]:
         },
         "gpus": _gpus(),
         "attention": _attention(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "machine": machine().as_dict(),
+        "packages": here.packages,
+        "machine": here.as_dict(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus() -> list[str]:
@@ -115,10 +90,10 @@ def _attention() -> list[str]:
         return []
     from torch.backends import cuda
 
-    asked = {
+    backends = {
         "flash": cuda.flash_sdp_enabled,
         "efficient": cuda.mem_efficient_sdp_enabled,
         "cudnn": cuda.cudnn_sdp_enabled,
         "math": cuda.math_sdp_enabled,
     }
-    return [name for name, enabled in asked.items() if enabled()]
+    return [name for name, enabled in backends.items() if enabled()]

@@ -7,7 +7,8 @@ import json
 import os
 from typing import Any
 
-from .options import add_engine, add_json, engine_options, stages
+from ..progress import progress
+from .options import add_engine, add_json, engine_options, sampler_names
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 
@@ -15,20 +16,19 @@ PROTOCOL_NAMES = ("digits", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-co
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..sampling.samplers import SAMPLERS
 
     parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
     parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
     parser.add_argument(
         "--out", required=True, help="folder of the images and the result; an interrupted run continues there"
     )
-    parser.add_argument("--sampler", help=f"pndm, {', '.join(SAMPLERS)} (default: the protocol's)")
+    parser.add_argument("--sampler", help=f"{sampler_names('pndm')} (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="evaluate only the first LIMIT images")
     parser.add_argument("--batch", type=int, help="images per call (default: the protocol's); changes only the speed")
     parser.add_argument("--reference", help="folder of real images, for protocols that need them")
-    parser.add_argument("--captions", help="file of captions (.csv or .txt), for protocols that need them")
+    parser.add_argument("--captions", help="file of captions (.csv, .jsonl or .txt), for protocols that need them")
     parser.add_argument(
         "--patience",
         type=float,
@@ -40,17 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from accel.distill.evaluation.evaluate import evaluate
     from accel.distill.evaluation.work_share import shard_of
 
     shard = shard_of(os.environ)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
+    with progress() as report:
         result = evaluate(
             args.model,
             args.protocol,
@@ -66,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             options=engine_options(args),
             shard=shard,
             patience=args.patience,
-            progress=stages(bar, task),
+            progress=report,
         )
     if result is None:
         done = {"rank": shard.rank, "processes": shard.world, "out": args.out}

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..bundle import is_bundle
 from ..int8 import summary
-from .options import add_build, build_engine_files, build_options, stages
+from ..progress import progress
+from .options import add_build, build_engine_files, build_options, sampler_names
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 # What says how a pipeline becomes a bundle, and what says how it becomes int8; by themselves they are None or empty.
@@ -43,7 +44,6 @@ _OF_INT8 = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..bundle.shape_profiles import PROFILES
-    from ..sampling.samplers import SAMPLERS
 
     parser.add_argument(
         "model",
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
     )
-    parser.add_argument("--sampler", help=f"sampler to store in the bundle: {', '.join(SAMPLERS)}")
+    parser.add_argument("--sampler", help=f"sampler to store in the bundle: {sampler_names()}")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
     _add_int8(parser)
@@ -154,9 +154,6 @@ def _triton_server(args: argparse.Namespace) -> int:
 
 
 def _bundle(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from accel.errors import UserError
     from accel.export.graph import trace
     from accel.export.graph.precision import INT8, check_name
@@ -195,10 +192,7 @@ def _bundle(args: argparse.Namespace) -> int:
         )
     )
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
+    with progress() as report:
         bundle = export_pipeline(
             source,
             args.out,
@@ -210,7 +204,7 @@ def _bundle(args: argparse.Namespace) -> int:
             adapter=args.adapter is True,
             share=args.share,
             overwrite=args.overwrite,
-            progress=stages(bar, task),
+            progress=report,
             int8=_int8(args),
         )
     if args.engine == "tensorrt":

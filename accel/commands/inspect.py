@@ -1,4 +1,4 @@
-"""What is inside a bundle, whether it is intact, and whether it runs here."""
+"""`accel inspect`: show what a bundle contains, whether it is intact and whether it runs here."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXAMPLE = "accel inspect my-bundle"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument(
-        "--for", dest="target", choices=("tensorrt",), help="check every graph against what that engine's parser takes"
+        "--for", dest="target", choices=("tensorrt",), help="check that the parser of this engine takes every operator"
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+    parser.add_argument("--no-verify", action="store_true", help="skip comparing the files with their digests")
     add_json(parser)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from .. import interrupt
 from ..errors import Notice
+from ..progress import progress
 
 
 def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
@@ -30,22 +29,26 @@ def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine", default="auto", help="auto, eager, compile, onnxruntime, openvino, tensorrt (default: auto)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; an OpenVINO device (openvino)")
-    parser.add_argument("--dtype", help="compute in fp32, bf16 or fp16 instead of the bundle's own (torch, openvino)")
-    parser.add_argument("--provider", help="cpu, cuda or tensorrt (onnxruntime)")
-    parser.add_argument("--cuda-graph", choices=("off", "step", "loop"), help="replay captured CUDA graphs (tensorrt)")
-    parser.add_argument("--engine-file", metavar="KEY", help="TensorRT engine file (default: the newest that fits)")
+    """`--engine`, and the options of the engines, each with the engines that take it."""
+    from ..dtypes import SHORT
+    from ..engines import ENGINES
+    from ..engines.select import with_option
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        takers = ", ".join(with_option(flag.removeprefix("--").replace("-", "_")))
+        parser.add_argument(flag, help=f"{text} ({takers})", **options)
+
+    names = ", ".join(["auto", *reversed(ENGINES)])
+    parser.add_argument("--engine", default="auto", help=f"what runs the networks: {names} (default: auto)")
+    add("--device", "where to run: cpu, cuda or cuda:1; for openvino one of its own devices, such as GPU")
+    add("--dtype", f"dtype to compute in, instead of the bundle's own: {', '.join(SHORT)}")
+    add("--provider", "execution provider: cpu, cuda or tensorrt")
+    add("--cuda-graph", "replay captured CUDA graphs, of one step or of all steps", choices=("off", "step", "loop"))
+    add("--engine-file", "key of the engine file to use, instead of the newest that fits", metavar="KEY")
     renamed(parser, "--plan", "--engine-file")
-    parser.add_argument(
-        "--allow-host-code",
-        action="store_true",
-        default=None,
-        help="let a version-compatible TensorRT engine run the runtime inside its file",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (onnxruntime, openvino)")
+    text = "let a version-compatible engine file run the runtime that it carries inside"
+    add("--allow-host-code", text, action="store_true", default=None)
+    add("--threads", "number of CPU threads", type=int)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,11 +61,16 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampler", help=f"{sampler_names()} (default: the bundle's own)")
+    parser.add_argument("--steps", type=int, help="number of sampling steps (default: the bundle's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 0 or 1 for none (default: the bundle's own)")
+
+
+def sampler_names(*others: str) -> str:
+    """The samplers as a help text lists them."""
     from ..sampling.samplers import SAMPLERS
 
-    parser.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: the bundle's own)")
-    parser.add_argument("--steps", type=int, help="number of steps (default: the bundle's own)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 0 or 1 for none (default: the bundle's own)")
+    return ", ".join([*SAMPLERS, *others])
 
 
 def add_build(parser: argparse.ArgumentParser) -> None:
@@ -98,14 +106,11 @@ def build_engine_files(
 ) -> list[Any]:
     """Build engine files with `add_build`'s arguments; shows a progress bar and announcements on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from accel.export.tensorrt.build import build
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description:<48}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
+    with progress(console=console) as report:
         return build(
             bundle,
             components,
@@ -113,7 +118,7 @@ def build_engine_files(
             options=build_options(args),
             device=args.gpu,
             force=getattr(args, "force", False),
-            progress=stages(bar, task),
+            progress=report,
             announce=console.print,
         )
 
@@ -125,18 +130,8 @@ def size(text: str) -> int:
     try:
         return int(float(number) * unit)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 512M or 2G") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G") from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document for machines")
-
-
-def stages(bar: Any, task: Any, prefix: str = "") -> Callable[[str, float], None]:
-    """A progress callback that moves a rich progress bar and is where a lost Ctrl-C is found again."""
-
-    def report(stage: str, fraction: float) -> None:
-        interrupt.check()
-        bar.update(task, description=prefix + stage, completed=fraction)
-
-    return report
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document")

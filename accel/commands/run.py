@@ -1,4 +1,4 @@
-"""Prompt to image on any engine."""
+"""`accel run`: make images from prompts, on any engine."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ EXAMPLE = 'accel run my-bundle --prompt "a fox in the snow" --seed 7 --out fox.p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
-    parser.add_argument("--prompt", action="append", required=True, help="what to draw; repeat for several")
-    parser.add_argument("--negative", help="what to steer away from (needs guidance)")
-    parser.add_argument("--out", default="out.png", help="image file; several images are numbered (default: out.png)")
+    parser.add_argument("--prompt", action="append", required=True, help="text of the image; repeatable")
+    parser.add_argument("--negative", help="negative prompt: text to steer away from (needs guidance above 1)")
+    parser.add_argument("--out", default="out.png", help="image to write; several are numbered (default: out.png)")
     parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count on (default: 0)")
-    parser.add_argument("--image", metavar="FILE", help="image to start from")
-    parser.add_argument("--mask", metavar="FILE", help="with --image: white where to paint, black where to keep")
+    parser.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
+    parser.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
     parser.add_argument(
-        "--strength", type=float, help="share of the image that is given up, 0 to 1 (default: 0.8; with --mask 1)"
+        "--strength", type=float, help="how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
     )
-    parser.add_argument("--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet")
-    parser.add_argument("--canny", action="store_true", help="show the edges of --control instead of the image")
-    parser.add_argument("--control-scale", type=float, default=1.0, help="how strongly it counts (default: 1)")
-    parser.add_argument("--control-end", type=float, default=1.0, help="share of the steps it counts for (default: 1)")
+    parser.add_argument("--control", metavar="FILE", help="image that guides the bundle's T2I-Adapter or ControlNet")
+    parser.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
+    parser.add_argument("--control-scale", type=float, default=1.0, help="strength of --control (default: 1)")
+    parser.add_argument(
+        "--control-end", type=float, default=1.0, help="share of the steps, from the first, that it guides"
+    )
     parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--original-size", type=_pair, metavar="HxW", help="SDXL: size before the crop (default: own)")
+    parser.add_argument("--original-size", type=_pair, metavar="HxW", help="SDXL: original size (default: the image's)")
     parser.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="SDXL: corner of the crop")
-    parser.add_argument("--target-size", type=_pair, metavar="HxW", help="SDXL: size cropped to (default: own)")
-    parser.add_argument("--prompt-weights", action="store_true", help="let (words:1.3) in prompts count by that factor")
-    parser.add_argument("--low-memory", action="store_true", help="load each component when it is needed, then drop it")
+    parser.add_argument("--target-size", type=_pair, metavar="HxW", help="SDXL: target size (default: the image's)")
+    parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
+    parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
     add_sampling(parser)
     add_engine(parser)
     add_json(parser)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pipeline import load
 
     if not all(prompt.strip() for prompt in args.prompt):
-        raise UserError("the prompt is empty", 'say what to draw: --prompt "a fox in the snow"')
+        raise UserError("the prompt is empty", 'describe the image: --prompt "a fox in the snow"')
     out = Path(args.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"{out} is not an image file name", "use .png, .jpg or .webp")
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir():
         raise UserError(f"{out} is a folder", "choose another --out")
     if args.canny and args.control is None:
-        raise UserError("--canny without an image", "add --control FILE")
+        raise UserError("--canny needs an image", "add --control FILE")
     control = canny(args.control) if args.canny else args.control
     pipeline = load(args.bundle, engine=args.engine, low_memory=args.low_memory, **engine_options(args))
     if args.engine == "auto" and not args.json and not args.low_memory:

@@ -1,6 +1,17 @@
 """One interface, one file per engine. Nothing heavy is imported until an engine is loaded."""
 
-from .base import Engine, Status
-from .select import ENGINES, choose, fitting_engine_file, load_engine, status
+from .base import Engine, Facts, Status
+from .select import ENGINES, choose, facts, fitting_engine_file, int8_engines, load_engine, status
 
-__all__ = ["ENGINES", "Engine", "Status", "choose", "fitting_engine_file", "load_engine", "status"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Facts",
+    "Status",
+    "choose",
+    "facts",
+    "fitting_engine_file",
+    "int8_engines",
+    "load_engine",
+    "status",
+]

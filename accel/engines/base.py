@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..bundle.graph_file import graph_file
 from ..bundle.tensor_spec import check
 from ..errors import UserError
 
-__all__ = ["Engine", "Status", "check_threads", "graph_file", "to_numpy", "to_torch"]
+__all__ = ["Engine", "Facts", "Status", "check_device", "check_threads", "graph_file", "to_numpy", "to_torch"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,31 @@ class Status:
     ok: bool
     detail: str
     fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an engine's module declares about itself, as `FACTS`, and can say without importing any library.
+
+    Attributes:
+        dtypes: short names of the dtypes that its option `dtype` takes; empty where the graph alone decides.
+        devices: suffix of a benchmark variant (`onnxruntime:cuda`) -> options of `load` that it stands for.
+        libraries: modules to import before a model is loaded, to tell the model's memory from theirs.
+        options: options of the command line that it takes.
+        int8: whether it computes int8 graphs in integers.
+        auto: where `auto` may choose it by itself: "cpu", "cuda".
+        variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
+        gpu_variants: further ones on a machine with a CUDA device.
+    """
+
+    dtypes: tuple[str, ...] = ()
+    devices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    libraries: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("device",)
+    int8: bool = False
+    auto: tuple[str, ...] = ("cpu",)
+    variants: tuple[str, ...] = ("",)
+    gpu_variants: tuple[str, ...] = ()
 
 
 class Engine(ABC):
@@ -83,7 +108,24 @@ class Engine(ABC):
 
 def check_threads(threads: int) -> None:
     if threads < 0:
-        raise UserError(f"threads = {threads}", "use a whole number, or 0 to let the engine choose")
+        raise UserError(f"invalid threads: {threads} (expected an integer >= 0)", "0 lets the engine choose")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Raises:
+        UserError: with the reason that torch gives.
+    """
+    import torch
+
+    try:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no CUDA device")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"device {device!r} is not usable: {reason}", "--device cpu") from None
 
 
 def to_numpy(value: Any) -> np.ndarray:

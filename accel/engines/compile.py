@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 from ..bundle import Bundle, Component
@@ -10,6 +11,7 @@ from ..errors import UserError
 from . import eager
 from .base import Status
 
+FACTS = replace(eager.FACTS, auto=())  # never by itself: its first call takes minutes
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

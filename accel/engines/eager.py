@@ -7,19 +7,34 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..bundle import Bundle, Component
-from ..errors import UserError
-from .base import Engine, Status, to_torch
+from ..dtypes import SHORT, check_dtype, torch_dtype
+from ..machine import version_of
+from .base import Engine, Facts, Status, check_device, to_torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FACTS = Facts(
+    dtypes=tuple(SHORT),
+    devices={"cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}},
+    # diffusers and transformers load lazily, so the modules of the networks are named.
+    libraries=(
+        "torch",
+        "accelerate",
+        "accel.models.networks",
+        "diffusers.models.unets.unet_2d_condition",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "transformers.models.clip.modeling_clip",
+    ),
+    options=("device", "dtype"),
+    auto=("cpu", "cuda"),
+    variants=("", "bf16"),
+    gpu_variants=("fp16",),
+)
 
 
 def status() -> Status:
     missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
     if missing:
         return Status(False, f"{', '.join(missing)} not installed", f"pip install {' '.join(missing)}")
-    from importlib.metadata import version
-
-    return Status(True, f"torch {version('torch')}")
+    return Status(True, f"torch {version_of('torch')}")
 
 
 class Eager(Engine):
@@ -42,15 +57,8 @@ class Eager(Engine):
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device {device!r} is not usable: torch sees no CUDA device", "--device cpu")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"device {device!r} is not usable: {reason}", "--device cpu") from None
-        if dtype != "auto" and dtype not in DTYPES:
-            raise UserError(f"unknown dtype {dtype!r}", f"one of: auto, {', '.join(DTYPES)}")
+        check_device(device)
+        check_dtype(dtype, ("auto", *FACTS.dtypes))
         module = networks.rebuild(
             component.kind,
             bundle.file(f"{component.folder}/config.json"),
@@ -59,16 +67,14 @@ class Eager(Engine):
             component.outputs,
             component.int8.get("layers"),
         )
-        compute = component.dtype if dtype == "auto" else DTYPES[dtype]
-        if dtype == "auto":
+        compute = component.dtype if dtype == "auto" else SHORT[dtype]
+        if dtype != "auto":
+            module = module.to(torch_dtype(compute))
+        if dtype == "auto" or compute != "float32":
             networks.keep_float32(module.model, component.float32, component.wide)
-        else:
-            module = module.to(getattr(torch, compute))
-            if compute != "float32":
-                networks.keep_float32(module.model, component.float32, component.wide)
         self.module = module.to(device)
         self.device = device
-        self.compute = getattr(torch, compute)
+        self.compute = torch_dtype(compute)
         note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
         self.description = f"torch {torch.__version__}, {device}, {compute}{note}"
 
@@ -82,7 +88,7 @@ class Eager(Engine):
         with torch.inference_mode():
             outputs = self.module(**{k: v if compute[k] is None else v.to(compute[k]) for k, v in feeds.items()})
         return {
-            spec.name: value.to(getattr(torch, spec.dtype))
+            spec.name: value.to(torch_dtype(spec.dtype))
             for spec, value in zip(self.component.outputs, outputs, strict=True)
         }
 

@@ -13,11 +13,18 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..dtypes import torch_dtype
 from ..errors import MissingPackage, Notice, UserError
 from ..trt.cuda import index_of
-from .base import Engine, Status, check_threads, graph_file, to_torch
+from .base import Engine, Facts, Status, check_threads, graph_file, to_torch
 from .onnxruntime_providers import PROVIDERS, chain
 
+FACTS = Facts(
+    devices={name: {"provider": name} for name in PROVIDERS},
+    libraries=("onnx", "onnxruntime"),
+    options=("device", "provider", "threads"),
+    int8=True,
+)
 # Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
 OFF_FOR_INT8 = ["MatMulAddFusion"]
 
@@ -147,7 +154,7 @@ class OnnxRuntime(Engine):
             )
         outputs = {}
         for spec in self.component.outputs:
-            tensor = torch.empty(spec.concrete(sizes), dtype=getattr(torch, spec.dtype), device=self.device)
+            tensor = torch.empty(spec.concrete(sizes), dtype=torch_dtype(spec.dtype), device=self.device)
             binding.bind_output(
                 spec.name, device, self.device_id, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr()
             )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, Component
 from ..errors import UserError
 from ..files import cache_dir, digest_of
-from ..machine import machine
+from ..machine import machine, version_of
 from ..trt import library, trust
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -77,7 +76,7 @@ def cache_for(bundle: Bundle, device_id: int) -> Path:
         "bundle": bundle.digest,
         "tensorrt": library.installed(),
         "gpu": gpus[device_id].name if device_id < len(gpus) else None,
-        "onnxruntime": _version(),
+        "onnxruntime": version_of("onnxruntime-gpu") or version_of("onnxruntime"),
     }
     folder = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32] / digest_of(made_for)[:16]
     for place in (folder.parent, folder):  # with parents=True only the last one gets the mode
@@ -88,12 +87,3 @@ def cache_for(bundle: Bundle, device_id: int) -> Path:
             f"chmod -R go-w {folder.parent.parent}",
         )
     return folder
-
-
-def _version() -> str | None:
-    for name in ("onnxruntime-gpu", "onnxruntime"):
-        try:
-            return version(name)
-        except Exception:
-            continue
-    return None

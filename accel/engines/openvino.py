@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir
-from .base import Engine, Status, check_threads, graph_file
+from ..machine import version_of
+from .base import Engine, Facts, Status, check_threads, graph_file
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+FACTS = Facts(
+    dtypes=tuple(SHORT),
+    devices={"cpu": {"device": "CPU"}, "gpu": {"device": "GPU"}},
+    libraries=("onnx", "openvino"),
+    options=("device", "dtype", "threads"),
+    int8=True,
+    variants=("", "bf16"),
+)
 
 
 def status() -> Status:
     if find_spec("openvino") is None:
         return Status(False, "openvino is not installed", 'pip install "accel-diffusion[openvino]"')
-    from importlib.metadata import version
-
-    return Status(True, f"openvino {version('openvino')}")
+    return Status(True, f"openvino {version_of('openvino')}")
 
 
 class OpenVino(Engine):
@@ -45,17 +52,16 @@ class OpenVino(Engine):
             import openvino
         except ImportError:
             raise MissingPackage("openvino", "the openvino engine", "openvino") from None
-        core, asked, device = openvino.Core(), device, device.upper()  # torch's "cpu" is meant as well
+        core, requested, device = openvino.Core(), device, device.upper()  # torch's "cpu" is meant as well
         if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-            raise UserError(f"OpenVINO sees no device {asked!r}", f"one of: {', '.join(core.available_devices)}")
+            raise UserError(f"OpenVINO sees no device {requested!r}", f"one of: {', '.join(core.available_devices)}")
+        check_dtype(dtype, ("auto", *FACTS.dtypes))
         dtype = "fp32" if dtype == "auto" else dtype
-        if dtype not in PRECISIONS:
-            raise UserError(f"unknown dtype {dtype!r}", f"one of: auto, {', '.join(PRECISIONS)}")
         able = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-        if dtype != "fp32" and {"bf16": "BF16", "fp16": "FP16"}[dtype] not in able:
+        if dtype != "fp32" and dtype.upper() not in able:
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--dtype fp32")
         config = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+            "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"),
             "PERFORMANCE_HINT": "LATENCY",
             "CACHE_DIR": str(cache_dir() / "openvino" / bundle.digest[:32] / component.name),
         }

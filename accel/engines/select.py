@@ -13,7 +13,7 @@ from ..bundle import Bundle, Component
 from ..errors import Notice, UserError
 from ..machine import machine_name
 from ..trt.preflight import NoEngineFile
-from .base import Engine, Status
+from .base import Engine, Facts, Status
 
 if TYPE_CHECKING:
     from ..trt.engine_files import EngineFile
@@ -30,15 +30,38 @@ ENGINES: Mapping[str, str] = MappingProxyType(
 )
 
 
+def facts(name: str) -> Facts:
+    """What an engine's module declares about it; imports no library.
+
+    Raises:
+        UserError: for an unknown engine.
+    """
+    return _module(name).FACTS
+
+
 def status(name: str) -> Status:
     """Whether an engine can run here.
 
     Raises:
         UserError: for an unknown engine.
     """
+    return _module(name).status()
+
+
+def with_option(option: str) -> list[str]:
+    """Engines that take an option of the command line."""
+    return [name for name in reversed(ENGINES) if option in facts(name).options]
+
+
+def int8_engines() -> tuple[str, ...]:
+    """Engines that compute int8 graphs in integers."""
+    return tuple(name for name in reversed(ENGINES) if facts(name).int8)
+
+
+def _module(name: str) -> Any:
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}", f"one of: auto, {', '.join(sorted(ENGINES))}")
-    return import_module(ENGINES[name]).status()
+    return import_module(ENGINES[name])
 
 
 def choose(
@@ -47,7 +70,7 @@ def choose(
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
     `auto` takes TensorRT where the bundle has an engine file of the component that fits, then a GPU that ONNX Runtime
-    can drive, then the fastest CPU engine. `compile` is never chosen by itself, because its first call takes minutes.
+    can drive, then the first of `ENGINES` that declares the device in its facts.
     For an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never
     images outside the parity budget; where nothing was measured it says so.
 
@@ -72,8 +95,9 @@ def choose(
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail and device != "cpu":
         return "onnxruntime"
-    for candidate in ("eager",) if device.startswith("cuda") else ENGINES:
-        if candidate not in ("compile", "tensorrt") and status(candidate).ok:
+    place = "cuda" if device.startswith("cuda") else "cpu"
+    for candidate in ENGINES:
+        if place in facts(candidate).auto and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
 
@@ -92,12 +116,10 @@ def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
     _check_parity(component)
     name, verdict = component.name, component.int8.get("verdict", {})
-    able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (
-        engine_file is not None
-    )
-    places = dict.fromkeys(("openvino", "onnxruntime"), machine_name()) | {
-        "tensorrt": engine_file and engine_file.identity["gpu"]
-    }
+    places = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
+    places["tensorrt"] = engine_file and engine_file.identity["gpu"]
+    able = [engine for engine in places if engine != "tensorrt" and status(engine).ok]
+    able += ["tensorrt"] * (engine_file is not None)
     measured = {
         engine: entry
         for engine, entry in verdict.get("engines", {}).items()
@@ -106,13 +128,13 @@ def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     if engine_file is not None and "tensorrt" not in measured:
         _not_measured(component, "tensorrt")
         return "tensorrt"
-    offered = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
-    faster = {engine: entry["int8_seconds"] for engine, entry in offered.items() if engine in able}
+    enabled = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
+    faster = {engine: entry["int8_seconds"] for engine, entry in enabled.items() if engine in able}
     if faster:
         return min(faster, key=faster.__getitem__)
-    if offered:
+    if enabled:
         raise UserError(
-            f"int8 of {name} is worth it on {' and '.join(offered)} alone, which cannot run here now",
+            f"int8 of {name} is worth it on {' and '.join(enabled)} alone, which cannot run here now",
             f"accel doctor says why; name one of {', '.join(able)} to use it all the same",
         )
     if measured:
@@ -139,21 +161,17 @@ def _not_measured(component: Component, engine: str) -> None:
 def fitting_engine_file(bundle: Bundle, component: str, device: str = "auto") -> EngineFile | None:
     """The newest TensorRT engine file of a component that fits here, but for its contents, which loading compares.
 
-    Costs nothing where there are no engine files, or the device is no GPU.
+    Costs nothing where there are no engine files, or the device is not a GPU.
     """
     from ..trt import engine_files, library, preflight
     from ..trt.cuda import Cuda, index_of
 
-    found = [
-        engine_file
-        for engine_file in engine_files.find(bundle, component)
-        if isinstance(engine_file, engine_files.EngineFile)
-    ]
+    readable = [file for file in engine_files.find(bundle, component) if isinstance(file, engine_files.EngineFile)]
     index = index_of(device)
-    if not found or index is None or not status("tensorrt").ok:
+    if not readable or index is None or not status("tensorrt").ok:
         return None
     here = engine_files.Here.of(library.load().__version__, Cuda(index))
-    return next((engine_file for engine_file in found if preflight.fits(bundle, engine_file, here).ok), None)
+    return next((file for file in readable if preflight.fits(bundle, file, here).ok), None)
 
 
 def load_engine(
@@ -192,7 +210,7 @@ def load_engine(
 
 def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str, Any]) -> Engine:
     try:
-        return import_module(ENGINES[name]).load(bundle, component, **options)
+        return _module(name).load(bundle, component, **options)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise UserError(f"the {name} engine has no such option: {error}", "see `accel run --help`") from None

@@ -16,10 +16,19 @@ from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
 from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
-from .base import Engine, Status, to_torch
+from .base import Engine, Facts, Status, to_torch
 from .cuda_graphs import Bound, Captures, Graph
 
 CUDA_GRAPHS = ("off", "step", "loop")
+FACTS = Facts(
+    devices={mode: {"cuda_graph": mode} for mode in CUDA_GRAPHS[1:]},
+    libraries=("torch", "tensorrt"),
+    options=("device", "cuda_graph", "engine_file", "allow_host_code"),
+    int8=True,
+    auto=(),  # only where the bundle has an engine file that fits
+    variants=(),
+    gpu_variants=("", "step"),
+)
 
 
 def status() -> Status:

@@ -49,7 +49,7 @@ def check_safetensors(path: Path) -> None:
         UserError: naming the file, for one that is truncated or not a safetensors file.
     """
     size = path.stat().st_size
-    length, header = _header(path)
+    length, header = read_header(path)
     try:
         ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
         wanted = 8 + length + max(ends, default=0)
@@ -61,12 +61,16 @@ def check_safetensors(path: Path) -> None:
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; empty for a pickle, which has none."""
-    header = _header(path)[1] if path.suffix == SAFETENSORS else None
+    header = read_header(path)[1] if path.suffix == SAFETENSORS else None
     return (header or {}).get("__metadata__", {})
 
 
-def _header(path: Path) -> tuple[int, dict | None]:
-    """Length of the header, and the header; None where the file ends within it."""
+def read_header(path: Path) -> tuple[int, dict | None]:
+    """The header of a safetensors file (8 bytes of length, JSON, data), and its length; None where the file ends in it.
+
+    Raises:
+        UserError: for a file of another format.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:

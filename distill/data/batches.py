@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from accel.progress import progress
 
 from ..settings import Recipe
 from ..sources.item import ImageSource
@@ -96,13 +96,9 @@ def stream_of(
 def build_cache(
     recipe: Recipe, source: ImageSource, encoders: Any, folder: Path, placement: dict[str, Any], accelerator: Any
 ) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from .make_cache import build
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("latents and texts", total=1.0)
+    with progress(keep=True, shown=accelerator.is_main_process) as report:
         return build(
             source,
             encoders,
@@ -112,5 +108,5 @@ def build_cache(
             dtype=recipe.cache_dtype,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            progress=lambda stage, fraction: bar.update(task, description=stage, completed=fraction),
+            progress=report,
         )

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save as serialized
 
 from accel import interrupt
+from accel.dtypes import check_dtype, torch_dtype
 from accel.errors import Notice, UserError
 from accel.files import cache_dir, digest_of, read_json, require_space, write_bytes, write_json
 
@@ -33,7 +34,7 @@ from .crop import pixels, time_ids
 from .encoders import Encoders
 from .examples import FIRST, placement_of
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+DTYPES = ("float16", "float32")
 PATIENCE = 3600.0  # seconds without a new file from the other processes
 _STALE = 3600.0  # seconds after which a temporary file is nobody's any more
 
@@ -78,8 +79,7 @@ def build(
         UserError: when the folder holds something else or a cache made otherwise, most images are broken, space is
             short, or the other processes have stopped.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"a cache cannot be kept in {dtype}", f"choose one of {', '.join(DTYPES)}")
+    check_dtype(dtype, DTYPES, "cache dtype")
     for name, value in dict(variants=variants, batch=batch, shard=shard).items():
         if value < 1:
             raise UserError(f"{name} is {value}", "give 1 or more")
@@ -149,7 +149,7 @@ class _Maker:
     ):
         self.source, self.encoders, self.folder, self.key, self.batch = source, encoders, folder, key, batch
         self.rank, self.world, self.progress = rank, world, progress
-        self.shard, self.dtype = key["shard"], DTYPES[key["dtype"]]
+        self.shard, self.dtype = key["shard"], torch_dtype(key["dtype"])
         self.tried, self.failed = 0, 0
         self.texts: dict[str, int] = {}
 

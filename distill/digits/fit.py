@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from accel.errors import UserError
+from accel.progress import progress
 
 CONSOLE = Console()
 
@@ -119,16 +119,7 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
             return spent
         CONSOLE.print(f"{stage.name}: goes on at step {first} of {stage.steps}")
     began = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    with Progress(*columns, console=CONSOLE) as progress:
-        task = progress.add_task(stage.name, total=stage.steps, completed=first, loss=float("nan"))
+    with progress(stage.name, steps=stage.steps, done=first, keep=True, console=CONSOLE) as report:
         smooth = float("nan")
         for step in range(first, stage.steps):
             for group in optimizer.param_groups:
@@ -149,8 +140,8 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-            progress.update(task, advance=1, loss=smooth)
             done = step + 1
+            report(f"loss {smooth:.4f}", done)
             if done % stage.every == 0 or done == stage.steps:
                 save_checkpoint(
                     path,
@@ -163,6 +154,6 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
                         optimizer=optimizer.state_dict(),
                     ),
                 )
-                progress.console.print(f"{stage.name}: step {done} of {stage.steps}, loss {smooth:.4f}")
+                CONSOLE.print(f"{stage.name}: step {done} of {stage.steps}, loss {smooth:.4f}")
     model.load_state_dict(average.state_dict())
     return spent + time.monotonic() - began

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from accel.dtypes import torch_dtype
 from accel.errors import UserError
 from accel.files import read_json
 from accel.models.source import Source, open_source
@@ -57,9 +58,7 @@ def save_edm(
     folder: Path, net: Preconditioned, *, dtype: str = "float32", sampler: Mapping[str, Any] | None = None
 ) -> None:
     """Write a network and its constants into a folder that exists."""
-    if dtype not in SAVE_DTYPES:
-        raise UserError(f"unknown save dtype {dtype!r}", f"one of: {', '.join(SAVE_DTYPES)}")
-    write_network(net.unet, folder / "unet", SAVE_DTYPES[dtype])
+    write_network(net.unet, folder / "unet", torch_dtype(dtype, SAVE_DTYPES, "save dtype"))
     constants = {
         "_class_name": "EDMEulerScheduler",
         "sigma_min": SIGMA_MIN,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import torch
 from accel.engines import choose
 from accel.errors import UserError
 from accel.files import digest_of, sha256, write_json
-from accel.machine import machine
+from accel.machine import machine, version_of
+from accel.pipeline.prompt_files import read_prompts
 from accel.sampling import Sampling
 
 from ..sources import digits
@@ -28,7 +27,6 @@ from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, sav
 
 SCHEMA = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
 ALONE = Shard()
 Progress = Callable[[str, float], None]
 
@@ -61,7 +59,7 @@ def evaluate(
         limit: evaluate only the first N images; recorded in the id of every metric.
         batch: images per call; it does not change the images (beyond rounding).
         reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
-        captions: a .csv with a heading and a column of captions, or a .txt with one to a line.
+        captions: a file of captions, as `accel.pipeline.prompt_files` reads it.
         engine, options: the engine of a bundle and its options; `dtype` overrides the protocol's.
         shard: which images this process generates. Rank 0 also waits for the others' and measures.
         patience: how many seconds rank 0 waits for the next image of another process.
@@ -138,7 +136,7 @@ def evaluate(
         "seconds": {"pictures": round(making, 3), "metrics": round(time.perf_counter() - started, 3)},
         "pictures_made": made,
         "processes": shard.world,
-        "versions": {package: _version(package) for package in metrics.packages(chosen.metrics)},
+        "versions": {package: version_of(package) for package in metrics.packages(chosen.metrics)},
         "machine": machine().as_dict(),
     }
     write_json(out / result_name(chosen, count), result)
@@ -204,42 +202,13 @@ def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple
         return [text for text, _ in pairs], [digit for _, digit in pairs]
     if captions is None:
         raise UserError(f"{chosen.id} needs {chosen.images} captions", f"--captions FILE: {chosen.captions_source}")
-    found = read_captions(Path(captions))
+    found = read_prompts(Path(captions), refuse_blank=True)
     if len(found) < count:
         raise UserError(
             f"{captions} has {len(found)} captions, and {chosen.id} needs {count}",
             f"get all of them ({chosen.captions_source}), or measure fewer images: --limit {len(found)}",
         )
     return found[:count], []
-
-
-def read_captions(path: Path) -> list[str]:
-    """The captions of a .csv (a heading, then rows; the column called caption, text or prompt, else the second one) or
-    of a .txt (one to a line).
-
-    Raises:
-        UserError: when the file cannot be read, or a caption is empty, naming its line.
-    """
-    fix = "give a .csv with a heading and a column of captions, or a .txt with one caption to a line"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", fix) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}", fix) from None
-    if path.suffix.lower() == ".txt":
-        numbered = list(enumerate(text.splitlines(), 1))
-    else:
-        reader = csv.reader(text.splitlines(keepends=True))
-        heading = [cell.strip().lower() for cell in next(reader, [])]
-        column = next((heading.index(name) for name in CAPTION_COLUMNS if name in heading), 1)
-        if len(heading) <= column:
-            raise UserError(f"{path} has no column of captions", fix)
-        numbered = [(reader.line_num, row[column] if column < len(row) else "") for row in reader if row]
-    for number, caption in numbered:
-        if not caption.strip():
-            raise UserError(f"{path}, line {number}: the caption is empty", "remove the line or put a caption there")
-    return [caption.strip() for _, caption in numbered]
 
 
 def _digest_of_prompts(chosen: Protocol, captions: str | Path | None) -> str:
@@ -371,10 +340,3 @@ def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str
         {"name": "prompt accuracy", "value": quality["prompt_accuracy"]},
         {"name": "Frechet distance", "value": quality["frechet_distance"], "floor": floor},
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -18,6 +18,8 @@ import torch
 
 from accel.assets import resolve
 from accel.bundle import Bundle
+from accel.dtypes import SHORT, torch_dtype
+from accel.engines.base import check_device
 from accel.errors import UserError
 from accel.files import digest_of, sha256
 from accel.models.source import Source, open_source
@@ -25,8 +27,6 @@ from accel.sampling import Sampling
 from accel.sampling.samplers import NoiseSchedule, grid
 
 from .protocols import schedulers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # prompts [n], seeds [n] -> images, uint8 [n, height, width, 3]
 Maker = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -140,16 +140,11 @@ def torch_device(device: str | None, local_rank: int) -> str:
 def _pipeline_maker(
     source: Source, sampling: Sampling, size: int, local_rank: int, device: str | None = None, dtype: str = "fp32"
 ) -> tuple[Maker, str]:
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}", f"one of: {', '.join(DTYPES)}")
+    compute = torch_dtype(dtype, SHORT)
     device = torch_device(device, local_rank)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"device {device!r} is not usable: {reason}", "--device cpu") from None
+    check_device(device)
     how = _schedule(source, sampling)
-    pipeline = _assemble(source, sampling).to(device, DTYPES[dtype])
+    pipeline = _assemble(source, sampling).to(device, compute)
     scale = pipeline.vae_scale_factor
     if size % scale:
         raise UserError(f"{size} px is not a multiple of {scale}", "choose another protocol for this model")
@@ -157,7 +152,7 @@ def _pipeline_maker(
 
     def make(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         own = generators(seeds)
-        latents = normal(own, shape).to(device, DTYPES[dtype])
+        latents = normal(own, shape).to(device, compute)
         result = pipeline(
             list(prompts),
             guidance_scale=sampling.guidance,

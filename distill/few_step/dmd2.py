@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from accel.dtypes import FLOATS, torch_dtype
 from accel.errors import UserError
 from accel.sampling.samplers import dmd2_timesteps
 
@@ -26,7 +27,6 @@ from ..data.encoders import Encoders
 from ..diffusion.denoising import clean
 from ..diffusion.losses import per_row
 from ..edm.source import ClassEncoders
-from ..methods.kd import DTYPES
 from ..settings import DMD2Recipe
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.monitors import Monitor
@@ -91,8 +91,9 @@ class DMD2:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         chosen = self.recipe.teacher_dtype
+        theirs = dtype if chosen == "auto" else torch_dtype(chosen, ("auto", *FLOATS), "teacher dtype")
         self.device, self.dtype = device, dtype
-        shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, DTYPES.get(chosen, dtype))
+        shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, theirs)
         for network in (self.generator, self.critic.network):
             shared_lora.place(network, device, dtype)
         self.family.ready()

@@ -137,11 +137,11 @@ def predict(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..training.loop import PRECISIONS
+    from ..training.loop import compute_dtype
 
     if shards > 1 and (recipe.rank or recipe.critic_rank):
         raise refused_sharding()
-    dtype = PRECISIONS[recipe.mixed_precision]
+    dtype = compute_dtype(recipe)
     with torch.device("meta"):
         method = DMD2(recipe, fake_encoders(encoders))
         method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # fake tensors cannot be moved

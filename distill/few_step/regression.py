@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from accel.errors import MissingPackage, UserError
+from accel.progress import progress
 
 from ..data.batches import Batches, data_of
 from ..data.encoders import Encoders
@@ -93,13 +94,8 @@ def batches_of(
     recipe: RegressionRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
 ) -> Batches:
     """The micro-batches of pairs; missing pairs are made first, on the captions of the data."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     folder = Path(recipe.pairs) if recipe.pairs else run / "pairs"
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("pairs of noise and image", total=1.0)
+    with progress("pairs of noise and image", keep=True, shown=accelerator.is_main_process) as report:
         made = ode_pairs.make(
             recipe,
             data_of(recipe, encoders),
@@ -107,7 +103,7 @@ def batches_of(
             folder,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            progress=lambda fraction: bar.update(task, completed=fraction),
+            progress=lambda fraction: report("", fraction),
         )
     accelerator.wait_for_everyone()
     say(f"pairs: {made.count} in {folder}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.dtypes import torch_dtype
 from accel.errors import UserError
 from accel.sampling.noise_schedule import NoiseSchedule
 
@@ -28,8 +29,6 @@ from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.pipelines import assemble, save_pipeline
 from . import students
 from .features import Tapped, pairs
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Denoising:
@@ -109,7 +108,8 @@ class Distillation(Denoising):
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.teacher is None:
             return
-        dtype = DTYPES.get(self.recipe.teacher_dtype, dtype)
+        chosen = self.recipe.teacher_dtype
+        dtype = dtype if chosen == "auto" else torch_dtype(chosen)
         self.teacher.to(device, dtype)
         exact = dtype == torch.float32 and self.recipe.attention == "flash-attn"  # which has no float32
         attention = "sdpa" if exact else self.recipe.attention

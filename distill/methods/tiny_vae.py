@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from accel.dtypes import torch_dtype
 from accel.errors import UserError
 
 from ..data.encoders import Encoders
@@ -26,7 +27,7 @@ from ..diffusion.denoising import clean
 from ..settings import TinyVaeRecipe
 from ..training import samples
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
-from ..training.pipelines import SAVE_DTYPES, assemble, write_network
+from ..training.pipelines import assemble, write_network
 
 
 def tiny_config(vae: Mapping[str, Any], width: int, blocks: int) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class TinyVaeMethod:
 
     def save(self, folder: Path) -> None:
         """diffusers' folder of an AutoencoderTiny: what `accel export --vae` and `from_pretrained` take."""
-        write_network(self.tiny, folder, SAVE_DTYPES[self.recipe.save_dtype])
+        write_network(self.tiny, folder, torch_dtype(self.recipe.save_dtype))
 
 
 @torch.no_grad()

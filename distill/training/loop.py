@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from accel._version import __version__
+from accel.dtypes import torch_dtype
 from accel.errors import MissingPackage, UserError
+from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
@@ -33,7 +34,6 @@ from .method import Method, OptimizerPhase, TrainedNetwork, refused_sharding
 from .monitors import Watch
 from .stop import Stop
 
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -97,6 +97,11 @@ def train(
     return loop.run_all(batches)
 
 
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What the networks compute in under the recipe's mixed precision."""
+    return torch.float32 if recipe.mixed_precision == "no" else torch_dtype(recipe.mixed_precision)
+
+
 class Loop:
     """The state of one run: prepared networks, optimizers, averages, and where it is."""
 
@@ -106,7 +111,7 @@ class Loop:
         self.method, self.recipe, self.encoders, self.run = method, recipe, encoders, run
         self.accelerator, self.console = accelerator, console
         run.mkdir(parents=True, exist_ok=True)
-        dtype = PRECISIONS[recipe.mixed_precision]
+        dtype = compute_dtype(recipe)
         encoders.device = accelerator.device
         method.place(accelerator.device, dtype)
         for network in method.networks.values():
@@ -177,24 +182,16 @@ class Loop:
         first = self.resume()
         log = Log(self.run, first, self.accelerator, self.recipe)
         stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "monitors", ()))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[terms]}"),
-        )
         shown = self.accelerator.is_main_process
         began, step, kept = time.perf_counter(), first, first
-        with stop, log, Progress(*columns, console=self.console, disable=not shown) as bar:
-            task = bar.add_task("training", total=self.recipe.steps, completed=first, terms="")
+        how = dict(steps=self.recipe.steps, done=first, keep=True, shown=shown, console=self.console)
+        with stop, log, progress("training", **how) as report:
             with contextlib.closing(batches(first)) as stream:
                 while step < self.recipe.steps and not stop.asked():
                     figures = self.one_step(step, stream)
                     step += 1
                     log.write(step, figures)
-                    bar.update(task, completed=step, terms=_short(figures))
+                    report(_short(figures), step)
                     for text in watch.see(figures) if shown else ():
                         self.console.print(text, soft_wrap=True, highlight=False)
                     if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:

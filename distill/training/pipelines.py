@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from accel.errors import UserError
+from accel.dtypes import torch_dtype
 from accel.models.source import Source
 
 from ..data.encoders import Encoders
 
-SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+SAVE_DTYPES = ("float32", "float16")
 
 
 def assemble(encoders: Encoders, unet: nn.Module) -> Any:
@@ -86,8 +86,7 @@ def save_pipeline(
         dtype: of the stored weights; the config asks diffusers for float32 as ever.
         sampler: sampling constants to store beside it, as `sampler.json`; the source's own where None.
     """
-    if dtype not in SAVE_DTYPES:
-        raise UserError(f"unknown save dtype {dtype!r}", f"one of: {', '.join(SAVE_DTYPES)}")
+    stored = torch_dtype(dtype, SAVE_DTYPES, "save dtype")
     index = dict(source.index)
     for name in ("safety_checker", "feature_extractor", "image_encoder"):
         if name in index:
@@ -98,7 +97,7 @@ def save_pipeline(
         if name not in networks:
             source.copy(name, folder / name)
     for name, network in networks.items():
-        write_network(network, folder / name, SAVE_DTYPES[dtype])
+        write_network(network, folder / name, stored)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     constants = sampler or source.sampler()
     if constants:

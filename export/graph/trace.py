@@ -7,9 +7,7 @@ and every ONNX engine, files stay small above protobuf's 2 GB limit, and a LoRA 
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +19,14 @@ from onnxscript import optimizer
 
 from accel.bundle.shape_profiles import Range
 from accel.bundle.tensor_spec import TensorSpec
+from accel.dtypes import torch_dtype
 from accel.errors import UserError
 from accel.models.networks import Network
+from accel.models.weight_files import read_header
 
 GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
 DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
-
-_TORCH_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32")}
 
 
 def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, opset: int = DEFAULT_OPSET) -> None:
@@ -63,7 +61,7 @@ def example(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: in
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for spec in specs:
-        shape, dtype = spec.concrete(sizes), _TORCH_DTYPES[spec.dtype]
+        shape, dtype = spec.concrete(sizes), torch_dtype(spec.dtype)
         if spec.name == "timestep":
             feeds[spec.name] = torch.randint(1, 999, shape, generator=generator).to(dtype)
         elif spec.name == "time_ids":
@@ -209,12 +207,9 @@ def _point_into(model: ir.Model, weights: Path) -> None:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
-    """The header of a safetensors file and the byte at which its data starts (format: 8-byte length, JSON, data)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    """The tensors in the header of a safetensors file that is whole, and the byte at which its data starts."""
+    length, header = read_header(path)
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
 
 
 class _quiet:

@@ -17,7 +17,7 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph_file
-from accel.engines import fitting_engine_file, load_engine, status
+from accel.engines import fitting_engine_file, int8_engines, load_engine, status
 from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
 
@@ -42,7 +42,7 @@ _FLOAT = {
     "Gemm": _LINEAR,
     "FusedGemm": _LINEAR,
 }
-ENGINES = ("onnxruntime", "openvino", "tensorrt")
+ENGINES = int8_engines()
 Found = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
 
 

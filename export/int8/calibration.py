@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,11 @@ from accel.assets import DIGITS
 from accel.errors import Notice, UserError
 from accel.files import digest_of
 from accel.pipeline import Pipeline
+from accel.pipeline.prompt_files import read_prompts
 
 IMAGES = 32
 FEW = 16
 _AT_ONCE = 8
-_TEXT_KEYS = ("text", "prompt", "caption")
 # Images that judge are drawn from other noise than those that calibrated.
 HELD_OUT = 1_000_000
 
@@ -77,29 +75,6 @@ def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> 
             stacklevel=2,
         )
     return Calibration(tuple(prompts[i % len(prompts)] for i in range(images)), seed)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of a .jsonl file whose lines have text, prompt or caption.
-
-    Raises:
-        UserError: for a file that is missing, unreadable, or has none.
-    """
-    fix = "give a file with one prompt per line, or .jsonl with a text in each line"
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"the calibration prompts {path} cannot be read: {why}", fix) from None
-    if path.suffix == ".jsonl":
-        try:
-            entries = [json.loads(line) for line in lines]
-            lines = [next(entry[key] for key in _TEXT_KEYS if isinstance(entry.get(key), str)) for entry in entries]
-        except (ValueError, StopIteration, AttributeError):
-            raise UserError(f"a line of {path} has no text, prompt or caption", fix) from None
-    if not lines:
-        raise UserError(f"{path} has no prompts in it", fix)
-    return lines
 
 
 def default_prompts(name: str) -> list[str]:

@@ -48,7 +48,7 @@ def test_without_an_interrupt_nothing_happens_and_another_handler_stays(monkeypa
         assert signal.getsignal(signal.SIGINT) is mine
     finally:
         signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(interrupt, "_asked", True)
+    monkeypatch.setattr(interrupt, "_requested", True)
     with pytest.raises(KeyboardInterrupt):
         interrupt.check()
     interrupt.check()  # once is enough

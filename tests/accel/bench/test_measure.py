@@ -51,7 +51,7 @@ def loader(broken: dict[str, Exception]):
 @pytest.fixture(scope="module")
 def result(smallest_bundle):
     """eager and onnxruntime measured for real; compile fails as it does without a compiler."""
-    chosen = [bench.parse("eager"), bench.parse("onnxruntime"), bench.parse("compile", asked=False)]
+    chosen = [bench.parse("eager"), bench.parse("onnxruntime"), bench.parse("compile", requested=False)]
 
     def load(bundle, variant):
         if variant.engine == "compile":
@@ -106,7 +106,7 @@ def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monk
     monkeypatch.setattr(variants, "status", lambda name: Status(name != "openvino", "openvino is not installed", "pip"))
     with pytest.raises(UserError, match="not installed"):
         bench.chosen("eager,openvino")
-    chosen = [bench.parse("eager"), bench.parse("openvino", asked=False)]
+    chosen = [bench.parse("eager"), bench.parse("openvino", requested=False)]
     found = bench.measure(smallest_bundle, chosen, QUICK, load=loader({}))
     assert row(found.document.as_dict(), "openvino")["reason"] == "openvino is not installed"
     assert found.failed == ()
@@ -115,9 +115,9 @@ def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monk
 def test_dtypes_without_instructions_are_left_out_unless_asked_for(monkeypatch):
     monkeypatch.setattr(variants, "_has_gpu", lambda: False)
     monkeypatch.setattr(variants, "machine", lambda: argparse.Namespace(isa=("avx2",)))
-    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", asked=False))
+    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", requested=False))
     assert variants.unable(bench.parse("eager:bf16")) == ""
-    assert variants.unable(bench.parse("eager", asked=False)) == ""
+    assert variants.unable(bench.parse("eager", requested=False)) == ""
 
 
 def test_rounds_are_interleaved_and_rotate():
@@ -328,7 +328,7 @@ def test_the_page_is_self_contained(saved, result):
 
 def test_other_files_are_not_taken_for_results(tmp_path):
     for data in ([], {}, {"schema": "accel-bench/2", "rows": []}):
-        with pytest.raises(UserError, match="no benchmark result"):
+        with pytest.raises(UserError, match="not a benchmark result"):
             documents.check_schema(data, "x.json")
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from accel.bench.roofline import Flops, count_flops, floor_seconds, measure_bandwidth, measure_peak, weight_bytes
+from accel.bench.roofline import Flops, count_flops, measure_bandwidth, measure_peak, roofline_seconds, weight_bytes
 from accel.errors import UserError
 from accel.models.topology import TOPOLOGIES
 
@@ -125,11 +125,11 @@ def test_weight_bytes(unet):
     assert weight_bytes(nn.BatchNorm1d(4).half()) == 4 * 4 * 2 + 8  # weight, bias, mean, variance, and an int64 counter
 
 
-def test_floor_seconds_is_the_slower_of_the_two():
-    assert floor_seconds(1e12, 1e9, peak=1e12, bandwidth=1e10) == 1.0
-    assert floor_seconds(1e9, 1e10, peak=1e12, bandwidth=1e10) == 1.0
+def test_roofline_seconds_is_the_slower_of_the_two():
+    assert roofline_seconds(1e12, 1e9, peak=1e12, bandwidth=1e10) == 1.0
+    assert roofline_seconds(1e9, 1e10, peak=1e12, bandwidth=1e10) == 1.0
     with pytest.raises(UserError, match="peak"):
-        floor_seconds(1, 1, peak=0, bandwidth=1)
+        roofline_seconds(1, 1, peak=0, bandwidth=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16])

@@ -330,38 +330,6 @@ def test_a_bundles_precision_is_a_part_of_the_name_where_the_protocol_fixes_one(
     assert result["protocol"] == f"{coco.id}[sampler=dpmpp_2m,dtype=fp32,images=2]"
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "captions"),
-    [
-        ("a.csv", "file_name,text\n1.jpg,a cat\n2.jpg,a dog\n", ["a cat", "a dog"]),
-        ("a.csv", "id,caption,split\n1, a cat ,val\n", ["a cat"]),
-        ("a.csv", "image,whatever\n1.jpg,a cat\n\n", ["a cat"]),
-        ("a.csv", '\ufefftext\n"a cat,\nand ""a"" dog"\n', ['a cat,\nand "a" dog']),
-        ("a.txt", "a cat, red\na dog\n", ["a cat, red", "a dog"]),
-    ],
-)
-def test_captions_are_read(tmp_path, name, text, captions):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert evaluate.read_captions(tmp_path / name) == captions
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.csv", b"file_name,text\n1.jpg,a cat\n2.jpg,\n", "line 3: the caption is empty"),
-        ("a.csv", b"file_name,text\n1.jpg\n", "line 2"),
-        ("a.csv", b"", "no column"),
-        ("a.csv", b"x\ny\n", "no column"),
-        ("a.txt", b"a cat\n\na dog\n", "line 2"),
-        ("a.csv", b"a,text\n1,\xff\n", "UTF-8"),
-    ],
-)
-def test_captions_that_cannot_be_used_name_the_line(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        evaluate.read_captions(tmp_path / name)
-
-
 def test_real_images_statistics_are_taken_where_the_protocol_takes_them(tmp_path):
     path = tmp_path / "real.npz"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))

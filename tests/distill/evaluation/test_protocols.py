@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from accel.assets import DIGITS
 from accel.commands.evaluate import PROTOCOL_NAMES
-from accel.distill.evaluation import generators, metrics
+from accel.distill.evaluation import metrics
 from accel.distill.evaluation.protocols import PROTOCOLS, full_id, overridden, protocol, sampling_changes, schedulers
+from accel.dtypes import SHORT
 from accel.errors import UserError
 from accel.sampling import Sampling
 from accel.sampling.samplers import SAMPLERS
@@ -26,7 +27,7 @@ def test_the_command_line_lists_every_protocol_and_every_metric_has_its_adapter(
         assert found.prompts in ("digits", "captions") and found.format in ("png", "jpeg")
         assert bool(found.captions_source) == (found.prompts == "captions")
         assert bool(found.reference_source) == bool(found.reference_images)
-        assert found.sampling.sampler in schedulers() and found.dtype in (None, *generators.DTYPES)
+        assert found.sampling.sampler in schedulers() and found.dtype in (None, *SHORT)
         for metric in found.metrics:
             assert metric.kind in ("digits", "frechet", "inception_score", "clip_score")
             assert metric.kind in ("digits", "clip_score") or metric.extractor in metrics.EXTRACTORS

@@ -1,0 +1,38 @@
+"""Names of dtypes: the short ones of the command line, the numpy-style ones of the manifest, and torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SHORT = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})
+FLOATS = tuple(SHORT.values())
+TENSORS = (*FLOATS, "int64", "int32")  # what the inputs and outputs of a component may be
+
+
+def torch_dtype(name: str, known: Collection[str] = (*SHORT, *TENSORS), what: str = "dtype") -> torch.dtype:
+    """torch's dtype of a short or a numpy-style name: of fp16 as of float16.
+
+    Args:
+        known: the names that may be given here.
+        what: what the error calls it.
+
+    Raises:
+        UserError: for a name that is not one of `known`.
+    """
+    check_dtype(name, known, what)
+    import torch
+
+    return getattr(torch, SHORT.get(name, name))
+
+
+def check_dtype(name: str, known: Collection[str], what: str = "dtype") -> None:
+    """Raises a UserError for a name that is not one of `known`, without importing torch."""
+    from .errors import UserError
+
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}", f"one of: {', '.join(known)}")
