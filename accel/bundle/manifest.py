@@ -42,12 +42,12 @@ class Component:
         dims: range of each symbolic dimension.
         dtype: dtype of weights and of the floating-point inputs and outputs.
         float32: modules that compute in float32 although `dtype` is lower.
-        wide: those of them whose output is float32 too, because it would not fit.
+        fp32_output: those of them whose output stays float32 too, because it exceeds the range of `dtype`.
         parameters: number of parameters.
         parity: what the export measured against torch.
-        int8: how it is quantised, empty where it is not: `recipe`; `layers` (name -> traits,
+        int8: how it is quantized, empty where it is not: `config` (`accel.int8.config`); `layers` (name -> traits,
             `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one);
-            `calibration`; `audit`; `verdict`.
+            `calibration`; `audit`; `acceptance`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Component:
     dims: Mapping[str, Range]
     dtype: str = "float32"
     float32: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
+    fp32_output: tuple[str, ...] = ()
     parameters: int = 0
     parity: Mapping[str, Any] = field(default_factory=dict)
     int8: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Component:
             "weights": self.weights,
             "dtype": self.dtype,
             "float32": list(self.float32),
-            **({"wide": list(self.wide)} if self.wide else {}),
+            **({"fp32_output": list(self.fp32_output)} if self.fp32_output else {}),
             "parameters": self.parameters,
             "inputs": [spec.as_dict() for spec in self.inputs],
             "outputs": [spec.as_dict() for spec in self.outputs],
@@ -91,7 +91,8 @@ class Component:
             raise ValueError(f"{name}: unknown kind {data['kind']!r}")
         if int8 := data.get("int8", {}):
             _require(data, f"component {name}", int8=dict)
-            _require(int8, f"int8 of {name}", recipe=dict, layers=dict, graphs=dict, calibration=dict)
+            int8 = _int8_of(int8)
+            _require(int8, f"int8 of {name}", config=dict, layers=dict, graphs=dict, calibration=dict)
         for dim, limits in data["dims"].items():
             _require(limits, f"dimension {dim}", min=int, opt=int, max=int, multiple=int)
         return cls(
@@ -104,7 +105,7 @@ class Component:
             dims={dim: Range(**limits) for dim, limits in data["dims"].items()},
             dtype=str(data["dtype"]),
             float32=tuple(data["float32"]),
-            wide=tuple(data.get("wide", ())),
+            fp32_output=tuple(data.get("fp32_output", data.get("wide", ()))),  # `wide` in 0.1
             parameters=int(data["parameters"]),
             parity=data["parity"],
             int8=int8,
@@ -212,6 +213,21 @@ class Manifest:
         components = {name: Component.from_dict(name, entry) for name, entry in data["components"].items()}
         plain = ("family", "topology", "pipeline", "sampler", "precision", "source", "exporter", "files")
         return cls(profile=Profile.from_dict(data["profile"]), components=components, **{k: data[k] for k in plain})
+
+
+def _int8_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's `int8` by its present keys; in 0.1 they were `recipe`, `verdict` and, in that, `offered`.
+
+    The values stay as they are written: an engine file's identity is a digest of them (`accel.trt.engine_files`).
+    """
+
+    def renamed(values: Mapping[str, Any], **names: str) -> dict[str, Any]:
+        return {names.get(key, key): value for key, value in values.items()}
+
+    int8 = renamed(data, recipe="config", verdict="acceptance")
+    if "acceptance" in int8:
+        int8["acceptance"] = renamed(int8["acceptance"], offered="enabled_engines")
+    return int8
 
 
 def _require(data: Any, what: str, **kinds: type | tuple[type, ...]) -> None:

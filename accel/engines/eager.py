@@ -61,11 +61,11 @@ class Eager(Engine):
         )
         compute = component.dtype if dtype == "auto" else DTYPES[dtype]
         if dtype == "auto":
-            networks.keep_float32(module.model, component.float32, component.wide)
+            networks.keep_float32(module.model, component.float32, component.fp32_output)
         else:
             module = module.to(getattr(torch, compute))
             if compute != "float32":
-                networks.keep_float32(module.model, component.float32, component.wide)
+                networks.keep_float32(module.model, component.float32, component.fp32_output)
         self.module = module.to(device)
         self.device = device
         self.compute = getattr(torch, compute)

@@ -79,7 +79,7 @@ def choose(
 
 
 def _check_parity(component: Component) -> None:
-    parity = component.int8.get("verdict", {}).get("parity", {})
+    parity = component.int8.get("acceptance", {}).get("parity", {})
     if parity.get("ok") is False:
         raise UserError(
             f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
@@ -91,7 +91,7 @@ def _check_parity(component: Component) -> None:
 def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
     _check_parity(component)
-    name, verdict = component.name, component.int8.get("verdict", {})
+    name, acceptance = component.name, component.int8.get("acceptance", {})
     able = [engine for engine in ("openvino", "onnxruntime") if status(engine).ok] + ["tensorrt"] * (
         engine_file is not None
     )
@@ -100,24 +100,24 @@ def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     }
     measured = {
         engine: entry
-        for engine, entry in verdict.get("engines", {}).items()
-        if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
+        for engine, entry in acceptance.get("engines", {}).items()
+        if engine in places and entry.get("on", acceptance.get("machine")) == places[engine]
     }
     if engine_file is not None and "tensorrt" not in measured:
         _not_measured(component, "tensorrt")
         return "tensorrt"
-    offered = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
-    faster = {engine: entry["int8_seconds"] for engine, entry in offered.items() if engine in able}
+    enabled = {engine: entry for engine, entry in measured.items() if engine in acceptance.get("enabled_engines", ())}
+    faster = {engine: entry["int8_seconds"] for engine, entry in enabled.items() if engine in able}
     if faster:
         return min(faster, key=faster.__getitem__)
-    if offered:
+    if enabled:
         raise UserError(
-            f"int8 of {name} is worth it on {' and '.join(offered)} alone, which cannot run here now",
+            f"int8 of {name} is worth it on {' and '.join(enabled)} alone, which cannot run here now",
             f"accel doctor says why; name one of {', '.join(able)} to use it all the same",
         )
     if measured:
         raise UserError(
-            f"int8 of {name} is not faster than {verdict.get('against', 'float32')} on this machine ("
+            f"int8 of {name} is not faster than {acceptance.get('against', 'float32')} on this machine ("
             + ", ".join(f"{engine} {entry.get('speedup', 0):.2f}x" for engine, entry in measured.items())
             + "), so auto does not choose it",
             "name an engine to use it all the same, or export with --precision auto",
