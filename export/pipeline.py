@@ -30,14 +30,13 @@ from .constants import checked_sampler, own_sampler, pipeline_constants
 from .graph import component, trace
 from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
-from .int8.quantize import quantize
+from .int8.quantize import Progress, quantize
 from .int8.settings import Int8Settings, complete, refuse_changes
 from .int8.unsupported import refuse_control
 from .share import share_files
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _STAGES = 4
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

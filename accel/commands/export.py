@@ -15,32 +15,9 @@ from .options import add_build, build_engine_files, build_options, stages
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = (
-    "lora",
-    "unet",
-    "vae",
-    "adapter",
-    "controlnet",
-    "base",
-    "variant",
-    "sampler",
-    "steps",
-    "guidance",
-    "profile",
-    "opset",
-    "components",
-)
-_OF_INT8 = (
-    "calibration",
-    "calibration_images",
-    "int8_components",
-    "int8_level",
-    "int8_keep",
-    "int8_observer",
-    "smooth",
-    "budget",
-    "sensitivity",
-)
+_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
+_OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +105,6 @@ def _triton_server(args: argparse.Namespace) -> int:
     """Write a bundle, or a pipeline by way of a temporary bundle, as a model repository."""
     import copy
     import tempfile
-    from pathlib import Path
 
     from accel.bundle import Bundle
     from accel.export.int8.settings import refuse_changes
@@ -240,7 +216,7 @@ def _bundle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
     """The options among `names` that were given, as they are typed."""
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
 

@@ -92,7 +92,8 @@ def write(
     expected = [[t.numpy() for t in run] for run in known.outputs]
     graphs = {folder / trace.GRAPH: _run(module, low)}
     if layers:
-        graphs[uint8.derive(folder)] = _with_outputs(module, low)
+        packed.set_outputs(module, True)
+        graphs[uint8.derive(folder)] = _run(module, low)
     del module, network
     gc.collect()
     step("checking against torch", 3)
@@ -147,11 +148,6 @@ def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[s
 def _run(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
     with torch.no_grad(), SummedInFloat32():
         return [[t.float().numpy() for t in module(**own)] for own in feeds]
-
-
-def _with_outputs(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
-    packed.set_outputs(module, True)
-    return _run(module, feeds)
 
 
 def _cast(feeds: Feeds, specs) -> dict[str, torch.Tensor]:

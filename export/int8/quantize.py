@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,7 +143,9 @@ def calibrate(
         Per network {layer that stays in higher precision although the config names it: why}.
     """
     for name, model in models.items():
-        fake_quant.attach(model, _config_of(settings, name), names=_trained_layers(settings, name))
+        scales = settings.trained if _is_trained(settings, name) else {}
+        trained = dict.fromkeys(key.rpartition(".")[0] for key in scales if key.endswith("_scale"))
+        fake_quant.attach(model, _config_of(settings, name), names=list(trained) or None)
     observed = {name: model for name, model in models.items() if not _is_trained(settings, name)}
     dead: list[list[str]] = []
     if observed:
@@ -199,12 +201,6 @@ def _by_sensitivity(
 
 def _is_trained(settings: Int8Settings, name: str) -> bool:
     return settings.trained is not None and name == "unet"
-
-
-def _trained_layers(settings: Int8Settings, name: str) -> Sequence[str] | None:
-    if not _is_trained(settings, name):
-        return None
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in settings.trained if key.endswith("_scale")))
 
 
 def _without_layers(models: Mapping[str, nn.Module], settings: Int8Settings) -> list[str]:
