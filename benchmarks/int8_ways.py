@@ -24,7 +24,7 @@ ALTERNATIVES = {
     "+ queries, keys, values": Int8Config(level="qkv"),
     "all, range: max": Int8Config(observer="max"),
     "all, range: percentile 99.99": Int8Config(observer="percentile"),
-    "all, begin-of-text not apart": Int8Config(exclude_bos=False),
+    "all, begin-of-text not excluded": Int8Config(exclude_bos=False),
     "all, SmoothQuant 0.5": Int8Config(smooth=0.5),
     "all, outputs of convolutions float": Int8Config(outputs=False),
 }
@@ -48,7 +48,7 @@ def ways(
     other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
     yield "*wrong:* other timesteps", Int8Config(), seeing(lambda: replace(right, sampling=other).run(pipeline))
     yield "*wrong:* random latents, the pipeline never run", Int8Config(), seeing(random_latents(pipeline))
-    yield "*wrong:* the field's usual collector, 16 batches", Int8Config(), usual_observer(right, pipeline)
+    yield "*wrong:* the usual observer, 16 batches", Int8Config(), usual_observer(right, pipeline)
 
 
 def random_latents(pipeline: Pipeline) -> Callable[[], None]:
