@@ -54,7 +54,7 @@ _MOVED = {
         "component onnx=trace check precision islands=fp32_fallback float16=fp16_reference half=fp16 uint8"
     ),
     ("accel.export", "accel.export.int8"): (
-        "int8_options=options quantize calibration sensitivity "
+        "int8_options=settings quantize calibration sensitivity "
         "parity=image_parity gate=acceptance verdict=speed int8_audit=audit int8_limits=unsupported"
     ),
     ("accel.export", "accel.export.tensorrt"): "plan_audit=audit operators memory shapes timing_cache",

@@ -32,6 +32,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
 
 
+@contextlib.contextmanager
+def temporary_caches() -> Iterator[dict[str, str]]:
+    """Empty caches of accel and torch.compile for a block, deleted after it: a measurement must neither find what the
+    user compiled earlier nor leave anything behind.
+
+    Yields:
+        The environment variables that name the caches, for child processes.
+    """
+    with tempfile.TemporaryDirectory(prefix="accel-caches-") as folder:
+        caches = {"ACCEL_CACHE": f"{folder}/accel", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        before = {name: os.environ.get(name) for name in caches}
+        os.environ.update(caches)
+        try:
+            yield caches
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

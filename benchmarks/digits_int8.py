@@ -4,11 +4,11 @@
     python benchmarks/digits_int8.py out/digits-int8 --models digits digits/tiny --skip trained --images 50
     python benchmarks/digits_int8.py out/digits-int8 --students my-1-step my-4-step
 
-takes the teacher, tiny, and whichever few-step students are beside them. Each is exported in float32 and quantised in
+takes the teacher, tiny, and whichever few-step students are beside them. Each is exported in float32 and quantized in
 several ways in torch (the arithmetic of the exported graphs), exported in int8 for every engine, and trained on for
-`--qat-steps` updates with rounding, and as long without. Judged are `--images` images of the prompts of
-`accel.distill.sources.digits.prompt_set`: how many are the digit asked for, their Frechet
-distance to held-out real digits, and the PSNR against float32's from the same noise.
+`--qat-steps` updates with rounding, and as long without. `--images` images of the prompts of
+`accel.distill.sources.digits.prompt_set` are evaluated: the share that shows the digit asked for, their Frechet
+distance to held-out real digits, and the PSNR against float32's images from the same noise.
 
 Every row is a file in the out folder: a run that was interrupted goes on. A model whose weights changed is another
 model. `--write` makes benchmarks/digits-int8.json and the tables of docs/int8.md of the rows that are there. `--ship`
@@ -43,7 +43,7 @@ from accel.distill.sources import digits
 from accel.engines import status
 from accel.errors import Notice
 from accel.export.int8.calibration import Calibration
-from accel.export.int8.options import Options
+from accel.export.int8.settings import Int8Settings
 from accel.export.pipeline import export_pipeline
 from accel.files import digest_of, write_json
 from accel.int8 import fake_quant
@@ -96,7 +96,7 @@ class Model:
 
     @property
     def low(self) -> Path:
-        return self.bundle(str(self.high), "int8", precision="int8", int8=Options(prompts=PROMPTS))
+        return self.bundle(str(self.high), "int8", precision="int8", int8=Int8Settings(prompts=PROMPTS))
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -117,7 +117,7 @@ class Model:
         if not path.is_file():
             started = time.perf_counter()
             images = make()
-            found = {"way": way, **judged(images), "psnr": min(psnr(images, self.truth, 1.0), 100.0)}
+            found = {"way": way, **evaluated(images), "psnr": min(psnr(images, self.truth, 1.0), 100.0)}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, found)
             say(f"{self.name}, {way}: {json.dumps(found)} ({time.perf_counter() - started:.0f} s)")
@@ -134,7 +134,7 @@ def draw(pipeline: Pipeline, images: int) -> np.ndarray:
     return Calibration(texts, FIRST_NOISE).run(pipeline)
 
 
-def judged(images: np.ndarray) -> dict[str, float]:
+def evaluated(images: np.ndarray) -> dict[str, float]:
     """What the classifier says of images of the prompt set."""
     _, wanted = zip(*digits.prompt_set(len(images) // 10), strict=True)
     return digits_quality.evaluate(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted))
@@ -146,13 +146,13 @@ def judged(images: np.ndarray) -> dict[str, float]:
 def in_torch(model: Model) -> list[dict[str, Any]]:
     few = model.few_steps is not None
     rows = []
-    for way, recipe, give in ways(model.pipeline, few):
+    for way, config, give in ways(model.pipeline, few):
 
-        def make(recipe: Int8Config = recipe, give: Callable = give) -> np.ndarray:
+        def make(config: Int8Config = config, give: Callable = give) -> np.ndarray:
             unet = model.pipeline.engines["unet"].module.model
-            fake_quant.attach(unet, recipe)
+            fake_quant.attach(unet, config)
             try:
-                give(unet, recipe)
+                give(unet, config)
                 return draw(model.pipeline, model.images)
             finally:
                 fake_quant.detach(unet)
@@ -184,7 +184,7 @@ def trained(model: Model, steps: int) -> list[dict[str, Any]]:
         kind = f"{'qat' if qat else 'plain'}-{steps}"
         pipeline = model.folder / kind
         for precision, way in rows_of.items():
-            low = dict(precision="int8", int8=Options(networks=("unet",), prompts=PROMPTS))
+            low = dict(precision="int8", int8=Int8Settings(components=("unet",), prompts=PROMPTS))
             options = low if precision == "int8" else {}
 
             def make() -> np.ndarray:
@@ -259,7 +259,7 @@ def compare(model: Model, parts: tuple[str, ...], qat_steps: int) -> dict[str, A
         "rows": rows,
         "unet_bytes": size,
         "int8": {
-            name: {key: record.int8[key] for key in ("verdict", "audit")}
+            name: {key: record.int8[key] for key in ("acceptance", "audit")}
             if record.int8
             else {"tried": record.parity.get("int8_tried")}
             for name, record in bundle.manifest.components.items()
@@ -287,7 +287,7 @@ def tables(models: list[Mapping[str, Any]]) -> str:
     ]
     for model in models:
         unet, size = model["int8"]["unet"], model["unet_bytes"]
-        for engine, entry in unet["verdict"]["engines"].items():
+        for engine, entry in unet["acceptance"]["engines"].items():
             line = f"| {model['model']} | {size['float32'] / 1e6:.1f} to {size['int8'] / 1e6:.1f} | {engine} | "
             if "error" in entry:
                 lines.append(f"{line}{entry['error']} | | | |")

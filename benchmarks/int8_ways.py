@@ -1,4 +1,4 @@
-"""Ways to find the ranges of an int8 UNet: right ones, and three that are usual and wrong."""
+"""Ways to calibrate an int8 UNet: correct ones, and three that are common and wrong."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ALTERNATIVES = {
     "convolutions only": Int8Config(level="conv"),
     "+ feed-forward": Int8Config(level="ff"),
     "+ queries, keys, values": Int8Config(level="qkv"),
-    "all, range: max": Int8Config(collector="max"),
-    "all, range: percentile 99.99": Int8Config(collector="percentile"),
-    "all, begin-of-text not apart": Int8Config(bos_apart=False),
+    "all, range: max": Int8Config(observer="max"),
+    "all, range: percentile 99.99": Int8Config(observer="percentile"),
+    "all, begin-of-text not excluded": Int8Config(exclude_bos=False),
     "all, SmoothQuant 0.5": Int8Config(smooth=0.5),
     "all, outputs of convolutions float": Int8Config(outputs=False),
 }
@@ -33,26 +33,26 @@ ALTERNATIVES = {
 def ways(
     pipeline: Pipeline, few: bool
 ) -> Iterator[tuple[str, Int8Config, Callable[[torch.nn.Module, Int8Config], Any]]]:
-    """(name, recipe, what gives the attached layers of a network their ranges)."""
+    """(name, int8 config, function that sets the ranges of the fake-quantized layers of a network)."""
     right = calibration(read_prompts(PROMPTS), 32)
 
     def seeing(run: Callable[[], Any]) -> Callable[[torch.nn.Module, Int8Config], Any]:
-        return lambda unet, recipe: observe([unet], recipe, run)
+        return lambda unet, config: observe([unet], config, run)
 
     calibrated = seeing(lambda: right.run(pipeline))
     yield "all layers", Int8Config(), calibrated
     yield "all, and attention's scores", Int8Config(level="scores"), calibrated
     yield "all, and both products of attention", Int8Config(level="attention"), calibrated
     if few:  # 25 steps with guidance take twelve times as long
-        yield from ((way, recipe, calibrated) for way, recipe in ALTERNATIVES.items())
+        yield from ((way, config, calibrated) for way, config in ALTERNATIVES.items())
     other = dict(sampler="dpmpp_2m", steps=25, guidance_scale=3.0) if few else dict(sampler="dmd2", steps=1)
     yield "*wrong:* other timesteps", Int8Config(), seeing(lambda: replace(right, sampling=other).run(pipeline))
     yield "*wrong:* random latents, the pipeline never run", Int8Config(), seeing(random_latents(pipeline))
-    yield "*wrong:* the field's usual collector, 16 batches", Int8Config(), usual_collector(right, pipeline)
+    yield "*wrong:* the usual observer, 16 batches", Int8Config(), usual_observer(right, pipeline)
 
 
 def random_latents(pipeline: Pipeline) -> Callable[[], None]:
-    """The wrong calibration of tools that never run the pipeline: normal noise at random timesteps and contexts."""
+    """The calibration of tools that never run the pipeline, which is wrong: noise at random timesteps and contexts."""
     generator = torch.Generator().manual_seed(0)
     unet = pipeline.engines["unet"]
     dims = {name: limits.min for name, limits in unet.component.dims.items()} | {"batch": 1}
@@ -69,17 +69,17 @@ def random_latents(pipeline: Pipeline) -> Callable[[], None]:
     return run
 
 
-def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8Config], None]:
-    """The field's collector: sums of batch maxima per step, divided by the number of steps, the least of all steps.
+def usual_observer(right: Calibration, pipeline: Pipeline) -> Callable[[torch.nn.Module, Int8Config], None]:
+    """The usual observer: batch maxima summed per step and divided by the number of steps; the least of all steps.
 
-    (ModelOpt's PercentileCalibrator; it sees 16 batches of one image here, as its examples do.)
+    (ModelOpt's PercentileCalibrator; as in its examples it sees 16 batches, here of one image.)
     """
     own = pipeline.bundle.manifest.sampler
     steps = len(own["timesteps"]) if "timesteps" in own else own["steps"]
     sums: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
 
-    def collect(name: str) -> Callable[[torch.Tensor], None]:
+    def observer(name: str) -> Callable[[torch.Tensor], None]:
         def see(x: torch.Tensor) -> None:
             step = calls.get(name, 0) % steps
             calls[name] = calls.get(name, 0) + 1
@@ -88,9 +88,9 @@ def usual_collector(right: Calibration, pipeline: Pipeline) -> Callable[[torch.n
 
         return see
 
-    def give(unet: torch.nn.Module, recipe: Int8Config) -> None:
+    def give(unet: torch.nn.Module, config: Int8Config) -> None:
         for name, quantizer in fake_quant.ranges(unet):
-            quantizer.observer = collect(name)
+            quantizer.observer = observer(name)
         fake_quant.set_mode(unet, "observe")
         for index in range(16):
             Calibration(right.prompts[index : index + 1], index).run(pipeline)

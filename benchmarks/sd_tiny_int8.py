@@ -3,7 +3,7 @@
     python benchmarks/sd_tiny_int8.py out/sd-tiny-int8 --threads 1 --write
 
 512 px (latents of 64 x 64), batch 1. Speed and parity per layer do not depend on what weights have learned; images
-do, and are not judged. Text encoder and VAE are narrow: they only feed the UNet.
+do, and are not evaluated. Text encoder and VAE are narrow: they only feed the UNet.
 
 Every step and every timed call is kept in the out folder: a run that was interrupted goes on. `--write` makes
 benchmarks/sd-tiny-int8.json and the table of docs/int8.md. `--narrow` tries everything on a network of toy size.
@@ -33,7 +33,7 @@ from accel.errors import UserError
 from accel.export.graph import check
 from accel.export.graph.trace import example
 from accel.export.graph.uint8 import FILE
-from accel.export.int8.options import Options
+from accel.export.int8.settings import Int8Settings
 from accel.export.pipeline import export_pipeline
 from accel.files import write_json
 from accel.int8 import packed
@@ -46,7 +46,7 @@ from accel.parity import relative_l2
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/sd-tiny-int8.json", ROOT / "docs/int8.md"
 SAMPLER = {"name": "dmd2", "timesteps": [999, 749, 499, 249], "guidance": 0.0}
-# What is to be shown: the best engine's speed over the best float32, and distances over fake quantisation's own.
+# What is to be shown: the best engine's speed over the best float32, and distances over fake quantization's own.
 FASTER, FARTHER = 2.5, 1.2
 
 
@@ -142,7 +142,7 @@ def load(variant: Variant, out: Path, threads: int) -> Engine:
     return load_engine(bundle, "unet", variant.engine, verify=False, **options)
 
 
-def race(out: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
+def benchmark(out: Path, rounds: int, threads: int, kept: Path) -> dict[str, Any]:
     """Seconds of a UNet call per variant, taking turns, and the distance to eager float32; kept call by call."""
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     seconds = lambda name: found.setdefault(name, {}).setdefault("seconds", [])  # noqa: E731
@@ -209,13 +209,13 @@ def per_layer(low: Path) -> dict[str, Any]:
     return found
 
 
-def figures(race: dict[str, Any]) -> dict[str, Any]:
-    """Medians, speed over eager and over the best float32 engine, and distance over fake quantisation's own."""
-    median = {name: statistics.median(row["seconds"]) for name, row in race.items() if row.get("seconds")}
+def figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """Medians, speed over eager and over the best float32 engine, and distance over fake quantization's own."""
+    median = {name: statistics.median(row["seconds"]) for name, row in measured.items() if row.get("seconds")}
     plain = min(value for name, value in median.items() if name.endswith("fp32"))
     rows = {}
-    for name, row in race.items():
-        like = race.get(VARIANTS[name].like, {}).get("relative_l2")
+    for name, row in measured.items():
+        like = measured.get(VARIANTS[name].like, {}).get("relative_l2")
         rows[name] = {key: row[key] for key in ("error", "relative_l2", "description") if key in row}
         if name in median:
             rows[name] |= {
@@ -225,7 +225,7 @@ def figures(race: dict[str, Any]) -> dict[str, Any]:
                 "over_best_fp32": plain / median[name],
             }
         if like and "relative_l2" in row:
-            rows[name]["over_fake_quantisation"] = row["relative_l2"] / like
+            rows[name]["over_fake_quantization"] = row["relative_l2"] / like
     return rows
 
 
@@ -238,10 +238,10 @@ def table(found: dict[str, Any]) -> str:
         cells = [f"{row['median_seconds']:.2f}" if "median_seconds" in row else row.get("error", "not measured")]
         cells += [f"{row[key]:.2f}x" if key in row else "" for key in ("over_eager", "over_best_fp32")]
         cells += [f"{row['relative_l2']:.1e}" if "relative_l2" in row else ""]
-        cells += [f"{row['over_fake_quantisation']:.2f}x" if "over_fake_quantisation" in row else ""]
+        cells += [f"{row['over_fake_quantization']:.2f}x" if "over_fake_quantization" in row else ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     best = max((row.get("over_best_fp32", 0.0) for name, row in found["rows"].items() if "int8" in name), default=0.0)
-    far = max((row.get("over_fake_quantisation", 0.0) for row in found["rows"].values()), default=0.0)
+    far = max((row.get("over_fake_quantization", 0.0) for row in found["rows"].values()), default=0.0)
     about = [
         f"`{name}`: layers in int8: "
         + ", ".join(f"{engine} {audit['share']:.0%}" for engine, audit in low["audit"].items())
@@ -268,8 +268,12 @@ def low_bundle(args: argparse.Namespace, name: str, say: Callable[[str, float], 
     """An int8 bundle of `LEVELS`, made once, and what is known of it."""
     low, layers = args.out / name, args.out / f"{name}-layers.json"
     if not low.exists():
-        options = Options(
-            Int8Config(level=LEVELS[name]), images=args.images, judged=1, networks=("unet",), threads=args.threads
+        options = Int8Settings(
+            Int8Config(level=LEVELS[name]),
+            images=args.images,
+            evaluation_images=1,
+            components=("unet",),
+            threads=args.threads,
         )
         export_pipeline(args.out / "float32", low, precision="int8", int8=options, progress=say)
     if not layers.exists():
@@ -281,7 +285,7 @@ def low_bundle(args: argparse.Namespace, name: str, say: Callable[[str, float], 
         "unet_bytes": unet_bytes(low),
         "audit": dict(record.int8["audit"]),
         "layers": json.loads(layers.read_text()),
-        "verdict": record.int8["verdict"],
+        "acceptance": record.int8["acceptance"],
         "export": {key: record.parity[key] for key in ("relative_l2", "torch_relative_l2", FILE)},
     }
 
@@ -321,7 +325,7 @@ def main() -> None:
         "narrow": args.narrow,
         "bundles": bundles,
         "float32_unet_bytes": unet_bytes(high),
-        "rows": figures(race(args.out, args.rounds, args.threads, args.out / "race.json")),
+        "rows": figures(benchmark(args.out, args.rounds, args.threads, args.out / "race.json")),
     }
     print(table(found))
     if args.write:

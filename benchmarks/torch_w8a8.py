@@ -6,7 +6,7 @@
 The SD-Tiny UNet at real size with random weights, 512 px. Linear layers are products of int8 by int8 into int32
 (`torch._int_mm`, cuBLASLt); torch has no integer convolution, so convolutions become the same products of their
 patches. Each is measured eager and compiled, taking turns with float16, and its output is compared with fake
-quantisation's. What is printed is what was measured: this script has never been run on a GPU.
+quantization's. What is printed is what was measured: this script has never been run on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class W8A8(nn.Module):
     """A product of int8 activations and int8 weights, both symmetric, into int32.
 
     Args:
-        layer: fake-quantised, with its ranges.
+        layer: fake-quantized, with its ranges.
     """
 
     def __init__(self, layer: nn.Module):
@@ -132,10 +132,10 @@ def main() -> None:
 
     feeds = (torch.randn(args.batch, 4, cells, cells), torch.tensor(499.0), torch.randn(args.batch, 77, 768))
     feeds = tuple(value.to(args.device, dtype) for value in feeds)
-    recipe = Int8Config(bos_apart=False, outputs=False, collector="max")  # as the usual W8A8 in torch
+    config = Int8Config(exclude_bos=False, outputs=False, observer="max")  # as the usual W8A8 in torch
     plain, low = build(), build()
-    fake_quant.attach(low, recipe)
-    observe([low], recipe, lambda: low(*feeds))
+    fake_quant.attach(low, config)
+    observe([low], config, lambda: low(*feeds))
     with torch.inference_mode():
         truth, fake = plain(*feeds)[0].float(), low(*feeds)[0].float()
     count, kept = replace_layers(low, feeds)
@@ -163,7 +163,7 @@ def main() -> None:
         "gpu": gpu,
         "batch": args.batch,
         "layers": {"int8": count, name: kept},
-        "distance": {"fake quantisation": distance(fake), "W8A8": distance(made)},
+        "distance": {"fake quantization": distance(fake), "W8A8": distance(made)},
         "milliseconds": {way: 1e3 * statistics.median(values) for way, values in times.items()},
     }
     print(json.dumps({key: value for key, value in found.items() if key != "machine"}, indent=2))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from accel.bundle import Bundle, Component, Manifest, finalize
+from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of
 from accel.bundle.shape_profiles import Range
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.errors import UserError
-from accel.files import new_folder, require_space
+from accel.files import new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models.control_networks import match_adapter, match_controlnet
 from accel.models.lora import LoraFile
@@ -29,13 +29,31 @@ from .graph import component, trace
 from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
-from .int8 import options
+from .int8.quantize import Progress, quantize
+from .int8.settings import Int8Settings, complete, refuse_changes
 from .int8.unsupported import refuse_control
 from .pipeline_files import copy_pipeline_files
 
 COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 _STAGES = 4
-Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a pipeline becomes a float bundle; `export_pipeline` describes each option."""
+
+    profile: str = "native"
+    opset: int = trace.DEFAULT_OPSET
+    components: tuple[str, ...] = COMPONENTS
+    sampler: Mapping[str, Any] | None = None
+    adapter: bool | str | Path = False
+    controlnet: str | Path | None = None
+    loras: tuple[str | Path | LoraFile, ...] = ()
+    share: str | Path | None = None
+
+    def changed(self) -> list[str]:
+        """Names of the options that differ from their defaults."""
+        return [option.name for option in fields(self) if getattr(self, option.name) != option.default]
 
 
 def export_pipeline(
@@ -53,7 +71,7 @@ def export_pipeline(
     share: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
-    int8: options.Options | None = None,
+    int8: Int8Settings | None = None,
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
@@ -72,75 +90,81 @@ def export_pipeline(
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
-        int8: how to quantise, where the precision asks for it.
+        int8: how to quantize, if the precision asks for it.
 
     Raises:
-        UserError: for a source that cannot be exported, or a graph that differs from torch by more than the gate.
+        UserError: for a source that cannot be exported, or a graph that differs from torch by more than the limit.
     """
     check_precision(precision)
     trace.check_opset(opset)
+    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
     if precision in INT8:
-        wanted = int8 or options.Options()
-        _check_int8(components, share is not None)
-        if precision != "auto" and (not wanted.networks or "unet" in wanted.networks):
-            _check_controlled(model, adapter, controlnet)
-        high = partial(
-            export_pipeline,
-            model,
-            profile=profile,
-            opset=opset,
-            components=components,
-            sampler=sampler,
-            adapter=adapter,
-            controlnet=controlnet,
-            loras=loras,
-            overwrite=True,
+        settings = replace(int8 or Int8Settings(), precision=precision)
+        return _export_int8(model, Path(out), options, settings, overwrite, progress)
+    return _export_float(_open(model, options), Path(out), options, precision, overwrite, progress)
+
+
+def _open(model: str | Path | Source, options: _Options) -> Source:
+    if isinstance(model, Source):
+        return model
+    adapter = None if isinstance(options.adapter, bool) else options.adapter
+    return open_source(model, options.loras, adapter=adapter, controlnet=options.controlnet)
+
+
+def _export_int8(
+    model: str | Path | Source,
+    out: Path,
+    options: _Options,
+    settings: Int8Settings,
+    overwrite: bool,
+    progress: Progress,
+) -> Bundle:
+    """Quantize a float32 bundle, or export a pipeline as one first. Everything is checked before that."""
+    refuse_existing(out, overwrite)
+    _check_int8(model, options, settings)
+    if not isinstance(model, Source) and is_bundle(model):
+        refuse_changes(model, options.changed())
+        bundle = Bundle.open(model)
+        settings = complete(settings, bundle.manifest.source["name"])
+        bundle.verify()
+        return quantize(bundle, out, settings, overwrite=overwrite, progress=progress)
+    source = _open(model, options)
+    settings = complete(settings, source.name, source)
+    float32 = out.parent / f".{out.name}.float"
+    refuse_existing(float32, overwrite=True)  # it is deleted at the end, whoever made it
+    try:
+        bundle = _export_float(source, float32, options, "fp32", True, lambda stage, done: progress(stage, 0.3 * done))
+        return quantize(
+            bundle, out, settings, overwrite=overwrite, progress=lambda stage, done: progress(stage, 0.3 + 0.7 * done)
         )
-        changes = {
-            "profile": profile != "native",
-            "opset": opset != trace.DEFAULT_OPSET,
-            "sampler": sampler,
-            "components": components != COMPONENTS,
-            "adapter": adapter,
-            "controlnet": controlnet,
-            "loras": loras,
-        }
-        return options.export(
-            model,
-            Path(out),
-            precision,
-            wanted,
-            high,
-            loras=loras,
-            overwrite=overwrite,
-            progress=progress,
-            changes=[name for name, change in changes.items() if change],
-        )
-    if not isinstance(model, Source):
-        folder = None if isinstance(adapter, bool) else adapter
-        model = open_source(model, loras, adapter=folder, controlnet=controlnet)
-    source = model
-    base = None if share is None else Bundle.open(share)
-    names = _component_names(source, components)
+    finally:
+        shutil.rmtree(float32, ignore_errors=True)
+
+
+def _export_float(
+    source: Source, out: Path, options: _Options, precision: str, overwrite: bool, progress: Progress
+) -> Bundle:
+    base = None if options.share is None else Bundle.open(options.share)
+    names = _component_names(source, options.components)
     pipeline = pipeline_constants(source)
-    sampling = checked_sampling(sampler) if sampler else own_sampling(source)
-    shapes = parse_profile(profile, native=pipeline["native_size"])
+    sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
+    shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
-    inputs = _unet_inputs(source, shapes.tokens, adapter is True)
+    inputs = _unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
     )
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
-    require_space(Path(out).absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    require_space(out.absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
+    with new_folder(out, overwrite=overwrite) as folder:
         records = {}
         for i, name in enumerate(names):
 
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
-            records[name] = _export_component(source, name, folder / name, dims, precision, opset, inputs, step)
+            records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
         copy_pipeline_files(source, folder)
         manifest = Manifest(
             family=source.family,
@@ -151,7 +175,7 @@ def export_pipeline(
             precision=precision,
             source={"name": source.name, "weights_sha256": source.digest(parts)} | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
-            | {"opset": opset, "method": "torch.onnx.export(dynamo=True)"},
+            | {"opset": options.opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,
         )
         progress("digests", 0.99)
@@ -162,18 +186,16 @@ def export_pipeline(
     return Bundle.open(out)
 
 
-def _check_int8(components: Sequence[str], shares: bool) -> None:
-    if missing := {"text_encoder", "unet", "vae_decoder"} - set(components):
+def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Settings) -> None:
+    if missing := {"text_encoder", "unet", "vae_decoder"} - set(options.components):
         raise UserError(
             f"int8 is calibrated on whole images, which need the {' and the '.join(sorted(missing))} too",
             "leave --components out",
         )
-    if shares:
+    if options.share is not None:
         raise UserError("an int8 bundle cannot share files with another one", "leave --share out")
-
-
-def _check_controlled(model: str | Path | Source, adapter: Any, controlnet: Any) -> None:
-    if adapter or controlnet or isinstance(model, Source) and any(map(model.has, control_components())):
+    controlled = isinstance(model, Source) and any(map(model.has, control_components()))
+    if settings.requires("unet") and (options.adapter or options.controlnet or controlled):
         refuse_control()
 
 
@@ -216,7 +238,7 @@ def _export_component(
     name: str,
     folder: Path,
     dims: Mapping[str, Range],
-    recipe: str,
+    precision: str,
     opset: int,
     inputs: UNetInputs,
     step: Callable[[str, int], None],
@@ -231,7 +253,7 @@ def _export_component(
     limits = {dim: dims[dim] for dim in sorted(used)}
     # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.
     scaling_factor = pipeline_constants(source)["scaling_factor"]
-    known = component.truth(network, limits, recipe, family=source.family, scaling_factor=scaling_factor)
+    known = component.truth(network, limits, precision, family=source.family, scaling_factor=scaling_factor)
     networks.save_config(network, folder)
     record = component.write(network, known, limits, folder, opset=opset, step=step)
     return replace(record, parity=record.parity | {"export_seconds": round(time.perf_counter() - started, 2)})

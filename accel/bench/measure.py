@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
+from ..files import temporary_caches
 from ..pipeline import Pipeline, component_names
 from . import facts, quality, timing, variants, work
 from .document import Document
@@ -76,7 +75,7 @@ def measure(
     bundle.verify([bundle.component(name).folder for name in names])
     state = State(bundle, list(chosen if chosen is not None else variants.chosen(None)), settings)
     try:
-        with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, _caches(Path(folder)) as caches:
+        with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, temporary_caches() as caches:
             state.settings = work.with_control(settings, bundle, Path(folder))
             state.environment = facts.environment(state)
             _probe(state, caches, progress)
@@ -93,22 +92,6 @@ def measure(
         images = {REFERENCE: state.reference.pixels} | images
     failed = tuple(v.name for v in state.variants if v.requested and v.name in state.reasons)
     return Result(document, images, failed)
-
-
-@contextlib.contextmanager
-def _caches(folder: Path) -> Iterator[dict[str, str]]:
-    """Engine caches that start empty, so that load and first-image times are those of a machine that never ran this."""
-    fresh = {"ACCEL_CACHE": str(folder / "accel"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    before = {name: os.environ.get(name) for name in fresh}
-    os.environ.update(fresh)
-    try:
-        yield fresh
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:

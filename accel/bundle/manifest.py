@@ -35,7 +35,7 @@ _REQUIRED = {
     "components": Mapping[str, dict],
     "files": Mapping[str, {"sha256": str, "bytes": int}],
 }
-_INT8 = dict.fromkeys(("recipe", "layers", "graphs", "calibration"), dict)
+_INT8 = dict.fromkeys(("config", "layers", "graphs", "calibration"), dict)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -56,12 +56,12 @@ class Component:
         dims: range of each symbolic dimension.
         dtype: dtype of weights and of the floating-point inputs and outputs.
         float32: modules that compute in float32 although `dtype` is lower.
-        wide: those of them whose output is float32 too, because it would not fit.
+        fp32_output: those of them whose output stays float32 too, because it exceeds the range of `dtype`.
         parameters: number of parameters.
         parity: what the export measured against torch.
-        int8: how it is quantized, empty where it is not: `recipe`; `layers` (name -> traits,
+        int8: how it is quantized, empty where it is not: `config` (`accel.int8.config`); `layers` (name -> traits,
             `accel.int8.fake_quant.TRAITS`); `graphs` (engine -> its own file, for engines that need one);
-            `calibration`; `audit`; `verdict`.
+            `calibration`; `audit`; `acceptance`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Component:
     dims: Mapping[str, Range]
     dtype: str = "float32"
     float32: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
+    fp32_output: tuple[str, ...] = ()
     parameters: int = 0
     parity: Mapping[str, Any] = field(default_factory=dict)
     int8: Mapping[str, Any] = field(default_factory=dict)
@@ -88,7 +88,9 @@ class Component:
 
     def as_dict(self) -> dict[str, Any]:
         found = asdict(self)
-        return {key: found[key] for key in found if key != "name" and (found[key] or key not in ("wide", "int8"))}
+        return {
+            key: found[key] for key in found if key != "name" and (found[key] or key not in ("fp32_output", "int8"))
+        }
 
     @property
     def folder(self) -> str:
@@ -102,6 +104,23 @@ class Component:
     def precision(self) -> str:
         """What it computes in, for people: float32, int8 + float16, ..."""
         return f"int8 + {self.dtype}" if self.int8 else self.dtype
+
+
+def _present(component: Any) -> dict[str, Any]:
+    """A component of a manifest by its present keys; in 0.1 some had other names.
+
+    The values stay as they are written: an engine file's identity is a digest of them (`accel.trt.engine_files`).
+    """
+
+    def renamed(values: Any, **names: str) -> Any:
+        return {names.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+    component = renamed(component, wide="fp32_output")
+    if int8 := component.get("int8"):
+        component["int8"] = int8 = renamed(int8, recipe="config", verdict="acceptance")
+        if "acceptance" in int8:
+            int8["acceptance"] = renamed(int8["acceptance"], offered="enabled_engines")
+    return component
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class Manifest:
             ValueError, UserError: for the first value that is missing or wrong.
         """
         records.read(_REQUIRED, data, "manifest")
-        named = {name: entry | {"name": name} for name, entry in data["components"].items()}
+        named = {name: _present(entry) | {"name": name} for name, entry in data["components"].items()}
         found = records.read(cls, data | {"components": named}, "manifest")
         Sampling.from_dict(found.sampler, "manifest: sampler")
         for name, component in found.components.items():

@@ -1,45 +1,24 @@
-"""A diffusers pipeline becomes a bundle."""
+"""Export a diffusers pipeline to a bundle."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..bundle import is_bundle
+from ..errors import Notice
 from ..int8 import summary
 from ..progress import progress
 from .options import add_build, build_engine_files, build_options, sampler_names
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
-# What says how a pipeline becomes a bundle, and what says how it becomes int8; by themselves they are None or empty.
-_OF_PIPELINES = (
-    "lora",
-    "unet",
-    "vae",
-    "adapter",
-    "controlnet",
-    "base",
-    "variant",
-    "sampler",
-    "steps",
-    "guidance",
-    "profile",
-    "opset",
-    "components",
-)
-_OF_INT8 = (
-    "calibration",
-    "calibration_images",
-    "int8_components",
-    "int8_level",
-    "int8_keep",
-    "collector",
-    "smooth",
-    "budget",
-    "sensitivity",
-)
+# Options that export a pipeline, and options of int8. Those that are not given are None or empty.
+_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
+_OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and the same image "
+        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and within the parity budget "
         "(default: fp32)",
     )
     parser.add_argument(
@@ -87,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
-    parser.add_argument("--variant", help="which weight files of the folder, such as fp16 (default: the plain ones)")
+    parser.add_argument(
+        "--variant", help="variant of the folder's weight files, such as fp16 (default: the files without one)"
+    )
     parser.add_argument(
         "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
     )
@@ -122,13 +103,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _triton_server(args: argparse.Namespace) -> int:
-    """A bundle as it is, or a pipeline by way of a bundle that is thrown away, as a model repository."""
+    """Write a bundle, or a pipeline by way of a temporary bundle, as a model repository."""
     import copy
     import tempfile
-    from pathlib import Path
 
     from accel.bundle import Bundle
-    from accel.export.int8.options import refuse_changes
+    from accel.export.int8.settings import refuse_changes
     from accel.export.triton.repository import Serving, write
     from accel.files import refuse_existing
 
@@ -157,7 +137,7 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.errors import UserError
     from accel.export.graph import trace
     from accel.export.graph.precision import INT8, check_name
-    from accel.export.int8.options import refuse_changes
+    from accel.export.int8.settings import refuse_changes
     from accel.export.pipeline import COMPONENTS, export_pipeline
     from accel.models.source import open_source
 
@@ -166,7 +146,7 @@ def _bundle(args: argparse.Namespace) -> int:
     if exported:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
     if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
-        raise UserError(f"{given[0]} is for int8, and the precision is {args.precision}", "add --precision int8")
+        raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
     if args.engine == "tensorrt":
         from accel.trt import library
         from accel.trt.cuda import Cuda
@@ -217,7 +197,7 @@ def _bundle(args: argparse.Namespace) -> int:
     for component in bundle.manifest.components.values():
         parity = component.parity
         note = f"; kept in float32: {', '.join(component.float32)}" if component.float32 else ""
-        note += f" ({parity['precision_reason']})" if component.wide else ""
+        note += f" ({parity['precision_reason']})" if component.fp32_output else ""
         if parity.get("precision_reason") and component.dtype == "float32":
             note = f"; kept in float32: {parity['precision_reason']}"
         what = "float32" if component.int8 else "torch"
@@ -231,20 +211,20 @@ def _bundle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """Those options that were typed, as they were typed."""
+def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The options among `names` that were given, as they are typed."""
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
 
 
 def _add_int8(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("int8")
-    group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: prompts of our own)")
+    group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: built-in ones)")
     group.add_argument("--calibration-images", type=int, help="images to calibrate on (default: 32)")
-    group.add_argument("--int8-components", help="what is to be int8: unet,text_encoder,vae_decoder (default: all)")
+    group.add_argument("--int8-components", help="components to quantize: unet,text_encoder,vae_decoder (default: all)")
     group.add_argument(
         "--int8-level",
-        help="conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores (+ q k^T of "
-        "self-attention) or attention (+ its weights times v)",
+        help="layers to quantize: conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores "
+        "(+ q k^T of self-attention) or attention (+ its softmax weights times v)",
     )
     group.add_argument(
         "--int8-keep",
@@ -253,42 +233,54 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
     )
-    group.add_argument("--collector", help="how ranges are chosen: mse (default), percentile or max")
+    group.add_argument("--int8-observer", help="how calibration chooses ranges: mse (default), percentile or max")
+    group.add_argument("--collector", action=_Renamed, dest="int8_observer", help=argparse.SUPPRESS)
     group.add_argument("--smooth", type=float, help="SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)")
     group.add_argument(
         "--budget",
         type=float,
         metavar="DB",
-        help="leave the most sensitive layers in higher precision until images are this close to float32's",
+        help="least PSNR of images against float32: leave the most sensitive layers in higher precision until it holds",
     )
-    group.add_argument("--sensitivity", type=Path, metavar="DIR", help="write what each layer costs, as table and plot")
+    group.add_argument(
+        "--sensitivity", type=Path, metavar="DIR", help="write a table of what each layer costs (Markdown and JSON)"
+    )
+
+
+class _Renamed(argparse.Action):
+    """The old spelling of an option: does what the new one does, and says so."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        warnings.warn(f"{option_string} is now --{self.dest.replace('_', '-')}", Notice, stacklevel=2)
+        setattr(namespace, self.dest, values)
 
 
 def _int8(args: argparse.Namespace) -> Any:
-    """The options of the group, as `accel.export` takes them."""
-    from accel.export.int8.calibration import IMAGES
-    from accel.export.int8.options import Options
+    """The options of the int8 group, as `export_pipeline` takes them."""
+    from accel.export.int8.settings import Int8Settings
     from accel.int8.config import Int8Config
 
-    given = {
-        "level": args.int8_level,
-        "keep": tuple(args.int8_keep) or None,
-        "collector": args.collector,
-        "smooth": args.smooth,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return Options(
-        recipe=Int8Config(**given) if given else None,
-        prompts=args.calibration,
-        images=IMAGES if args.calibration_images is None else args.calibration_images,
-        budget=args.budget,
-        sensitivity=args.sensitivity,
-        networks=() if args.int8_components is None else tuple(map(str.strip, args.int8_components.split(","))),
+    def given(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    config = given(
+        level=args.int8_level, keep=tuple(args.int8_keep) or None, observer=args.int8_observer, smooth=args.smooth
+    )
+    components = args.int8_components
+    return Int8Settings(
+        **given(
+            config=Int8Config(**config) if config else None,
+            prompts=args.calibration,
+            images=args.calibration_images,
+            budget=args.budget,
+            sensitivity=args.sensitivity,
+            components=None if components is None else tuple(map(str.strip, components.split(","))),
+        )
     )
 
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
-    """The sampling constants to store, where any was given; the rest from the source."""
+    """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
     from accel.export.constants import own_sampling

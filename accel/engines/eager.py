@@ -71,7 +71,7 @@ class Eager(Engine):
         if dtype != "auto":
             module = module.to(torch_dtype(compute))
         if dtype == "auto" or compute != "float32":
-            networks.keep_float32(module.model, component.float32, component.wide)
+            networks.keep_float32(module.model, component.float32, component.fp32_output)
         self.module = module.to(device)
         self.device = device
         self.compute = torch_dtype(compute)

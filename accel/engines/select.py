@@ -103,7 +103,7 @@ def choose(
 
 
 def _check_parity(component: Component) -> None:
-    parity = component.int8.get("verdict", {}).get("parity", {})
+    parity = component.int8.get("acceptance", {}).get("parity", {})
     if parity.get("ok") is False:
         raise UserError(
             f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
@@ -115,20 +115,20 @@ def _check_parity(component: Component) -> None:
 def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
     _check_parity(component)
-    name, verdict = component.name, component.int8.get("verdict", {})
+    name, acceptance = component.name, component.int8.get("acceptance", {})
     places = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
     places["tensorrt"] = engine_file and engine_file.identity["gpu"]
     able = [engine for engine in places if engine != "tensorrt" and status(engine).ok]
     able += ["tensorrt"] * (engine_file is not None)
     measured = {
         engine: entry
-        for engine, entry in verdict.get("engines", {}).items()
-        if engine in places and entry.get("on", verdict.get("machine")) == places[engine]
+        for engine, entry in acceptance.get("engines", {}).items()
+        if engine in places and entry.get("on", acceptance.get("machine")) == places[engine]
     }
     if engine_file is not None and "tensorrt" not in measured:
         _not_measured(component, "tensorrt")
         return "tensorrt"
-    enabled = {engine: entry for engine, entry in measured.items() if engine in verdict.get("offered", ())}
+    enabled = {engine: entry for engine, entry in measured.items() if engine in acceptance.get("enabled_engines", ())}
     faster = {engine: entry["int8_seconds"] for engine, entry in enabled.items() if engine in able}
     if faster:
         return min(faster, key=faster.__getitem__)
@@ -139,7 +139,7 @@ def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
         )
     if measured:
         raise UserError(
-            f"int8 of {name} is not faster than {verdict.get('against', 'float32')} on this machine ("
+            f"int8 of {name} is not faster than {acceptance.get('against', 'float32')} on this machine ("
             + ", ".join(f"{engine} {entry.get('speedup', 0):.2f}x" for engine, entry in measured.items())
             + "), so auto does not choose it",
             "name an engine to use it all the same, or export with --precision auto",

@@ -1,8 +1,8 @@
-"""Self-attention whose two products compute in int8: scores = q k^T, and mix = softmax(scores) v.
+"""Self-attention with its two products in int8: scores = q k^T, and mix = softmax(scores) v.
 
-They have no weights, so both of their sides are activations with ranges of their own. Where images are large they are
-most of what is left in float once every layer is int8: 40 % of SD-Tiny's UNet at 512 px. Cross-attention stays as it
-is: its 77 keys cost next to nothing, and the begin-of-text token's is an outlier (MixDQ, arXiv 2405.17873).
+The products have no weights: both sides are activations, each with a range of its own. For large images they take most
+of the time that is left in float once every layer is int8: 40 % of SD-Tiny's UNet at 512 px. Cross-attention stays in
+float: its 77 keys cost next to nothing, and the begin-of-text token's key is an outlier (MixDQ, arXiv 2405.17873).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .config import PRODUCTS
 
 
 def products_of(model: nn.Module) -> Iterator[str]:
-    """Names of the products that could be int8: <self-attention>.scores and .mix, in the order of the network."""
+    """Names of the products that can be int8: <self-attention>.scores and .mix, in the order of the network."""
     known = sys.modules.get("diffusers.models.attention_processor")
     if known is None:  # then nothing of diffusers is in the model
         return
@@ -30,7 +30,7 @@ def products_of(model: nn.Module) -> Iterator[str]:
 
 
 def put(model: nn.Module, name: str, product: nn.Module) -> None:
-    """Let an attention multiply by `product` (left [..., n, k], right [..., k, m]); its `active` says when."""
+    """Make an attention compute a product by `product` (left [..., n, k], right [..., k, m]) while that is `active`."""
     path, _, leaf = name.rpartition(".")
     attention = model.get_submodule(path)
     attention.add_module(leaf, product)
@@ -64,14 +64,17 @@ def _with_products() -> type[nn.Module]:
     from diffusers.models.attention_processor import Attention
 
     class Int8SelfAttention(Attention):
-        """While no product is active it is what it was, with whatever processor it has."""
+        """While no product is active it computes as before, with whatever processor it has."""
 
         def forward(self, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, **others):
             own = [getattr(self, name, None) for name in PRODUCTS]
             if not any(product is not None and product.active for product in own):
                 return super().forward(hidden_states, encoder_hidden_states, attention_mask, **others)
             if encoder_hidden_states is not None or attention_mask is not None:
-                raise UserError("self-attention in int8 takes no mask", "level all instead of scores or attention")
+                raise UserError(
+                    "self-attention in int8 does not support a mask or a context",
+                    "use level all instead of scores or attention",
+                )
             scores, mix = (product or torch.matmul for product in own)
             query, key, value = (
                 layer(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)

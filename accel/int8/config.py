@@ -1,10 +1,10 @@
-"""Which layers compute in int8, as data.
+"""The int8 config: which layers of a network compute in int8, and how their ranges are found.
 
-A level names the kinds of layers, from the safest on: convolutions; feed-forward too; queries, keys and values too;
-all layers with weights; the scores q k^T of self-attention too; its weights times the values too. Some layers stay in
-higher precision by name at every level: the embeddings of time and size, whose rounding reaches every block (TFMQ-DM,
-arXiv 2311.16503), and the first and last convolutions and shortcuts, which are the most sensitive of all and cost
-little (MixDQ, arXiv 2405.17873).
+A level names the kinds of layers, the least sensitive first; each level adds one kind to the level before it:
+convolutions; feed-forward; queries, keys and values; all other layers with weights; the scores q k^T of self-attention;
+its softmax weights times the values. Some layers stay in higher precision at every level, by name: the time and size
+embeddings, whose rounding error reaches every block (TFMQ-DM, arXiv 2311.16503), and the first and last convolutions
+and the shortcuts, which are the most sensitive layers and cost little time (MixDQ, arXiv 2405.17873).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LEVELS: Mapping[str, tuple[str, ...]] = {
     "scores": KINDS[:5],
     "attention": KINDS,
 }
-COLLECTORS = ("max", "percentile", "mse")
+OBSERVERS = ("max", "percentile", "mse")
 
-# A layer stays as it is when any part of its dotted name is one of these.
+# A layer stays in higher precision when any part of its dotted name is one of these.
 KEPT = (
     "time_embedding",
     "add_embedding",
@@ -44,8 +44,8 @@ KEPT = (
     "text_projection",
 )
 
-# CLIP's context. Longer ones are several of this length end to end (`accel.pipeline.prompts`), each with its own
-# beginning.
+# Tokens of CLIP's context. A longer context is several of these end to end (`accel.pipeline.prompts`), each with its
+# own begin-of-text token.
 TEXT = 77
 
 _FEED_FORWARD = re.compile(r"(^|\.)(ff\.net|mlp)\.")
@@ -55,48 +55,53 @@ _CROSS_KEYS_VALUES = re.compile(r"(^|\.)attn2\.(to_k|to_v)$")
 
 @dataclass(frozen=True)
 class Int8Config:
-    """How a network is quantised: weights int8 per output channel, activations int8 per tensor, both symmetric.
+    """How a network is quantized: weights int8 per output channel, activations int8 per tensor, both symmetric.
 
     Attributes:
         level: a key of `LEVELS`.
-        keep: layers that stay in higher precision besides `KEPT`: names, beginnings of names, or patterns with `*`.
-        collector: how a range is chosen from what calibration saw: max, percentile, or mse (least squared error).
-        percentile: share of magnitudes that the percentile collector covers, in per cent.
+        keep: layers that stay in higher precision besides `KEPT`: names, prefixes of dotted names, or patterns
+            with `*`.
+        observer: how calibration chooses a range from the histogram of magnitudes: max, percentile, or mse (least
+            squared error).
+        percentile: share of the magnitudes that the percentile observer covers, in per cent.
         smooth: SmoothQuant's alpha (Xiao et al. 2022, arXiv 2211.10438) for linear layers; 0 for none.
-        bos_apart: keep the begin-of-text tokens of cross-attention keys and values out of int8 (MixDQ).
-        outputs: quantise what convolutions put out as well, which integer convolutions of ONNX Runtime need.
+        exclude_bos: compute the begin-of-text tokens of cross-attention keys and values in float (MixDQ).
+        outputs: quantize the outputs of convolutions too, which ONNX Runtime's integer convolutions need.
     """
 
     level: str = "all"
     keep: tuple[str, ...] = ()
-    collector: str = "mse"
+    observer: str = "mse"
     percentile: float = 99.99
     smooth: float = 0.0
-    bos_apart: bool = True
+    exclude_bos: bool = True
     outputs: bool = True
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise UserError(f"unknown int8 level {self.level!r}", f"one of: {', '.join(LEVELS)}")
-        if self.collector not in COLLECTORS:
-            raise UserError(f"unknown collector {self.collector!r}", f"one of: {', '.join(COLLECTORS)}")
+        if self.observer not in OBSERVERS:
+            raise UserError(f"unknown int8 observer {self.observer!r}", f"one of: {', '.join(OBSERVERS)}")
         if not 50 < self.percentile <= 100:
-            raise UserError(f"percentile {self.percentile} makes no sense", "above 50, at most 100, such as 99.99")
+            raise UserError(f"invalid percentile: {self.percentile} (expected above 50, at most 100)", "such as 99.99")
         if not 0 <= self.smooth <= 1:
-            raise UserError(f"SmoothQuant's alpha {self.smooth} makes no sense", "0 for none, at most 1, such as 0.5")
+            raise UserError(f"invalid SmoothQuant alpha: {self.smooth} (expected 0 to 1)", "0 for none, or such as 0.5")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"keep": list(self.keep)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Int8Config:
+        """Read what `as_dict` wrote, in 0.1 too, where two fields had other names."""
+        old = {"collector": "observer", "bos_apart": "exclude_bos"}
+        data = {old.get(name, name): value for name, value in data.items()}
         if unknown := set(data) - {field.name for field in fields(cls)}:
             raise ValueError(f"int8 config: unknown key {unknown.pop()!r}")
         return records.read(cls, data, "int8 config")
 
 
 def kind(name: str, convolution: bool) -> str:
-    """Member of `KINDS` that a layer of this name is."""
+    """The member of `KINDS` that a layer of this name belongs to."""
     if convolution:
         return "conv"
     if is_product(name):
@@ -107,47 +112,47 @@ def kind(name: str, convolution: bool) -> str:
 
 
 def is_product(name: str) -> bool:
-    """Whether a dotted name is that of a product, not of a layer with weights."""
+    """Whether a dotted name belongs to a product of self-attention, not to a layer with weights."""
     return name.rpartition(".")[2] in PRODUCTS
 
 
 def bos_layer(name: str) -> bool:
-    """Whether a layer makes keys or values of texts, whose first tokens are begin-of-text tokens."""
+    """Whether a layer computes cross-attention keys or values, whose input has begin-of-text tokens."""
     return bool(_CROSS_KEYS_VALUES.search(name))
 
 
-def fitting(recipe: Int8Config, layers: Mapping[str, bool]) -> list[str]:
-    """Names of the layers that the recipe fits.
+def fitting(config: Int8Config, layers: Mapping[str, bool]) -> list[str]:
+    """Names of the layers that a config quantizes.
 
     Args:
-        layers: {name: whether it is a convolution (else linear, or a product)} of all that could be int8.
+        layers: {name: whether it is a convolution (otherwise linear, or a product)} of all layers that can be int8.
     """
-    kinds = LEVELS[recipe.level]
+    kinds = LEVELS[config.level]
     return [
         name
         for name, convolution in layers.items()
         if kind(name, convolution) in kinds
         and not set(name.split(".")) & set(KEPT)
-        and not any(matches(name, pattern) for pattern in recipe.keep)
+        and not any(matches(name, pattern) for pattern in config.keep)
     ]
 
 
-def chosen(recipe: Int8Config, layers: Mapping[str, bool]) -> list[str]:
-    """What `fitting` gives for a network that must have some.
+def chosen(config: Int8Config, layers: Mapping[str, bool]) -> list[str]:
+    """As `fitting`, for a network that must have such layers.
 
     Raises:
-        UserError: when a name in `keep` matches no layer, or nothing is left to quantise.
+        UserError: when a name in `keep` matches no layer, or nothing is left to quantize.
     """
-    for pattern in recipe.keep:
+    for pattern in config.keep:
         if not any(matches(name, pattern) for name in layers):
             raise UserError(f"no layer is called {pattern!r}", f"some of: {', '.join(sample(layers))}")
-    names = fitting(recipe, layers)
+    names = fitting(config, layers)
     if not names:
         found = sorted({kind(name, convolution) for name, convolution in layers.items()}, key=KINDS.index)
         raise UserError(
-            f"the recipe quantises no layer (level {recipe.level}; this network has layers of kind "
+            f"the int8 config quantizes no layer (level {config.level}; this network has layers of kind "
             f"{', '.join(found) or 'none'}: {', '.join(sample(layers))})",
-            f"one of the levels {', '.join(LEVELS)}, and fewer layers to keep",
+            f"choose one of the levels {', '.join(LEVELS)}, and keep fewer layers",
         )
     return names
 

@@ -1,14 +1,13 @@
-"""int8 layers in torch that calibrate and learn; `int8_packed` has the ones that are stored and exported.
+"""Fake-quantized layers in torch: they are calibrated and trained. Those that are stored and exported are in `packed`.
 
     q = clamp(round(x / s), -128, 127),    x' = q s
 
 Weights have one scale per output channel, s = max|w| / 127; activations have one per tensor. Rounding goes to the even
-neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantised one bit for bit, and both equal the
+neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantized one bit for bit, and both equal the
 exported graph up to the order of float32 sums. Gradients go straight through rounding (Bengio et al. 2013, arXiv
 1308.3432); scales learn by the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153).
 
-A layer becomes fake-quantised in place, by its class: its parameters, hooks and names stay, and it can be taken out
-again exactly.
+`attach` changes a layer in place, by its class: its parameters, hooks and name stay. `detach` undoes it exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from .attention import products_of, put, take
 from .config import TEXT, Int8Config, bos_layer, chosen, is_product
 
 LOW, HIGH = -128, 127
-# What distinguishes a layer from a plain int8 one; the manifest lists them by layer.
+# What a layer can have beyond plain int8, as the manifest lists it: an excluded begin-of-text token, SmoothQuant, a
+# quantized output.
 TRAITS = ("bos", "smooth", "output")
 
 
@@ -64,16 +64,17 @@ def join_bos(first: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.cat([part for text in texts for part in text], 1)
 
 
-# ------------------------------------------------------------------------------------------------------- fake-quantised
+# ------------------------------------------------------------------------------------------------------- fake-quantized
 
 
 class Quantizer(nn.Module):
     """The range of one activation tensor.
 
     Attributes:
-        log_scale: natural logarithm of the step, so that an optimizer's updates are relative to it. A parameter when it
-            is learned; a buffer that follows the largest magnitude in training otherwise.
-        mode: "quantize", "pass" (as if it were not there) or "observe" (pass, and show the tensor to `observer`).
+        log_scale: natural logarithm of the scale, so that an optimizer's updates are relative to it. A parameter if it
+            is learned; otherwise a buffer that follows the largest magnitude during training.
+        mode: "quantize"; "disabled", which returns the tensor unchanged; or "observe", which does so too and shows the
+            tensor to `observer`.
     """
 
     def __init__(self, learned: bool = False, momentum: float = 0.01):
@@ -84,7 +85,7 @@ class Quantizer(nn.Module):
         else:
             self.register_buffer("log_scale", value)
         self.learned, self.momentum = learned, momentum
-        self.mode = "pass"
+        self.mode = "disabled"
         self.observer: Callable[[torch.Tensor], None] | None = None
 
     @property
@@ -117,14 +118,19 @@ class Quantizer(nn.Module):
 
 
 class FakeQuantized:
-    """What rounds: a layer with weights, or a product. `quantizers` are its ranges, `traits` members of `TRAITS`."""
+    """Base of fake-quantized modules: a layer with weights, or a product of two activations.
+
+    Attributes:
+        quantizers: the range of each activation that it rounds, by side: input, output, left or right.
+        traits: what it has beyond plain int8, out of `TRAITS`.
+    """
 
     quantizers: dict[str, Quantizer]
     traits: list[str]
 
 
 class FakeQuantLayer(FakeQuantized):
-    """A layer with weights. `input_range`, `output_range`, `smooth` and `bos` come by `attach`."""
+    """A layer with weights. `attach` adds `input_range`, `output_range`, `smooth` and `bos`."""
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
@@ -141,7 +147,7 @@ class FakeQuantLayer(FakeQuantized):
         return self.input_range.mode == "quantize"
 
     def effective_weight(self) -> torch.Tensor:
-        """The float weight that is to be quantised."""
+        """The float weight that is quantized."""
         return self.weight if self.smooth is None else self.weight * self.smooth
 
     def fake_weight(self) -> torch.Tensor:
@@ -155,7 +161,7 @@ class FakeQuantLayer(FakeQuantized):
 
 
 class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
-    """A convolution in int8; with a range for its output too where the recipe says so."""
+    """A convolution in int8; its output is rounded too if the config says so."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._conv_forward(self.input_range(x), self.fake_weight(), self.bias)
@@ -163,11 +169,11 @@ class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
 
 
 class FakeQuantLinear(FakeQuantLayer, nn.Linear):
-    """A linear layer in int8; where begin-of-text tokens are apart, the first token of each text is not rounded."""
+    """A linear layer in int8; if it excludes begin-of-text tokens, the first token of each text is not rounded."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, x = self.fake_weight(), self.smoothed(x)
-        if not self.bos:
+        if not self.bos or self.input_range.mode == "disabled":  # two smaller products may differ in the last bit
             return F.linear(self.input_range(x), weight, self.bias)
         first, others = split_bos(x)
         return join_bos(F.linear(first, weight, self.bias), F.linear(self.input_range(others), weight, self.bias))
@@ -187,7 +193,7 @@ class FakeQuantProduct(FakeQuantized, nn.Module):
 
     @property
     def active(self) -> bool:
-        return self.left_range.mode != "pass"
+        return self.left_range.mode != "disabled"
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         # Integer products are exact, so autocast must not round them before the softmax.
@@ -195,14 +201,14 @@ class FakeQuantProduct(FakeQuantized, nn.Module):
             return torch.matmul(self.left_range(left.float()), self.right_range(right.float())).to(left.dtype)
 
 
-# Layer class -> its fake-quantised class. Others (peft's) are added where they are known.
+# Layer class -> its fake-quantized class. Training adds peft's layers (`accel.distill.methods.qat`).
 FAKE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FakeQuantConv2d, nn.Linear: FakeQuantLinear}
 _PLAIN = "_plain_class"
 
 
 def layers_of(model: nn.Module) -> dict[str, bool]:
-    """{name: whether it is a convolution} of all that can be quantised, products of self-attention last; what lies
-    within a layer is part of it."""
+    """{name: whether it is a convolution} of all layers that can be quantized; products of self-attention come last. A
+    module inside such a layer counts as part of it."""
     found: dict[str, bool] = {}
     within = ""
     for name, module in model.named_modules():
@@ -215,21 +221,21 @@ def layers_of(model: nn.Module) -> dict[str, bool]:
 
 
 def attach(
-    model: nn.Module, recipe: Int8Config, *, names: Sequence[str] | None = None, learned: bool = False
+    model: nn.Module, config: Int8Config, *, names: Sequence[str] | None = None, learned: bool = False
 ) -> list[str]:
-    """Make the recipe's layers fake-quantised, in place; they pass everything through until `set_mode`.
+    """Make the layers that a config names fake-quantized, in place. They are disabled until `set_mode`.
 
     Args:
-        names: these layers instead of the recipe's.
-        learned: ranges are parameters.
+        names: these layers instead of the config's.
+        learned: make the ranges parameters.
 
     Returns:
         Names of the layers.
 
     Raises:
-        UserError: when the recipe quantises no layer.
+        UserError: when the config quantizes no layer.
     """
-    names = list(names) if names is not None else chosen(recipe, layers_of(model))
+    names = list(names) if names is not None else chosen(config, layers_of(model))
     for name in names:
         if is_product(name):
             product = FakeQuantProduct(learned).train(model.training)
@@ -240,9 +246,9 @@ def attach(
         convolution = issubclass(FAKE[plain], FakeQuantConv2d)
         device = next(module.parameters()).device
         module.input_range = Quantizer(learned).to(device)
-        module.output_range = Quantizer(learned).to(device) if convolution and recipe.outputs else None
+        module.output_range = Quantizer(learned).to(device) if convolution and config.outputs else None
         module.register_buffer("smooth", None)
-        module.bos = recipe.bos_apart and bos_layer(name)
+        module.bos = config.exclude_bos and bos_layer(name)
         module.__class__ = FAKE[plain]
         setattr(module, _PLAIN, plain)
         module.train(module.training)
@@ -250,7 +256,7 @@ def attach(
 
 
 def detach(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """Take the fake quantisation out of the named layers (of all, without names): they are what they were before.
+    """Undo `attach` for the named layers (for all, without names): they are exactly what they were.
 
     Returns:
         The scales of the whole model as they were (`scales`).
@@ -274,13 +280,13 @@ def fake_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def ranges(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every (layer.input or layer.output, range) of a model; a product's are .left and .right."""
+    """Every range of a model by name: LAYER.input and LAYER.output, or PRODUCT.left and PRODUCT.right."""
     for name, layer in fake_layers(model):
         yield from ((f"{name}.{side}", quantizer) for side, quantizer in layer.quantizers.items())
 
 
 def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) -> None:
-    """Set the mode of the named layers (of all, without names)."""
+    """Set the mode (`Quantizer`) of the named layers (of all, without names)."""
     wanted = None if names is None else set(names)
     for name, layer in fake_layers(model):
         if wanted is None or name in wanted:
@@ -289,14 +295,14 @@ def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) ->
 
 
 def scales(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The calibrated or learned scales, on the CPU: what `set_scales` takes."""
+    """The calibrated or learned scales, on the CPU, as `set_scales` takes them."""
     found = {f"{name}_scale": quantizer.scale.detach().cpu() for name, quantizer in ranges(model)}
     smooth = {f"{name}.smooth": layer.smooth for name, layer in fake_layers(model) if "smooth" in layer.traits}
     return found | {name: value.detach().cpu() for name, value in smooth.items()}
 
 
 def set_scales(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `scales` returned. Raises KeyError for a range that has none."""
+    """Restore what `scales` returned. Raises KeyError for a range that has none."""
     for name, quantizer in ranges(model):
         quantizer.set_scale(values[f"{name}_scale"])
     for name, layer in fake_layers(model):
@@ -305,5 +311,5 @@ def set_scales(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 def traits(model: nn.Module) -> dict[str, list[str]]:
-    """{name: traits} of the fake-quantised layers of a model."""
+    """{name: traits} of the fake-quantized layers of a model."""
     return {name: layer.traits for name, layer in fake_layers(model)}

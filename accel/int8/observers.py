@@ -1,9 +1,9 @@
-"""How large activations get, and the int8 step that follows from it.
+"""Histogram observers of activations, and the int8 scale derived from them.
 
-What is collected must not depend on how it comes: in how many batches, in which order, over how many steps. (The
-collector that is usual in the field adds up batch maxima per step and divides by the number of steps, so its range is
-right by accident near 16 steps, 4 times too wide at 4 and 16 times at 1.) So all magnitudes go into one histogram whose
-range is a power of two and doubles when it must: bins then merge in pairs without any rounding.
+The scale must not depend on how the data arrive: in how many batches, in which order, over how many steps. (The usual
+observer for diffusion models adds up batch maxima per step and divides by the number of steps, so its range is right by
+accident near 16 steps, 4 times too wide at 4 and 16 times at 1.) So all magnitudes go into one histogram whose range is
+a power of two and doubles when it must: bins then merge in pairs without any rounding.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .config import Int8Config
 
 BINS = 4096
 _AT_ONCE = 1 << 24  # elements that torch.histc counts without rounding: its counts are float32
-_CANDIDATES = 120  # clipping points that the mse rule tries, down to a fifth of the largest magnitude
+_CANDIDATES = 120  # clipping points that the mse observer tries, down to a fifth of the largest magnitude
 
 
-class Magnitudes:
+class HistogramObserver:
     """Counts of |x| in `BINS` equal bins below 2^exponent, and the largest |x|.
 
     Args:
@@ -61,22 +61,22 @@ class Magnitudes:
             self.counts = torch.cat([merged, torch.zeros(BINS - len(merged), dtype=torch.float64)])
             self.exponent += 1
 
-    def scale(self, recipe: Int8Config) -> float:
-        """The step by the recipe's rule; 0 when all that came was zero."""
+    def scale(self, config: Int8Config) -> float:
+        """The int8 scale by the config's observer; 0 when every value was zero."""
         if not self.peak:
             return 0.0
-        return {"max": self._max, "percentile": self._percentile, "mse": self._mse}[recipe.collector](recipe)
+        return {"max": self._max, "percentile": self._percentile, "mse": self._mse}[config.observer](config)
 
-    def _max(self, recipe: Int8Config) -> float:
+    def _max(self, config: Int8Config) -> float:
         return self.peak / fake_quant.HIGH
 
-    def _percentile(self, recipe: Int8Config) -> float:
+    def _percentile(self, config: Int8Config) -> float:
         share = self.counts.cumsum(0) / self.counts.sum()
-        edge = int(torch.searchsorted(share, torch.tensor(recipe.percentile / 100, dtype=torch.float64))) + 1
+        edge = int(torch.searchsorted(share, torch.tensor(config.percentile / 100, dtype=torch.float64))) + 1
         return min(edge * 2.0**self.exponent / BINS, self.peak) / fake_quant.HIGH
 
-    def _mse(self, recipe: Int8Config) -> float:
-        """The step with the least squared error of what was seen, as the histogram has it."""
+    def _mse(self, config: Int8Config) -> float:
+        """The scale with the least squared rounding error over the histogram."""
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2.0**self.exponent / BINS)
         steps = self.peak / fake_quant.HIGH * torch.linspace(0.2, 1, _CANDIDATES, dtype=torch.float64)
         rounded = (centres / steps[:, None]).round().clamp(max=fake_quant.HIGH) * steps[:, None]
@@ -84,7 +84,7 @@ class Magnitudes:
         return steps[errors.argmin()].item()
 
 
-class Channels:
+class ChannelMaxObserver:
     """The largest |x| of every input channel (the last axis) of a linear layer, which SmoothQuant needs."""
 
     def __init__(self) -> None:
@@ -95,23 +95,23 @@ class Channels:
         self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
 
 
-def observe(models: Sequence[nn.Module], recipe: Int8Config, run: Callable[[], object]) -> list[list[str]]:
-    """Give the fake-quantised layers of networks their scales, from what they see while `run` runs.
+def observe(models: Sequence[nn.Module], config: Int8Config, run: Callable[[], object]) -> list[list[str]]:
+    """Calibrate: set the scales of fake-quantized layers from the activations that pass while `run` runs.
 
     Args:
-        models: with layers attached; afterwards they quantise.
+        models: networks with fake-quantized layers; afterwards those are in mode "quantize".
         run: calls the networks as they will be called when deployed.
 
     Returns:
-        Per network, layers whose range is zero or that were never called: nothing can be said about them, so they are
-        taken out, and compute as they did.
+        Per network, the layers that were never called or saw nothing but zeros. They have no range, so their fake
+        quantization is removed.
     """
-    if recipe.smooth:
-        _smooth(models, recipe, run)
-    seen = _watch(models, run, lambda name: Magnitudes(name))
+    if config.smooth:
+        _smooth(models, config, run)
+    seen = _watch(models, run, HistogramObserver)
     dead = []
-    for model, collected in zip(models, seen, strict=True):
-        scales = {name: magnitudes.scale(recipe) for name, magnitudes in collected.items()}
+    for model, by_name in zip(models, seen, strict=True):
+        scales = {name: observed.scale(config) for name, observed in by_name.items()}
         without = sorted({name.rpartition(".")[0] for name, scale in scales.items() if not scale})
         fake_quant.detach(model, without)
         dead.append(without)
@@ -122,7 +122,7 @@ def observe(models: Sequence[nn.Module], recipe: Int8Config, run: Callable[[], o
 
 
 def _watch(models: Sequence[nn.Module], run: Callable[[], object], observer: Callable[[str], Callable]) -> list[dict]:
-    """Let an observer of its own see every range's tensor."""
+    """Attach one observer to each range, run, and return the observers: per network {range: observer}."""
     found: list[dict] = []
     for model in models:
         found.append({})
@@ -134,23 +134,23 @@ def _watch(models: Sequence[nn.Module], run: Callable[[], object], observer: Cal
             run()
     finally:
         for model in models:
-            fake_quant.set_mode(model, "pass")
+            fake_quant.set_mode(model, "disabled")
             for _, quantizer in fake_quant.ranges(model):
                 quantizer.observer = None
     return found
 
 
-def _smooth(models: Sequence[nn.Module], recipe: Int8Config, run: Callable[[], object]) -> None:
+def _smooth(models: Sequence[nn.Module], config: Int8Config, run: Callable[[], object]) -> None:
     """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): outliers move into the weights (arXiv 2211.10438, equation 4)."""
 
     def observer(name: str) -> Callable:
-        return Channels() if name.endswith(".input") else lambda x: None
+        return ChannelMaxObserver() if name.endswith(".input") else lambda x: None
 
     seen = _watch(models, run, observer)
-    for model, collected in zip(models, seen, strict=True):
+    for model, by_name in zip(models, seen, strict=True):
         for name, layer in fake_quant.fake_layers(model):
-            if not isinstance(layer, nn.Linear) or (peak := collected[f"{name}.input"].peak) is None:
+            if not isinstance(layer, nn.Linear) or (peak := by_name[f"{name}.input"].peak) is None:
                 continue
             weights = layer.weight.detach().abs().amax(0).float()
-            smooth = peak.pow(recipe.smooth) / weights.clamp(min=1e-8).pow(1 - recipe.smooth)
+            smooth = peak.pow(config.smooth) / weights.clamp(min=1e-8).pow(1 - config.smooth)
             layer.smooth = torch.where((peak > 0) & (weights > 0), smooth, torch.ones_like(smooth)).clamp(1e-4, 1e4)

@@ -1,7 +1,7 @@
-"""int8 layers with int8 weights: what a bundle stores, what torch rebuilds from it, and what is exported.
+"""Packed layers, with int8 weights: what a bundle stores, what torch rebuilds from it, and what is exported.
 
-In torch they compute what the exported graph computes, in float32; while torch exports they leave QuantizeLinear and
-DequantizeLinear nodes in it, whose scales and weights are the layer's own tensors.
+In torch they compute in float32 what the exported graph computes. During an export they emit QuantizeLinear and
+DequantizeLinear nodes, whose scales and weights are the layer's own tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .fake_quant import HIGH, LOW, FakeQuantProduct, along, fake_layers, join_bo
 
 
 class Packed(nn.Module):
-    """A layer with scales, and int8 weights if it has any."""
+    """Base of packed modules: scales, and int8 weights if there are weights."""
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_exporting():
@@ -43,10 +43,10 @@ def _onnx(op: str, inputs: tuple, dtype: torch.dtype, shape: Sequence[Any], **at
 
 
 class Int8Conv2d(Packed):
-    """weight int8 [out, in, kh, kw], weight_scale [out], input_scale [], output_scale [] where outputs are quantised.
+    """weight int8 [out, in, kh, kw], weight_scale [out], input_scale [], output_scale [] if outputs are quantized.
 
-    The canonical graph leaves outputs as they are (TensorRT and OpenVINO do not need them quantised); `export.uint8`
-    adds them for ONNX Runtime, and `outputs = True` does the same here.
+    The canonical graph leaves outputs in float: TensorRT and OpenVINO do not need them quantized. `export.graph.uint8`
+    quantizes them for ONNX Runtime, and `outputs = True` does the same here.
     """
 
     outputs = False
@@ -70,7 +70,7 @@ class Int8Conv2d(Packed):
 
 
 class Int8Linear(Packed):
-    """weight int8 [in, out], transposed so that engines multiply it as it lies; the rest as in `Int8Conv2d`."""
+    """weight int8 [in, out], transposed so that engines need not transpose it; the rest as in `Int8Conv2d`."""
 
     def __init__(self, layer: nn.Linear, bos: bool, smooth: bool):
         super().__init__()
@@ -135,7 +135,7 @@ def place(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
 
 @torch.no_grad()
 def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace the fake-quantised layers of a model by packed ones, in place.
+    """Replace the fake-quantized layers of a model by packed ones, in place.
 
     Args:
         dtype: of scales and biases. Scales are rounded to it first, so that no error is added afterwards.
@@ -168,13 +168,13 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 
 def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A scale in another dtype. What float16 rounds to nothing belongs to values that are nothing, but divides them."""
+    """A scale in another dtype; never zero, because activations are divided by it."""
     low = scale.to(dtype)
     return torch.where(low > 0, low, torch.full_like(low, torch.finfo(dtype).smallest_normal))
 
 
 def set_outputs(model: nn.Module, on: bool) -> None:
-    """Whether packed convolutions quantise their outputs, as the file for ONNX Runtime does."""
+    """Set whether packed convolutions quantize their outputs, as the graph for ONNX Runtime does."""
     for module in model.modules():
         if isinstance(module, Int8Conv2d):
             module.outputs = on

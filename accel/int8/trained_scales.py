@@ -1,7 +1,7 @@
-"""The ranges that a student learned with fake quantisation, in a file beside its weights.
+"""The scales that quantization-aware training learned, in a file beside the student's weights.
 
-`int8.safetensors` in a pipeline folder holds a scale per quantised tensor of the UNet and, in its metadata, the recipe.
-The weights themselves stay float and are diffusers' own: the pipeline loads anywhere, and rounds nowhere but in export.
+`int8.safetensors` in a pipeline folder holds a scale per quantized tensor of the UNet and, in its metadata, the int8
+config. The weights stay float and are diffusers' own: the pipeline loads anywhere, and only an export rounds it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ FILE = "int8.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """A recipe, and the scales that were learned by it (`int8.scales`)."""
+    """An int8 config, and the scales that were learned with it (`fake_quant.scales`)."""
 
-    recipe: Int8Config
+    config: Int8Config
     scales: Mapping[str, torch.Tensor]
 
 
 def write(folder: Path, trained: Trained) -> None:
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in trained.scales.items()}
-    save_file(tensors, folder / FILE, metadata={"recipe": json.dumps(trained.recipe.as_dict())})
+    save_file(tensors, folder / FILE, metadata={"config": json.dumps(trained.config.as_dict())})
 
 
 def find(folder: Path) -> Trained | None:
-    """What a pipeline folder learned, or None.
+    """The learned scales of a pipeline folder, or None.
 
     Raises:
         UserError: for a damaged file, or a scale that is zero, negative or not finite.
@@ -45,11 +45,12 @@ def find(folder: Path) -> Trained | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            recipe = Int8Config.from_dict(json.loads(file.metadata()["recipe"]))
+            metadata = file.metadata()
+            config = Int8Config.from_dict(json.loads(metadata.get("config") or metadata["recipe"]))  # as 0.1 called it
             scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})", "train the student again, or delete the file") from None
     for name, value in scales.items():
         if not (torch.isfinite(value).all() and (value > 0).all()):
-            raise UserError(f"{path}: {name} is no range ({value.min().item():g})", "train the student again")
-    return Trained(recipe, scales)
+            raise UserError(f"{path}: invalid scale {name}: {value.min().item():g}", "train the student again")
+    return Trained(config, scales)

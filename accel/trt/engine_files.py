@@ -97,7 +97,10 @@ def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
         "precision": manifest.precision,
         "dtype": component.dtype,
         "float32": list(component.float32),
-        "int8": {name: component.int8.get(name) for name in ("recipe", "calibration")} if component.int8 else {},
+        # `recipe` is the name that the config has had in every identity so far: another one would change the digest.
+        "int8": {"recipe": component.int8.get("config"), "calibration": component.int8.get("calibration")}
+        if component.int8
+        else {},
     }
 
 

@@ -1,1 +1,1 @@
-"""torch modules to checked ONNX graphs: tracing, precision, fp32 fallback blocks, structural checks."""
+"""torch modules to checked ONNX graphs: tracing, dtypes, fp32 fallback blocks, structural checks."""

@@ -1,4 +1,4 @@
-"""What an exported graph must pass before it counts: standard operators only, valid, and equal to torch."""
+"""The checks of an exported graph: standard operators only, valid ONNX, and equal to torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from accel.parity import relative_l2
 
 FP32_GATE = 1e-4
 FP16_FACTOR = 2.0
-# Rounding to int8 is chaotic from end to end: inputs that differ by 1e-6 come out 5 % apart. So what counts is that the
-# graph is no farther from float32 than torch's own int8 is; layer by layer the two agree to 1e-5 (`layers`).
+# int8 rounding is chaotic from end to end: inputs that differ by 1e-6 give outputs that differ by 5 %. So the graph's
+# error against float32 is compared with that of torch's own int8; layer by layer the two agree to 1e-5 (`layers`).
 INT8_FACTOR = 1.2
-# Beyond this, float16 itself does not work on the network, and being no worse than it proves nothing.
+# Above this error float16 itself fails on the network, and a graph that is no worse than torch proves nothing.
 FP16_WORST = 0.05
 
 
 def structure(graph: Path) -> dict[str, int]:
-    """Run onnx.checker with shape inference and make sure that every node is standard ONNX.
+    """Run onnx.checker with shape inference and check that every node is standard ONNX.
 
     Returns:
         Number of nodes by operator type.
@@ -44,7 +44,7 @@ def structure(graph: Path) -> dict[str, int]:
 
 
 def run_onnx(graph: Path, batches: Sequence[dict[str, torch.Tensor]]) -> list[list[np.ndarray]]:
-    """Run a graph on ONNX Runtime's CPU provider, as written (no optimiser, so no second copy of the weights)."""
+    """Run a graph as it is written on ONNX Runtime's CPU provider (without its optimiser, which copies the weights)."""
     try:
         import onnxruntime
     except ImportError:
@@ -71,20 +71,20 @@ def worst(candidates: Sequence[Sequence[np.ndarray]], references: Sequence[Seque
 
 
 def gate(component: str, precision: str, onnx_error: float, torch_error: float) -> dict[str, float]:
-    """Decide whether an exported graph is the same network.
+    """Compare the error of an exported graph with its limit, and return both.
 
     Args:
         onnx_error: relative L2 of the graph's output against float32 torch.
-        precision: dtype of the network, or "int8" where some of its layers are.
-        torch_error: the same for torch in the exported precision: the noise floor (0 for fp32).
+        precision: dtype of the network, or "int8" if some of its layers are int8.
+        torch_error: the same for torch in the exported precision: the noise floor, 0 for fp32.
 
     Raises:
-        UserError: when the error exceeds the gate, or the precision alone destroys the output.
+        UserError: when the error exceeds the limit, or the precision alone destroys the output.
     """
     broken = not math.isfinite(torch_error) or precision == "float16" and torch_error > FP16_WORST
     if precision != "float32" and broken:
         raise UserError(
-            f"{component}: {precision} changes the output by {torch_error:.2e} (relative L2) in torch already",
+            f"{component}: {precision} alone changes the output by {torch_error:.2e} (relative L2), in torch too",
             "--precision fp32",
         )
     limit = {"float32": FP32_GATE, "int8": max(FP32_GATE, INT8_FACTOR * torch_error)}.get(
@@ -101,10 +101,11 @@ def gate(component: str, precision: str, onnx_error: float, torch_error: float) 
 def layers(
     graph: Path, model: torch.nn.Module, feeds: dict[str, torch.Tensor], names: Sequence[str]
 ) -> dict[str, float]:
-    """How far int8 layers of a graph are from torch's, each given the very input that it has in the graph.
+    """Compare each int8 layer of a graph with torch's, given the same input as in the graph.
 
     Args:
-        graph: canonical or uint8 file; `model` must quantise its outputs for the latter.
+        graph: the canonical or the uint8 file; for the latter the outputs of `model` must be quantized too
+            (`packed.set_outputs`).
         model: the inner model with packed layers.
         feeds: inputs of the graph.
         names: layers to compare.
@@ -121,13 +122,13 @@ def layers(
     wanted = sorted({tensor for pair in ends.values() for tensor in pair} - {v.name for v in proto.graph.output})
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in wanted)
-    opened = graph.with_name(f"{graph.stem}.opened.onnx")
+    exposed = graph.with_name(f"{graph.stem}.exposed.onnx")  # the same graph, with inner tensors as outputs
     try:
-        onnx.save(proto, str(opened))
-        (found,) = run_onnx(opened, [feeds])
+        onnx.save(proto, str(exposed))
+        (outputs,) = run_onnx(exposed, [feeds])
     finally:
-        opened.unlink(missing_ok=True)
-    tensors = dict(zip(wanted, found, strict=True))
+        exposed.unlink(missing_ok=True)
+    tensors = dict(zip(wanted, outputs, strict=True))
     errors = {}
     for name, (*starts, end) in ends.items():
         layer, inputs = model.get_submodule(name), [torch.from_numpy(tensors[start]) for start in starts]
@@ -138,8 +139,7 @@ def layers(
 
 
 def _ends(reads: dict[str, list[onnx.NodeProto]], layer: str) -> tuple[str, ...]:
-    """What a layer computes in int8 from, one tensor or a product's two, and what it makes of it; found by the
-    initializers that are its own."""
+    """Find the quantized inputs of a layer (one, or a product's two) and its output, by the layer's initializers."""
 
     def reader(tensor: str, *ops: str) -> onnx.NodeProto:
         return next(node for node in reads[tensor] if node.op_type in ops)

@@ -1,4 +1,4 @@
-"""One network into a bundle: weights, graph, and the proof that the graph is the network."""
+"""Export one network into a bundle: its weights, its graph, and the check that the graph equals the network."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Feeds = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Truth:
-    """What a network answers in float32 before anything is done to it, and the dtypes that follow from that.
+    """The float32 reference of a network, taken before anything is done to it, and the dtypes derived from it.
 
     Attributes:
         batches: inputs to check with.
-        outputs: what the float32 network answers to them.
-        chosen: dtypes.
+        outputs: the float32 network's outputs for them.
+        chosen: the dtypes to export in.
     """
 
     batches: Sequence[Feeds]
@@ -38,19 +38,19 @@ class Truth:
     chosen: precision.DtypePolicy
 
 
-def truth(network: Network, limits: Mapping[str, Range], recipe: str, *, family: str, scaling_factor: float) -> Truth:
-    """Run a network at the ends of its profile, and plan its dtypes.
+def truth(network: Network, limits: Mapping[str, Range], dtypes: str, *, family: str, scaling_factor: float) -> Truth:
+    """Run a network in float32 at two sizes of its profile, and choose its dtypes.
 
     Args:
         limits: range of each symbolic dimension.
-        recipe: fp32 or fp16.
+        dtypes: fp32 or fp16.
         family, scaling_factor: of the pipeline.
     """
     feeds = [_as_decoded(own, scaling_factor) for own in batches(network, limits)]
     outputs, peaks = precision.scan(network.module, feeds)
-    # diffusers, too, looks at this field for SDXL alone: the older VAEs carry it and do not need it.
-    asked = family == "sdxl" and network.kind.startswith("vae_") and network.module.model.config.get("force_upcast")
-    return Truth(feeds, outputs, precision.plan(network, recipe, peaks, float32_asked=bool(asked)))
+    # diffusers, too, reads this field for SDXL alone: the older VAEs have it and do not need it.
+    upcast = family == "sdxl" and network.kind.startswith("vae_") and network.module.model.config.get("force_upcast")
+    return Truth(feeds, outputs, precision.plan(network, dtypes, peaks, force_upcast=bool(upcast)))
 
 
 def write(
@@ -63,16 +63,16 @@ def write(
     step: Step,
     layers: Mapping[str, Any] | None = None,
 ) -> Component:
-    """Write weights and graph of a network whose config lies in `folder` already, and check them.
+    """Write the weights and the graph of a network whose config is in `folder` already, and check them.
 
     Args:
-        network: its weights are consumed on the way, so that there is never a second copy of them in memory.
-        known: what the float32 network answers, and the dtypes to write.
+        network: its weights are freed on the way, so that there is never a second copy of them in memory.
+        known: the float32 reference, and the dtypes to write.
         limits: range of each symbolic dimension.
         layers: {name: traits} of the layers that are packed in int8 (`accel.int8.packed`).
 
     Raises:
-        UserError: when the graph differs from torch by more than the gate.
+        UserError: when the graph differs from torch by more than the limit.
     """
     name, kind, chosen = network.name, network.kind, known.chosen
     inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
@@ -80,7 +80,7 @@ def write(
     del network
     gc.collect()
     module = networks.rebuild(kind, folder / "config.json", folder / trace.WEIGHTS, inputs, outputs, layers)
-    networks.keep_float32(module.model, chosen.float32, chosen.wide)
+    networks.keep_float32(module.model, chosen.float32, chosen.fp32_output)
     network = Network(name, kind, module, inputs, outputs)
 
     step("tracing", 1)
@@ -92,18 +92,19 @@ def write(
     expected = [[t.numpy() for t in run] for run in known.outputs]
     graphs = {folder / trace.GRAPH: _run(module, low)}
     if layers:
-        graphs[uint8.derive(folder)] = _with_outputs(module, low)
+        packed.set_outputs(module, True)
+        graphs[uint8.derive(folder)] = _run(module, low)
     del module, network
     gc.collect()
     step("checking against torch", 3)
     parity: dict[str, Any] = {}
     for graph, own in graphs.items():
         exported = [[a.astype("float32") for a in run] for run in check.run_onnx(graph, low)]
-        # Where everything stayed float32 there is no rounding to allow for.
-        found = check.gate(
+        # A network that stayed float32 has no rounding to allow for.
+        errors = check.gate(
             name, "int8" if layers else chosen.dtype, check.worst(exported, expected), check.worst(own, expected)
         )
-        parity |= found if graph.name == trace.GRAPH else {graph.name: found}
+        parity |= errors if graph.name == trace.GRAPH else {graph.name: errors}
     return Component(
         name=name,
         kind=kind,
@@ -114,7 +115,7 @@ def write(
         dims=limits,
         dtype=chosen.dtype,
         float32=chosen.float32,
-        wide=chosen.wide,
+        fp32_output=chosen.fp32_output,
         parameters=parameters,
         parity=parity
         | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in known.batches]}
@@ -124,7 +125,7 @@ def write(
 
 def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, torch.Tensor]]:
     """Random inputs to check with, at two sizes within the profile: the smallest, and one that differs in every
-    free dimension. Height and width of one tensor pair grow by different steps, so that swapped axes cannot hide."""
+    free dimension. Height and width grow by different steps, so that swapped axes show."""
 
     def sizes(steps: Mapping[str, int]) -> dict[str, int]:
         result = {}
@@ -138,7 +139,7 @@ def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, tor
 
 
 def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[str, torch.Tensor]:
-    """Noise as loud as what a VAE decoder is fed: latents have unit variance before the scaling factor is undone."""
+    """Scale the noise as a VAE decoder's input is: latents have unit variance before they are divided by the factor."""
     if "latent_sample" in feeds:
         feeds["latent_sample"] = feeds["latent_sample"] / scaling_factor
     return feeds
@@ -147,11 +148,6 @@ def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[s
 def _run(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
     with torch.no_grad(), SummedInFloat32():
         return [[t.float().numpy() for t in module(**own)] for own in feeds]
-
-
-def _with_outputs(module: torch.nn.Module, feeds: Sequence[Feeds]) -> list[list[Any]]:
-    packed.set_outputs(module, True)
-    return _run(module, feeds)
 
 
 def _cast(feeds: Feeds, specs) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A component of a float32 bundle in float16: what int8 in a bundle for GPUs stands beside, and competes with."""
+"""Convert one component of a float32 bundle to float16: the baseline for int8 on GPUs, and what is not int8 there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from . import component
 
 
 def write(bundle: Bundle, name: str, folder: Path) -> Component:
-    """Write one component to `folder`, in float16 wherever that is safe (`precision.plan`).
+    """Write one component to `folder`, in float16 wherever its activations fit (`precision.plan`).
 
     Raises:
-        UserError: when the graph differs from torch by more than the gate.
+        UserError: when the graph differs from torch by more than the limit.
     """
     started = time.perf_counter()
     engine = load_engine(bundle, name, "eager", device="cpu", verify=False)

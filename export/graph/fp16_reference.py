@@ -1,4 +1,4 @@
-"""float16 on a CPU as a GPU computes it: products and convolutions summed in float32 and rounded once."""
+"""The float16 reference of an export, on a CPU as a GPU computes it: sums of products in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _SUMS = {
 
 
 class SummedInFloat32(TorchDispatchMode):
-    """Inside, what sums products of float16 tensors does so in float32.
+    """In this mode, products and convolutions of float16 tensors compute in float32 and round the result.
 
-    A processor without float16 arithmetic takes 300 times as long for torch's own float16 convolution as for a float32
-    one (SDXL's UNet: an hour for a single call), and its result is no other: it, too, is summed in float32.
+    On a processor without float16 arithmetic torch's own float16 convolution takes 300 times as long as a float32 one
+    (SDXL's UNet: an hour for one call) and gives the same result: it sums in float32 too.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _SUMS or args[0].dtype != torch.float16:
             return func(*args, **kwargs)
-        wide = tree_map_only(torch.Tensor, lambda tensor: tensor.float(), (args, kwargs))
-        return func(*wide[0], **wide[1]).to(torch.float16)
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.float(), (args, kwargs))
+        return func(*args, **kwargs).to(torch.float16)

@@ -1,8 +1,8 @@
-"""Which parts of a VAE must stay in float32 when the rest of it computes in float16.
+"""fp32 fallback blocks: the parts of a VAE that stay in float32 when the rest of it computes in float16.
 
-SDXL's VAE carries activations beyond float16's 65,504 in some blocks, which would come out as black images. A scan in
-float32 says which modules take or give tensors that are too large; those, and the residual blocks around them, become
-islands of float32. An island whose own output is too large hands it on in float32, and its reader is an island as well.
+Some activations of SDXL's VAE exceed float16's largest number, 65,504, and the image would be black. A scan in float32
+finds the modules whose inputs or outputs are too large; those, and the residual blocks around them, fall back to
+float32. If the output of a block is itself too large, it stays float32 and the block that reads it falls back too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-# Containers that only pass tensors from child to child, so that a border between two children is a border of dtypes.
-_PASSING = (
+# Containers only hand tensors from child to child, so the dtype may change between any two of their children.
+_CONTAINERS = (
     "Sequential",
     "ModuleList",
     "Encoder",
@@ -24,52 +24,53 @@ _PASSING = (
     "EncoderTiny",
     "DecoderTiny",
 )
-MOST = 0.5  # of the weights: beyond that the whole network may as well stay in float32
+MOST = 0.5  # share of the weights; above it the whole network stays in float32
 
 
 class Peak(NamedTuple):
-    """Largest magnitude that a module took in and gave out."""
+    """Largest magnitude among a module's inputs and outputs."""
 
-    taken: float = 0.0
-    given: float = 0.0
+    inputs: float = 0.0
+    outputs: float = 0.0
 
 
-class Islands(NamedTuple):
-    """Modules that compute in float32, and those of them whose outputs stay float32 too."""
+class Fallback(NamedTuple):
+    """Modules that compute in float32, and those of them whose output stays float32 too."""
 
     float32: tuple[str, ...]
-    wide: tuple[str, ...]
+    fp32_output: tuple[str, ...]
 
 
-def find(model: nn.Module, peaks: Mapping[str, Peak], limit: float) -> Islands | None:
-    """The islands of a model.
+def find(model: nn.Module, peaks: Mapping[str, Peak], limit: float) -> Fallback | None:
+    """The fp32 fallback blocks of a model.
 
     Args:
-        model: a VAE, or one half of it.
+        model: a VAE encoder or decoder.
         peaks: by module name relative to the model; NaN counts as too large.
-        limit: magnitude from which on a tensor must not be float16.
+        limit: smallest magnitude that a float16 tensor must not reach.
 
     Returns:
-        None where islands do not help: the model's own input or output is too large, or most of it would be one.
+        None if fallback blocks do not help: the model's own output is too large, no block is to blame, or the blocks
+        would hold most of the weights.
     """
-    if any("." not in name and not _quiet(peak.given, limit) for name, peak in peaks.items()):
+    if any("." not in name and not _fits(peak.outputs, limit) for name, peak in peaks.items()):
         return None
     modules = dict(model.named_modules())
     chosen: set[str] = set()
     for name, peak in peaks.items():
-        if name not in modules or _quiet(peak.taken, limit) and _quiet(peak.given, limit):
+        if name not in modules or _fits(peak.inputs, limit) and _fits(peak.outputs, limit):
             continue
-        while type(modules[parent := name.rpartition(".")[0]]).__name__ not in _PASSING and parent:
+        while type(modules[parent := name.rpartition(".")[0]]).__name__ not in _CONTAINERS and parent:
             name = parent
-        if type(modules[name]).__name__ not in _PASSING:
+        if type(modules[name]).__name__ not in _CONTAINERS:
             chosen.add(name)
     outermost = sorted(name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen))
-    wide = tuple(name for name in outermost if not _quiet(peaks.get(name, Peak()).given, limit))
+    fp32_output = tuple(name for name in outermost if not _fits(peaks.get(name, Peak()).outputs, limit))
     weights = sum(p.numel() for name in outermost for p in modules[name].parameters())
     if weights > MOST * sum(p.numel() for p in model.parameters()) or not outermost:
         return None
-    return Islands(tuple(outermost), wide)
+    return Fallback(tuple(outermost), fp32_output)
 
 
-def _quiet(peak: float, limit: float) -> bool:
+def _fits(peak: float, limit: float) -> bool:
     return peak < limit

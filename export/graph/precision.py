@@ -1,7 +1,7 @@
-"""Precision as a property of the graph: which dtype the weights are stored and computed in, and what stays float32.
+"""The dtypes of a graph: in which one the weights are stored and computed, and which modules stay float32.
 
 Strongly typed engines (TensorRT 11, and 10 in that mode) have no precision flags, so an fp16 model is an fp16 ONNX
-graph. Not everything survives fp16, so the choice is made here, with reasons that end up in the manifest.
+graph. Some modules do not work in fp16; they are chosen here, and the manifest says why.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from . import fp32_fallback
 from .fp32_fallback import Peak
 
 PRECISIONS = ("fp32", "fp16")
-# Made from a float32 bundle by `quantize`: int8 with the rest in float32 or float16; auto: where it pays.
+# Made from a float32 bundle by `export.int8.quantize`. The value is the dtype of everything that is not int8; `auto`
+# keeps int8 only where it is faster.
 INT8 = {"int8": "float32", "int8-fp16": "float16", "auto": "float32"}
 
-# float16 ends at 65,504. Activations of unseen prompts are larger than those of a scan; leave a factor of four.
+# float16 ends at 65,504. Other prompts give larger activations than the scan saw, so a factor of four is left.
 FP16_SAFE = 65504.0 / 4
 
-# Embeddings of time and size feed every block and cost nothing: rounding them is all loss.
+# The time and size embeddings feed every block and take no time: rounding them loses accuracy and gains nothing.
 ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
 
 
 @dataclass(frozen=True)
 class DtypePolicy:
-    """The dtype of a network, the modules that stay float32 (`wide`: with their outputs), and why."""
+    """The dtype of a network, the modules that stay float32 (`fp32_output`: those whose output does too), and why."""
 
     dtype: str
     float32: tuple[str, ...] = ()
     reason: str = ""
-    wide: tuple[str, ...] = ()
+    fp32_output: tuple[str, ...] = ()
 
 
 def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[list[tuple], dict[str, Peak]]:
-    """Run a network in float32 and note the largest magnitude that each inner module takes in and gives out.
+    """Run a network in float32 and record the largest magnitude of each inner module's inputs and outputs.
 
     Returns:
         The outputs of every batch, and {module name: peaks}.
@@ -56,8 +57,8 @@ def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tu
     def note(name: str):
         def hook(_module, args, kwargs, output):
             old = peaks.get(name, Peak())
-            taken = max([old.taken, *map(_magnitude, (*args, *kwargs.values()))], key=_loudness)
-            peaks[name] = Peak(taken, max(old.given, _magnitude(output), key=_loudness))
+            inputs = max([old.inputs, *map(_magnitude, (*args, *kwargs.values()))], key=_or_infinity)
+            peaks[name] = Peak(inputs, max(old.outputs, _magnitude(output), key=_or_infinity))
 
         return hook
 
@@ -79,8 +80,8 @@ def _magnitude(value: object) -> float:
     return 0.0
 
 
-def _loudness(peak: float) -> float:
-    """For comparing: NaN counts as the largest."""
+def _or_infinity(peak: float) -> float:
+    """A magnitude for comparing: NaN counts as the largest."""
     return peak if peak == peak else float("inf")
 
 
@@ -89,36 +90,38 @@ def check_name(precision: str) -> None:
         raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
 
 
-def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, float32_asked: bool = False) -> DtypePolicy:
-    """Decide dtypes from the recipe's name and what `scan` saw.
+def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, force_upcast: bool = False) -> DtypePolicy:
+    """Decide the dtypes of a network.
 
     Args:
-        float32_asked: the model's own config wants float32 (`force_upcast` of SDXL's original VAE). Then the scan's
-            islands have to justify anything lower; weights that were fixed for float16 come with a config that says so.
+        precision: fp32 or fp16.
+        peaks: what `scan` measured.
+        force_upcast: the model's own config asks for float32, as that of SDXL's original VAE does. Then float16 is used
+            only if the scan found fp32 fallback blocks; weights that were fixed for float16 come without the flag.
     """
     check_name(precision)
     if precision == "fp32":
         return DtypePolicy("float32")
-    loud = {name: peak.given for name, peak in peaks.items() if not peak.given < FP16_SAFE}
+    large = {name: peak.outputs for name, peak in peaks.items() if not peak.outputs < FP16_SAFE}
     reason = ""
-    if loud:
-        name, peak = max(loud.items(), key=lambda item: _loudness(item[1]))
+    if large:
+        name, peak = max(large.items(), key=lambda item: _or_infinity(item[1]))
         reason = f"activations reach {peak:.3g} in {name.removeprefix('model.')}, too close to float16's 65,504"
-    if loud and network.kind.startswith("vae_"):
+    if large and network.kind.startswith("vae_"):
         inner = {name.removeprefix("model."): peak for name, peak in peaks.items() if name.startswith("model.")}
-        found = fp32_fallback.find(network.module.model, inner, FP16_SAFE)
-        if found:
-            return DtypePolicy("float16", found.float32, reason, found.wide)
-    if loud:
+        fallback = fp32_fallback.find(network.module.model, inner, FP16_SAFE)
+        if fallback:
+            return DtypePolicy("float16", fallback.float32, reason, fallback.fp32_output)
+    if large:
         return DtypePolicy("float32", reason=reason)
-    if float32_asked:
+    if force_upcast:
         return DtypePolicy(
             "float32",
             reason="its config asks for float32 (force_upcast); weights fixed for float16 come with it switched off",
         )
     names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
     kept = tuple(name for name in ALWAYS_FLOAT32 if name in names)
-    return DtypePolicy("float16", kept, "embeddings of time and size cost nothing in float32" if kept else "")
+    return DtypePolicy("float16", kept, "the time and size embeddings take no time in float32" if kept else "")
 
 
 def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, ...]:
@@ -127,7 +130,7 @@ def with_dtype(specs: tuple[TensorSpec, ...], dtype: str) -> tuple[TensorSpec, .
 
 
 def save_weights(model: nn.Module, path: Path, chosen: DtypePolicy) -> int:
-    """Store the weights of a network in the dtypes of its plan; the model's own tensors are consumed on the way.
+    """Store the weights of a network in the dtypes of its policy; the model's own tensors are freed on the way.
 
     Returns:
         Number of parameters.
@@ -140,8 +143,8 @@ def save_weights(model: nn.Module, path: Path, chosen: DtypePolicy) -> int:
     for parameter in model.parameters():
         parameter.data = torch.empty(0)  # `state` is now the only holder, so each original goes as its copy comes
     for name, tensor in state.items():
-        stays = any(name.startswith(f"{part}.") for part in chosen.float32)
-        dtype = torch.float32 if stays else getattr(torch, chosen.dtype)
+        fp32 = any(name.startswith(f"{part}.") for part in chosen.float32)
+        dtype = torch.float32 if fp32 else getattr(torch, chosen.dtype)
         stored = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         if stored.is_floating_point() and not torch.isfinite(stored).all():
             broken = not torch.isfinite(tensor).all()

@@ -1,4 +1,4 @@
-"""One network to one ONNX graph whose weights stay in the safetensors file beside it.
+"""Trace one network to one ONNX graph; its weights stay in the safetensors file beside it.
 
 The graph is traced with `torch.onnx.export(dynamo=True)`. Its initializers keep the state dict's own names, shapes and
 bytes, and are stored as ONNX external data that points into `model.safetensors`: one copy of the weights serves torch
@@ -30,7 +30,7 @@ OPSETS = range(18, 25)
 
 
 def export_graph(network: Network, dims: Mapping[str, Range], folder: Path, *, opset: int = DEFAULT_OPSET) -> None:
-    """Write `folder/model.onnx` for a network whose weights already lie in `folder/model.safetensors`.
+    """Write `folder/model.onnx` for a network whose weights are in `folder/model.safetensors` already.
 
     Args:
         network: the network, holding the same weights as the file.
@@ -121,10 +121,10 @@ def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
 
 
 def _add_masks(model: ir.Model) -> None:
-    """Attention masks that say yes or no become numbers to add to the scores, the only masks that TensorRT takes.
+    """Convert boolean attention masks to numbers that are added to the scores, the only masks that TensorRT supports.
 
-    What is hidden gets the type's lowest finite number, as in transformers' own masks: zero after the softmax, and no
-    infinity enters the graph.
+    A masked position gets the dtype's lowest finite number, as in transformers' own masks: zero after the softmax, and
+    no infinity enters the graph.
     """
     made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in list(model.graph):
@@ -142,7 +142,7 @@ def _add_masks(model: ir.Model) -> None:
 
 
 def _simplify(model: ir.Model, weights: set[str]) -> None:
-    """Fold shape arithmetic, merge repeats, drop what is unused; never touch a weight, never leave torch's traces."""
+    """Fold shape arithmetic, merge common subexpressions, drop unused nodes and stack traces; never change a weight."""
 
     def may_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
@@ -163,7 +163,7 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
 
 
 def _name_weights(model: ir.Model, prefix: str) -> None:
-    """Give initializers the names of the inner model's state dict (the wrapper's prefix goes)."""
+    """Give initializers the names of the inner model's state dict (without the wrapper's prefix)."""
     for name in [name for name in model.graph.initializers if name.startswith(prefix)]:
         value = model.graph.initializers.pop(name)
         value.name = name.removeprefix(prefix)
@@ -173,7 +173,7 @@ def _name_weights(model: ir.Model, prefix: str) -> None:
 
 
 def _name_tensors(model: ir.Model, network: Network, dims: Mapping[str, Range]) -> None:
-    """Write our dimension names into the graph's inputs and outputs; inner shapes are for engines to infer."""
+    """Write our dimension names into the graph's inputs and outputs; engines infer the inner shapes."""
     for values, specs in ((model.graph.inputs, network.inputs), (model.graph.outputs, network.outputs)):
         assert [value.name for value in values] == [spec.name for spec in specs]
         for value, spec in zip(values, specs, strict=True):

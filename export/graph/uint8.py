@@ -1,9 +1,9 @@
-"""From the canonical int8 graph, the one that ONNX Runtime runs in int8 on a CPU.
+"""Derive the int8 graph that ONNX Runtime runs in int8 on a CPU from the canonical one.
 
-The canonical graph quantises activations to signed bytes around zero, which TensorRT demands and OpenVINO takes. ONNX
-Runtime's x86 kernels want unsigned activations: q + 128 with zero point 128 is the same number, exactly. And its
-integer convolution (QLinearConv) is chosen only where the convolution's output is quantised too, with the scale that
-was calibrated or learned for it. The weights are the same bytes of the same file.
+The canonical graph quantizes activations to signed bytes around zero, which TensorRT demands and OpenVINO accepts. ONNX
+Runtime's x86 kernels want unsigned activations: q + 128 with zero point 128 is exactly the same number. And it uses its
+integer convolution (QLinearConv) only if the convolution's output is quantized too, by the scale that was calibrated or
+learned for it. Both graphs refer to the same weights.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def derive(folder: Path) -> Path:
 
 
 def output_scales(weights: Path) -> dict[str, np.ndarray]:
-    """{layer: scale of its output} out of a component's weights."""
+    """{layer: scale of its output}, read from a component's weights."""
     with safe_open(weights, "np") as file:
         names = [name for name in file.keys() if name.endswith(".output_scale")]  # noqa: SIM118 (not a dict)
         return {name.removesuffix(".output_scale"): file.get_tensor(name) for name in names}
 
 
 def rewrite(model: onnx.ModelProto, scales: dict[str, np.ndarray]) -> None:
-    """Change a canonical graph in place: activations to uint8, and outputs of convolutions quantised by `scales`."""
+    """Change a canonical graph in place: activations to uint8, outputs of convolutions quantized by `scales`."""
     graph = model.graph
     signed = {
         tensor.name

@@ -1,85 +1,91 @@
-"""What stays int8: the verdict on each component, and float in its place where int8 does not pay."""
+"""Accept or reject int8 per component; rejected components fall back to float."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accel.bundle import MANIFEST, Bundle, Component, finalize
+from accel.bundle import Bundle, Component
 from accel.trt import engine_files
 
-from ..graph import fp16
-from . import speed
-from .settings import Settings
+from .settings import Int8Settings
 
 
-def decide(
-    folder: Path,
-    bundle: Bundle,
-    records: dict[str, Component],
-    found: Mapping[str, dict],
-    settings: Settings,
-    scratch: Path,
-    progress: Callable[[str, float], None],
-) -> list[Bundle]:
-    """Write each verdict into its record; where int8 does not pay, put the float network back.
+@dataclass(frozen=True)
+class Decision:
+    """Whether a component is int8, and the measurements that decided, for the manifest.
 
-    Where none of the engines that it is made for can run here, parity alone decides, and the verdict has no speeds.
+    Attributes:
+        reason: why int8 is rejected; empty if it is accepted.
+        measurements: as given to `accept`, and `enabled_engines`: those on which `auto` may choose int8.
+    """
+
+    reason: str = ""
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reason
+
+
+def accept(component: str, measurements: Mapping[str, Any], settings: Int8Settings) -> Decision:
+    """Decide about one component. Parity alone decides until, or unless, speed was measured on some engine.
+
+    Args:
+        measurements: `parity` (`image_parity.Evaluator.component`); and, once they were taken, `engines` and `audit`
+            (`speed.measure`). An engine is enabled if int8 is faster there, within the budget, and passes the audit.
+    """
+    parity, engines = measurements["parity"], measurements.get("engines", {})
+    enabled = [
+        engine
+        for engine, entry in engines.items()
+        if entry["faster"] and parity["ok"] and measurements["audit"][engine]["ok"]
+    ]
+    reason = ""
+    if not settings.requires(component):
+        if not parity["ok"]:
+            reason = f"outside the parity budget of {settings.least_psnr:g} dB ({parity['psnr']:.1f} dB)"
+        elif engines and not enabled:
+            reason = "int8 is not faster on this machine"
+    return Decision(reason, dict(measurements) | {"enabled_engines": enabled})
+
+
+def apply(decision: Decision, component: Component, fallback: Bundle, folder: Path) -> Component:
+    """Carry out a decision in the folder of a bundle that is being made.
+
+    Args:
+        component: as the folder has it, in int8 or float.
+        fallback: bundle of the float component, which replaces a rejected int8 one.
 
     Returns:
-        The int8 components as they were measured, with TensorRT's engine files where there are any.
+        The component's record for the manifest.
     """
-    engines, raced = speed.engines_for(settings.dtype), []
-    for entry, record in list(records.items()):
-        if not record.int8:
-            continue
-        low, high = Bundle.open(folder), bundle
-        if "tensorrt" in engines:  # it leaves engine files in the bundles
-            low = _alone(low, entry, scratch / f"{entry}-int8")
-            other = _halved if settings.dtype != "float32" else _alone
-            high = other(bundle, entry, scratch / f"{entry}-float")
-        raced.append(low)
-        said = speed.judge(
-            low, high, entry, found[entry], engines, threads=settings.threads, say=lambda text: progress(text, 0.85)
-        )
-        audits = said.pop("audit")
-        if said["offered"] or not engines or (settings.strict and entry == "unet"):
-            records[entry] = replace(record, int8=dict(record.int8) | {"audit": audits, "verdict": said})
-            continue
-        shutil.rmtree(folder / entry)
-        shutil.copytree(high.path / entry, folder / entry)
-        records[entry] = high.component(entry)
-        stay(records, entry, "int8 is not faster on this machine", said)
-    return raced
+    measurements = dict(decision.measurements)
+    audits = measurements.pop("audit", {})
+    if decision.accepted:
+        return replace(component, int8=dict(component.int8) | {"audit": audits, "acceptance": measurements})
+    if component.int8:
+        shutil.rmtree(folder / component.name)
+        shutil.copytree(fallback.path / component.name, folder / component.name)
+        component = fallback.component(component.name)
+    return record_fallback(component, decision.reason, measurements)
 
 
-def keep_engine_files(raced: Sequence[Bundle], records: Mapping[str, Component], folder: Path) -> None:
-    """Engine files of components that are offered on TensorRT: they took minutes to build, and fit what was sealed."""
-    for engine_file in (engine_file for bundle in raced for engine_file in engine_files.find(bundle)):
-        offered = records[engine_file.component].int8.get("verdict", {}).get("offered", ())
-        if "tensorrt" in offered:
+def record_fallback(component: Component, reason: str, measurements: Mapping[str, Any]) -> Component:
+    """The record of a float component, with why it is not int8 and what was measured until then."""
+    return replace(component, parity=dict(component.parity) | {"int8_tried": {"reason": reason, **measurements}})
+
+
+def keep_engine_files(component: Component, built: Bundle, folder: Path) -> None:
+    """Keep a component's TensorRT engine files if int8 is enabled there: they took minutes to build and still fit.
+
+    Args:
+        built: bundle with the engine files that speed was measured on.
+        folder: the finished bundle, with the same component.
+    """
+    if "tensorrt" in component.int8.get("acceptance", {}).get("enabled_engines", ()):
+        for engine_file in engine_files.find(built, component.name):
             shutil.copytree(engine_file.path.parent, folder / engine_files.FOLDER / engine_file.key, dirs_exist_ok=True)
-
-
-def stay(records: dict[str, Component], entry: str, reason: str, measured: Mapping[str, Any]) -> None:
-    """Note in a float component's record why it is not int8, beside the reason for the precision that it has."""
-    record = records[entry]
-    records[entry] = replace(record, parity=dict(record.parity) | {"int8_tried": {"reason": reason} | dict(measured)})
-
-
-def _halved(bundle: Bundle, entry: str, folder: Path) -> Bundle:
-    """A bundle of one component, in float16."""
-    made = fp16.write(bundle, entry, folder / entry)
-    finalize(folder, replace(bundle.manifest, precision="fp16", components={entry: made}))
-    return Bundle.open(folder)
-
-
-def _alone(bundle: Bundle, entry: str, folder: Path) -> Bundle:
-    """One component of a bundle, copied: ONNX's own loader refuses weights that are links."""
-    folder.mkdir(parents=True)
-    shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
-    shutil.copytree(bundle.path / entry, folder / entry)
-    return Bundle.open(folder)

@@ -1,8 +1,8 @@
-"""Which layers of an int8 graph an engine really runs in int8, read off the engine's own optimised graph.
+"""Audit which layers of an int8 graph an engine really runs in int8, from the engine's own optimised graph.
 
-Every fusion that int8 depends on can fail without a word, and the model then runs, in float, slower than before. So the
-engine is asked: ONNX Runtime for the graph it saved after optimisation, OpenVINO for its runtime model, TensorRT's
-inspector for the layers of the plan.
+Every fusion that int8 depends on can fail silently; the model then runs in float, slower than before. The audit reads
+the graph that ONNX Runtime saves after optimisation, OpenVINO's runtime model, or what TensorRT's inspector says of an
+engine file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
-EXPECTED = 0.95  # share of the quantised layers that must run in int8
+EXPECTED = 0.95  # least share of the quantized layers that must run in int8
 
 _CONV, _LINEAR, _PRODUCT = "conv", "linear", "product"
 _INT8 = {
@@ -43,18 +43,18 @@ _FLOAT = {
     "FusedGemm": _LINEAR,
 }
 ENGINES = int8_engines()
-Found = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
+Counts = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
 
 
 def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
-    """Count the layers with weights, and the products of attention, that an engine runs in int8 and in float.
+    """Count the layers with weights and the products of attention that an engine runs in int8 and in float.
 
     Returns:
-        {"int8": {"conv": n, "linear": n, "product": n}, "float": {...}, "layers": how many were quantised, "share": of
-        these run in int8, of the kind that does worst; "graph": file, "ok": whether it is at least `EXPECTED`}.
+        {"int8": {"conv": n, "linear": n, "product": n}, "float": {...}, "layers": how many are quantized, "share": the
+        least share of them, over the kinds, that runs in int8, "graph": file, "ok": whether it is at least `EXPECTED`}.
 
     Raises:
-        UserError: for an engine that cannot be audited, or cannot run here; for TensorRT without a plan.
+        UserError: for an engine that cannot be audited or cannot run here, or TensorRT without an engine file.
     """
     if engine not in ENGINES:
         raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
@@ -63,9 +63,9 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
     graph = onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
     int8, floats = read(bundle, component, graph)
-    # By kind: three attentions of a hundred layers may be half of the time. (With the begin-of-text token apart, one
-    # layer is two products: only the integer one reads what was quantised.)
-    wanted = Counter(_quantised(graph).values())
+    # By kind: three attentions among a hundred layers may take half of the time. (A layer that excludes begin-of-text
+    # tokens is two products, of which only one reads a quantized input.)
+    wanted = Counter(_quantized(graph).values())
     share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
     return {
         "int8": dict(int8),
@@ -77,7 +77,7 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     }
 
 
-def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
+def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory(prefix="accel-audit-") as folder:
@@ -97,10 +97,10 @@ def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -
     return _count(model.graph, _products(graph))  # nodes keep their names
 
 
-def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()) -> Found:
-    """Layers with weights, and these products, in int8 (by their operator, or by name) and in float."""
+def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: Collection[str] = ()) -> Counts:
+    """Count layers with weights, and the given products, in int8 (by operator, or by node name) and in float."""
     constant = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:  # what is computed from constants alone is one: weights that are dequantised when run
+    for node in graph.node:  # what is computed from constants alone is one: weights that are dequantized at run time
         if node.op_type in ("DequantizeLinear", "Transpose", "ReorderInput") and node.input[0] in constant:
             constant.update(node.output)
     int8, floats = Counter(), Counter()
@@ -114,8 +114,8 @@ def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: C
     return int8, floats
 
 
-def _quantised(graph: onnx.GraphProto) -> dict[str, str]:
-    """{node: kind} of what multiplies a dequantised activation by dequantised weights, or a product's two sides."""
+def _quantized(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: kind} of the nodes that multiply a dequantized activation by dequantized weights or by another one."""
     rounded = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     read = {node.output[0]: node.input[0] in rounded for node in graph.node if node.op_type == "DequantizeLinear"}
     return {
@@ -126,14 +126,14 @@ def _quantised(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def _products(graph: onnx.GraphProto) -> dict[str, str]:
-    """{node: the last product of its attention} of the products of two dequantised activations.
+    """{node: the last product of its attention} of the products of two dequantized activations.
 
     Scores q k^T go through a softmax into another product; weights times v are the last one themselves.
     """
     nodes = {node.name: node for node in graph.node}
     reader = {tensor: node for node in graph.node for tensor in node.input}
     found = {}
-    for name in (name for name, kind in _quantised(graph).items() if kind == _PRODUCT):
+    for name in (name for name, kind in _quantized(graph).items() if kind == _PRODUCT):
         end = nodes[name]
         while (after := reader.get(end.output[0])) and after.op_type in ("Softmax", *_PAIR):
             end = after
@@ -141,7 +141,7 @@ def _products(graph: onnx.GraphProto) -> dict[str, str]:
     return found
 
 
-def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
+def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
     kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
     int8, floats, holding = Counter(), Counter(), {}
@@ -162,20 +162,20 @@ def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> F
     return int8, floats
 
 
-def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Found:
-    """TensorRT fuses layers, so those of the engine file cannot be counted: each names the graph's nodes in it."""
+def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
+    """TensorRT fuses layers, so they are not counted; each names the nodes of the graph that it was fused from."""
     engine_file = fitting_engine_file(bundle, component.name)
     if engine_file is None:
         raise UserError(
             f"{component.name} has no TensorRT engine file that fits here",
             f"accel build {bundle.path} --components {component.name}",
         )
-    found = engine_file.record["audit"]
-    if found["heavy"].get("int8") and not found.get("int8_nodes"):
+    recorded = engine_file.record["audit"]
+    if recorded["heavy"].get("int8") and not recorded.get("int8_nodes"):
         raise UserError(
             f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
         )
-    return _count(graph, _products(graph), set(found.get("int8_nodes", ())))
+    return _count(graph, _products(graph), set(recorded.get("int8_nodes", ())))
 
 
 def _text(info: Any, key: str) -> str:

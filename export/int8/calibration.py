@@ -1,4 +1,4 @@
-"""What a model is calibrated on: real prompts, drawn exactly as they will be drawn when it is deployed."""
+"""The calibration set: real prompts, sampled exactly as they will be when the model is deployed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from accel.pipeline.prompt_files import read_prompts
 IMAGES = 32
 FEW = 16
 _AT_ONCE = 8
-# Images that judge are drawn from other noise than those that calibrated.
+_TEXT_KEYS = ("text", "prompt", "caption")
+# Evaluation images use held-out seeds.
 HELD_OUT = 1_000_000
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Prompts, noise, and how they are drawn.
+    """Prompts, noise, and sampling.
 
     Attributes:
         prompts: one per image.
         seed: of the first image's noise.
-        sampling: arguments of the pipeline that differ from the bundle's own. Right calibration has none: steps,
-            timesteps and guidance are the deployed ones. (Wrong ones are for measuring what right ones are worth.)
+        sampling: arguments of the pipeline instead of the bundle's own. An export has none: steps, timesteps and
+            guidance are the deployed ones. (A benchmark measures what wrong ones cost.)
     """
 
     prompts: tuple[str, ...]
@@ -47,30 +48,30 @@ class Calibration:
         return np.concatenate(made)
 
     def held_out(self, images: int) -> Calibration:
-        """The same prompts from other noise."""
+        """The same prompts from held-out seeds, repeated or cut to a number of images."""
         prompts = tuple(self.prompts[i % len(self.prompts)] for i in range(images))
         return Calibration(prompts, self.seed + HELD_OUT, self.sampling)
 
     def record(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
-        """What goes into the manifest; its digest is part of every engine's key, through the manifest's own."""
+        """The manifest's record of this set. Its digest is part of the identity of every engine file."""
         kept = {"images": len(self.prompts), "seed": self.seed, "sampler": dict(sampler) | dict(self.sampling)}
         return kept | {"digest": digest_of(kept | {"prompts": list(self.prompts)})}
 
 
 def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> Calibration:
-    """A set of `images` images, the prompts repeated as often as needed.
+    """A set of `images` images; the prompts are repeated as often as needed.
 
     Raises:
-        UserError: for no prompts, or no images. Warns when there are so few that ranges will be too narrow.
+        UserError: for no prompts, or no images. A Notice warns of so few images that ranges may be too narrow.
     """
     prompts = [text.strip() for text in prompts if text.strip()]
     if not prompts:
         raise UserError("there are no calibration prompts", "give a file with one prompt per line to --calibration")
     if images < 1:
-        raise UserError(f"{images} calibration images are none", f"--calibration-images {IMAGES}")
+        raise UserError(f"invalid number of calibration images: {images}", f"--calibration-images {IMAGES}")
     if images < FEW:
         warnings.warn(
-            f"only {images} calibration image{'s' * (images > 1)}: ranges may be too narrow, {IMAGES} are usual",
+            f"only {images} calibration image{'s' * (images > 1)}: ranges may be too narrow (default: {IMAGES})",
             Notice,
             stacklevel=2,
         )
@@ -78,5 +79,5 @@ def calibration(prompts: Sequence[str], images: int = IMAGES, seed: int = 0) -> 
 
 
 def default_prompts(name: str) -> list[str]:
-    """Prompts for a model by its name: the digits' own for the shipped ones, everyday ones for all others."""
+    """The built-in prompts for a model, by its name: those of digits for shipped models, general ones for others."""
     return read_prompts((DIGITS if name.split("/")[0] == "digits" else DIGITS.parent) / "prompts.txt")

@@ -1,4 +1,4 @@
-"""How far images move when a network is quantised: the same prompts from the same noise, in float and in int8."""
+"""Image parity: how much images change when a network is quantized, from the same prompts and the same noise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BUDGET = 20.0  # dB, of images against float32's
 IMAGES = 8
 
 
-class Judge:
-    """Draws with some layers quantised and compares with nothing quantised; the truth is drawn once.
+class Evaluator:
+    """Draws images with some layers quantized and compares them with float32's, which are drawn once.
 
     Args:
-        pipeline: on torch, its networks fake-quantised and calibrated.
+        pipeline: on torch, its networks fake-quantized and calibrated.
         models: the networks by component.
-        images: what is drawn; not what calibrated.
+        images: what to draw, from held-out seeds.
         budget: least PSNR in dB.
     """
 
@@ -32,29 +32,31 @@ class Judge:
         self, pipeline: Pipeline, models: Mapping[str, nn.Module], images: Calibration, budget: float = BUDGET
     ):
         self.pipeline, self.models, self.images, self.budget = pipeline, models, images, budget
-        self.truth = self._draw({})
+        self.reference = self._draw({})
 
     def component(self, name: str, layers: Sequence[str] | None = None) -> dict[str, Any]:
-        """Parity of images when the named layers (all, without names) of one network alone are in int8."""
-        return self.figures(self._draw({name: layers}))
+        """Parity of the images if the named layers of one network (all of them, without names) are int8, and no other.
 
-    def figures(self, images: np.ndarray) -> dict[str, Any]:
-        found = compare(images, self.truth, 1.0)
-        # Equal images have no finite PSNR, and JSON no infinity.
-        psnr = 100.0 if found.psnr is None or np.isinf(found.psnr) else float(found.psnr)
-        psnr = psnr if found.finite else 0.0
+        Returns:
+            {"psnr": dB, "ssim", "budget": dB, "images": how many, "ok": whether the budget holds}.
+        """
+        images = self._draw({name: layers})
+        parity = compare(images, self.reference, 1.0)
+        # Equal images have an infinite PSNR, which JSON cannot hold.
+        psnr = 100.0 if parity.psnr is None or np.isinf(parity.psnr) else float(parity.psnr)
+        psnr = psnr if parity.finite else 0.0
         return {
             "psnr": psnr,
-            "ssim": found.ssim,
+            "ssim": parity.ssim,
             "budget": self.budget,
-            "pictures": len(images),
+            "images": len(images),
             "ok": bool(psnr >= self.budget),
         }
 
-    def _draw(self, wanted: Mapping[str, Sequence[str] | None]) -> np.ndarray:
+    def _draw(self, quantized: Mapping[str, Sequence[str] | None]) -> np.ndarray:
         for model in self.models.values():
-            fake_quant.set_mode(model, "pass")
-        for name, layers in wanted.items():
+            fake_quant.set_mode(model, "disabled")
+        for name, layers in quantized.items():
             fake_quant.set_mode(self.models[name], "quantize", layers)
         try:
             return self.images.run(self.pipeline)

@@ -1,7 +1,7 @@
-"""A float32 bundle to an int8 one: calibrated on its own images, checked, audited, and judged.
+"""Quantize a float32 bundle: calibrate it on its own images, check, measure, and accept or reject each component.
 
-The pipeline is run as it will be deployed, with its own steps, timesteps and guidance, and every layer that is to be
-quantised watches its input. A student that was trained with fake quantisation brings its own ranges instead.
+The pipeline runs as it will be deployed, with its own steps, timesteps and guidance, while observers record the inputs
+of every layer to quantize. A student that was trained with fake quantization brings its own scales instead.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +28,10 @@ from accel.models.networks import Network
 from accel.pipeline import Pipeline, control, load
 
 from ..graph import component, fp16, uint8
-from . import acceptance, image_parity, sensitivity
-from .settings import Settings
+from . import acceptance, sensitivity, speed
+from .acceptance import Decision, accept
+from .image_parity import Evaluator
+from .settings import QUANTIZED, Int8Settings
 from .unsupported import refuse_control, refuse_inpainting
 
 Progress = Callable[[str, float], None]
@@ -39,9 +40,8 @@ Progress = Callable[[str, float], None]
 def quantize(
     bundle: Bundle,
     out: Path,
-    settings: Settings,
+    settings: Int8Settings,
     *,
-    name: str = "int8",
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
@@ -50,103 +50,116 @@ def quantize(
     Args:
         bundle: complete, in float32.
         out: folder to write; it appears only when everything has succeeded.
-        name: of the precision, for the manifest.
+        settings: checked and completed (`settings.complete`).
 
     Raises:
-        UserError: for a bundle that is not float32, a UNet that takes control inputs or paints into images, a recipe
-            that fits no layer, a graph that differs from torch.
+        UserError: for a bundle that is not float32, a UNet that takes control inputs or is made for inpainting, or a
+            config that fits no layer.
     """
-    for entry in bundle.manifest.components.values():
-        if entry.precision != "float32":
-            raise UserError(
-                f"{bundle.path}: {entry.name} is not float32 but {entry.precision}",
-                "give the pipeline that it was made of, or a bundle with --precision fp32",
-            )
-    names = [entry for entry in settings.networks if entry in bundle.manifest.components]
+    names, decisions = _candidates(bundle, settings)
     records = dict(bundle.manifest.components)
-    unet = bundle.component("unet").inputs
-    refuse_inpainting(unet[0].shape[1])
-    if "unet" in names and any(spec.name.startswith(control.PREFIXES) for spec in unet):
-        if settings.strict:
-            refuse_control()
-        names.remove("unet")
-        acceptance.stay(records, "unet", "calibration has no control images", {})
     with new_folder(out, overwrite=overwrite) as folder:
         _copy(bundle, folder)
         pipeline = load(bundle, "eager", device="cpu")
-        models = {entry: pipeline.engines[entry].module.model for entry in names}
-        for entry in _without_layers(models, settings.recipe):
-            acceptance.stay(records, entry, f"it has no layer of level {settings.recipe.level}", {})
-            names.remove(entry)
-            del models[entry]
-        if settings.strict and not names:
+        models = {name: pipeline.engines[name].module.model for name in names}
+        for name in _without_layers(models, settings):
+            decisions[name] = Decision(f"it has no layer of level {settings.config.level}")
+            del models[name]
+        if settings.precision != "auto" and not models:
             raise UserError(
-                f"no network that was asked for has a layer of level {settings.recipe.level}",
+                f"none of the components to quantize has a layer of level {settings.config.level}",
                 "--int8-level all, or other --int8-components",
             )
         progress("calibration", 0.0)
         kept = calibrate(pipeline, models, settings, lambda done: progress("calibration", 0.4 * done))
         progress("parity", 0.4)
-        judge = image_parity.Judge(pipeline, models, settings.calibration.held_out(settings.judged), settings.budget)
-        if "unet" in names and (settings.keep_budget or settings.sensitivity):
-            kept["unet"] |= _by_sensitivity(judge, models["unet"], settings, bundle, progress)
-        found = {entry: judge.component(entry) for entry in names}
-        origin = settings.calibration.record(bundle.manifest.sampler)
-        for place, entry in enumerate(names):
-            if not found[entry]["ok"] and not (settings.strict and entry == "unet"):
-                why = f"outside the parity budget of {settings.budget:g} dB ({found[entry]['psnr']:.1f} dB)"
-                acceptance.stay(records, entry, why, found[entry])
-                continue
-            shutil.rmtree(folder / entry)
+        held_out = settings.calibration.held_out(settings.evaluation_images)
+        evaluator = Evaluator(pipeline, models, held_out, settings.least_psnr)
+        if "unet" in models and (settings.budget is not None or settings.sensitivity):
+            kept["unet"] |= _by_sensitivity(evaluator, models["unet"], settings, bundle, progress)
+        parity = {name: {"parity": evaluator.component(name)} for name in models}
+        decisions |= {name: accept(name, parity[name], settings) for name in models}
+        accepted = [name for name in models if decisions[name].accepted]
+        for place, name in enumerate(accepted):
 
-            def step(stage: str, done: int, entry: str = entry, place: int = place) -> None:
-                progress(f"{entry}: {stage}", 0.5 + 0.3 * (place + done / 4) / len(names))
+            def step(stage: str, done: int, name: str = name, place: int = place) -> None:
+                progress(f"{name}: {stage}", 0.5 + 0.3 * (place + done / 4) / len(accepted))
 
-            about = {"recipe": _recipe_of(settings.recipe, entry).as_dict(), "kept": kept[entry]}
-            about["calibration"] = origin | {"ranges": "trained" if _is_trained(settings, entry) else "calibrated"}
-            records[entry] = _write(pipeline, bundle, entry, folder / entry, settings.dtype, about, step)
-        del pipeline, models, judge
+            shutil.rmtree(folder / name)
+            records[name] = _write(pipeline, bundle, name, folder / name, settings, kept[name], step)
+        del pipeline, models, evaluator
         if settings.dtype != "float32":
-            _halve_the_rest(bundle, records, folder)
-        manifest = replace(bundle.manifest, precision=name, components=records)
+            _convert_the_rest(bundle, records, folder)
+        manifest = replace(bundle.manifest, precision=settings.precision, components=records)
         finalize(folder, manifest)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-            raced = acceptance.decide(folder, bundle, records, found, settings, Path(scratch), progress)
+            engines, pairs = speed.engines_for(settings.dtype), {}
+            for name in accepted:
+                pairs[name] = speed.pair(Bundle.open(folder), bundle, name, settings.dtype, Path(scratch))
+                speeds = speed.measure(
+                    pairs[name], name, engines, threads=settings.threads, progress=lambda stage: progress(stage, 0.85)
+                )
+                decisions[name] = accept(name, parity[name] | speeds, settings)
+            for name, decision in decisions.items():
+                fallback = pairs[name].float if name in pairs else bundle
+                records[name] = acceptance.apply(decision, records[name], fallback, folder)
             finalize(folder, replace(manifest, components=records))
-            acceptance.keep_engine_files(raced, records, folder)
+            for name, pair in pairs.items():
+                acceptance.keep_engine_files(records[name], pair.int8, folder)
     progress("done", 1.0)
     return Bundle.open(out)
+
+
+def _candidates(bundle: Bundle, settings: Int8Settings) -> tuple[list[str], dict[str, Decision]]:
+    """The components to try in int8, and the decisions that need no measurement."""
+    for record in bundle.manifest.components.values():
+        if record.precision != "float32":
+            raise UserError(
+                f"{bundle.path}: {record.name} is not float32 but {record.precision}",
+                "give the pipeline that it was made of, or a bundle with --precision fp32",
+            )
+    names = [name for name in QUANTIZED if settings.wants(name) and name in bundle.manifest.components]
+    inputs = bundle.component("unet").inputs
+    refuse_inpainting(inputs[0].shape[1])
+    if "unet" not in names or not any(spec.name.startswith(control.PREFIXES) for spec in inputs):
+        return names, {}
+    if settings.requires("unet"):
+        refuse_control()
+    names.remove("unet")
+    return names, {"unet": Decision("calibration has no control images")}
 
 
 def calibrate(
     pipeline: Pipeline,
     models: Mapping[str, nn.Module],
-    settings: Settings,
+    settings: Int8Settings,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, dict[str, str]]:
-    """Attach fake quantisation to the networks of a pipeline, with the ranges that its own images need.
+    """Attach fake quantization to the networks of a pipeline, and calibrate it on the pipeline's own images.
 
-    A UNet that was trained with ranges keeps them, and computes in float while the others are calibrated.
+    A UNet with trained scales keeps them, and computes in float while the other networks are calibrated.
 
     Returns:
-        Per network {layer that stays in higher precision though the recipe names it: why}.
+        Per network {layer that stays in higher precision although the config names it: why}.
     """
-    for entry, model in models.items():
-        fake_quant.attach(model, _recipe_of(settings.recipe, entry), names=_trained_layers(settings, entry))
-    seen = {entry: model for entry, model in models.items() if not _is_trained(settings, entry)}
+    for name, model in models.items():
+        scales = settings.trained if _is_trained(settings, name) else {}
+        trained = dict.fromkeys(key.rpartition(".")[0] for key in scales if key.endswith("_scale"))
+        fake_quant.attach(model, _config_of(settings, name), names=list(trained) or None)
+    observed = {name: model for name, model in models.items() if not _is_trained(settings, name)}
     dead: list[list[str]] = []
-    if seen:
-        dead = observe(list(seen.values()), settings.recipe, lambda: settings.calibration.run(pipeline, progress))
-    if seen.keys() != models.keys():
+    if observed:
+        dead = observe(list(observed.values()), settings.config, lambda: settings.calibration.run(pipeline, progress))
+    if observed.keys() != models.keys():
         fake_quant.set_scales(models["unet"], settings.trained)
         fake_quant.set_mode(models["unet"], "quantize")
-    kept: dict[str, dict[str, str]] = {entry: {} for entry in models}
-    kept |= {entry: dict.fromkeys(names, "its range is zero") for entry, names in zip(seen, dead, strict=True)}
-    for entry, names in kept.items():
-        if names:
+    kept: dict[str, dict[str, str]] = {name: {} for name in models}
+    kept |= {name: dict.fromkeys(layers, "its range is zero") for name, layers in zip(observed, dead, strict=True)}
+    for name, layers in kept.items():
+        if layers:
             warnings.warn(
-                f"{entry}: {len(names)} layers see nothing but zeros and stay in higher precision, the first one is "
-                f"{next(iter(names))}",
+                f"{name}: {len(layers)} layers, such as {next(iter(layers))}, see nothing but zeros in calibration and "
+                f"stay in higher precision",
                 Notice,
                 stacklevel=2,
             )
@@ -154,80 +167,78 @@ def calibrate(
 
 
 def _by_sensitivity(
-    judge: image_parity.Judge, unet: nn.Module, settings: Settings, bundle: Bundle, progress: Progress
+    evaluator: Evaluator, unet: nn.Module, settings: Int8Settings, bundle: Bundle, progress: Progress
 ) -> dict[str, str]:
-    """Measure what each layer of the UNet costs, and take out the worst until the budget holds, where it must.
+    """Measure what each layer of the UNet costs; with a budget, keep the most sensitive ones in float until it holds.
 
-    Where no layer can be int8 within the budget, all stay, for parity to refuse the UNet; an error if it must be int8.
+    If no layer can be int8 within the budget, all stay int8 and `accept` rejects the UNet; a required one is an error.
+
+    Returns:
+        {layer that stays in higher precision: why}.
     """
     layers = [name for name, _ in fake_quant.fake_layers(unet)]
-    rows = sensitivity.measure(
-        judge,
+    costs = sensitivity.measure(
+        evaluator,
         "unet",
         sensitivity.one_by_one(layers),
         lambda done: progress("sensitivity, layer by layer", 0.4 + 0.1 * done),
     )
-    blocks = sensitivity.measure(judge, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
+    blocks = sensitivity.measure(evaluator, "unet", sensitivity.by_block(layers)) if settings.sensitivity else []
     kept: dict[str, str] = {}
     try:
-        if settings.keep_budget:
-            names = sensitivity.leave(judge, "unet", rows)
+        if settings.budget is not None:
+            names = sensitivity.layers_to_keep(evaluator, "unet", costs)
             fake_quant.detach(unet, names)
-            kept = dict.fromkeys(names, f"sensitive: left out for {settings.budget:g} dB")
+            kept = dict.fromkeys(names, f"sensitive: kept for {settings.budget:g} dB")
     except UserError:
-        if settings.strict:
+        if settings.requires("unet"):
             raise
     finally:
         if settings.sensitivity:
-            sensitivity.write(settings.sensitivity, rows, blocks, bundle.manifest.source["name"], kept)
+            sensitivity.write(settings.sensitivity, costs, blocks, bundle.manifest.source["name"], kept)
     return kept
 
 
-def _is_trained(settings: Settings, entry: str) -> bool:
-    return settings.trained is not None and entry == "unet"
+def _is_trained(settings: Int8Settings, name: str) -> bool:
+    return settings.trained is not None and name == "unet"
 
 
-def _trained_layers(settings: Settings, entry: str) -> Sequence[str] | None:
-    if not _is_trained(settings, entry):
-        return None
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in settings.trained if key.endswith("_scale")))
-
-
-def _without_layers(models: Mapping[str, nn.Module], recipe: Int8Config) -> list[str]:
-    """Networks that the recipe, meant for the UNet, has nothing to do in: a text encoder has no convolutions."""
+def _without_layers(models: Mapping[str, nn.Module], settings: Int8Settings) -> list[str]:
+    """Networks other than the UNet that have no layer of the config's level: a text encoder has no convolutions."""
     return [
-        entry
-        for entry, model in models.items()
-        if entry != "unet" and not fitting(_recipe_of(recipe, entry), fake_quant.layers_of(model))
+        name
+        for name, model in models.items()
+        if name != "unet" and not fitting(_config_of(settings, name), fake_quant.layers_of(model))
     ]
 
 
-def _recipe_of(recipe: Int8Config, entry: str) -> Int8Config:
-    return recipe if entry == "unet" else replace(recipe, keep=())
+def _config_of(settings: Int8Settings, name: str) -> Int8Config:
+    """The config of a network: the names in `keep` are meant for the UNet."""
+    return settings.config if name == "unet" else replace(settings.config, keep=())
 
 
 def _write(
     pipeline: Pipeline,
     bundle: Bundle,
-    entry: str,
+    name: str,
     folder: Path,
-    dtype: str,
-    about: dict[str, Any],
+    settings: Int8Settings,
+    kept: Mapping[str, str],
     step: component.Step,
 ) -> Component:
-    """One network with packed layers: weights, graphs, proof. It is gone from the pipeline afterwards."""
+    """Export one network with packed layers: weights, graphs, checks. It is removed from the pipeline."""
     started = time.perf_counter()
-    engine, manifest = pipeline.engines.take(entry), bundle.manifest
+    engine, manifest = pipeline.engines.take(name), bundle.manifest
     record, model = engine.component, engine.module.model
-    network = Network(entry, record.kind, engine.module, record.inputs, record.outputs)
+    network = Network(name, record.kind, engine.module, record.inputs, record.outputs)
     folder.mkdir()
     networks.save_config(network, folder)
     layers = fake_quant.traits(model)
-    fake_quant.set_mode(model, "pass")
+    fake_quant.set_mode(model, "disabled")
     known = component.truth(
         network,
         record.dims,
-        "fp32" if dtype == "float32" else "fp16",
+        "fp32" if settings.dtype == "float32" else "fp16",
         family=manifest.family,
         scaling_factor=manifest.pipeline["scaling_factor"],
     )
@@ -235,29 +246,31 @@ def _write(
     made = component.write(
         network, known, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
     )
-    seconds = {"export_seconds": round(time.perf_counter() - started, 2)}
-    graphs = {"onnxruntime": f"{entry}/{uint8.FILE}"}
+    ranges = "trained" if _is_trained(settings, name) else "calibrated"
     return replace(
         made,
         parameters=record.parameters,
-        parity=made.parity | seconds,
-        int8=about | {"layers": layers, "graphs": graphs},
+        parity=made.parity | {"export_seconds": round(time.perf_counter() - started, 2)},
+        int8={
+            "config": _config_of(settings, name).as_dict(),
+            "kept": kept,
+            "calibration": settings.calibration.record(manifest.sampler) | {"ranges": ranges},
+            "layers": layers,
+            "graphs": {"onnxruntime": f"{name}/{uint8.FILE}"},
+        },
     )
 
 
-def _halve_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path) -> None:
-    """Components that are not int8, in float16."""
-    for entry, record in records.items():
-        if record.int8:
-            continue
-        shutil.rmtree(folder / entry)
-        made = fp16.write(bundle, entry, folder / entry)
-        notes = {key: record.parity[key] for key in ("int8_tried",) if key in record.parity}
-        records[entry] = replace(made, parity=made.parity | notes)
+def _convert_the_rest(bundle: Bundle, records: dict[str, Component], folder: Path) -> None:
+    """Convert the components that are not int8 to float16."""
+    for name, record in records.items():
+        if not record.int8:
+            shutil.rmtree(folder / name)
+            records[name] = fp16.write(bundle, name, folder / name)
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
-    """Everything but the manifest; a component that turns int8 is written anew afterwards."""
+    """Copy everything but the manifest; accepted components are written anew afterwards."""
     for entry in bundle.manifest.files:
         if entry != MANIFEST:
             (folder / entry).parent.mkdir(parents=True, exist_ok=True)

@@ -1,135 +1,158 @@
-"""Is int8 worth it? Speed against float of the same component on this machine, engine by engine, taking turns."""
+"""Benchmark an int8 component against its float one on each engine of this machine, interleaved as in `accel bench`."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from accel.arrays import synchronize
-from accel.bundle import Bundle
+from accel.bench import timing
+from accel.bundle import MANIFEST, Bundle, finalize
 from accel.engines import Engine, fitting_engine_file, load_engine, status
 from accel.errors import UserError
+from accel.files import temporary_caches
 from accel.machine import machine_name
 
+from ..graph import fp16
 from ..graph.trace import example
 from ..tensorrt.build import build
 from .audit import ENGINES, audit
 
-SECONDS, ROUNDS = 20.0, 25  # per engine, whichever comes first; at least three rounds
-FASTER = 1.05  # closer to 1 than this, noise could have decided
+SECONDS, ROUNDS = 20.0, 25  # per engine, whichever comes first
+FASTER = 1.05  # least speedup to call int8 faster; a smaller one may be noise
+
+
+class Pair(NamedTuple):
+    """Two bundles with the same component: in int8, and in the float dtype that it is compared with."""
+
+    int8: Bundle
+    float: Bundle
 
 
 def engines_for(dtype: str) -> tuple[str, ...]:
-    """Engines of this machine that int8 with the rest in `dtype` is made for: with float16, TensorRT alone."""
+    """Engines of this machine that int8 with the rest in `dtype` is meant for: with float16, TensorRT alone."""
     return tuple(engine for engine in (ENGINES if dtype == "float32" else ("tensorrt",)) if status(engine).ok)
 
 
-def judge(
-    low: Bundle,
-    high: Bundle,
-    name: str,
-    parity: dict[str, Any],
+def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path) -> Pair:
+    """What to compare: the bundles themselves or, for TensorRT, copies that its engine files may be built into.
+
+    Args:
+        dtype: of what is not int8; with float16, the float32 component of `floating` is converted to it.
+        scratch: folder for the copies.
+    """
+    if "tensorrt" not in engines_for(dtype):
+        return Pair(int8, floating)
+    baseline = _copied if dtype == "float32" else _in_float16
+    return Pair(
+        _copied(int8, component, scratch / f"{component}-int8"),
+        baseline(floating, component, scratch / f"{component}-float"),
+    )
+
+
+def measure(
+    pair: Pair,
+    component: str,
     engines: Sequence[str],
     *,
     threads: int = 0,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """The verdict on one component, for the manifest.
+    """Measure the speed of both, and audit which layers really run in int8.
 
     Args:
-        low: the int8 bundle, complete. On TensorRT engine files are built into it, and into the other.
-        high: the bundle of what it competes with: float32, or float16 where int8 has float16 around it.
-        parity: what was measured on images, with `ok`.
         engines: where to measure (`engines_for`).
-        threads: of the engines; 0 lets them choose.
+        threads: CPU threads of the engines; 0 for their own default.
 
     Returns:
-        {"machine", "parity", "against": dtype of `high`, "engines": {engine: {"on", "float_seconds", "int8_seconds",
-        "speedup", "faster", "rounds"} or {"on", "error", "faster"}}, "audit": {engine: ...}, "offered": engines on
-        which int8 is faster, within the budget, and really int8}.
+        {"machine", "against": dtype of the float component, "engines": {engine: {"on", "float_seconds",
+        "int8_seconds", "speedup", "interval" (95 %, of the speedup), "faster", "rounds"} or {"on", "error", "faster"}},
+        "audit": {engine: `audit.audit`}}.
     """
-    found, audits = {}, {}
+    results, audits = {}, {}
     for engine in engines:
-        say(f"{name}: speed on {engine}")
+        progress(f"{component}: speed on {engine}")
         on = machine_name()
         try:
-            # Its engine files carry the user's signature, whose key lies in the user's own cache.
-            with contextlib.nullcontext() if engine == "tensorrt" else _own_cache():
+            # Engines cache what they compile by the bundle, and this one is not finished. TensorRT's engine files are
+            # kept: they carry the user's signature, whose key is in the user's own cache.
+            with contextlib.nullcontext() if engine == "tensorrt" else temporary_caches():
                 if engine == "tensorrt":
-                    for bundle in (low, high):
-                        build(bundle, [name])
-                    on = fitting_engine_file(low, name).identity["gpu"]
-                audits[engine] = audit(low, low.component(name), engine)
-                found[engine] = {"on": on} | _race(low, high, name, engine, threads)
+                    for bundle in pair:
+                        build(bundle, [component])
+                    on = fitting_engine_file(pair.int8, component).identity["gpu"]
+                audits[engine] = audit(pair.int8, pair.int8.component(component), engine)
+                results[engine] = {"on": on} | _benchmark(pair, component, engine, threads)
         except UserError as error:
-            found[engine] = {"on": on, "error": error.message, "faster": False}
+            results[engine] = {"on": on, "error": error.message, "faster": False}
     return {
         "machine": machine_name(),
-        "parity": parity,
-        "against": high.component(name).dtype,
-        "engines": found,
+        "against": pair.float.component(component).dtype,
+        "engines": results,
         "audit": audits,
-        "offered": [
-            engine for engine, entry in found.items() if entry["faster"] and parity["ok"] and audits[engine]["ok"]
-        ],
     }
 
 
-def _race(low: Bundle, high: Bundle, name: str, engine: str, threads: int) -> dict[str, Any]:
+def _benchmark(pair: Pair, component: str, engine: str, threads: int) -> dict[str, Any]:
+    """Time both on one engine, taking turns as in `accel bench`."""
     options = {} if engine == "tensorrt" else {"threads": threads}
-    runners = {
-        "int8": load_engine(low, name, engine, verify=False, **options),
-        "float": load_engine(high, name, engine, verify=False, **options),
-    }
-    feeds = {kind: _feeds(runner) for kind, runner in runners.items()}
-    for kind, runner in runners.items():
-        _call(runner, feeds[kind])
-    times: dict[str, list[float]] = {kind: [] for kind in runners}
-    until = time.perf_counter() + SECONDS
-    while len(times["float"]) < 3 or (time.perf_counter() < until and len(times["float"]) < ROUNDS):
-        for kind, runner in runners.items():
-            started = time.perf_counter()
-            _call(runner, feeds[kind])
-            times[kind].append(time.perf_counter() - started)
-    for runner in runners.values():
+    runners = [load_engine(bundle, component, engine, verify=False, **options) for bundle in pair]
+    calls = {name: partial(_call, runner, _feeds(runner)) for name, runner in zip(Pair._fields, runners, strict=True)}
+    for call in calls.values():
+        call()
+    quick = min(map(timing.timed, calls.values())) < timing.LEAD_IN_BELOW
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    timing.interleave(
+        {component: calls},
+        {component: samples},
+        rounds=ROUNDS,
+        seconds=SECONDS,
+        lead_in={component: quick},
+        failed=failed,
+    )
+    for runner in runners:
         runner.close()
-    seconds = {kind: statistics.median(values) for kind, values in times.items()}
-    speedup = seconds["float"] / seconds["int8"]
+    speedup = timing.speedup(samples["float"], samples["int8"])
     return {
-        "float_seconds": seconds["float"],
-        "int8_seconds": seconds["int8"],
-        "speedup": round(speedup, 3),
-        "faster": speedup >= FASTER,
-        "rounds": len(times["float"]),
+        "float_seconds": timing.summary(samples["float"]).p50_s,
+        "int8_seconds": timing.summary(samples["int8"]).p50_s,
+        "speedup": round(speedup.ratio, 3),
+        "interval": [round(speedup.low, 3), round(speedup.high, 3)],
+        "faster": speedup.ratio >= FASTER,
+        "rounds": len(samples["int8"]),
     }
 
 
 def _feeds(engine: Engine) -> dict[str, Any]:
-    """Inputs where the engine wants them: copies to a GPU are not what is compared."""
+    """Inputs on the engine's own device, so that copies to a GPU are not timed."""
     sizes = {name: limits.opt for name, limits in engine.component.dims.items()}
     return {name: engine.array(tensor.numpy()) for name, tensor in example(engine.component.inputs, sizes).items()}
 
 
-def _call(engine: Engine, feeds: Mapping[str, Any]) -> None:
+def _call(engine: Engine, feeds: dict[str, Any]) -> None:
     for value in engine(**feeds).values():
         synchronize(value)
 
 
-@contextlib.contextmanager
-def _own_cache() -> Iterator[None]:
-    """Engines compiled here are of bundles that do not exist yet under this name: keep them out of the user's cache."""
-    before = os.environ.get("ACCEL_CACHE")
-    with tempfile.TemporaryDirectory(prefix="accel-verdict-") as folder:
-        os.environ["ACCEL_CACHE"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["ACCEL_CACHE"]
-            else:
-                os.environ["ACCEL_CACHE"] = before
+def _in_float16(bundle: Bundle, component: str, folder: Path) -> Bundle:
+    """A bundle of one component, converted to float16."""
+    record = fp16.write(bundle, component, folder / component)
+    finalize(folder, replace(bundle.manifest, precision="fp16", components={component: record}))
+    return Bundle.open(folder)
+
+
+def _copied(bundle: Bundle, component: str, folder: Path) -> Bundle:
+    """A copy of one component of a bundle. (ONNX's own loader refuses weights that are links.)"""
+    folder.mkdir(parents=True)
+    shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
+    shutil.copytree(bundle.path / component, folder / component)
+    return Bundle.open(folder)

@@ -1,4 +1,4 @@
-"""UNets that cannot be int8 yet: calibration draws from prompts alone, so it has no images to show them."""
+"""UNets that cannot be int8: calibration draws from prompts alone, and these take images or masks as well."""
 
 from __future__ import annotations
 

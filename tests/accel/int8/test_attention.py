@@ -23,9 +23,9 @@ def attention() -> torch.nn.Module:
 X = torch.randn(2, 10, 24, generator=torch.Generator().manual_seed(1))
 
 
-def attached(model: torch.nn.Module, recipe: Int8Config, scale: float = 0.01) -> torch.nn.Module:
+def attached(model: torch.nn.Module, config: Int8Config, scale: float = 0.01) -> torch.nn.Module:
     """Everything in int8 with this step; weights too fine to matter."""
-    fake_quant.attach(model, recipe)
+    fake_quant.attach(model, config)
     for _, quantizer in fake_quant.ranges(model):
         quantizer.set_scale(scale)
     return model
@@ -114,7 +114,7 @@ def test_whatever_processor_a_training_sets_the_products_stay(attention):
     assert isinstance(model["attn1"].processor, AttnProcessor)
 
 
-def test_packed_products_equal_fake_quantised_ones_bit_for_bit(attention):
+def test_packed_products_equal_fake_quantized_ones_bit_for_bit(attention):
     model = attached(copy.deepcopy(attention), Int8Config(level="attention"))
     fake_quant.set_mode(model, "quantize")
     expected, layers = model["attn1"](X), fake_quant.traits(model)
@@ -131,7 +131,7 @@ def test_a_mask_is_refused_while_they_round(attention):
     mask = torch.zeros(2, 1, 10)
     model["attn1"](X, attention_mask=mask)  # in float as ever
     fake_quant.set_mode(model, "quantize")
-    with pytest.raises(UserError, match="takes no mask"):
+    with pytest.raises(UserError, match="does not support a mask"):
         model["attn1"](X, attention_mask=mask)
 
 

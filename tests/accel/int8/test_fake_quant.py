@@ -1,4 +1,4 @@
-"""Which layers are quantised, what fake quantisation computes, and that it goes in and out without a trace."""
+"""Which layers are quantized, what fake quantisation computes, and that it goes in and out without a trace."""
 
 import copy
 
@@ -35,10 +35,10 @@ def feeds():
     )
 
 
-def quantised(model: nn.Module, feeds: tuple, recipe: Int8Config | None = None, **options) -> nn.Module:
-    """A copy of the model, fake-quantised with the largest magnitudes of one call."""
+def quantized(model: nn.Module, feeds: tuple, config: Int8Config | None = None, **options) -> nn.Module:
+    """A copy of the model, fake-quantized with the largest magnitudes of one call."""
     model = copy.deepcopy(model)
-    fake_quant.attach(model, recipe or Int8Config(), **options)
+    fake_quant.attach(model, config or Int8Config(), **options)
     for _, quantizer in fake_quant.ranges(model):
         quantizer.observer = lambda x, q=quantizer: q.set_scale(x.abs().max() / 127)
     fake_quant.set_mode(model, "observe")
@@ -48,7 +48,7 @@ def quantised(model: nn.Module, feeds: tuple, recipe: Int8Config | None = None, 
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------------------------- configs
 
 
 def test_levels_only_add(unet):
@@ -75,22 +75,22 @@ def test_keep_takes_names_beginnings_and_patterns(unet):
     assert any(name.startswith("up_blocks") and "ff.net.0" in name for name in names)
 
 
-def test_a_recipe_that_names_no_layer_lists_the_names(unet):
+def test_a_config_that_names_no_layer_lists_the_names(unet):
     layers = fake_quant.layers_of(unet)
     with pytest.raises(UserError, match="no layer is called 'up_block'.*\n.*conv_in"):
         chosen(Int8Config(keep=("up_block",)), layers)
-    with pytest.raises(UserError, match="quantises no layer.*conv_in"):
+    with pytest.raises(UserError, match="quantizes no layer.*conv_in"):
         chosen(Int8Config(keep=("*",)), layers)
     with pytest.raises(UserError, match="unknown int8 level 'convs'\n.*conv, ff, qkv, all, scores, attention"):
         Int8Config(level="convs")
-    for wrong in (dict(collector="mean"), dict(percentile=0.0), dict(smooth=2.0)):
+    for wrong in (dict(observer="mean"), dict(percentile=0.0), dict(smooth=2.0)):
         with pytest.raises(UserError):
             Int8Config(**wrong)
 
 
-def test_a_recipe_survives_json():
-    recipe = Int8Config(level="ff", keep=("a", "b"), smooth=0.5)
-    assert Int8Config.from_dict(recipe.as_dict()) == recipe
+def test_a_config_survives_json():
+    config = Int8Config(level="ff", keep=("a", "b"), smooth=0.5)
+    assert Int8Config.from_dict(config.as_dict()) == config
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -131,7 +131,7 @@ def test_a_channel_of_zeros_has_a_scale():
 
 
 @pytest.mark.parametrize("level", ["all", "attention"])
-def test_attached_and_passing_changes_nothing_and_detached_nothing_is_left(unet, feeds, level):
+def test_attached_and_disabled_changes_nothing_and_detached_nothing_is_left(unet, feeds, level):
     with torch.no_grad():
         plain = unet(*feeds, return_dict=False)[0]
     model = copy.deepcopy(unet)
@@ -153,7 +153,7 @@ def test_attached_and_passing_changes_nothing_and_detached_nothing_is_left(unet,
 
 @pytest.mark.parametrize("level", ["all", "attention"])
 def test_every_parameter_gets_a_gradient(unet, feeds, level):
-    model = quantised(unet, feeds, Int8Config(level=level), learned=True).requires_grad_(True)
+    model = quantized(unet, feeds, Int8Config(level=level), learned=True).requires_grad_(True)
     model(*feeds, return_dict=False)[0].square().mean().backward()
     without = [n for n, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
     assert without == []
@@ -163,7 +163,7 @@ def test_every_parameter_gets_a_gradient(unet, feeds, level):
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
-def test_packed_layers_equal_fake_quantised_ones_bit_for_bit(smooth):
+def test_packed_layers_equal_fake_quantized_ones_bit_for_bit(smooth):
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -231,7 +231,7 @@ def test_begin_of_text_tokens_are_not_rounded(tokens):
 
     def error(apart: bool) -> float:
         own = copy.deepcopy(model)
-        fake_quant.attach(own, Int8Config(bos_apart=apart))
+        fake_quant.attach(own, Int8Config(exclude_bos=apart))
         layer = own["attn2"]["to_v"]
         layer.input_range.set_scale((x[:, ~first] if apart else x).abs().max() / 127)
         fake_quant.set_mode(own, "quantize")
@@ -261,7 +261,7 @@ def test_observed_ranges_follow_in_training_and_rest_in_evaluation():
 
 
 def test_scales_come_back(unet, feeds):
-    model = quantised(unet, feeds)
+    model = quantized(unet, feeds)
     again = copy.deepcopy(unet)
     fake_quant.attach(again, Int8Config())
     fake_quant.set_scales(again, fake_quant.scales(model))

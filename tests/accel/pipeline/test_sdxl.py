@@ -143,12 +143,12 @@ def test_a_loud_vae_gets_float32_islands_and_the_same_image(louder, tmp_path):
     vae = bundle.component("vae_decoder")
     assert vae.dtype == "float16"
     assert "decoder.conv_norm_out" in vae.float32 and any("up_blocks.2" in name for name in vae.float32)
-    assert set(vae.wide) < set(vae.float32) and any("up_blocks.2" in name for name in vae.wide)
+    assert set(vae.fp32_output) < set(vae.float32) and any("up_blocks.2" in name for name in vae.fp32_output)
     assert not any("mid_block" in name or "up_blocks.0" in name for name in vae.float32)
     assert "activations reach" in vae.parity["precision_reason"]
     assert vae.parity["relative_l2"] < 0.02
     again = Bundle.open(bundle.path).component("vae_decoder")
-    assert again.wide == vae.wide
+    assert again.fp32_output == vae.fp32_output
     z = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float16)
     outputs = [
         np.asarray(accel.load_engine(bundle, "vae_decoder", engine)(latent_sample=z)["sample"], np.float32)
@@ -162,5 +162,5 @@ def test_a_vae_fixed_for_float16_is_recognised_by_its_config(louder, tmp_path, a
     source = louder(force_upcast=asked, factor=1)
     bundle = export_pipeline(source, tmp_path / "b", profile="static", precision="fp16", components=("vae_decoder",))
     vae = bundle.component("vae_decoder")
-    assert vae.dtype == dtype and not vae.wide
+    assert vae.dtype == dtype and not vae.fp32_output
     assert ("force_upcast" in vae.parity["precision_reason"]) == asked

@@ -74,11 +74,11 @@ def test_the_result_is_a_plain_pipeline_with_its_ranges_beside_it(straight):
     pipeline = StableDiffusionPipeline.from_pretrained(straight)
     assert set(load_file(straight / UNET)) == set(pipeline.unet.state_dict())
     trained = trained_scales.find(straight)
-    names = fake_quant.attach(pipeline.unet, trained.recipe)
+    names = fake_quant.attach(pipeline.unet, trained.config)
     assert set(names) == {name.rpartition(".")[0] for name in trained.scales if name.endswith("_scale")}
     assert any(name.endswith("attn1.mix.left_scale") for name in trained.scales)
     fake_quant.set_scales(pipeline.unet, trained.scales)
-    assert trained.recipe.level == "attention"
+    assert trained.config.level == "attention"
 
 
 def test_ranges_are_learned_averaged_and_in_every_checkpoint(straight):
@@ -117,7 +117,7 @@ def test_observed_ranges_are_no_parameters_but_are_kept(smallest, six_images, tm
     (folder,) = checkpoints.all_of(tmp_path / "out-run")
     stored = load_file(folder / "unet" / checkpoints.WEIGHTS)
     assert any(name.endswith("_range.log_scale") for name in stored)
-    assert trained_scales.find(tmp_path / "out").recipe.level == "conv"
+    assert trained_scales.find(tmp_path / "out").config.level == "conv"
 
 
 def test_only_the_generator_of_dmd2_rounds(sd15, six_images):
@@ -217,7 +217,7 @@ def _fused_weight(method, recipe, layer: str) -> torch.Tensor:
 def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monkeypatch):
     from accel.export.int8 import quantize, speed
     from accel.export.int8.calibration import Calibration
-    from accel.export.int8.options import Options
+    from accel.export.int8.settings import Int8Settings
     from accel.export.pipeline import export_pipeline
     from accel.int8.config import Int8Config
 
@@ -225,7 +225,7 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     monkeypatch.setattr(speed, "ENGINES", ("onnxruntime",))
     monkeypatch.setattr(quantize, "observe", lambda *_: pytest.fail("nothing is left to calibrate"))
     sampler = {"name": "dmd2", "timesteps": [999], "guidance": 0.0}
-    options = Options(images=1, judged=1, networks=("unet",))
+    options = Int8Settings(images=1, evaluation_images=1, components=("unet",))
     bundle = export_pipeline(
         tuned,
         tmp_path / "out",
@@ -240,10 +240,10 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     stored, trained = load_file(tmp_path / "out" / "unet" / "model.safetensors"), trained_scales.find(tuned)
     for name, value in trained.scales.items():
         assert torch.allclose(stored[name], value, rtol=1e-6), name
-    settings = quantize.Settings(trained.recipe, Calibration(("the cat",)), trained=trained.scales)
+    settings = Int8Settings(trained.config, calibration=Calibration(("the cat",)), trained=trained.scales)
     assert quantize.calibrate(None, {}, settings) == {}, "a trained UNet may be left out"
-    with pytest.raises(UserError, match="was trained with its own int8 recipe"):
-        export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Options(recipe=Int8Config()))
+    with pytest.raises(UserError, match="was trained with its own int8 config"):
+        export_pipeline(tuned, tmp_path / "no", precision="int8", int8=Int8Settings(config=Int8Config()))
 
 
 def test_a_damaged_range_file_is_refused(tuned, tmp_path):
@@ -251,8 +251,8 @@ def test_a_damaged_range_file_is_refused(tuned, tmp_path):
     broken = dict(trained.scales)
     name = next(iter(broken))
     broken[name] = torch.tensor(0.0)
-    trained_scales.write(tmp_path, trained_scales.Trained(trained.recipe, broken))
-    with pytest.raises(UserError, match=f"{name} is no range"):
+    trained_scales.write(tmp_path, trained_scales.Trained(trained.config, broken))
+    with pytest.raises(UserError, match=f"invalid scale {name}: 0"):
         trained_scales.find(tmp_path)
     (tmp_path / trained_scales.FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged"):

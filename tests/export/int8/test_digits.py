@@ -37,7 +37,7 @@ def test_a_bundle_is_intact_and_of_the_student_beside_it(name):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_every_quantised_layer_runs_in_int8(engine):
+def test_every_quantized_layer_runs_in_int8(engine):
     pytest.importorskip(engine)
     bundle = Bundle.open("digits/tiny-4step-int8")
     found = audit(bundle, bundle.component("unet"), engine)

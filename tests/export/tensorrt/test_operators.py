@@ -150,10 +150,10 @@ def test_control_networks_and_tiny_vaes_pass(tmp_path):
 @pytest.mark.slow
 def test_int8_graphs_pass(sd15_bundle, tmp_path):
     """The signed graph is TensorRT's; the other, ONNX Runtime's, has zero points and is refused with that reason."""
-    from accel.export.int8.options import Options
+    from accel.export.int8.settings import Int8Settings
     from accel.export.pipeline import export_pipeline
 
-    options = Options(networks=("unet", "vae_decoder"), images=1, judged=1)
+    options = Int8Settings(components=("unet", "vae_decoder"), images=1, evaluation_images=1)
     bundle = export_pipeline(sd15_bundle, tmp_path / "out", precision="int8", int8=options)
     for name in ("unet", "vae_decoder"):
         component = bundle.component(name)
