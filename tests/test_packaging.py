@@ -31,3 +31,13 @@ def test_python_versions_and_pins_agree():
     hard = pyproject.split("[project.optional-dependencies]")[0]
     for name in ("torchvision", "onnxruntime", "tensorrt", "flash-attn", "xformers"):
         assert f'"{name}' not in hard  # GPU packages are extras; the two onnxruntimes exclude each other
+
+
+def test_the_licence_and_the_attribution_of_the_shipped_models_go_into_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    (files,) = re.findall(r"^license-files = \[(.*?)\]", text, flags=re.MULTILINE)
+    assert 'license = "Apache-2.0"' in text and re.findall(r'"(.*?)"', files) == ["LICENSE", "accel/assets/NOTICE"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "CC BY 4.0" in (ROOT / "accel/assets/NOTICE").read_text()
+    for dockerfile in (ROOT / "docker").glob("Dockerfile*"):
+        assert "LICENSE" in dockerfile.read_text(), dockerfile  # the build refuses to go without the files it names
