@@ -24,6 +24,19 @@ def test_every_package_of_the_tree_is_declared():
     assert found == declared_packages()
 
 
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (ROOT / "accel" / "py.typed").is_file()  # one at the top counts for what lies below
+    assert '"accel" = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_is_type_checked_exists():
+    text = (ROOT / "pyproject.toml").read_text()
+    (files,) = re.findall(r"^\[tool.mypy\]\nfiles = \[(.*?)\]", text, flags=re.MULTILINE | re.DOTALL)
+    names = re.findall(r'"(.*?)"', files)
+    assert {"accel/__init__.py", "accel/bundle/", "export/pipeline.py"} <= set(names)
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 def test_python_versions_and_pins_agree():
     pyproject, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text()
     assert 'requires-python = ">=3.10"' in pyproject and "torch==2.13.0" in pins

@@ -141,7 +141,7 @@ def needs_noise(name: str, *, eta: float = 0.0) -> bool:
 def sample(
     name: str,
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     steps: int | None = None,
     *,
@@ -150,8 +150,8 @@ def sample(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """Runs a sampler by name.
 
     Args:
