@@ -380,3 +380,14 @@ def with_engine_file_of_unet(tensorrt, tmp_path):
         return plain, Pipeline(bundle, {**plain.engines, "unet": unet})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def images_of():
+    """(folder to make, count=3, size=(32, 32)) -> the folder with images of noise and captions."""
+
+    def make(folder: Path, count: int = 3, size: tuple[int, int] = (32, 32)) -> Path:
+        folder.mkdir()
+        return make_images(folder, count, size)
+
+    return make
