@@ -14,6 +14,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without it MKL rounds by how an array lies in memory, on processors of AMD, and equal inputs give unequal bits.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 
 @pytest.fixture(scope="session", autouse=True)
