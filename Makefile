@@ -16,9 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
 
-test: $(VENV)/.installed  ## lint and the CPU tests, at most 15 minutes
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint  ## lint and the CPU tests, at most 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 15
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
@@ -33,9 +31,10 @@ bench: demo  ## every engine of this machine on the demo's bundle
 digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
 	$(BIN)/python -m accel.distill.digits.train --out out/digits
 
-lint: $(VENV)/.installed  ## style: ruff's rules and its formatter
+lint: $(VENV)/.installed  ## ruff's rules, its formatter, and the types of the public surface (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

@@ -6,10 +6,18 @@ Importing this package loads neither torch nor diffusers; each name below is res
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import _moved
 from ._version import __version__
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .bundle import Bundle as Bundle
+    from .engines import load_engine as load_engine
+    from .pipeline import Pipeline as Pipeline
+    from .pipeline import load as load
+    from .pipeline.attach import attach as attach
 
 _LAZY = {
     "load": "accel.pipeline",
@@ -24,7 +32,7 @@ _moved.install()
 __all__ = ["UserError", "__version__", *_LAZY]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
         globals()[name] = value

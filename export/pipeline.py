@@ -256,4 +256,4 @@ def _export_component(
     known = component.truth(network, limits, precision, family=source.family, scaling_factor=scaling_factor)
     networks.save_config(network, folder)
     record = component.write(network, known, limits, folder, opset=opset, step=step)
-    return replace(record, parity=record.parity | {"export_seconds": round(time.perf_counter() - started, 2)})
+    return replace(record, parity={**record.parity, "export_seconds": round(time.perf_counter() - started, 2)})

@@ -98,8 +98,9 @@ class Engine(ABC):
         for side in ("height", "width"):
             same = [dim for dim in dims if side in dim]
             known = next((dim for dim in same if dim in sizes), None)
-            for dim in same if known else ():
-                sizes.setdefault(dim, sizes[known] * dims[dim].min // dims[known].min)
+            if known is not None:
+                for dim in same:
+                    sizes.setdefault(dim, sizes[known] * dims[dim].min // dims[known].min)
         return sizes
 
     def close(self) -> None:  # noqa: B027 (optional)

@@ -270,6 +270,11 @@ class CompiledTextEncoder(_Compiled):
 class _TextOutput(tuple):
     """Indexable like transformers' output in the positions diffusers reads: [0], .hidden_states, the last item."""
 
+    last_hidden_state: torch.Tensor
+    pooler_output: torch.Tensor | None
+    text_embeds: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...]
+
     def __new__(cls, out: dict[str, torch.Tensor], first: str, hidden: list[torch.Tensor]):
         pooled = out.get("pooler_output", out.get("text_embeds"))
         second = out["last_hidden_state"] if first == "text_embeds" else pooled

@@ -275,7 +275,7 @@ class _Run:
         encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
-        how = dict(chunks=max(1, context.shape[1] // length), weighted=self.request.weighted)
+        how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
         feeds = _encode(encoders, chunk.prompts, **how)
         if self.plan.guided:
             without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
@@ -295,7 +295,7 @@ class _Run:
             self.request,
             chunk,
             first,
-            channels=record.inputs[0].shape[1],
+            channels=int(record.inputs[0].shape[1]),
             encoder=lambda: self.engines["vae_encoder"],
             schedule=self.schedule,
             constants=self.constants,
@@ -305,7 +305,9 @@ class _Run:
             self.engines.release(["vae_encoder"])
         return made
 
-    def _denoise(self, chunk: Chunk, text: dict[str, Any], start: Start, bar: _Bar, callback) -> np.ndarray:
+    def _denoise(
+        self, chunk: Chunk, text: dict[str, Any], start: Start, bar: _Bar, callback: StepCallback | None
+    ) -> np.ndarray:
         unet, plan = self.engines["unet"], self.plan
         spec = {s.name: s for s in unet.component.inputs}
         feeds = self._feeds(chunk, text, unet)
@@ -313,7 +315,7 @@ class _Run:
         extra = None if start.extra is None else unet.array(start.extra)
         dtype = spec["sample"].dtype
 
-        def model(x, t):
+        def model(x: Any, t: float) -> Any:
             sample = x if extra is None else concat([x, extra], axis=1)
             sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
@@ -323,22 +325,25 @@ class _Run:
             without, with_prompt = out[: len(x)], out[len(x) :]
             return without + plan.guidance * (with_prompt - without)
 
-        def fresh(i):
+        def fresh(i: int) -> Any:
             if self.request.renoise is None:
                 return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
             return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
 
-        def after(i, t, x):
+        def after(i: int, t: float, x: Any) -> None:
             bar.advance()
             if callback is not None:
                 callback(i, t, x)
 
         x = cast(unet.array(start.x), "float32")
-        plain = not plan.start and extra is None and start.constrain is None and callback is None
+        keep = start.constrain
+        plain = not plan.start and extra is None and keep is None and callback is None
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
             from ..engines.fixed_loop import FixedLoop
 
-            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, plan.guidance if plan.guided else 0.0)
+            guidance = plan.guidance if plan.guided else 0.0
+            # Only TensorRT's engine has a cuda_graph.
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance)  # type: ignore[arg-type]
             draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):
@@ -353,7 +358,7 @@ class _Run:
             noise=fresh,
             callback=after,
             start=plan.start,
-            constrain=start.constrain and (lambda i, x: start.constrain(i, x, unet.array)),
+            constrain=None if keep is None else (lambda i, x: keep(i, x, unet.array)),
         )
         return to_numpy(x)
 
@@ -365,7 +370,7 @@ class _Run:
             if spec.name == "time_ids":
                 feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
             elif spec.name == "timestep_cond":
-                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, spec.shape[-1])
+                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
 
@@ -376,7 +381,7 @@ class _Run:
         return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
 
 
-def _encode(encoders, prompts: Sequence[str], **how: Any) -> dict[str, Any]:
+def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
     """Each distinct text is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     found = conditioning.encode(encoders, distinct, **how)

@@ -153,7 +153,7 @@ class NoiseSchedule:
         return cls.from_config(config)
 
 
-def add_noise(schedule: NoiseSchedule, x0, eps, t: float):
+def add_noise(schedule: NoiseSchedule, x0: Any, eps: Any, t: float) -> Any:
     """A draw of q(x_t | x_0): sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Arrays of one shape and dtype."""
     a = schedule.alpha_bar(t)
     return math.sqrt(a) * x0 + math.sqrt(1 - a) * eps

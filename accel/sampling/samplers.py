@@ -167,7 +167,7 @@ def needs_noise(name: str, *, eta: float = 0.0) -> bool:
 def sample(
     name: str,
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     steps: int | None = None,
     *,
@@ -176,8 +176,8 @@ def sample(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """Run a sampler by name.
 
     Args:

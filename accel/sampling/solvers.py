@@ -29,7 +29,7 @@ Timesteps = Sequence[float]
 
 def sample_dmd2(
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
@@ -37,7 +37,7 @@ def sample_dmd2(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-):
+) -> Any:
     """DMD2's few-step sampler (arXiv 2405.14867, section 4.5): predict x0, re-noise with fresh noise, repeat.
 
     x: N(0, 1) of any shape (noised at `timesteps[start]` if start > 0). Returns the last x0, like x.
@@ -58,7 +58,7 @@ def sample_dmd2(
 
 def sample_ddim(
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
@@ -67,7 +67,7 @@ def sample_ddim(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-):
+) -> Any:
     """DDIM (arXiv 2010.02502, eq. 12 and 16); eta = 0 is deterministic, eta = 1 is DDPM's ancestral sampling.
 
     Each step goes to the next timestep of the grid. x and return value as in `sample_dmd2`.
@@ -96,7 +96,7 @@ def sample_ddim(
 
 def sample_euler(
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
@@ -104,7 +104,7 @@ def sample_euler(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-):
+) -> Any:
     """Euler steps on the probability-flow ODE dx/dsigma = eps (arXiv 2206.00364, algorithm 1 without churn).
 
     That ODE lives in y = x0 + sigma eps; the state is kept as x = y / sqrt(1 + sigma^2), which is both the model's
@@ -129,7 +129,7 @@ def sample_euler(
 
 def sample_dpmpp_2m(
     model: Model,
-    x,
+    x: Any,
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
@@ -137,7 +137,7 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
-):
+) -> Any:
     """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), ending on sigma = 0.
 
     First step and last step are first order: one has no history, the other an infinite lambda, where it returns x0.
@@ -145,7 +145,7 @@ def sample_dpmpp_2m(
     """
     ts = _checked(schedule, timesteps, start)
     sigmas = [schedule.sigma(t) for t in ts]
-    m_last = h_last = None
+    m_last, h_last = None, math.inf
     for i in range(start, len(ts)):
         s = sigmas[i]
         (cx, cp), _ = _predictions(schedule, 1 / (1 + s**2), ts[i])
@@ -185,7 +185,7 @@ def _predictions(schedule: NoiseSchedule, a: float, t: float) -> tuple[tuple[flo
     return (1 / alpha, -sigma / alpha), (0.0, 1.0)
 
 
-def _draw(name: str, noise: Noise | None, i: int):
+def _draw(name: str, noise: Noise | None, i: int) -> Any:
     if noise is None:
         raise UserError(
             f"sampler {name} adds noise after step {i}, and none was given", "pass noise=; see needs_noise()"
