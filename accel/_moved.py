@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 
 # (package then, package now): {name then: name now}, a name alone where it stayed
 _MOVED = {
-    ("accel", "accel.bench"): "report report_html floor=roofline",
+    ("accel", "accel.bench"): "sheet=contact_sheet report report_html floor=roofline",
     ("accel", "accel.bundle"): "profiles=shape_profiles tensors=tensor_spec graph=graph_file",
     ("accel.engines", "accel.engines"): "providers=onnxruntime_providers captured=cuda_graphs loop=fixed_loop",
     ("accel.engines", "accel.trt"): "workspace",

@@ -25,6 +25,7 @@ import torch
 
 from accel import machine
 from accel.assets import DIGITS, resolve
+from accel.bench.contact_sheet import contact_sheet
 from accel.distill import recipes, registry
 from accel.distill.digits.card import digit_sheet
 from accel.distill.digits.train import load
@@ -33,7 +34,6 @@ from accel.distill.run import execute
 from accel.distill.sources import digits
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
-from accel.sheet import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/digits-dmd2.json"

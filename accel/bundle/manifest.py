@@ -27,13 +27,14 @@ MANIFEST = "accel.json"
 
 
 # What the objects of a manifest that are kept as they are must have.
-_REQUIRED = {
+_FILE = {"sha256": str, "bytes": int}
+_REQUIRED: dict[str, Any] = {
     "pipeline": dict.fromkeys(("vae_scale", "latent_channels", "latent_multiple", "native_size"), int)
     | {"scaling_factor": float, "shift_factor": float, "zero_empty_prompt": bool},
     "source": {"name": str},
     "exporter": {"opset": int, "torch": str},
     "components": Mapping[str, dict],
-    "files": Mapping[str, {"sha256": str, "bytes": int}],
+    "files": Mapping[str, _FILE],  # type: ignore[valid-type]
 }
 _INT8 = dict.fromkeys(("config", "layers", "graphs", "calibration"), dict)
 
@@ -171,7 +172,7 @@ class Manifest:
         """
         records.read(_REQUIRED, data, "manifest")
         named = {name: _present(entry) | {"name": name} for name, entry in data["components"].items()}
-        found = records.read(cls, data | {"components": named}, "manifest")
+        found = records.read(cls, {**data, "components": named}, "manifest")
         Sampling.from_dict(found.sampler, "manifest: sampler")
         for name, component in found.components.items():
             if component.int8:

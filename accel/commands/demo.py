@@ -108,7 +108,7 @@ def _comparison(models: dict[str, dict[str, Any]]) -> Any:
     """A contact sheet: of each model every engine's images, then the differences to eager, made brighter."""
     import numpy as np
 
-    from ..sheet import contact_sheet
+    from ..bench.contact_sheet import contact_sheet
 
     rows, gain = {}, {}
     for model, drawn in models.items():

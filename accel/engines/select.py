@@ -50,12 +50,12 @@ def status(name: str) -> Status:
 
 def with_option(option: str) -> list[str]:
     """Engines that take an option of the command line."""
-    return [name for name in reversed(ENGINES) if option in facts(name).options]
+    return [name for name in reversed(tuple(ENGINES)) if option in facts(name).options]
 
 
 def int8_engines() -> tuple[str, ...]:
     """Engines that compute int8 graphs in integers."""
-    return tuple(name for name in reversed(ENGINES) if facts(name).int8)
+    return tuple(name for name in reversed(tuple(ENGINES)) if facts(name).int8)
 
 
 def _module(name: str) -> Any:
@@ -116,7 +116,7 @@ def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
     """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
     _check_parity(component)
     name, acceptance = component.name, component.int8.get("acceptance", {})
-    places = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
+    places: dict[str, Any] = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
     places["tensorrt"] = engine_file and engine_file.identity["gpu"]
     able = [engine for engine in places if engine != "tensorrt" and status(engine).ok]
     able += ["tensorrt"] * (engine_file is not None)

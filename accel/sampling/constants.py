@@ -64,7 +64,7 @@ class Sampling:
         try:
             return cls(
                 sampler=name,
-                guidance=data.get("guidance"),
+                guidance=data.get("guidance"),  # type: ignore[arg-type]
                 steps=data.get("steps") if timesteps is None else None,
                 timesteps=tuple(timesteps) if isinstance(timesteps, list) else timesteps,
             )
@@ -79,7 +79,7 @@ class Sampling:
     @property
     def count(self) -> int:
         """Number of steps."""
-        return self.steps if self.timesteps is None else len(self.timesteps)
+        return len(self.timesteps) if self.timesteps is not None else self.steps or 0
 
 
 def _is_number(value: Any) -> bool:

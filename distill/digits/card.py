@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.sheet import contact_sheet
+from accel.bench.contact_sheet import contact_sheet
 
 from ..sources.digits import SIZE, WORDS, pixels
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from accel.bench.contact_sheet import contact_sheet
 from accel.errors import UserError
 from accel.sampling.noise import normal
-from accel.sheet import contact_sheet
 
 from ..edm import preconditioning
 from ..edm.sampler import pixels

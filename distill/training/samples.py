@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from accel.bench.contact_sheet import contact_sheet
 from accel.sampling.noise import normal
-from accel.sheet import contact_sheet
 
 from ..settings import Recipe
 from .pipelines import draw

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from accel.bench.contact_sheet import contact_sheet
 from accel.cli import main
-from accel.sheet import contact_sheet
 
 
 def test_contact_sheet_has_a_row_per_engine_and_keeps_the_pixels():
