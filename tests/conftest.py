@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +25,13 @@ os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
     os.environ["ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_collected():
+    """What is alive before a file's tests is no garbage: collections, which every export asks for, look at the rest."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -139,6 +149,18 @@ def make_smallest(folder: Path) -> Path:
     )
 
 
+def make_small(folder: Path) -> Path:
+    """A pipeline of SD1's family in two stages of one layer around a middle block: 64 px images, 16x16 latents."""
+    return make_sd1(
+        folder,
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 def make_sd1(folder: Path, **config) -> Path:
     """A pipeline of SD1's family around a UNet of this config."""
     import torch
@@ -209,7 +231,6 @@ def completed(bundle, base):
 
     Both are `accel.bundle.Bundle`s of the same text encoders and VAE.
     """
-    import shutil
     from dataclasses import replace
 
     from accel.bundle import Bundle, finalize
@@ -228,15 +249,13 @@ def _completed():
 
 
 @pytest.fixture(scope="session")
-def stored_graphs(tmp_path_factory):
-    """Exports of this session trace each network once; workers share what they made."""
+def stored_graphs():
+    """Exports trace each network once, in whichever worker and run."""
     from accel.export.graph import trace
 
-    base = tmp_path_factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
-    place.mkdir(exist_ok=True)
+    once = _fake("made_once")
     real = trace.export_graph
-    trace.export_graph = _fake("stored_graphs").remembering(real, place)
+    trace.export_graph = _fake("stored_graphs").remembering(real, partial(once.made_once, once.store()))
     yield
     trace.export_graph = real
 
@@ -257,6 +276,11 @@ def smallest(stored_graphs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(stored_graphs, tmp_path_factory) -> Path:
+    return make_small(tmp_path_factory.mktemp("small") / "small")
+
+
+@pytest.fixture(scope="session")
 def sdxl(stored_graphs, tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
 
@@ -267,49 +291,50 @@ def sdxl_maker():
     return make_sdxl
 
 
+def exported(source: Path, out: Path, **options) -> Path:
+    """A pipeline of this file as a bundle, a copy of the one that was made once for these options."""
+    from accel.export.pipeline import export_pipeline
+
+    once = _fake("made_once")
+
+    def make(folder: Path) -> None:
+        export_pipeline(source, folder / "bundle", **options)
+
+    made = once.made_once(once.store(), once.digest(source.name, sorted(options.items())), make)
+    return Path(shutil.copytree(made / "bundle", out))
+
+
 @pytest.fixture(scope="session")
 def sd15_bundle(sd15, tmp_path_factory) -> Path:
     """The narrowed SD1.5 pipeline as an fp32 bundle: batch 1-4, 64 to 128 px."""
-    from accel.export.pipeline import export_pipeline
-
+    sampler = {"name": "dpmpp_2m", "steps": 4, "guidance": 5}
     out = tmp_path_factory.mktemp("bundle") / "sd15"
-    export_pipeline(sd15, out, profile="batch=1-4,size=64-128", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5})
-    return out
+    return exported(sd15, out, profile="batch=1-4,size=64-128", sampler=sampler)
 
 
 @pytest.fixture(scope="session")
 def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
     """The narrowed SDXL pipeline as an fp32 bundle without VAE encoder: batch 1-2, 64 px high, 64 to 96 px wide."""
-    from accel.export.pipeline import export_pipeline
-
-    out = tmp_path_factory.mktemp("bundle") / "sdxl"
-    export_pipeline(
+    return exported(
         sdxl,
-        out,
+        tmp_path_factory.mktemp("bundle") / "sdxl",
         profile="batch=1-2,height=64,width=64-96",
         components=("text_encoder", "unet", "vae_decoder"),
         sampler={"name": "euler", "steps": 3, "guidance": 5.0},
     )
-    return out
 
 
 @pytest.fixture(scope="session")
 def smallest_bundle(smallest, tmp_path_factory) -> Path:
     """The smallest pipeline as an fp32 bundle: batch 1-4, 32 to 64 px."""
-    from accel.export.pipeline import export_pipeline
-
+    sampler = {"name": "dpmpp_2m", "steps": 4, "guidance": 5}
     out = tmp_path_factory.mktemp("bundle") / "smallest"
-    export_pipeline(
-        smallest, out, profile="batch=1-4,size=32-64", sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5}
-    )
-    return out
+    return exported(smallest, out, profile="batch=1-4,size=32-64", sampler=sampler)
 
 
 @pytest.fixture
 def bundle_copy(sd15_bundle, tmp_path) -> Path:
     """A bundle that a test may break."""
-    import shutil
-
     return Path(shutil.copytree(sd15_bundle, tmp_path / "bundle"))
 
 
@@ -368,8 +393,6 @@ def with_engine_file_of_unet(tensorrt, tmp_path):
     """bundle -> its pipeline on ONNX Runtime, and the same with a UNet on TensorRT that may capture the whole loop."""
 
     def make(folder: Path):
-        import shutil
-
         import accel
         from accel.bundle import Bundle
         from accel.export.tensorrt.build import build

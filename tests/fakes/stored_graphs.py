@@ -1,4 +1,4 @@
-"""Each network is traced once a session: what differs in nothing that a graph can show gets the graph that was made.
+"""Each network is traced once: what differs in nothing that a graph can show gets the graph that was made.
 
 Tracing is most of an export's time, and many tests export the same narrowed networks. Weights are no part of a graph,
 they lie in the file beside it, so networks with other weights share one too. Every export is still checked against
@@ -8,11 +8,9 @@ torch on its own weights (`export.check`), and a first one is always traced.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-
-INT8 = "int8_packed"
 
 
 def key(network, dims, folder: Path, opset: int) -> str:
@@ -32,19 +30,18 @@ def key(network, dims, folder: Path, opset: int) -> str:
     return hashlib.sha256(repr((type(model), config, modules, layout)).encode()).hexdigest()
 
 
-def remembering(export_graph, place: Path):
-    """`accel.export.graph.trace.export_graph` that looks into a folder first."""
+def remembering(export_graph, made: Callable[[str, Callable[[Path], object]], Path]):
+    """`accel.export.graph.trace.export_graph` that asks `made(key, make)` for the folder of a graph (`made_once`)."""
     from accel.export.graph.trace import GRAPH
+    from accel.int8 import packed
 
     def export(network, dims, folder: Path, *, opset: int) -> None:
-        if any(type(module).__module__.endswith(INT8) for module in network.module.modules()):
-            return export_graph(network, dims, folder, opset=opset)  # scales are constants of the graph
-        stored = place / key(network, dims, folder, opset)
-        if not stored.exists():
+        def make(stored: Path) -> None:
             export_graph(network, dims, folder, opset=opset)
-            own = stored.with_name(f"{stored.name}-{os.getpid()}")
-            shutil.copy(folder / GRAPH, own)
-            own.rename(stored)  # another worker may do the same
-        shutil.copy(stored, folder / GRAPH)
+            shutil.copy(folder / GRAPH, stored / GRAPH)
+
+        if any(type(module).__module__ == packed.__name__ for module in network.module.modules()):
+            return export_graph(network, dims, folder, opset=opset)  # scales are constants of the graph
+        shutil.copy(made(key(network, dims, folder, opset), make) / GRAPH, folder / GRAPH)
 
     return export

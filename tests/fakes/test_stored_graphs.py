@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from accel.bundle.shape_profiles import Range
+from accel.int8 import fake_quant, packed
+from accel.int8.config import Int8Config
 from accel.models import networks
 
 
@@ -22,7 +25,9 @@ def export(fakes, vae_maker, tmp_path):
         made.append(network)
         (folder / "model.onnx").write_text(str(len(made)))
 
-    remembering = fakes("stored_graphs").remembering(export_graph, tmp_path / "graphs")
+    remembering = fakes("stored_graphs").remembering(
+        export_graph, partial(fakes("made_once").made_once, tmp_path / "graphs")
+    )
 
     def call(network, side: int = 8, opset: int = 20) -> str:
         folder = Path(tmp_path / f"{len(list(tmp_path.iterdir()))}")
@@ -50,3 +55,12 @@ def test_what_a_graph_can_show_makes_another(export, vae_maker):
     seen.append(export(decoder))
     seen.append(export(networks.vae_decoder(vae_maker(0).half())))
     assert seen == ["1", "2", "3", "4", "5", "6", "7"]
+
+
+def test_int8_networks_share_no_graph_for_their_scales_lie_in_it(export, vae_maker):
+    decoder = networks.vae_decoder(vae_maker(0))
+    fake_quant.attach(decoder.module.model, Int8Config())
+    for _, quantizer in fake_quant.ranges(decoder.module.model):
+        quantizer.set_scale(0.02)
+    packed.pack(decoder.module.model)
+    assert [export(decoder), export(decoder)] == ["1", "2"]
