@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import accel
 from accel.bundle import Bundle
 from accel.cli import main
-from accel.distill import recipes
+from accel.distill import recipes, registry
 from accel.distill.run import execute
 from accel.int8 import trained_scales
 from accel.trt import engine_files, preflight
@@ -82,7 +82,7 @@ def test_training_goes_on_from_a_checkpoint(old, smallest, tmp_path, monkeypatch
     images_of(Path("images"))
     shutil.copytree(old / "run" / "checkpoints", tmp_path / "tuned-run" / "checkpoints")
     recipe = recipes.changed(
-        recipes.finetune(),
+        registry.recipe("finetune"),
         model="pipeline",
         data="images",
         resolution=32,
