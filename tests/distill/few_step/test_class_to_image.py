@@ -161,7 +161,7 @@ def test_a_column_of_numbers_is_one_of_classes(tmp_path, six_images):
     ("fields", "said"),
     [
         (dict(real_guidance=2.0), "no unconditional"),
-        (dict(teacher="nowhere"), "no folder of an EDM model"),
+        (dict(teacher="nowhere"), "not a folder of an EDM model"),
         (dict(timesteps="1200"), "do not fall"),
     ],
 )
