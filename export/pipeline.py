@@ -253,7 +253,7 @@ def _export_component(
     limits = {dim: dims[dim] for dim in sorted(used)}
     # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.
     scaling_factor = pipeline_constants(source)["scaling_factor"]
-    known = component.truth(network, limits, precision, family=source.family, scaling_factor=scaling_factor)
+    reference = component.reference_of(network, limits, precision, family=source.family, scaling_factor=scaling_factor)
     networks.save_config(network, folder)
-    record = component.write(network, known, limits, folder, opset=opset, step=step)
+    record = component.write(network, reference, limits, folder, opset=opset, step=step)
     return replace(record, parity={**record.parity, "export_seconds": round(time.perf_counter() - started, 2)})

@@ -24,7 +24,7 @@ Feeds = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """The float32 reference of a network, taken before anything is done to it, and the dtypes derived from it.
 
     Attributes:
@@ -38,7 +38,9 @@ class Truth:
     chosen: precision.DtypePolicy
 
 
-def truth(network: Network, limits: Mapping[str, Range], dtypes: str, *, family: str, scaling_factor: float) -> Truth:
+def reference_of(
+    network: Network, limits: Mapping[str, Range], dtypes: str, *, family: str, scaling_factor: float
+) -> Reference:
     """Run a network in float32 at two sizes of its profile, and choose its dtypes.
 
     Args:
@@ -50,12 +52,12 @@ def truth(network: Network, limits: Mapping[str, Range], dtypes: str, *, family:
     outputs, peaks = precision.scan(network.module, feeds)
     # diffusers, too, reads this field for SDXL alone: the older VAEs have it and do not need it.
     upcast = family == "sdxl" and network.kind.startswith("vae_") and network.module.model.config.get("force_upcast")
-    return Truth(feeds, outputs, precision.plan(network, dtypes, peaks, force_upcast=bool(upcast)))
+    return Reference(feeds, outputs, precision.choose(network, dtypes, peaks, force_upcast=bool(upcast)))
 
 
 def write(
     network: Network,
-    known: Truth,
+    reference: Reference,
     limits: Mapping[str, Range],
     folder: Path,
     *,
@@ -67,14 +69,14 @@ def write(
 
     Args:
         network: its weights are freed on the way, so that there is never a second copy of them in memory.
-        known: the float32 reference, and the dtypes to write.
+        reference: the float32 outputs, and the dtypes to write.
         limits: range of each symbolic dimension.
         layers: {name: traits} of the layers that are packed in int8 (`accel.int8.packed`).
 
     Raises:
         UserError: when the graph differs from torch by more than the limit.
     """
-    name, kind, chosen = network.name, network.kind, known.chosen
+    name, kind, chosen = network.name, network.kind, reference.chosen
     inputs, outputs = (precision.with_dtype(specs, chosen.dtype) for specs in (network.inputs, network.outputs))
     parameters = precision.save_weights(network.module.model, folder / trace.WEIGHTS, chosen)
     del network
@@ -88,8 +90,8 @@ def write(
     operators = check.structure(folder / trace.GRAPH)
 
     step("checking against torch", 2)
-    low = [_cast(feeds, inputs) for feeds in known.batches]
-    expected = [[t.numpy() for t in run] for run in known.outputs]
+    low = [_cast(feeds, inputs) for feeds in reference.batches]
+    expected = [[t.numpy() for t in run] for run in reference.outputs]
     graphs = {folder / trace.GRAPH: _run(module, low)}
     if layers:
         packed.set_outputs(module, True)
@@ -118,7 +120,7 @@ def write(
         fp32_output=chosen.fp32_output,
         parameters=parameters,
         parity=parity
-        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in known.batches]}
+        | {"shapes": [{k: list(v.shape) for k, v in feeds.items()} for feeds in reference.batches]}
         | {"operators": operators, "precision_reason": chosen.reason},
     )
 

@@ -15,7 +15,7 @@ from . import component
 
 
 def write(bundle: Bundle, name: str, folder: Path) -> Component:
-    """Write one component to `folder`, in float16 wherever its activations fit (`precision.plan`).
+    """Write one component to `folder`, in float16 wherever its activations fit (`precision.choose`).
 
     Raises:
         UserError: when the graph differs from torch by more than the limit.
@@ -24,12 +24,12 @@ def write(bundle: Bundle, name: str, folder: Path) -> Component:
     engine = load_engine(bundle, name, "eager", device="cpu", verify=False)
     record, manifest = engine.component, bundle.manifest
     network = Network(name, record.kind, engine.module, record.inputs, record.outputs)
-    known = component.truth(
+    reference = component.reference_of(
         network, record.dims, "fp16", family=manifest.family, scaling_factor=manifest.pipeline["scaling_factor"]
     )
     folder.mkdir(parents=True)
     networks.save_config(network, folder)
     made = component.write(
-        network, known, record.dims, folder, opset=manifest.exporter["opset"], step=lambda stage, done: None
+        network, reference, record.dims, folder, opset=manifest.exporter["opset"], step=lambda stage, done: None
     )
     return replace(made, parity=made.parity | {"export_seconds": round(time.perf_counter() - started, 2)})

@@ -90,7 +90,7 @@ def check_name(precision: str) -> None:
         raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
 
 
-def plan(network: Network, precision: str, peaks: Mapping[str, Peak], *, force_upcast: bool = False) -> DtypePolicy:
+def choose(network: Network, precision: str, peaks: Mapping[str, Peak], *, force_upcast: bool = False) -> DtypePolicy:
     """Decide the dtypes of a network.
 
     Args:

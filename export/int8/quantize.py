@@ -235,16 +235,16 @@ def _write(
     networks.save_config(network, folder)
     layers = fake_quant.traits(model)
     fake_quant.set_mode(model, "disabled")
-    known = component.truth(
+    reference = component.reference_of(
         network,
         record.dims,
         "fp32" if settings.dtype == "float32" else "fp16",
         family=manifest.family,
         scaling_factor=manifest.pipeline["scaling_factor"],
     )
-    packed.pack(model, getattr(torch, known.chosen.dtype))
+    packed.pack(model, getattr(torch, reference.chosen.dtype))
     made = component.write(
-        network, known, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
+        network, reference, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
     )
     ranges = "trained" if _is_trained(settings, name) else "calibrated"
     return replace(
