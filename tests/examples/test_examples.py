@@ -21,13 +21,13 @@ def run(tmp_path, program, *arguments):
     return done.stdout
 
 
-def is_a_picture(path):
+def is_an_image(path):
     return np.asarray(Image.open(path).convert("RGB"), float).std() > 1
 
 
 def test_pipeline(tmp_path, sd15_bundle):
     run(tmp_path, "pipeline.py", sd15_bundle)
-    assert is_a_picture(tmp_path / "pipeline-0.png") and is_a_picture(tmp_path / "pipeline-1.png")
+    assert is_an_image(tmp_path / "pipeline-0.png") and is_an_image(tmp_path / "pipeline-1.png")
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "eager"])
@@ -38,7 +38,7 @@ def test_engine(engine, tmp_path, sd15_bundle):
 
 def test_attach(tmp_path, sd15, sd15_bundle):
     assert "unet" in run(tmp_path, "attach.py", sd15, sd15_bundle)
-    assert is_a_picture(tmp_path / "attached.png")
+    assert is_an_image(tmp_path / "attached.png")
 
 
 def test_bare_onnxruntime_makes_the_same_image_as_accel(tmp_path, sd15_bundle):
