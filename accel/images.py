@@ -23,7 +23,7 @@ def batch(images: Any, count: int, size: tuple[int, int], mode: str = "RGB") -> 
         mode: "RGB" or "L".
 
     Raises:
-        UserError: for a file that is no image, an array of another shape, or a wrong number of images.
+        UserError: for a file that is not an image, an array of another shape, or a wrong number of images.
     """
     several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
     listed = list(images) if several else [images]
@@ -99,7 +99,7 @@ def _opened(value: Any) -> Any:
         except FileNotFoundError:
             raise UserError(f"no such image: {value}", "check the path") from None
         except (UnidentifiedImageError, OSError):
-            raise UserError(f"{value} is no image that can be read", "use PNG, JPEG or WebP") from None
+            raise UserError(f"{value} is not an image that can be read", "use PNG, JPEG or WebP") from None
     if isinstance(value, Image.Image):
         return value
     array = np.asarray(value)

@@ -1,7 +1,7 @@
 """What a measurement was made on: processor, memory, system, package versions. Nothing that names a host or a person.
 
 A number without its machine is folklore, so every report carries this record. It needs neither torch nor any engine:
-packages are looked up in their metadata, never imported, and NVIDIA GPUs are asked for through nvidia-smi.
+packages are looked up in their metadata, never imported, and NVIDIA GPUs are listed by nvidia-smi.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Machine:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings and numbers, for JSON."""
-        found = asdict(self)
-        return found | {"isa": list(self.isa), "gpus": list(found["gpus"]), "packages": dict(self.packages)}
+        data = asdict(self)
+        return data | {"isa": list(self.isa), "gpus": list(data["gpus"]), "packages": dict(self.packages)}
 
 
 def machine() -> Machine:

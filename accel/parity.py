@@ -21,7 +21,7 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """What `compare` found. A figure is None where it has no meaning; `finite` says whether that is for NaN or inf.
+    """What `compare` measures. A figure is None where it has no meaning; `finite` says whether that is for NaN or inf.
 
     Attributes:
         finite: no NaN and no infinity in either array.

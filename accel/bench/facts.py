@@ -67,16 +67,16 @@ def count(state: State) -> None:
         record = state.bundle.component(name)
         config = state.bundle.file(f"{record.folder}/config.json")
         module = on_meta(record.kind, config, record.inputs, record.outputs)
-        found = []
+        counted = []
         for feeds in recording.feeds:
             inputs = {
                 spec.name: torch.as_tensor(feeds[spec.name]).to(torch.float32 if "float" in spec.dtype else torch.int64)
                 for spec in record.inputs
             }
-            found.append(count_flops(module, inputs).as_dict())
-        state.flops[name] = found[0]
-        for key in found[0]:
-            each = zip(found, recording.counts, strict=True)
+            counted.append(count_flops(module, inputs).as_dict())
+        state.flops[name] = counted[0]
+        for key in counted[0]:
+            each = zip(counted, recording.counts, strict=True)
             whole[key] = whole.get(key, 0) + sum(flops[key] * calls for flops, calls in each)
     state.flops[IMAGE] = whole
 
@@ -204,22 +204,22 @@ def _row(state: State, variant: Variant) -> Row:
 def _scope(state: State, variant: Variant, scope: str) -> Scope:
     by_name = state.samples.get(scope, {})
     ours = by_name.get(variant.name, [])
-    found = timing.summary(ours)
+    clock = timing.summary(ours)
     first = state.first_calls.get(variant.name, {}).get(scope)
     baselines = [v.name for v in state.variants if v.engine in ("eager", "compile")]
     ratios = {name: timing.speedup(by_name.get(name, []), ours) for name in ("eager", "compile", *baselines)}
-    if found is None:
+    if clock is None:
         return Scope(first_call_s=first, speedup=ratios)
     component = state.bundle.component("unet" if scope == IMAGE else scope)
     flops = state.flops.get(scope, {}).get("total")
-    rate = flops / found.p50_s if flops else None
+    rate = flops / clock.p50_s if flops else None
     # The peak was measured on one device; a variant on another has no business with it.
     here = state.environment.get("device") == "cpu" or "cuda" in state.descriptions.get(variant.name, "")
     peak = state.environment.get("peak_flop_per_s", {}).get(variant.compute(component.dtype)) if here else None
     return Scope(
-        timing=found,
+        timing=clock,
         first_call_s=first,
-        images_per_s=state.settings.batch / found.p50_s if scope == IMAGE else None,
+        images_per_s=state.settings.batch / clock.p50_s if scope == IMAGE else None,
         flop_per_s=rate,
         peak_fraction=rate / peak if rate and peak else None,
         speedup=ratios,

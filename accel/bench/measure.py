@@ -100,10 +100,10 @@ def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
             state.reasons[variant.name] = reason
         elif state.settings.memory:
             progress(f"{variant.name}: alone in a process", 0.3 * i / len(state.variants))
-            found = probe(state.bundle.path, variant.name, state.settings.call(), caches)
-            state.processes[variant.name] = found
-            if found.crashed:
-                state.reasons[variant.name] = found.crashed
+            process = probe(state.bundle.path, variant.name, state.settings.call(), caches)
+            state.processes[variant.name] = process
+            if process.crashed:
+                state.reasons[variant.name] = process.crashed
 
 
 def _reference(state: State, load: Load, progress: Progress) -> None:
@@ -198,7 +198,7 @@ def _time(state: State, progress: Progress) -> None:
 
 
 def _why(error: Exception) -> str:
-    """One line: what a person can act on, or the type and first line of what a library said."""
+    """One line: what a person can act on, or the type and first line of a library's error."""
     if isinstance(error, UserError):
         return error.message
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

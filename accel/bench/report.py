@@ -93,14 +93,14 @@ def _speed(title: str, scope: str, rows: list, extra: list[tuple[str, Callable]]
     columns = ["variant", "p50", "p90", "min", "n", "vs eager", "vs compile", *(name for name, _ in extra)]
     cells = []
     for row in rows:
-        found = row["scopes"][scope]
-        clock = found["timing"]
+        measured = row["scopes"][scope]
+        clock = measured["timing"]
         if clock is None:
             cells.append([row["variant"], f"{NONE}: {row['reason']}", *[NONE] * (len(columns) - 2)])
             continue
-        versus = [ratio(found["speedup"].get(name)) for name in ("eager", "compile")]
+        versus = [ratio(measured["speedup"].get(name)) for name in ("eager", "compile")]
         times = [seconds(clock[key]) for key in ("p50_s", "p90_s", "min_s")]
-        cells.append([row["variant"], *times, str(clock["n"]), *versus, *(show(found) for _, show in extra)])
+        cells.append([row["variant"], *times, str(clock["n"]), *versus, *(show(measured) for _, show in extra)])
     return title, columns, cells
 
 

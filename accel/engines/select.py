@@ -107,7 +107,7 @@ def _check_parity(component: Component) -> None:
     if parity.get("ok") is False:
         raise UserError(
             f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
-            f"float32, {parity.get('budget', float('nan')):g} asked for), so auto does not choose it",
+            f"float32, {parity.get('budget', float('nan')):g} dB required), so auto does not choose it",
             "name an engine to use it all the same, or export with --precision auto, or with --budget",
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import accel
+from accel.cli import VERBS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill", "kernels/ops": "accel.kernels"}
@@ -217,6 +218,18 @@ HEAVY = {
 def test_importing_accel_and_asking_for_help_load_nothing_heavy(code):
     loaded = python(f"import sys\n{code}\nprint()\nprint(*{{n.partition('.')[0] for n in sys.modules}})")
     assert HEAVY & set(loaded.splitlines()[-1].split()) == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from accel.engines import ENGINES, facts\nassert all(facts(name).libraries for name in ENGINES)",
+        *(f"from accel.cli import main\ntry:\n  main(['{v}', '--help'])\nexcept SystemExit: pass" for v in VERBS),
+    ],
+)
+def test_engines_and_samplers_are_listed_without_their_libraries(code):
+    loaded = python(f"import sys\n{code}\nprint()\nprint(*{{n.partition('.')[0] for n in sys.modules}})")
+    assert (HEAVY - {"numpy"}) & set(loaded.splitlines()[-1].split()) == set()
 
 
 def test_help_is_there_at_once():

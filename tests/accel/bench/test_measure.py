@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import json
 import re
-import time
 
 import numpy as np
 import pytest
@@ -15,10 +13,9 @@ from rich.console import Console
 
 from accel import bench
 from accel.bench import document as documents
-from accel.bench import facts, quality, report, report_html, timing, variants, work
+from accel.bench import facts, quality, report, report_html, variants, work
 from accel.bench import probe as probing
 from accel.bundle import Bundle
-from accel.commands import bench as command
 from accel.engines.base import Status
 from accel.errors import UserError
 from accel.pipeline import load as load_pipeline
@@ -80,28 +77,6 @@ def printed(document: dict) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "options"),
-    [
-        ("eager", "eager", {"dtype": "fp32"}),
-        ("eager:fp32", "eager", {"dtype": "fp32"}),
-        ("compile:bf16:cpu", "compile:bf16:cpu", {"dtype": "bf16", "device": "cpu"}),
-        ("onnxruntime:cuda", "onnxruntime:cuda", {"provider": "cuda"}),
-        ("openvino:gpu", "openvino:gpu", {"dtype": "fp32", "device": "GPU"}),
-    ],
-)
-def test_variant_names(text, name, options):
-    variant = bench.parse(text)
-    assert (variant.name, variant.options) == (name, options)
-
-
-@pytest.mark.parametrize("text", ["warp", "eager:int4", "onnxruntime:bf16", "openvino:cuda", "eager,eager:fp32", " , "])
-def test_wrong_variants_are_refused(text):
-    with pytest.raises(UserError) as error:
-        bench.chosen(text)
-    assert error.value.fix
-
-
 def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monkeypatch, smallest_bundle):
     monkeypatch.setattr(variants, "status", lambda name: Status(name != "openvino", "openvino is not installed", "pip"))
     with pytest.raises(UserError, match="not installed"):
@@ -110,74 +85,6 @@ def test_a_named_engine_that_is_missing_is_an_error_and_a_default_one_a_row(monk
     found = bench.measure(smallest_bundle, chosen, QUICK, load=loader({}))
     assert row(found.document.as_dict(), "openvino")["reason"] == "openvino is not installed"
     assert found.failed == ()
-
-
-def test_dtypes_without_instructions_are_left_out_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(variants, "_has_gpu", lambda: False)
-    monkeypatch.setattr(variants, "machine", lambda: argparse.Namespace(isa=("avx2",)))
-    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", requested=False))
-    assert variants.unable(bench.parse("eager:bf16")) == ""
-    assert variants.unable(bench.parse("eager", requested=False)) == ""
-
-
-def test_rounds_are_interleaved_and_rotate():
-    order, samples = [], {"s": {"a": [], "b": [], "c": []}}
-    calls = {"s": {name: lambda name=name: order.append(name) for name in "abc"}}
-    timing.interleave(calls, samples, rounds=3, lead_in={"s": False}, failed=lambda *_: None)
-    assert order == list("abcbcacab")
-    assert {len(values) for values in samples["s"].values()} == {3}
-
-
-def test_a_short_call_follows_an_untimed_one():
-    order, samples = [], {"s": {"a": []}}
-    timing.interleave(
-        {"s": {"a": lambda: order.append(1)}}, samples, rounds=2, lead_in={"s": True}, failed=lambda *_: None
-    )
-    assert len(order) == 4 and len(samples["s"]["a"]) == 2
-
-
-def test_the_time_budget_waits_for_five_rounds():
-    samples = {"s": {"a": []}}
-    calls = {"s": {"a": lambda: time.sleep(0.002)}}
-    timing.interleave(calls, samples, rounds=50, seconds=1e-6, lead_in={"s": False}, failed=lambda *_: None)
-    assert len(samples["s"]["a"]) == timing.MINIMUM_ROUNDS
-
-
-def test_a_variant_that_breaks_leaves_the_others_running():
-    def broken():
-        raise RuntimeError("lost the device")
-
-    samples, told = {"s": {"a": [], "b": []}}, []
-    timing.interleave(
-        {"s": {"a": broken, "b": lambda: None}},
-        samples,
-        rounds=3,
-        lead_in={"s": False},
-        failed=lambda name, error: told.append((name, str(error))),
-    )
-    assert told == [("a", "lost the device")]
-    assert (len(samples["s"]["a"]), len(samples["s"]["b"])) == (0, 3)
-
-
-def test_statistics():
-    found = timing.summary([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert (found.n, found.min_s, found.p50_s, found.mean_s) == (5, 1.0, 3.0, 22.0)
-    assert found.p90_s == pytest.approx(np.percentile([4, 1, 2, 3, 100], 90))
-    assert timing.summary([]) is None
-
-
-def test_a_paired_ratio_ignores_what_slowed_both_down():
-    noise = np.random.default_rng(1).uniform(1, 10, 30)
-    found = timing.speedup(2 * noise, noise)
-    assert found.ratio == pytest.approx(2) and found.low == pytest.approx(2) and found.high == pytest.approx(2)
-
-
-def test_an_uncertain_ratio_has_a_wide_interval_and_few_rounds_have_none():
-    values = np.random.default_rng(2).uniform(1, 10, (2, 30))
-    found = timing.speedup(*values)
-    assert found.low < found.ratio < found.high and found.high - found.low > 0.2
-    assert timing.speedup([1.0, 1.0], [2.0, 2.0]) == timing.Ratio(ratio=0.5, low=None, high=None)
-    assert timing.speedup([], [1.0]) is None
 
 
 def test_the_document_has_every_scope_and_what_it_is(saved):
@@ -330,34 +237,3 @@ def test_other_files_are_not_taken_for_results(tmp_path):
     for data in ([], {}, {"schema": "accel-bench/2", "rows": []}):
         with pytest.raises(UserError, match="not a benchmark result"):
             documents.check_schema(data, "x.json")
-
-
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_command_line(smallest_bundle, tmp_path, capsys):
-    out, page = tmp_path / "bench.json", tmp_path / "bench.html"
-    words = [str(smallest_bundle), "--engines", "onnxruntime", "--rounds", "1", "--steps", "1", "--no-memory"]
-    assert command.run(arguments(*words, "--json", "-", "--html", str(page))) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["command"] == "accel bench smallest --engines onnxruntime --steps 1 --rounds 1 --no-memory"
-    assert str(smallest_bundle.parent) not in json.dumps(document)
-    assert "data:image/png" in page.read_text()
-    out.write_text(json.dumps(document))
-    assert command.run(arguments("--from", str(out))) == 0
-    assert "onnxruntime" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", [[], ["bundle", "--from", "x.json"]])
-def test_wrong_use(words):
-    with pytest.raises(SystemExit) as exit:
-        command.run(arguments(*words))
-    assert exit.value.code == 2
-
-
-def test_output_files_are_checked_before_measuring(tmp_path):
-    with pytest.raises(UserError, match="--json"):
-        command.run(arguments("no-such-bundle", "--json", str(tmp_path / "nowhere" / "x.json")))

@@ -255,7 +255,7 @@ def test_wrong_images_are_named(sd15_bundle, arguments, named):
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "x.png").write_bytes(b"hello")
-    with pytest.raises(UserError, match="x.png is no image"):
+    with pytest.raises(UserError, match="x.png is not an image"):
         images.batch(tmp_path / "x.png", 1, (8, 8))
 
 
