@@ -177,10 +177,10 @@ def test_inpainting_with_nine_channels_equals_diffusers(inpainting, image, mask,
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
 @pytest.mark.parametrize("channels", [4, 9])
 def test_what_differs_from_the_captured_loop_runs_step_by_step(
-    sd15_bundle, inpainting, tensorrt, image, mask, channels, with_plan_of_unet
+    sd15_bundle, inpainting, tensorrt, image, mask, channels, with_engine_file_of_unet
 ):
     """A whole-loop CUDA graph holds plain text to image; an image, a mask and a callback need the steps one by one."""
-    theirs, ours = with_plan_of_unet(sd15_bundle if channels == 4 else inpainting[1].path)
+    theirs, ours = with_engine_file_of_unet(sd15_bundle if channels == 4 else inpainting[1].path)
     cases = [dict(image=image, mask_image=mask, strength=strength) for strength in (1.0, 0.6)]
     if channels == 4:
         cases += [dict(image=image, strength=0.6), dict(callback=lambda i, t, x: None)]
