@@ -124,6 +124,15 @@ def machine() -> Machine:
     )
 
 
+def int8_saturates() -> bool:
+    """Whether this processor's int8 kernels add pairs of products in int16, which can be too narrow for their sum.
+
+    So do those for AVX2 without VNNI (`pmaddubsw`): two products of uint8 with int8 reach 64,770, int16 ends at 32,767.
+    """
+    flags = set((_cpuinfo().get("flags") or "").split())
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
 def machine_name() -> str:
     """What tells this processor from others as far as speed goes: its model and the threads this process may use."""
     return f"{_cpu(_cpuinfo())}, {_threads()} threads"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph_file
 from ..bundle.tensor_spec import check
-from ..errors import UserError
+from ..errors import Notice, UserError
+from ..machine import int8_saturates
 
 __all__ = ["Engine", "Facts", "Status", "check_device", "check_threads", "graph_file", "to_numpy", "to_torch"]
 
@@ -49,6 +52,18 @@ class Facts:
     auto: tuple[str, ...] = ("cpu",)
     variants: tuple[str, ...] = ("",)
     gpu_variants: tuple[str, ...] = ()
+
+
+@cache
+def note_saturation() -> None:
+    """Say once that int8 is less exact on this processor than it was at the export, where that is so."""
+    if int8_saturates():
+        warnings.warn(
+            "this processor has no VNNI: its int8 products saturate, and images differ more from float32's than the "
+            "export measured (--engine eager shows what it measured)",
+            Notice,
+            stacklevel=4,
+        )
 
 
 class Engine(ABC):

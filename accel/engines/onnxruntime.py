@@ -16,7 +16,7 @@ from ..bundle import Bundle, Component
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, Notice, UserError
 from ..trt.cuda import index_of
-from .base import Engine, Facts, Status, check_threads, graph_file, to_torch
+from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
 from .onnxruntime_providers import PROVIDERS, chain
 
 FACTS = Facts(
@@ -98,6 +98,8 @@ class OnnxRuntime(Engine):
                 f"this onnxruntime has no {provider} provider (it has {', '.join(available)})",
                 "pip uninstall onnxruntime; pip install onnxruntime-gpu",
             )
+        if component.int8 and provider == "cpu":
+            note_saturation()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads

@@ -13,7 +13,7 @@ from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir
 from ..machine import version_of
-from .base import Engine, Facts, Status, check_threads, graph_file
+from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation
 
 FACTS = Facts(
     dtypes=tuple(SHORT),
@@ -60,6 +60,8 @@ class OpenVino(Engine):
         able = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         if dtype != "fp32" and dtype.upper() not in able:
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--dtype fp32")
+        if component.int8 and device.startswith("CPU"):
+            note_saturation()
         config = {
             "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"),
             "PERFORMANCE_HINT": "LATENCY",

@@ -3,7 +3,7 @@
     q = clamp(round(x / s), -128, 127),    x' = q s
 
 Weights have one scale per output channel, s = max|w| / 127; activations have one per tensor. Rounding goes to the even
-neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantized one bit for bit, and both equal the
+neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantized one, and both equal the
 exported graph up to the order of float32 sums. Gradients go straight through rounding (Bengio et al. 2013, arXiv
 1308.3432); scales learn by the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153).
 

@@ -51,6 +51,15 @@ def test_cpuinfo_is_read_from_its_first_block(tmp_path):
     assert module._cpuinfo(tmp_path / "none") == {}
 
 
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [("fma avx2", True), ("avx2 avx_vnni", False), ("avx2 avx512_vnni", False), ("asimd", False), ("", False)],
+)
+def test_int8_saturates_on_avx2_without_vnni(monkeypatch, flags, saturates):
+    monkeypatch.setattr(module, "_cpuinfo", lambda: {"flags": flags})
+    assert module.int8_saturates() == saturates
+
+
 def test_isa_flags_are_those_of_interest(monkeypatch):
     monkeypatch.setattr(module, "_cpuinfo", lambda: {"flags": "amx_bf16 sse2 avx512f", "model name": "X"})
     assert machine().isa == ("avx512f", "amx_bf16")

@@ -163,7 +163,9 @@ def test_every_parameter_gets_a_gradient(unet, feeds, level):
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
-def test_packed_layers_equal_fake_quantized_ones_bit_for_bit(smooth):
+def test_packed_layers_equal_fake_quantized_ones(smooth):
+    """But for the last bit: a bias is added within the product here and after it there, and some processors fuse that."""
+    close = dict(rtol=0, atol=1e-6)  # a step is 0.02
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -189,7 +191,7 @@ def test_packed_layers_equal_fake_quantized_ones_bit_for_bit(smooth):
     state = own.state_dict()
     assert all(state[f"{name}.weight"].dtype == torch.int8 for name in inputs)
     for name, x in inputs.items():
-        assert torch.equal(own.get_submodule(name)(x), expected[name]), name
+        torch.testing.assert_close(own.get_submodule(name)(x), expected[name], **close)
     # The way back from a file: placed empty in a plain model, then loaded.
     again = nn.ModuleDict(
         {
@@ -202,7 +204,7 @@ def test_packed_layers_equal_fake_quantized_ones_bit_for_bit(smooth):
     again.load_state_dict(state)
     packed.set_outputs(again, True)
     for name, x in inputs.items():
-        assert torch.equal(again.get_submodule(name)(x), expected[name]), name
+        torch.testing.assert_close(again.get_submodule(name)(x), expected[name], **close)
 
 
 def test_what_float16_rounds_to_nothing_is_no_division_by_zero():

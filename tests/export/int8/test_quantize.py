@@ -31,7 +31,7 @@ from accel.export.tensorrt import build as tensorrt_build
 from accel.int8 import fake_quant as fake
 from accel.int8 import packed, summary
 from accel.int8.config import Int8Config, is_product
-from accel.machine import machine_name
+from accel.machine import int8_saturates, machine_name
 from accel.models import networks
 from accel.parity import relative_l2
 from accel.trt import engine_files
@@ -354,6 +354,7 @@ def test_products_in_float_fail_the_audit_however_many_layers_there_are(attentio
     assert found["share"] == 0 and not found["ok"]
 
 
+@pytest.mark.skipif(int8_saturates(), reason="no VNNI: random weights saturate int16; digits are compared all the same")
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_are_as_close_to_float_as_torchs_int8_is(low, floating, engine):
     """End to end int8 is chaotic, so distances to float32 are compared, not outputs."""
