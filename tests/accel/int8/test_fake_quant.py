@@ -164,7 +164,7 @@ def test_every_parameter_gets_a_gradient(unet, feeds, level):
 
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
 def test_packed_layers_equal_fake_quantized_ones(smooth):
-    """But for the last bit: a bias is added within the product here and after it there, and some processors fuse that."""
+    """But for the last bit: some processors fuse a bias into the product, which one of them adds after it."""
     close = dict(rtol=0, atol=1e-6)  # a step is 0.02
     torch.manual_seed(0)
     model = nn.ModuleDict(
