@@ -122,7 +122,7 @@ def test_inpainting_with_an_ordinary_unet_equals_diffusers(sd15, sd15_bundle, im
 
 
 @pytest.fixture(scope="module")
-def inpainting(sd15, sd15_bundle, completed, tmp_path_factory):
+def inpainting(small, sd15_bundle, completed, tmp_path_factory):
     """(pipeline, bundle) with a UNet of nine input channels."""
     from diffusers import UNet2DConditionModel
 
@@ -130,9 +130,9 @@ def inpainting(sd15, sd15_bundle, completed, tmp_path_factory):
     from accel.export.pipeline import export_pipeline
 
     folder = tmp_path_factory.mktemp("inpainting")
-    source = Path(shutil.copytree(sd15, folder / "source"))
+    source = Path(shutil.copytree(small, folder / "source"))
     torch.manual_seed(5)
-    config = UNet2DConditionModel.load_config(sd15 / "unet") | {"in_channels": 9}
+    config = UNet2DConditionModel.load_config(small / "unet") | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(source / "unet")
     unet = export_pipeline(
         source,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,12 @@ from accel.pipeline.tokenizer import ClipTokenizer
 from accel.sampling import noise
 
 LONG = "the cat and " * 30 + "a dog"
+
+
+@pytest.fixture(scope="module")
+def sd15(small) -> Path:
+    """With the tokenizer, text encoder and VAE of `sd15_bundle`; how many tokens a UNet takes is in every block."""
+    return small
 
 
 @pytest.fixture(scope="module")

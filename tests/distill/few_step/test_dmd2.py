@@ -313,8 +313,8 @@ def test_real_guidance_is_classifier_free_guidance(sd15):
     assert torch.allclose(ours.float(), without + 3.0 * (with_text - without), atol=1e-5)
 
 
-def test_a_pruned_generator_with_the_full_teacher(sd15, sd15_tiny):
-    made = method(sd15_tiny, teacher=str(sd15))
+def test_a_pruned_generator_with_the_full_teacher(sd15_full, sd15_tiny):
+    made = method(sd15_tiny, teacher=str(sd15_full))
     assert len(made.generator.up_blocks) == 3 and len(made.teacher.up_blocks) == len(made.critic.network.up_blocks) == 4
 
 
@@ -364,11 +364,11 @@ def test_a_run_its_result_and_its_resume(sd15, tmp_path):
     assert not (second / "critic_ema").exists() and not (second / "teacher").exists()
 
 
-def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15_tiny, sd15, tmp_path):
+def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15, tmp_path):
     import accel
     from accel.export.pipeline import export_pipeline
 
-    given = recipe(sd15_tiny, teacher=str(sd15), timesteps="399", steps=2, sample_every=2, sample_prompts="the cat")
+    given = recipe(sd15, teacher=str(sd15), timesteps="399", steps=2, sample_every=2, sample_prompts="the cat")
     execute(given, tmp_path / "one")
     export_pipeline(tmp_path / "one", tmp_path / "bundle", profile="batch=1,size=64")
     pipe = accel.load(tmp_path / "bundle", engine="eager")

@@ -27,6 +27,12 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
+def sd15(small) -> Path:
+    """Prompts, prior and class images do not depend on the topology."""
+    return small
+
+
+@pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Path:
     """Three images without captions, one of them in a subfolder, and a file that is none."""
     folder = tmp_path_factory.mktemp("subject")

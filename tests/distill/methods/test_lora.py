@@ -29,6 +29,12 @@ BOTH = ("lora_A", "lora_B")
 
 
 @pytest.fixture(scope="module")
+def sd15(small) -> Path:
+    """Updates belong to layers, whatever topology they lie in: diffusers' own names are tested on its SDXL too."""
+    return small
+
+
+@pytest.fixture(scope="module")
 def images(six_images) -> Path:
     return six_images
 

@@ -24,7 +24,7 @@ def test_a_figure_that_is_not_there_is_not_waited_for():
     assert [text for _ in range(200) for text in watch.see({"loss": 2.0})] == []
 
 
-def test_a_run_names_its_symptoms_once(sd15, tmp_path, monkeypatch, capsys):
+def test_a_run_names_its_symptoms_once(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(monitors, "WINDOW", 2)
     monkeypatch.setattr(
         DMD2,
@@ -33,7 +33,7 @@ def test_a_run_names_its_symptoms_once(sd15, tmp_path, monkeypatch, capsys):
     )
     recipe = recipes.changed(
         settings.DMD2Recipe(),
-        model=str(sd15),
+        model=str(small),
         data="digits",
         resolution=64,
         random_flip=False,
