@@ -277,11 +277,12 @@ def save_config(network: Network, folder: Path) -> None:
         model.config.save_pretrained(folder)
 
 
-def keep_float32(module: nn.Module, names: tuple[str, ...], wide: tuple[str, ...] = ()) -> None:
+def keep_float32(module: nn.Module, names: tuple[str, ...], fp32_output: tuple[str, ...] = ()) -> None:
     """Let the named submodules of a half-precision model compute in float32, casting at their borders.
 
     Args:
-        wide: those of them whose output stays float32, because it is too large for less; its readers are named too.
+        fp32_output: those of them whose output stays float32, because it exceeds the range of less; its readers are
+            named too.
     """
 
     def widen(_, args, kwargs):
@@ -295,5 +296,5 @@ def keep_float32(module: nn.Module, names: tuple[str, ...], wide: tuple[str, ...
     for name in names:
         part = module.get_submodule(name).float()
         part.register_forward_pre_hook(widen, with_kwargs=True)
-        if name not in wide:
+        if name not in fp32_output:
             part.register_forward_hook(narrow(low), with_kwargs=True)
