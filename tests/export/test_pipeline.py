@@ -18,6 +18,7 @@ import accel
 from accel.bundle import Bundle
 from accel.errors import UserError
 from accel.export import pipeline as export
+from accel.export.graph import trace
 from accel.export.graph.trace import example, safetensors_header
 from accel.export.pipeline import export_pipeline
 from accel.parity import relative_l2
@@ -336,7 +337,7 @@ def after_export(monkeypatch, graph: bytes, damage) -> None:
         (folder / "model.onnx").write_bytes(graph)
         damage(folder)
 
-    monkeypatch.setattr(export.onnx, "export_graph", export_graph)
+    monkeypatch.setattr(trace, "export_graph", export_graph)
 
 
 def change_a_weight(folder: Path) -> None:
@@ -420,7 +421,7 @@ def never_load(monkeypatch):
         ({"sampler": {"name": "ddpm", "steps": 4, "guidance": 1}}, "ddpm"),
         ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "invalid steps: 0"),
         ({"sampler": {"name": "ddim", "guidance": 1}}, "invalid steps: None"),
-        ({"sampler": {"name": "ddim", "steps": 4, "guidance": float("nan")}}, "guidance = nan"),
+        ({"sampler": {"name": "ddim", "steps": 4, "guidance": float("nan")}}, "invalid guidance: nan"),
         ({"sampler": {"name": "ddim", "steps": 4, "guidance": -1}}, "invalid guidance: -1"),
         ({"sampler": {"name": "ddim", "steps": 4}}, "invalid guidance: None"),
         ({"sampler": {"name": "dmd2", "timesteps": [], "guidance": 0}}, "invalid timesteps: ()"),

@@ -292,7 +292,7 @@ def test_a_truncated_file_is_named_before_anything_is_loaded(sd15, tmp_path, cut
 def test_a_header_that_makes_no_sense_is_no_safetensors_file(tmp_path, header):
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         open_source(file)
 
 

@@ -176,15 +176,15 @@ class Counted:
     """Encoders that count what they are asked to do, and can be interrupted."""
 
     def __init__(self, encoders, stop_after=None):
-        self.encoders, self.images, self.texts, self.stop_after = encoders, 0, 0, stop_after
+        self.encoders, self.count, self.texts, self.stop_after = encoders, 0, 0, stop_after
 
     def __getattr__(self, name):
         return getattr(self.encoders, name)
 
     def images(self, pixels):
-        if self.stop_after is not None and self.images >= self.stop_after:
+        if self.stop_after is not None and self.count >= self.stop_after:
             raise KeyboardInterrupt
-        self.images += len(pixels)
+        self.count += len(pixels)
         return self.encoders.images(pixels)
 
     def prompts(self, texts):
@@ -195,7 +195,7 @@ class Counted:
 def test_a_finished_cache_is_opened_and_nothing_is_encoded_again(data, encoders, made):
     before, counted, told = digests(made.folder), Counted(encoders), []
     again = build(data, counted, made.folder, dtype="float32", **DRAWN, progress=lambda *entry: told.append(entry))
-    assert (counted.images, counted.texts) == (0, 0)
+    assert (counted.count, counted.texts) == (0, 0)
     assert digests(made.folder) == before and again.verify() == []
     assert told == [("texts", 1.0), ("latents", 1.0)]
 
@@ -213,7 +213,7 @@ def test_an_interrupted_one_goes_on_and_ends_up_the_same(data, encoders, made, a
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(data, counted, tmp_path / "cache", dtype="float32", **DRAWN)
-    assert counted.images == 3 * ROWS - 12 * whole and counted.texts == 0
+    assert counted.count == 3 * ROWS - 12 * whole and counted.texts == 0
     assert digests(tmp_path / "cache") == digests(made.folder)
 
 
@@ -308,7 +308,7 @@ build(open_data(sys.argv[1]), Encoders(open_source(sys.argv[2])), sys.argv[3], d
     assert process.wait() == -signal.SIGKILL
     counted = Counted(encoders)
     build(data, counted, tmp_path / "cache", dtype="float32", **DRAWN)
-    assert 0 < counted.images < 3 * ROWS and counted.texts == 0
+    assert 0 < counted.count < 3 * ROWS and counted.texts == 0
     assert open_cache(tmp_path / "cache").verify() == []
     assert set(digests(tmp_path / "cache")) == set(digests(made.folder))
 
@@ -347,8 +347,8 @@ def test_processes_share_the_work_and_the_result_is_the_same(data, encoders, mad
         thread.join()
     assert failures == []
     assert digests(tmp_path / "cache") == digests(made.folder)
-    assert sum(one.images for one in counted) == 3 * ROWS
-    assert all(one.images for one in counted[:3])
+    assert sum(one.count for one in counted) == 3 * ROWS
+    assert all(one.count for one in counted[:3])
     assert all(cache.verify() == [] for cache in results.values())
 
 
@@ -441,7 +441,7 @@ def test_without_a_folder_it_goes_to_the_users_cache_and_is_found_there(data, en
     one = build(data, encoders, **PLAIN)
     assert one.folder.is_relative_to(os.environ["ACCEL_CACHE"])
     counted = Counted(encoders)
-    assert build(data, counted, **PLAIN).folder == one.folder and counted.images == 0
+    assert build(data, counted, **PLAIN).folder == one.folder and counted.count == 0
     assert build(data, counted, **PLAIN | dict(resolution=64)).folder != one.folder
 
 
@@ -466,7 +466,7 @@ def test_a_disk_that_is_too_small_is_known_beforehand(data, encoders, tmp_path, 
     counted = Counted(encoders)
     with pytest.raises(UserError, match="are needed in .* and 0.0 GB are free"):
         build(data, counted, tmp_path / "cache", **PLAIN)
-    assert counted.images == 0
+    assert counted.count == 0
 
 
 def test_progress_is_told_after_every_batch(data, encoders, tmp_path):
@@ -492,7 +492,7 @@ def test_latents_that_are_not_finite_are_a_broken_row(data, encoders, tmp_path):
     class Once(Counted):
         def images(self, pixels):
             made = super().images(pixels)
-            if self.images == len(pixels):
+            if self.count == len(pixels):
                 made["latent_mean"][1] = torch.nan
             return made
 

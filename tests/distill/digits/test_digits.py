@@ -18,7 +18,7 @@ from accel.distill.sources import digits
 from accel.models.topology import topology
 
 TEACHER = DIGITS / "teacher"
-TINY = train_digits.Settings(
+TINY = train_digits.DigitsSettings(
     steps=2, batch=4, text_steps=2, text_batch=4, vae_steps=2, vae_batch=4, classifier_steps=2, classifier_batch=4
 )
 

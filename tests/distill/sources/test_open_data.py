@@ -533,7 +533,7 @@ def test_columns_of_a_dataset_are_named_and_not_numbered(tmp_path):
     with pytest.raises(UserError, match="columns text, prompt, score; several may hold the captions: text, prompt"):
         open_data(tmp_path / "saved")
     assert open_data(tmp_path / "saved", caption_column="prompt")[1].captions == ("b",)
-    with pytest.raises(UserError, match="has no column 'image'"):
+    with pytest.raises(UserError, match="has no column 'picture'"):
         open_data(tmp_path / "saved", image_column="picture")
     with pytest.raises(UserError, match="the column score holds .*, not images"):
         open_data(tmp_path / "saved", image_column="score", caption_column="text")
