@@ -101,8 +101,8 @@ def test_a_graph_is_plain_valid_onnx_without_traces_of_where_it_was_made(sd15_bu
     things = [model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output]
     assert [thing for thing in things if thing.doc_string or len(thing.metadata_props)] == []
     content = (sd15_bundle / name / "model.onnx").read_bytes()
-    for trace in (b".py", b"site-packages", b"torch/", str(Path(__file__).parents[2]).encode()):
-        assert trace not in content
+    for left in (b".py", b"site-packages", b"torch/", str(Path(__file__).parents[2]).encode()):
+        assert left not in content
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
