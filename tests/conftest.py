@@ -266,7 +266,7 @@ def sd15(stored_graphs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd15_full(sd15) -> Path:
+def sd15(sd15) -> Path:
     """`sd15`, where a folder or a file has a smaller one of that name."""
     return sd15
 

@@ -115,5 +115,5 @@ def test_trained_scales_are_read(old):
         warnings.simplefilter("error")
         found = trained_scales.find(old / "run")
     stored = load_file(old / "run/int8.safetensors")
-    assert found.recipe.level == "conv" and found.scales.keys() == stored.keys()
+    assert found.config.level == "conv" and found.scales.keys() == stored.keys()
     assert all(torch.equal(found.scales[key], stored[key]) for key in stored)

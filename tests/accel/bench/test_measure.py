@@ -199,7 +199,7 @@ def test_a_process_of_its_own(smallest_bundle, tmp_path):
     assert found.reason == "" and found.load_s > 0 and found.first_image_s > 0 and found.second_image_s > 0
     assert found.baseline_rss_bytes <= found.loaded_rss_bytes <= found.peak_rss_bytes < ballast.nbytes
     broken = probing.probe(tmp_path, "onnxruntime", QUICK.call(), {})
-    assert "is no bundle" in broken.reason and broken.load_s is None
+    assert "is not a bundle" in broken.reason and broken.load_s is None
 
 
 def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, monkeypatch):

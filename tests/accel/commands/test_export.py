@@ -137,7 +137,7 @@ def test_a_disk_that_is_really_full_is_named(refused, smallest, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", disk], capture_output=True
     )
     if not mounted or mounted.returncode:
         pytest.skip("no right to mount a small disk")

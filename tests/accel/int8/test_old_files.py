@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accel.bundle import Bundle
+from accel import records
+from accel.bundle import Bundle, manifest
 from accel.bundle.manifest import Component
 from accel.files import digest_of, read_json
 from accel.int8 import trained_scales
@@ -25,6 +26,10 @@ OLD_CONFIG = {
 CONFIG = Int8Config(level="ff", keep=("a",), observer="max", percentile=99.9, smooth=0.5, exclude_bos=False)
 
 
+def read(name: str, entry: dict) -> Component:
+    return records.read(Component, manifest._present(entry) | {"name": name}, "component")
+
+
 def test_an_old_config_is_read_by_its_old_names():
     assert Int8Config.from_dict(OLD_CONFIG) == CONFIG == Int8Config.from_dict(CONFIG.as_dict())
 
@@ -39,13 +44,13 @@ def test_the_shipped_bundles_are_read_in_the_present_words(student):
         assert new["config"] == old["recipe"] and Int8Config.from_dict(new["config"]).observer == "mse"
         assert new["acceptance"]["enabled_engines"] == old["verdict"]["offered"]
         assert not {"recipe", "verdict"} & set(new) and "offered" not in new["acceptance"]
-        assert Component.from_dict(name, json.loads(json.dumps(component.as_dict()))) == component
+        assert read(name, json.loads(json.dumps(component.as_dict()))) == component
 
 
 def test_modules_with_a_float32_output_are_read_by_their_old_name():
     component = Bundle.open("digits/4step-int8").component("unet").as_dict()
-    assert Component.from_dict("unet", component | {"wide": ["a", "b"]}).fp32_output == ("a", "b")
-    assert Component.from_dict("unet", component | {"fp32_output": ["c"]}).fp32_output == ("c",)
+    assert read("unet", component | {"wide": ["a", "b"]}).fp32_output == ("a", "b")
+    assert read("unet", component | {"fp32_output": ["c"]}).fp32_output == ("c",)
 
 
 @pytest.mark.parametrize(

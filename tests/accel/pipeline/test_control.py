@@ -24,12 +24,6 @@ ONE_STEP_OF_A_PIXEL = 1 / 255
 
 
 @pytest.fixture(scope="module")
-def sd15(small) -> Path:
-    """Every kind of block gets its residuals here; it has the text encoder and the VAE of `sd15_bundle`."""
-    return small
-
-
-@pytest.fixture(scope="module")
 def sdxl(sdxl_maker, stored_graphs, tmp_path_factory) -> Path:
     return sdxl_maker(tmp_path_factory.mktemp("sdxl") / "source", layers_per_block=1)
 

@@ -289,10 +289,10 @@ def test_a_damaged_cache_is_not_opened_and_not_read(made, tmp_path):
 def test_a_killed_process_is_followed_by_one_that_finishes(sd15, data, encoders, made, tmp_path):
     code = f"""
 import sys, time
-from accel.distill.make_cache import build
-from accel.distill.data import open_data
-from accel.distill.encode import Encoders
-from accel.source import open_source
+from accel.distill.data.make_cache import build
+from accel.distill.sources.open_data import open_data
+from accel.distill.data.encoders import Encoders
+from accel.models.source import open_source
 def slowly(stage, fraction):
     print(stage, fraction, flush=True)
     time.sleep(0.05)
@@ -356,10 +356,10 @@ def test_processes_share_the_work_and_the_result_is_the_same(data, encoders, mad
 def test_a_process_group_makes_it_and_mends_it_under_a_finished_index(sd15, data, made, tmp_path):
     code = f"""
 import sys, torch.distributed as dist
-from accel.distill.make_cache import build
-from accel.distill.data import open_data
-from accel.distill.encode import Encoders
-from accel.source import open_source
+from accel.distill.data.make_cache import build
+from accel.distill.sources.open_data import open_data
+from accel.distill.data.encoders import Encoders
+from accel.models.source import open_source
 dist.init_process_group("gloo")
 cache = build(open_data(sys.argv[1]), Encoders(open_source(sys.argv[2])), sys.argv[3], dtype="float32",
               rank=dist.get_rank(), world=dist.get_world_size(), **{DRAWN!r})
@@ -396,8 +396,8 @@ def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, mo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(resolution=64), "resolution 32, where 64 is asked for"),
-        (dict(center_crop=True), "center_crop False, where True is asked for"),
+        (dict(resolution=64), "resolution 32, where 64 is wanted"),
+        (dict(center_crop=True), "center_crop False, where True is wanted"),
         (dict(random_flip=False), "random_flip True, where False"),
         (dict(seed=4), "seed 3, where 4"),
         (dict(variants=2), "variants 3, where 2"),
@@ -448,7 +448,7 @@ def test_without_a_folder_it_goes_to_the_users_cache_and_is_found_there(data, en
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(dtype="int8"), "cannot be kept in int8"),
+        (dict(dtype="int8"), "unknown cache dtype 'int8'"),
         (dict(resolution=30), "30 pixels are not a multiple of 4"),
         (dict(variants=0), "variants is 0"),
     ],

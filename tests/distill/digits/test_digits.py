@@ -169,7 +169,7 @@ def test_shipped_folder_is_small_safe_and_measured():
 
 
 @pytest.fixture
-def few_pictures(monkeypatch):
+def few_images(monkeypatch):
     """A hundred images of either part: encoding all of them would take most of a test's time."""
     whole = digits.dataset
     monkeypatch.setattr(digits, "dataset", lambda part: tuple(tensor[:100] for tensor in whole(part)))

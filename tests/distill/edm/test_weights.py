@@ -398,7 +398,7 @@ def test_files_that_hold_no_network_are_refused(tmp_path):
     torch.save(whole | {"model.map_layer1.bias": torch.zeros(7)}, tmp_path / "shape.pt")
     cases = {
         "absent.bin": "no such file",
-        "noise.bin": "it is no file of torch",
+        "noise.bin": "it is not a file of torch",
         "empty.pt": "cannot be read",
         "noise.safetensors": "cannot be read",
         "half.pt": "cannot be read",

@@ -313,8 +313,8 @@ def test_real_guidance_is_classifier_free_guidance(sd15):
     assert torch.allclose(ours.float(), without + 3.0 * (with_text - without), atol=1e-5)
 
 
-def test_a_pruned_generator_with_the_full_teacher(sd15_full, sd15_tiny):
-    made = method(sd15_tiny, teacher=str(sd15_full))
+def test_a_pruned_generator_with_the_full_teacher(sd15, sd15_tiny):
+    made = method(sd15_tiny, teacher=str(sd15))
     assert len(made.generator.up_blocks) == 3 and len(made.teacher.up_blocks) == len(made.critic.network.up_blocks) == 4
 
 

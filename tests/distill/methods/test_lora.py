@@ -314,8 +314,8 @@ def test_training_lowers_the_loss(sd15, images, tmp_path):
         ({"targets": "to_q,to_x"}, "'to_x'", "to_out.0"),
         ({"text_targets": "fc9"}, "'fc9'", "fc1"),
         ({"targets": " , "}, "no target layers", "to_k"),
-        ({"rank": 0}, "rank of 0", "finetune"),
-        ({"alpha": 0.0}, "alpha 0.0", "--alpha"),
+        ({"rank": 0}, "invalid rank: 0", "finetune"),
+        ({"alpha": 0.0}, "invalid alpha: 0.0", "--alpha"),
     ],
 )
 def test_settings_that_cannot_be(sd15, fields, text, fix):
