@@ -266,12 +266,6 @@ def sd15(stored_graphs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd15(sd15) -> Path:
-    """`sd15`, where a folder or a file has a smaller one of that name."""
-    return sd15
-
-
-@pytest.fixture(scope="session")
 def sd15_tiny(stored_graphs, tmp_path_factory) -> Path:
     return make_sd15(tmp_path_factory.mktemp("sd15tiny") / "tiny-sd15-tiny", "sd15-tiny")
 

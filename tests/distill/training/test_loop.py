@@ -170,7 +170,8 @@ TWO = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from accel.distill import recipes, run, settings, train
+from accel.distill import recipes, run, settings
+from accel.distill.training import loop as train
 torch.set_num_threads(1)
 recipe = recipes.changed(recipes.tiny(), **eval(sys.argv[1]))
 real = train.Loop.one_step
@@ -206,7 +207,8 @@ SHARDED = """
 import sys, torch
 from pathlib import Path
 from torch.distributed.tensor import DTensor
-from accel.distill import recipes, run, settings, train
+from accel.distill import recipes, run, settings
+from accel.distill.training import loop as train
 torch.set_num_threads(1)
 real = train.Loop.run_all
 def run_all(self, batches):
