@@ -24,11 +24,6 @@ ONE_STEP_OF_A_PIXEL = 1 / 255
 
 
 @pytest.fixture(scope="module")
-def sdxl(sdxl_maker, stored_graphs, tmp_path_factory) -> Path:
-    return sdxl_maker(tmp_path_factory.mktemp("sdxl") / "source", layers_per_block=1)
-
-
-@pytest.fixture(scope="module")
 def edges():
     rows, columns = np.mgrid[0:64, 0:64]
     circle = np.abs(np.hypot(rows - 32, columns - 32) - 20) < 1.5
@@ -68,7 +63,7 @@ def make_adapter(xl):
     return loud(
         T2IAdapter(
             in_channels=3 if xl else 1,
-            channels=[8, 16, 16, 16] if xl else [8, 16],
+            channels=[8, 16, 16, 16],
             num_res_blocks=1,
             downscale_factor=8 if xl else 4,
             adapter_type="full_adapter_xl" if xl else "full_adapter",
