@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
 
-test: lint  ## lint and the CPU tests, at most 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 15
+test: lint  ## lint and the CPU tests, about 20 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 20
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
