@@ -15,7 +15,7 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
-bundle, prompt, image = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+bundle, prompt, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((bundle / "accel.json").read_text())
 constants, guidance = manifest["pipeline"], manifest["sampler"]["guidance"]
 sessions = {
@@ -51,5 +51,5 @@ for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
 latents = x / constants["scaling_factor"] + constants["shift_factor"]
 (pixels,) = sessions["vae_decoder"].run(["sample"], {"latent_sample": np.float32(latents)})
 image = Image.fromarray((np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))
-image.resize((256, 256)).save(image)
-print(image)
+image.resize((256, 256)).save(out)
+print(out)
