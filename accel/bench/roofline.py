@@ -34,6 +34,7 @@ __all__ = [
 
 # Side lengths of the square matrices tried: the best one depends on caches and core count.
 _CPU_SIZES, _GPU_SIZES = (512, 1024, 2048), (2048, 4096, 8192)
+_WARM_UP_CALLS = 2
 _COPY_BYTES = 512 * 2**20  # two such buffers outrun the last-level cache of any single socket
 
 
@@ -122,7 +123,8 @@ def measure_peak(dtype: torch.dtype | str = "float32", device: str = "cpu", *, s
     """Largest sustained rate of a square matrix product, FLOP/s: the best of several sizes, after warming up.
 
     It is a rate that the machine gave just now: other programs, clocks and torch's own settings (threads, TF32) are in
-    it. `seconds` is shared by the sizes; each runs at least once.
+    it. `seconds` is shared by the sizes, smallest first. A size that would take over ten times its share at the best
+    rate so far is left out: a processor without bfloat16 would need minutes for the largest one.
 
     Args:
         dtype: torch dtype or its name, a floating one: float32, bfloat16, float16.
@@ -133,12 +135,14 @@ def measure_peak(dtype: torch.dtype | str = "float32", device: str = "cpu", *, s
         raise UserError(f"dtype {dtype} has no peak rate here", f"one of: {', '.join(FLOATS)}")
     where, wait = _device(device)
     sizes = _CPU_SIZES if where.type == "cpu" else _GPU_SIZES
-    best = 0.0
+    best, share = 0.0, seconds / len(sizes)
     with torch.inference_mode():
         for n in sizes:
+            if best and _WARM_UP_CALLS * 2 * n**3 / best > 10 * share:
+                break
             a, b = (torch.randn(n, n, device=where).to(dtype) for _ in range(2))
             out = torch.empty(n, n, dtype=dtype, device=where)
-            calls, elapsed = _repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), wait, seconds / len(sizes))
+            calls, elapsed = _repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), wait, share)
             best = max(best, 2 * n**3 * calls / elapsed)
     return best
 
@@ -162,7 +166,7 @@ def measure_bandwidth(device: str = "cpu", *, seconds: float = 1.0, size: int = 
 
 def _repeat(work: Callable[[], Any], wait: Callable[[], None], seconds: float) -> tuple[int, float]:
     """Calls `work` for about `seconds`, in growing batches so that waiting for a GPU is no part of the rate."""
-    for _ in range(2):
+    for _ in range(_WARM_UP_CALLS):
         work()
     wait()
     calls, batch, start = 0, 1, time.perf_counter()
