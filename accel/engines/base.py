@@ -71,7 +71,7 @@ class Engine(ABC):
 
     Call it with the component's inputs by name; it returns a dict of outputs. Inputs may be numpy arrays, torch
     tensors or anything with `__dlpack__`; outputs are of the engine's own kind (`native`), on its own device, and never
-    share memory with an input.
+    share memory with an input. Any number of threads may call one engine: each gets the outputs of its own inputs.
 
     Attributes:
         name: engine name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from . import eager
 from .base import Status
 
 FACTS = replace(eager.FACTS, auto=())  # never by itself: its first call takes minutes
+# torch's compiler keeps state for the whole process: a second thread that enters it fails, or compiles again.
+_TURN = threading.Lock()
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -46,9 +49,12 @@ class Compile(eager.Eager):
         self.description += f", torch.compile {mode}"
 
     def run(self, feeds):
-        outputs = super().run(feeds)
-        # With CUDA graphs the next call overwrites what this one returned.
-        return {name: value.clone() for name, value in outputs.items()} if self.device.startswith("cuda") else outputs
+        with _TURN:
+            outputs = super().run(feeds)
+            if not self.device.startswith("cuda"):
+                return outputs
+            # With CUDA graphs the next call overwrites what this one returned.
+            return {name: value.clone() for name, value in outputs.items()}
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> Compile:

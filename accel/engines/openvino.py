@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -78,7 +79,8 @@ class OpenVino(Engine):
                 f"OpenVINO cannot load {component.graph}: {str(error).splitlines()[-1][:300]}",
                 "export the model again, or try another engine",
             ) from None
-        self.request = self.model.create_infer_request()
+        # One request, taken in turns: more of them would take memory for activations, and a call uses all cores anyway.
+        self.request, self.turn = self.model.create_infer_request(), threading.Lock()
         precision = f"int8 + {dtype}" if component.int8 else dtype
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
         if dtype != "fp32":
@@ -104,9 +106,10 @@ class OpenVino(Engine):
             )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        results = self.request.infer(dict(feeds), share_inputs=True)
-        # The request reuses its output memory on the next call, so the caller gets a copy.
-        return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
+        with self.turn:
+            results = self.request.infer(dict(feeds), share_inputs=True)
+            # The request reuses its output memory on the next call, so the caller gets a copy.
+            return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
 
     def close(self) -> None:
         del self.request, self.model

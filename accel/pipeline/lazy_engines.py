@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from ..engines import Engine
 
@@ -22,12 +24,18 @@ class LazyEngines(Mapping[str, Engine]):
     def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, offload: bool = False):
         self._loaders, self._loaded, self.offload = dict(loaders), {}, offload
         self.descriptions: dict[str, str] = {}
+        self._loading, self._image = threading.RLock(), threading.RLock()
 
     def __getitem__(self, name: str) -> Engine:
-        if name not in self._loaded:
-            self._loaded[name] = self._loaders[name]()
-            self.descriptions[name] = getattr(self._loaded[name], "description", "")
-        return self._loaded[name]
+        with self._loading:
+            if name not in self._loaded:
+                self._loaded[name] = self._loaders[name]()
+                self.descriptions[name] = getattr(self._loaded[name], "description", "")
+            return self._loaded[name]
+
+    def turn(self) -> AbstractContextManager:
+        """A context for one image: with `offload` one thread at a time, because its end closes engines."""
+        return self._image if self.offload else nullcontext()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaders)

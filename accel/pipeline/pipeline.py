@@ -210,7 +210,8 @@ class Pipeline:
             weighted=prompt_weights,
         )
         run = _Run(self, made)
-        final, pixels = run(callback, progress, decode=output_type != "latent")
+        with self.engines.turn():
+            final, pixels = run(callback, progress, decode=output_type != "latent")
         if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
             raise UserError(
                 "the image is NaN or infinite",
