@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    r"""Text out of a file, as a terminal may show it: a character that moves the cursor or turns the writing direction
+    (Unicode categories Other and Separator, but for space, tab and newline) becomes its escape, such as `\x1b`."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 class UserError(Exception):
     """Something the user can put right: shown as a message and a fix, without a traceback.
 
@@ -17,7 +26,7 @@ class UserError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+        return printable(f"{self.message}\n  fix: {self.fix}" if self.fix else self.message)
 
 
 class MissingPackage(UserError):

@@ -16,8 +16,9 @@ from .. import records
 from .._version import __version__
 from ..assets import resolve
 from ..errors import UserError
-from ..files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from ..files import cache_dir, digest_of, inside, read_json, settle, sha256, write_json
 from ..sampling import Sampling
+from . import limits
 from .kinds import KINDS
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
@@ -177,6 +178,7 @@ class Manifest:
         for name, component in found.components.items():
             if component.int8:
                 records.read(_INT8, component.int8, "manifest", "components", name, "int8")
+        limits.check(found)
         return found
 
 
@@ -199,6 +201,7 @@ class Bundle:
                 version, or that names files outside the bundle.
         """
         given, path = path, Path(resolve(path))
+        settle(path)
         if not path.is_dir():
             raise UserError(f"no such folder: {given}", "check the path; `accel export MODEL OUT` makes a bundle")
         if not (path / MANIFEST).is_file():
@@ -263,7 +266,7 @@ class Bundle:
         try:
             stamps = read_json(stamps_path, "the verification cache")
             assert isinstance(stamps, dict)
-        except (UserError, OSError, AssertionError):
+        except (UserError, OSError, AssertionError, RuntimeError):
             stamps = {}
         known = dict(stamps)
         for entry, expected in self.manifest.files.items():

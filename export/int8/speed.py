@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from accel.arrays import synchronize
 from accel.bench import timing
+from accel.bench.state import temporary_caches
 from accel.bundle import MANIFEST, Bundle, finalize
 from accel.engines import Engine, fitting_engine_file, load_engine, status
 from accel.errors import UserError
-from accel.files import temporary_caches
 from accel.machine import machine_name
 
 from ..graph import fp16

@@ -17,9 +17,7 @@ BUNDLE, THREADS = "digits/tiny-1step-int8", 8
 def inputs(component, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     sizes = {name: limits.min for name, limits in component.dims.items()}
-    return {
-        spec.name: np.asarray(rng.uniform(1, 9, spec.concrete(sizes)), spec.dtype) for spec in component.inputs
-    }
+    return {spec.name: np.asarray(rng.uniform(1, 9, spec.concrete(sizes)), spec.dtype) for spec in component.inputs}
 
 
 def together(work, rounds: int = 3) -> list[list]:
