@@ -72,6 +72,10 @@ def _component(component: Component) -> Iterator[str]:
         if not _NAME.fullmatch(dim):
             yield f"components.{name}.dims: {dim!r:.80} is not a name"
         yield from _range(f"components.{name}.dims.{dim}", limits)
+    given = {dim for spec in component.inputs for dim in spec.shape if isinstance(dim, str)}
+    for dim in {dim for spec in component.outputs for dim in spec.shape if isinstance(dim, str)} - given:
+        if not any(side in dim and any(side in own for own in given) for side in ("height", "width")):
+            yield f"components.{name}.outputs: {dim!r} follows from no input"
     specs = (*component.inputs, *component.outputs)
     for spec in specs:
         yield from _tensor(f"components.{name}", spec)

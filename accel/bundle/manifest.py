@@ -7,6 +7,7 @@ ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -248,6 +249,22 @@ class Bundle:
         if entry not in self.manifest.files:
             raise UserError(f"{self.path}: {entry} is not listed in the manifest", "export the model again")
         return path
+
+    def listed(self, folder: str) -> frozenset[str]:
+        """Names of the files in a folder that the manifest lists: no other is read."""
+        return frozenset(
+            entry.removeprefix(f"{folder}/")
+            for entry in self.manifest.files
+            if entry.startswith(f"{folder}/") and self.file(entry)
+        )
+
+    def copy(self, to: Path, folder: str | None = None) -> None:
+        """Copy the listed files, all or those below one folder, into a folder of the same layout."""
+        for entry in self.manifest.files:
+            if entry != MANIFEST and (folder is None or entry.startswith(f"{folder}/")):
+                copied = inside(to, entry, "the manifest entry")
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.file(entry), copied)
 
     def verify(self, folders: Iterable[str] | None = None) -> None:
         """Compare files with the sizes and sha256 digests in the manifest.

@@ -12,7 +12,7 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
-from ..files import cache_dir
+from ..files import cache_dir, inside
 from ..machine import version_of
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation
 
@@ -63,10 +63,11 @@ class OpenVino(Engine):
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--dtype fp32")
         if component.int8 and device.startswith("CPU"):
             note_saturation()
+        cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
         config = {
             "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"),
             "PERFORMANCE_HINT": "LATENCY",
-            "CACHE_DIR": str(cache_dir() / "openvino" / bundle.digest[:32] / component.name),
+            "CACHE_DIR": str(cache),
         }
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)

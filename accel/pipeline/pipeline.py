@@ -124,9 +124,10 @@ class Pipeline:
         self.bundle = bundle
         loaded = {name: partial(engines.__getitem__, name) for name in engines}
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines(loaded)
-        self.schedule = sampler.NoiseSchedule.from_folder(bundle.path / "scheduler")
+        self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
+        folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
         self.tokenizers = {
-            name: ClipTokenizer.from_folder(bundle.path / name.replace("text_encoder", "tokenizer"))
+            name: ClipTokenizer.from_folder(bundle.path / folders[name], bundle.listed(folders[name]))
             for name in engines
             if name in TEXT_ENCODERS
         }

@@ -9,7 +9,6 @@ keeps the array's dtype, in numpy and in torch alike.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -143,9 +143,9 @@ class NoiseSchedule:
         """Reads `scheduler_config.json` from a diffusers `scheduler/` folder."""
         file = Path(path) / "scheduler_config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing", "point at the scheduler folder of a diffusers pipeline") from None
+            if not file.exists():
+                raise UserError(f"{file} is missing", "point at the scheduler folder of a diffusers pipeline")
+            config = parse_json(read_bytes(file, "the scheduler's config", 1 << 20))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}", "write it again from the original pipeline") from None
         if not isinstance(config, dict):
@@ -163,8 +163,8 @@ def _alphas_cumprod(config: Mapping[str, Any], name: str) -> np.ndarray:
     # LCM and TCD schedulers differ from the rest in the values that an absent field stands for.
     lcm = name in ("LCMScheduler", "TCDScheduler")
     steps = config.get("num_train_timesteps", 1000)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise _refused("num_train_timesteps", steps, "use a whole number of at least 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 100_000:
+        raise _refused("num_train_timesteps", steps, "use a whole number of at least 1, and at most 100000")
     if config.get("trained_betas") is not None:
         beta = np.asarray(config["trained_betas"], dtype=np.float64)
         if beta.shape != (steps,):

@@ -272,6 +272,9 @@ class Loop:
     # --------------------------------------------------------------------------------------------- checkpoints, samples
 
     def resume(self) -> int:
+        if self.accelerator.is_main_process:
+            checkpoints.tidy(self.run)
+        self.accelerator.wait_for_everyone()
         found = checkpoints.all_of(self.run)
         if not found:
             return 0

@@ -69,7 +69,7 @@ def apply(decision: Decision, component: Component, fallback: Bundle, folder: Pa
         return replace(component, int8=dict(component.int8) | {"audit": audits, "acceptance": measurements})
     if component.int8:
         shutil.rmtree(folder / component.name)
-        shutil.copytree(fallback.path / component.name, folder / component.name)
+        fallback.copy(folder, component.name)
         component = fallback.component(component.name)
     return record_fallback(component, decision.reason, measurements)
 

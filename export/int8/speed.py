@@ -154,5 +154,5 @@ def _copied(bundle: Bundle, component: str, folder: Path) -> Bundle:
     """A copy of one component of a bundle. (ONNX's own loader refuses weights that are links.)"""
     folder.mkdir(parents=True)
     shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
-    shutil.copytree(bundle.path / component, folder / component)
+    bundle.copy(folder, component)
     return Bundle.open(folder)
