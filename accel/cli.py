@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ from importlib import import_module
 
 from . import interrupt
 from ._version import __version__
-from .errors import Notice, UserError
+from .errors import Notice, UserError, printable
 
 VERBS = {
     "doctor": "check which engines run on this machine, and how to fix the others",
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.parse_args(argv)  # prints the list of verbs and exits with 2
     interrupt.install()
     _quiet_libraries()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that is not UTF-8
     return _guarded(lambda: _run(verb, argv[1:]))
 
 
@@ -58,7 +61,8 @@ def _run(verb: str, argv: list[str]) -> int:
     )
     module.add_arguments(verb_parser)
     code = module.run(verb_parser.parse_args(argv))
-    sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
+    if sys.stdout is not None:  # it is, where the shell has closed it
+        sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
     return code
 
 
@@ -74,7 +78,16 @@ def _guarded(run: Callable[[], int]) -> int:
         return 130
     except BrokenPipeError:
         # The reader (such as `| head`) has gone: not an error, but nothing more can be printed either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
+        return 1
+    except OSError as error:
+        # The disk, a permission, a full output: nothing that a traceback would explain.
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(printable(f"error: {what}\n  fix: check that path, its permissions and free space"), file=sys.stderr)
+        _abandon_stdout()
+        return 1
+    except ImportError as error:
+        print(printable(f"error: {error}\n  fix: accel doctor says what is missing here"), file=sys.stderr)
         return 1
     except MemoryError:
         print("error: out of memory\n  fix: use a smaller size or batch, or more memory", file=sys.stderr)
@@ -83,6 +96,15 @@ def _guarded(run: Callable[[], int]) -> int:
         traceback.print_exc()
         print("error: this is a bug in accel; please report it with the lines above", file=sys.stderr)
         return 1
+
+
+def _abandon_stdout() -> None:
+    """What is still in the buffer cannot be printed; without this Python would try again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -110,7 +132,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", Notice)
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(printable(f"note: {message}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ def cache_dir() -> Path:
     """This user's cache: `$ACCEL_CACHE`, else the platform's usual place."""
     if "ACCEL_CACHE" in os.environ:
         return Path(os.environ["ACCEL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "accel"
+    try:
+        return Path.home() / ".cache" / "accel"
+    except RuntimeError:  # no $HOME, and a user whom the system does not know, as in many containers
+        return Path(tempfile.gettempdir()) / f"accel-{os.getuid()}"
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TENSORS
@@ -35,11 +35,9 @@ def check(manifest: Manifest) -> None:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    words = {"family": manifest.family, "topology": manifest.topology, "precision": manifest.precision}
-    words |= {"profile.name": manifest.profile.name, "source.name": manifest.source["name"]}
-    for place, word in words.items():
-        if not word.isprintable() or len(word) > 1000:
-            yield f"{place}: {word!r:.80} is not a line of text"
+    for word in _texts(manifest.as_dict()):
+        if not word.isprintable() or len(word) > 10_000:
+            yield f"{word!r:.80} is not a line of text"
     constants = manifest.pipeline
     for key, largest in _CONSTANTS.items():
         if not 1 <= constants[key] <= largest:
@@ -58,6 +56,19 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"files.{entry!r:.80}: {dict(record)!r:.120} is not a sha256 and a size"
     for component in manifest.components.values():
         yield from _component(component)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every key and text in it: all of them may be shown on a terminal or go into another format."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield str(key)
+            yield from _texts(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _component(component: Component) -> Iterator[str]:

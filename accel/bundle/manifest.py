@@ -283,7 +283,7 @@ class Bundle:
         try:
             stamps = read_json(stamps_path, "the verification cache")
             assert isinstance(stamps, dict)
-        except (UserError, OSError, AssertionError, RuntimeError):
+        except (UserError, OSError, AssertionError):
             stamps = {}
         known = dict(stamps)
         for entry, expected in self.manifest.files.items():

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from ..errors import Notice
+from ..errors import Notice, printable
 from ..progress import progress
 
 
@@ -119,7 +119,7 @@ def build_engine_files(
             device=args.gpu,
             force=getattr(args, "force", False),
             progress=report,
-            announce=console.print,
+            announce=lambda line: console.print(printable(line), markup=False),
         )
 
 

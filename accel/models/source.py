@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..assets import resolve
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import digest_of, read_json, sha256
 from ..sampling.samplers import dmd2_timesteps
 from . import single_file
@@ -190,7 +190,8 @@ def open_source(
     else:
         path = _folder(model, variant)
     local = Path(model).stem if files else path.resolve().name
-    source = Source(path, local if Path(given).exists() else given, _index(path), loras, variant=variant)
+    name = printable(local if Path(given).exists() else given)
+    source = Source(path, name, _index(path), loras, variant=variant)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from accel import files
 from accel.bundle import Bundle, finalize
 from accel.errors import UserError
 
-pytestmark = pytest.mark.own_process
 # Events of Python's audit hooks (PEP 578) that change a disk, or come right before it.
 EVENTS = ("open", "os.", "shutil.", "tempfile.", "ctypes.dlsym", "ctypes.dlopen")
 COUNTS: dict[str, int] = {}
@@ -54,7 +54,14 @@ def crashes(work, k: int, how: str) -> bool:
         finally:
             _now.clear()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    until = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"hangs at event {k}")
+        time.sleep(0.001)
+    return os.waitstatus_to_exitcode(ended[1]) != 0
 
 
 def every_point(name: str, fresh, work, check, how: str) -> None:
