@@ -96,7 +96,7 @@ def with_state(**fields):
 
 
 def nan(value):
-    value["state"]["0.weight"]["exp_avg"][0] = float("nan")
+    next(iter(value["state"].values()))["exp_avg"][0] = float("nan")
     return value
 
 
