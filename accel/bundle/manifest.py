@@ -8,10 +8,10 @@ ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import records
 from .._version import __version__
@@ -24,6 +24,7 @@ from .kinds import KINDS
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
 
+_T = TypeVar("_T")
 SCHEMA = 1
 MANIFEST = "accel.json"
 
@@ -318,6 +319,29 @@ class Bundle:
     def digest(self) -> str:
         """What this bundle is, whatever folder it lies in: the digest of all file digests and constants."""
         return digest_of(self.manifest.as_dict())
+
+
+def steadily(path: str | Path, work: Callable[[Bundle], _T]) -> _T:
+    """Open a bundle and do something with its files; again from the start, where it was replaced meanwhile.
+
+    So whoever reads during an overwrite gets the old one or the new one, and never the manifest of one and the weights
+    of the other.
+
+    Raises:
+        UserError: as `Bundle.open` and the work.
+    """
+    folder = Path(resolve(path))
+    for _ in range(5):
+        bundle = Bundle.open(path)
+        before = folder.stat().st_ino
+        try:
+            made = work(bundle)
+            if folder.is_dir() and folder.stat().st_ino == before:
+                return made
+        except UserError:
+            if folder.is_dir() and folder.stat().st_ino == before:
+                raise
+    raise UserError(f"{path} is being replaced again and again", "wait for whoever writes it")
 
 
 def finalize(folder: Path, manifest: Manifest) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..arrays import cast, concat, synchronize
 from ..bundle import Bundle, Manifest
+from ..bundle.manifest import steadily
 from ..bundle.kinds import KINDS, control_components
 from ..engines import Engine, load_engine
 from ..engines.base import to_numpy
@@ -92,7 +93,8 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(bundle)
+        how = dict(verify=verify, low_memory=low_memory, **options)
+        return steadily(bundle, lambda opened: load(opened, engine, **how))
     wanted = component_names(bundle)
     later = _present(bundle, "on demand")
     by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)

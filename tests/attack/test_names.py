@@ -178,11 +178,7 @@ def test_an_alpha_that_is_no_number_is_refused(tmp_path, alpha):
 
 
 def test_a_manifest_of_absurd_depth_or_size_is_refused_at_once(bundle):
-    for text in (
-        "[" * 100_000,
-        json.dumps({"a": 1})[:-1] + ', "b": "' + "x" * (17 << 20) + '"}',
-        '{"x":' * 50 + "1" + "}" * 50,
-    ):
+    for text in ("[" * 100_000, '{"b": "' + "x" * (17 << 20) + '"}', '{"x":' * 50 + "1" + "}" * 50):
         (bundle / "accel.json").write_text(text)
         with pytest.raises(UserError, match="the manifest"):
             Bundle.open(bundle)
