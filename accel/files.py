@@ -169,11 +169,14 @@ def inside(root: Path, relative: str, what: str) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
+def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
     """Hold the only right to write `target`; the system gives it back when the process ends, however it ends.
 
     The lock lies beside the target, so that everybody who sees the one sees the other. Whoever gets it first tidies up
     what a killed writer left. A thread that has it already may take it again.
+
+    Args:
+        patience: seconds to wait for it; by default one, in which a reader is done with tidying up.
 
     Raises:
         UserError: when another process has it (which one), or the place cannot be written.
@@ -185,7 +188,7 @@ def exclusive(target: Path) -> Iterator[None]:
         return
     try:
         lock = _lock_path(target)
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + (_PATIENCE if patience is None else patience)
         while (handle := atomic.acquire(lock, wait=False)) is None:
             if time.monotonic() > until:
                 raise UserError(
@@ -223,7 +226,7 @@ def settle(target: Path) -> None:
     """
     with contextlib.suppress(OSError, UserError, ValueError):
         if next(_leftovers(_one_name(target)), None):
-            with exclusive(target):
+            with exclusive(target, patience=0):
                 pass
 
 

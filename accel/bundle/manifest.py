@@ -330,16 +330,23 @@ def steadily(path: str | Path, work: Callable[[Bundle], _T]) -> _T:
     Raises:
         UserError: as `Bundle.open` and the work.
     """
-    folder = Path(resolve(path))
-    for _ in range(5):
-        bundle = Bundle.open(path)
-        before = folder.stat().st_ino
+
+    def mark() -> tuple[int, ...] | None:
+        """Which folder lies there now; an inode alone may be used again."""
         try:
-            made = work(bundle)
-            if folder.is_dir() and folder.stat().st_ino == before:
+            found = Path(resolve(path)).stat()
+            return found.st_dev, found.st_ino, found.st_ctime_ns
+        except OSError:
+            return None
+
+    for _ in range(5):
+        before = mark()
+        try:
+            made = work(Bundle.open(path))
+            if mark() == before:
                 return made
         except UserError:
-            if folder.is_dir() and folder.stat().st_ino == before:
+            if mark() == before:
                 raise
     raise UserError(f"{path} is being replaced again and again", "wait for whoever writes it")
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..arrays import cast, concat, synchronize
 from ..bundle import Bundle, Manifest
-from ..bundle.manifest import steadily
 from ..bundle.kinds import KINDS, control_components
+from ..bundle.manifest import steadily
 from ..engines import Engine, load_engine
 from ..engines.base import to_numpy
 from ..errors import UserError

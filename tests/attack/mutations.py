@@ -286,11 +286,11 @@ def _said(bundle: Path, engine: str) -> dict[str, Any]:
 
 
 def main(work: Path, first: int, count: int, engines: list[str]) -> None:
-    from accel.assets import DIGITS
-
     import onnx  # noqa: F401, I001
     import onnxruntime  # noqa: F401
+
     import accel.pipeline  # noqa: F401
+    from accel.assets import DIGITS
 
     if "openvino" in engines:
         import openvino  # noqa: F401

@@ -16,7 +16,7 @@ from accel.errors import UserError
 
 
 def test_a_reader_never_gets_the_manifest_of_one_and_the_files_of_the_other(tmp_path):
-    """A writer replaces the bundle as fast as it can, while a reader loads the scheduler and weights of whatever is there."""
+    """A writer replaces the bundle as fast as it can, while a reader checks and reads whatever is there."""
     out, bundles = tmp_path / "out", [Bundle.open(f"digits/{name}-int8") for name in ("tiny-1step", "tiny-4step")]
     stop, written = threading.Event(), []
 
