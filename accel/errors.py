@@ -12,6 +12,12 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def markdown(text: str) -> str:
+    r"""Text out of a file as plain words in a Markdown page: no markup, no HTML, no line of its own."""
+    plain = printable(text).replace("\n", " ").replace("\t", " ")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!~&$" else c for c in plain)
+
+
 class UserError(Exception):
     """Something the user can put right: shown as a message and a fix, without a traceback.
 
