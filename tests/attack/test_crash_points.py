@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +65,19 @@ def crashes(work, k: int, how: str) -> bool:
     return os.waitstatus_to_exitcode(ended[1]) != 0
 
 
-def every_point(name: str, fresh, work, check, how: str) -> None:
-    """Hit `work` at each of its events in a fresh folder; `check(folder)` after each."""
-    for k in range(1, 2000):
+@pytest.fixture(params=[7, pytest.param(1, marks=pytest.mark.attack)], ids=["every seventh point", "every point"])
+def every_point(request):
+    return partial(_every_point, request.param)
+
+
+def _every_point(step: int, name: str, fresh, work, check, how: str) -> None:
+    """Hit `work` at its events in a fresh folder; `check(folder, whether it was hit)` after each."""
+    for k in range(1, 2000, step):
         folder = fresh(k)
         hit = crashes(lambda folder=folder: work(folder), k, how)
         check(folder, hit)
         if not hit:
-            COUNTS[name] = k - 1
+            COUNTS[f"{name}, {how}"] = (k - 1) // step
             assert k > 10, "the hook sees nothing"
             return
     pytest.fail("it never comes through")
@@ -100,7 +106,7 @@ def content(out: Path) -> str:
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_first_export_is_there_as_a_whole_or_not_at_all(tmp_path, how):
+def test_a_first_export_is_there_as_a_whole_or_not_at_all(every_point, tmp_path, how):
     def check(folder: Path, hit: bool) -> None:
         out = folder / "out"
         if out.exists() or not hit:
@@ -121,7 +127,7 @@ def test_a_first_export_is_there_as_a_whole_or_not_at_all(tmp_path, how):
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
 @pytest.mark.parametrize("exchange", [True, False])
-def test_an_overwrite_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, how, exchange):
+def test_an_overwrite_leaves_the_old_or_the_new_one(every_point, tmp_path, monkeypatch, how, exchange):
     if not exchange:
         monkeypatch.setattr(files.atomic, "exchange", lambda one, other: False)
 
@@ -137,12 +143,12 @@ def test_an_overwrite_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, how, 
         write(out, "newer", True)
         assert content(out) == "newer" and [path.name for path in folder.iterdir()] == ["out"]
 
-    name = "overwrite" + "" if exchange else "overwrite without exchange"
+    name = "overwrite" if exchange else "overwrite without exchange"
     every_point(name, fresh, lambda folder: write(folder / "out", "new", True), check, how)
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_file_is_the_old_or_the_new_one(tmp_path, how):
+def test_a_file_is_the_old_or_the_new_one(every_point, tmp_path, how):
     def fresh(k: int) -> Path:
         files.write_json(tmp_path / str(k) / "x.json", {"is": "old"})
         return tmp_path / str(k)
@@ -161,7 +167,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_checkpoint_is_whole_or_the_one_before_it_counts(tmp_path, how):
+def test_a_checkpoint_is_whole_or_the_one_before_it_counts(every_point, tmp_path, how):
     import torch
 
     from accel.distill.training import checkpoints
@@ -223,7 +229,7 @@ class _Images:
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_cache_is_finished_by_the_next_run_with_the_same_bytes(tmp_path, how):
+def test_a_cache_is_finished_by_the_next_run_with_the_same_bytes(every_point, tmp_path, how):
     import torch
 
     from accel.distill.data import make_cache
