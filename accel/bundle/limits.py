@@ -35,7 +35,7 @@ def check(manifest: Manifest) -> None:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    for word in _texts(manifest.as_dict()):
+    for word in texts(manifest.as_dict()):
         if not word.isprintable() or len(word) > 10_000:
             yield f"{word!r:.80} is not a line of text"
     constants = manifest.pipeline
@@ -58,17 +58,17 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield from _component(component)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
     """Every key and text in it: all of them may be shown on a terminal or go into another format."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
             yield str(key)
-            yield from _texts(entry)
+            yield from texts(entry)
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _texts(entry)
+            yield from texts(entry)
 
 
 def _component(component: Component) -> Iterator[str]:

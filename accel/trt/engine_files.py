@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..bundle import Bundle, Component
+from ..bundle import Bundle, Component, limits
 from ..errors import UserError
 from ..files import digest_of, inside, parse_json, read_bytes, write_bytes
 from . import trust
@@ -172,6 +172,8 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
     try:
         records.read(_REQUIRED, record, "record")
+        if odd := next((text for text in limits.texts(record) if not text.isprintable()), None):
+            raise ValueError(f"{odd!r:.80} is not a line of text")
     except ValueError as error:
         raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component or record["key"] != key:
