@@ -232,6 +232,8 @@ def settle(target: Path) -> None:
 
 def _one_name(target: Path) -> Path:
     """One name for one place, however it is spelled: two writers must meet at the same lock."""
+    if "\0" in str(target):
+        raise UserError(f"{str(target)!r} cannot be a path", "choose another folder")
     target = Path(os.path.abspath(target))
     return Path(os.path.realpath(target.parent)) / target.name
 
@@ -284,8 +286,6 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: when `out` exists (and `overwrite` is false), cannot be written, or another process is writing it.
     """
-    if "\0" in str(out):
-        raise UserError(f"{str(out)!r} cannot be a path", "choose another folder")
     out = _one_name(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..assets import resolve
 from ..errors import UserError, printable
-from ..files import digest_of, read_json, sha256
+from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import dmd2_timesteps
 from . import single_file
 from . import weight_files as weights
@@ -238,6 +238,7 @@ def _index(path: Path) -> dict[str, Any]:
 def _folder(model: str | Path, variant: str | None) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
+    settle(path)
     if not path.exists():
         if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
