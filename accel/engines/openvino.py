@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -64,11 +66,10 @@ class OpenVino(Engine):
         if component.int8 and device.startswith("CPU"):
             note_saturation()
         cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
-        config = {
-            "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"),
-            "PERFORMANCE_HINT": "LATENCY",
-            "CACHE_DIR": str(cache),
-        }
+        config = {"INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"), "PERFORMANCE_HINT": "LATENCY"}
+        with contextlib.suppress(OSError):  # without a place for the cache every load compiles
+            cache.mkdir(parents=True, exist_ok=True)
+            config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
         try:

@@ -201,6 +201,7 @@ def _read(file: Path) -> str:
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = parse_json(_read(file))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text: UnicodeEncodeError
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}", _FIX) from None
     if not isinstance(value, dict):
