@@ -8,15 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..dtypes import TENSORS
 from .kinds import KINDS
 from .shape_profiles import Range
 from .tensor_spec import TensorSpec
-
-if TYPE_CHECKING:
-    from .manifest import Component, Manifest
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -24,8 +21,8 @@ LARGEST = 1 << 20  # of a dimension: images, pixels, channels, tokens
 _CONSTANTS = {"vae_scale": 256, "latent_channels": 4096, "latent_multiple": 256, "native_size": 1 << 16}
 
 
-def check(manifest: Manifest) -> None:
-    """Check names and numbers of a manifest whose types are right.
+def check(manifest: Any) -> None:
+    """Check names and numbers of a `Manifest` whose types are right.
 
     Raises:
         ValueError: for the first one that is not allowed, with its place and value.
@@ -34,7 +31,7 @@ def check(manifest: Manifest) -> None:
         raise ValueError(problem)
 
 
-def _problems(manifest: Manifest) -> Iterator[str]:
+def _problems(manifest: Any) -> Iterator[str]:
     for word in texts(manifest.as_dict()):
         if not word.isprintable() or len(word) > 10_000:
             yield f"{word!r:.80} is not a line of text"
@@ -71,7 +68,7 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(entry)
 
 
-def _component(component: Component) -> Iterator[str]:
+def _component(component: Any) -> Iterator[str]:
     name, kind = component.name, KINDS[component.kind]
     if name not in kind.names:
         yield f"components: a {component.kind} is called {' or '.join(kind.names)}, not {name!r:.80}"

@@ -176,8 +176,8 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
             raise ValueError(f"{odd!r:.80} is not a line of text")
     except ValueError as error:
         raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
-    if record["component"] != component or record["key"] != key:
-        raise UserError(f"{described} is damaged: it is of another component or key", rebuild(bundle, component))
+    if record["component"] != component:
+        raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
     return EngineFile(path, record, text)
 
 

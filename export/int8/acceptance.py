@@ -88,4 +88,5 @@ def keep_engine_files(component: Component, built: Bundle, folder: Path) -> None
     """
     if "tensorrt" in component.int8.get("acceptance", {}).get("enabled_engines", ()):
         for engine_file in engine_files.find(built, component.name):
-            shutil.copytree(engine_file.path.parent, folder / engine_files.FOLDER / engine_file.key, dirs_exist_ok=True)
+            here = engine_file.path.parent
+            shutil.copytree(here, folder / engine_files.FOLDER / here.name, dirs_exist_ok=True)
