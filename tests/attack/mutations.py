@@ -2,6 +2,8 @@
 
     python mutations.py WORK FIRST COUNT ENGINE[,ENGINE]
 
+An engine, or `source`: then it is the folder of a pipeline that is damaged, and taken in as an export does.
+
 It prints a JSON line for every bundle. Each is opened, verified and made an image with in a fork of its own, so that a
 crash, a hang or a hunger for memory is seen from outside. The seed of a bundle is its number: any can be made again.
 """
@@ -32,11 +34,13 @@ ODD = [
 def mutate(bundle: Path, seed: int) -> dict[str, Any]:
     """Change a bundle by its seed; returns what was done, and whether its digests match again."""
     rng = random.Random(seed)
-    entries = sorted(json.loads((bundle / "accel.json").read_text())["files"])
-    kind = rng.choices(("bytes", "json", "onnx", "weights", "place", "text"), (3, 5, 5, 3, 2, 2))[0]
+    entries = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    is_bundle = "accel.json" in entries
+    entries = [entry for entry in entries if entry != "accel.json"]
+    kind = rng.choices(("bytes", "json", "onnx", "weights", "place", "text"), (4, 6, 5 * is_bundle, 4, 2, 1))[0]
     suffixes = {"json": ".json", "onnx": ".onnx", "weights": ".safetensors", "text": ".txt"}
-    chosen = [e for e in [*entries, "accel.json"] if e.endswith(suffixes.get(kind, ""))]
-    entry = "accel.json" if kind == "json" and rng.random() < 0.6 else rng.choice(chosen)
+    chosen = [e for e in entries + ["accel.json"] * is_bundle if e.endswith(suffixes.get(kind, ""))]
+    entry = "accel.json" if is_bundle and kind == "json" and rng.random() < 0.6 else rng.choice(chosen)
     path, times = bundle / entry, rng.choice((1, 1, 2, 5))
     data = path.read_bytes()
     changed = {"bytes": _bytes, "json": _json, "onnx": _onnx, "weights": _weights, "text": _text}
@@ -48,8 +52,8 @@ def mutate(bundle: Path, seed: int) -> dict[str, Any]:
             data = changed[kind](data, rng)
         path.unlink()
         path.write_bytes(data)
-    sealed = rng.random() < 0.6
-    if sealed:
+    sealed = not is_bundle or rng.random() < 0.6  # a pipeline's folder has no digests
+    if sealed and is_bundle:
         _seal(bundle)
     return {"seed": seed, "entry": entry, "what": what, "sealed": sealed, "manifest": entry == "accel.json"}
 
@@ -238,6 +242,37 @@ def use(bundle: Path, engine: str) -> str:
     return hashlib.sha256(images.tobytes()).hexdigest()
 
 
+def take_in(folder: Path) -> str:
+    """What an export does with a pipeline's folder before it traces anything. Returns the digest of the networks."""
+    import tempfile
+
+    from accel.bundle.shape_profiles import profile
+    from accel.export.constants import own_sampling, pipeline_constants
+    from accel.export.pipeline_files import copy_pipeline_files
+    from accel.models import networks, source_networks
+    from accel.models.config_files import clip_tokenizer
+    from accel.models.source import open_source
+    from accel.pipeline.tokenizer import ClipTokenizer
+    from accel.sampling.noise_schedule import NoiseSchedule
+
+    source, digest = open_source(folder), hashlib.sha256()
+    constants, sampling = pipeline_constants(source), own_sampling(source)
+    shapes = profile("native", native=constants["native_size"])
+    scales = {key: constants[key] for key in ("vae_scale", "latent_multiple")}
+    shapes.dims(guidance=sampling.guidance > 1, **scales)
+    NoiseSchedule.from_config(source.config("scheduler"))
+    clip_tokenizer(folder / "tokenizer")("a handwritten seven")
+    inputs = source_networks.UNetInputs(source_networks.own_tokens(source))
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        network: networks.Network = getattr(source_networks, name)(source, name, inputs)
+        for value in network.module.state_dict().values():
+            digest.update(value.contiguous().numpy().tobytes())
+    with tempfile.TemporaryDirectory() as copied:
+        copy_pipeline_files(source, Path(copied))
+        ClipTokenizer.from_folder(Path(copied) / "tokenizer").encode("a handwritten seven")
+    return digest.hexdigest()
+
+
 def outcome(bundle: Path, engine: str, cache: Path) -> dict[str, Any]:
     """`use` in a fork: {"is": "image", "refused", "traceback", "crash" or "hang", "memory": bytes, ...}."""
     reading, writing = os.pipe()
@@ -276,7 +311,7 @@ def _said(bundle: Path, engine: str) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     try:
-        return {"is": "image", "image": use(bundle, engine)}
+        return {"is": "image", "image": take_in(bundle) if engine == "source" else use(bundle, engine)}
     except UserError as error:
         text = str(error)
         shown = all(char.isprintable() or char in "\n\t" for char in text)
@@ -294,20 +329,20 @@ def main(work: Path, first: int, count: int, engines: list[str]) -> None:
 
     if "openvino" in engines:
         import openvino  # noqa: F401
-    if "eager" in engines:
+    if {"eager", "source"} & set(engines):
         import torch
 
         import accel.models.networks  # noqa: F401
 
         torch.set_num_threads(1)
-    original = DIGITS / "tiny-1step-int8"
+    original = {engine: DIGITS / ("tiny" if engine == "source" else "tiny-1step-int8") for engine in engines}
     for engine in engines:
-        honest = outcome(original, engine, work / "cache")
+        honest = outcome(original[engine], engine, work / "cache")
         print(json.dumps({"honest": engine} | honest), flush=True)
     for seed in range(first, first + count):
-        folder = work / "bundle"
-        shutil.copytree(original, folder)
-        done, engine = mutate(folder, seed), engines[seed % len(engines)]
+        folder, engine = work / "bundle", engines[seed % len(engines)]
+        shutil.copytree(original[engine], folder)
+        done = mutate(folder, seed)
         print(json.dumps(done | {"engine": engine} | outcome(folder, engine, work / "cache")), flush=True)
         shutil.rmtree(folder)
         shutil.rmtree(work / "cache", ignore_errors=True)
