@@ -71,11 +71,10 @@ def test_a_few_mutated_bundles(tmp_path):
 
 @pytest.mark.attack
 @pytest.mark.timeout(0)
-def test_thousands_of_mutated_bundles(tmp_path):
-    number = {
-        name: int(os.environ.get(f"ACCEL_ATTACK_{name}", value)) for name, value in (("MUTATIONS", 3000), ("FIRST", 0))
-    }
-    check(tmp_path, number["FIRST"], number["MUTATIONS"], "onnxruntime,openvino,eager")
+@pytest.mark.parametrize("engines, share", [("onnxruntime,openvino,eager", 1), ("source", 5)])
+def test_thousands_of_mutated_bundles_and_folders(tmp_path, engines, share):
+    count, first = (int(os.environ.get(f"ACCEL_ATTACK_{name}", n)) for name, n in (("MUTATIONS", 3000), ("FIRST", 0)))
+    check(tmp_path, first, max(1, count // share), engines)
 
 
 def test_every_kind_of_fault_would_be_seen():
