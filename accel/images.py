@@ -15,7 +15,7 @@ import numpy as np
 from .errors import UserError
 from .files import read_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # what decodes pixels and runs nothing
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # what decodes pixels and runs nothing
 PIXELS, _BYTES = 1 << 26, 1 << 28
 
 

@@ -112,7 +112,7 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
         if not isinstance(file, bytes):
             file = read_bytes(file, "the image", _LARGEST)
     except UserError as error:
-        raise BrokenItem(name, error.message) from None
+        raise BrokenItem(name, error.message if file.exists() else "No such file or directory") from None
     if not file:
         raise BrokenItem(name, "the file is empty")
     try:
