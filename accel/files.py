@@ -25,7 +25,7 @@ _CHUNK = 1 << 22
 # Limits of a JSON file: parsed it takes up to twenty times its size in memory, and no file of ours is half as deep.
 _JSON_BYTES, _JSON_DEPTH = 16 << 20, 32
 _PATIENCE = 1.0  # seconds that a writer waits for one that may only be tidying up
-_own = threading.local()  # .held: what this thread has the only right to write
+_own = threading.local()
 
 # A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's.
 OWN = ("accel.json", "training.json")
@@ -173,7 +173,7 @@ def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
     """Hold the only right to write `target`; the system gives it back when the process ends, however it ends.
 
     The lock lies beside the target, so that everybody who sees the one sees the other. Whoever gets it first tidies up
-    what a killed writer left. A thread that has it already may take it again.
+    what a killed writer left. `new_folder` takes the right for itself, but from a thread that has it already.
 
     Args:
         patience: seconds to wait for it; by default one, in which a reader is done with tidying up.
@@ -182,10 +182,6 @@ def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
         UserError: when another process has it (which one), or the place cannot be written.
     """
     target = _one_name(target)
-    held = _own.__dict__.setdefault("held", set())
-    if target in held:
-        yield
-        return
     try:
         lock = _lock_path(target)
         until = time.monotonic() + (_PATIENCE if patience is None else patience)
@@ -198,13 +194,13 @@ def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
             time.sleep(0.05)
     except OSError as error:
         raise _disk_error(error, target) from error
-    held.add(target)
+    _held().add(target)
     try:
         atomic.sign(handle)
         _tidy(target)
         yield
     finally:
-        held.discard(target)
+        _held().discard(target)
         atomic.release(handle, lock)
 
 
@@ -228,6 +224,11 @@ def settle(target: Path) -> None:
         if next(_leftovers(_one_name(target)), None):
             with exclusive(target, patience=0):
                 pass
+
+
+def _held() -> set[Path]:
+    """What this thread has the only right to write."""
+    return _own.__dict__.setdefault("held", set())
 
 
 def _one_name(target: Path) -> Path:
@@ -289,7 +290,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     out = _one_name(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(out):
+        with contextlib.nullcontext() if out in _held() else exclusive(out):
             refuse_existing(out, overwrite)
             temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
             try:
