@@ -15,7 +15,8 @@ from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of
 from accel.bundle.shape_profiles import Range
 from accel.bundle.shape_profiles import profile as parse_profile
-from accel.errors import UserError
+from accel.dtypes import INT8
+from accel.errors import UserError, unknown
 from accel.files import new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models.control_networks import match_adapter, match_controlnet
@@ -26,7 +27,6 @@ from accel.pipeline import control
 
 from .constants import checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
-from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
 from .int8.quantize import Progress, quantize
@@ -80,7 +80,7 @@ def export_pipeline(
             (`accel.models.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.bundle.shape_profiles`).
-        precision: fp32, fp16, or one of `accel.export.graph.precision.INT8`.
+        precision: fp32, fp16, or one of `accel.dtypes.INT8`.
         opset: ONNX opset (`accel.export.graph.trace.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
@@ -211,8 +211,8 @@ def _check_tokens(source: Source, tokens: int) -> None:
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
     """All components to export: the control networks that the source has, and what is wanted."""
     choices = [name for name, kind in KINDS.items() if not kind.control]
-    if unknown := [name for name in wanted if name not in choices]:
-        raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(choices)}")
+    if strange := [name for name in wanted if name not in choices]:
+        raise unknown("component", strange[0], choices)
     if not wanted:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
     more = [name for name in control_components() if source.has(name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def measure(
     names = component_names(bundle)
     work.check_batch(bundle, settings)
     bundle.verify([bundle.component(name).folder for name in names])
-    state = State(bundle, list(chosen if chosen is not None else variants.chosen(None)), settings)
+    wanted = chosen if chosen is not None else variants.chosen(None)
+    state = State(bundle, [replace(variant, threads=settings.threads) for variant in wanted], settings)
     try:
         with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, temporary_caches() as caches:
             state.settings = work.with_control(settings, bundle, Path(folder))
@@ -100,7 +101,7 @@ def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
             state.reasons[variant.name] = reason
         elif state.settings.memory:
             progress(f"{variant.name}: alone in a process", 0.3 * i / len(state.variants))
-            process = probe(state.bundle.path, variant.name, state.settings.call(), caches)
+            process = probe(state.bundle.path, variant, state.settings.call(), caches)
             state.processes[variant.name] = process
             if process.crashed:
                 state.reasons[variant.name] = process.crashed

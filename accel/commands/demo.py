@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..progress import progress
+from .options import add_out
 
 EXAMPLE = "accel demo --out out/demo"
 
@@ -18,9 +20,8 @@ GAIN = 50.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="accel-demo", help="folder to write (default: accel-demo)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo wrote there")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls per engine (default: 5)")
+    add_out(parser, "folder to write (default: accel-demo)", default="accel-demo", metavar="DIR")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls per engine (default: 5)")
     parser.add_argument(
         "--model",
         nargs="+",
@@ -51,14 +52,18 @@ def run(args: argparse.Namespace) -> int:
         if results[name].document.interrupted:
             break
         images[name] = _images(out / name, engines)
+    say = (lambda text: None) if args.json else print
     for result in results.values():
-        report.show(result.document.as_dict())
+        if not args.json:
+            report.show(result.document.as_dict())
+    if args.json:
+        print(json.dumps({name: result.document.as_dict() for name, result in results.items()}, indent=2))
     if images:
         _comparison(images).save(out / "demo.png")
-        print(f"{out / 'demo.png'}: ten digits from every engine, and their differences {GAIN:g} times brighter")
+        say(f"{out / 'demo.png'}: ten digits from every engine, and their differences {GAIN:g} times brighter")
     for name in results:
-        print(f"{out / name}: the bundle; {name}.html: its table as a web page; {name}.json: the numbers")
-    print(f'try: accel run {out / name} --prompt "a handwritten seven"\n{time.perf_counter() - started:.0f} s in all')
+        say(f"{out / name}: the bundle; {name}.html: its table as a web page; {name}.json: the numbers")
+    say(f'try: accel run {out / name} --prompt "a handwritten seven"\n{time.perf_counter() - started:.0f} s in all')
     if any(result.document.interrupted for result in results.values()):
         return 130
     return 1 if any(result.failed for result in results.values()) else 0

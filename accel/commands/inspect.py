@@ -10,18 +10,21 @@ from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
 from ..trt import engine_files, preflight
-from .options import add_json
+from .parser import renamed
 
 EXAMPLE = "accel inspect my-bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
     parser.add_argument(
-        "--for", dest="target", choices=("tensorrt",), help="check that the parser of this engine takes every operator"
+        "--engine",
+        dest="target",
+        choices=("tensorrt",),
+        help="check that the parser of this engine takes every operator",
     )
+    renamed(parser, "--for", "--engine")
     parser.add_argument("--no-verify", action="store_true", help="skip comparing the files with their digests")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,15 @@ def status() -> Status:
     return base
 
 
+def attempt() -> str:
+    """A small function compiled where eager runs: that is when a missing compiler shows."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.compile(lambda x: (x @ x).relu() + 1)(torch.ones(2, 2, device=device)).cpu()
+    return device
+
+
 class Compile(eager.Eager):
     """`torch.compile` of the eager module.
 

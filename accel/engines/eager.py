@@ -37,6 +37,17 @@ def status() -> Status:
     return Status(True, f"torch {version_of('torch')}")
 
 
+def attempt() -> str:
+    """A small product on the CPU, and on the GPU where torch sees one."""
+    import torch
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for device in devices:
+        x = torch.ones(2, 2, device=device)
+        (x @ x).cpu()
+    return ", ".join(devices)
+
+
 class Eager(Engine):
     """The component as a torch module, on the weights of the bundle.
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, Component
-from ..errors import Notice, UserError
+from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
 from ..trt.preflight import NoEngineFile
 from .base import Engine, Facts, Status
@@ -60,7 +60,7 @@ def int8_engines() -> tuple[str, ...]:
 
 def _module(name: str) -> Any:
     if name not in ENGINES:
-        raise UserError(f"unknown engine {name!r}", f"one of: auto, {', '.join(sorted(ENGINES))}")
+        raise unknown("engine", name, ["auto", *reversed(ENGINES)])
     return import_module(ENGINES[name])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 
 _FIX = 'write {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5}, or "timesteps": [999, 499] instead of "steps"'
 
@@ -60,7 +60,9 @@ class Sampling:
             raise UserError(f"{where} is not a JSON object", _FIX)
         name, timesteps = data.get("name"), data.get("timesteps")
         if not isinstance(name, str) or known is not None and name not in known:
-            raise UserError(f"{where}: unknown sampler {name!r}", f"one of: {', '.join(known)}" if known else _FIX)
+            raise (
+                unknown(f"sampler in {where}", name, known) if known else UserError(f"{where}: no sampler's name", _FIX)
+            )
         try:
             return cls(
                 sampler=name,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from .noise_schedule import NoiseSchedule, add_noise
 from .solvers import (
     Callback,
@@ -211,7 +211,7 @@ def sample(
 
 def _sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}", "use one of " + ", ".join(SAMPLERS))
+        raise unknown("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 

@@ -261,5 +261,5 @@ def rounded(images: np.ndarray) -> np.ndarray:
         UserError: for NaN, which would become a black image and be measured.
     """
     if not np.isfinite(images).all():
-        raise UserError("the image is NaN or infinite", "this dtype overflows on this model: --dtype fp32")
+        raise UserError("the image is NaN or infinite", "this dtype overflows on this model: --precision fp32")
     return (np.asarray(images, np.float32).clip(0, 1) * 255).round().astype(np.uint8)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from accel.errors import UserError
+from accel.errors import unknown
 from accel.sampling import Sampling
 from accel.sampling.samplers import SAMPLERS
 
@@ -212,7 +212,7 @@ def protocol(name: str) -> Protocol:
         UserError: when there is none.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
+        raise unknown("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 
@@ -225,7 +225,7 @@ def overridden(
         UserError: for an unknown sampler, or numbers out of range.
     """
     if sampler is not None and sampler not in schedulers():
-        raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(schedulers())}")
+        raise unknown("sampler", sampler, schedulers())
     used = replace(base, sampler=sampler or base.sampler, guidance=base.guidance if guidance is None else guidance)
     if used.sampler == base.sampler and steps in (None, base.count):
         return used

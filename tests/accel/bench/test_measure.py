@@ -195,10 +195,10 @@ def test_every_variant_is_fed_the_same(smallest_bundle):
 
 def test_a_process_of_its_own(smallest_bundle, tmp_path):
     ballast = np.ones(60_000_000)  # a parent larger than the child must not show in the child's peak
-    found = probing.probe(smallest_bundle, "onnxruntime", QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
+    found = probing.probe(smallest_bundle, bench.parse("onnxruntime"), QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
     assert found.reason == "" and found.load_s > 0 and found.first_image_s > 0 and found.second_image_s > 0
     assert found.baseline_rss_bytes <= found.loaded_rss_bytes <= found.peak_rss_bytes < ballast.nbytes
-    broken = probing.probe(tmp_path, "onnxruntime", QUICK.call(), {})
+    broken = probing.probe(tmp_path, bench.parse("onnxruntime"), QUICK.call(), {})
     assert "is not a bundle" in broken.reason and broken.load_s is None
 
 

@@ -48,7 +48,7 @@ def test_only_engine_files_that_fit_make_a_bundle_ready(
     assert main([*command, "text_encoder"]) == 0 and "--engine auto --prompt" in capsys.readouterr().out
     assert main([*command, "vae_decoder"]) == 0 and "--engine tensorrt --prompt" in capsys.readouterr().out
     monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Fake GPU", "Fake GPU"))
-    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0
+    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0  # its name until 0.2
     assert "--engine tensorrt --device cuda:1 --prompt" in capsys.readouterr().out
 
 
