@@ -52,7 +52,7 @@ def _add_options(parser: Parser, name: str, entry: MethodEntry) -> None:
     names = recipe_names(name)
     parser.add_argument(
         "--recipe",
-        type=lambda text: one_of("recipe", names)(text.replace("-", "_")),
+        type=one_of("recipe", names, lambda text: text.replace("-", "_")),
         metavar="NAME",
         help=f"named settings to start from, which other options override: {', '.join(names)}",
     )

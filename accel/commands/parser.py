@@ -86,11 +86,16 @@ def _flag(action: argparse.Action) -> str:
     return (long or action.option_strings or [str(action.metavar or action.dest)])[0]
 
 
-def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
-    """A type of argparse: one name out of many, too many for a help line. Lists them, and suggests the nearest."""
+def one_of(what: str, names: Iterable[str], spelled: Callable[[str], str] = str) -> Callable[[str], str]:
+    """A type of argparse: one name out of many, too many for a help line. Lists them, and suggests the nearest.
+
+    Args:
+        spelled: the name as it is listed, of a spelling that is taken too.
+    """
     known = tuple(names)
 
     def check(text: str) -> str:
+        text = spelled(text)
         if text not in known:
             raise unknown(what, text, known)
         return text

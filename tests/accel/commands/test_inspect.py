@@ -30,6 +30,6 @@ def test_inspect_and_doctor_print_json(accel, smallest_bundle):
     report = json.loads(out)
     assert code == 0 and report["intact"] is True and report["problem"] is None
     assert report["manifest"]["components"].keys() == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
-    code, out, _ = accel("doctor", "--json")
+    code, out, _ = accel("doctor", "--fast", "--json")
     assert code == 0
     assert json.loads(out)["engines"]["onnxruntime"]["ok"]
