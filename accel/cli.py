@@ -7,31 +7,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from . import interrupt
 from ._version import __version__
-from .commands.options import add_general
-from .commands.parser import Parser, WrongUse
+from .command_line.parser import Parser, WrongUse
+from .commands.verbs import VERBS, verb
 from .errors import Notice, UserError, unknown
 from .progress import QUIET
-
-VERBS = {
-    "doctor": "check which engines run on this machine, and how to fix the others",
-    "demo": "export, run and compare the small models in this package: end to end, offline, about a minute",
-    "export": "export a diffusers pipeline to a bundle of checked ONNX graphs that every engine and app can load",
-    "build": "build TensorRT engine files of a bundle for this GPU",
-    "trust": "trust TensorRT engine files that somebody else built",
-    "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
-    "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
-    "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
-    "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
-    "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
-    "list": "list the models, recipes, profiles, protocols, samplers and engines that there are by name",
-    "completion": "print a script that completes accel's verbs and options in your shell",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,15 +43,6 @@ def _run(argv: list[str], verbose: bool, quiet: bool) -> int:
     code = module.run(parser.parse_args(argv[1:]))
     sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
     return code
-
-
-def verb(name: str) -> tuple[ModuleType, Parser]:
-    """The module of a verb and its parser."""
-    module = import_module(f"accel.commands.{name}")
-    parser = Parser(prog=f"accel {name}", description=VERBS[name], example=module.EXAMPLE)
-    module.add_arguments(parser)
-    add_general(parser)
-    return module, parser
 
 
 def _guarded(run: Callable[[], int], verbose: bool) -> int:
@@ -127,8 +101,8 @@ def _messages(verbose: bool, quiet: bool) -> None:
     warnings.simplefilter("ignore" if quiet else "always", Notice)
     shown = warnings.showwarning
 
-    def show(message: Any, category: type[Warning], *where: Any) -> None:
-        print(f"note: {message}", file=sys.stderr) if category is Notice else shown(message, category, *where)
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        print(f"note: {message}", file=sys.stderr) if category is Notice else shown(message, category, *where, **more)
 
     warnings.showwarning = show
 

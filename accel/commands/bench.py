@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of
+from ..command_line.parser import WrongUse, renamed
 from ..errors import Notice, UserError
 from ..progress import progress
-from .options import add_prompts, add_sampling, add_seed, add_size, prompts_of
-from .parser import WrongUse, renamed
 
 EXAMPLE = "accel bench digits/4step --engine eager,compile --out bench.html"
 

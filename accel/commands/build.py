@@ -6,10 +6,10 @@ import argparse
 import json
 
 from ..bundle import Bundle
+from ..command_line.options import add_build, add_gpu, build_engine_files, next_command
+from ..command_line.parser import renamed
 from ..engines import fitting_engine_file
 from ..trt.cuda import index_of
-from .options import add_build, add_gpu, build_engine_files, next_command
-from .parser import renamed
 
 EXAMPLE = "accel build my-bundle --components unet,vae_decoder --profile sd-512 --profile sd-768"
 

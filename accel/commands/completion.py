@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .parser import Parser
+from ..command_line.parser import Parser
 
 EXAMPLE = "accel completion bash > ~/.local/share/bash-completion/completions/accel"
 SHELLS = ("bash", "zsh", "tcsh")
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _everything() -> Parser:
     """One parser of all verbs, as they are only needed together here."""
-    from ..cli import VERBS, verb
+    from .verbs import VERBS, verb
 
     parser = Parser(prog="accel")
     parser.add_argument("--version", action="store_true", help="print the version")

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..command_line.options import add_out
 from ..errors import UserError
 from ..progress import progress
-from .options import add_out
 
 EXAMPLE = "accel demo --out out/demo"
 

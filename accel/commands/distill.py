@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import UserError
 
-from .options import add_general
-from .parser import Parser, one_of, renamed
+from ..command_line.options import add_general
+from ..command_line.parser import Parser, one_of, renamed
 
 if TYPE_CHECKING:
     from accel.distill.registry import MethodEntry

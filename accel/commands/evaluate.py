@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..command_line.options import add_engine, add_sampling, engine_of
+from ..command_line.parser import one_of, renamed
 from ..progress import progress
-from .options import add_engine, add_sampling, engine_of
-from .parser import one_of, renamed
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 

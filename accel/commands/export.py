@@ -9,12 +9,20 @@ from typing import Any
 
 from ..bundle import is_bundle
 from ..bundle.kinds import KINDS
+from ..command_line.options import (
+    add_build,
+    add_gpu,
+    add_out,
+    add_sampling,
+    build_engine_files,
+    build_options,
+    next_command,
+)
+from ..command_line.parser import WrongUse, renamed, several
 from ..dtypes import INT8, PRECISIONS
 from ..errors import UserError
 from ..int8 import summary
 from ..progress import progress
-from .options import add_build, add_gpu, add_out, add_sampling, build_engine_files, build_options, next_command
-from .parser import WrongUse, renamed, several
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)

@@ -6,11 +6,11 @@ import argparse
 import json
 
 from ..bundle import Bundle, Component
+from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
 from ..trt import engine_files, preflight
-from .parser import renamed
 
 EXAMPLE = "accel inspect my-bundle"
 

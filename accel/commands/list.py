@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .parser import one_of
+from ..command_line.parser import one_of
 
 EXAMPLE = "accel list recipes"
 

@@ -12,9 +12,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..command_line.options import (
+    add_engine,
+    add_out,
+    add_prompts,
+    add_sampling,
+    add_seed,
+    add_size,
+    engine_of,
+    prompts_of,
+)
+from ..command_line.parser import WrongUse, renamed
 from ..errors import UserError
-from .options import add_engine, add_out, add_prompts, add_sampling, add_seed, add_size, engine_of, prompts_of
-from .parser import WrongUse, renamed
 
 EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

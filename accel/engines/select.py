@@ -60,7 +60,7 @@ def int8_engines() -> tuple[str, ...]:
 
 def _module(name: str) -> Any:
     if name not in ENGINES:
-        raise unknown("engine", name, ["auto", *reversed(ENGINES)])
+        raise unknown("engine", name, ["auto", *reversed(tuple(ENGINES))])
     return import_module(ENGINES[name])
 
 

@@ -30,6 +30,7 @@ ACCEL = (
     ("pipeline",),
     ("bench",),
     ("export", "distill"),
+    ("command_line",),
     ("commands",),
     ("roof",),
 )

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from accel.command_line.parser import Parser, WrongUse
 from accel.commands import bench as command
-from accel.commands.parser import Parser, WrongUse
 from accel.errors import Notice, UserError
 
 

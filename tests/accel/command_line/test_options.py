@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from accel.commands.options import add_engine, engine_of
-from accel.commands.parser import Parser, WrongUse, renamed
+from accel.command_line.options import add_engine, engine_of
+from accel.command_line.parser import Parser, WrongUse, renamed
 from accel.errors import Notice
 
 
