@@ -180,12 +180,26 @@ class Manifest:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened bundle: its folder and what its manifest says."""
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path}: {self.title}; {', '.join(self.manifest.components)}>"
+
+    @property
+    def title(self) -> str:
+        """Model, family, precision, sizes and sampling, in a line."""
+        manifest, sampling = self.manifest, Sampling.from_dict(self.manifest.sampler, "the bundle's sampler")
+        high, wide, images = manifest.profile.height, manifest.profile.width, manifest.profile.batch
+        sides = f"{high} px" if high == wide else f"{high} x {wide} px"
+        return (
+            f"{manifest.source['name']} ({manifest.family}, {manifest.precision}): {sides}, {images} at once, "
+            f"{sampling.sampler} in {sampling.count} steps, guidance {sampling.guidance:g}"
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
