@@ -195,9 +195,11 @@ class Bundle:
         """Model, family, precision, sizes and sampling, in a line."""
         manifest, sampling = self.manifest, Sampling.from_dict(self.manifest.sampler, "the bundle's sampler")
         high, wide, images = manifest.profile.height, manifest.profile.width, manifest.profile.batch
-        sides = f"{high} px" if high == wide else f"{high} x {wide} px"
+        native = manifest.pipeline["native_size"]
+        own = " x ".join(str(native if side.admits(native) else side.opt) for side in (high, wide))
+        sides = "" if high.fixed and wide.fixed else f" ({high}{'' if high == wide else f' x {wide}'})"
         return (
-            f"{manifest.source['name']} ({manifest.family}, {manifest.precision}): {sides}, {images} at once, "
+            f"{manifest.source['name']} ({manifest.family}, {manifest.precision}): {own} px{sides}, {images} at once, "
             f"{sampling.sampler} in {sampling.count} steps, guidance {sampling.guidance:g}"
         )
 

@@ -113,6 +113,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     "callback_on_step_end": Argument(callable, _FUNCTION.format("(pipeline, i, t, tensors)"), "None"),
     "callback_on_step_end_tensor_inputs": Argument(_list_of(_text), "a list of names", "['latents']"),
     "return_dict": _SWITCH,
+    # Options of samplers; an option that is not listed is checked by its sampler alone.
+    "eta": Argument(_number, "a number from 0 to 1", "0.0"),
 }
 # diffusers' name -> ours.
 RENAMED = {
@@ -177,7 +179,7 @@ def read(given: Mapping[str, Any], defaults: Mapping[str, Any], others: Mapping[
             call[ours] = value
     if call["seed"] is not None and call.get("generator") is not None:
         raise UserError("seed and generator are both given, and each of them makes the noise", "give one of the two")
-    check(call)
+    check(call | {name: value for name, value in options.items() if name in ARGUMENTS})
     return {**call, "options": options}
 
 

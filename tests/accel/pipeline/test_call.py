@@ -41,7 +41,7 @@ def drawn(pipe, **arguments):
     return pipe(PROMPT, **({"seed": 3, "output_type": "np"} | arguments)).images
 
 
-# ------------------------------------------------------------------------------------------------------ diffusers' names
+# --------------------------------------------------------------------------------------------------- diffusers' names
 
 
 def test_diffusers_names_mean_the_same(pipe):
@@ -261,12 +261,12 @@ def test_copies_are_refused_with_the_way_out(way, pipe):
         assert load in error.value.fix
 
 
-# ----------------------------------------------------------------------------------------------------------------- reprs
+# --------------------------------------------------------------------------------------------------------------- reprs
 
 
 def test_reprs_are_short_and_say_what_counts(pipe):
     assert len(repr(pipe).splitlines()) <= 8 and "digits/4step" in repr(pipe) and "dmd2 in 4 steps" in repr(pipe)
-    assert "unet" in repr(pipe) and "torch" in repr(pipe) and "64" in repr(pipe.bundle)
+    assert "unet" in repr(pipe) and "torch" in repr(pipe) and "64 x 64 px (32 to 8192" in repr(pipe.bundle)
     html = pipe._repr_html_()
     assert html.count("<tr>") == 4 and "dmd2 in 4 steps" in html
     bundle = Bundle.open("digits/4step-int8")
