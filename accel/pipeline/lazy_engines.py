@@ -24,7 +24,8 @@ class LazyEngines(Mapping[str, Engine], Resource):
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
 
     def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, offload: bool = False):
-        self._loaders, self._loaded, self.offload = dict(loaders), {}, offload
+        self._loaders, self.offload = dict(loaders), offload
+        self._loaded: dict[str, Engine] = {}
         self.descriptions: dict[str, str] = {}
 
     @classmethod

@@ -16,7 +16,7 @@ import numpy as np
 from ..assets import resolve
 from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.kinds import KINDS
-from ..engines import Engine, load_engine
+from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..errors import Notice, UserError
@@ -68,6 +68,7 @@ def opened(model: str | Path | Bundle) -> Bundle:
             f"invalid bundle: {arguments.short(model)} (expected {expected})", "such as accel.load('digits')"
         )
     if (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model):
+        choose("eager")  # says what is missing where there is no torch
         from ..models.pipeline_bundle import open_pipeline
 
         return open_pipeline(model)
