@@ -133,7 +133,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         raise UserError(f"{type(pipeline).__name__} and {bundle.path} have no UNet in common", fix)
     originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, module in originals.items():
-        if isinstance(module, _Compiled) or "forward" in module.__dict__:
+        patched = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(module, _Compiled) or isinstance(patched, _Compiled):
             fix = "detach() the first attachment; it is a context manager too: with accel.attach(...):"
             raise UserError(f"the {slot} of this {type(pipeline).__name__} is attached to a bundle already", fix)
     for slot, component in slots.items():
@@ -278,6 +279,11 @@ class CompiledControlNet(_Compiled):
 
 class CompiledVae(_Compiled):
     """Decodes on the engine; encoding stays with the original."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Any dtype will do: SDXL's pipelines ask for float32 around the decoding, which keeps to the engine's own."""
+        others = {name: value for name, value in kwargs.items() if name != "dtype"}
+        return super().to(*(value for value in args if not isinstance(value, torch.dtype)), **others)
 
     def decode(self, z, return_dict=True, generator=None):
         out = self.call(latent_sample=z)["sample"]
