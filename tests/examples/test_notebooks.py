@@ -10,6 +10,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
+EXPORTS = "compile"  # takes more than forty seconds
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
 
 
@@ -24,7 +25,9 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == EXPORTS), id=path.stem) for path in NOTEBOOKS]
+)
 def test_a_notebook_runs(path, tmp_path):
     book = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}
