@@ -27,9 +27,12 @@ Importing this package loads neither torch nor diffusers; each name below is res
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import _moved, lazy
+from . import _moved
 from ._version import __version__
 from .errors import Notice, UserError
 
@@ -49,7 +52,26 @@ _LAZY = {
     "Pipeline": "accel.pipeline",
     "Output": "accel.pipeline",
 }
-__getattr__, __dir__ = lazy.names(__name__, _LAZY)
+
+
+def _lazy_names(package: str, table: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose public names are imported when they are first used.
+
+    Args:
+        table: name -> the module that has it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in table:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(table[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *table})
+
+
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)
 
 _moved.install()
 

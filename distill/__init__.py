@@ -10,7 +10,7 @@
 
 from typing import TYPE_CHECKING
 
-from accel import lazy
+from accel import _lazy_names
 
 if TYPE_CHECKING:
     from .recipes import changed as changed
@@ -24,6 +24,6 @@ _LAZY = {
     "changed": "accel.distill.recipes",
     "Recipe": "accel.distill.settings",
 }
-__getattr__, __dir__ = lazy.names(__name__, _LAZY)
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)
 
 __all__ = [*_LAZY]

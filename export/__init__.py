@@ -9,13 +9,13 @@ The public names need torch, and are resolved on first use.
 
 from typing import TYPE_CHECKING
 
-from accel import lazy
+from accel import _lazy_names
 
 if TYPE_CHECKING:
     from .int8.settings import Int8Settings as Int8Settings
     from .pipeline import export_pipeline as export_pipeline
 
 _LAZY = {"export_pipeline": "accel.export.pipeline", "Int8Settings": "accel.export.int8.settings"}
-__getattr__, __dir__ = lazy.names(__name__, _LAZY)
+__getattr__, __dir__ = _lazy_names(__name__, _LAZY)
 
 __all__ = [*_LAZY]

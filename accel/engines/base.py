@@ -16,7 +16,7 @@ from ..bundle.graph_file import graph_file
 from ..bundle.tensor_spec import check
 from ..errors import Notice, UserError
 from ..machine import int8_saturates
-from ..resource import Resource
+from .resource import Resource
 
 __all__ = ["Engine", "Facts", "Status", "check_device", "check_threads", "graph_file", "to_numpy", "to_torch"]
 

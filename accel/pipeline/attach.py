@@ -17,9 +17,9 @@ from ..bundle.kinds import KINDS
 from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
+from ..engines.resource import Resource
 from ..errors import UserError
 from ..models.same_network import check_same_network
-from ..resource import Resource
 from . import control
 
 # Methods of a diffusers pipeline that change or move networks, which compiled ones would ignore in silence.
@@ -61,13 +61,15 @@ class Attached(Resource):
         self._guards = tuple(guards)
 
     def detach(self) -> None:
-        """Put the original modules back; a second call does nothing."""
+        """Put the original modules back and give the engines' memory back; a second call does nothing."""
         self.close()
 
     def release(self) -> None:
         self._put(self._originals)
         for name in self._guards:
             self._pipeline.__dict__.pop(name, None)
+        for engine in self.engines.values():
+            engine.close()
 
     def __repr__(self) -> str:
         if self.closed:

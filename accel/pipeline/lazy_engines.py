@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ..engines import Engine
-from ..resource import Resource
+from ..engines.resource import Resource
 
 
 class LazyEngines(Mapping[str, Engine], Resource):

@@ -19,8 +19,8 @@ from ..bundle.kinds import KINDS
 from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
+from ..engines.resource import Resource
 from ..errors import Notice, UserError
-from ..resource import Resource
 from ..sampling import samplers as sampler
 from . import arguments, request
 from .generator_noise import GeneratorNoise

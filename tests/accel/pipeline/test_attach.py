@@ -94,9 +94,8 @@ def test_a_second_attachment_is_refused_with_the_way_out(smallest_pipe, smallest
     with accel.attach(smallest_pipe, smallest_bundle, engine="onnxruntime") as second:
         attached.detach()  # long over: it must not undo the second
         assert smallest_pipe.unet is not originals[0] and "unet" in repr(second)
-    assert (smallest_pipe.unet, smallest_pipe.vae, smallest_pipe.text_encoder) == originals and "detached" in repr(
-        second
-    )
+    assert (smallest_pipe.unet, smallest_pipe.vae, smallest_pipe.text_encoder) == originals
+    assert "detached" in repr(second) and all(engine.closed for engine in second.engines.values())
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, TypeVar
 
-from .errors import UserError
+from ..errors import UserError
 
 Self = TypeVar("Self", bound="Resource")
 
