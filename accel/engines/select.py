@@ -230,10 +230,10 @@ def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str,
     try:
         return _module(name).load(bundle, component, **options)
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
+        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if option is None:
             raise
-        takers = [engine for engine in ENGINES if unknown[1] in facts(engine).options]
+        takers = [engine for engine in ENGINES if option[1] in facts(engine).options]
         own = ", ".join(facts(name).options)
         fix = f"leave it out, or choose {' or '.join(takers)}" if takers else f"leave it out; it takes: {own}"
-        raise UserError(f"the {name} engine has no option {unknown[1]!r}", fix) from None
+        raise UserError(f"the {name} engine has no option {option[1]!r}", fix) from None
