@@ -74,6 +74,10 @@ def _generator(value: Any) -> bool:
     return hasattr(value, "initial_seed")
 
 
+def _output_type(value: Any) -> bool:
+    return isinstance(value, str) and value in OUTPUT_TYPES
+
+
 _TEXTS = "a text, or a list of texts"
 _IMAGE = Argument(
     _or_list_of(_image), "a PIL image, a file name, an array [height, width, 3], or a list of them", "'photo.png'"
@@ -105,7 +109,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "prompt_weights": _SWITCH,
     "latents": Argument(_array, "an array or tensor [images, channels, height, width]", "None"),
     "renoise": Argument(callable, _FUNCTION.format("the step"), "None"),
-    "output_type": Argument(OUTPUT_TYPES.__contains__, f"one of: {', '.join(OUTPUT_TYPES)}", "'pil'", optional=False),
+    "output_type": Argument(_output_type, f"one of: {', '.join(OUTPUT_TYPES)}", "'pil'", optional=False),
     "callback": Argument(callable, _FUNCTION.format("(i, t, latents)"), "print"),
     "progress": _SWITCH,
     # Only diffusers' pipelines have these names, and here they mean the same.

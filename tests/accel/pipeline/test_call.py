@@ -180,6 +180,7 @@ NAN = torch.full((1, 4, 16, 16), float("nan"))
         (dict(latents=[1.0]), "invalid latents: [1.0]"),
         (dict(renoise=1), "invalid renoise: 1"),
         (dict(output_type=None), "invalid output_type: None"),
+        (dict(output_type=np.zeros(3)), "invalid output_type: ndarray of shape (3,), float64"),
         (dict(callback="print"), "invalid callback: 'print'"),
         (dict(progress="yes"), "invalid progress: 'yes'"),
         (dict(prompt_weights=1), "invalid prompt_weights: 1"),
