@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
@@ -19,13 +18,11 @@ from accel.dtypes import INT8
 from accel.errors import UserError, unknown
 from accel.files import new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.control_networks import match_adapter, match_controlnet
+from accel.models.constants import checked_sampling, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
-from accel.models.source_networks import UNetInputs, own_tokens, unet_config
-from accel.pipeline import control
+from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
 
-from .constants import checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
@@ -150,7 +147,7 @@ def _export_float(
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
-    inputs = _unet_inputs(source, shapes.tokens, options.adapter is True)
+    inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
     )
@@ -221,18 +218,6 @@ def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
     ]
 
 
-def _unet_inputs(source: Source, tokens: int, adapter: bool) -> UNetInputs:
-    """Which inputs the UNet gets; says early which control network does not fit."""
-    unet = unet_config(source)
-    features = len(unet["block_out_channels"]) if adapter else 0
-    if source.has(control.ADAPTER):
-        scale = pipeline_constants(source)["vae_scale"]
-        features = len(match_adapter(source.config(control.ADAPTER), unet, scale))
-    if source.has(control.CONTROLNET):
-        match_controlnet({"addition_embed_type": None} | source.config(control.CONTROLNET), unet)
-    return UNetInputs(tokens, features, source.has(control.CONTROLNET))
-
-
 def _export_component(
     source: Source,
     name: str,
@@ -247,8 +232,7 @@ def _export_component(
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    kind = kind_of(name)
-    network = resolve_name(kind.network or f"accel.models.source_networks:{kind.names[0]}")(source, name, inputs)
+    network = network_of(source, name, inputs)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
     # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.

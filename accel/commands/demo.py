@@ -105,7 +105,7 @@ def _images(folder: Path, engines: list[str]) -> dict[str, Any]:
     from ..pipeline import load
 
     prompts = [f"a handwritten {word}" for word in WORDS]
-    drawn = {name: load(folder, engine=name)(prompts, output_type="np").images for name in engines}
+    drawn = {name: load(folder, engine=name)(prompts, seed=0, output_type="np").images for name in engines}
     return {name: (images * 255).round().astype("uint8") for name, images in drawn.items()}
 
 

@@ -310,7 +310,7 @@ def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
     if args.sampler is None and args.steps is None and args.guidance is None:
         return None
-    from accel.export.constants import own_sampling
+    from accel.models.constants import own_sampling
     from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
 
     own = own_sampling(source).as_dict()

@@ -187,7 +187,7 @@ class OnnxRuntime(Engine):
         self.session.run_with_iobinding(binding)
         return outputs
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.session
 
 

@@ -121,7 +121,7 @@ class OpenVino(Engine):
         # The request reuses its output memory on the next call, so the caller gets a copy.
         return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.request, self.model
 
 

@@ -260,7 +260,7 @@ class TensorRT(Engine):
     def _must(ok: bool, what: str) -> None:
         assert ok, f"TensorRT refuses {what}, although the profile allows it"
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._local = threading.local()
         del self.engine, self.runtime
 

@@ -81,22 +81,31 @@ class Source:
 
     def load(self, component: str) -> nn.Module:
         """Load one component in float32, LoRA files fused; weights only, never code."""
-        library, class_name = self.index[component]
-        if library not in ("diffusers", "transformers"):
-            raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
-        if getattr(importlib.import_module(library), class_name, None) is None:
-            raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
+        cls, library, class_name = self.class_of(component), *self.index[component]
         if component in self.files:
             file = self.files[component]
             state = weights.read(file)
             model = single_file.build(library, class_name, self.config(component), state, component, file.name)
         else:
-            model = self._from_folder(component, library, class_name)
+            model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
         return model.eval()
 
-    def _from_folder(self, component: str, library: str, class_name: str) -> nn.Module:
+    def class_of(self, component: str) -> Any:
+        """The class of a component, out of diffusers or transformers.
+
+        Raises:
+            UserError: for another library, or a class that it does not have.
+        """
+        library, class_name = self.index[component]
+        if library not in ("diffusers", "transformers"):
+            raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
+        if (cls := getattr(importlib.import_module(library), class_name, None)) is None:
+            raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
+        return cls
+
+    def _from_folder(self, component: str, library: str, cls: Any) -> nn.Module:
         folder = self.folder(component)
         files, variant = weights.chosen_files(folder, self.variant)
         for path in files:
@@ -104,7 +113,6 @@ class Source:
                 weights.check_safetensors(path)
         options = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
         options |= dict(local_files_only=True, output_loading_info=True, variant=variant)
-        cls = getattr(importlib.import_module(library), class_name)
         model, info = _readable(lambda: cls.from_pretrained(folder, **options), folder)
         # Both libraries fill what is missing with random numbers, and only log it.
         lost = sorted(info["missing_keys"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from .. import images
+from ..arrays import is_torch
 from ..bundle import Manifest
-from ..errors import UserError
+from ..engines.base import to_numpy
+from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling import samplers as sampler
 
@@ -21,6 +26,7 @@ class SamplingPlan:
     Attributes:
         timesteps: the full grid; `start` leading ones are skipped (image to image).
         guided: whether the UNet runs on a doubled batch.
+        options: of the sampler, such as eta, which get them as they are.
     """
 
     sampler: str
@@ -28,6 +34,7 @@ class SamplingPlan:
     guidance: float
     guided: bool
     start: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -124,6 +131,7 @@ def complete(
     height: int | None,
     width: int | None,
     latents: Any,
+    inputs: InputImages,
     **kept: Any,
 ) -> Request:
     """The request of a call, split into what this bundle makes at once.
@@ -136,11 +144,18 @@ def complete(
         UserError: for arguments that do not fit each other or the bundle's profile.
     """
     texts, negatives = prompts(prompt, negative, per_prompt)
-    if latents is not None and tuple(latents.shape)[0] != len(texts):
-        raise UserError(f"{tuple(latents.shape)[0]} latents for {len(texts)} images", "give one per image")
+    if negatives and any(text.strip() for text in negatives) and not plan.guided:
+        why = "this model takes guidance as an input" if plan.guidance > 1 else f"guidance_scale is {plan.guidance:g}"
+        warnings.warn(f"the negative prompt has no effect, because {why} (it counts above 1)", Notice, stacklevel=4)
+    if latents is not None:
+        latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))
     size = latent_size(manifest, height, width, latents)
     limit = images_per_run(manifest, plan)
+    pixels = tuple(side * manifest.pipeline["vae_scale"] for side in size)
+    for given in (inputs.image, inputs.mask, inputs.control):
+        if given is not None:
+            images.batch(given, len(texts), pixels)  # before any network runs
     return Request(
         plan=plan,
         chunks=[
@@ -148,7 +163,8 @@ def complete(
             for rows in (slice(i, i + limit) for i in range(0, len(texts), limit))
         ],
         size=size,
-        pixels=tuple(side * manifest.pipeline["vae_scale"] for side in size),
+        pixels=pixels,
+        images=inputs,
         latents=latents,
         **kept,
     )
@@ -162,14 +178,20 @@ def plan(
     timesteps: Sequence[float] | None,
     guidance: float | None,
     strength: float | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
+
+    Args:
+        options: of the sampler, which gets them as they are; one that asks for nothing (None, 0) may be another's.
 
     Raises:
         UserError: for an unknown sampler, or a value outside its limits.
     """
     own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
     name = name or own.sampler
+    if timesteps is not None and steps not in (None, len(timesteps)):
+        raise UserError(f"steps = {steps}, and {len(timesteps)} timesteps are given", "give one of the two")
     if timesteps is None and steps is None and name == own.sampler:
         timesteps, steps = own.timesteps, own.steps
     if timesteps is None:
@@ -181,7 +203,24 @@ def plan(
         )
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
     start = 0 if strength is None else _start(len(timesteps), strength)
-    return SamplingPlan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
+    kept = _options(name, options)
+    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, kept)
+
+
+def _options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a sampler has.
+
+    Raises:
+        UserError: for one that it does not have and that asks for something.
+    """
+    if name not in sampler.SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}", f"one of: {', '.join(sampler.SAMPLERS)}")
+    own = sampler.SAMPLERS[name].options
+    for option, value in options.items():
+        if option not in own and value not in (None, 0):
+            takers = [other for other, entry in sampler.SAMPLERS.items() if option in entry.options]
+            raise UserError(f"the sampler {name} has no {option}", f"leave it out, or sampler={takers[0]!r}")
+    return {option: value for option, value in options.items() if option in own and value is not None}
 
 
 def _start(steps: int, strength: float) -> int:
@@ -212,22 +251,50 @@ def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
     return min(batch.max // doubled, images.max)
 
 
+def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
+    """Initial latents as float32 numpy.
+
+    Raises:
+        UserError: for another shape than [images, channels, height, width], integers, and what is not finite.
+    """
+    channels = manifest.pipeline["latent_channels"]
+    shape, dtype = tuple(latents.shape), str(latents.dtype).removeprefix("torch.")
+    fix = f"give noise of unit variance, [{count}, {channels}, height / {manifest.pipeline['vae_scale']}, width / ...]"
+    if len(shape) == 4 and shape[0] != count:
+        raise UserError(f"{shape[0]} latents for {count} images", "give one per image")
+    if len(shape) != 4 or shape[1] != channels:
+        raise UserError(f"latents of shape {shape}, where this model's have {channels} channels", fix)
+    if "float" not in dtype:
+        raise UserError(f"latents of {dtype} (expected float32)", fix)
+    if dtype == "float64":
+        warnings.warn("the latents are float64 and are rounded to float32", Notice, stacklevel=5)
+    made = np.asarray(to_numpy(latents.float() if is_torch(latents) else latents), np.float32)
+    if not np.isfinite(made).all():
+        raise UserError("the latents hold NaN or infinite values", fix)
+    return made
+
+
 def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
     """Latent height and width, checked against the profile."""
     profile, scale, native = manifest.profile, manifest.pipeline["vae_scale"], manifest.pipeline["native_size"]
     dims = manifest.components["vae_decoder"].dims
-    if latents is not None:
-        height = height or latents.shape[-2] * scale
-        width = width or latents.shape[-1] * scale
-    sides = []
-    for name, value in (("height", height), ("width", width)):
-        limits = dims[name]
-        if value is None:
-            value = native if limits.admits(native) else limits.opt
-        if not limits.admits(value):
+    sides: list[int] = []
+    for name, value, axis in (("height", height, -2), ("width", width, -1)):
+        limits, own = dims[name], None if latents is None else latents.shape[axis] * scale
+        if None not in (value, own) and value != own:
             raise UserError(
-                f"{name} {value} is outside profile {profile.name!r} ({limits})",
-                f"use --{name} within that, or export with another --profile (such as dynamic)",
+                f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"
+            )
+        if value is None:
+            value = own or (native if limits.admits(native) else limits.opt)
+        if not limits.admits(value):
+            exported = (
+                "" if not manifest.components["unet"].graph else ", or export with another --profile (such as dynamic)"
+            )
+            here = "" if own is None else f" (latents of shape {latents.shape} make it so)"
+            raise UserError(
+                f"{name} {value} is outside profile {profile.name!r} ({limits}){here}",
+                f"give a {name} of {limits}{exported}",
             )
         sides.append(value // scale)
     return sides[0], sides[1]

@@ -55,7 +55,7 @@ def test_the_compiled_model_draws_the_digits_that_were_asked_for(demo, name):
     from accel.distill.sources.digits import prompt_set
 
     texts, digits = zip(*prompt_set(2), strict=True)
-    images = accel.load(demo / name, engine="onnxruntime")(list(texts), output_type="np").images
+    images = accel.load(demo / name, engine="onnxruntime")(list(texts), seed=0, output_type="np").images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     assert prompt_accuracy(pixels, torch.tensor(digits)) >= 0.9
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from accel.errors import UserError
-from accel.export.constants import default_sampler, pipeline_constants
 from accel.export.pipeline import export_pipeline
+from accel.models.constants import default_sampler, pipeline_constants
 from accel.models.source import open_source
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from accel.errors import UserError
-from accel.models.source import Source
-from accel.sampling import Sampling
-from accel.sampling.samplers import SAMPLERS
+from ..errors import UserError
+from ..sampling import Sampling
+from ..sampling.samplers import SAMPLERS
+from .source import Source
 
 
 def pipeline_constants(source: Source) -> dict[str, Any]:
