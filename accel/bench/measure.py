@@ -16,7 +16,7 @@ from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
 from ..files import temporary_caches
-from ..pipeline import Pipeline, component_names
+from ..pipeline import Pipeline, component_names, opened
 from . import facts, quality, timing, variants, work
 from .document import Document
 from .probe import probe
@@ -58,7 +58,7 @@ def measure(
     All variants stay loaded until the end, because they take turns: memory must hold them together.
 
     Args:
-        bundle: a bundle or its folder.
+        bundle: a bundle or its folder; or a pipeline folder, which only torch can run.
         chosen: variants; None for the default set.
         settings: what to measure and how often.
         command: what was typed, for the document.
@@ -68,7 +68,7 @@ def measure(
     Raises:
         UserError: for a damaged bundle, or a size or batch outside its profile.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = opened(bundle)
     settings = settings or BenchSettings()
     names = component_names(bundle)
     work.check_batch(bundle, settings)
@@ -97,7 +97,7 @@ def measure(
 
 def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
     for i, variant in enumerate(state.variants):
-        if reason := variants.unable(variant):
+        if reason := variants.unable(variant, state.bundle):
             state.reasons[variant.name] = reason
         elif state.settings.memory:
             progress(f"{variant.name}: alone in a process", 0.3 * i / len(state.variants))

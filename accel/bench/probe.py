@@ -20,9 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
 from ..engines import facts
 from ..errors import UserError
+from ..pipeline import opened
 from . import variants
 from .variants import Variant
 
@@ -100,7 +100,7 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     device = _device_used()
     baseline = _rss()
     loading = time.perf_counter()
-    pipeline = variants.load(Bundle.open(request["bundle"]), variant)
+    pipeline = variants.load(opened(request["bundle"]), variant)
     loaded = time.perf_counter()
     loaded_rss = _rss()
     images = []

@@ -72,6 +72,8 @@ def summary(document: Document) -> Table:
     columns = ["variant", "text", "UNet step", "VAE", "image", "vs eager", "PSNR dB", "memory"]
     cells = []
     for row in document["rows"]:
+        if row["status"] == NONE:
+            continue  # the reason stands below
         scopes, image = row["scopes"], row["parity"]["image"]
         clocks = [(scopes.get(name) or {}).get("timing") for name in ("text_encoder", "unet", "vae_decoder", "image")]
         times = [seconds(clock["p50_s"]) if clock else "-" for clock in clocks]
@@ -215,22 +217,18 @@ def show(document: Document, console: Any = None, *, full: bool = False) -> None
             table.add_row(*map(Text, [cells[0], NONE, *cells[2:]] if reason else cells))
         console.print()
         console.print(table)
-    for note in dict.fromkeys(_notes(document)):
+    for note in [*_reasons(document["rows"]), *(document["notes"] if full else ())]:
         console.print(Text(f"- {note}"))
+    if not full and document["notes"]:
+        console.print(Text("- --full shows every table, and how it was measured"))
 
 
-def _notes(document: Document) -> Iterator[str]:
-    """Why something was not measured, and what the run noted."""
-    rows = document["rows"]
-    if all(row["process"]["load_s"] is None for row in rows):
-        yield f"load time and memory: {NONE}: " + "; ".join(dict.fromkeys(row["process"]["reason"] for row in rows))
-    else:
-        yield from (
-            f"{row['variant']}: load time and memory {NONE}: {row['process']['reason']}"
-            for row in rows
-            if row["process"]["load_s"] is None and row["status"] != "failed"
-        )
+def _reasons(rows: list) -> Iterator[str]:
+    """Why something was not measured, each reason once, after the variants that it stopped."""
+    stopped: dict[str, list[str]] = {}
     for row in rows:
         if row["reason"]:
-            yield f"{row['variant']}: {row['status']}: {row['reason']}"
-    yield from document["notes"]
+            stopped.setdefault(f"{row['status']}: {row['reason']}", []).append(row["variant"])
+        elif row["process"]["load_s"] is None:
+            stopped.setdefault(f"load time and memory {NONE}: {row['process']['reason']}", []).append(row["variant"])
+    yield from (f"{', '.join(names)}: {reason}" for reason, names in stopped.items())

@@ -107,11 +107,14 @@ def _default() -> list[str]:
     return [f"{name}:{suffix}".removesuffix(":") for name, suffix in names]
 
 
-def unable(variant: Variant) -> str:
-    """Why a variant of the default set is not worth trying here; empty if it is."""
+def unable(variant: Variant, bundle: Bundle) -> str:
+    """Why a variant cannot run a bundle here, or one of the default set is not worth trying; empty if it is."""
     state = status(variant.engine)
     if not state.ok:
         return state.detail
+    if facts(variant.engine).reads_graph and not bundle.component("unet").graph:
+        name = bundle.manifest.source["name"]
+        return f"{name} is a pipeline without graphs: accel export {name} BUNDLE makes them"
     # Without the instructions the CPU emulates the dtype, which nobody deploys; it still runs when it is named.
     isa = _LOW_PRECISION_ISA.get(variant.dtype)
     if isa and not variant.requested and not _has_gpu() and not set(isa) & set(machine().isa):

@@ -70,7 +70,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     from ..images import canny
-    from ..pipeline import load
+    from ..pipeline import check_call, load, opened
 
     prompts = prompts_of(args)
     if not prompts:
@@ -83,15 +83,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{option} {file}: there is no such file", "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
-    control = canny(args.control) if args.canny else args.control
-    engine, options = engine_of(args)
-    pipeline = load(args.bundle, engine=engine, low_memory=args.low_memory, **options)
-    if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
-        unet = pipeline.engines["unet"]
-        print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
-    result = pipeline(
-        prompts,
-        args.negative,
+    call = dict(
+        prompt=prompts,
+        negative_prompt=args.negative,
         height=args.height,
         width=args.width,
         sampler=args.sampler,
@@ -102,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
-        control_image=control,
+        control_image=args.control,
         control_scale=args.control_scale,
         control_end=args.control_end,
         original_size=args.original_size,
@@ -111,6 +105,16 @@ def run(args: argparse.Namespace) -> int:
         prompt_weights=args.prompt_weights,
         progress=True,
     )
+    bundle = opened(args.bundle)
+    check_call(bundle, **call)
+    if args.canny:
+        call["control_image"] = canny(args.control)
+    engine, options = engine_of(args)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **options)
+    if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
+        unet = pipeline.engines["unet"]
+        print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
+    result = pipeline(**call)
     for name, image in zip(names, result.images, strict=True):
         _save(image, name)
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}

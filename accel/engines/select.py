@@ -31,6 +31,9 @@ ENGINES: Mapping[str, str] = MappingProxyType(
 )
 
 
+_ON_THE_COMMAND_LINE = {"dtype": " (--precision)"}
+
+
 def facts(name: str) -> Facts:
     """What an engine's module declares about it; imports no library.
 
@@ -236,4 +239,6 @@ def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str,
         takers = [engine for engine in ENGINES if option[1] in facts(engine).options]
         own = ", ".join(facts(name).options)
         fix = f"leave it out, or choose {' or '.join(takers)}" if takers else f"leave it out; it takes: {own}"
-        raise UserError(f"the {name} engine has no option {option[1]!r}", fix) from None
+        raise UserError(
+            f"the {name} engine has no option {option[1]!r}{_ON_THE_COMMAND_LINE.get(option[1], '')}", fix
+        ) from None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..sampling.samplers import SAMPLERS
 from .output import OUTPUT_TYPES
 
@@ -210,12 +209,6 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "did you mean ...?" where a known name is near, else ""."""
-    near = get_close_matches(name, list(known), 1)
-    return f"did you mean {near[0]}?" if near else ""
-
-
 def _refuse_unless_neutral(name: str, value: Any) -> None:
     for names, fix in (
         (_OF_DIFFUSERS, "leave it out, or accel.attach(PIPELINE, BUNDLE): a diffusers pipeline on compiled networks"),
@@ -226,8 +219,7 @@ def _refuse_unless_neutral(name: str, value: Any) -> None:
                 return
             raise UserError(f"{name} is something that only diffusers' own pipelines take", fix)
     known = [*ARGUMENTS, *RENAMED, *sampler_options()]
-    fix = did_you_mean(name, known) or "help(accel.Pipeline.__call__) lists the arguments"
-    raise UserError(f"unknown argument {name!r}", fix)
+    raise unknown("argument", name, known)
 
 
 def _equal(value: Any, neutral: Any) -> bool:

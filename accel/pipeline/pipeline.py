@@ -109,9 +109,10 @@ def load(
         raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
     wanted = component_names(bundle)
     if engine == "auto" and not bundle.component("unet").graph:
+        name = given if isinstance(given, (str, Path)) else bundle.manifest.source["name"]
         warnings.warn(
-            f"{given} is a diffusers pipeline, run by torch operator by operator; to compile it: "
-            f"accel export {given} {Path(given if isinstance(given, (str, Path)) else bundle.path).name}-bundle",
+            f"{name} is a diffusers pipeline, run by torch operator by operator; to compile it: "
+            f"accel export {name} {Path(name).name}-bundle",
             Notice,
             stacklevel=2,
         )
@@ -131,6 +132,17 @@ def load(
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
     return Pipeline(bundle, engines)
+
+
+def check_call(bundle: Bundle, **call: Any) -> None:
+    """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Raises:
+        UserError: as the call itself would, but for what only an engine or an image file can tell.
+    """
+    unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
+    given = arguments.read({**_DEFAULTS, **call}, _DEFAULTS, {})
+    Pipeline(bundle, unloaded)._request(given.pop("options"), given)
 
 
 class Pipeline(Resource):
@@ -234,6 +246,22 @@ class Pipeline(Resource):
         """The images of arguments that have the right types."""
         if missing := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise UserError(f"callback_on_step_end gets latents alone, not {missing.pop()}", "leave that name out")
+        made = self._request(options, call)
+        if generator is not None:
+            made = self._with_generator(made, generator)
+        run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
+        step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, made.plan.start)
+        decode = call["output_type"] != "latent"
+        latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
+        if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
+            raise self._not_finite()
+        images_made = of_type(call["output_type"], pixels, latents)
+        if not return_dict:  # diffusers' own tuples: those of SD also hold the safety checker's findings
+            return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
+        return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds)
+
+    def _request(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> Request:
+        """The call as a request, refused if it does not fit the bundle; runs nothing."""
         inputs = ("image", "mask_image", "strength", "control_image", "control_scale", "control_end")
         images = InputImages(*map(call.__getitem__, inputs))
         plan = request.plan(
@@ -246,7 +274,7 @@ class Pipeline(Resource):
             images.strength,
             options,
         )
-        made = request.complete(
+        return request.complete(
             self._limits(),
             plan,
             call["prompt"],
@@ -261,18 +289,6 @@ class Pipeline(Resource):
             renoise=call["renoise"],
             weighted=call["prompt_weights"],
         )
-        if generator is not None:
-            made = self._with_generator(made, generator)
-        run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
-        step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, plan.start)
-        decode = call["output_type"] != "latent"
-        latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
-        if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
-            raise self._not_finite()
-        images_made = of_type(call["output_type"], pixels, latents)
-        if not return_dict:  # diffusers' own tuples: those of SD also hold the safety checker's findings
-            return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
-        return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds)
 
     def _with_generator(self, made: Request, generator: Any) -> Request:
         """The request with noise of torch generators, in the order in which diffusers draws it."""
@@ -353,4 +369,8 @@ class Pipeline(Resource):
         return replace(manifest, components={**manifest.components, **own})
 
 
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Pipeline.__call__).parameters.items()}
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Pipeline.__call__).parameters.items()
+    if name not in ("self", "others")
+}
