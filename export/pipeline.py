@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -12,10 +13,10 @@ from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of
-from accel.bundle.shape_profiles import Range
+from accel.bundle.shape_profiles import Profile, Range
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
-from accel.errors import UserError, unknown
+from accel.errors import Notice, UserError, unknown
 from accel.files import new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models.constants import checked_sampling, own_sampling, pipeline_constants
@@ -146,6 +147,7 @@ def _export_float(
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
+    _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
@@ -202,6 +204,16 @@ def _check_tokens(source: Source, tokens: int) -> None:
     if tokens % own:
         raise UserError(
             f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
+        )
+
+
+def _note_size(shapes: Profile, native: int) -> None:
+    if not (shapes.height.admits(native) and shapes.width.admits(native)):
+        warnings.warn(
+            f"profile {shapes.name} has no images of {native} px, the model's own size: height {shapes.height}, width "
+            f"{shapes.width} (--profile native has it)",
+            Notice,
+            stacklevel=4,
         )
 
 

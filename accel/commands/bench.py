@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..assets import DIGITS_PROMPTS, knows_only_digits
 from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of
 from ..command_line.parser import WrongUse, renamed
 from ..errors import Notice, UserError
@@ -89,9 +90,12 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int]:
     from .. import bench
     from ..bench.work import PROMPTS
+    from ..pipeline import opened
 
+    bundle = opened(args.bundle)
+    usual = DIGITS_PROMPTS if knows_only_digits(str(bundle.manifest.source["name"])) else PROMPTS
     settings = bench.BenchSettings(
-        prompts=tuple(prompts_of(args) or PROMPTS),
+        prompts=tuple(prompts_of(args) or usual),
         seed=args.seed,
         batch=args.batch,
         height=args.height,
@@ -109,7 +113,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # torch has no option for it, and is not imported yet
     with progress() as report:
         variants = bench.chosen(args.engine)
-        result = bench.measure(args.bundle, variants, settings, command=_command(args), progress=report)
+        result = bench.measure(bundle, variants, settings, command=_command(args), progress=report)
     document = result.document.as_dict()
     for name in result.failed:
         reason = next(row["reason"] for row in document["rows"] if row["variant"] == name)

@@ -10,6 +10,7 @@ from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
+from ..pipeline import component_names
 from ..trt import engine_files, preflight
 
 EXAMPLE = "accel inspect my-bundle"
@@ -135,6 +136,10 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
         print(f"  files     DAMAGED: {problem}")
     else:
         print(f"  files     {'not checked' if unverified else f'{len(manifest.files)} files match their digests'}")
+    try:
+        component_names(bundle)
+    except UserError as error:
+        print(f"  makes no image by itself: {error.message}")
     for name, state in engines.items():
         print(f"  {name:<12} {'runs here: ' + state.detail if state.ok else f'no: {state.detail}; fix: {state.fix}'}")
 

@@ -7,11 +7,13 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..assets import DIGITS_PROMPTS, knows_only_digits, names_a_digit
 from ..command_line.options import (
     add_engine,
     add_out,
@@ -23,7 +25,7 @@ from ..command_line.options import (
     prompts_of,
 )
 from ..command_line.parser import WrongUse, renamed
-from ..errors import UserError
+from ..errors import Notice, UserError
 
 EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -107,6 +109,10 @@ def run(args: argparse.Namespace) -> int:
     )
     bundle = opened(args.bundle)
     check_call(bundle, **call)
+    if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
+        warnings.warn(
+            f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
+        )
     if args.canny:
         call["control_image"] = canny(args.control)
     engine, options = engine_of(args)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from ..bundle import Bundle, Component
-from ..errors import UserError
+from ..errors import Notice, UserError
 from . import eager
 from .base import Status
 
@@ -33,6 +35,13 @@ def attempt() -> str:
     return device
 
 
+@cache
+def _note_compiling() -> None:
+    """Say once why nothing seems to happen."""
+    text = "torch.compile is compiling: the first call of each network takes up to minutes, later ones do not"
+    warnings.warn(text, Notice, stacklevel=6)
+
+
 class Compile(eager.Eager):
     """`torch.compile` of the eager module.
 
@@ -54,7 +63,12 @@ class Compile(eager.Eager):
         self.module = torch.compile(self.module, mode=mode, dynamic=dynamic)
         self.description += f", torch.compile {mode}"
 
+        self._called = False
+
     def run(self, feeds):
+        if not self._called:
+            self._called = True
+            _note_compiling()
         outputs = super().run(feeds)
         # With CUDA graphs the next call overwrites what this one returned.
         return {name: value.clone() for name, value in outputs.items()} if self.device.startswith("cuda") else outputs

@@ -124,7 +124,7 @@ def test_only_an_explicit_choice_can_fail(able):
 def test_an_option_that_an_engine_does_not_have_is_named_with_those_that_do():
     with pytest.raises(UserError) as error:
         accel.load_engine("digits/4step-int8", "unet", "onnxruntime", dtype="bf16")
-    assert error.value.message == "the onnxruntime engine has no option 'dtype'"
+    assert error.value.message == "the onnxruntime engine has no option 'dtype' (--precision)"
     assert "eager" in error.value.fix and "__init__" not in str(error.value)
 
 
