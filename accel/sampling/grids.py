@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from .linear import Clip
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import ALPHA_BAR_FLOOR, NoiseSchedule
 from .scheduler_config import refused
 
 # What `--sigmas` may be -> the scheduler field that it stands for.
@@ -240,7 +240,8 @@ def timesteps_of(sigmas: np.ndarray, logs: np.ndarray) -> np.ndarray:
 
 def train_sigmas(schedule: NoiseSchedule) -> np.ndarray:
     """sqrt((1 - alpha_bar) / alpha_bar) of every training timestep, float32 [T], finite also at zero SNR."""
-    a = np.maximum(schedule.alphas_cumprod.astype(np.float32), np.float32(2.0**-24))
+    a = schedule.alphas_cumprod.astype(np.float32)
+    a = np.where(a == 0, np.float32(ALPHA_BAR_FLOOR), a)
     return np.sqrt((1 - a) / a)
 
 
@@ -277,7 +278,9 @@ def _flow_sigmas(problem: Problem) -> np.ndarray:
     sigmas = np.linspace(1, 1 / problem.schedule.T, steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     if fields["shift_terminal"]:
-        sigmas = 1 - (1 - sigmas) * (1 - fields["shift_terminal"]) / (1 - sigmas[-1])
+        if steps < 2:
+            raise refused("shift_terminal", fields["shift_terminal"], "use at least 2 steps, or set it to null")
+        sigmas = 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - fields["shift_terminal"]))
     sigmas[0] -= 1e-6 if abs(sigmas[0] - 1) < 1e-6 else 0.0  # lambda is infinite at 1
     return sigmas
 

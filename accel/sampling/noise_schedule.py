@@ -27,7 +27,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 
 # A zero terminal signal-to-noise ratio makes sigma infinite; solvers in sigma use the smallest fp16 number instead.
-_ALPHA_BAR_FLOOR = 2.0**-24
+ALPHA_BAR_FLOOR = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +79,7 @@ class NoiseSchedule:
 
     def sigma(self, t: float) -> float:
         """Variance-exploding noise level sqrt((1 - alpha_bar) / alpha_bar) at timestep t; finite also at zero SNR."""
-        a = max(self.alpha_bar(t), _ALPHA_BAR_FLOOR)
+        a = self.alpha_bar(t) or ALPHA_BAR_FLOOR
         return math.sqrt((1 - a) / a)
 
     @property

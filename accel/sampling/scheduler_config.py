@@ -155,6 +155,8 @@ _TRANSLATED: dict[str, dict[str, str]] = {
     "UniPCMultistepScheduler": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
 }
 _TRANSLATED["DPMSolverSinglestepScheduler"] = _TRANSLATED["DPMSolverMultistepScheduler"]
+# Fields that a class has and does not use.
+_IGNORED = {"TCDScheduler": dict(clip_sample=False, thresholding=False)}
 # Fields that change the image when they have any other value than these: worth a word where they are not read.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((*_SIGMAS, "use_lu_lambdas", "use_flow_sigmas", "clip_sample", "thresholding"), (False, None)),
@@ -198,6 +200,8 @@ def settings(scheduler: str, config: Mapping[str, Any], pinned: Mapping[str, Any
     """
     defaults, translated = CLASSES[scheduler], _TRANSLATED.get(scheduler, {})
     found = {field: config[field] for field in defaults if config.get(field) is not None} | dict(pinned)
+    if config.get("_class_name") != scheduler and "clip_sample" in defaults:
+        found.setdefault("clip_sample", False)  # another scheduler's model is not clipped for want of a field
     # diffusers reads these two of any class that can respace its sigmas.
     found |= {field: config[field] for field in ("sigma_min", "sigma_max") if config.get(field) is not None}
     for field in ("solver_type", "algorithm_type"):
@@ -208,7 +212,7 @@ def settings(scheduler: str, config: Mapping[str, Any], pinned: Mapping[str, Any
         if field in allowed and value not in allowed[field] and field in defaults:
             choices = " or ".join(repr(choice) for choice in allowed[field] if choice is not None)
             raise refused(field, value, f"use {choices}, or another --sampler")
-    made = defaults | found
+    made = defaults | found | _IGNORED.get(scheduler, {})
     if made.get("lambda_min_clipped") in ("-Infinity", "-inf"):
         made["lambda_min_clipped"] = -math.inf
     if (made["prediction_type"] == "flow_prediction") > bool(made.get("use_flow_sigmas")):
@@ -236,7 +240,8 @@ def unread(scheduler: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def clips(config: Mapping[str, Any]) -> str | None:
     """The field by which a config's own class clips predictions, if it does."""
-    made = CLASSES.get(str(config.get("_class_name", "")), {}) | dict(config)
+    name = str(config.get("_class_name", ""))
+    made = CLASSES.get(name, {}) | dict(config) | _IGNORED.get(name, {})
     return next((field for field in ("thresholding", "clip_sample") if made.get(field)), None)
 
 
