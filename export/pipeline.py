@@ -24,7 +24,7 @@ from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, own_tokens, unet_config
 from accel.pipeline import control
 
-from .constants import checked_sampling, own_sampling, pipeline_constants
+from .constants import check_runs, checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
 from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
@@ -148,6 +148,7 @@ def _export_float(
     names = _component_names(source, options.components)
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
+    check_runs(source, sampling)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = _unet_inputs(source, shapes.tokens, options.adapter is True)
@@ -165,7 +166,7 @@ def _export_float(
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
             records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
-        copy_pipeline_files(source, folder)
+        copy_pipeline_files(source, folder, sampling)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -173,7 +174,9 @@ def _export_float(
             sampler=sampling.as_dict(),
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(parts)} | source.record(),
+            source={"name": source.name, "weights_sha256": source.digest(parts)}
+            | {"scheduler": source.scheduler()["_class_name"]}
+            | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": options.opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,

@@ -12,11 +12,12 @@ from ..bundle import is_bundle
 from ..errors import Notice
 from ..int8 import summary
 from ..progress import progress
-from .options import add_build, build_engine_files, build_options, sampler_names
+from .options import add_build, add_sampler_options, build_engine_files, build_options, sampler_names, sampler_options
 
 EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -75,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help=f"sampler to store in the bundle: {sampler_names()}")
     parser.add_argument("--steps", type=int, help="steps to store in the bundle")
     parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
+    add_sampler_options(parser)
+    parser.add_argument(
+        "--few-step",
+        metavar="NAME",
+        help="sample as this kind of few-step model, where its files' names do not say it; none for an ordinary model "
+        "(docs/samplers.md lists them)",
+    )
     _add_int8(parser)
     parser.add_argument(
         "--engine",
@@ -169,6 +177,7 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            few_step=args.few_step,
         )
     )
     components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
@@ -281,19 +290,9 @@ def _int8(args: argparse.Namespace) -> Any:
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
-    if args.sampler is None and args.steps is None and args.guidance is None:
+    options = sampler_options(args)
+    if args.sampler is None and args.steps is None and args.guidance is None and not options:
         return None
-    from accel.export.constants import own_sampling
-    from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
+    from accel.export.constants import chosen_sampling
 
-    own = own_sampling(source).as_dict()
-    name = args.sampler or own["name"]
-    if args.steps is not None or name != own["name"]:
-        usual = SAMPLERS[name].steps if name in SAMPLERS else None
-        steps = usual if args.steps is None else args.steps
-        timesteps = grid(name, NoiseSchedule.from_config(source.config("scheduler")), steps)
-        own = {"name": name, "guidance": 0.0 if name == "dmd2" else own["guidance"]}
-        own |= {"timesteps": timesteps} if name == "dmd2" else {"steps": steps}
-    if args.guidance is not None:
-        own["guidance"] = args.guidance
-    return own
+    return chosen_sampling(source, args.sampler, args.steps, args.guidance, options)

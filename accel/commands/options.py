@@ -64,6 +64,26 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help=f"{sampler_names()} (default: the bundle's own)")
     parser.add_argument("--steps", type=int, help="number of sampling steps (default: the bundle's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 or 1 for none (default: the bundle's own)")
+    add_sampler_options(parser)
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """What may be said of a sampler beside its name and steps: `accel.sampling.constants.OPTIONS`."""
+    from ..sampling.samplers import SIGMAS
+
+    own = "(default: what the scheduler's config says)"
+    names = ", ".join([*SIGMAS, "none"])
+    parser.add_argument("--sigmas", help=f"spacing of the noise levels: {names} {own}")
+    parser.add_argument("--timestep-spacing", help=f"leading, trailing or linspace {own}")
+    parser.add_argument("--eta", type=float, help="noise in every step, 0 to 1: of ddim, and tcd's gamma (default: 0)")
+    parser.add_argument("--shift", type=float, help=f"shift of the noise levels of a flow-matching model {own}")
+
+
+def sampler_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_sampler_options` that were given."""
+    from ..sampling.constants import OPTIONS
+
+    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
 
 
 def sampler_names(*others: str) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import UserError
-from .options import add_engine, add_json, add_sampling, engine_options
+from .options import add_engine, add_json, add_sampling, engine_options, sampler_options
 
 EXAMPLE = 'accel run my-bundle --prompt "a fox in the snow" --seed 7 --out fox.png'
 
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         sampler=args.sampler,
         steps=args.steps,
         guidance_scale=args.guidance,
+        **sampler_options(args),
         num_images_per_prompt=args.images,
         seed=args.seed,
         image=args.image,

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..images import to_pil
 from ..sampling import noise
 from ..sampling import samplers as sampler
+from ..sampling.linear import run
 from . import conditioning, control, request
 from .initial_latents import Start
 from .initial_latents import start as start_from
@@ -142,6 +143,10 @@ class Pipeline:
         steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        eta: float | None = None,
+        sigmas: str | None = None,
+        timestep_spacing: str | None = None,
+        shift: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         image: Any = None,
@@ -167,6 +172,8 @@ class Pipeline:
             negative_prompt: what to steer away from (with guidance): one text, or one per prompt.
             height, width: pixels, within the bundle's profile; None for the model's own size.
             sampler, steps, timesteps, guidance_scale: how to sample; None for the bundle's own constants.
+            eta, sigmas, timestep_spacing, shift: more of the sampler (`accel.sampling.samplers.table`); None for what
+                the bundle and its scheduler config say.
             num_images_per_prompt: images per prompt.
             seed: of the first image (the others count on from it), or one per image. The same seed gives the same
                 noise on every engine.
@@ -193,7 +200,10 @@ class Pipeline:
             raise UserError(f"unknown output_type {output_type!r}", f"one of: {', '.join(OUTPUT_TYPES)}")
         images = InputImages(image, mask_image, strength, control_image, control_scale, control_end)
         manifest = self.bundle.manifest
-        plan = request.plan(manifest, self.schedule, sampler, steps, timesteps, guidance_scale, images.strength)
+        options = dict(eta=eta, sigmas=sigmas, timestep_spacing=timestep_spacing, shift=shift)
+        plan = request.plan(
+            manifest, self.schedule, sampler, steps, timesteps, guidance_scale, images.strength, options
+        )
         made = request.complete(
             self._limits(),
             plan,
@@ -314,12 +324,13 @@ class _Run:
         add = control.prepare(self.request, chunk, self.manifest, self.engines)
         extra = None if start.extra is None else unet.array(start.extra)
         dtype = spec["sample"].dtype
+        row = plan.start
 
         def model(x: Any, t: float) -> Any:
             sample = x if extra is None else concat([x, extra], axis=1)
             sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(sum(s >= t for s in plan.timesteps) - 1, inputs))["out_sample"], "float32")
+            out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
             if not plan.guided:
                 return out
             without, with_prompt = out[: len(x)], out[len(x) :]
@@ -331,35 +342,33 @@ class _Run:
             return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
 
         def after(i: int, t: float, x: Any) -> None:
+            nonlocal row
+            row = i + 1
             bar.advance()
             if callback is not None:
                 callback(i, t, x)
 
         x = cast(unet.array(start.x), "float32")
         keep = start.constrain
-        plain = not plan.start and extra is None and keep is None and callback is None
+        plain = not start.noised and extra is None and keep is None and callback is None
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
             from ..engines.fixed_loop import FixedLoop
 
             guidance = plan.guidance if plan.guided else 0.0
             # Only TensorRT's engine has a cuda_graph.
-            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance)  # type: ignore[arg-type]
-            draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
+            # Only TensorRT's engine has a cuda_graph.
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance, plan.table)  # type: ignore[arg-type]
+            draws = max(plan.table.draws, default=-1) + 1 if plan.table else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):
                 bar.advance()
             return to_numpy(x)
-        x = sampler.sample(
-            plan.sampler,
-            model,
-            x,
-            self.schedule,
-            timesteps=plan.timesteps,
-            noise=fresh,
-            callback=after,
-            start=plan.start,
-            constrain=None if keep is None else (lambda i, x: keep(i, x, unet.array)),
+        hooks: dict[str, Any] = dict(
+            noise=fresh, callback=after, constrain=None if keep is None else (lambda i, x: keep(i, x, unet.array))
         )
+        if plan.table is not None:
+            return to_numpy(run(plan.table, model, x, noised=start.noised, **hooks))
+        x = sampler.sample(plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, start=plan.start, **hooks)
         return to_numpy(x)
 
     def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from ..bundle import Manifest
 from ..errors import UserError
 from ..sampling import Sampling
 from ..sampling import samplers as sampler
+from ..sampling.linear import Table
+from ..sampling.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class SamplingPlan:
     """How to sample.
 
     Attributes:
-        timesteps: the full grid; `start` leading ones are skipped (image to image).
+        timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
         guided: whether the UNet runs on a doubled batch.
+        table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
     """
 
     sampler: str
@@ -28,6 +31,13 @@ class SamplingPlan:
     guidance: float
     guided: bool
     start: int = 0
+    table: Table | None = None
+
+    def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
+        """An image with the noise that the state has before row i; arrays of one shape and dtype."""
+        if self.table is None:
+            return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
+        return self.table.noised(x0, eps, i)
 
     @property
     def steps(self) -> int:
@@ -156,32 +166,45 @@ def complete(
 
 def plan(
     manifest: Manifest,
-    schedule: sampler.NoiseSchedule,
+    schedule: NoiseSchedule,
     name: str | None,
     steps: int | None,
     timesteps: Sequence[float] | None,
     guidance: float | None,
     strength: float | None,
+    options: Mapping[str, Any] | None = None,
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
+
+    Args:
+        options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
 
     Raises:
         UserError: for an unknown sampler, or a value outside its limits.
     """
     own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
     name = name or own.sampler
-    if timesteps is None and steps is None and name == own.sampler:
-        timesteps, steps = own.timesteps, own.steps
-    if timesteps is None:
-        timesteps = sampler.grid(name, schedule, steps)
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    if name == own.sampler:
+        given = dict(own.options) | given
+        if timesteps is None and steps is None:
+            timesteps, steps = own.timesteps, own.steps
     scale = float(own.guidance if guidance is None else guidance)
     if not 0 <= scale < float("inf"):
         raise UserError(
             f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
         )
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
-    start = 0 if strength is None else _start(len(timesteps), strength)
-    return SamplingPlan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
+    entry = sampler.named(name)
+    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
+    start = 0 if strength is None else _start(count, strength) * entry.order
+    made = None
+    if entry.rows is not None:
+        made = sampler.table(name, schedule, steps, timesteps=timesteps, start=start, **given)
+        timesteps = made.timesteps
+    elif timesteps is None:
+        timesteps = sampler.grid(name, schedule, steps)
+    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
 
 
 def _start(steps: int, strength: float) -> int:

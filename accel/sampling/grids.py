@@ -1,7 +1,7 @@
 """Where a sampler calls the model: timesteps and noise levels, computed as diffusers' schedulers do, to the last bit.
 
 `sigma` is variance exploding, sqrt((1 - alpha_bar) / alpha_bar), or the share of noise with `use_flow_sigmas`. The
-numbers are rounded to float32 where diffusers rounds them, since a timestep that is cut to a whole number depends on it.
+numbers are rounded to float32 where diffusers rounds them: a timestep that is cut to a whole number depends on it.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def variance_exploding(problem: Problem) -> Grid:
 
 
 def heun(problem: Problem) -> Grid:
-    """As `variance_exploding`, every level but the first twice: where Heun's step arrives, and where the next begins."""
+    """As `variance_exploding`, every level but the first twice: where a step arrives, and where the next begins."""
     once = variance_exploding(problem)
     (t, *ts), (s, *sigmas, last) = once.timesteps, once.sigmas
     return Grid([t, *(t for t in ts for _ in "12")], [s, *(s for s in sigmas for _ in "12"), last])

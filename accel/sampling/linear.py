@@ -120,6 +120,7 @@ class Table:
 
     Attributes:
         rows: from high noise to low.
+        timesteps: of all rows of the full grid.
         first: index of the first row in the full grid; above 0 for image to image.
         scale: what pure noise of unit variance is multiplied by at the start.
         clip: what is done to each predicted x0, or None.
@@ -127,15 +128,11 @@ class Table:
     """
 
     rows: tuple[Row, ...]
+    timesteps: tuple[float, ...]
     first: int = 0
     scale: float = 1.0
     clip: Clip | None = None
     name: str = ""
-
-    @property
-    def timesteps(self) -> list[float]:
-        """The timestep of each row."""
-        return [row.t for row in self.rows]
 
     def noised(self, x0: Any, eps: Any, i: int) -> Any:
         """An image with the noise that the state has before row i; arrays of one shape and dtype."""

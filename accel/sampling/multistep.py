@@ -7,7 +7,8 @@ image-to-image run starts without history, so at first order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def _dpmpp(
     exact: bool,
     noise: Linear | None = None,
 ) -> Linear:
-    """The step from `base.x`, at the level of `first`, to `end`; `exact` integrates D_1 instead of its midpoint rule."""
+    """From `base.x`, at the level of `first`, to `end`; `exact` integrates D_1, without it the midpoint rule."""
     (alpha, sigma), h = end, lam(*end) - first.lam
     if h == 0:
         return base.x
@@ -98,7 +99,7 @@ def _dpmpp(
     return x + sigma * math.sqrt(decay) * (noise or first.n) if sde else x
 
 
-def _singlestep_orders(fields, steps: int) -> list[int]:
+def _singlestep_orders(fields: Mapping[str, Any], steps: int) -> list[int]:
     """The order at each row: 1 begins a step. Whole steps of the solver's order, and smaller ones at the end."""
     order, zero = fields["solver_order"], fields["final_sigmas_type"] == "zero"
     whole = list(range(1, order + 1))

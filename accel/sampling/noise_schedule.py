@@ -106,7 +106,7 @@ class NoiseSchedule:
         name = str(config.get("_class_name", ""))
         picked = ("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one")
         return cls(
-            alphas_cumprod=_alphas_cumprod(config, scheduler_config.CLASSES.get(name, {})),
+            alphas_cumprod=_alphas_cumprod(config),
             config=dict(config),
             **{"set_alpha_to_one": name != "PNDMScheduler"}
             | {field: config[field] for field in picked if config.get(field) is not None},
@@ -149,10 +149,11 @@ def add_noise(schedule: NoiseSchedule, x0: Any, eps: Any, t: float) -> Any:
     return math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
 
 
-def _alphas_cumprod(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> np.ndarray:
-    """alpha_bar of a config, float64 [T] with float32 values; `defaults` are the class's for absent fields."""
-    plain = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
-    made = plain | dict(defaults) | {name: value for name, value in config.items() if value is not None}
+def training_betas(config: Mapping[str, Any]) -> list[float]:
+    """beta_t of a scheduler config, T numbers in float32 precision, before `rescale_betas_zero_snr`."""
+    plain: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    defaults = scheduler_config.CLASSES.get(str(config.get("_class_name", "")), {})
+    made = plain | defaults | {name: value for name, value in config.items() if value is not None}
     steps = made["num_train_timesteps"]
     if made.get("trained_betas") is not None:
         beta = np.asarray(made["trained_betas"], dtype=np.float32)
@@ -162,8 +163,13 @@ def _alphas_cumprod(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> n
         beta = _betas(made["beta_schedule"], float(made["beta_start"]), float(made["beta_end"]), steps)
     if not ((beta > 0) & (beta < 1)).all():
         raise refused("trained_betas / beta_start / beta_end", "with values outside (0, 1)", "check the betas")
-    a = _cumprod(1 - beta)
-    return (_rescale_zero_snr(a) if made.get("rescale_betas_zero_snr") else a).astype(np.float64)
+    return beta.tolist()
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
+    """alpha_bar of a config, float64 [T] with float32 values."""
+    a = _cumprod(1 - np.array(training_betas(config), np.float32))
+    return (_rescale_zero_snr(a) if config.get("rescale_betas_zero_snr") else a).astype(np.float64)
 
 
 def _cumprod(alpha: np.ndarray) -> np.ndarray:

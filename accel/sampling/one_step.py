@@ -1,7 +1,7 @@
 """Samplers whose every step needs no step before it: DDIM, DDPM, LCM, DMD2, TCD, Euler, Euler ancestral, Heun.
 
-Each makes the rows of its table from a grid, in its paper's notation; a is alpha_bar. The state is kept at unit variance
-with every sampler, so that one can be exchanged for another: what the papers of the variance-exploding ones call x is
+Each makes the rows of its table from a grid, in its paper's notation; a is alpha_bar. The state has unit variance with
+every sampler, so that one can be exchanged for another: what the papers of the variance-exploding ones call x is
 y = sqrt(1 + sigma^2) times it.
 """
 
@@ -78,7 +78,9 @@ def tcd(problem: Problem, grid: Grid) -> Iterator[Row]:
     """
     gamma, ts = problem.eta, grid.timesteps
     if not 0 <= gamma <= 1:
-        raise UserError(f"eta = {gamma} is outside 0..1", "use 0 for a deterministic sampler, 0.3 for TCD's usual gamma")
+        raise UserError(
+            f"eta = {gamma} is outside 0..1", "use 0 for a deterministic sampler, 0.3 for TCD's usual gamma"
+        )
     for i, call in calls(problem, ts):
         last = i + 1 == len(ts)
         t_next = 0 if last else ts[i + 1]
@@ -107,8 +109,8 @@ def euler_ancestral(problem: Problem, grid: Grid) -> Iterator[Row]:
 def heun(problem: Problem, grid: Grid) -> Iterator[Row]:
     """Heun's method on dy/dsigma = eps (arXiv 2206.00364, algorithm 1 without churn).
 
-    Even rows take an Euler step; the odd row after it, at the level that was reached, takes the step again with the mean
-    of both slopes. The step to sigma = 0 has no second half. An image-to-image run starts on an even row.
+    Even rows take an Euler step; the odd row after it, at the level reached, takes the step again with the mean of both
+    slopes. The step to sigma = 0 has no second half. An image-to-image run starts on an even row.
     """
     last: Call | None = None
     for call, s, s_next, scale in sigma_calls(problem, grid):

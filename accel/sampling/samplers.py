@@ -1,7 +1,7 @@
 """Samplers by name: which rows, on which grid, in how many steps, and which class of diffusers computes the same.
 
 To add a sampler: a function that writes its rows (`one_step.py` has the short ones), and its entry in `SAMPLERS` here;
-a sampler that is not linear brings a loop of its own as `function`. Command line, evaluation and export read that table.
+one that is not linear brings a loop of its own as `function`. Command line, evaluation and export read that table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "add_noise",
     "dmd2_timesteps",
     "grid",
+    "named",
     "needs_noise",
     "own_sampler",
     "sample",
@@ -218,7 +219,7 @@ def own_sampler(config: Mapping[str, Any]) -> str | None:
 
 def unread_fields(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a scheduler config that would change the image, but that this sampler does not read."""
-    return scheduler_config.unread(_sampler(name).scheduler, config)
+    return scheduler_config.unread(named(name).scheduler, config)
 
 
 def table(
@@ -247,35 +248,36 @@ def table(
         UserError: naming what this sampler or scheduler config cannot honour.
     """
     problem = _problem(name, schedule, steps, timesteps, start, eta, _overrides(name, sigmas, timestep_spacing, shift))
-    entry = _sampler(name)
-    if entry.rows is None:
+    chosen = named(name)
+    if chosen.rows is None:
         raise UserError(f"sampler {name} has a loop of its own and no table", "run it with sample()")
-    nodes = entry.nodes(problem)
+    nodes = chosen.nodes(problem)
     count = len(nodes.timesteps)
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < count:
         raise UserError(f"start = {start!r} with {count} steps", f"use a whole number from 0 to {count - 1}")
     scale = 1.0
-    if entry.exploding:
+    if chosen.exploding:
         # y starts as sigma_max N(0, 1); a leading grid starts lower, and there it is sqrt(1 + sigma_max^2) N(0, 1).
         leading = problem.fields["timestep_spacing"] == "leading"
         scale = 1.0 if leading else grids.variance_preserving(nodes.sigmas[0])[1]
-    return Table(tuple(entry.rows(problem, nodes)), first=start, scale=scale, clip=problem.clip, name=name)
+    rows = tuple(chosen.rows(problem, nodes))
+    return Table(rows, tuple(nodes.timesteps), first=start, scale=scale, clip=problem.clip, name=name)
 
 
 def grid(name: str, schedule: NoiseSchedule, steps: int | None = None, **changes: Any) -> list[float]:
     """The timesteps at which a sampler calls the model, high noise first; `changes` as in `table`."""
-    entry = _sampler(name)
-    if entry.grid is not None:
-        steps = entry.steps if steps is None else steps
+    chosen = named(name)
+    if chosen.grid is not None:
+        steps = chosen.steps if steps is None else steps
         grids.check_steps(steps, schedule.T)
-        return entry.grid(schedule, steps)
+        return chosen.grid(schedule, steps)
     problem = _problem(name, schedule, steps, None, 0, None, _overrides(name, **changes))
-    return entry.nodes(problem).timesteps
+    return chosen.nodes(problem).timesteps
 
 
 def needs_noise(name: str, *, eta: float | None = 0.0) -> bool:
     """Whether `sample` has to be given `noise`."""
-    chosen = _sampler(name)
+    chosen = named(name)
     return chosen.stochastic or ("eta" in chosen.options and bool(eta and eta > 0))
 
 
@@ -316,7 +318,7 @@ def sample(
         UserError: unknown name or option, step count outside 1..T, a grid outside the schedule, missing noise, and what
             `table` refuses.
     """
-    chosen = _sampler(name)
+    chosen = named(name)
     hooks: dict[str, Any] = dict(noise=noise, callback=callback, constrain=constrain)
     if chosen.function is None:
         if unknown := set(options) - {"eta", "sigmas", "timestep_spacing", "shift"}:
@@ -341,14 +343,14 @@ def _problem(
     eta: float | None,
     overrides: Mapping[str, Any],
 ) -> Problem:
-    entry = _sampler(name)
-    if eta is not None and "eta" not in entry.options:
+    chosen = named(name)
+    if eta is not None and "eta" not in chosen.options:
         fix = f"leave it out; samplers with it: {', '.join(n for n, e in SAMPLERS.items() if 'eta' in e.options)}"
         raise UserError(f"sampler {name} has no option eta", fix)
     if timesteps is not None and steps is not None and steps != len(timesteps):
         raise UserError(f"steps = {steps}, but {len(timesteps)} timesteps are given", "give one of the two")
-    fields = scheduler_config.settings(entry.scheduler, schedule.fields | dict(overrides), entry.pinned)
-    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
+    fields = scheduler_config.settings(chosen.scheduler, schedule.fields | dict(overrides), chosen.pinned)
+    count = len(timesteps) if timesteps is not None else chosen.steps if steps is None else steps
     if timesteps is None:
         grids.check_steps(count, schedule.T)
     given = None if timesteps is None else tuple(timesteps)
@@ -369,7 +371,7 @@ def _overrides(
     if shift is not None:
         made["flow_shift"] = shift
     wanted = [field for field, value in made.items() if value is not False]
-    read = _sampler(name).fields
+    read = named(name).fields
     for option, value in (("sigmas", sigmas), ("timestep_spacing", timestep_spacing), ("shift", shift)):
         for needed in wanted if value is not None else ():
             belongs = {"timestep_spacing": "timestep_spacing", "flow_shift": "shift"}.get(needed, "sigmas")
@@ -382,7 +384,12 @@ def _overrides(
     return made
 
 
-def _sampler(name: str) -> Sampler:
+def named(name: str) -> Sampler:
+    """The entry of `SAMPLERS`.
+
+    Raises:
+        UserError: for another name.
+    """
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}", "use one of " + ", ".join(SAMPLERS))
     return SAMPLERS[name]

@@ -22,7 +22,7 @@ _ZERO_SNR = dict(rescale_betas_zero_snr=False)
 _FLOW = dict(use_flow_sigmas=False, flow_shift=1.0, use_dynamic_shifting=False, time_shift_type="exponential")
 _DISCRETE = _COMMON | _CLIP | _THRESHOLD | _ZERO_SNR | dict(timestep_spacing="leading")
 _SOLVER = _COMMON | _SIGMAS | _THRESHOLD | _FLOW | dict(solver_order=2, lower_order_final=True)
-_DPM = dict(algorithm_type="dpmsolver++", solver_type="midpoint", final_sigmas_type="zero")
+_DPM: dict[str, Any] = dict(algorithm_type="dpmsolver++", solver_type="midpoint", final_sigmas_type="zero")
 _DPM |= dict(lambda_min_clipped=-math.inf, variance_type=None)
 _DISTILLED = _DISCRETE | dict(
     beta_start=0.00085,
@@ -43,11 +43,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     | _SIGMAS
     | _ZERO_SNR
     | dict(
-        interpolation_type="linear",
-        timestep_type="discrete",
-        final_sigmas_type="zero",
-        sigma_min=None,
-        sigma_max=None,
+        interpolation_type="linear", timestep_type="discrete", final_sigmas_type="zero", sigma_min=None, sigma_max=None
     ),
     "EulerAncestralDiscreteScheduler": _COMMON | _ZERO_SNR,
     "HeunDiscreteScheduler": _COMMON
@@ -92,8 +88,9 @@ def _number(value: Any) -> bool:
 
 def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: (
-        isinstance(value, (list, tuple)) or hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1
-    ) and all(test(entry) for entry in (value.tolist() if hasattr(value, "tolist") else value))
+        (isinstance(value, (list, tuple)) or hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1)
+        and all(test(entry) for entry in (value.tolist() if hasattr(value, "tolist") else value))
+    )
 
 
 def _whole(least: int) -> _Kind:

@@ -58,12 +58,11 @@ def _step(
     if len(slopes) == 1:
         weights = [0.5]
     else:
-        weights = np.linalg.solve(
-            np.array([[ratio**k for ratio in ratios] for k in range(len(ratios))]),
-            np.array([_phi(k + 2, signed) * math.factorial(k + 1) * signed / b for k in range(len(ratios))]),
-        )
+        powers = np.array([[ratio**k for ratio in ratios] for k in range(len(ratios))])
+        moments = [_phi(k + 2, signed) * math.factorial(k + 1) * signed / b for k in range(len(ratios))]
+        weights = np.linalg.solve(powers, np.array(moments)).tolist()
     for weight, slope in zip(weights, slopes, strict=True):
-        following = following - scale * b * float(weight) * slope
+        following = following - scale * b * weight * slope
     return following
 
 
