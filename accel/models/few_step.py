@@ -1,7 +1,7 @@
 """Few-step models by name: each family is sampled in one way only, and another way gives another image in silence.
 
-A family is known by the name of a weight file, a LoRA, a folder or a hub id, as it was published; LCM and SDXL-Turbo also
-by their scheduler. To add one: a row of `FAMILIES`.
+A family is known by the published name of a weight file, a LoRA, a folder or a hub id; LCM and SDXL-Turbo also by their
+scheduler. To add one: a row of `FAMILIES`.
 """
 
 from __future__ import annotations

@@ -82,13 +82,13 @@ def discrete(problem: Problem) -> Grid:
     """Whole timesteps (DDIM, DDPM): the spacings of arXiv 2305.08891, table 2."""
     given = problem.timesteps
     ts = spaced(problem, points=problem.steps, whole=True) if given is None else given
-    return Grid(_falling(problem, ts), [])
+    return Grid(_numbers(ts), [])
 
 
 def distilled(problem: Problem) -> Grid:
     """Every k-th of the timesteps that an LCM was distilled on (arXiv 2310.04378, section 4.3)."""
     if problem.timesteps is not None:
-        return Grid(_falling(problem, problem.timesteps), [])
+        return Grid(_numbers(problem.timesteps), [])
     schedule, steps, original = problem.schedule, problem.steps, problem.fields["original_inference_steps"]
     if not 1 <= original <= schedule.T:
         raise refused("original_inference_steps", original, f"use a whole number from 1 to {schedule.T}")
@@ -99,7 +99,7 @@ def distilled(problem: Problem) -> Grid:
         )
     grid = np.arange(1, original + 1) * (schedule.T // original) - 1
     chosen = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
-    return Grid(_falling(problem, grid[::-1][chosen]), [])
+    return Grid(_numbers(grid[::-1][chosen]), [])
 
 
 def dmd2_timesteps(steps: int, T: int = 1000, *, one_step: int | None = None) -> list[int]:  # noqa: N803 (the papers')
@@ -123,7 +123,7 @@ def dmd2_timesteps(steps: int, T: int = 1000, *, one_step: int | None = None) ->
 def dmd2(problem: Problem) -> Grid:
     given = problem.timesteps
     ts = dmd2_timesteps(problem.steps, problem.schedule.T) if given is None else given
-    return Grid(_falling(problem, ts), [])
+    return Grid(_numbers(ts), [])
 
 
 def variance_exploding(problem: Problem) -> Grid:
@@ -142,8 +142,8 @@ def variance_exploding(problem: Problem) -> Grid:
     last = float(train[0]) if fields.get("final_sigmas_type") == "sigma_min" else 0.0
     levels = _float32([*sigmas, last])[: steps + 1]
     if fields.get("timestep_type") == "continuous" and fields["prediction_type"] == "v_prediction":
-        return Grid([0.25 * math.log(s) for s in levels[:-1]], _levels(levels))
-    return Grid(_within(problem, _float32(ts)), _levels(levels))
+        return Grid([0.25 * math.log(s) for s in levels[:-1]], levels)
+    return Grid(_float32(ts), levels)
 
 
 def heun(problem: Problem) -> Grid:
@@ -178,7 +178,7 @@ def logarithmic(problem: Problem) -> Grid:
     else:
         last = float(train[0])
     levels = _float32([*sigmas, last])
-    return Grid(_within(problem, [int(t) if t == int(t) else float(t) for t in ts]), _levels(levels))
+    return Grid(_numbers(ts), levels)
 
 
 def spaced(problem: Problem, *, points: int, whole: bool) -> list[float]:
@@ -194,7 +194,7 @@ def spaced(problem: Problem, *, points: int, whole: bool) -> list[float]:
     else:
         ts = np.linspace(0, end - 1, points)[::-1][:steps]
         ts = np.round(ts) if whole else ts
-    return [int(t) if t == int(t) else float(t) for t in ts]
+    return _numbers(ts)
 
 
 def sigma_spacing(problem: Problem) -> str | None:
@@ -296,36 +296,31 @@ def check_steps(steps: int, limit: int) -> None:
         raise UserError(f"invalid steps: {steps!r} (expected an integer from 1 to {limit})", "such as 4 or 25")
 
 
-def _float32(values: Any) -> list[float]:
-    return [int(v) if v == int(v) else v for v in map(float, np.asarray(values, np.float32))]
+def verify(problem: Problem, grid: Grid, order: int) -> None:
+    """Refuse a grid that leaves the schedule or does not fall at every step; only the end may stay where it was.
 
-
-def _falling(problem: Problem, timesteps: Sequence[float]) -> list[float]:
-    """The grid as Python numbers, verified: within the schedule and strictly falling."""
-    ts = [int(t) if t == int(t) else float(t) for t in timesteps]
-    if not ts or any(b >= a for a, b in zip(ts, ts[1:], strict=False)):
-        raise UserError(f"timesteps {_short(ts)} must fall strictly", "use fewer steps, or another timestep_spacing")
-    return _within(problem, ts)
-
-
-def _within(problem: Problem, ts: list[float]) -> list[float]:
-    if problem.timesteps is not None and any(b >= a for a, b in zip(ts, ts[1:], strict=False)) or not ts:
-        raise UserError(f"timesteps {_short(ts)} must fall strictly", "use fewer steps, or another timestep_spacing")
-    if max(ts) > problem.schedule.T - 1 or min(ts) < 0:
+    Args:
+        order: rows per step.
+    """
+    ts, sigmas = grid.timesteps, [*grid.sigmas[:1], *grid.sigmas[1::order]]
+    given = problem.timesteps
+    if not ts or given is not None and any(b >= a for a, b in zip(given, given[1:], strict=False)):
+        raise UserError(f"timesteps {_short(given or ts)} must fall strictly", "use fewer steps, or other timesteps")
+    if any(b >= a for a, b in zip(sigmas, sigmas[1:-1], strict=False)) or sigmas and sigmas[-1] > sigmas[-2]:
+        message = f"noise levels {_short(sigmas)}, and with them the timesteps, must fall strictly"
+        raise UserError(message, "use fewer steps, or another timestep_spacing")
+    if problem.fields.get("timestep_type") != "continuous" and (max(ts) > problem.schedule.T - 1 or min(ts) < 0):
         message = f"timesteps {_short(ts)} leave the schedule's 0..{problem.schedule.T - 1}"
         raise UserError(message, "use fewer steps, or a lower steps_offset")
-    return ts
 
 
-def _levels(sigmas: list[float]) -> list[float]:
-    """Sigmas, verified: strictly falling; only the end may be equal to the level before it."""
-    *levels, last = sigmas
-    if any(b >= a for a, b in zip(levels, levels[1:], strict=False)) or last > levels[-1]:
-        raise UserError(
-            f"noise levels {_short(sigmas)}: timesteps must fall strictly",
-            "use fewer steps, or another timestep_spacing",
-        )
-    return [float(s) for s in sigmas]
+def _float32(values: Any) -> list[float]:
+    return _numbers(np.asarray(values, np.float32))
+
+
+def _numbers(values: Any) -> list[float]:
+    """Python numbers, whole where they are."""
+    return [int(v) if v == int(v) else v for v in map(float, values)]
 
 
 def _short(ts: Sequence[float]) -> str:

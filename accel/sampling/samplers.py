@@ -252,6 +252,7 @@ def table(
     if chosen.rows is None:
         raise UserError(f"sampler {name} has a loop of its own and no table", "run it with sample()")
     nodes = chosen.nodes(problem)
+    grids.verify(problem, nodes, chosen.order)
     count = len(nodes.timesteps)
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < count:
         raise UserError(f"start = {start!r} with {count} steps", f"use a whole number from 0 to {count - 1}")
