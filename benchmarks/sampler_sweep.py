@@ -1,6 +1,7 @@
 """Every sampler against its class of diffusers, field by field: `docs/samplers.md`'s table and its JSON.
 
     python benchmarks/sampler_sweep.py            # measures, writes benchmarks/sampler-sweep.json and the docs' table
+    python benchmarks/sampler_sweep.py --page     # writes the table anew from the JSON
 
 For each scheduler class, each field of its `__init__` is set to each of its `VALUES`, the others staying at a Stable
 Diffusion's; both sides draw from the same noise with a closed-form model in float64, for each of `STEPS`. A cell is the
@@ -27,8 +28,9 @@ import numpy as np
 import torch
 
 from accel.errors import UserError
+from accel.models.few_step import FAMILIES
 from accel.sampling import scheduler_config
-from accel.sampling.samplers import NoiseSchedule, own_sampler, sample, table
+from accel.sampling.samplers import SAMPLERS, NoiseSchedule, own_sampler, sample
 
 STEPS = (1, 2, 4, 8, 13, 20, 25, 30, 50)
 TOLERANCE = 1e-5
@@ -175,7 +177,6 @@ def difference(cls: type, change: dict[str, Any], steps: int) -> float | str:
         options = {"eta": ETA[cls.__name__]} if cls.__name__ in ETA else {}
         schedule = NoiseSchedule.from_scheduler(stored)
         ours = sample(name, model, x, schedule, steps, noise=noise.__getitem__, **options)
-        assert len(table(name, schedule, steps).rows) == len(table(name, schedule, steps).timesteps)
     except UserError as error:
         return f"{error.message}; {error.fix}"
     if reason:
@@ -203,14 +204,57 @@ def measure(steps: tuple[int, ...] = STEPS) -> dict[str, dict[str, Any]]:
     return found
 
 
-if __name__ == "__main__":
-    import time
+def page(record: dict[str, dict[str, Any]]) -> str:
+    """The table of the docs: scheduler classes across, fields down."""
+    names = list(record)
+    short = [name.removesuffix("Scheduler") for name in names]
+    rows = [f"| field | {' | '.join(short)} |", "|---|" + "---|" * len(names)]
+    notes: dict[str, str] = {}
+    for field in dict.fromkeys(field for cells in record.values() for field in cells):
+        shown = []
+        for name in names:
+            cell = record[name].get(field)
+            text = "." if cell is None else f"{cell['largest']:.0e}" if cell["largest"] is not None else "refused"
+            for change, reason in (cell or {"refused": {}})["refused"].items():
+                note = f"{name.removesuffix('Scheduler')}, `{change}`: {reason}"
+                text += f" [{list(notes).index(note) + 1 if note in notes else len(notes) + 1}]"
+                notes.setdefault(note, "")
+            shown.append(text)
+        rows.append(f"| `{field}` | {' | '.join(shown)} |")
+    return "\n".join([*rows, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
-    began = time.time()
-    result = measure(tuple(map(int, sys.argv[1].split(","))) if len(sys.argv) > 1 else STEPS)
-    for name, cells in result.items():
-        for field, cell in cells.items():
-            bad = cell["largest"] is None or cell["largest"] > TOLERANCE
-            if bad or cell["refused"]:
-                print("***" if bad else "   ", name, field, cell["largest"], cell["refused"])
-    print(time.time() - began)
+
+def names_table() -> str:
+    return "\n".join(
+        f"| `{name}`, {entry.steps} | `{entry.scheduler}` | {entry.description} |" for name, entry in SAMPLERS.items()
+    )
+
+
+def few_step_table() -> str:
+    """The families of few-step models, for the docs."""
+    rows = [
+        "| `--few-step` | published as | sampler | steps | guidance | options | from |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        options = dict(family.options) | dict(family.fields)
+        options |= {"timesteps": list(family.timesteps)} if family.timesteps else {}
+        guidance = "usual" if family.guidance is None else f"{family.guidance:g}"
+        shown = ", ".join(f"{key} {value}" for key, value in options.items())
+        sampler = f"`{family.sampler}`" if family.sampler else "the folder's own"
+        rows.append(
+            f"| `{family.name}` | {family.published} | {sampler} | {family.steps} | {guidance} | {shown} | "
+            f"{family.source} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    from pages import put
+
+    if sys.argv[1:] != ["--page"]:
+        found = {"diffusers": diffusers.__version__, "steps": STEPS, "tolerance": TOLERANCE, "classes": measure()}
+        RECORD.write_text(json.dumps(found, indent=1) + "\n")
+    put(PAGE, "sampler-sweep", page(json.loads(RECORD.read_text())["classes"]))
+    put(PAGE, "sampler-names", names_table())
+    put(PAGE, "few-step", few_step_table())

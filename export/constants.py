@@ -122,7 +122,7 @@ def _notes(source: Source, sampling: Sampling, config: dict[str, Any]) -> Iterat
     scheduler, entry = str(config["_class_name"]), SAMPLERS[sampling.sampler]
     found, carried = source.recognised(), source.sampler()
     how = f"{sampling.sampler}, {sampling.count} steps, guidance {sampling.guidance:g}"
-    if found is not None and carried is not None and carried.get("name") == sampling.sampler:
+    if found is not None and (found.family.sampler or sampling.sampler) == sampling.sampler:
         yield f"a few-step model of family {found.family.name} (by {found.by}): sampled with {how}"
     elif entry.scheduler != scheduler and (carried is None or carried.get("name") != sampling.sampler):
         yield f"the model's own scheduler is {scheduler}; the bundle is sampled with {how} instead"

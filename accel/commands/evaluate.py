@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="folder of the images and the result; an interrupted run continues there"
     )
-    parser.add_argument("--sampler", help=f"{sampler_names('pndm')} (default: the protocol's)")
+    parser.add_argument("--sampler", help=f"{sampler_names()} (default: the protocol's)")
     parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="evaluate only the first LIMIT images")
