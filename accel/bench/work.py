@@ -35,7 +35,8 @@ class BenchSettings:
         seed: of the first image; the others count on.
         batch: images per call.
         height, width: pixels; None for the bundle's own.
-        steps, guidance: None for the bundle's own.
+        sampler, steps, guidance: None for the bundle's own.
+        options: of the sampler (`accel.sampling.constants.OPTIONS`).
         rounds: samples per variant and scope.
         seconds: stop the rounds after this long, though never before five.
         warmup: untimed calls of each scope, at least two.
@@ -48,8 +49,10 @@ class BenchSettings:
     batch: int = 1
     height: int | None = None
     width: int | None = None
+    sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 10
     seconds: float | None = None
     warmup: int = 2
@@ -72,8 +75,10 @@ class BenchSettings:
             "seed": self.seed,
             "height": self.height,
             "width": self.width,
+            "sampler": self.sampler,
             "steps": self.steps,
             "guidance_scale": self.guidance,
+            **self.options,
             **({"control_image": self.control} if self.control else {}),
         }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..progress import progress
+from .options import add_sampling, sampler_options
 
 EXAMPLE = "accel bench my-bundle --engines eager,compile,openvino:bf16 --json bench.json --html bench.html"
 
@@ -31,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's own)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's own)")
+    add_sampling(parser)
     parser.add_argument(
         "--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
     )
@@ -77,8 +77,10 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
         batch=args.batch,
         height=args.height,
         width=args.width,
+        sampler=args.sampler,
         steps=args.steps,
         guidance=args.guidance,
+        options=sampler_options(args),
         rounds=args.rounds,
         seconds=args.seconds,
         memory=not args.no_memory,
@@ -99,11 +101,14 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
 
 def _command(args: argparse.Namespace) -> str:
     """What was typed, to type it again elsewhere: names of folders and files only, no paths."""
+    from ..sampling.constants import OPTIONS
+
     words = ["accel bench", Path(args.bundle).resolve().name]
-    for name in ("engines", "seed", "batch", "height", "width", "steps", "guidance", "rounds", "seconds"):
+    named = ("engines", "seed", "batch", "height", "width", "sampler", "steps", "guidance", "rounds", "seconds")
+    for name in (*named, *OPTIONS):
         value = getattr(args, name)
         if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):
-            words.append(f"--{name} {value}")
+            words.append(f"--{name.replace('_', '-')} {value}")
     words += [f"--prompt {json.dumps(prompt)}" for prompt in args.prompt or ()]
     words += [f"--control {Path(args.control).name}"] if args.control else []
     return " ".join(words + ["--no-memory"] * args.no_memory)
