@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Manifest
-from ..errors import UserError
+from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling import samplers as sampler
 from ..sampling.linear import Table
@@ -204,6 +205,9 @@ def plan(
         timesteps = made.timesteps
     elif timesteps is None:
         timesteps = sampler.grid(name, schedule, steps)
+    if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
+        fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
+        warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
     return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
 
 

@@ -41,9 +41,9 @@ def own_sampler(config: Mapping[str, Any]) -> str | None:
         UserError: naming the field, where the class is known and a value of it is not.
     """
     scheduler = str(config.get("_class_name", ""))
-    scheduler_config.check(config)
     if scheduler not in scheduler_config.CLASSES:
         return None
+    scheduler_config.check(config)
     made = scheduler_config.settings(scheduler, config, {})
     for name, entry in SAMPLERS.items():
         if name != "dmd2" and entry.scheduler == scheduler and dict(entry.pinned).items() <= made.items():
