@@ -21,6 +21,8 @@ from .weight_files import SAFETENSORS, aliases, read, read_header
 Tensors = Mapping[str, torch.Tensor]
 
 UNET, VAE, TEXT, TEXT_XL = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders."
+# Empty tensors by which a file says how it is sampled (`marks`).
+MARKS = ("v_pred", "ztsnr")
 # The hub repositories whose tokenizers and configs are fetched where no base folder is given.
 BASES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -94,6 +96,7 @@ def converted(state: Tensors, component: str, config: Mapping[str, Any]) -> dict
 
 def plain(state: Tensors, component: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Loose weights of one component: diffusers' names as they are, the original code's converted."""
+    state = {key: value for key, value in state.items() if key not in MARKS}
     if any(key.startswith((UNET, VAE, TEXT, TEXT_XL)) for key in state):
         return converted(state, component, config)
     if component == "unet" and any(key.startswith("input_blocks.") for key in state):

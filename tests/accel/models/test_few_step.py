@@ -15,7 +15,7 @@ from accel.assets import resolve
 from accel.cli import main
 from accel.errors import UserError
 from accel.export.constants import chosen_sampling, own_sampling
-from accel.models import few_step
+from accel.models import few_step, single_file
 from accel.models.source import open_source
 from accel.sampling.samplers import NoiseSchedule, grid, sample, table
 
@@ -259,3 +259,22 @@ def test_diffusers_draws_the_same_with_the_scheduler_that_is_written(timesteps, 
             noise=noise.__getitem__,
         )
         assert np.allclose(ours, y, atol=1e-5 * float(y.abs().max()))
+
+
+def test_a_file_that_marks_itself_as_v_prediction_is_sampled_so(tmp_path, smallest):
+    weight = torch.zeros(1)
+    save_file({"x": weight, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "marked.safetensors")
+    marks = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert single_file.marks(tmp_path / "marked.safetensors") == marks
+    torch.save({"x": weight, "v_pred": torch.zeros(0)}, tmp_path / "marked.ckpt")
+    assert single_file.marks(tmp_path / "marked.ckpt") == {"prediction_type": "v_prediction"}
+    for key, value, found in (
+        ("modelspec.prediction_type", "v", "v_prediction"),
+        ("modelspec.predict_key", "epsilon", "epsilon"),
+        ("modelspec.title", "v", None),
+    ):
+        save_file({"x": weight}, tmp_path / "spec.safetensors", metadata={key: value})
+        assert single_file.marks(tmp_path / "spec.safetensors").get("prediction_type") == found
+    state = open_source(smallest).load("unet").state_dict()
+    save_file(dict(state) | {"v_pred": torch.zeros(0)}, tmp_path / "unet.safetensors")
+    assert open_source(smallest, unet=tmp_path / "unet.safetensors").scheduler()["prediction_type"] == "v_prediction"
