@@ -97,7 +97,8 @@ class Source:
         found = by_file or self.recognised()
         if found is None:
             return None
-        made = found.family.constants(found.steps, self.usual_guidance)
+        embeds = self.config("unet").get("time_cond_proj_dim") is not None
+        made = found.family.constants(found.steps, self.usual_guidance if embeds else 0.0)
         return made | ({} if made["name"] else {"name": own_sampler(self.scheduler())})
 
     @property

@@ -1,5 +1,6 @@
 """Few-step models as they are published: known by their names, and sampled as their authors' own examples do."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -194,6 +195,14 @@ def test_an_lcm_with_guidance_as_an_input_is_guided_as_its_pipeline_is(source_co
     assert own_sampling(open_source(source_copy)).guidance == 7.5
     write("model_index.json", _class_name="LatentConsistencyModelPipeline")
     assert own_sampling(open_source(source_copy)).guidance == 8.5
+
+
+def test_an_lcm_lora_on_an_ordinary_unet_is_not_guided(smallest, tmp_path):
+    from accel.models.lora import LoraFile
+
+    file = LoraFile(tmp_path / "lcm-lora-sdv1-5" / "pytorch_lora_weights.safetensors", 1.0)
+    source = dataclasses.replace(open_source(smallest), loras=(file,))
+    assert source.sampler() == {"name": "lcm", "steps": 4, "guidance": 0.0}
 
 
 def test_a_models_own_scheduler_is_what_is_sampled_with_or_refused_before_the_export(source_copy, tmp_path, capsys):
