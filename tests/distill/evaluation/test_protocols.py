@@ -99,7 +99,7 @@ def test_what_differs_is_named_and_what_is_named_differs(sampler, steps, guidanc
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        ({"sampler": "ddpm"}, "ddpm"),
+        ({"sampler": "plms"}, "plms"),
         ({"steps": 0}, "steps"),
         ({"steps": True}, "steps"),
         ({"guidance": -1}, "guidance"),
