@@ -418,7 +418,7 @@ def never_load(monkeypatch):
         ({"components": ()}, "no component"),
         ({"profile": "size=100"}, "multiple"),
         ({"profile": "huge"}, "huge"),
-        ({"sampler": {"name": "ddpm", "steps": 4, "guidance": 1}}, "ddpm"),
+        ({"sampler": {"name": "plms", "steps": 4, "guidance": 1}}, "plms"),
         ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "invalid steps: 0"),
         ({"sampler": {"name": "ddim", "guidance": 1}}, "invalid steps: None"),
         ({"sampler": {"name": "ddim", "steps": 4, "guidance": float("nan")}}, "invalid guidance: nan"),

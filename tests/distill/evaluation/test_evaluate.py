@@ -372,7 +372,7 @@ def test_another_rank_says_that_its_images_are_there(made, capsys, monkeypatch):
         (["--limit", "501"], ["501", "500"]),
         (["--steps", "0"], ["steps"]),
         (["--guidance", "nan"], ["guidance"]),
-        (["--sampler", "ddpm"], ["ddpm"]),
+        (["--sampler", "plms"], ["plms"]),
         (["--batch", "0"], ["batch"]),
         (["--engine", "openvino"], ["accel export"]),
         (["--threads", "2"], ["threads"]),
