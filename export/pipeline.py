@@ -19,7 +19,7 @@ from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
 from accel.files import new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.constants import checked_sampling, own_sampling, pipeline_constants
+from accel.models.constants import check_runs, checked_sampling, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -146,6 +146,7 @@ def _export_float(
     names = _component_names(source, options.components)
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
+    check_runs(source, sampling)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
@@ -164,7 +165,7 @@ def _export_float(
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
             records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
-        copy_pipeline_files(source, folder)
+        copy_pipeline_files(source, folder, sampling)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -172,7 +173,9 @@ def _export_float(
             sampler=sampling.as_dict(),
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(parts)} | source.record(),
+            source={"name": source.name, "weights_sha256": source.digest(parts)}
+            | {"scheduler": source.scheduler()["_class_name"]}
+            | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": options.opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,

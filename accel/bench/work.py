@@ -36,6 +36,7 @@ class BenchSettings:
         batch: images per call.
         height, width: pixels; None for the bundle's own.
         sampler, steps, guidance: None for the bundle's own.
+        options: of the sampler (`accel.sampling.constants.OPTIONS`).
         rounds: samples per variant and scope.
         seconds: stop the rounds after this long, though never before five.
         warmup: untimed calls of each scope, at least two.
@@ -50,6 +51,7 @@ class BenchSettings:
     height: int | None = None
     width: int | None = None
     sampler: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     guidance: float | None = None
     rounds: int = 10
@@ -76,6 +78,7 @@ class BenchSettings:
             "height": self.height,
             "width": self.width,
             "sampler": self.sampler,
+            **self.options,
             "steps": self.steps,
             "guidance_scale": self.guidance,
             **({"control_image": self.control} if self.control else {}),

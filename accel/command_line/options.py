@@ -59,21 +59,45 @@ def add_size(parser: Any) -> None:
         parser.add_argument(f"--{side}", type=int, metavar="PX", help="pixels (default: the model's own size)")
 
 
-def add_sampling(parser: Any, others: tuple[str, ...] = (), whose: str = "the model's own") -> None:
+def add_sampling(parser: Any, *, whose: str = "the model's own", options: bool = True) -> None:
     """`--sampler`, `--steps` and `--guidance`.
 
     Args:
-        others: further samplers to take.
         whose: what holds where an option is not given.
+        options: add the sampler's own options as well, see `sampler_options`.
     """
     from ..sampling.samplers import SAMPLERS
 
-    names = (*SAMPLERS, *others)
-    text = f"{', '.join(names)} (default: {whose})"
-    parser.add_argument("--sampler", type=one_of("sampler", names), metavar="NAME", help=text)
+    text = f"{', '.join(SAMPLERS)} (default: {whose})"
+    parser.add_argument("--sampler", type=one_of("sampler", SAMPLERS), metavar="NAME", help=text)
     parser.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (default: {whose})")
     text = f"guidance scale; 0 or 1 for none (default: {whose})"
     parser.add_argument("--guidance", type=float, metavar="SCALE", help=text)
+    if options:
+        _add_sampler_options(parser)
+
+
+def _add_sampler_options(parser: Any) -> None:
+    """What may be said of a sampler beside its name and steps: `accel.sampling.constants.OPTIONS`."""
+    from ..sampling.samplers import SIGMAS
+
+    own = "(default: what the scheduler's config says)"
+    names = (*SIGMAS, "none")
+    text = f"spacing of the noise levels: {', '.join(names)} {own}"
+    parser.add_argument("--sigmas", type=one_of("sigmas", names), metavar="NAME", help=text)
+    names = ("leading", "trailing", "linspace")
+    parser.add_argument("--timestep-spacing", choices=names, help=f"of the timesteps {own}")
+    text = "noise in every step, 0 to 1: of ddim, and tcd's gamma (default: 0)"
+    parser.add_argument("--eta", type=float, metavar="ETA", help=text)
+    text = f"shift of the noise levels of a flow-matching model {own}"
+    parser.add_argument("--shift", type=float, metavar="SHIFT", help=text)
+
+
+def sampler_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a sampler that were given, by name."""
+    from ..sampling.constants import OPTIONS
+
+    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
 
 
 def add_engine(parser: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import DIGITS_PROMPTS, knows_only_digits
-from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of
+from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of, sampler_options
 from ..command_line.parser import WrongUse, renamed
 from ..errors import Notice, UserError
 from ..progress import progress
@@ -101,6 +101,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
         height=args.height,
         width=args.width,
         sampler=args.sampler,
+        options=sampler_options(args),
         steps=args.steps,
         guidance=args.guidance,
         rounds=args.rounds,
@@ -126,11 +127,14 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
 
 def _command(args: argparse.Namespace) -> str:
     """What was typed, to type it again elsewhere: names of folders and files only, no paths."""
+    from ..sampling.constants import OPTIONS
+
     words = ["accel bench", Path(args.bundle).resolve().name]
-    for name in "engine seed batch height width sampler steps guidance rounds seconds threads".split():
+    named = "engine seed batch height width sampler steps guidance rounds seconds threads".split()
+    for name in (*named, *OPTIONS):
         value = getattr(args, name)
         if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):
-            words.append(f"--{name} {value}")
+            words.append(f"--{name.replace('_', '-')} {value}")
     words += [f"--prompt {json.dumps(prompt)}" for prompt in args.prompt or ()]
     words += [f"--prompt-file {Path(args.prompt_file).name}"] if args.prompt_file else []
     words += [f"--control {Path(args.control).name}"] if args.control else []

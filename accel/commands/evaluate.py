@@ -29,7 +29,7 @@ def add_arguments(parser: Any) -> None:
     text = "folder of the images and the result; an interrupted run continues there"
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="start again, without the images that are there")
-    add_sampling(parser, ("pndm",), whose="the protocol's")
+    add_sampling(parser, whose="the protocol's", options=False)
     parser.add_argument("--images", type=int, metavar="N", help="evaluate only the first N images of the protocol")
     renamed(parser, "--limit", "--images")
     text = "images per call (default: the protocol's); changes only the speed"

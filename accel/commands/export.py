@@ -17,8 +17,9 @@ from ..command_line.options import (
     build_engine_files,
     build_options,
     next_command,
+    sampler_options,
 )
-from ..command_line.parser import WrongUse, renamed, several
+from ..command_line.parser import WrongUse, one_of, renamed, several
 from ..dtypes import INT8, PRECISIONS
 from ..errors import UserError
 from ..int8 import summary
@@ -28,12 +29,14 @@ EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits
 COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 
 def add_arguments(parser: Any) -> None:
     from ..bundle.shape_profiles import PROFILES
+    from ..models.few_step import FAMILIES
 
     parser.add_argument(
         "model",
@@ -65,7 +68,13 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 24 (default: 20)")
     text = "threads of torch while it traces and compares (default: one for each core)"
     parser.add_argument("--threads", type=int, metavar="N", help=text)
-    add_sampling(parser.add_argument_group("sampler to store in the bundle"), whose="the model's own")
+    group = parser.add_argument_group("sampler to store in the bundle")
+    add_sampling(group)
+    text = "sample as this kind of few-step model, where its files' names do not say it; none for an ordinary one"
+    names = (*(family.name for family in FAMILIES), "none")
+    group.add_argument(
+        "--few-step", type=one_of("few-step model", names), metavar="NAME", help=f"{text}: {', '.join(names)}"
+    )
     _add_parts(parser.add_argument_group("parts from elsewhere"))
     _add_int8(parser.add_argument_group("int8"))
     parser.add_argument(
@@ -237,6 +246,7 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            few_step=args.few_step,
         )
     )
     with progress() as report:
@@ -308,19 +318,9 @@ def _int8(args: argparse.Namespace) -> Any:
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
-    if args.sampler is None and args.steps is None and args.guidance is None:
+    options = sampler_options(args)
+    if args.sampler is None and args.steps is None and args.guidance is None and not options:
         return None
-    from accel.models.constants import own_sampling
-    from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
+    from accel.models.constants import chosen_sampling
 
-    own = own_sampling(source).as_dict()
-    name = args.sampler or own["name"]
-    if args.steps is not None or name != own["name"]:
-        usual = SAMPLERS[name].steps if name in SAMPLERS else None
-        steps = usual if args.steps is None else args.steps
-        timesteps = grid(name, NoiseSchedule.from_config(source.config("scheduler")), steps)
-        own = {"name": name, "guidance": 0.0 if name == "dmd2" else own["guidance"]}
-        own |= {"timesteps": timesteps} if name == "dmd2" else {"steps": steps}
-    if args.guidance is not None:
-        own["guidance"] = args.guidance
-    return own
+    return chosen_sampling(source, args.sampler, args.steps, args.guidance, options)

@@ -124,7 +124,9 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
         f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
         f"torch {manifest.exporter['torch']}"
     )
-    print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}")
+    options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampler.get("options", {}).items())
+    own = f"; the model's own scheduler: {scheduler}" if (scheduler := manifest.source.get("scheduler")) else ""
+    print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}{options}{own}")
     profile = manifest.profile
     print(
         f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "

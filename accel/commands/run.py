@@ -23,6 +23,7 @@ from ..command_line.options import (
     add_size,
     engine_of,
     prompts_of,
+    sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed
 from ..errors import Notice, UserError
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         target_size=args.target_size,
         prompt_weights=args.prompt_weights,
         progress=True,
+        **sampler_options(args),
     )
     bundle = opened(args.bundle)
     check_call(bundle, **call)

@@ -116,8 +116,11 @@ ARGUMENTS: Mapping[str, Argument] = {
     "callback_on_step_end": Argument(callable, _FUNCTION.format("(pipeline, i, t, tensors)"), "None"),
     "callback_on_step_end_tensor_inputs": Argument(_list_of(_text), "a list of names", "['latents']"),
     "return_dict": _SWITCH,
-    # Options of samplers; an option that is not listed is checked by its sampler alone.
+    # Options of samplers (`accel.sampling.constants.OPTIONS`).
     "eta": Argument(_number, "a number from 0 to 1", "0.0"),
+    "sigmas": Argument(_text, "the name of a spacing", "'karras'"),
+    "timestep_spacing": Argument(_text, "the name of a spacing", "'trailing'"),
+    "shift": Argument(_number, "a number", "3.0"),
 }
 # diffusers' name -> ours.
 RENAMED = {
@@ -132,7 +135,7 @@ RENAMED = {
 _OF_DIFFUSERS: Mapping[str, Any] = {
     **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds")),
     **dict.fromkeys(("negative_pooled_prompt_embeds", "prompt_2", "negative_prompt_2")),
-    **dict.fromkeys(("sigmas", "denoising_start", "denoising_end", "padding_mask_crop", "negative_target_size")),
+    **dict.fromkeys(("denoising_start", "denoising_end", "padding_mask_crop", "negative_target_size")),
     "negative_original_size": None,
     "negative_crops_coords_top_left": (0, 0),
     "guidance_rescale": 0.0,
@@ -146,29 +149,21 @@ _OF_NETWORKS: Mapping[str, Any] = {
 }
 
 
-def sampler_options() -> set[str]:
-    """Names of the arguments that go to the sampler as they are, such as `eta`."""
-    return {option for sampler in SAMPLERS.values() for option in sampler.options}
-
-
 def read(given: Mapping[str, Any], defaults: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by our names, each of the right type; the sampler's own are in `options`.
+    """The arguments of a call by our names, each of the right type.
 
     Args:
         given: our arguments, as they were passed or by default.
         defaults: their defaults.
-        others: what was passed beside them: diffusers' names, and options of the sampler.
+        others: what was passed beside them: diffusers' names.
 
     Raises:
         UserError: for an unknown name, two spellings of one argument, a value of another type, or something that only
             diffusers' pipelines do.
     """
     call = dict(given)
-    options = {name: value for name, value in others.items() if name in sampler_options()}
     passed = {name for name, value in given.items() if value is not defaults.get(name)}
     for name, value in others.items():
-        if name in options:
-            continue
         if name not in ARGUMENTS and name not in RENAMED:
             _refuse_unless_neutral(name, value)
             continue
@@ -182,8 +177,8 @@ def read(given: Mapping[str, Any], defaults: Mapping[str, Any], others: Mapping[
             call[ours] = value
     if call["seed"] is not None and call.get("generator") is not None:
         raise UserError("seed and generator are both given, and each of them makes the noise", "give one of the two")
-    check(call | {name: value for name, value in options.items() if name in ARGUMENTS})
-    return {**call, "options": options}
+    check(call)
+    return call
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -218,7 +213,7 @@ def _refuse_unless_neutral(name: str, value: Any) -> None:
             if value is None or _equal(value, names[name]):
                 return
             raise UserError(f"{name} is something that only diffusers' own pipelines take", fix)
-    known = [*ARGUMENTS, *RENAMED, *sampler_options()]
+    known = [*ARGUMENTS, *RENAMED]
     raise unknown("argument", name, known)
 
 

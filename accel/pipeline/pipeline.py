@@ -22,6 +22,7 @@ from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import Notice, UserError
 from ..sampling import samplers as sampler
+from ..sampling.constants import OPTIONS
 from . import arguments, request
 from .generator_noise import GeneratorNoise
 from .lazy_engines import LazyEngines
@@ -142,7 +143,7 @@ def check_call(bundle: Bundle, **call: Any) -> None:
     """
     unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
     given = arguments.read({**_DEFAULTS, **call}, _DEFAULTS, {})
-    Pipeline(bundle, unloaded)._request(given.pop("options"), given)
+    Pipeline(bundle, unloaded)._request(given)
 
 
 class Pipeline(Resource):
@@ -176,6 +177,10 @@ class Pipeline(Resource):
         steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        eta: float | None = None,
+        sigmas: str | None = None,
+        timestep_spacing: str | None = None,
+        shift: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         image: Any = None,
@@ -202,6 +207,8 @@ class Pipeline(Resource):
             negative_prompt: what to steer away from (with guidance): one text, or one per prompt.
             height, width: pixels, within the bundle's profile; None for the model's own size.
             sampler, steps, timesteps, guidance_scale: how to sample; None for the bundle's own constants.
+            eta, sigmas, timestep_spacing, shift: more of the sampler (`accel.sampling.samplers.table`); None for what
+                the bundle and its scheduler config say.
             num_images_per_prompt: images per prompt.
             seed: of the first image (the others count on from it), or one per image. The same seed gives the same
                 noise on every engine. None draws a new one.
@@ -220,11 +227,10 @@ class Pipeline(Resource):
             output_type: "pil", "np", "pt" or "latent", see `Output.images`.
             callback: called as (i, t, x) after each step with the latents so far.
             progress: show a progress bar on stderr.
-            others: options of the sampler, such as `eta` of ddim; and diffusers' names for the above
-                (`num_inference_steps`, ...). Also diffusers': `generator`, a `torch.Generator` or one per image, whose
-                noise is diffusers' own in text to image; `callback_on_step_end(pipeline, i, t, tensors)`, whose
-                `tensors["latents"]` (torch, unit variance) may be replaced in the dict that it returns; and
-                `return_dict=False` for a tuple.
+            others: diffusers' names for the above (`num_inference_steps`, ...). Also diffusers': `generator`, a
+                `torch.Generator` or one per image, whose noise is diffusers' own in text to image;
+                `callback_on_step_end(pipeline, i, t, tensors)`, whose `tensors["latents"]` (torch, unit variance) may
+                be replaced in the dict that it returns; and `return_dict=False` for a tuple.
 
         Raises:
             UserError: for arguments of a wrong type, or that do not fit each other or the bundle's profile.
@@ -236,7 +242,6 @@ class Pipeline(Resource):
     def _make(
         self,
         *,
-        options: Mapping[str, Any],
         generator: Any = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -246,7 +251,7 @@ class Pipeline(Resource):
         """The images of arguments that have the right types."""
         if missing := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise UserError(f"callback_on_step_end gets latents alone, not {missing.pop()}", "leave that name out")
-        made = self._request(options, call)
+        made = self._request(call)
         if generator is not None:
             made = self._with_generator(made, generator)
         run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
@@ -260,7 +265,7 @@ class Pipeline(Resource):
             return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
         return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds)
 
-    def _request(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> Request:
+    def _request(self, call: Mapping[str, Any]) -> Request:
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
         inputs = ("image", "mask_image", "strength", "control_image", "control_scale", "control_end")
         images = InputImages(*map(call.__getitem__, inputs))
@@ -272,7 +277,7 @@ class Pipeline(Resource):
             call["timesteps"],
             call["guidance_scale"],
             images.strength,
-            options,
+            {name: call[name] for name in OPTIONS},
         )
         return request.complete(
             self._limits(),

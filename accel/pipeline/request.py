@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from ..engines.base import to_numpy
 from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling import samplers as sampler
+from ..sampling.linear import Table
+from ..sampling.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class SamplingPlan:
     """How to sample.
 
     Attributes:
-        timesteps: the full grid; `start` leading ones are skipped (image to image).
+        timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
         guided: whether the UNet runs on a doubled batch.
-        options: of the sampler, such as eta, which get them as they are.
+        table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
     """
 
     sampler: str
@@ -34,7 +35,13 @@ class SamplingPlan:
     guidance: float
     guided: bool
     start: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    table: Table | None = None
+
+    def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
+        """An image with the noise that the state has before row i; arrays of one shape and dtype."""
+        if self.table is None:
+            return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
+        return self.table.noised(x0, eps, i)
 
     @property
     def steps(self) -> int:
@@ -172,55 +179,52 @@ def complete(
 
 def plan(
     manifest: Manifest,
-    schedule: sampler.NoiseSchedule,
+    schedule: NoiseSchedule,
     name: str | None,
     steps: int | None,
     timesteps: Sequence[float] | None,
     guidance: float | None,
     strength: float | None,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
 
     Args:
-        options: of the sampler, which gets them as they are; one that asks for nothing (None, 0) may be another's.
+        options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
 
     Raises:
         UserError: for an unknown sampler, or a value outside its limits.
     """
     own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
     name = name or own.sampler
+    entry = sampler.named(name)
     if timesteps is not None and steps not in (None, len(timesteps)):
         raise UserError(f"steps = {steps}, and {len(timesteps)} timesteps are given", "give one of the two")
-    if timesteps is None and steps is None and name == own.sampler:
-        timesteps, steps = own.timesteps, own.steps
-    if timesteps is None:
-        timesteps = sampler.grid(name, schedule, steps)
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    if "eta" not in entry.options and given.get("eta") == 0:
+        del given["eta"]  # asks for nothing, as diffusers' callers do
+    if name == own.sampler:
+        given = dict(own.options) | given
+        if timesteps is None and steps is None:
+            timesteps, steps = own.timesteps, own.steps
     scale = float(own.guidance if guidance is None else guidance)
     if not 0 <= scale < float("inf"):
         raise UserError(
             f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
         )
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
-    start = 0 if strength is None else _start(len(timesteps), strength)
-    kept = _options(name, options)
-    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, kept)
-
-
-def _options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a sampler has.
-
-    Raises:
-        UserError: for one that it does not have and that asks for something.
-    """
-    if name not in sampler.SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}", f"one of: {', '.join(sampler.SAMPLERS)}")
-    own = sampler.SAMPLERS[name].options
-    for option, value in options.items():
-        if option not in own and value not in (None, 0):
-            takers = [other for other, entry in sampler.SAMPLERS.items() if option in entry.options]
-            raise UserError(f"the sampler {name} has no {option}", f"leave it out, or sampler={takers[0]!r}")
-    return {option: value for option, value in options.items() if option in own and value is not None}
+    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
+    start = 0 if strength is None else _start(count, strength) * entry.order
+    made = None
+    if entry.rows is not None:
+        made = sampler.table(name, schedule, steps, timesteps=timesteps, start=start, **given)
+        timesteps = made.timesteps
+    elif timesteps is None:
+        timesteps = sampler.grid(name, schedule, steps)
+    if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
+        fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
+        warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
+    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
 
 
 def _start(steps: int, strength: float) -> int:

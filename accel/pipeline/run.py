@@ -16,6 +16,7 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..sampling import noise
 from ..sampling import samplers as sampler
+from ..sampling.linear import run
 from . import conditioning, control
 from .initial_latents import Start
 from .initial_latents import start as start_from
@@ -125,12 +126,13 @@ class Run:
         add = control.prepare(self.request, chunk, self.manifest, self.engines)
         extra = None if start.extra is None else unet.array(start.extra)
         dtype = spec["sample"].dtype
+        row = plan.start
 
         def model(x: Any, t: float) -> Any:
             sample = x if extra is None else concat([x, extra], axis=1)
             sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(sum(s >= t for s in plan.timesteps) - 1, inputs))["out_sample"], "float32")
+            out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
             if not plan.guided:
                 return out
             without, with_prompt = out[: len(x)], out[len(x) :]
@@ -142,6 +144,8 @@ class Run:
             return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
 
         def after(i: int, t: float, x: Any) -> None:
+            nonlocal row
+            row = i + 1
             bar.advance()
             if callback is not None:
                 callback(i, t, x)
@@ -153,31 +157,24 @@ class Run:
             return x if step_end is None else cast(unet.array(step_end(i, plan.timesteps[i], x)), "float32")
 
         x = cast(unet.array(start.x), "float32")
-        hooks = (extra, keep, callback, step_end)
-        plain = not plan.start and not plan.options and all(hook is None for hook in hooks)
+        plain = not start.noised and all(hook is None for hook in (extra, keep, callback, step_end))
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
             from ..engines.fixed_loop import FixedLoop
 
             guidance = plan.guidance if plan.guided else 0.0
             # Only TensorRT's engine has a cuda_graph.
-            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance)  # type: ignore[arg-type]
-            draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance, plan.table)  # type: ignore[arg-type]
+            draws = max(plan.table.draws, default=-1) + 1 if plan.table else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):
                 bar.advance()
             return to_numpy(x)
-        x = sampler.sample(
-            plan.sampler,
-            model,
-            x,
-            self.schedule,
-            timesteps=plan.timesteps,
-            noise=fresh,
-            callback=after,
-            start=plan.start,
-            constrain=None if keep is None and step_end is None else constrain,
-            **plan.options,
+        hooks: dict[str, Any] = dict(
+            noise=fresh, callback=after, constrain=None if keep is None and step_end is None else constrain
         )
+        if plan.table is not None:
+            return to_numpy(run(plan.table, model, x, noised=start.noised, **hooks))
+        x = sampler.sample(plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, start=plan.start, **hooks)
         return to_numpy(x)
 
     def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:

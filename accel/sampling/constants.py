@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError, unknown
 
 _FIX = 'write {"name": "dpmpp_2m", "steps": 25, "guidance": 7.5}, or "timesteps": [999, 499] instead of "steps"'
+# What may be said of a sampler beside its name and grid.
+OPTIONS = ("eta", "sigmas", "timestep_spacing", "shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class Sampling:
         guidance: scale of classifier-free guidance, at least 0; 0 and 1 mean none.
         steps: number of steps on the sampler's own grid; None where `timesteps` is given.
         timesteps: the grid itself, high noise first.
+        options: further options of the sampler, as `accel.sampling.samplers.table` takes them.
 
     Raises:
         UserError: for a value outside these limits.
@@ -29,6 +32,7 @@ class Sampling:
     guidance: float
     steps: int | None = None
     timesteps: tuple[float, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         grid = self.timesteps
@@ -38,6 +42,8 @@ class Sampling:
             isinstance(grid, (list, tuple)) and grid and all(_is_number(t) and t >= 0 for t in grid)
         ):
             raise UserError(f"invalid timesteps: {grid!r} (expected numbers >= 0, highest first)", _FIX)
+        if not isinstance(self.options, Mapping) or not set(self.options) <= set(OPTIONS):
+            raise UserError(f"invalid options: {self.options!r} (expected {', '.join(OPTIONS)})", _FIX)
         if not (_is_number(self.guidance) and 0 <= self.guidance < float("inf")):
             raise UserError(
                 f"invalid guidance: {self.guidance!r} (expected a number >= 0)",
@@ -46,7 +52,8 @@ class Sampling:
 
     @classmethod
     def from_dict(cls, data: Any, where: str, known: Collection[str] | None = None) -> Sampling:
-        """The constants of a JSON object: `name`, `guidance`, and `steps` or `timesteps`, which goes first.
+        """The constants of a JSON object: `name`, `guidance`, `steps` or `timesteps`, which goes first, and
+        maybe `options`.
 
         Args:
             data: the object; other keys are ignored.
@@ -69,6 +76,7 @@ class Sampling:
                 guidance=data.get("guidance"),  # type: ignore[arg-type]
                 steps=data.get("steps") if timesteps is None else None,
                 timesteps=tuple(timesteps) if isinstance(timesteps, list) else timesteps,
+                options=data.get("options") or {},
             )
         except UserError as error:
             raise UserError(f"{where}: {error.message}", error.fix) from None
@@ -76,7 +84,8 @@ class Sampling:
     def as_dict(self) -> dict[str, Any]:
         """The same as a JSON object, as `from_dict` reads it."""
         grid = {"steps": self.steps} if self.timesteps is None else {"timesteps": list(self.timesteps)}
-        return {"name": self.sampler, **grid, "guidance": self.guidance}
+        made = {"name": self.sampler, **grid, "guidance": self.guidance}
+        return made | ({"options": dict(self.options)} if self.options else {})
 
     @property
     def count(self) -> int:

@@ -28,9 +28,9 @@ from accel.sampling.samplers import SAMPLERS
 def schedulers() -> dict[str, str]:
     """Every sampler that an evaluation can name -> the class of diffusers that runs it for a pipeline folder.
 
-    PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with; only diffusers runs it.
+    PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with.
     """
-    return {"pndm": "PNDMScheduler"} | {name: sampler.scheduler for name, sampler in SAMPLERS.items()}
+    return {name: sampler.scheduler for name, sampler in SAMPLERS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def test_a_damaged_bundle_is_not_run(accel, refused, bundle_copy, tmp_path, edit
         (["--images", "0"], ["0"]),
         (["--images", "-1"], ["-1"]),
         (["--seed", "-1"], ["seed"]),
-        (["--sampler", "ddpm"], ["ddpm", "dpmpp_2m"]),
+        (["--sampler", "plms"], ["plms", "dpmpp_2m"]),
         (["--engine", "cudnn"], ["cudnn", "onnxruntime"]),
         (["--engine", "eager", "--device", "cuda"], ["cuda"]),
         (["--engine", "eager", "--device", "toaster"], ["toaster"]),
