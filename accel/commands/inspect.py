@@ -10,7 +10,6 @@ from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
-from ..pipeline import component_names
 from ..trt import engine_files, preflight
 
 EXAMPLE = "accel inspect my-bundle"
@@ -114,6 +113,8 @@ def _engine_files(bundle: Bundle) -> list[dict]:
 
 
 def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines) -> None:
+    from ..pipeline import component_names
+
     manifest = bundle.manifest
     sampler = manifest.sampler
     steps = sampler.get("timesteps") or f"{sampler.get('steps')} steps"

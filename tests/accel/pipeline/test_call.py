@@ -114,9 +114,10 @@ def test_image_to_image_counts_steps_from_zero(ours):
     seen = []
     image = torch.zeros(3, 64, 64)  # diffusers' layout
     callback = lambda p, i, t, kwargs: seen.append(i) or kwargs  # noqa: E731
-    found = ours("the cat", image=image, strength=0.5, steps=4, seed=0, output_type="np", callback_on_step_end=callback)
+    how = dict(strength=0.5, steps=4, sampler="ddim", seed=0, output_type="np")
+    found = ours("the cat", image=image, callback_on_step_end=callback, **how)
     assert seen == [0, 1]
-    same = ours("the cat", image=np.zeros((64, 64, 3)), strength=0.5, steps=4, seed=0, output_type="np")
+    same = ours("the cat", image=np.zeros((64, 64, 3)), **how)
     assert np.array_equal(found.images, same.images)
 
 
@@ -193,7 +194,7 @@ NAN = torch.full((1, 4, 16, 16), float("nan"))
         (dict(steps=1, num_inference_steps=2), "num_inference_steps and steps are two names"),
         (dict(steps=3, timesteps=[9, 5]), "steps = 3, and 2 timesteps"),
         (dict(stepz=3), "unknown argument 'stepz'"),
-        (dict(eta=0.5), "dmd2 has no eta"),
+        (dict(eta=0.5), "sampler dmd2 has no option eta"),
         (dict(eta="a", sampler="ddim"), "invalid eta: 'a'"),
         (dict(prompt_embeds=torch.zeros(1, 77, 64)), "only diffusers' own"),
         (dict(clip_skip=1), "only diffusers' own"),
