@@ -29,7 +29,7 @@ test-gpu: $(VENV)/.installed  ## what only a CUDA device can show; says what it 
 	$(BIN)/python -m pytest -q -rs -m gpu
 
 bench: demo  ## every engine of this machine on the demo's bundle
-	$(BIN)/accel bench out/demo/4step --prompt "a handwritten seven" --json out/bench.json --html out/bench.html
+	$(BIN)/accel bench out/demo/4step --prompt "a handwritten seven" --out out/bench.json --out out/bench.html --overwrite
 
 digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
 	$(BIN)/python -m accel.distill.digits.train --out out/digits

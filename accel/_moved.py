@@ -38,6 +38,7 @@ accel.distill > accel.distill.methods: kd students features lora dreambooth tiny
 accel.distill > accel.distill.sources: items=item folder_source=folder tar_source=webdataset
 accel.distill > accel.distill.sources: dataset_source=hf_datasets
 accel.distill > accel.distill.training: train=loop checkpoints log stop symptoms=monitors attention samples pipelines
+accel.export > accel.models: constants
 accel.export > accel.export: companions=pipeline_files share=hard_links
 accel.export > accel.export.graph: component onnx=trace check precision islands=fp32_fallback float16=fp16_reference
 accel.export > accel.export.graph: half=fp16 uint8

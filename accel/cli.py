@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from importlib import import_module
+from typing import Any
 
 from . import interrupt
 from ._version import __version__
-from .errors import Notice, UserError, printable
-
-VERBS = {
-    "doctor": "check which engines run on this machine, and how to fix the others",
-    "demo": "export, run and compare the small models in this package: end to end, offline, about a minute",
-    "export": "export a diffusers pipeline to a bundle of checked ONNX graphs that every engine and app can load",
-    "build": "build TensorRT engine files of a bundle for this GPU",
-    "trust": "trust TensorRT engine files that somebody else built",
-    "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
-    "run": "make images from prompts with a bundle, on any engine",
-    "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
-    "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
-    "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
-}
+from .command_line.parser import Parser, WrongUse
+from .commands.verbs import VERBS, verb
+from .errors import Notice, UserError, printable, unknown
+from .progress import QUIET
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,43 +25,39 @@ def main(argv: list[str] | None = None) -> int:
         0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _top_parser()
+    verbose, quiet = (not set(flags).isdisjoint(argv) for flags in (("-v", "--verbose"), ("-q", "--quiet")))
+    return _guarded(lambda: _run(argv, verbose, quiet), verbose)
+
+
+def _run(argv: list[str], verbose: bool, quiet: bool) -> int:
     if not argv or argv[0].startswith("-"):
+        parser = top_parser()
         parser.parse_args(argv)
         parser.print_help()
         return 0
-    verb = argv[0]
-    if verb not in VERBS:
-        parser.parse_args(argv)  # prints the list of verbs and exits with 2
+    if argv[0] not in VERBS:
+        error = unknown("verb", argv[0], VERBS)
+        raise WrongUse(error.message, error.fix)
+    module, parser = verb(argv[0])
+    _messages(verbose, quiet)
     interrupt.install()
-    _quiet_libraries()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that is not UTF-8
-    return _guarded(lambda: _run(verb, argv[1:]))
-
-
-def _run(verb: str, argv: list[str]) -> int:
-    module = import_module(f"accel.commands.{verb}")
-    verb_parser = argparse.ArgumentParser(
-        prog=f"accel {verb}",
-        description=VERBS[verb],
-        epilog=f"example: {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(verb_parser)
-    code = module.run(verb_parser.parse_args(argv))
+    code = module.run(parser.parse_args(argv[1:]))
     if sys.stdout is not None:  # it is, where the shell has closed it
         sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
     return code
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _guarded(run: Callable[[], int], verbose: bool) -> int:
     """Turn every way of ending into an exit code and a sentence."""
     try:
         return run()
     except UserError as error:
+        if verbose:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongUse) else 1
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130
@@ -82,11 +67,15 @@ def _guarded(run: Callable[[], int]) -> int:
         return 1
     except OSError as error:
         # The disk, a permission, a full output: nothing that a traceback would explain.
+        if verbose:
+            traceback.print_exc()
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
         print(printable(f"error: {what}\n  fix: check that path, its permissions and free space"), file=sys.stderr)
         _abandon_stdout()
         return 1
     except ImportError as error:
+        if verbose:
+            traceback.print_exc()
         print(printable(f"error: {error}\n  fix: accel doctor says what is missing here"), file=sys.stderr)
         return 1
     except MemoryError:
@@ -107,32 +96,44 @@ def _abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
-    parser = argparse.ArgumentParser(
+def top_parser() -> Parser:
+    """The parser of `accel` without a verb."""
+    width = max(map(len, VERBS))
+    lines = "\n".join(f"  {name:<{width}} {text}" for name, text in VERBS.items())
+    parser = Parser(
         prog="accel",
         description="Distil, export, compile and measure Stable Diffusion pipelines.\n\n"
         "`accel export` writes a bundle, a folder of ONNX graphs and weights; run, bench and inspect read it.",
         epilog=f"verbs:\n{lines}\n\n`accel VERB --help` shows the options of one of them, with an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"accel {__version__}")
-    parser.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help="what to do")
+    parser.add_argument("verb", nargs="?", metavar="VERB", help="what to do")
     return parser
 
 
-def _quiet_libraries() -> None:
-    """Let people read our lines: silence the libraries' progress bars and notices, keep our own notices."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", Notice)
-    warnings.showwarning = lambda message, *_, **__: print(printable(f"note: {message}"), file=sys.stderr)
+def _messages(verbose: bool, quiet: bool) -> None:
+    """Let people read our lines: silence the libraries' progress bars and messages, print our notes as such."""
+    if quiet:
+        os.environ[QUIET] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        for name, value in {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "DIFFUSERS_VERBOSITY": "error",
+            "TQDM_DISABLE": "1",
+        }.items():
+            os.environ.setdefault(name, value)
+        warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore" if quiet else "always", Notice)
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is Notice:
+            print(printable(f"note: {message}"), file=sys.stderr)
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 if __name__ == "__main__":

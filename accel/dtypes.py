@@ -13,6 +13,11 @@ SHORT = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float1
 FLOATS = tuple(SHORT.values())
 TENSORS = (*FLOATS, "int64", "int32")  # what the inputs and outputs of a component may be
 
+# Precisions of an export. Those of INT8 are made from a float32 bundle (`export.int8.quantize`): the value is the dtype
+# of everything that is not int8; `auto` keeps int8 only where it is faster.
+PRECISIONS = ("fp32", "fp16")
+INT8 = MappingProxyType({"int8": "float32", "int8-fp16": "float16", "auto": "float32"})
+
 
 def torch_dtype(name: str, known: Collection[str] = (*SHORT, *TENSORS), what: str = "dtype") -> torch.dtype:
     """torch's dtype of a short or a numpy-style name: of fp16 as of float16.
@@ -32,7 +37,7 @@ def torch_dtype(name: str, known: Collection[str] = (*SHORT, *TENSORS), what: st
 
 def check_dtype(name: str, known: Collection[str], what: str = "dtype") -> None:
     """Raises a UserError for a name that is not one of `known`, without importing torch."""
-    from .errors import UserError
+    from .errors import unknown
 
     if name not in known:
-        raise UserError(f"unknown {what} {name!r}", f"one of: {', '.join(known)}")
+        raise unknown(what, name, known)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     r"""Text out of a file, as a terminal may show it: a character that moves the cursor or turns the writing direction
@@ -41,6 +44,20 @@ class MissingPackage(UserError):
     def __init__(self, package: str, feature: str, extra: str | None = None):
         what = f'pip install "accel-diffusion[{extra}]"' if extra else f"pip install {package}"
         super().__init__(f"{feature} needs the package {package}, which is not installed", what)
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is none of those known; the nearest of them is suggested.
+
+    Args:
+        what: what is named, such as "engine".
+        value: the name that was given.
+        known: the names there are, in the order in which they are to be listed.
+    """
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(value), names, 1)
+    suggestion = f"did you mean {near[0]}? " if near else ""
+    return UserError(f"unknown {what} {value!r}", f"{suggestion}one of: {', '.join(names)}")
 
 
 class Notice(UserWarning):

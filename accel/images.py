@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import is_torch
 from .errors import UserError
 from .files import read_bytes
 
@@ -24,19 +25,32 @@ def batch(images: Any, count: int, size: tuple[int, int], mode: str = "RGB") -> 
 
     Args:
         images: one image for all, or one for each of `count`: PIL images, file names, or arrays [H, W, C] or [H, W],
-            uint8 or float in [0, 1].
+            uint8 or float in [0, 1]; torch tensors are [C, H, W], as diffusers has them. A list, or an array with one
+            dimension more, holds several.
         size: height and width; images of another size are resized.
         mode: "RGB" or "L".
 
     Raises:
         UserError: for a file that is not an image, an array of another shape, or a wrong number of images.
     """
-    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
-    listed = list(images) if several else [images]
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    listed = [one for value in map(_channels_last, listed) for one in (value if _is_batch(value) else [value])]
     if len(listed) not in (1, count):
-        raise UserError(f"{len(listed)} images for {count} images", "give one, or one for each")
+        raise UserError(f"{len(listed)} images for {count} images to make", "give one, or one for each")
     made = np.stack([_array(value, size, mode) for value in listed])
     return np.repeat(made, count, axis=0) if len(listed) == 1 else made
+
+
+def _channels_last(value: Any) -> Any:
+    """A torch tensor [..., C, H, W] as a numpy array [..., H, W, C]; anything else as it is."""
+    if not is_torch(value):
+        return value
+    array = value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+    return array.movedim(-3, -1).numpy() if array.dim() > 2 else array.numpy()
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 4
 
 
 def masks(images: Any, count: int, size: tuple[int, int]) -> np.ndarray:

@@ -1,14 +1,20 @@
-"""One progress bar for everything that takes long. rich is imported when a bar is shown."""
+"""One progress bar for everything that takes long; where nobody sees a bar, a line for each stage."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import interrupt
 
 Report = Callable[[str, float], None]
+
+QUIET = "ACCEL_QUIET"  # environment variable; any value shows no progress, in child processes too
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextlib.contextmanager
@@ -21,40 +27,82 @@ def progress(
     shown: bool = True,
     console: Any = None,
 ) -> Iterator[Report]:
-    """Show a progress bar on stderr while the body runs.
+    """Show on stderr how far the body is: a bar in a terminal; in a pipe or a log file a line for each stage.
 
     Args:
         title: what the whole work is; stands before the bar.
         steps: how many steps there are, to count them; None for work that is measured as a fraction.
         done: steps that an earlier run has done.
-        keep: leave the finished bar on the screen, and in a log file. A bar that goes is shown on a terminal only.
+        keep: leave the finished bar on the screen.
         shown: False shows nothing, for processes other than the first.
         console: a rich Console that the body prints on as well; by default one on stderr.
 
     Yields:
-        A function of (text, done): what is being done now, and the fraction or the number of steps so far. It raises
-        a KeyboardInterrupt that was lost (`accel.interrupt`).
+        A function of (text, done): what is being done now, and the fraction or the number of steps so far. Texts that
+        differ in their numbers alone are one stage. It raises a KeyboardInterrupt that was lost (`accel.interrupt`).
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    console = console or Console(stderr=True)
-    counter = () if steps is None else (MofNCompleteColumn(),)
-    words = [TextColumn("{" + field + "}", markup=False) for field in ("task.description", "task.fields[text]")]
-    columns = (words[0], BarColumn(), *counter, TimeElapsedColumn(), TimeRemainingColumn(), words[1])
-    silent = not shown or not (keep or console.is_terminal)
-    with Progress(*columns, console=console, transient=not keep, disable=silent) as bar:
-        task = bar.add_task(title, total=1.0 if steps is None else steps, completed=done, text="")
+    console = console or Console(stderr=True, soft_wrap=True)
+    if not shown or os.environ.get(QUIET):
+        show: Any = contextlib.nullcontext(lambda text, done: None)
+    elif console.is_terminal:
+        show = _bar(console, title, steps, done, keep)
+    else:
+        show = _lines(console, title, steps, done)
+    with show as update:
 
         def report(text: str, done: float) -> None:
             interrupt.check()
-            bar.update(task, completed=done, text=text)
+            update(text, done)
 
         yield report
+
+
+@contextlib.contextmanager
+def _bar(console: Any, title: str, steps: int | None, done: float, keep: bool) -> Iterator[Report]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    counter = () if steps is None else (MofNCompleteColumn(),)
+    words = [TextColumn("{" + field + "}", markup=False) for field in ("task.description", "task.fields[text]")]
+    left = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[time]}"))
+    with Progress(words[0], BarColumn(), *counter, *left, words[1], console=console, transient=not keep) as bar:
+        total = 1.0 if steps is None else steps
+        task = bar.add_task(title, total=total, completed=done, text="", time="left,")
+
+        def update(text: str, done: float) -> None:
+            bar.update(task, completed=done, text=text, time="in all," if done >= total else "left,")
+
+        yield update
+
+
+@contextlib.contextmanager
+def _lines(console: Any, title: str, steps: int | None, done: float) -> Iterator[Report]:
+    began, first = time.monotonic(), done
+    total = 1.0 if steps is None else steps
+    stage, told = None, began
+    last, written = "", ""
+
+    def line(text: str, done: float, spent: float) -> str:
+        so_far = f"{done:g}/{steps}" if steps else f"{100 * done:.0f} %"
+        share = done - first
+        left = f", {_clock(spent / share * (total - done))} left" if share > 0 and spent > 5 and done < total else ""
+        return ": ".join(part for part in (title.strip(), f"{so_far}{left}", text) if part)
+
+    def update(text: str, done: float) -> None:
+        nonlocal stage, told, last, written
+        now = time.monotonic()
+        last = line(text, done, now - began)
+        if (name := re.sub(r"\d+", "", text)) != stage and not steps or now - told >= _SECONDS_BETWEEN_LINES:
+            stage, told, written = name, now, last
+            console.print(last, markup=False, highlight=False)
+
+    yield update
+    if steps and last != written:  # counted work ends with its last figures
+        console.print(last, markup=False, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

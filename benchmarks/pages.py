@@ -15,6 +15,11 @@ def put(path: Path, name: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def between(path: Path, name: str) -> str:
+    """What stands between `<!-- name -->` and `<!-- /name -->`."""
+    return path.read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
 def bars(
     path: Path,
     rows: Sequence[tuple[str, float, str, str]],

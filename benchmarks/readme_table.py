@@ -1,6 +1,8 @@
-"""Put the saved benchmark results into the README, so that no figure there is written by hand.
+"""Put the saved benchmark results into docs/results.md, so that no figure there is written by hand.
 
-python benchmarks/readme_table.py            rewrites README.md between its result markers
+    python benchmarks/readme_table.py
+
+rewrites what stands between the markers of that page.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ def table(document: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
+        if not row["scopes"]["image"]["timing"]:
+            continue
         image = (row["parity"] or {}).get("image") or {}
         peak = (row["process"] or {}).get("peak_rss_bytes")
         cells = [
@@ -67,12 +71,17 @@ def table(document: dict) -> str:
             "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    missing = [f"{row['variant']}: {row['reason']}" for row in document["rows"] if not row["scopes"]["image"]["timing"]]
+    return "\n".join(lines + [f"\nNot measured: {'; '.join(missing)}."] * bool(missing))
+
+
+def tables() -> str:
+    """All of them, as the page has them."""
+    return "\n\n".join(table(json.loads((ROOT / "benchmarks" / name).read_text())) for name in RESULTS)
 
 
 def main() -> None:
-    parts = [table(json.loads((ROOT / "benchmarks" / name).read_text())) for name in RESULTS]
-    pages.put(ROOT / "README.md", "results", "\n\n".join(parts))
+    pages.put(ROOT / "docs" / "results.md", "results", tables())
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, TypeVar
 
-from accel.errors import UserError
+from accel.errors import unknown
 
 from .settings import DistillationRecipe, DMD2Recipe, LoraRecipe, Recipe, TinyVaeRecipe
 
@@ -302,7 +301,5 @@ def changed(recipe: R, **fields: Any) -> R:
     known = [field.name for field in dataclasses.fields(recipe)]
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            fix = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{type(recipe).__name__} has no field {name!r}", f"{fix}fields: {', '.join(known)}")
+            raise unknown(f"field of {type(recipe).__name__}", name, known)
     return dataclasses.replace(recipe, **fields)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from accel.errors import UserError
+from accel.errors import unknown
 
 from .settings import Recipe
 
@@ -111,13 +111,27 @@ def entry_of(recipe: Recipe) -> MethodEntry:
     return next(entry for entry in METHODS.values() if type(entry.settings()) is type(recipe))
 
 
+def recipe_names(verb: str | None = None) -> list[str]:
+    """The names that `recipe` takes: of one method's recipes, or of all."""
+    return list(_references(verb))
+
+
 def recipe(name: str, verb: str | None = None) -> Recipe:
     """A recipe by name (`-` and `_` are the same), of one method or of any.
 
     Raises:
         UserError: for an unknown name; the known ones are listed.
     """
-    known = {
+    known = _references(verb)
+    reference = known.get(name.replace("-", "_"))
+    if reference is None:
+        raise unknown(f"recipe of {verb}" if verb else "recipe", name, known)
+    return load(reference)()
+
+
+def _references(verb: str | None) -> dict[str, str]:
+    """Name -> what makes the recipe, as "module:name"."""
+    return {
         own.replace("-", "_"): reference
         for method, entry in METHODS.items()
         if verb in (None, method)
@@ -126,7 +140,3 @@ def recipe(name: str, verb: str | None = None) -> Recipe:
             *((preset, f".recipes:{preset}") for preset in entry.presets.split()),
         )
     }
-    reference = known.get(name.replace("-", "_"))
-    if reference is None:
-        raise UserError(f"unknown recipe {name!r}" + f" of {verb}" * bool(verb), f"one of: {', '.join(known)}")
-    return load(reference)()

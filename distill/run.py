@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from accel._version import __version__
-from accel.errors import UserError
+from accel.errors import Notice, UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.int8 import trained_scales
 from accel.models.source import Source
@@ -70,6 +71,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     encoders = encoders_of(recipe, device=accelerator.device, dtype=compute_dtype(recipe))
     source = encoders.source
     check_resolution(recipe, encoders)
+    note_size(recipe, encoders)
     entry = entry_of(recipe)
     if entry.complete:
         recipe = load(entry.complete)(recipe, encoders)
@@ -144,6 +146,18 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
     if recipe.resolution < multiple or recipe.resolution % multiple:
         near = max(multiple, round(recipe.resolution / multiple) * multiple)
         raise UserError(f"resolution {recipe.resolution} is not a multiple of {multiple}", f"--resolution {near}")
+
+
+def note_size(recipe: Recipe, encoders: Encoders) -> None:
+    """Say that images of another size than the model's own are made, before hours are spent on them."""
+    cells = encoders.source.config("unet").get("sample_size")
+    own = {side * encoders.factor for side in (cells if isinstance(cells, (list, tuple)) else [cells or 0])}
+    if any(own) and recipe.resolution not in own:
+        warnings.warn(
+            f"resolution {recipe.resolution} is not the model's own, {max(own)} px: --resolution {max(own)}",
+            Notice,
+            stacklevel=3,
+        )
 
 
 def training_record(recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any) -> dict[str, Any]:

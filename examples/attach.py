@@ -11,6 +11,8 @@ from diffusers import StableDiffusionPipeline
 import accel
 from accel.assets import resolve
 
+if len(sys.argv) < 3:
+    raise SystemExit(__doc__)
 pipe = StableDiffusionPipeline.from_pretrained(resolve(sys.argv[1]))
 attached = accel.attach(pipe, sys.argv[2])
 image = pipe("a handwritten seven", num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images[0]

@@ -15,6 +15,8 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
+if len(sys.argv) < 4:
+    raise SystemExit(__doc__)
 bundle, prompt, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((bundle / "accel.json").read_text())
 constants, guidance = manifest["pipeline"], manifest["sampler"]["guidance"]

@@ -9,6 +9,8 @@ import numpy as np
 
 import accel
 
+if len(sys.argv) < 2:
+    raise SystemExit(__doc__)
 bundle, engine = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "auto"
 unet = accel.load_engine(bundle, "unet", engine=engine)
 for spec in unet.component.inputs:

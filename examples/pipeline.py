@@ -7,6 +7,8 @@ import sys
 
 import accel
 
+if len(sys.argv) < 2:
+    raise SystemExit(__doc__)
 pipe = accel.load(sys.argv[1], engine="auto")
 result = pipe(["a handwritten seven", "a handwritten three"], seed=0)
 for i, image in enumerate(result.images):

@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tensorrt as trt
+
+try:
+    import tensorrt as trt
+except ImportError:
+    raise SystemExit("this program needs TensorRT: pip install tensorrt (on a machine with an NVIDIA GPU)") from None
 
 
 class Torch:
@@ -180,6 +184,8 @@ def memory():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        raise SystemExit(__doc__)
     folder, part, source, target = sys.argv[1:5]
     engine = EngineFile(folder, part, memory())
     np.savez(target, **engine(**np.load(source)))

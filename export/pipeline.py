@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of
-from accel.bundle.shape_profiles import Range
+from accel.bundle.shape_profiles import Profile, Range
 from accel.bundle.shape_profiles import profile as parse_profile
-from accel.errors import UserError
+from accel.dtypes import INT8
+from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.control_networks import match_adapter, match_controlnet
+from accel.models.constants import check_runs, checked_sampling, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
-from accel.models.source_networks import UNetInputs, own_tokens, unet_config
-from accel.pipeline import control
+from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
 
-from .constants import checked_sampling, own_sampling, pipeline_constants
 from .graph import component, trace
-from .graph.precision import INT8
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
 from .int8.quantize import Progress, quantize
@@ -80,7 +78,7 @@ def export_pipeline(
             (`accel.models.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.bundle.shape_profiles`).
-        precision: fp32, fp16, or one of `accel.export.graph.precision.INT8`.
+        precision: fp32, fp16, or one of `accel.dtypes.INT8`.
         opset: ONNX opset (`accel.export.graph.trace.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
@@ -149,9 +147,11 @@ def _export_float(
     names = _component_names(source, options.components)
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
+    check_runs(source, sampling)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
+    _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
-    inputs = _unet_inputs(source, shapes.tokens, options.adapter is True)
+    inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
         vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
     )
@@ -166,7 +166,7 @@ def _export_float(
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
             records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
-        copy_pipeline_files(source, folder)
+        copy_pipeline_files(source, folder, sampling)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -174,7 +174,9 @@ def _export_float(
             sampler=sampling.as_dict(),
             profile=shapes,
             precision=precision,
-            source={"name": source.name, "weights_sha256": source.digest(parts)} | source.record(),
+            source={"name": source.name, "weights_sha256": source.digest(parts)}
+            | {"scheduler": source.scheduler()["_class_name"]}
+            | source.record(),
             exporter={name: version(name) for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")}
             | {"opset": options.opset, "method": "torch.onnx.export(dynamo=True)"},
             components=records,
@@ -209,29 +211,27 @@ def _check_tokens(source: Source, tokens: int) -> None:
         )
 
 
+def _note_size(shapes: Profile, native: int) -> None:
+    if not (shapes.height.admits(native) and shapes.width.admits(native)):
+        warnings.warn(
+            f"profile {shapes.name} has no images of {native} px, the model's own size: height {shapes.height}, width "
+            f"{shapes.width} (--profile native has it)",
+            Notice,
+            stacklevel=4,
+        )
+
+
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
     """All components to export: the control networks that the source has, and what is wanted."""
     choices = [name for name, kind in KINDS.items() if not kind.control]
-    if unknown := [name for name in wanted if name not in choices]:
-        raise UserError(f"unknown component {unknown[0]!r}", f"choose from: {', '.join(choices)}")
+    if strange := [name for name in wanted if name not in choices]:
+        raise unknown("component", strange[0], choices)
     if not wanted:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
     more = [name for name in control_components() if source.has(name)]
     return more + [
         name for kind in dict.fromkeys(wanted) for name in KINDS[kind].names if name == kind or source.has(name)
     ]
-
-
-def _unet_inputs(source: Source, tokens: int, adapter: bool) -> UNetInputs:
-    """Which inputs the UNet gets; says early which control network does not fit."""
-    unet = unet_config(source)
-    features = len(unet["block_out_channels"]) if adapter else 0
-    if source.has(control.ADAPTER):
-        scale = pipeline_constants(source)["vae_scale"]
-        features = len(match_adapter(source.config(control.ADAPTER), unet, scale))
-    if source.has(control.CONTROLNET):
-        match_controlnet({"addition_embed_type": None} | source.config(control.CONTROLNET), unet)
-    return UNetInputs(tokens, features, source.has(control.CONTROLNET))
 
 
 def _export_component(
@@ -248,8 +248,7 @@ def _export_component(
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    kind = kind_of(name)
-    network = resolve_name(kind.network or f"accel.models.source_networks:{kind.names[0]}")(source, name, inputs)
+    network = network_of(source, name, inputs)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     limits = {dim: dims[dim] for dim in sorted(used)}
     # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.

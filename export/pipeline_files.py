@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 from accel.bundle.kinds import control_components
 from accel.files import read_json, write_json
+from accel.models import few_step
 from accel.models.config_files import clip_tokenizer, copy_folder
 from accel.models.source import Source
+from accel.sampling import Sampling
 
 
-def copy_pipeline_files(source: Source, folder: Path) -> None:
-    """Copy them from the source, tokenizers in both of the forms that other libraries read."""
+def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> None:
+    """Copy them from the source, tokenizers in both of the forms that other libraries read.
+
+    The scheduler of a few-step model becomes the one with which diffusers draws the same (`few_step.scheduler_of`).
+    """
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
             copy_folder(source.path / name, folder / name)
             if name != "scheduler":
                 complete_tokenizer(folder / name)
+    config = source.scheduler()
+    config = few_step.scheduler_of(config, sampling.as_dict()) or config
+    if config != source.config("scheduler"):
+        # JSON has no word for -infinity, which is a default.
+        finite = {key: value for key, value in config.items() if value != -math.inf}
+        write_json(folder / "scheduler" / "scheduler_config.json", finite)
+    # The classes of parts that lie elsewhere, and of the scheduler; without fields that lead to code.
+    index = dict(source.index) | {"scheduler": ["diffusers", config["_class_name"]]}
     kept = source.path / "model_index.json"
-    # The classes of parts that lie elsewhere, or without code fields; diffusers has no place for a control network.
-    if source.folders or source.index != read_json(kept, "model_index.json"):
-        others = control_components()
-        write_json(folder / "model_index.json", {k: v for k, v in source.index.items() if k not in others})
+    if source.folders or index != read_json(kept, "model_index.json"):
+        others = control_components()  # diffusers has no place for a control network
+        write_json(folder / "model_index.json", {k: v for k, v in index.items() if k not in others})
     else:
         shutil.copyfile(kept, folder / "model_index.json")
 

@@ -5,6 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 DIGITS = Path(__file__).parent / "digits"
+# What the digits models were trained to draw; anything else becomes a blob.
+DIGITS_PROMPTS = ("a handwritten seven", "a handwritten three", "a handwritten zero", "a handwritten five")
+_WORDS = "zero one two three four five six seven eight nine".split()
+
+
+def knows_only_digits(name: str) -> bool:
+    """Whether the model of this name, as a manifest has it, is one of those that ship."""
+    return name == "digits" or name.startswith("digits/")
+
+
+def names_a_digit(prompt: str) -> bool:
+    """Whether a prompt asks for a digit, in words or as a figure."""
+    return any(word in prompt.lower() for word in [*_WORDS, *"0123456789"])
 
 
 def resolve(model: str | Path) -> Path | str:

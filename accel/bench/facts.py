@@ -17,7 +17,7 @@ from . import quality, timing
 from .document import MEASURED, PARTLY, UNMEASURED, Document, Floor, Row, Scope
 from .probe import Process
 from .state import State
-from .variants import Variant
+from .variants import Variant, unable
 from .work import IMAGE, describe
 
 _PEAK_SECONDS = 1.0
@@ -48,7 +48,7 @@ def environment(state: State) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stored = state.bundle.component("unet").dtype
-    dtypes = sorted({variant.compute(stored) for variant in state.variants})
+    dtypes = sorted({variant.compute(stored) for variant in state.variants if not unable(variant, state.bundle)})
     rates = {dtype: measure_peak(dtype, device, seconds=_PEAK_SECONDS) for dtype in dtypes}
     return out | {"torch_threads": torch.get_num_threads(), "device": device, "peak_flop_per_s": rates}
 
@@ -60,13 +60,17 @@ def count(state: State) -> None:
     import torch
 
     from ..models.networks import on_meta
+    from ..models.pipeline_bundle import PipelineBundle
     from .roofline import count_flops
 
     whole: dict[str, int] = {}
     for name, recording in state.recordings.items():
         record = state.bundle.component(name)
-        config = state.bundle.file(f"{record.folder}/config.json")
-        module = on_meta(record.kind, config, record.inputs, record.outputs)
+        if isinstance(state.bundle, PipelineBundle):
+            module = state.bundle.module(name)
+        else:
+            config = state.bundle.file(f"{record.folder}/config.json")
+            module = on_meta(record.kind, config, record.inputs, record.outputs)
         counted = []
         for feeds in recording.feeds:
             inputs = {
@@ -130,8 +134,8 @@ def _bundle(bundle: Bundle, flops: Mapping[str, Mapping[str, int]]) -> dict[str,
         components[name] = {
             "parameters": record.parameters,
             "dtype": record.dtype,
-            "graph_bytes": manifest.files[record.graph]["bytes"],
-            "weights_bytes": manifest.files[record.weights]["bytes"],
+            "graph_bytes": manifest.files[record.graph]["bytes"] if record.graph else None,
+            "weights_bytes": manifest.files[record.weights]["bytes"] if record.weights else None,
             "export_seconds": record.parity.get("export_seconds"),
             "flop": flops.get(name),
         }
@@ -160,7 +164,8 @@ def _work(state: State) -> dict[str, Any]:
         "batch": settings.batch,
         "height": size[0] if size else settings.height,
         "width": size[1] if size else settings.width,
-        "sampler": own["name"],
+        "sampler": settings.sampler or own["name"],
+        **({"sampler_options": dict(settings.options)} if settings.options else {}),
         "steps": sum(unet.counts) if unet else settings.steps,
         "guidance": guidance,
         "unet_batch": int(unet.feeds[0]["sample"].shape[0]) if unet else None,

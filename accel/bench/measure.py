@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
-from ..pipeline import Pipeline, component_names
+from ..pipeline import Pipeline, component_names, opened
 from . import facts, quality, timing, variants, work
 from .document import Document
 from .probe import probe
@@ -57,7 +57,7 @@ def measure(
     All variants stay loaded until the end, because they take turns: memory must hold them together.
 
     Args:
-        bundle: a bundle or its folder.
+        bundle: a bundle or its folder; or a pipeline folder, which only torch can run.
         chosen: variants; None for the default set.
         settings: what to measure and how often.
         command: what was typed, for the document.
@@ -67,12 +67,13 @@ def measure(
     Raises:
         UserError: for a damaged bundle, or a size or batch outside its profile.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = opened(bundle)
     settings = settings or BenchSettings()
     names = component_names(bundle)
     work.check_batch(bundle, settings)
     bundle.verify([bundle.component(name).folder for name in names])
-    state = State(bundle, list(chosen if chosen is not None else variants.chosen(None)), settings)
+    wanted = chosen if chosen is not None else variants.chosen(None)
+    state = State(bundle, [replace(variant, threads=settings.threads) for variant in wanted], settings)
     try:
         with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, temporary_caches() as caches:
             state.settings = work.with_control(settings, bundle, Path(folder))
@@ -95,11 +96,11 @@ def measure(
 
 def _probe(state: State, caches: Mapping[str, str], progress: Progress) -> None:
     for i, variant in enumerate(state.variants):
-        if reason := variants.unable(variant):
+        if reason := variants.unable(variant, state.bundle):
             state.reasons[variant.name] = reason
         elif state.settings.memory:
             progress(f"{variant.name}: alone in a process", 0.3 * i / len(state.variants))
-            process = probe(state.bundle.path, variant.name, state.settings.call(), caches)
+            process = probe(state.bundle.path, variant, state.settings.call(), caches)
             state.processes[variant.name] = process
             if process.crashed:
                 state.reasons[variant.name] = process.crashed

@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
 from ..engines import facts
 from ..errors import UserError
+from ..pipeline import opened
 from . import variants
+from .variants import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +56,15 @@ class Process:
     reason: str = ""
 
 
-def probe(bundle: Path, variant: str, call: Mapping[str, Any], environment: Mapping[str, str]) -> Process:
+def probe(bundle: Path, variant: Variant, call: Mapping[str, Any], environment: Mapping[str, str]) -> Process:
     """Run one variant in a fresh process.
 
     Args:
         call: keyword arguments of the pipeline call, JSON-able.
         environment: variables to add, such as caches that are empty.
     """
-    request = json.dumps({"bundle": str(Path(bundle).absolute()), "variant": variant, "call": dict(call)})
+    how = {"variant": variant.name, "threads": variant.threads, "call": dict(call)}
+    request = json.dumps({"bundle": str(Path(bundle).absolute()), **how})
     child = subprocess.Popen(
         [sys.executable, "-m", "accel.bench.probe", request],
         stdout=subprocess.PIPE,
@@ -91,14 +93,14 @@ def probe(bundle: Path, variant: str, call: Mapping[str, Any], environment: Mapp
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """What the fresh process does. See `Process`."""
     started = time.perf_counter()
-    variant = variants.parse(request["variant"])
+    variant = replace(variants.parse(request["variant"]), threads=request.get("threads"))
     for name in facts(variant.engine).libraries:
         import_module(name)
     imported = time.perf_counter()
     device = _device_used()
     baseline = _rss()
     loading = time.perf_counter()
-    pipeline = variants.load(Bundle.open(request["bundle"]), variant)
+    pipeline = variants.load(opened(request["bundle"]), variant)
     loaded = time.perf_counter()
     loaded_rss = _rss()
     images = []

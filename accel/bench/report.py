@@ -67,6 +67,25 @@ def headline(document: Document) -> list[str]:
     return lines
 
 
+def summary(document: Document) -> Table:
+    """The table that answers the two questions, faster and the same image, within 80 columns."""
+    columns = ["variant", "text", "UNet step", "VAE", "image", "vs eager", "PSNR dB", "memory"]
+    cells = []
+    for row in document["rows"]:
+        if row["status"] == NONE:
+            continue  # the reason stands below
+        scopes, image = row["scopes"], row["parity"]["image"]
+        clocks = [(scopes.get(name) or {}).get("timing") for name in ("text_encoder", "unet", "vae_decoder", "image")]
+        times = [seconds(clock["p50_s"]) if clock else "-" for clock in clocks]
+        versus = (scopes["image"]["speedup"] or {}).get("eager")
+        same = "-" if image is None else "NaN" if not image["finite"] else number(image["psnr"], "{:.1f}")
+        peak = row["process"]["peak_rss_bytes"]
+        cells.append(
+            [row["variant"], *times, f"{versus['ratio']:.2f}x" if versus else "-", same, size(peak) if peak else "-"]
+        )
+    return "p50 of the rounds; PSNR of the image against eager fp32's", columns, cells
+
+
 def tables(document: Document) -> Iterator[Table]:
     """Title, column names and rows of cells of every table."""
     rows = document["rows"]
@@ -170,43 +189,46 @@ def _files(bundle: Mapping[str, Any]) -> Table:
     return "Files of the bundle", columns, cells
 
 
-def show(document: Document, console: Any = None) -> None:
-    """Print a document as tables.
+def show(document: Document, console: Any = None, *, full: bool = False) -> None:
+    """Print a document: the summary, or every table.
 
     Args:
-        console: a rich Console; by default one on stdout that is wide enough when nobody is looking.
+        console: a rich Console; by default one on stdout, for full tables in a pipe one that is wide enough.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
     if console is None:
         console = Console()
-        if not console.is_terminal:
+        if full and not console.is_terminal:
             console = Console(width=160)
     for line in headline(document):
         console.print(Text(line))
-    reasons: dict[str, str] = {}
-    if all(row["process"]["load_s"] is None for row in document["rows"]):
-        why = "; ".join(dict.fromkeys(row["process"]["reason"] for row in document["rows"]))
-        reasons[f"load time and memory: {NONE}: {why}"] = ""
-    for title, columns, rows in tables(document):
-        table = RichTable(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for title, columns, rows in tables(document) if full else [summary(document)]:
+        how = dict(title=title, title_justify="left", title_style="bold", header_style="bold")
+        table = RichTable(**how) if full else RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **how)
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=not full)
         for cells in rows:
             # A reason would stretch its column out of the window: it goes below the tables, once.
-            if cells[1].startswith(f"{NONE}: "):
-                reasons.setdefault(f"{cells[0]}: {cells[1]}", "")
-                cells = [cells[0], NONE, *cells[2:]]
-            table.add_row(*map(Text, cells))
+            reason = full and cells[1].startswith(f"{NONE}: ")
+            table.add_row(*map(Text, [cells[0], NONE, *cells[2:]] if reason else cells))
         console.print()
         console.print(table)
-    console.print()
-    partly = [
-        f"{row['variant']}: {row['status']}: {row['reason']}"
-        for row in document["rows"]
-        if row["status"] == "interrupted" and row["reason"]
-    ]
-    for note in [*reasons, *partly, *document["notes"]]:
+    for note in [*_reasons(document["rows"]), *(document["notes"] if full else ())]:
         console.print(Text(f"- {note}"))
+    if not full and document["notes"]:
+        console.print(Text("- --full shows every table, and how it was measured"))
+
+
+def _reasons(rows: list) -> Iterator[str]:
+    """Why something was not measured, each reason once, after the variants that it stopped."""
+    stopped: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            stopped.setdefault(f"{row['status']}: {row['reason']}", []).append(row["variant"])
+        elif row["process"]["load_s"] is None:
+            stopped.setdefault(f"load time and memory {NONE}: {row['process']['reason']}", []).append(row["variant"])
+    yield from (f"{', '.join(names)}: {reason}" for reason, names in stopped.items())

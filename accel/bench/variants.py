@@ -9,7 +9,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import ENGINES, facts, load_engine, status
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..machine import machine
 from ..pipeline import Pipeline, component_names
 
@@ -27,6 +27,7 @@ class Variant:
         dtype: "fp32", "bf16" or "fp16"; "" for an engine that computes in the bundle's own dtypes.
         device: suffix that names the device, the provider, or what is captured as a CUDA graph; "" for the engine's own
             choice.
+        threads: number of CPU threads; None for the engine's own choice.
         requested: whether the user named it, so that not being able to run it is a failure.
     """
 
@@ -34,6 +35,7 @@ class Variant:
     dtype: str = ""
     device: str = ""
     requested: bool = True
+    threads: int | None = None
 
     @property
     def name(self) -> str:
@@ -42,10 +44,12 @@ class Variant:
         return ":".join(part for part in parts if part)
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Options for `load_engine`."""
-        dtype = {"dtype": self.dtype} if self.dtype else {}
-        return dtype | dict(facts(self.engine).devices[self.device] if self.device else {})
+        given = {"dtype": self.dtype} if self.dtype else {}
+        if self.threads is not None and "threads" in facts(self.engine).options:
+            given["threads"] = self.threads
+        return given | dict(facts(self.engine).devices[self.device] if self.device else {})
 
     def compute(self, stored: str) -> str:
         """Numpy-style name of the dtype it computes in, for weights stored as `stored`."""
@@ -60,7 +64,7 @@ def parse(text: str, *, requested: bool = True) -> Variant:
     """
     engine, *suffixes = text.strip().split(":")
     if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r} in {text!r}", f"one of: {', '.join(sorted(ENGINES))}")
+        raise unknown("engine", engine, reversed(ENGINES))
     dtypes, devices = facts(engine).dtypes, facts(engine).devices
     dtype, device = "fp32" if dtypes else "", ""
     for suffix in suffixes:
@@ -70,12 +74,12 @@ def parse(text: str, *, requested: bool = True) -> Variant:
             device = suffix
         else:
             choices = [f"{engine}:{value}" for value in (*dtypes, *devices)]
-            raise UserError(f"{engine} has no variant {suffix!r}", f"one of: {', '.join([engine, *choices])}")
+            raise unknown("variant", f"{engine}:{suffix}", [engine, *choices])
     return Variant(engine, dtype, device, requested)
 
 
 def chosen(text: str | None) -> list[Variant]:
-    """The variants of `--engines`, or the default set.
+    """The variants of `--engine`, or the default set.
 
     Raises:
         UserError: for an unknown or repeated name, or an engine that cannot run here, when it was named.
@@ -84,7 +88,7 @@ def chosen(text: str | None) -> list[Variant]:
         return [parse(name, requested=False) for name in _default()]
     variants = [parse(part) for part in text.split(",") if part.strip()]
     if not variants:
-        raise UserError("no engine was named", "for example --engines eager,openvino:bf16")
+        raise UserError("no engine was named", "for example --engine eager,openvino:bf16")
     names = [variant.name for variant in variants]
     for variant in variants:
         if names.count(variant.name) > 1:
@@ -103,11 +107,14 @@ def _default() -> list[str]:
     return [f"{name}:{suffix}".removesuffix(":") for name, suffix in names]
 
 
-def unable(variant: Variant) -> str:
-    """Why a variant of the default set is not worth trying here; empty if it is."""
+def unable(variant: Variant, bundle: Bundle) -> str:
+    """Why a variant cannot run a bundle here, or one of the default set is not worth trying; empty if it is."""
     state = status(variant.engine)
     if not state.ok:
         return state.detail
+    if facts(variant.engine).reads_graph and not bundle.component("unet").graph:
+        name = bundle.manifest.source["name"]
+        return f"{name} is a pipeline without graphs: accel export {name} BUNDLE makes them"
     # Without the instructions the CPU emulates the dtype, which nobody deploys; it still runs when it is named.
     isa = _LOW_PRECISION_ISA.get(variant.dtype)
     if isa and not variant.requested and not _has_gpu() and not set(isa) & set(machine().isa):

@@ -35,11 +35,13 @@ class BenchSettings:
         seed: of the first image; the others count on.
         batch: images per call.
         height, width: pixels; None for the bundle's own.
-        steps, guidance: None for the bundle's own.
+        sampler, steps, guidance: None for the bundle's own.
+        options: of the sampler (`accel.sampling.constants.OPTIONS`).
         rounds: samples per variant and scope.
         seconds: stop the rounds after this long, though never before five.
         warmup: untimed calls of each scope, at least two.
         memory: measure each variant in a process of its own as well.
+        threads: CPU threads of every engine; None for each engine's own choice.
         control: image file for the bundle's T2I-Adapter or ControlNet; "" where it has none.
     """
 
@@ -48,12 +50,15 @@ class BenchSettings:
     batch: int = 1
     height: int | None = None
     width: int | None = None
+    sampler: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     guidance: float | None = None
     rounds: int = 10
     seconds: float | None = None
     warmup: int = 2
     memory: bool = True
+    threads: int | None = None
     control: str = ""
 
     def __post_init__(self) -> None:
@@ -72,6 +77,8 @@ class BenchSettings:
             "seed": self.seed,
             "height": self.height,
             "width": self.width,
+            "sampler": self.sampler,
+            **self.options,
             "steps": self.steps,
             "guidance_scale": self.guidance,
             **({"control_image": self.control} if self.control else {}),

@@ -184,12 +184,28 @@ class Manifest:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened bundle: its folder and what its manifest says."""
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path}: {self.title}; {', '.join(self.manifest.components)}>"
+
+    @property
+    def title(self) -> str:
+        """Model, family, precision, sizes and sampling, in a line."""
+        manifest, sampling = self.manifest, Sampling.from_dict(self.manifest.sampler, "the bundle's sampler")
+        high, wide, images = manifest.profile.height, manifest.profile.width, manifest.profile.batch
+        native = manifest.pipeline["native_size"]
+        own = " x ".join(str(native if side.admits(native) else side.opt) for side in (high, wide))
+        sides = "" if high.fixed and wide.fixed else f" ({high}{'' if high == wide else f' x {wide}'})"
+        return (
+            f"{manifest.source['name']} ({manifest.family}, {manifest.precision}): {own} px{sides}, {images} at once, "
+            f"{sampling.sampler} in {sampling.count} steps, guidance {sampling.guidance:g}"
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:

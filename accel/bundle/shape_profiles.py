@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,9 @@ def profile(text: str, *, native: int | None = None) -> Profile:
     for part in text.split(","):
         match = _FIELD.match(part.strip())
         if not match:
-            names = ", ".join([*PROFILES, "native", "static"])
-            raise UserError(
-                f"unknown profile {text!r}",
-                f"one of: {names}; or spelled out, such as batch=1-4,height=256-768,width=512",
-            )
+            error = unknown("profile", text, [*PROFILES, "native", "static"])
+            error.fix += "; or spelled out, such as batch=1-4,height=256-768,width=512"
+            raise error
         key, low, high = match[1], int(match[2]), int(match[3] or match[2])
         if not 1 <= low <= high:
             raise UserError(f"profile {text!r}: {part.strip()!r} is an empty range", "write low-high: batch=1-4")

@@ -6,41 +6,61 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..assets import DIGITS_PROMPTS, knows_only_digits
+from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of, sampler_options
+from ..command_line.parser import WrongUse, renamed
+from ..errors import Notice, UserError
 from ..progress import progress
 
-EXAMPLE = "accel bench my-bundle --engines eager,compile,openvino:bf16 --json bench.json --html bench.html"
+EXAMPLE = "accel bench digits/4step --engine eager,compile --out bench.html"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Any) -> None:
     from ..engines import ENGINES
 
-    parser.set_defaults(wrong_use=parser.error)
-    parser.add_argument("bundle", nargs="?", help="the bundle folder to measure")
-    parser.add_argument("--from", dest="saved", metavar="FILE", help="show a saved --json result instead of measuring")
+    parser.add_argument("bundle", nargs="?", metavar="MODEL", help="a bundle; or a pipeline folder or shipped model")
+    parser.add_argument("--from", dest="saved", metavar="FILE", help="show a saved result instead of measuring")
     parser.add_argument(
-        "--engines",
-        help=f"comma-separated variants, engine[:dtype][:device], such as eager:bf16 or onnxruntime:cuda; the engines "
-        f"are {', '.join(reversed(ENGINES))} (default: the usual variants of all that can run here)",
+        "--engine",
+        metavar="NAMES",
+        help="variants with commas between them, engine[:precision][:device], such as eager:bf16,onnxruntime:cuda; the "
+        f"engines are {', '.join(reversed(ENGINES))} (default: the usual variants of all that can run here)",
     )
-    parser.add_argument("--prompt", action="append", help="text of an image; repeatable (default: built-in ones)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
-    parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
-    parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's own)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's own)")
+    renamed(parser, "--engines", "--engine")
+    add_prompts(parser)
+    add_seed(parser)
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per call (default: 1)")
+    add_size(parser)
+    add_sampling(parser, whose="the bundle's own")
     parser.add_argument(
         "--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="how often everything is timed (default: 10)")
-    parser.add_argument("--seconds", type=float, help="stop after this many seconds, but not before five rounds")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory and load times")
-    parser.add_argument("--json", metavar="FILE", help="write the result as one JSON document; - for stdout")
-    parser.add_argument("--html", metavar="FILE", help="write the result as one web page, with the images")
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="how often everything is timed (default: 10)"
+    )
+    text = "stop after this many seconds, but not before five rounds"
+    group.add_argument("--seconds", type=float, metavar="S", help=text)
+    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads of every engine")
+    group.add_argument("--no-memory", action="store_true", help="do not measure memory and load times")
+    group = parser.add_argument_group("result")
+    group.add_argument("--full", action="store_true", help="print every column, not the short table")
+    group.add_argument(
+        "-o",
+        "--out",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the result: one JSON document (.json) or one web page with the images (.html); repeatable",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    # Until 0.2 these took the files; --json without one is what it is in every verb.
+    group.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print the result as one JSON document")
+    group.add_argument("--html", metavar="FILE", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from ..files import read_json, write_bytes, write_json
 
     if (args.bundle is None) == (args.saved is None):
-        args.wrong_use("give a bundle, or --from FILE")
-    for option, name in (("--json", args.json), ("--html", args.html)):
-        _check_writable(option, name)
+        raise WrongUse("accel bench: give a model, or --from FILE", f"for example {EXAMPLE}")
+    files = _files(args)
     if args.saved:
         document = check_schema(read_json(Path(args.saved), "the benchmark result"), args.saved)
         images, code = {}, 0
@@ -64,34 +83,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(json.dumps(document, indent=2))
     else:
-        report.show(document)
-        if args.json:
-            write_json(Path(args.json), document)
-    if args.html:
-        write_bytes(Path(args.html), report_html.page(document, images).encode())
+        report.show(document, full=args.full)
+    for file in files:
+        if file.suffix == ".json":
+            write_json(file, document)
+        else:
+            write_bytes(file, report_html.page(document, images).encode())
     return code
 
 
 def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int]:
     from .. import bench
     from ..bench.work import PROMPTS
+    from ..pipeline import opened
 
+    bundle = opened(args.bundle)
+    usual = DIGITS_PROMPTS if knows_only_digits(str(bundle.manifest.source["name"])) else PROMPTS
     settings = bench.BenchSettings(
-        prompts=tuple(args.prompt or PROMPTS),
+        prompts=tuple(prompts_of(args) or usual),
         seed=args.seed,
         batch=args.batch,
         height=args.height,
         width=args.width,
+        sampler=args.sampler,
+        options=sampler_options(args),
         steps=args.steps,
         guidance=args.guidance,
         rounds=args.rounds,
         seconds=args.seconds,
         memory=not args.no_memory,
+        threads=args.threads,
         control=args.control or "",
     )
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # torch has no option for it, and is not imported yet
     with progress() as report:
-        variants = bench.chosen(args.engines)
-        result = bench.measure(args.bundle, variants, settings, command=_command(args), progress=report)
+        variants = bench.chosen(args.engine)
+        result = bench.measure(bundle, variants, settings, command=_command(args), progress=report)
     document = result.document.as_dict()
     for name in result.failed:
         reason = next(row["reason"] for row in document["rows"] if row["variant"] == name)
@@ -104,22 +132,38 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
 
 def _command(args: argparse.Namespace) -> str:
     """What was typed, to type it again elsewhere: names of folders and files only, no paths."""
+    from ..sampling.constants import OPTIONS
+
     words = ["accel bench", Path(args.bundle).resolve().name]
-    for name in ("engines", "seed", "batch", "height", "width", "steps", "guidance", "rounds", "seconds"):
+    named = "engine seed batch height width sampler steps guidance rounds seconds threads".split()
+    for name in (*named, *OPTIONS):
         value = getattr(args, name)
         if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):
-            words.append(f"--{name} {value}")
+            words.append(f"--{name.replace('_', '-')} {value}")
     words += [f"--prompt {json.dumps(prompt)}" for prompt in args.prompt or ()]
+    words += [f"--prompt-file {Path(args.prompt_file).name}"] if args.prompt_file else []
     words += [f"--control {Path(args.control).name}"] if args.control else []
     return " ".join(words + ["--no-memory"] * args.no_memory)
 
 
-def _check_writable(option: str, name: str | None) -> None:
-    """Before minutes of measuring, not after."""
-    if name is None or name == "-":
-        return
-    path = Path(name)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {name}: cannot write a file there", "name a file in a folder that exists")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"{option} {name}: no permission to write there", "name a file in a folder you may write to")
+def _files(args: argparse.Namespace) -> list[Path]:
+    """The files to write, checked before minutes of measuring and not after.
+
+    Raises:
+        UserError: for a name of another kind, a file that is there, or a folder that cannot be written.
+    """
+    for old in ("json", "html"):
+        if (name := getattr(args, old)) not in (None, "-"):
+            warnings.warn(f"--{old} {name} is now --out {name}", Notice, stacklevel=2)
+    files = [(Path(name), args.overwrite, (".json", ".html")) for name in args.out]
+    files += [(Path(name), True, (Path(name).suffix,)) for name in (args.json, args.html) if name not in (None, "-")]
+    for path, overwrite, suffixes in files:
+        if path.suffix not in suffixes:
+            raise UserError(f"--out {path}: the result is written as .json or .html", "such as --out bench.html")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UserError(f"--out {path}: cannot write a file there", "name a file in a folder that exists")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UserError(f"--out {path}: no permission to write there", "name a file in a folder you may write to")
+        if path.exists() and not overwrite:
+            raise UserError(f"--out {path} exists already", "add --overwrite, or name another file")
+    return [path for path, *_ in files]

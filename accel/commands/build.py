@@ -6,25 +6,30 @@ import argparse
 import json
 
 from ..bundle import Bundle
+from ..command_line.options import add_build, add_gpu, build_engine_files, next_command
+from ..command_line.parser import renamed
 from ..engines import fitting_engine_file
-from .options import add_build, add_json, build_engine_files
+from ..trt.cuda import index_of
 
 EXAMPLE = "accel build my-bundle --components unet,vae_decoder --profile sd-512 --profile sd-768"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder; the engine files go to its engines/")
-    parser.add_argument("--components", help="comma-separated (default: all of the bundle)")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder; the engine files go to its engines/")
+    text = "with commas between them (default: all of the bundle)"
+    parser.add_argument("--components", metavar="NAMES", help=text)
     parser.add_argument(
         "--profile",
         action="append",
         default=[],
+        metavar="SHAPES",
         help="shape profile within the bundle's own (default: the bundle's own); repeat it for several optimization "
         "profiles in one engine",
     )
-    parser.add_argument("--force", action="store_true", help="rebuild engines that already exist")
-    add_build(parser)
-    add_json(parser)
+    parser.add_argument("--overwrite", action="store_true", help="build engine files again that exist already")
+    renamed(parser, "--force", "--overwrite")
+    add_gpu(parser, "GPU to build on and for")
+    add_build(parser.add_argument_group("builder"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,9 +44,8 @@ def run(args: argparse.Namespace) -> int:
         layers = ", ".join(f"{count} in {name}" for name, count in record["audit"]["heavy"].items())
         size = record["plan"]["bytes"] / 1e6
         print(f"{file.component:<15} {size:9.1f} MB  {record['seconds']:7.1f} s  {profiles}; {layers}")
-    device = f"cuda:{args.gpu}"
+    device = f"cuda:{index_of(args.device)}"
     complete = all(fitting_engine_file(bundle, name, device) for name in bundle.manifest.components)
-    where = f" --device {device}" if args.gpu else ""
-    engine = "tensorrt" if complete else "auto"  # auto runs the other components on another engine
-    print(f"{bundle.path} is ready: accel run {bundle.path} --engine {engine}{where} --prompt ...")
+    how = " --engine tensorrt" if complete else " --engine auto"  # auto runs the other components on another engine
+    print(f"{bundle.path} is ready{next_command(bundle, how + f' --device {device}' * (device != 'cuda:0'))}")
     return 0

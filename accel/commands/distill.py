@@ -4,81 +4,68 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
-import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.errors import Notice, UserError
+from accel.errors import UserError
+
+from ..command_line.options import add_general
+from ..command_line.parser import Parser, one_of, renamed
 
 if TYPE_CHECKING:
     from accel.distill.registry import MethodEntry
     from accel.distill.settings import Recipe
 
-EXAMPLE = "accel distill tiny --model runwayml/stable-diffusion-v1-5 --data photos/ --recipe sd15_tiny --out my-tiny"
+EXAMPLE = "accel distill tiny --model digits --data digits --recipe digits_tiny --out my-tiny"
+# Sampling steps are --steps in every verb, so these have another name on the command line.
+_FLAGS = {"steps": "--train-steps"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Any) -> None:
     from accel.distill.registry import METHODS
 
-    methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, parser_class=_Parser)
+    methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, parser_class=Parser)
     for name, entry in METHODS.items():
+        recipe = next((preset for preset in entry.presets.split() if preset.startswith("digits")), "")
+        command = f"accel distill {name} --model digits --data digits"
         method = methods.add_parser(
             name,
             help=entry.help,
             description=entry.help,
             usage=f"accel distill {name} --model M --data D --out O [options]",
-            epilog=f"example: {EXAMPLE.replace('tiny', name)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            example=f"{command} --recipe {recipe} --out my-{name}" if recipe else EXAMPLE,
         )
         method.add_options = partial(_add_options, method, name, entry)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Gets its options when it is chosen, and suggests the nearest one for a misspelt one."""
+def _add_options(parser: Parser, name: str, entry: MethodEntry) -> None:
+    from accel.distill.registry import recipe_names
 
-    add_options: Callable[[], None] | None = None
-
-    def error(self, message: str) -> Any:
-        known = [text.lstrip("-") for action in self._actions for text in action.option_strings if text[:2] == "--"]
-        for word in message.replace("unrecognized arguments:", "").split():
-            near = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, 1)
-            if "unrecognized" in message and word.startswith("--"):
-                message += f"\n  did you mean --{near[0]}?" if near else ""
-                message += f"\n  options: {', '.join('--' + name for name in known)}"
-                break
-        super().error(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self.add_options:
-            self.add_options()
-        found, rest = super().parse_known_args(args, namespace)
-        if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        return found, rest
-
-
-def _add_options(parser: argparse.ArgumentParser, name: str, entry: MethodEntry) -> None:
-    parser.add_argument("--out", type=Path, required=not entry.memory_estimate, help="folder of the trained pipeline")
-    parser.add_argument(
-        "--run", type=Path, help="folder of checkpoints, losses and samples (default: OUT-run); kept to resume"
-    )
-    parser.add_argument("--recipe", help="named settings to start from; other options override its fields")
+    text = "folder of the trained pipeline"
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", required=not entry.memory_estimate, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    text = "folder of checkpoints, losses and samples (default: OUT-run); kept to resume"
+    parser.add_argument("--run", type=Path, metavar="DIR", help=text)
+    names = recipe_names(name)
+    parser.add_argument(
+        "--recipe",
+        type=one_of("recipe", names, lambda text: text.replace("-", "_")),
+        metavar="NAME",
+        help=f"named settings to start from, which other options override: {', '.join(names)}",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads")
     if entry.memory_estimate:
         parser.add_argument(
             "--memory-estimate", action="store_true", help="print the memory that a run needs, and stop"
         )
-        parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)  # its name until 0.2
-        parser.add_argument("--processes", type=int, default=1, help="FSDP2 processes of the memory estimate")
-    parser.add_argument("--json", action="store_true", help="print the training record as JSON")
+        renamed(parser, "--plan", "--memory-estimate")
+        text = "FSDP2 processes of the memory estimate (default: 1)"
+        parser.add_argument("--processes", type=int, default=1, metavar="N", help=text)
     defaults = entry.settings()
+    group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(defaults):
         if field.name == "student":
             continue  # the sub-verb says it
@@ -89,7 +76,12 @@ def _add_options(parser: argparse.ArgumentParser, name: str, entry: MethodEntry)
             options = dict(action=argparse.BooleanOptionalAction)
         elif choices:
             options["metavar"] = "{" + ",".join(filter(None, choices)) + "}"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+        else:
+            options["metavar"] = {int: "N", float: "X"}.get(type(default), "TEXT")
+        flag = _FLAGS.get(field.name, "--" + field.name.replace("_", "-"))
+        group.add_argument(flag, dest=field.name, help=text.replace("%", "%%"), **options)
+    renamed(group, "--steps", _FLAGS["steps"])
+    add_general(parser, json_help="print the training record as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,9 +99,7 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, field.name, None)) is not None
     }
     settings = recipes.changed(settings, **given)
-    if getattr(args, "plan", False):
-        warnings.warn(Notice("--plan is now called --memory-estimate"), stacklevel=2)
-    if getattr(args, "memory_estimate", False) or getattr(args, "plan", False):
+    if getattr(args, "memory_estimate", False):
         return _print_memory_estimate(settings, args)
     if not args.out:
         raise UserError("no --out given", "--out FOLDER, or --memory-estimate to see what the run needs")
@@ -120,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
-        print(f"{args.out} is ready{_next_command(args.out, args.model or 'MODEL')}")
+        print(f"next{_next_command(args.out, args.model or 'MODEL')}")
     return 0
 
 

@@ -5,38 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
+from ..command_line.options import add_engine, add_sampling, engine_of
+from ..command_line.parser import one_of, renamed
 from ..progress import progress
-from .options import add_engine, add_json, engine_options, sampler_names
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 
 PROTOCOL_NAMES = ("digits", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-
-    parser.add_argument("model", help="a diffusers pipeline folder, a hub id, digits, digits/NAME, or a bundle")
-    parser.add_argument("--protocol", default="digits", help=f"{', '.join(PROTOCOL_NAMES)} (default: digits)")
+def add_arguments(parser: Any) -> None:
     parser.add_argument(
-        "--out", required=True, help="folder of the images and the result; an interrupted run continues there"
+        "model", metavar="MODEL", help="a diffusers pipeline folder, a hub id, a shipped model, a bundle"
     )
-    parser.add_argument("--sampler", help=f"{sampler_names('pndm')} (default: the protocol's)")
-    parser.add_argument("--steps", type=int, help="number of steps (default: the protocol's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 0 for none (default: the protocol's)")
-    parser.add_argument("--limit", type=int, help="evaluate only the first LIMIT images")
-    parser.add_argument("--batch", type=int, help="images per call (default: the protocol's); changes only the speed")
-    parser.add_argument("--reference", help="folder of real images, for protocols that need them")
-    parser.add_argument("--captions", help="file of captions (.csv, .jsonl or .txt), for protocols that need them")
+    text = f"{', '.join(PROTOCOL_NAMES)} (default: digits)"
+    parser.add_argument(
+        "--protocol", default="digits", type=one_of("protocol", PROTOCOL_NAMES), metavar="NAME", help=text
+    )
+    text = "folder of the images and the result; an interrupted run continues there"
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="start again, without the images that are there")
+    add_sampling(parser, whose="the protocol's", options=False)
+    parser.add_argument("--images", type=int, metavar="N", help="evaluate only the first N images of the protocol")
+    renamed(parser, "--limit", "--images")
+    text = "images per call (default: the protocol's); changes only the speed"
+    parser.add_argument("--batch", type=int, metavar="N", help=text)
+    text = "folder of real images, for protocols that need them"
+    parser.add_argument("--reference", metavar="DIR", help=text)
+    text = "file of captions (.csv, .jsonl or .txt), for protocols that need them"
+    parser.add_argument("--captions", metavar="FILE", help=text)
     parser.add_argument(
         "--patience",
         type=float,
         default=600.0,
+        metavar="S",
         help="seconds that rank 0 waits for the next image of another process (default: 600)",
     )
     add_engine(parser)
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from accel.distill.evaluation.work_share import shard_of
 
     shard = shard_of(os.environ)
+    engine, options = engine_of(args)
+    if args.overwrite and shard.rank == 0:
+        _clear(Path(args.out))
     with progress() as report:
         result = evaluate(
             args.model,
@@ -52,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
             sampler=args.sampler,
             steps=args.steps,
             guidance=args.guidance,
-            limit=args.limit,
+            limit=args.images,
             batch=args.batch,
             reference=args.reference,
             captions=args.captions,
-            engine=args.engine,
-            options=engine_options(args),
+            engine=engine,
+            options=options,
             shard=shard,
             patience=args.patience,
             progress=report,
@@ -72,6 +84,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _clear(out: Path) -> None:
+    """Delete what an evaluation wrote; nothing in a folder that is not one of those."""
+    from accel.distill.evaluation.work_share import IMAGES, RUN
+
+    if not (out / RUN).is_file():
+        return
+    shutil.rmtree(out / IMAGES, ignore_errors=True)
+    for file in [out / RUN, *out.glob("result*.json")]:
+        file.unlink(missing_ok=True)
+
+
 def _show(result: dict[str, Any], out: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -84,10 +107,12 @@ def _show(result: dict[str, Any], out: str) -> None:
         note = f" (floor {figure['floor']:.4g})" if "floor" in figure else ""
         note += f" ± {figure['deviation']:.2g}" if "deviation" in figure else ""
         # Text and not markup: the brackets of an id would be taken for a style.
-        table.add_row(_text(figure["name"]), _text(f"{figure['value']:.4g}{note}"), _text(figure["protocol"]))
+        value = f"{100 * figure['value']:.4g} %" if "accuracy" in figure["name"] else f"{figure['value']:.4g}"
+        table.add_row(_text(figure["name"]), _text(value + note), _text(figure["protocol"]))
     # A pipe has no width; 80 columns would fold the ids that somebody wants to search for.
     console = Console() if Console().is_terminal else Console(width=160)
-    print(f"{result['model']['name']}: {result['title']}")
+    part = f", of which the first {result['images']} images" if "images=" in result["protocol"] else ""
+    print(f"{result['model']['name']}: {result['title']}{part}")
     console.print(table)
     sampling = result["sampling"]
     steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"

@@ -4,99 +4,177 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from ..bundle import is_bundle
-from ..errors import Notice
+from ..bundle.kinds import KINDS
+from ..command_line.options import (
+    add_build,
+    add_gpu,
+    add_out,
+    add_sampling,
+    build_engine_files,
+    build_options,
+    next_command,
+    sampler_options,
+)
+from ..command_line.parser import WrongUse, one_of, renamed, several
+from ..dtypes import INT8, PRECISIONS
+from ..errors import UserError
 from ..int8 import summary
 from ..progress import progress
-from .options import add_build, build_engine_files, build_options, sampler_names
 
-EXAMPLE = "accel export my-pipeline my-bundle --precision fp16 --profile sd-512"
+EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Any) -> None:
     from ..bundle.shape_profiles import PROFILES
+    from ..models.few_step import FAMILIES
 
     parser.add_argument(
         "model",
-        help="a diffusers pipeline folder, a hub id, or a single .safetensors checkpoint; for int8 a bundle too",
+        metavar="MODEL",
+        help="a diffusers pipeline folder, a hub id, a shipped model, or a single .safetensors checkpoint; for int8 a "
+        "bundle too",
     )
-    parser.add_argument("out", help="the bundle to write; it appears only when everything has succeeded")
+    parser.add_argument("folder", nargs="?", metavar="OUT", help="the bundle to write, the same as --out")
+    add_out(parser, "the bundle to write; it appears only when everything has succeeded", metavar="OUT")
     parser.add_argument(
         "--precision",
         default="fp32",
-        help="fp32, fp16, int8, int8-fp16 (for a GPU), or auto: int8 where it is faster and within the parity budget "
-        "(default: fp32)",
+        choices=(*PRECISIONS, *INT8),
+        help="of weights and products; int8-fp16 is for a GPU; auto is int8 where it is faster and within the parity "
+        "budget (default: fp32)",
     )
     parser.add_argument(
         "--profile",
+        metavar="SHAPES",
         help="shapes to accept: native (batch 1-4 at the model's own size), static (batch 1), "
         f"{', '.join(PROFILES)}; or spelled out: batch=1-4,height=256-768,width=512 (default: native)",
     )
-    parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 24 (default: 20)")
     parser.add_argument(
-        "--components", help="comma-separated: text_encoder,unet,vae_decoder,vae_encoder (default: all of them)"
+        "--components",
+        type=several("component", COMPONENTS),
+        metavar="NAMES",
+        help=f"with commas between them: {','.join(COMPONENTS)} (default: all that the model has)",
     )
-    parser.add_argument(
-        "--adapter",
-        nargs="?",
-        const=True,
-        metavar="FOLDER",
-        help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 24 (default: 20)")
+    text = "threads of torch while it traces and compares (default: one for each core)"
+    parser.add_argument("--threads", type=int, metavar="N", help=text)
+    group = parser.add_argument_group("sampler to store in the bundle")
+    add_sampling(group)
+    text = "sample as this kind of few-step model, where its files' names do not say it; none for an ordinary one"
+    names = (*(family.name for family in FAMILIES), "none")
+    group.add_argument(
+        "--few-step", type=one_of("few-step model", names), metavar="NAME", help=f"{text}: {', '.join(names)}"
     )
-    parser.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[=SCALE]",
-        help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
-    )
-    parser.add_argument(
-        "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
-    )
-    parser.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
-    parser.add_argument(
-        "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
-    )
-    parser.add_argument(
-        "--variant", help="variant of the folder's weight files, such as fp16 (default: the files without one)"
-    )
-    parser.add_argument(
-        "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
-    )
-    parser.add_argument("--sampler", help=f"sampler to store in the bundle: {sampler_names()}")
-    parser.add_argument("--steps", type=int, help="steps to store in the bundle")
-    parser.add_argument("--guidance", type=float, help="guidance scale to store in the bundle")
-    _add_int8(parser)
+    _add_parts(parser.add_argument_group("parts from elsewhere"))
+    _add_int8(parser.add_argument_group("int8"))
     parser.add_argument(
         "--engine",
         default="onnx",
         choices=("onnx", "tensorrt"),
         help="onnx: graphs for every engine; tensorrt: engine files for this GPU as well (default: onnx)",
     )
-    parser.add_argument(
+    add_gpu(parser, "with TensorRT or a Triton server: where it runs", cpu=True)
+    group = parser.add_argument_group("NVIDIA Triton Inference Server")
+    group.add_argument(
         "--target",
         default="bundle",
         choices=("bundle", "triton-server"),
-        help="triton-server: a model repository for NVIDIA Triton; MODEL may be a bundle then (default: bundle)",
+        help="triton-server: write a model repository; MODEL may be a bundle then (default: bundle)",
     )
-    parser.add_argument("--backend", default="onnxruntime", help="with triton-server: onnxruntime or tensorrt")
-    parser.add_argument("--instances", type=int, default=1, help="with triton-server: copies of each model per device")
-    parser.add_argument("--kind", default="gpu", help="with triton-server: gpu or cpu")
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
-    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    group.add_argument(
+        "--backend", default="onnxruntime", choices=("onnxruntime", "tensorrt"), help="backend of the repository"
+    )
+    group.add_argument("--instances", type=int, default=1, metavar="N", help="copies of each model on the device")
+    renamed(group, "--kind", "--device", given={"gpu": "cuda", "cpu": "cpu"}.get)
     add_build(parser.add_argument_group("with --engine tensorrt"))
 
 
+def _add_parts(group: Any) -> None:
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
+    )
+    group.add_argument(
+        "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
+    )
+    group.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
+    group.add_argument(
+        "--adapter",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
+    )
+    group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    group.add_argument(
+        "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
+    )
+    text = "variant of the folder's weight files, such as fp16 (default: the files without one)"
+    group.add_argument("--variant", metavar="NAME", help=text)
+    group.add_argument(
+        "--share", metavar="BUNDLE", help="bundle of the same model without the LoRA: equal files become hard links"
+    )
+
+
+def _add_int8(group: Any) -> None:
+    from ..int8.config import LEVELS, OBSERVERS
+
+    text = "file of prompts to calibrate on (default: built-in ones)"
+    group.add_argument("--calibration", type=Path, metavar="FILE", help=text)
+    text = "images to calibrate on (default: 32)"
+    group.add_argument("--calibration-images", type=int, metavar="N", help=text)
+    parts = ("unet", "text_encoder", "vae_decoder")
+    text = f"components to quantize: {','.join(parts)} (default: all)"
+    group.add_argument("--int8-components", type=several("component", parts), metavar="NAMES", help=text)
+    group.add_argument(
+        "--int8-level",
+        choices=LEVELS,
+        help="layers to quantize: conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores "
+        "(+ q k^T of self-attention) or attention (+ its softmax weights times v)",
+    )
+    group.add_argument(
+        "--int8-keep",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
+    )
+    text = "how calibration chooses ranges (default: mse)"
+    group.add_argument("--int8-observer", choices=OBSERVERS, help=text)
+    renamed(group, "--collector", "--int8-observer")
+    text = "SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)"
+    group.add_argument("--smooth", type=float, metavar="ALPHA", help=text)
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="DB",
+        help="least PSNR of images against float32: leave the most sensitive layers in higher precision until it holds",
+    )
+    text = "write a table of what each layer costs (Markdown and JSON)"
+    group.add_argument("--sensitivity", type=Path, metavar="DIR", help=text)
+
+
 def run(args: argparse.Namespace) -> int:
+    if (args.folder is None) == (args.out is None):
+        raise WrongUse("accel export: give the folder to write, once", f"for example {EXAMPLE}")
+    args.out = args.out or args.folder
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     if args.target == "triton-server":
         return _triton_server(args)
     return _bundle(args)
@@ -112,7 +190,7 @@ def _triton_server(args: argparse.Namespace) -> int:
     from accel.export.triton.repository import Serving, write
     from accel.files import refuse_existing
 
-    serving = Serving(backend=args.backend, instances=args.instances, kind=args.kind)
+    serving = Serving(backend=args.backend, instances=args.instances, kind="cpu" if args.device == "cpu" else "gpu")
     serving.check()
     refuse_existing(Path(args.out), args.overwrite)
     if is_bundle(args.model):
@@ -122,7 +200,7 @@ def _triton_server(args: argparse.Namespace) -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             inner = copy.copy(args)
-            inner.out, inner.json, inner.quiet = str(Path(folder) / "bundle"), False, True
+            inner.out, inner.json, inner.silent = str(Path(folder) / "bundle"), False, True
             inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
             _bundle(inner)
             command = write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
@@ -134,14 +212,11 @@ def _triton_server(args: argparse.Namespace) -> int:
 
 
 def _bundle(args: argparse.Namespace) -> int:
-    from accel.errors import UserError
     from accel.export.graph import trace
-    from accel.export.graph.precision import INT8, check_name
     from accel.export.int8.settings import refuse_changes
-    from accel.export.pipeline import COMPONENTS, export_pipeline
+    from accel.export.pipeline import export_pipeline
     from accel.models.source import open_source
 
-    check_name(args.precision)
     exported = args.precision in INT8 and is_bundle(args.model)
     if exported:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
@@ -149,14 +224,16 @@ def _bundle(args: argparse.Namespace) -> int:
         raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
     if args.engine == "tensorrt":
         from accel.trt import library
-        from accel.trt.cuda import Cuda
+        from accel.trt.cuda import Cuda, index_of
 
         # All of this before the export takes minutes.
         options = build_options(args)
         options.check(library.load().__version__)
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
-        Cuda(args.gpu)
+        if (index := index_of(args.device)) is None:
+            raise UserError("TensorRT engine files are built on a GPU", "--device cuda")
+        Cuda(index)
     source = (
         args.model
         if exported
@@ -169,9 +246,9 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            few_step=args.few_step,
         )
     )
-    components = tuple(name.strip() for name in args.components.split(",")) if args.components else COMPONENTS
     with progress() as report:
         bundle = export_pipeline(
             source,
@@ -179,7 +256,7 @@ def _bundle(args: argparse.Namespace) -> int:
             profile=args.profile or "native",
             precision=args.precision,
             opset=trace.DEFAULT_OPSET if args.opset is None else args.opset,
-            components=components,
+            components=args.components or COMPONENTS,
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
@@ -189,7 +266,7 @@ def _bundle(args: argparse.Namespace) -> int:
         )
     if args.engine == "tensorrt":
         build_engine_files(bundle, args, (), [])
-    if getattr(args, "quiet", False):
+    if getattr(args, "silent", False):
         return 0
     if args.json:
         print(json.dumps(bundle.manifest.as_dict(), indent=2))
@@ -207,52 +284,13 @@ def _bundle(args: argparse.Namespace) -> int:
         )
         for line in summary.lines(component):
             print(f"{'':<15} {line}")
-    print(f"{bundle.path} is ready: accel run {bundle.path} --prompt ...")
+    print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
 
 
 def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
     """The options among `names` that were given, as they are typed."""
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
-
-
-def _add_int8(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("int8")
-    group.add_argument("--calibration", type=Path, help="file of prompts to calibrate on (default: built-in ones)")
-    group.add_argument("--calibration-images", type=int, help="images to calibrate on (default: 32)")
-    group.add_argument("--int8-components", help="components to quantize: unet,text_encoder,vae_decoder (default: all)")
-    group.add_argument(
-        "--int8-level",
-        help="layers to quantize: conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores "
-        "(+ q k^T of self-attention) or attention (+ its softmax weights times v)",
-    )
-    group.add_argument(
-        "--int8-keep",
-        action="append",
-        default=[],
-        metavar="LAYER",
-        help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
-    )
-    group.add_argument("--int8-observer", help="how calibration chooses ranges: mse (default), percentile or max")
-    group.add_argument("--collector", action=_Renamed, dest="int8_observer", help=argparse.SUPPRESS)
-    group.add_argument("--smooth", type=float, help="SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)")
-    group.add_argument(
-        "--budget",
-        type=float,
-        metavar="DB",
-        help="least PSNR of images against float32: leave the most sensitive layers in higher precision until it holds",
-    )
-    group.add_argument(
-        "--sensitivity", type=Path, metavar="DIR", help="write a table of what each layer costs (Markdown and JSON)"
-    )
-
-
-class _Renamed(argparse.Action):
-    """The old spelling of an option: does what the new one does, and says so."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        warnings.warn(f"{option_string} is now --{self.dest.replace('_', '-')}", Notice, stacklevel=2)
-        setattr(namespace, self.dest, values)
 
 
 def _int8(args: argparse.Namespace) -> Any:
@@ -266,7 +304,6 @@ def _int8(args: argparse.Namespace) -> Any:
     config = given(
         level=args.int8_level, keep=tuple(args.int8_keep) or None, observer=args.int8_observer, smooth=args.smooth
     )
-    components = args.int8_components
     return Int8Settings(
         **given(
             config=Int8Config(**config) if config else None,
@@ -274,26 +311,16 @@ def _int8(args: argparse.Namespace) -> Any:
             images=args.calibration_images,
             budget=args.budget,
             sensitivity=args.sensitivity,
-            components=None if components is None else tuple(map(str.strip, components.split(","))),
+            components=args.int8_components,
         )
     )
 
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
-    if args.sampler is None and args.steps is None and args.guidance is None:
+    options = sampler_options(args)
+    if args.sampler is None and args.steps is None and args.guidance is None and not options:
         return None
-    from accel.export.constants import own_sampling
-    from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
+    from accel.models.constants import chosen_sampling
 
-    own = own_sampling(source).as_dict()
-    name = args.sampler or own["name"]
-    if args.steps is not None or name != own["name"]:
-        usual = SAMPLERS[name].steps if name in SAMPLERS else None
-        steps = usual if args.steps is None else args.steps
-        timesteps = grid(name, NoiseSchedule.from_config(source.config("scheduler")), steps)
-        own = {"name": name, "guidance": 0.0 if name == "dmd2" else own["guidance"]}
-        own |= {"timesteps": timesteps} if name == "dmd2" else {"steps": steps}
-    if args.guidance is not None:
-        own["guidance"] = args.guidance
-    return own
+    return chosen_sampling(source, args.sampler, args.steps, args.guidance, options)

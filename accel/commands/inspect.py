@@ -6,22 +6,25 @@ import argparse
 import json
 
 from ..bundle import Bundle, Component
+from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
 from ..trt import engine_files, preflight
-from .options import add_json
 
 EXAMPLE = "accel inspect my-bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
     parser.add_argument(
-        "--for", dest="target", choices=("tensorrt",), help="check that the parser of this engine takes every operator"
+        "--engine",
+        dest="target",
+        choices=("tensorrt",),
+        help="check that the parser of this engine takes every operator",
     )
+    renamed(parser, "--for", "--engine")
     parser.add_argument("--no-verify", action="store_true", help="skip comparing the files with their digests")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,6 +113,8 @@ def _engine_files(bundle: Bundle) -> list[dict]:
 
 
 def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines) -> None:
+    from ..pipeline import component_names
+
     manifest = bundle.manifest
     sampler = manifest.sampler
     steps = sampler.get("timesteps") or f"{sampler.get('steps')} steps"
@@ -120,7 +125,9 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
         f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
         f"torch {manifest.exporter['torch']}"
     )
-    print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}")
+    options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampler.get("options", {}).items())
+    own = f"; the model's own scheduler: {scheduler}" if (scheduler := manifest.source.get("scheduler")) else ""
+    print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}{options}{own}")
     profile = manifest.profile
     print(
         f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
@@ -132,6 +139,10 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
         print(f"  files     DAMAGED: {problem}")
     else:
         print(f"  files     {'not checked' if unverified else f'{len(manifest.files)} files match their digests'}")
+    try:
+        component_names(bundle)
+    except UserError as error:
+        print(f"  makes no image by itself: {error.message}")
     for name, state in engines.items():
         print(f"  {name:<12} {'runs here: ' + state.detail if state.ok else f'no: {state.detail}; fix: {state.fix}'}")
 

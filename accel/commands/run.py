@@ -7,42 +7,61 @@ import json
 import re
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
-from .options import add_engine, add_json, add_sampling, engine_options
+from ..assets import DIGITS_PROMPTS, knows_only_digits, names_a_digit
+from ..command_line.options import (
+    add_engine,
+    add_out,
+    add_prompts,
+    add_sampling,
+    add_seed,
+    add_size,
+    engine_of,
+    prompts_of,
+    sampler_options,
+)
+from ..command_line.parser import WrongUse, renamed
+from ..errors import Notice, UserError
 
-EXAMPLE = 'accel run my-bundle --prompt "a fox in the snow" --seed 7 --out fox.png'
+EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
-    parser.add_argument("--prompt", action="append", required=True, help="text of the image; repeatable")
-    parser.add_argument("--negative", help="negative prompt: text to steer away from (needs guidance above 1)")
-    parser.add_argument("--out", default="out.png", help="image to write; several are numbered (default: out.png)")
-    parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count on (default: 0)")
-    parser.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
-    parser.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
-    parser.add_argument(
-        "--strength", type=float, help="how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
-    )
-    parser.add_argument("--control", metavar="FILE", help="image that guides the bundle's T2I-Adapter or ControlNet")
-    parser.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
-    parser.add_argument("--control-scale", type=float, default=1.0, help="strength of --control (default: 1)")
-    parser.add_argument(
-        "--control-end", type=float, default=1.0, help="share of the steps, from the first, that it guides"
-    )
-    parser.add_argument("--height", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--width", type=int, help="pixels (default: the model's own size)")
-    parser.add_argument("--original-size", type=_pair, metavar="HxW", help="SDXL: original size (default: the image's)")
-    parser.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="SDXL: corner of the crop")
-    parser.add_argument("--target-size", type=_pair, metavar="HxW", help="SDXL: target size (default: the image's)")
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("bundle", metavar="MODEL", help="a bundle; or a pipeline folder, hub id or shipped model")
+    add_prompts(parser)
+    parser.add_argument("--negative", metavar="TEXT", help="negative prompt: what to steer away from (with guidance)")
+    add_out(parser, "image to write; several are numbered (default: out.png, or out-1.png, ... if that exists)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    add_seed(parser)
+    add_size(parser)
+    add_sampling(parser, whose="the bundle's own")
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
-    add_sampling(parser)
+    group = parser.add_argument_group("images to start from and to be guided by")
+    group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
+    group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
+    text = "how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
+    group.add_argument("--strength", type=float, metavar="SHARE", help=text)
+    group.add_argument("--control", metavar="FILE", help="image that guides the bundle's T2I-Adapter or ControlNet")
+    group.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
+    text = "strength of --control (default: 1)"
+    group.add_argument("--control-scale", type=float, default=1.0, metavar="SCALE", help=text)
+    text = "share of the steps, from the first, that --control guides (default: 1)"
+    group.add_argument("--control-end", type=float, default=1.0, metavar="SHARE", help=text)
+    group = parser.add_argument_group("SDXL's size conditioning")
+    text = "original size (default: the image's)"
+    group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
+    group.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="corner of the crop")
+    group.add_argument("--target-size", type=_pair, metavar="HxW", help="target size (default: the image's)")
     add_engine(parser)
-    add_json(parser)
+    for old, new in {"--negative-prompt": "--negative", "--num-images": "--images"}.items():
+        renamed(parser, old, new)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -54,30 +73,22 @@ def _pair(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     from ..images import canny
-    from ..pipeline import load
+    from ..pipeline import check_call, load, opened
 
-    if not all(prompt.strip() for prompt in args.prompt):
-        raise UserError("the prompt is empty", 'describe the image: --prompt "a fox in the snow"')
-    out = Path(args.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"{out} is not an image file name", "use .png, .jpg or .webp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(f"cannot write in {out.parent}: {error.strerror}", "choose another --out") from None
-    if out.is_dir():
-        raise UserError(f"{out} is a folder", "choose another --out")
+    prompts = prompts_of(args)
+    if not prompts:
+        raise WrongUse("accel run: no prompt is given", f"for example {EXAMPLE}")
+    if args.images < 1:
+        raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
+    names = _names(args.out, len(prompts) * args.images, args.overwrite)
+    for option in ("image", "mask", "control"):
+        if (file := getattr(args, option)) and not Path(file).is_file():
+            raise UserError(f"--{option} {file}: there is no such file", "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
-    control = canny(args.control) if args.canny else args.control
-    pipeline = load(args.bundle, engine=args.engine, low_memory=args.low_memory, **engine_options(args))
-    if args.engine == "auto" and not args.json and not args.low_memory:
-        unet = pipeline.engines["unet"]
-        print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
-    result = pipeline(
-        args.prompt,
-        args.negative,
+    call = dict(
+        prompt=prompts,
+        negative_prompt=args.negative,
         height=args.height,
         width=args.width,
         sampler=args.sampler,
@@ -88,18 +99,30 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
-        control_image=control,
+        control_image=args.control,
         control_scale=args.control_scale,
         control_end=args.control_end,
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
         prompt_weights=args.prompt_weights,
-        progress=sys.stderr.isatty(),
+        progress=True,
+        **sampler_options(args),
     )
-    names = (
-        [out] if len(result.images) == 1 else [out.with_stem(f"{out.stem}-{i:03d}") for i in range(len(result.images))]
-    )
+    bundle = opened(args.bundle)
+    check_call(bundle, **call)
+    if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
+        warnings.warn(
+            f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
+        )
+    if args.canny:
+        call["control_image"] = canny(args.control)
+    engine, options = engine_of(args)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **options)
+    if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
+        unet = pipeline.engines["unet"]
+        print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
+    result = pipeline(**call)
     for name, image in zip(names, result.images, strict=True):
         _save(image, name)
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}
@@ -107,12 +130,47 @@ def run(args: argparse.Namespace) -> int:
         record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
         print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:
+        written = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1].name}: {len(names)} images"
         parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
-        print(f"{', '.join(map(str, names))} ({parts})")
+        print(f"{written} (seed {result.seeds[0]}; {parts})")
     return 0
 
 
-def _save(image, path: Path) -> None:
+def _names(out: str | None, images: int, overwrite: bool) -> list[Path]:
+    """The files to write, in a folder that can be written; without `--out` the first ones that are free.
+
+    Raises:
+        UserError: for a name that is no image's, a file that is there, or a folder that cannot be written.
+    """
+    path = Path(out or "out.png")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} is not an image file name", "use .png, .jpg or .webp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write in {path.parent}: {error.strerror}", "choose another --out") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", "choose another --out")
+    for candidate in _candidates(path, free=out is None):
+        names = [candidate]
+        if images > 1:
+            names = [candidate.with_stem(f"{candidate.stem}-{i:03d}") for i in range(images)]
+        taken = next((name for name in names if name.exists()), None)
+        if taken is None or overwrite:
+            return names
+        if out is not None:
+            raise UserError(f"{taken} exists already", "add --overwrite, or choose another --out")
+    raise AssertionError("there is always a free name")
+
+
+def _candidates(path: Path, free: bool) -> Iterator[Path]:
+    yield path
+    if free:
+        yield from (path.with_stem(f"{path.stem}-{i}") for i in count(1))
+
+
+def _save(image: Any, path: Path) -> None:
     try:
         image.save(path)
     except OSError as error:

@@ -8,16 +8,14 @@ import json
 from ..bundle import Bundle
 from ..errors import UserError
 from ..trt import engine_files, preflight
-from .options import add_json
 
 EXAMPLE = "accel trust my-bundle --yes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += ". An engine file is executable code: running one is running a program of whoever made it."
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
     parser.add_argument("--yes", action="store_true", help="sign them; without it they are only listed")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from ..bundle.graph_file import graph_file
 from ..bundle.tensor_spec import check
 from ..errors import Notice, UserError
 from ..machine import int8_saturates
+from .resource import Resource
 
 __all__ = ["Engine", "Facts", "Status", "check_device", "check_threads", "graph_file", "to_numpy", "to_torch"]
 
@@ -40,6 +41,7 @@ class Facts:
         libraries: modules to import before a model is loaded, to tell the model's memory from theirs.
         options: options of the command line that it takes.
         int8: whether it computes int8 graphs in integers.
+        reads_graph: whether it needs the ONNX graph, which a diffusers pipeline folder does not have.
         auto: where `auto` may choose it by itself: "cpu", "cuda".
         variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
         gpu_variants: further ones on a machine with a CUDA device.
@@ -50,6 +52,7 @@ class Facts:
     libraries: tuple[str, ...] = ()
     options: tuple[str, ...] = ("device",)
     int8: bool = False
+    reads_graph: bool = True
     auto: tuple[str, ...] = ("cpu",)
     variants: tuple[str, ...] = ("",)
     gpu_variants: tuple[str, ...] = ()
@@ -67,8 +70,8 @@ def note_saturation() -> None:
         )
 
 
-class Engine(ABC):
-    """A loaded component.
+class Engine(Resource, ABC):
+    """A loaded component. `close()`, or the end of a `with`, gives its memory back.
 
     Call it with the component's inputs by name; it returns a dict of outputs. Inputs may be numpy arrays, torch
     tensors or anything with `__dlpack__`; outputs are of the engine's own kind (`native`), on its own device, and never
@@ -84,12 +87,14 @@ class Engine(ABC):
     name: str
     native: str = "numpy"
     description: str = ""
+    what, again = "engine", "accel.load_engine(BUNDLE, COMPONENT, ENGINE) loads one"
 
     def __init__(self, bundle: Bundle, component: Component):
         self.component = component
         self.profile = bundle.manifest.profile.name
 
     def __call__(self, **feeds: Any) -> dict[str, Any]:
+        self.check_open()
         component = self.component
         check(component.name, component.inputs, component.dims, self.profile, feeds)
         native = {name: self.array(value) for name, value in feeds.items()}
@@ -133,8 +138,12 @@ class Engine(ABC):
                     sizes.setdefault(dim, sizes[known] * dims[dim].min // dims[known].min)
         return sizes
 
-    def close(self) -> None:  # noqa: B027 (optional)
-        """Give the memory back. The engine cannot be called afterwards."""
+    def __repr__(self) -> str:
+        shapes = ", ".join(
+            f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in self.component.inputs
+        )
+        state = "closed" if self.closed else self.description
+        return f"<{self.component.name} on {self.name} ({state}): {shapes}>"
 
 
 def _failed(engine: Engine, error: Exception) -> UserError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import threading
+import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from ..bundle import Bundle, Component
-from ..errors import UserError
+from ..errors import Notice, UserError
 from . import eager
 from .base import Status
 
@@ -25,6 +27,22 @@ def status() -> Status:
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return Status(False, "torch.compile needs a C++ compiler", "apt-get install g++")
     return base
+
+
+def attempt() -> str:
+    """A small function compiled where eager runs: that is when a missing compiler shows."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.compile(lambda x: (x @ x).relu() + 1)(torch.ones(2, 2, device=device)).cpu()
+    return device
+
+
+@cache
+def _note_compiling() -> None:
+    """Say once why nothing seems to happen."""
+    text = "torch.compile is compiling: the first call of each network takes up to minutes, later ones do not"
+    warnings.warn(text, Notice, stacklevel=6)
 
 
 class Compile(eager.Eager):
@@ -47,8 +65,12 @@ class Compile(eager.Eager):
 
         self.module = torch.compile(self.module, mode=mode, dynamic=dynamic)
         self.description += f", torch.compile {mode}"
+        self._called = False
 
     def run(self, feeds):
+        if not self._called:
+            self._called = True
+            _note_compiling()
         with _TURN:
             outputs = super().run(feeds)
             if not self.device.startswith("cuda"):

@@ -24,6 +24,7 @@ FACTS = Facts(
         "transformers.models.clip.modeling_clip",
     ),
     options=("device", "dtype"),
+    reads_graph=False,
     auto=("cpu", "cuda"),
     variants=("", "bf16"),
     gpu_variants=("fp16",),
@@ -35,6 +36,17 @@ def status() -> Status:
     if missing:
         return Status(False, f"{', '.join(missing)} not installed", f"pip install {' '.join(missing)}")
     return Status(True, f"torch {version_of('torch')}")
+
+
+def attempt() -> str:
+    """A small product on the CPU, and on the GPU where torch sees one."""
+    import torch
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for device in devices:
+        x = torch.ones(2, 2, device=device)
+        (x @ x).cpu()
+    return ", ".join(devices)
 
 
 class Eager(Engine):
@@ -54,19 +66,23 @@ class Eager(Engine):
         import torch
 
         from ..models import networks
+        from ..models.pipeline_bundle import PipelineBundle
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(device)
         check_dtype(dtype, ("auto", *FACTS.dtypes))
-        module = networks.rebuild(
-            component.kind,
-            bundle.file(f"{component.folder}/config.json"),
-            bundle.file(component.weights),
-            component.inputs,
-            component.outputs,
-            component.int8.get("layers"),
-        )
+        if isinstance(bundle, PipelineBundle):
+            module = bundle.module(component.name)
+        else:
+            module = networks.rebuild(
+                component.kind,
+                bundle.file(f"{component.folder}/config.json"),
+                bundle.file(component.weights),
+                component.inputs,
+                component.outputs,
+                component.int8.get("layers"),
+            )
         compute = component.dtype if dtype == "auto" else SHORT[dtype]
         if dtype != "auto":
             module = module.to(torch_dtype(compute))
@@ -92,7 +108,7 @@ class Eager(Engine):
             for spec, value in zip(self.component.outputs, outputs, strict=True)
         }
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.module
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..sampling import samplers
+from ..sampling.linear import Table, run
 from ..sampling.noise_schedule import NoiseSchedule
 from .cuda_graphs import Bound, Graph
 from .tensorrt import TensorRT
@@ -25,13 +26,20 @@ class FixedLoop:
         unet: a loaded TensorRT UNet.
         name, schedule, timesteps: as in `accel.sampling.samplers.sample`.
         guidance: classifier-free guidance scale; above 1 the UNet runs on [without prompt, with prompt].
+        table: the sampler's own where that has options; None for what name and timesteps say.
     """
 
     def __init__(
-        self, unet: TensorRT, name: str, schedule: NoiseSchedule, timesteps: Sequence[float], guidance: float = 0.0
+        self,
+        unet: TensorRT,
+        name: str,
+        schedule: NoiseSchedule,
+        timesteps: Sequence[float],
+        guidance: float = 0.0,
+        table: Table | None = None,
     ):
         self.unet, self.name, self.schedule = unet, name, schedule
-        self.timesteps, self.guidance = tuple(timesteps), guidance
+        self.timesteps, self.guidance, self.table = tuple(timesteps), guidance, table
 
     def __call__(self, x: Any, conditioning: Mapping[str, Any], noise: Sequence[Any] = ()) -> Any:
         """Sample latents from noise.
@@ -39,7 +47,7 @@ class FixedLoop:
         Args:
             x: float32 torch [N, C, h, w], N(0, 1), on the UNet's device.
             conditioning: every other input of the UNet but sample and timestep, in its own dtypes and batch.
-            noise: like x, one for each step but the last, where the sampler is stochastic.
+            noise: like x, one for each row up to the last that draws any.
 
         Returns:
             float32 latents like x, in memory of their own.
@@ -47,7 +55,7 @@ class FixedLoop:
         cuda = self.unet.cuda
         cuda.activate()
         # The graph keeps the schedule alive, so no other schedule has its id as long as the graph exists.
-        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), tuple(x.shape))
+        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), self.table, tuple(x.shape))
         graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
         result = cuda.empty(tuple(x.shape), "float32")
         with cuda.on(graph.bound.workspace.stream):
@@ -84,9 +92,13 @@ class _Loop(Graph):
 
     def sample(self) -> None:
         loop = self.loop
-        self.result = samplers.sample(
-            loop.name, self.model, self.x, loop.schedule, timesteps=loop.timesteps, noise=self.noise.__getitem__
-        )
+        draw = self.noise.__getitem__
+        if loop.table is not None:
+            self.result = run(loop.table, self.model, self.x, noise=draw)
+        else:
+            self.result = samplers.sample(
+                loop.name, self.model, self.x, loop.schedule, timesteps=loop.timesteps, noise=draw
+            )
 
     def model(self, x: Any, t: float) -> Any:
         bound, loop = self.bound, self.loop

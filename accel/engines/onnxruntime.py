@@ -14,7 +14,7 @@ import numpy as np
 
 from ..bundle import Bundle, Component
 from ..dtypes import torch_dtype
-from ..errors import MissingPackage, Notice, UserError
+from ..errors import MissingPackage, Notice, UserError, unknown
 from ..trt.cuda import index_of
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
 from .onnxruntime_providers import PROVIDERS, chain
@@ -36,6 +36,27 @@ def status() -> Status:
 
     names = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
     return Status(True, f"onnxruntime {onnxruntime.__version__} ({', '.join(names)})")
+
+
+def attempt() -> str:
+    """A small product on every provider that this build lists, which may still lack its libraries."""
+    import onnxruntime as ort
+
+    from .attempt import product_graph
+
+    found = []
+    for name, provider in PROVIDERS.items():
+        if provider not in ort.get_available_providers():
+            continue
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        session = ort.InferenceSession(product_graph(), options, providers=[provider])
+        session.run(None, {"x": np.ones((2, 2), np.float32)})
+        ran = provider in session.get_providers()
+        found.append(
+            name if ran else f"{name} does not load (its CUDA or TensorRT libraries are missing or do not fit)"
+        )
+    return ", ".join(found)
 
 
 class OnnxRuntime(Engine):
@@ -92,7 +113,7 @@ class OnnxRuntime(Engine):
         if provider == "cuda" and component.int8:
             raise UserError(f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16")
         if provider not in PROVIDERS:
-            raise UserError(f"unknown provider {provider!r}", f"one of: auto, {', '.join(PROVIDERS)}")
+            raise unknown("provider", provider, ["auto", *PROVIDERS])
         if PROVIDERS[provider] not in available:
             raise UserError(
                 f"this onnxruntime has no {provider} provider (it has {', '.join(available)})",
@@ -166,7 +187,7 @@ class OnnxRuntime(Engine):
         self.session.run_with_iobinding(binding)
         return outputs
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.session
 
 

@@ -34,6 +34,19 @@ def status() -> Status:
     return Status(True, f"openvino {version_of('openvino')}")
 
 
+def attempt() -> str:
+    """A small product on every device that OpenVINO lists."""
+    import openvino
+
+    from .attempt import product_graph
+
+    core = openvino.Core()
+    model = core.read_model(product_graph())
+    for device in core.available_devices:
+        core.compile_model(model, device)({"x": np.ones((2, 2), np.float32)})
+    return ", ".join(core.available_devices)
+
+
 class OpenVino(Engine):
     """The component's ONNX graph on OpenVINO.
 
@@ -62,7 +75,7 @@ class OpenVino(Engine):
         dtype = "fp32" if dtype == "auto" else dtype
         able = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         if dtype != "fp32" and dtype.upper() not in able:
-            raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--dtype fp32")
+            raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--precision fp32")
         if component.int8 and device.startswith("CPU"):
             note_saturation()
         cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
@@ -104,7 +117,7 @@ class OpenVino(Engine):
         if broken:
             raise UserError(
                 f"OpenVINO in {dtype} makes {broken[0]} of {self.component.name} NaN or infinite on this machine",
-                "--dtype fp32, or run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment",
+                "--precision fp32, or run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment",
             )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +126,7 @@ class OpenVino(Engine):
             # The request reuses its output memory on the next call, so the caller gets a copy.
             return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.request, self.model
 
 

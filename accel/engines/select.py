@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, Component
 from ..bundle.manifest import steadily
-from ..errors import Notice, UserError
+from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
 from ..trt.preflight import NoEngineFile
 from .base import Engine, Facts, Status
@@ -29,6 +30,9 @@ ENGINES: Mapping[str, str] = MappingProxyType(
         "eager": "accel.engines.eager",
     }
 )
+
+
+_ON_THE_COMMAND_LINE = {"dtype": " (--precision)"}
 
 
 def facts(name: str) -> Facts:
@@ -61,102 +65,119 @@ def int8_engines() -> tuple[str, ...]:
 
 def _module(name: str) -> Any:
     if name not in ENGINES:
-        raise UserError(f"unknown engine {name!r}", f"one of: auto, {', '.join(sorted(ENGINES))}")
+        raise unknown("engine", name, ["auto", *reversed(tuple(ENGINES))])
     return import_module(ENGINES[name])
 
 
 def choose(
-    name: str = "auto", component: Component | None = None, bundle: Bundle | None = None, device: str = "auto"
+    name: str = "auto",
+    component: Component | None = None,
+    bundle: Bundle | None = None,
+    device: str = "auto",
+    options: Iterable[str] = (),
 ) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
     `auto` takes TensorRT where the bundle has an engine file of the component that fits, then a GPU that ONNX Runtime
-    can drive, then the first of `ENGINES` that declares the device in its facts.
-    For an int8 component `auto` goes by what its export measured: never an engine on which int8 was slower, never
-    images outside the parity budget; where nothing was measured it says so.
+    can drive, then the first of `ENGINES` that declares the device in its facts and takes the options. For an int8
+    component it goes by what the export measured. It never refuses because of speed or quality: where something else
+    would be faster or closer to float32, a note says so. A diffusers pipeline folder runs on eager.
 
     Args:
         device: where the component is to run: "auto", "cpu", "cuda:1", ...
+        options: names of the options that the engine has to take, of those that engines declare.
 
     Raises:
-        UserError: when the named engine cannot run here, or `auto` may not choose any, with the fix.
+        UserError: when the named engine cannot run here or not this component, or none can, with the fix.
     """
+    needs_eager = component is not None and not component.graph
     if name != "auto":
         state = status(name)
         if not state.ok:
             raise UserError(f"the {name} engine cannot run here: {state.detail}", state.fix)
+        if needs_eager and facts(name).reads_graph:
+            folder = "PIPELINE" if bundle is None else bundle.manifest.source["name"]
+            raise UserError(
+                f"the {name} engine runs ONNX graphs, and {folder} is a diffusers pipeline, which has none",
+                f"accel export {folder} {Path(folder).name}-bundle, and load that; or engine eager",
+            )
         return name
+    wanted = set(options) & {option for engine in ENGINES for option in facts(engine).options}
+    fits = [engine for engine in ENGINES if wanted <= set(facts(engine).options)] or list(ENGINES)
+    if needs_eager:
+        fits = [engine for engine in fits if not facts(engine).reads_graph] or ["eager"]
     engine_file = (
-        fitting_engine_file(bundle, component.name, device) if bundle is not None and component is not None else None
+        fitting_engine_file(bundle, component.name, device)
+        if bundle is not None and component is not None and "tensorrt" in fits
+        else None
     )
     if component is not None and component.int8:
-        return _choose_int8(component, engine_file)
+        return _choose_int8(component, engine_file, fits)
     if engine_file is not None:
         return "tensorrt"
     ort = status("onnxruntime")
-    if ort.ok and "cuda" in ort.detail and device != "cpu":
+    if ort.ok and "cuda" in ort.detail and device != "cpu" and "onnxruntime" in fits:
         return "onnxruntime"
     place = "cuda" if device.startswith("cuda") else "cpu"
-    for candidate in ENGINES:
+    for candidate in fits:
         if place in facts(candidate).auto and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
 
 
-def _check_parity(component: Component) -> None:
-    parity = component.int8.get("acceptance", {}).get("parity", {})
-    if parity.get("ok") is False:
-        raise UserError(
-            f"int8 of {component.name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against "
-            f"float32, {parity.get('budget', float('nan')):g} dB required), so auto does not choose it",
-            "name an engine to use it all the same, or export with --precision auto, or with --budget",
-        )
+def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Sequence[str]) -> str:
+    """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for.
 
-
-def _choose_int8(component: Component, engine_file: EngineFile | None) -> str:
-    """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for."""
-    _check_parity(component)
+    Args:
+        fits: the engines that may be chosen.
+    """
     name, acceptance = component.name, component.int8.get("acceptance", {})
+    parity, against = acceptance.get("parity", {}), acceptance.get("against", "float32")
+    if parity.get("ok") is False:
+        _note(
+            f"int8 of {name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against float32, "
+            f"{parity.get('budget', float('nan')):g} dB required): images differ. Exported with --precision auto, or "
+            "with --budget, they do not"
+        )
     places: dict[str, Any] = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
     places["tensorrt"] = engine_file and engine_file.identity["gpu"]
-    able = [engine for engine in places if engine != "tensorrt" and status(engine).ok]
+    able = [engine for engine in fits if engine in places and engine != "tensorrt" and status(engine).ok]
     able += ["tensorrt"] * (engine_file is not None)
-    measured = {
-        engine: entry
+    seconds = {
+        engine: entry["int8_seconds"]
         for engine, entry in acceptance.get("engines", {}).items()
         if engine in places and entry.get("on", acceptance.get("machine")) == places[engine]
     }
-    if engine_file is not None and "tensorrt" not in measured:
-        _not_measured(component, "tensorrt")
-        return "tensorrt"
-    enabled = {engine: entry for engine, entry in measured.items() if engine in acceptance.get("enabled_engines", ())}
-    faster = {engine: entry["int8_seconds"] for engine, entry in enabled.items() if engine in able}
-    if faster:
-        return min(faster, key=faster.__getitem__)
-    if enabled:
-        raise UserError(
-            f"int8 of {name} is worth it on {' and '.join(enabled)} alone, which cannot run here now",
-            f"accel doctor says why; name one of {', '.join(able)} to use it all the same",
+    enabled = {engine for engine in seconds if engine in acceptance.get("enabled_engines", ())}
+    here = {engine: seconds[engine] for engine in able if engine in seconds}
+    if not able:
+        _note(
+            f"no engine that computes int8 of {name} in integers can run here, so torch rounds it in float, slowly: "
+            'pip install "accel-diffusion[cpu]"'
         )
-    if measured:
-        raise UserError(
-            f"int8 of {name} is not faster than {acceptance.get('against', 'float32')} on this machine ("
-            + ", ".join(f"{engine} {entry.get('speedup', 0):.2f}x" for engine, entry in measured.items())
-            + "), so auto does not choose it",
-            "name an engine to use it all the same, or export with --precision auto",
+        return choose("eager")
+    if engine_file is not None and "tensorrt" not in seconds:
+        chosen = "tensorrt"
+    elif here:
+        chosen = min(enabled & set(here) or here, key=here.__getitem__)
+    else:
+        chosen = able[0]
+    missing = enabled - set(able)
+    if missing and chosen not in enabled:
+        _note(f"int8 of {name} is fastest on {' and '.join(sorted(missing))}, which cannot run here (accel doctor)")
+    elif chosen not in seconds:
+        _note(f"whether int8 of {name} is faster on {chosen} was not measured on this machine: `accel bench` does")
+    elif chosen not in enabled:
+        ratio = acceptance["engines"][chosen].get("speedup", 0)
+        _note(
+            f"int8 of {name} is not faster than {against} on this machine ({chosen} {ratio:.2f}x): a bundle exported "
+            "with --precision auto, or fp32, would be"
         )
-    if able:
-        _not_measured(component, able[0])
-        return able[0]
-    raise UserError("no engine that runs int8 is installed", 'pip install "accel-diffusion[cpu]"')
+    return chosen
 
 
-def _not_measured(component: Component, engine: str) -> None:
-    warnings.warn(
-        f"whether int8 of {component.name} is faster on {engine} was not measured on this machine: `accel bench` does",
-        Notice,
-        stacklevel=4,
-    )
+def _note(text: str) -> None:
+    warnings.warn(text, Notice, stacklevel=5)
 
 
 def fitting_engine_file(bundle: Bundle, component: str, device: str = "auto") -> EngineFile | None:
@@ -196,7 +217,7 @@ def load_engine(
         warnings.warn("plan= is now engine_file=", Notice, stacklevel=2)
         options["engine_file"] = options.pop("plan")
     record, device = bundle.component(component), options.get("device", "auto")
-    name = choose(engine, record, bundle, device)
+    name = choose(engine, record, bundle, device, options)
     if verify:
         bundle.verify([record.folder])
     try:
@@ -204,7 +225,7 @@ def load_engine(
     except NoEngineFile as error:
         if engine != "auto" or "engine_file" in options:
             raise
-        name = choose("auto", record, device=device)
+        name = choose("auto", record, device=device, options=options)
         warnings.warn(f"{error.message}; {name} runs it instead", Notice, stacklevel=2)
         return _load(name, bundle, record, options)
 
@@ -213,6 +234,12 @@ def _load(name: str, bundle: Bundle, component: Component, options: Mapping[str,
     try:
         return _module(name).load(bundle, component, **options)
     except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise UserError(f"the {name} engine has no such option: {error}", "see `accel run --help`") from None
-        raise
+        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if option is None:
+            raise
+        takers = [engine for engine in ENGINES if option[1] in facts(engine).options]
+        own = ", ".join(facts(name).options)
+        fix = f"leave it out, or choose {' or '.join(takers)}" if takers else f"leave it out; it takes: {own}"
+        raise UserError(
+            f"the {name} engine has no option {option[1]!r}{_ON_THE_COMMAND_LINE.get(option[1], '')}", fix
+        ) from None

@@ -115,7 +115,8 @@ class TensorRT(Engine):
             engine = self.runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise UserError(
-                f"TensorRT cannot deserialize the engine file of {name}: {messages.last()}", self._rebuild("--force")
+                f"TensorRT cannot deserialize the engine file of {name}: {messages.last()}",
+                self._rebuild("--overwrite"),
             )
         return engine
 
@@ -136,7 +137,7 @@ class TensorRT(Engine):
         if wrong:
             raise UserError(
                 f"the engine file of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
-                self._rebuild("--force"),
+                self._rebuild("--overwrite"),
             )
 
     def _refit_stripped(self) -> None:
@@ -152,7 +153,7 @@ class TensorRT(Engine):
         if not done:
             raise UserError(
                 f"TensorRT cannot refit the stripped engine of {self.component.name}: {messages.last()}",
-                self._rebuild("--force"),
+                self._rebuild("--overwrite"),
             )
 
     def array(self, value: Any) -> Any:
@@ -259,7 +260,7 @@ class TensorRT(Engine):
     def _must(ok: bool, what: str) -> None:
         assert ok, f"TensorRT refuses {what}, although the profile allows it"
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._local = threading.local()
         del self.engine, self.runtime
 

@@ -7,6 +7,7 @@ has neither tokenizers nor scheduler nor configs; those come from a base folder 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import nn
 from ..errors import UserError
 from .config_files import network_class
 from .topology import TOPOLOGIES
-from .weight_files import aliases
+from .weight_files import SAFETENSORS, aliases, read, read_header
 
 Tensors = Mapping[str, torch.Tensor]
 
 UNET, VAE, TEXT, TEXT_XL = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders."
+# Empty tensors by which a file says how it is sampled (`marks`).
+MARKS = ("v_pred", "ztsnr")
 # The hub repositories whose tokenizers and configs are fetched where no base folder is given.
 BASES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -51,6 +54,25 @@ def family(state: Tensors, name: str) -> str:
     return "sd2" if any(key.startswith(f"{TEXT}model.") for key in state) else "sd1"
 
 
+def marks(path: Path) -> dict[str, Any]:
+    """What a file says of its own sampling, as scheduler fields: v-prediction and a zero terminal SNR.
+
+    Trainers mark such models with empty tensors `v_pred` and `ztsnr`, or in the metadata (Stability's model spec).
+    """
+    if path.suffix == SAFETENSORS:
+        header = dict(read_header(path)[1] or {})
+        said = header.pop("__metadata__", None) or {}
+    else:
+        header, said = read(path), {}
+    key = said.get("modelspec.prediction_type") or said.get("modelspec.predict_key")
+    found: dict[str, Any] = {}
+    if "v_pred" in header or key in ("v", "v_prediction"):
+        found["prediction_type"] = "v_prediction"
+    elif key in ("eps", "epsilon"):
+        found["prediction_type"] = "epsilon"
+    return found | ({"rescale_betas_zero_snr": True} if "ztsnr" in header else {})
+
+
 def refuse_others(state: Tensors, name: str) -> None:
     for mark, (model, fix) in _OTHERS.items():
         if any(key.startswith(mark) or f".{mark}" in key[:60] for key in state):
@@ -75,6 +97,7 @@ def converted(state: Tensors, component: str, config: Mapping[str, Any]) -> dict
 
 def plain(state: Tensors, component: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Loose weights of one component: diffusers' names as they are, the original code's converted."""
+    state = {key: value for key, value in state.items() if key not in MARKS}
     if any(key.startswith((UNET, VAE, TEXT, TEXT_XL)) for key in state):
         return converted(state, component, config)
     if component == "unet" and any(key.startswith("input_blocks.") for key in state):

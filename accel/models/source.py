@@ -15,7 +15,8 @@ from torch import nn
 from ..assets import resolve
 from ..errors import UserError, printable
 from ..files import digest_of, read_json, settle, sha256
-from ..sampling.samplers import dmd2_timesteps
+from ..sampling.samplers import own_sampler
+from . import few_step as families
 from . import single_file
 from . import weight_files as weights
 from .config_files import copy_folder, network_class, note, read_config, stripped, without_code
@@ -23,8 +24,6 @@ from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
 _SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
-# Published few-step weights, by their file names: they are meant to be sampled in one way only (DMD2's README).
-_DMD2 = re.compile(r"dmd2.*?(?P<steps>[1248])step", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Source:
         files: component -> weight file to load instead of the folder's; a single file stands for all networks.
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
+        few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
     """
 
     path: Path
@@ -48,6 +48,7 @@ class Source:
     files: Mapping[str, Path] = field(default_factory=dict)
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
+    few_step: str | None = None
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -68,24 +69,52 @@ class Source:
         base = replace(self, files={}).config("unet")
         return single_file.unet_config(weights.read(self.files["unet"]), base, self.files["unet"].name)
 
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler config, with the class that model_index.json names and what few-step weights ask for."""
+        config = self.config("scheduler") | {"_class_name": self.index["scheduler"][1]}
+        marks = single_file.marks(self.files["unet"]) if "unet" in self.files else {}
+        found = families.recognise(self.few_step, self.parts, self.name, config)
+        return config | marks | (dict(found.family.fields) if found else {})
+
+    @property
+    def parts(self) -> list[Path]:
+        """The UNet's weight file and the LoRA files, where they are not the folder's own."""
+        return [*(path for name, path in self.files.items() if name == "unet"), *(file.path for file in self.loras)]
+
+    def recognised(self) -> families.Found | None:
+        """The few-step family of the model, by the names of its files, or by folder and scheduler."""
+        return families.recognise(self.few_step, self.parts, self.name, self.scheduler())
+
     def sampler(self) -> dict[str, Any] | None:
-        """Sampling constants that the model carries along: DMD2's by the name of its files, or `sampler.json`."""
-        for path in (*self.files.values(), *(file.path for file in self.loras)):
-            if match := _DMD2.search(path.name):
-                return {"name": "dmd2", "timesteps": dmd2_timesteps(int(match["steps"])), "guidance": 0.0}
+        """Sampling constants that the model carries along: its few-step weights', or `sampler.json`."""
         path = self.path / "sampler.json"
-        return read_json(path, "sampler.json") if path.is_file() else None
+        by_file = families.recognise(self.few_step, self.parts, "", {})
+        if by_file is None and path.is_file():
+            return read_json(path, "sampler.json")
+        found = by_file or self.recognised()
+        if found is None:
+            return None
+        embeds = self.config("unet").get("time_cond_proj_dim") is not None
+        made = found.family.constants(found.steps, self.usual_guidance if embeds else 0.0)
+        return made | ({} if made["name"] else {"name": own_sampler(self.scheduler())})
+
+    @property
+    def usual_guidance(self) -> float:
+        """What diffusers' pipeline of this kind guides with by default; none for an LCM without that input."""
+        if self.config("unet").get("time_cond_proj_dim") is None and self.index["scheduler"][1] == "LCMScheduler":
+            return 0.0
+        usual = {"LatentConsistencyModelPipeline": 8.5}.get(str(self.index.get("_class_name")))
+        return usual or (5.0 if self.family == "sdxl" else 7.5)
 
     def load(self, component: str) -> nn.Module:
         """Load one component in float32, LoRA files fused; weights only, never code."""
-        library, class_name = self.index[component]
-        self.network_class(component)
+        cls, library, class_name = self.network_class(component), *self.index[component]
         if component in self.files:
             file = self.files[component]
             state = weights.read(file)
             model = single_file.build(library, class_name, self.config(component), state, component, file.name)
         else:
-            model = self._from_folder(component, library)
+            model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
         return model.eval()
@@ -94,7 +123,7 @@ class Source:
         """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
         return network_class(component, *self.index[component])
 
-    def _from_folder(self, component: str, library: str) -> nn.Module:
+    def _from_folder(self, component: str, library: str, cls: Any) -> nn.Module:
         folder = self.folder(component)
         files, variant = weights.chosen_files(folder, self.variant)
         for path in files:
@@ -103,7 +132,6 @@ class Source:
         options = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
         options |= dict(local_files_only=True, output_loading_info=True, variant=variant)
         options |= {"trust_remote_code": False} if library == "transformers" else {}
-        cls = self.network_class(component)
         self.config(component)  # says what is absurd in it
         with without_code(folder) as clean:
             model, info = _readable(lambda: cls.from_pretrained(clean, **options), folder)
@@ -163,6 +191,7 @@ def open_source(
     adapter: str | Path | None = None,
     controlnet: str | Path | None = None,
     variant: str | None = None,
+    few_step: str | None = None,
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
@@ -174,6 +203,7 @@ def open_source(
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
         variant: of the folder's weight files, such as "fp16".
+        few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
 
     Raises:
         UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
@@ -190,8 +220,10 @@ def open_source(
     else:
         path = _folder(model, variant)
     local = Path(model).stem if files else path.resolve().name
+    if few_step is not None:
+        families.check(few_step)
     name = printable(local if Path(given).exists() else given)
-    source = Source(path, name, _index(path), loras, variant=variant)
+    source = Source(path, name, _index(path), loras, variant=variant, few_step=few_step)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})

@@ -6,11 +6,14 @@ Every function takes the source, the name of the component and what the UNet tak
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
+from ..bundle.kinds import kind_of
 from . import control_networks, networks
+from .constants import pipeline_constants
 from .networks import Network
 from .source import Source
 
@@ -28,6 +31,31 @@ class UNetInputs:
     tokens: int = 77
     adapter: int = 0
     control: bool = False
+
+
+def network_of(source: Source, name: str, inputs: UNetInputs) -> Network:
+    """The network of a component, by the function that its kind names."""
+    kind = kind_of(name)
+    return resolve_name(kind.network or f"{__name__}:{kind.names[0]}")(source, name, inputs)
+
+
+def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInputs:
+    """Which inputs the UNet gets.
+
+    Args:
+        adapter: whether it gets those of a T2I-Adapter although the source has none.
+
+    Raises:
+        UserError: for a control network that does not fit the UNet.
+    """
+    unet = unet_config(source)
+    features = len(unet["block_out_channels"]) if adapter else 0
+    if source.has("t2i_adapter"):
+        scale = pipeline_constants(source)["vae_scale"]
+        features = len(control_networks.match_adapter(source.config("t2i_adapter"), unet, scale))
+    if source.has("controlnet"):
+        control_networks.match_controlnet({"addition_embed_type": None} | source.config("controlnet"), unet)
+    return UNetInputs(tokens, features, source.has("controlnet"))
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UserError
+from ..errors import unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def topology(name: str) -> Topology:
     key = name.lower().replace("_", "-")
     key = ALIASES.get(key, key)
     if key not in TOPOLOGIES:
-        raise UserError(f"unknown topology {name!r}", f"one of: {', '.join(sorted([*TOPOLOGIES, *ALIASES]))}")
+        raise unknown("topology", name, sorted([*TOPOLOGIES, *ALIASES]))
     return TOPOLOGIES[key]
 
 

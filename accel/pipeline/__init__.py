@@ -1,5 +1,6 @@
 """Prompt to image: request, conditioning, initial latents, sampler, decoder. Start: `accel.load`."""
 
-from .pipeline import Pipeline, component_names, load
+from .output import Output
+from .pipeline import Pipeline, check_call, component_names, load, opened
 
-__all__ = ["Pipeline", "component_names", "load"]
+__all__ = ["Output", "Pipeline", "check_call", "component_names", "load", "opened"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,36 +16,93 @@ from ..bundle import Bundle
 from ..bundle.kinds import KINDS
 from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
+from ..engines.placement import Place, check_move
+from ..engines.resource import Resource
 from ..errors import UserError
+from ..models.same_network import check_same_network
 from . import control
 
+# Methods of a diffusers pipeline that change or move networks, which compiled ones would ignore in silence.
+_REFUSED = (
+    "load_lora_weights",
+    "fuse_lora",
+    "unfuse_lora",
+    "set_adapters",
+    "load_textual_inversion",
+    "load_ip_adapter",
+    "enable_freeu",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+)
+_MOVE = "detach() first, move the pipeline, and attach again"
 
-class Attached:
-    """The handle that `attach` returns. `detach()` restores the pipeline; it is a context manager as well.
+
+class Attached(Resource):
+    """The handle that `attach` returns. `detach()` restores the pipeline, as the end of a `with` does.
+
+    Until then the pipeline refuses what compiled networks cannot follow (`to` another device or dtype, LoRA, ...), and
+    `save_pretrained` writes the original networks.
 
     Attributes:
         engines: the loaded engines by component name.
     """
 
-    def __init__(self, pipeline: Any, originals: dict[str, Any], engines: dict[str, Engine]):
-        self._pipeline = pipeline
-        self._originals = originals
+    what, again = "attachment", "accel.attach(PIPELINE, BUNDLE) makes one"
+
+    def __init__(
+        self, pipeline: Any, originals: dict[str, Any], compiled: dict[str, _Compiled], engines: dict[str, Engine]
+    ):
+        self._pipeline, self._originals, self._compiled = pipeline, originals, compiled
         self.engines = engines
+        self._put(compiled)
+        guards = {"to": self._to, "save_pretrained": self._save_pretrained}
+        guards |= {name: partial(_refuse, name) for name in _REFUSED if hasattr(pipeline, name)}
+        pipeline.__dict__.update(guards)
+        self._guards = tuple(guards)
 
     def detach(self) -> None:
-        """Put the original modules back."""
-        for name, module in self._originals.items():
-            if getattr(self._pipeline, name) is module:
-                module.__dict__.pop("forward", None)
+        """Put the original modules back and give the engines' memory back; a second call does nothing."""
+        self.close()
+
+    def release(self) -> None:
+        self._put(self._originals)
+        for name in self._guards:
+            self._pipeline.__dict__.pop(name, None)
+        for engine in self.engines.values():
+            engine.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<Attached to {type(self._pipeline).__name__} (detached)>"
+        rows = "".join(f"\n  {name:<12} {engine.description}" for name, engine in self.engines.items())
+        return f"<Attached to {type(self._pipeline).__name__}{rows}>"
+
+    def _put(self, modules: Mapping[str, Any]) -> None:
+        """Make these the networks of the pipeline."""
+        for slot, module in modules.items():
+            original = self._originals[slot]
+            if not self._compiled[slot].keeps_class:
+                setattr(self._pipeline, slot, module)
+            elif module is original:
+                original.__dict__.pop("forward", None)
             else:
-                setattr(self._pipeline, name, module)
-        self._originals = {}
+                original.__dict__["forward"] = module.forward
 
-    def __enter__(self) -> Attached:
-        return self
+    def _to(self, *args: Any, **kwargs: Any) -> Any:
+        places = {name: Place.of_module(module) for name, module in self._originals.items()}
+        check_move("a pipeline with compiled networks", places, args, kwargs, _MOVE)
+        return self._pipeline
 
-    def __exit__(self, *_: object) -> None:
-        self.detach()
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._put(self._originals)
+        try:
+            return type(self._pipeline).save_pretrained(self._pipeline, *args, **kwargs)
+        finally:
+            self._put(self._compiled)
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise UserError(f"{name} would not reach the compiled networks of this pipeline", "detach() first, and export anew")
 
 
 def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **options: Any) -> Attached:
@@ -58,7 +117,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         A handle whose `detach()` undoes it.
 
     Raises:
-        UserError: when the pipeline's networks are not those of the bundle (other configs).
+        UserError: when the pipeline's networks are not those of the bundle (other configs or weights), or are compiled
+            already.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
@@ -73,47 +133,20 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     if "unet" not in slots:
         fix = "attach to a Stable Diffusion or SDXL pipeline of diffusers"
         raise UserError(f"{type(pipeline).__name__} and {bundle.path} have no UNet in common", fix)
-    for slot, component in slots.items():
-        _same_network(getattr(pipeline, slot), bundle, component)
-    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
     originals = {slot: getattr(pipeline, slot) for slot in slots}
+    for slot, module in originals.items():
+        patched = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(module, _Compiled) or isinstance(patched, _Compiled):
+            fix = "detach() the first attachment; it is a context manager too: with accel.attach(...):"
+            raise UserError(f"the {slot} of this {type(pipeline).__name__} is attached to a bundle already", fix)
     for slot, component in slots.items():
-        compiled = resolve_name(KINDS[bundle.component(component).kind].stand_in)(originals[slot], engines[component])
-        if compiled.keeps_class:
-            originals[slot].__dict__["forward"] = compiled.forward
-        else:
-            setattr(pipeline, slot, compiled)
-    return Attached(pipeline, originals, engines)
-
-
-def _same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
-    """Compare what decides the shapes of both configs, so that a mistake is an error and not a wrong image."""
-    from ..files import read_json
-
-    record = bundle.component(component)
-    theirs = read_json(bundle.file(f"{record.folder}/config.json"), "the config")
-    own = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    keys = (
-        "block_out_channels",
-        "cross_attention_dim",
-        "in_channels",
-        "down_block_types",
-        "hidden_size",
-        "num_hidden_layers",
-        "latent_channels",
-        "layers_per_block",
-        "mid_block_type",
-        "adapter_type",
-        "channels",
-        "decoder_block_out_channels",
-    )
-    for key in keys:
-        a, b = own.get(key), theirs.get(key)
-        if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-            raise UserError(
-                f"{component}: the pipeline has {key} {a}, the bundle {b}: they are different models",
-                "attach a bundle that was exported from this pipeline",
-            )
+        check_same_network(originals[slot], bundle, component)
+    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
+    compiled = {
+        slot: resolve_name(KINDS[bundle.component(component).kind].stand_in)(originals[slot], engines[component])
+        for slot, component in slots.items()
+    }
+    return Attached(pipeline, originals, compiled, engines)
 
 
 class _Compiled(nn.Module):
@@ -136,6 +169,11 @@ class _Compiled(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_hidden"].original, name)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself, where it is there already."""
+        check_move("a compiled network", {type(self).__name__: Place.of_module(self)}, args, kwargs, _MOVE)
+        return self
 
     def call(self, **feeds: Any) -> dict[str, torch.Tensor]:
         """Run the engine on torch tensors; casts to its dtypes and back to the original module's."""
@@ -243,6 +281,11 @@ class CompiledControlNet(_Compiled):
 
 class CompiledVae(_Compiled):
     """Decodes on the engine; encoding stays with the original."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Any dtype will do: SDXL's pipelines ask for float32 around the decoding, which keeps to the engine's own."""
+        others = {name: value for name, value in kwargs.items() if name != "dtype"}
+        return super().to(*(value for value in args if not isinstance(value, torch.dtype)), **others)
 
     def decode(self, z, return_dict=True, generator=None):
         out = self.call(latent_sample=z)["sample"]

@@ -30,11 +30,13 @@ class Start:
 
     Attributes:
         x: initial state [N, C, h, w].
+        noised: whether x is a noised image, and not noise alone.
         extra: further input channels of the UNet [N, 1 + C, h, w], or None.
         constrain: (i, x, array) -> x, what is put back after each step, or None; `array` makes x's kind of array.
     """
 
     x: np.ndarray
+    noised: bool = False
     extra: np.ndarray | None = None
     constrain: Callable[[int, Any, Callable], Any] | None = None
 
@@ -93,18 +95,18 @@ def start(
     mask = None if given.mask is None else images.masks(given.mask, request.total, request.pixels)[chunk.rows]
     fresh = mask is not None and plan.start == 0
     known = None if fresh and inpaints else encode(encoder(), pixels, constants, chunk.seeds, _OF_IMAGE)
-    x = first if fresh else samplers.add_noise(schedule, known, first, plan.timesteps[plan.start])
+    x = first if fresh else plan.noised(schedule, known, first, plan.start)
     x = np.asarray(x, np.float32)
     if mask is None:
-        return Start(x)
+        return Start(x, noised=True)
     small = images.shrunk(mask, constants["vae_scale"])
     if inpaints:
         seen = encode(encoder(), pixels * (mask < 0.5), constants, chunk.seeds, _OF_MASKED)
-        return Start(x, extra=np.concatenate([small, seen], axis=1).astype(np.float32))
+        return Start(x, not fresh, extra=np.concatenate([small, seen], axis=1).astype(np.float32))
 
     def constrain(i: int, x: Any, array: Callable) -> Any:
         last = i + 1 == len(plan.timesteps)
-        kept = known if last else samplers.add_noise(schedule, known, first, plan.timesteps[i + 1])
+        kept = known if last else plan.noised(schedule, known, first, i + 1)
         return array(np.asarray((1 - small) * kept, np.float32)) + array(small) * x
 
-    return Start(x, constrain=constrain)
+    return Start(x, not fresh, constrain=constrain)

@@ -6,11 +6,13 @@ import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from ..engines import Engine
+from ..engines.resource import Resource
 
 
-class LazyEngines(Mapping[str, Engine]):
+class LazyEngines(Mapping[str, Engine], Resource):
     """Engines by name.
 
     Args:
@@ -21,13 +23,24 @@ class LazyEngines(Mapping[str, Engine]):
         descriptions: how each engine describes itself, for every component that was loaded at any time.
     """
 
+    what, again = "pipeline", "accel.load(BUNDLE) loads one"
+
     def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, offload: bool = False):
-        self._loaders, self._loaded, self.offload = dict(loaders), {}, offload
+        self._loaders, self.offload = dict(loaders), offload
+        self._loaded: dict[str, Engine] = {}
         self.descriptions: dict[str, str] = {}
         self._loading, self._image = threading.RLock(), threading.RLock()
 
+    @classmethod
+    def of(cls, loaded: Mapping[str, Engine]) -> LazyEngines:
+        """Engines that are loaded already."""
+        made = cls({name: partial(loaded.__getitem__, name) for name in loaded})
+        made.descriptions = {name: getattr(engine, "description", "") for name, engine in loaded.items()}
+        return made
+
     def __getitem__(self, name: str) -> Engine:
         with self._loading:
+            self.check_open()
             if name not in self._loaded:
                 self._loaded[name] = self._loaders[name]()
                 self.descriptions[name] = getattr(self._loaded[name], "description", "")
@@ -45,15 +58,22 @@ class LazyEngines(Mapping[str, Engine]):
 
     def take(self, name: str) -> Engine:
         """A component that the caller owns from now on; the next use loads it again."""
-        engine = self[name]
-        del self._loaded[name]
-        return engine
+        with self._loading:
+            engine = self[name]
+            del self._loaded[name]
+            return engine
 
-    def release(self, names: Iterable[str]) -> None:
-        """Their phase is over: with `offload` they are closed, else nothing happens."""
-        if not self.offload:
-            return
-        for name in names:
-            if name in self._loaded:
-                self._loaded.pop(name).close()
+    def phase_over(self, names: Iterable[str]) -> None:
+        """With `offload` these engines are closed, else nothing happens."""
+        if self.offload:
+            self._drop(names)
+
+    def release(self) -> None:
+        self._drop(list(self._loaded))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        with self._loading:
+            for name in names:
+                if name in self._loaded:
+                    self._loaded.pop(name).close()
         gc.collect()

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import inspect
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import cast, concat, synchronize
-from ..bundle import Bundle, Manifest
-from ..bundle.kinds import KINDS, control_components
+from ..assets import resolve
+from ..bundle import Bundle, Manifest, is_bundle
+from ..bundle.kinds import KINDS
 from ..bundle.manifest import steadily
-from ..engines import Engine, load_engine
-from ..engines.base import to_numpy
-from ..errors import UserError
-from ..images import to_pil
-from ..sampling import noise
+from ..engines import Engine, choose, load_engine
+from ..engines.base import to_torch
+from ..engines.placement import Place, check_move
+from ..engines.resource import Resource
+from ..errors import Notice, UserError
 from ..sampling import samplers as sampler
-from . import conditioning, control, request
-from .initial_latents import Start
-from .initial_latents import start as start_from
+from ..sampling.constants import OPTIONS
+from . import arguments, request
+from .generator_noise import GeneratorNoise
 from .lazy_engines import LazyEngines
-from .request import Chunk, Clock, InputImages, Request
+from .output import Output, of_type, table
+from .request import InputImages, Request
+from .run import Run, StepCallback, StepEnd
 from .tokenizer import ClipTokenizer
 
-OUTPUT_TYPES = ("pil", "np", "latent")
 TEXT_ENCODERS = KINDS["text_encoder"].names
-StepCallback = Callable[[int, float, Any], None]
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a pipeline returns.
-
-    Attributes:
-        images: PIL images; or float32 numpy [N, H, W, 3] in [0, 1]; or latents [N, C, h, w].
-        latents: float32 numpy [N, C, h, w], as the sampler left them.
-        seeds: the seed of each image.
-        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with an image to start
-            from also `vae_encoder`.
-    """
-
-    images: Any
-    latents: np.ndarray
-    seeds: list[int]
-    seconds: dict[str, float]
 
 
 def component_names(bundle: Bundle) -> list[str]:
@@ -70,6 +53,35 @@ def _present(bundle: Bundle, *uses: str) -> list[str]:
     return [name for name in names if name in bundle.manifest.components]
 
 
+def opened(model: str | Path | Bundle) -> Bundle:
+    """A bundle by its folder; or a diffusers pipeline folder, read like a bundle that has no graphs.
+
+    Args:
+        model: either folder, or the name of one that ships: `digits`, `digits/4step`, `digits/4step-int8`.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(model, Bundle):
+        return model
+    if not isinstance(model, (str, Path)):
+        expected = "the folder of a bundle or of a diffusers pipeline"
+        raise UserError(
+            f"invalid bundle: {arguments.short(model)} (expected {expected})", "such as accel.load('digits')"
+        )
+    if _is_pipeline(model):
+        choose("eager")  # says what is missing where there is no torch
+        from ..models.pipeline_bundle import open_pipeline
+
+        return open_pipeline(model)
+    return Bundle.open(model)
+
+
+def _is_pipeline(model: str | Path) -> bool:
+    """Whether a folder is a diffusers pipeline's; bundles are laid out like one."""
+    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model)
+
+
 def load(
     bundle: str | Path | Bundle,
     engine: str | Mapping[str, str] = "auto",
@@ -80,22 +92,40 @@ def load(
 ) -> Pipeline:
     """Load a bundle as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
 
+    A diffusers pipeline folder is loaded too, at once and as it is: it runs on eager torch, in float32 unless `dtype`
+    says otherwise. `accel export FOLDER BUNDLE` compiles it.
+
     Args:
-        bundle: a bundle or its folder.
+        bundle: a bundle or its folder, a diffusers pipeline folder, or what ships: "digits", "digits/4step", ...
         engine: a name, "auto", or one per component such as {"unet": "openvino", "vae_decoder": "onnxruntime"}
-            (components that are not named use "auto").
+            (components that are not named use "auto"). "auto" is the fastest that can run here, and never fails for
+            speed: a note says what would be faster. `repr` of the pipeline shows what was chosen.
         verify: compare files with the manifest's digests first.
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
+    Returns:
+        A pipeline; `close()` it, or use it in a `with`, to give its memory back.
+
     Raises:
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
-    if not isinstance(bundle, Bundle):
+    if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
         how = dict(verify=verify, low_memory=low_memory, **options)
-        return steadily(bundle, lambda opened: load(opened, engine, **how))
+        return steadily(bundle, lambda found: load(found, engine, **how))
+    given, bundle = bundle, opened(bundle)
+    if not isinstance(engine, (str, Mapping)):
+        raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
     wanted = component_names(bundle)
+    if engine == "auto" and not bundle.component("unet").graph:
+        name = given if isinstance(given, (str, Path)) else bundle.manifest.source["name"]
+        warnings.warn(
+            f"{name} is a diffusers pipeline, run by torch operator by operator; to compile it: "
+            f"accel export {name} {Path(name).name}-bundle",
+            Notice,
+            stacklevel=2,
+        )
     later = _present(bundle, "on demand")
     by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)
     unknown = set(by_component) - set(bundle.manifest.components)
@@ -114,7 +144,18 @@ def load(
     return Pipeline(bundle, engines)
 
 
-class Pipeline:
+def check_call(bundle: Bundle, **call: Any) -> None:
+    """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Raises:
+        UserError: as the call itself would, but for what only an engine or an image file can tell.
+    """
+    unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
+    given = arguments.read({**_DEFAULTS, **call}, _DEFAULTS, {})
+    Pipeline(bundle, unloaded)._request(given)
+
+
+class Pipeline(Resource):
     """A loaded bundle. Make one with `accel.load`.
 
     Attributes:
@@ -122,10 +163,11 @@ class Pipeline:
         engines: the components by name.
     """
 
+    what, again = "pipeline", "accel.load(BUNDLE) loads one"
+
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
-        loaded = {name: partial(engines.__getitem__, name) for name in engines}
-        self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines(loaded)
+        self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
         self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
         folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
         self.tokenizers = {
@@ -145,8 +187,12 @@ class Pipeline:
         steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        eta: float | None = None,
+        sigmas: str | None = None,
+        timestep_spacing: str | None = None,
+        shift: float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -162,17 +208,20 @@ class Pipeline:
         output_type: str = "pil",
         callback: StepCallback | None = None,
         progress: bool = False,
+        **others: Any,
     ) -> Output:
-        """Make images.
+        """Make images. Without `seed` they are new ones each time; `output.seeds` says which seeds were drawn.
 
         Args:
             prompt: one text or several.
             negative_prompt: what to steer away from (with guidance): one text, or one per prompt.
             height, width: pixels, within the bundle's profile; None for the model's own size.
             sampler, steps, timesteps, guidance_scale: how to sample; None for the bundle's own constants.
+            eta, sigmas, timestep_spacing, shift: more of the sampler (`accel.sampling.samplers.table`); None for what
+                the bundle and its scheduler config say.
             num_images_per_prompt: images per prompt.
             seed: of the first image (the others count on from it), or one per image. The same seed gives the same
-                noise on every engine.
+                noise on every engine. None draws a new one.
             image: an image to start from, or one per image (`accel.images.batch`).
             mask_image: white where to paint, black where the image is kept.
             strength: how much of the image is given up, above 0 to 1: the share of the steps that are run. None for
@@ -183,47 +232,149 @@ class Pipeline:
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
             prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.pipeline.prompts`).
-            latents: initial noise [N, C, h, w] with unit variance, instead of a seed's.
+            latents: initial noise [N, C, h, w] with unit variance, float32 or less, instead of a seed's.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
-            output_type: "pil", "np" or "latent".
+            output_type: "pil", "np", "pt" or "latent", see `Output.images`.
             callback: called as (i, t, x) after each step with the latents so far.
             progress: show a progress bar on stderr.
+            others: diffusers' names for the above (`num_inference_steps`, ...). Also diffusers': `generator`, a
+                `torch.Generator` or one per image, whose noise is diffusers' own in text to image;
+                `callback_on_step_end(pipeline, i, t, tensors)`, whose `tensors["latents"]` (torch, unit variance) may
+                be replaced in the dict that it returns; and `return_dict=False` for a tuple.
 
         Raises:
-            UserError: for arguments that do not fit each other or the bundle's profile.
+            UserError: for arguments of a wrong type, or that do not fit each other or the bundle's profile.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"unknown output_type {output_type!r}", f"one of: {', '.join(OUTPUT_TYPES)}")
-        images = InputImages(image, mask_image, strength, control_image, control_scale, control_end)
-        manifest = self.bundle.manifest
-        plan = request.plan(manifest, self.schedule, sampler, steps, timesteps, guidance_scale, images.strength)
-        made = request.complete(
+        given = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        self.check_open()
+        return self._make(**arguments.read(given, _DEFAULTS, others))
+
+    def _make(
+        self,
+        *,
+        generator: Any = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+        **call: Any,
+    ) -> Any:
+        """The images of arguments that have the right types."""
+        if missing := set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise UserError(f"callback_on_step_end gets latents alone, not {missing.pop()}", "leave that name out")
+        made = self._request(call)
+        if generator is not None:
+            made = self._with_generator(made, generator)
+        run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
+        step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, made.plan.start)
+        decode = call["output_type"] != "latent"
+        with self.engines.turn():
+            latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
+        if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
+            raise self._not_finite()
+        images_made = of_type(call["output_type"], pixels, latents)
+        if not return_dict:  # diffusers' own tuples: those of SD also hold the safety checker's findings
+            return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
+        return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds)
+
+    def _request(self, call: Mapping[str, Any]) -> Request:
+        """The call as a request, refused if it does not fit the bundle; runs nothing."""
+        inputs = ("image", "mask_image", "strength", "control_image", "control_scale", "control_end")
+        images = InputImages(*map(call.__getitem__, inputs))
+        plan = request.plan(
+            self.bundle.manifest,
+            self.schedule,
+            call["sampler"],
+            call["steps"],
+            call["timesteps"],
+            call["guidance_scale"],
+            images.strength,
+            {name: call[name] for name in OPTIONS},
+        )
+        return request.complete(
             self._limits(),
             plan,
-            prompt,
-            negative_prompt,
-            num_images_per_prompt,
-            seed,
-            height=height,
-            width=width,
-            latents=latents,
-            images=images,
-            sizes=(original_size, crop, target_size),
-            renoise=renoise,
-            weighted=prompt_weights,
+            call["prompt"],
+            call["negative_prompt"],
+            call["num_images_per_prompt"],
+            secrets.randbelow(2**31) if call["seed"] is None else call["seed"],
+            height=call["height"],
+            width=call["width"],
+            latents=call["latents"],
+            inputs=images,
+            sizes=(call["original_size"], call["crop"], call["target_size"]),
+            renoise=call["renoise"],
+            weighted=call["prompt_weights"],
         )
-        run = _Run(self, made)
-        with self.engines.turn():
-            final, pixels = run(callback, progress, decode=output_type != "latent")
-        if not np.isfinite(final).all() or pixels is not None and not np.isfinite(pixels).all():
-            raise UserError(
-                "the image is NaN or infinite",
-                "this precision overflows on this model: export with --precision fp32, or use another dtype",
-            )
-        if pixels is None:
-            return Output(final, final, made.seeds, run.clock.seconds)
-        pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
-        return Output(pixels if output_type == "np" else to_pil(pixels), final, made.seeds, run.clock.seconds)
+
+    def _with_generator(self, made: Request, generator: Any) -> Request:
+        """The request with noise of torch generators, in the order in which diffusers draws it."""
+        source = GeneratorNoise(generator, made.total, (self.bundle.manifest.pipeline["latent_channels"], *made.size))
+        chunks = [replace(chunk, seeds=source.seeds[chunk.rows]) for chunk in made.chunks]
+        first = source.draw() if made.latents is None else made.latents
+        return replace(made, chunks=chunks, latents=first, renoise=made.renoise or source.step)
+
+    def _step_end(self, callback: Callable[..., Any], start: int) -> StepEnd:
+        """diffusers' `callback_on_step_end` as a function (i, t, latents) -> latents."""
+
+        def step_end(i: int, t: float, x: Any) -> Any:
+            tensor = to_torch(x, str(getattr(x, "device", "cpu")))
+            returned = callback(self, i - start, t, {"latents": tensor})
+            if returned is not None and not isinstance(returned, Mapping):
+                what = arguments.short(returned)
+                raise UserError(f"callback_on_step_end returned {what}", "return the dict that it was given")
+            changed = (returned or {}).get("latents", tensor)
+            if tuple(getattr(changed, "shape", ())) != tuple(x.shape):
+                raise UserError(
+                    f"callback_on_step_end returned latents {arguments.short(changed)}",
+                    f"return a tensor of shape {tuple(x.shape)}",
+                )
+            return changed
+
+        return step_end
+
+    def to(self, *args: Any, **kwargs: Any) -> Pipeline:
+        """The pipeline itself, where it is there already: a loaded engine cannot be moved.
+
+        Args:
+            args, kwargs: a device, a dtype, or both, as diffusers' pipelines take them.
+
+        Raises:
+            UserError: for another device or dtype than the pipeline's own.
+        """
+        self.check_open()
+        places = {name: Place.of(self.engines[name]) for name in component_names(self.bundle) if name in self.engines}
+        check_move("this pipeline", places, args, kwargs, "load it there: accel.load(BUNDLE, {options})")
+        return self
+
+    def release(self) -> None:
+        self.engines.close()
+
+    def __repr__(self) -> str:
+        rows = "".join(f"\n  {name:<12} {text}" for name, text in self._parts().items())
+        return f"<Pipeline{' (closed)' * self.closed} {self.bundle.title}{rows}>"
+
+    def _repr_html_(self) -> str:
+        return table(f"Pipeline{' (closed)' * self.closed} {self.bundle.title}", self._parts())
+
+    def _parts(self) -> dict[str, str]:
+        """What each component runs on."""
+        later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
+        return {name: self.engines.descriptions.get(name, later) for name in self.engines}
+
+    def _not_finite(self) -> UserError:
+        """The error of an image that is NaN or infinite."""
+        low = [name for name, part in self.bundle.manifest.components.items() if part.dtype != "float32"]
+        on = {name: text for name, text in self.engines.descriptions.items() if "float16" in text}
+        if low:
+            fix = "this precision overflows on this model: export with --precision fp32, or choose another dtype"
+        elif on:
+            fix = "that overflows on this model: choose dtype 'fp32', or 'bf16'"
+        else:
+            fix = "nothing of it is below float32: compare with engine 'eager', and with the weights it was made from"
+        ran = on or {"unet": self.engines.descriptions.get("unet", "")}
+        return UserError(
+            f"the image is NaN or infinite ({', '.join(f'{name}: {text}' for name, text in ran.items())})", fix
+        )
 
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""
@@ -234,185 +385,8 @@ class Pipeline:
         return replace(manifest, components={**manifest.components, **own})
 
 
-class _Run:
-    """One call of a pipeline, phase by phase over all chunks, so that each component is needed for one phase only."""
-
-    def __init__(self, pipeline: Pipeline, request: Request):
-        self.request, self.plan = request, request.plan
-        self.engines, self.tokenizers, self.schedule = pipeline.engines, pipeline.tokenizers, pipeline.schedule
-        self.manifest, self.constants = pipeline.bundle.manifest, pipeline.bundle.manifest.pipeline
-        self.shape = (self.constants["latent_channels"], *request.size)
-        self.clock = Clock()
-
-    def __call__(
-        self, callback: StepCallback | None, progress: bool, *, decode: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
-        chunks = self.request.chunks
-        with self._phase("text_encoder", *self.tokenizers):
-            texts = [self._texts(chunk) for chunk in chunks]
-            for value in texts[-1].values():
-                synchronize(value)
-        starts = [self._start(chunk) for chunk in chunks]
-        bar = _Bar(progress, self.plan.steps * len(chunks))
-        with bar, self._phase("unet", *control_components(), "unet"):
-            done = [
-                self._denoise(chunk, text, start, bar, callback)
-                for chunk, text, start in zip(chunks, texts, starts, strict=True)
-            ]
-        if not decode:
-            return np.concatenate(done), None
-        with self._phase("vae_decoder", "vae_decoder"):
-            pixels = [self._decode(x) for x in done]
-        return np.concatenate(done), np.concatenate(pixels)
-
-    @contextmanager
-    def _phase(self, name: str, *components: str) -> Iterator[None]:
-        """Time a phase; with low memory its components are closed at its end."""
-        began = time.perf_counter()
-        yield
-        self.clock.add(name, time.perf_counter() - began)
-        self.engines.release(components)
-
-    def _texts(self, chunk: Chunk) -> dict[str, Any]:
-        """Text conditioning for the whole (doubled) batch of a chunk."""
-        encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
-        context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
-        length = next(iter(self.tokenizers.values())).length
-        how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
-        feeds = _encode(encoders, chunk.prompts, **how)
-        if self.plan.guided:
-            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
-            if chunk.negatives is None and self.constants["zero_empty_prompt"]:
-                without = {name: value * 0 for name, value in without.items()}
-            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
-        return feeds
-
-    def _start(self, chunk: Chunk) -> Start:
-        """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
-        first = noise.normal(chunk.seeds, 0, self.shape)
-        if self.request.latents is not None:
-            first = np.asarray(to_numpy(self.request.latents[chunk.rows]), np.float32)
-        record = self.manifest.components["unet"]
-        began = time.perf_counter()
-        made = start_from(
-            self.request,
-            chunk,
-            first,
-            channels=int(record.inputs[0].shape[1]),
-            encoder=lambda: self.engines["vae_encoder"],
-            schedule=self.schedule,
-            constants=self.constants,
-        )
-        if self.request.images.image is not None:
-            self.clock.add("vae_encoder", time.perf_counter() - began)
-            self.engines.release(["vae_encoder"])
-        return made
-
-    def _denoise(
-        self, chunk: Chunk, text: dict[str, Any], start: Start, bar: _Bar, callback: StepCallback | None
-    ) -> np.ndarray:
-        unet, plan = self.engines["unet"], self.plan
-        spec = {s.name: s for s in unet.component.inputs}
-        feeds = self._feeds(chunk, text, unet)
-        add = control.prepare(self.request, chunk, self.manifest, self.engines)
-        extra = None if start.extra is None else unet.array(start.extra)
-        dtype = spec["sample"].dtype
-
-        def model(x: Any, t: float) -> Any:
-            sample = x if extra is None else concat([x, extra], axis=1)
-            sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
-            inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(sum(s >= t for s in plan.timesteps) - 1, inputs))["out_sample"], "float32")
-            if not plan.guided:
-                return out
-            without, with_prompt = out[: len(x)], out[len(x) :]
-            return without + plan.guidance * (with_prompt - without)
-
-        def fresh(i: int) -> Any:
-            if self.request.renoise is None:
-                return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
-            return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
-
-        def after(i: int, t: float, x: Any) -> None:
-            bar.advance()
-            if callback is not None:
-                callback(i, t, x)
-
-        x = cast(unet.array(start.x), "float32")
-        keep = start.constrain
-        plain = not plan.start and extra is None and keep is None and callback is None
-        if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
-            from ..engines.fixed_loop import FixedLoop
-
-            guidance = plan.guidance if plan.guided else 0.0
-            # Only TensorRT's engine has a cuda_graph.
-            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance)  # type: ignore[arg-type]
-            draws = plan.steps - 1 if sampler.needs_noise(plan.sampler) else 0
-            x = loop(x, feeds, [fresh(i) for i in range(draws)])
-            for _ in range(plan.steps):
-                bar.advance()
-            return to_numpy(x)
-        x = sampler.sample(
-            plan.sampler,
-            model,
-            x,
-            self.schedule,
-            timesteps=plan.timesteps,
-            noise=fresh,
-            callback=after,
-            start=plan.start,
-            constrain=None if keep is None else (lambda i, x: keep(i, x, unet.array)),
-        )
-        return to_numpy(x)
-
-    def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
-        """Everything but sample and timestep that the UNet takes, in its own dtypes."""
-        feeds = dict(text)
-        batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
-        for spec in unet.component.inputs:
-            if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
-            elif spec.name == "timestep_cond":
-                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
-        dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
-        return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
-
-    def _decode(self, x: np.ndarray) -> np.ndarray:
-        vae = self.engines["vae_decoder"]
-        z = x * (1.0 / self.constants["scaling_factor"]) + self.constants["shift_factor"]
-        (spec,) = vae.component.inputs
-        return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
-
-
-def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
-    """Each distinct text is encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    found = conditioning.encode(encoders, distinct, **how)
-    index = [distinct.index(prompt) for prompt in prompts]
-    return {name: value[index] for name, value in found.items()}
-
-
-class _Bar:
-    """A progress bar over steps, or nothing at all."""
-
-    def __init__(self, show: bool, total: int):
-        self.bar = None
-        if show:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("sampling", total=total)
-
-    def __enter__(self) -> None:
-        if self.bar:
-            self.bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def advance(self) -> None:
-        if self.bar:
-            self.bar.advance(self.task)
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Pipeline.__call__).parameters.items()
+    if name not in ("self", "others")
+}

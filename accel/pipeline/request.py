@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from .. import images
+from ..arrays import is_torch
 from ..bundle import Manifest
-from ..errors import UserError
+from ..engines.base import to_numpy
+from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling import samplers as sampler
+from ..sampling.linear import Table
+from ..sampling.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,9 @@ class SamplingPlan:
     """How to sample.
 
     Attributes:
-        timesteps: the full grid; `start` leading ones are skipped (image to image).
+        timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
         guided: whether the UNet runs on a doubled batch.
+        table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
     """
 
     sampler: str
@@ -28,6 +35,13 @@ class SamplingPlan:
     guidance: float
     guided: bool
     start: int = 0
+    table: Table | None = None
+
+    def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
+        """An image with the noise that the state has before row i; arrays of one shape and dtype."""
+        if self.table is None:
+            return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
+        return self.table.noised(x0, eps, i)
 
     @property
     def steps(self) -> int:
@@ -124,6 +138,7 @@ def complete(
     height: int | None,
     width: int | None,
     latents: Any,
+    inputs: InputImages,
     **kept: Any,
 ) -> Request:
     """The request of a call, split into what this bundle makes at once.
@@ -136,11 +151,18 @@ def complete(
         UserError: for arguments that do not fit each other or the bundle's profile.
     """
     texts, negatives = prompts(prompt, negative, per_prompt)
-    if latents is not None and tuple(latents.shape)[0] != len(texts):
-        raise UserError(f"{tuple(latents.shape)[0]} latents for {len(texts)} images", "give one per image")
+    if negatives and any(text.strip() for text in negatives) and not plan.guided:
+        why = "this model takes guidance as an input" if plan.guidance > 1 else f"guidance_scale is {plan.guidance:g}"
+        warnings.warn(f"the negative prompt has no effect, because {why} (it counts above 1)", Notice, stacklevel=4)
+    if latents is not None:
+        latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))
     size = latent_size(manifest, height, width, latents)
     limit = images_per_run(manifest, plan)
+    pixels = tuple(side * manifest.pipeline["vae_scale"] for side in size)
+    for given in (inputs.image, inputs.mask, inputs.control):
+        if given is not None:
+            images.batch(given, len(texts), pixels)  # before any network runs
     return Request(
         plan=plan,
         chunks=[
@@ -148,7 +170,8 @@ def complete(
             for rows in (slice(i, i + limit) for i in range(0, len(texts), limit))
         ],
         size=size,
-        pixels=tuple(side * manifest.pipeline["vae_scale"] for side in size),
+        pixels=pixels,
+        images=inputs,
         latents=latents,
         **kept,
     )
@@ -156,32 +179,52 @@ def complete(
 
 def plan(
     manifest: Manifest,
-    schedule: sampler.NoiseSchedule,
+    schedule: NoiseSchedule,
     name: str | None,
     steps: int | None,
     timesteps: Sequence[float] | None,
     guidance: float | None,
     strength: float | None,
+    options: Mapping[str, Any] | None = None,
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
+
+    Args:
+        options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
 
     Raises:
         UserError: for an unknown sampler, or a value outside its limits.
     """
     own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
     name = name or own.sampler
-    if timesteps is None and steps is None and name == own.sampler:
-        timesteps, steps = own.timesteps, own.steps
-    if timesteps is None:
-        timesteps = sampler.grid(name, schedule, steps)
+    entry = sampler.named(name)
+    if timesteps is not None and steps not in (None, len(timesteps)):
+        raise UserError(f"steps = {steps}, and {len(timesteps)} timesteps are given", "give one of the two")
+    given = {option: value for option, value in (options or {}).items() if value is not None}
+    if "eta" not in entry.options and given.get("eta") == 0:
+        del given["eta"]  # asks for nothing, as diffusers' callers do
+    if name == own.sampler:
+        given = dict(own.options) | given
+        if timesteps is None and steps is None:
+            timesteps, steps = own.timesteps, own.steps
     scale = float(own.guidance if guidance is None else guidance)
     if not 0 <= scale < float("inf"):
         raise UserError(
             f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
         )
     embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
-    start = 0 if strength is None else _start(len(timesteps), strength)
-    return SamplingPlan(name, list(timesteps), scale, guided=scale > 1 and not embedded, start=start)
+    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
+    start = 0 if strength is None else _start(count, strength) * entry.order
+    made = None
+    if entry.rows is not None:
+        made = sampler.table(name, schedule, steps, timesteps=timesteps, start=start, **given)
+        timesteps = made.timesteps
+    elif timesteps is None:
+        timesteps = sampler.grid(name, schedule, steps)
+    if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
+        fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
+        warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
+    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
 
 
 def _start(steps: int, strength: float) -> int:
@@ -212,22 +255,50 @@ def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
     return min(batch.max // doubled, images.max)
 
 
+def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
+    """Initial latents as float32 numpy.
+
+    Raises:
+        UserError: for another shape than [images, channels, height, width], integers, and what is not finite.
+    """
+    channels = manifest.pipeline["latent_channels"]
+    shape, dtype = tuple(latents.shape), str(latents.dtype).removeprefix("torch.")
+    fix = f"give noise of unit variance, [{count}, {channels}, height / {manifest.pipeline['vae_scale']}, width / ...]"
+    if len(shape) == 4 and shape[0] != count:
+        raise UserError(f"{shape[0]} latents for {count} images", "give one per image")
+    if len(shape) != 4 or shape[1] != channels:
+        raise UserError(f"latents of shape {shape}, where this model's have {channels} channels", fix)
+    if "float" not in dtype:
+        raise UserError(f"latents of {dtype} (expected float32)", fix)
+    if dtype == "float64":
+        warnings.warn("the latents are float64 and are rounded to float32", Notice, stacklevel=5)
+    made = np.asarray(to_numpy(latents.float() if is_torch(latents) else latents), np.float32)
+    if not np.isfinite(made).all():
+        raise UserError("the latents hold NaN or infinite values", fix)
+    return made
+
+
 def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
     """Latent height and width, checked against the profile."""
     profile, scale, native = manifest.profile, manifest.pipeline["vae_scale"], manifest.pipeline["native_size"]
     dims = manifest.components["vae_decoder"].dims
-    if latents is not None:
-        height = height or latents.shape[-2] * scale
-        width = width or latents.shape[-1] * scale
-    sides = []
-    for name, value in (("height", height), ("width", width)):
-        limits = dims[name]
-        if value is None:
-            value = native if limits.admits(native) else limits.opt
-        if not limits.admits(value):
+    sides: list[int] = []
+    for name, value, axis in (("height", height, -2), ("width", width, -1)):
+        limits, own = dims[name], None if latents is None else latents.shape[axis] * scale
+        if None not in (value, own) and value != own:
             raise UserError(
-                f"{name} {value} is outside profile {profile.name!r} ({limits})",
-                f"use --{name} within that, or export with another --profile (such as dynamic)",
+                f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"
+            )
+        if value is None:
+            value = own or (native if limits.admits(native) else limits.opt)
+        if not limits.admits(value):
+            exported = (
+                "" if not manifest.components["unet"].graph else ", or export with another --profile (such as dynamic)"
+            )
+            here = "" if own is None else f" (latents of shape {latents.shape} make it so)"
+            raise UserError(
+                f"{name} {value} is outside profile {profile.name!r} ({limits}){here}",
+                f"give a {name} of {limits}{exported}",
             )
         sides.append(value // scale)
     return sides[0], sides[1]

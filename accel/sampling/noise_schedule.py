@@ -1,17 +1,18 @@
-"""The forward process as data: alpha_bar over the training timesteps, and the grid a sampler walks.
+"""The forward process as data: alpha_bar over the training timesteps, and what a scheduler's config says of sampling.
 
     q(x_t | x_0) = N( sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I )                              (DDPM, arXiv 2006.11239)
 
 `sigma` is the variance-exploding one, sqrt((1 - alpha_bar) / alpha_bar); lambda_t = -log sigma is half the log
 signal-to-noise ratio. Coefficients are float64 and leave here as Python floats, so that multiplying an array by them
-keeps the array's dtype, in numpy and in torch alike.
+keeps the array's dtype, in numpy and in torch alike. The betas of a config are rounded to float32 on the way, as they
+were when the model was trained on them: alpha_bar is diffusers' to the last bit or two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +20,14 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import parse_json, read_bytes
+from . import scheduler_config
+from .scheduler_config import refused
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 
 # A zero terminal signal-to-noise ratio makes sigma infinite; solvers in sigma use the smallest fp16 number instead.
-_ALPHA_BAR_FLOOR = 2.0**-24
-
-_READ = frozenset(
-    "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type "
-    "timestep_spacing steps_offset set_alpha_to_one".split()
-)
-# Fields that change the image and that no sampler here implements: name -> the only values that can be honoured.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "thresholding": (False, None),
-    "clip_sample": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "flow_shift": (1.0, None),
-    "shift_terminal": (None,),
-    "interpolation_type": ("linear", None),
-    "timestep_type": ("discrete", None),
-    "final_sigmas_type": ("zero", None),
-    "lambda_min_clipped": (-math.inf, "-Infinity", "-inf", None),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
-# A solver is chosen by name, not by the config, so these bind only a config that asks for DPM-Solver++ itself.
-_ONLY_DPM: Mapping[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++", None),
-    "solver_order": (2, None),
-    "solver_type": ("midpoint", None),
-    "lower_order_final": (True, None),
-    "euler_at_final": (False, None),
-}
-# Without effect unless one of the fields above is switched on, or belonging to another solver.
-_INERT = frozenset(
-    "clip_sample_range sample_max_value dynamic_thresholding_ratio time_shift_type sigma_min sigma_max skip_prk_steps "
-    "original_inference_steps timestep_scaling predict_x0 disable_corrector solver_p".split()
-)
+ALPHA_BAR_FLOOR = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,10 +36,12 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: alpha_bar, float64 [T], strictly decreasing, within [0, 1); a read-only copy.
-        prediction_type: what the model predicts: `epsilon`, `v_prediction` (arXiv 2202.00512) or `sample` (x0).
+        prediction_type: what the model predicts: `epsilon`, `v_prediction` (arXiv 2202.00512), `sample` (x0), or
+            `flow_prediction` (eps - x0).
         timestep_spacing: `leading`, `trailing` or `linspace` (arXiv 2305.08891, table 2). None: the sampler's default.
         steps_offset: added to every timestep of the `leading` grid.
         set_alpha_to_one: whether DDIM's last step lands on alpha_bar = 1 rather than on alpha_bar[0].
+        config: the scheduler config that this was read from; samplers find their other fields there.
     """
 
     alphas_cumprod: np.ndarray
@@ -80,6 +49,7 @@ class NoiseSchedule:
     timestep_spacing: str | None = None
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         a = np.array(self.alphas_cumprod, dtype=np.float64)
@@ -109,38 +79,58 @@ class NoiseSchedule:
 
     def sigma(self, t: float) -> float:
         """Variance-exploding noise level sqrt((1 - alpha_bar) / alpha_bar) at timestep t; finite also at zero SNR."""
-        a = max(self.alpha_bar(t), _ALPHA_BAR_FLOOR)
+        a = self.alpha_bar(t) or ALPHA_BAR_FLOOR
         return math.sqrt((1 - a) / a)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config with what the attributes say in place of what it says itself."""
+        own = dict(
+            num_train_timesteps=self.T,
+            prediction_type=self.prediction_type,
+            timestep_spacing=self.timestep_spacing,
+            steps_offset=self.steps_offset,
+            set_alpha_to_one=self.set_alpha_to_one,
+        )
+        return dict(self.config) | own
+
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Reads the contents of a diffusers `scheduler_config.json`.
+    def from_scheduler(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Reads the contents of a diffusers `scheduler_config.json`, for sampling with `samplers.sample`.
 
         Raises:
-            UserError: naming the field, where a field asks for something no sampler here does, or is not known.
+            UserError: naming the field, where one is not known or has a wrong type. What a sampler cannot honour is
+                refused when its table is made (`samplers.table`).
         """
+        scheduler_config.check(config)
         name = str(config.get("_class_name", ""))
-        only = dict(_ONLY)
-        if name in ("", "DPMSolverMultistepScheduler"):
-            only |= _ONLY_DPM
-        for field, value in config.items():
-            if field.startswith("_") or field in _READ or field in _INERT:
-                continue
-            if field in only:
-                if value not in only[field]:
-                    raise _refused(field, value, f"set it to {only[field][0]!r}")
-            elif field not in _ONLY_DPM:
-                raise _refused(field, value, "remove the field if the noise schedule does not depend on it")
-        defaults = {"set_alpha_to_one": name != "PNDMScheduler"}
         picked = ("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one")
         return cls(
-            alphas_cumprod=_alphas_cumprod(config, name),
-            **defaults | {field: config[field] for field in picked if config.get(field) is not None},
+            alphas_cumprod=_alphas_cumprod(config),
+            config=dict(config),
+            **{"set_alpha_to_one": name != "PNDMScheduler"}
+            | {field: config[field] for field in picked if config.get(field) is not None},
         )
 
     @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """As `from_scheduler`, for whoever takes the forward process alone.
+
+        Raises:
+            UserError: also where the scheduler clips its predictions, as its config or its class's default says:
+                alpha_bar cannot carry that.
+        """
+        made = cls.from_scheduler(config)
+        if clipped := scheduler_config.clips(config):
+            raise UserError(
+                f"scheduler config: {clipped} = True is for the sampler, which a noise schedule alone knows nothing of",
+                f'sample with NoiseSchedule.from_scheduler, which keeps it, or write "{clipped}": false',
+            )
+        return made
+
+    @classmethod
     def from_folder(cls, path: str | Path) -> NoiseSchedule:
-        """Reads `scheduler_config.json` from a diffusers `scheduler/` folder."""
+        """Reads `scheduler_config.json` from a diffusers `scheduler/` folder, as `from_scheduler` does."""
         file = Path(path) / "scheduler_config.json"
         try:
             if not file.exists():
@@ -150,7 +140,7 @@ class NoiseSchedule:
             raise UserError(f"{file} cannot be read: {error}", "write it again from the original pipeline") from None
         if not isinstance(config, dict):
             raise UserError(f"{file} does not hold a JSON object", "write it again from the original pipeline")
-        return cls.from_config(config)
+        return cls.from_scheduler(config)
 
 
 def add_noise(schedule: NoiseSchedule, x0: Any, eps: Any, t: float) -> Any:
@@ -159,49 +149,64 @@ def add_noise(schedule: NoiseSchedule, x0: Any, eps: Any, t: float) -> Any:
     return math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
 
 
-def _alphas_cumprod(config: Mapping[str, Any], name: str) -> np.ndarray:
-    # LCM and TCD schedulers differ from the rest in the values that an absent field stands for.
-    lcm = name in ("LCMScheduler", "TCDScheduler")
-    steps = config.get("num_train_timesteps", 1000)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 100_000:
-        raise _refused("num_train_timesteps", steps, "use a whole number of at least 1, and at most 100000")
-    if config.get("trained_betas") is not None:
-        beta = np.asarray(config["trained_betas"], dtype=np.float64)
+def training_betas(config: Mapping[str, Any]) -> list[float]:
+    """beta_t of a scheduler config, T numbers in float32 precision, before `rescale_betas_zero_snr`."""
+    plain: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    defaults = scheduler_config.CLASSES.get(str(config.get("_class_name", "")), {})
+    made = plain | defaults | {name: value for name, value in config.items() if value is not None}
+    steps = made["num_train_timesteps"]
+    if made.get("trained_betas") is not None:
+        beta = np.asarray(made["trained_betas"], dtype=np.float32)
         if beta.shape != (steps,):
-            raise _refused("trained_betas", f"of length {beta.size}", f"give num_train_timesteps = {steps} numbers")
+            raise refused("trained_betas", f"of length {beta.size}", f"give num_train_timesteps = {steps} numbers")
     else:
-        low = float(config.get("beta_start", 0.00085 if lcm else 0.0001))
-        high = float(config.get("beta_end", 0.012 if lcm else 0.02))
-        beta = _betas(config.get("beta_schedule", "scaled_linear" if lcm else "linear"), low, high, steps)
+        beta = _betas(made["beta_schedule"], float(made["beta_start"]), float(made["beta_end"]), steps)
     if not ((beta > 0) & (beta < 1)).all():
-        raise _refused("trained_betas / beta_start / beta_end", "with values outside (0, 1)", "check the betas")
-    a = np.cumprod(1 - beta)
-    return _rescale_zero_snr(a) if config.get("rescale_betas_zero_snr") else a
+        raise refused("trained_betas / beta_start / beta_end", "with values outside (0, 1)", "check the betas")
+    return beta.tolist()
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
+    """alpha_bar of a config, float64 [T] with float32 values."""
+    a = _cumprod(1 - np.array(training_betas(config), np.float32))
+    return (_rescale_zero_snr(a) if config.get("rescale_betas_zero_snr") else a).astype(np.float64)
+
+
+def _cumprod(alpha: np.ndarray) -> np.ndarray:
+    """Running products float32 [T] of float32 numbers, multiplied in float64."""
+    return np.cumprod(alpha, dtype=np.float64).astype(np.float32)
 
 
 def _betas(kind: str, low: float, high: float, steps: int) -> np.ndarray:
+    """beta_t, float32 [T]."""
     if kind == "linear":
-        return np.linspace(low, high, steps)
+        return np.linspace(low, high, steps).astype(np.float32)
     if kind == "scaled_linear":  # linear in sqrt(beta), latent diffusion (arXiv 2112.10752)
-        return np.linspace(low**0.5, high**0.5, steps) ** 2
+        return np.linspace(low**0.5, high**0.5, steps).astype(np.float32) ** 2
+    if kind == "sigmoid":  # GeoDiff (arXiv 2203.02923)
+        return (1 / (1 + np.exp(-np.linspace(-6, 6, steps))) * (high - low) + low).astype(np.float32)
+    u = np.arange(steps + 1) / steps
     if kind == "squaredcos_cap_v2":  # improved DDPM (arXiv 2102.09672), eq. 17; beta capped at 0.999
-        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        return np.minimum(1 - f[1:] / f[:-1], 0.999)
-    raise _refused("beta_schedule", kind, "use linear, scaled_linear, squaredcos_cap_v2 or trained_betas")
+        f = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    elif kind == "exp":
+        f = np.exp(-12.0 * u)
+    elif kind == "laplace":  # arXiv 2407.03297
+        snr = np.exp(-0.5 * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6))
+        f = np.sqrt(snr / (1 + snr))
+    else:
+        raise refused("beta_schedule", kind, "use linear, scaled_linear, squaredcos_cap_v2 or trained_betas")
+    return np.minimum(1 - f[1:] / f[:-1], 0.999).astype(np.float32)
 
 
 def _rescale_zero_snr(a: np.ndarray) -> np.ndarray:
     """Shift and scale sqrt(alpha_bar) so that the last one is 0 and the first stays (arXiv 2305.08891, algorithm 1)."""
     if len(a) < 2:
-        raise _refused("rescale_betas_zero_snr", True, "it needs at least 2 training timesteps")
+        raise refused("rescale_betas_zero_snr", True, "it needs at least 2 training timesteps")
     root = np.sqrt(a)
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    a = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return _cumprod(1 - (1 - np.concatenate([a[:1], a[1:] / a[:-1]])))  # by way of the betas, rounded like them
 
 
-def _one_of(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise _refused(field, value, "use one of " + ", ".join(str(v) for v in allowed if v is not None))
-
-
-def _refused(field: str, value: Any, fix: str) -> UserError:
-    return UserError(f"scheduler config: {field} = {value!r} is not supported", fix)
+        raise refused(name, value, "use one of " + ", ".join(str(v) for v in allowed if v is not None))

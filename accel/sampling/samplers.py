@@ -1,30 +1,16 @@
-"""Samplers by name: which update rule, on which grid of timesteps, in how many steps.
-
-The rules themselves, and what `model`, `noise` and `callback` have to be, are in `accel.sampling.solvers`. To add a
-sampler: its function there, and its entry in `SAMPLERS` here. Command line, evaluation and export read that table.
-"""
+"""Running samplers by name: their tables, their grids, and what a scheduler config says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from ..errors import UserError
+from ..errors import UserError, unknown
+from . import grids, scheduler_config
+from .grids import SIGMAS, Problem, dmd2_timesteps
+from .linear import Callback, Constrain, Model, Noise, Table, run
 from .noise_schedule import NoiseSchedule, add_noise
-from .solvers import (
-    Callback,
-    Constrain,
-    Model,
-    Noise,
-    Timesteps,
-    sample_ddim,
-    sample_dmd2,
-    sample_dpmpp_2m,
-    sample_euler,
-)
+from .registry import SAMPLERS, Sampler, named
 
 __all__ = [
     "SAMPLERS",
@@ -33,135 +19,101 @@ __all__ = [
     "add_noise",
     "dmd2_timesteps",
     "grid",
+    "named",
     "needs_noise",
+    "own_sampler",
     "sample",
     "sample_ddim",
     "sample_dmd2",
     "sample_dpmpp_2m",
     "sample_euler",
+    "table",
+    "unread_fields",
 ]
 
+Timesteps = Sequence[float]
 
-def dmd2_timesteps(steps: int, T: int = 1000, *, one_step: int | None = None) -> list[int]:  # noqa: N803 (the papers')
-    """DMD2's grid (arXiv 2405.14867, section 4.4): T - 1 downwards by T // steps; 4 steps are 999, 749, 499, 249.
 
-    Args:
-        steps: number of entries, 1 to T.
-        T: number of training timesteps.
-        one_step: the entry of a grid of one. None for 2/5 of the schedule, t = 399 of 1000, where the published
-            one-step SDXL model runs (see `sample_dmd2`); SD1.5's, and the students trained here, run at T - 1.
+def own_sampler(config: Mapping[str, Any]) -> str | None:
+    """The name of the sampler that a scheduler config stands for; None where there is none here.
 
     Raises:
-        UserError: for another number of steps.
+        UserError: naming the field, where the class is known and a value of it is not.
     """
-    _check_steps(steps, T)
-    if steps == 1:
-        return [max(0, T * 2 // 5 - 1) if one_step is None else one_step]
-    return [T - 1 - i * (T // steps) for i in range(steps)]
+    scheduler = str(config.get("_class_name", ""))
+    if scheduler not in scheduler_config.CLASSES:
+        return None
+    scheduler_config.check(config)
+    made = scheduler_config.settings(scheduler, config, {})
+    for name, entry in SAMPLERS.items():
+        if name != "dmd2" and entry.scheduler == scheduler and dict(entry.pinned).items() <= made.items():
+            return name
+    return None
 
 
-def _grid_dmd2(schedule: NoiseSchedule, steps: int) -> list[float]:
-    return list(dmd2_timesteps(steps, schedule.T))
+def unread_fields(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a scheduler config that would change the image, but that this sampler does not read."""
+    return scheduler_config.unread(named(name).scheduler, config)
 
 
-def _grid_ddim(schedule: NoiseSchedule, steps: int) -> list[float]:
-    return _spaced(schedule, schedule.timestep_spacing or "leading", steps, points=steps, whole=True)
+def table(
+    name: str,
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    timesteps: Timesteps | None = None,
+    start: int = 0,
+    eta: float | None = None,
+    sigmas: str | None = None,
+    timestep_spacing: str | None = None,
+    shift: float | None = None,
+) -> Table:
+    """The table of a sampler, for `accel.sampling.linear.run`.
 
+    Args:
+        name, schedule, steps, timesteps: as in `sample`.
+        start: number of leading rows to skip.
+        eta: of DDIM 0 (the default) to 1, of TCD gamma.
+        sigmas: spacing of the noise levels instead of the config's: a key of `SIGMAS`, or "none".
+        timestep_spacing: leading, trailing or linspace instead of the config's.
+        shift: of flow matching, instead of the config's.
 
-def _grid_euler(schedule: NoiseSchedule, steps: int) -> list[float]:
-    return _spaced(schedule, schedule.timestep_spacing or "linspace", steps, points=steps, whole=False)
-
-
-def _grid_dpmpp(schedule: NoiseSchedule, steps: int) -> list[float]:
-    # One point more than steps, the lowest dropped: this solver adds its own end point at sigma = 0.
-    return _spaced(schedule, schedule.timestep_spacing or "linspace", steps, points=steps + 1, whole=True)
-
-
-def _spaced(schedule: NoiseSchedule, spacing: str, steps: int, *, points: int, whole: bool) -> list[float]:
-    """The grids of arXiv 2305.08891, table 2, from high noise to low. `whole` rounds linspace to trained timesteps."""
-    if spacing == "trailing":
-        # Cut to length: rounding gives this range one entry too many, t = -1, for some step counts (61, 103, ...).
-        ts = np.round(np.arange(schedule.T, 0, -schedule.T / steps)[:steps]) - 1
-    elif spacing == "leading":
-        ts = np.arange(points)[::-1][:steps] * (schedule.T // points) + schedule.steps_offset
-    else:
-        ts = np.linspace(0, schedule.T - 1, points)[::-1][:steps]
-        ts = np.round(ts) if whole else ts
-    return [int(t) if t == int(t) else float(t) for t in ts]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """One sampler.
-
-    Attributes:
-        function: the update rule, called as those of `accel.sampling.solvers`.
-        grid: (schedule, steps) -> timesteps, high noise first.
-        steps: the default number of steps.
-        stochastic: whether it adds noise after its steps.
-        description: what it is for, in a line.
-        scheduler: the class of diffusers that computes the same.
-        options: names of further keyword arguments of `function`.
+    Raises:
+        UserError: naming what this sampler or scheduler config cannot honour.
     """
-
-    function: Callable[..., Any]
-    grid: Callable[[NoiseSchedule, int], list[float]]
-    steps: int
-    stochastic: bool
-    description: str
-    scheduler: str
-    options: tuple[str, ...] = ()
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "dmd2": Sampler(
-        function=sample_dmd2,
-        grid=_grid_dmd2,
-        steps=4,
-        stochastic=True,
-        description="few-step distilled models (DMD2, LCM-like): x0, fresh noise, repeat; no guidance",
-        scheduler="LCMScheduler",
-    ),
-    "dpmpp_2m": Sampler(
-        function=sample_dpmpp_2m,
-        grid=_grid_dpmpp,
-        steps=25,
-        stochastic=False,
-        description="DPM-Solver++ 2M: second-order multistep, the usual choice for undistilled models",
-        scheduler="DPMSolverMultistepScheduler",
-    ),
-    "ddim": Sampler(
-        function=sample_ddim,
-        grid=_grid_ddim,
-        steps=50,
-        stochastic=False,
-        description="DDIM: first order, deterministic; eta > 0 adds noise",
-        scheduler="DDIMScheduler",
-        options=("eta",),
-    ),
-    "euler": Sampler(
-        function=sample_euler,
-        grid=_grid_euler,
-        steps=30,
-        stochastic=False,
-        description="Euler on the probability-flow ODE: first order, deterministic",
-        scheduler="EulerDiscreteScheduler",
-    ),
-}
+    problem = _problem(name, schedule, steps, timesteps, start, eta, _overrides(name, sigmas, timestep_spacing, shift))
+    chosen = named(name)
+    if chosen.rows is None:
+        raise UserError(f"sampler {name} has a loop of its own and no table", "run it with sample()")
+    nodes = chosen.nodes(problem)
+    grids.verify(problem, nodes, chosen.order)
+    count = len(nodes.timesteps)
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < count:
+        raise UserError(f"start = {start!r} with {count} steps", f"use a whole number from 0 to {count - 1}")
+    scale = 1.0
+    if chosen.exploding:
+        # y starts as sigma_max N(0, 1); a leading grid starts lower, and there it is sqrt(1 + sigma_max^2) N(0, 1).
+        leading = problem.fields["timestep_spacing"] == "leading"
+        scale = 1.0 if leading else grids.variance_preserving(nodes.sigmas[0])[1]
+    rows = tuple(chosen.rows(problem, nodes))
+    return Table(rows, tuple(nodes.timesteps), first=start, scale=scale, clip=problem.clip, name=name)
 
 
-def grid(name: str, schedule: NoiseSchedule, steps: int | None = None) -> list[float]:
-    """The timesteps of a sampler, high noise first; image-to-image noises its image to `grid(...)[start]`."""
-    chosen = _sampler(name)
-    steps = chosen.steps if steps is None else steps
-    _check_steps(steps, schedule.T)
-    return chosen.grid(schedule, steps)
+def grid(name: str, schedule: NoiseSchedule, steps: int | None = None, **changes: Any) -> list[float]:
+    """The timesteps at which a sampler calls the model, high noise first; `changes` as in `table`."""
+    chosen = named(name)
+    if chosen.grid is not None:
+        steps = chosen.steps if steps is None else steps
+        grids.check_steps(steps, schedule.T)
+        return chosen.grid(schedule, steps)
+    problem = _problem(name, schedule, steps, None, 0, None, _overrides(name, **changes))
+    return chosen.nodes(problem).timesteps
 
 
-def needs_noise(name: str, *, eta: float = 0.0) -> bool:
+def needs_noise(name: str, *, eta: float | None = 0.0) -> bool:
     """Whether `sample` has to be given `noise`."""
-    chosen = _sampler(name)
-    return chosen.stochastic or ("eta" in chosen.options and eta > 0)
+    chosen = named(name)
+    return chosen.stochastic or ("eta" in chosen.options and bool(eta and eta > 0))
 
 
 def sample(
@@ -176,6 +128,7 @@ def sample(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     start: int = 0,
+    noised: bool | None = None,
     **options: Any,
 ) -> Any:
     """Run a sampler by name.
@@ -183,38 +136,96 @@ def sample(
     Args:
         name: a key of `SAMPLERS`.
         model: (x, t) -> prediction, like x; t is a Python number.
-        x: N(0, 1), any shape, numpy or torch, floating; with start > 0 noised by `add_noise` at `timesteps[start]`.
+        x: N(0, 1), any shape, numpy or torch, floating; with start > 0 noised for that row (`Table.noised`).
         steps: number of steps of the full grid; None: the sampler's default.
         timesteps: the grid itself, strictly falling, instead of `steps`.
         noise: i -> standard normal array like x; wanted where `needs_noise(name)`.
-        constrain: (i, x) -> x, applied after step i.
-        start: number of leading steps to skip.
-        options: the sampler's own, such as `eta` of DDIM.
+        callback: called as (i, t, x) after row i; may raise to stop.
+        constrain: (i, x) -> x, applied after row i.
+        start: number of leading rows to skip.
+        noised: whether x is noised already; None: if start is above 0.
+        options: eta, sigmas, timestep_spacing, shift, as in `table`.
 
     Returns:
         x0, like x.
 
     Raises:
-        UserError: unknown name or option, step count outside 1..T, a grid outside the schedule, missing noise.
+        UserError: unknown name or option, step count outside 1..T, a grid outside the schedule, missing noise, and what
+            `table` refuses.
     """
-    chosen = _sampler(name)
-    if unknown := set(options) - set(chosen.options):
-        fix = f"it has: {', '.join(chosen.options)}" if chosen.options else "it has none: leave it out"
-        raise UserError(f"sampler {name} has no option {', '.join(sorted(unknown))}", fix)
+    chosen = named(name)
+    hooks: dict[str, Any] = dict(noise=noise, callback=callback, constrain=constrain)
+    if chosen.function is None:
+        if strange := set(options) - {"eta", "sigmas", "timestep_spacing", "shift"}:
+            raise UserError(f"sampler {name} has no option {', '.join(sorted(strange))}", "leave it out")
+        made = table(name, schedule, steps, timesteps=timesteps, start=start, **options)
+        return run(made, model, x, noised=start > 0 if noised is None else noised, **hooks)
+    if given := [option for option, value in options.items() if value is not None]:
+        raise UserError(f"sampler {name} has no option {', '.join(given)}", "it has none: leave it out")
     if timesteps is None:
         timesteps = grid(name, schedule, steps)
     elif steps is not None and steps != len(timesteps):
         raise UserError(f"steps = {steps}, but {len(timesteps)} timesteps are given", "give one of the two")
-    hooks = dict(noise=noise, callback=callback, constrain=constrain)
-    return chosen.function(model, x, schedule, timesteps, start=start, **hooks, **options)
+    return chosen.function(model, x, schedule, timesteps, start=start, **hooks)
 
 
-def _sampler(name: str) -> Sampler:
-    if name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}", "use one of " + ", ".join(SAMPLERS))
-    return SAMPLERS[name]
+def _problem(
+    name: str,
+    schedule: NoiseSchedule,
+    steps: int | None,
+    timesteps: Timesteps | None,
+    start: int,
+    eta: float | None,
+    overrides: Mapping[str, Any],
+) -> Problem:
+    chosen = named(name)
+    if eta is not None and "eta" not in chosen.options:
+        fix = f"leave it out; samplers with it: {', '.join(n for n, e in SAMPLERS.items() if 'eta' in e.options)}"
+        raise UserError(f"sampler {name} has no option eta", fix)
+    if timesteps is not None and steps is not None and steps != len(timesteps):
+        raise UserError(f"steps = {steps}, but {len(timesteps)} timesteps are given", "give one of the two")
+    fields = scheduler_config.settings(chosen.scheduler, schedule.fields | dict(overrides), chosen.pinned)
+    count = len(timesteps) if timesteps is not None else chosen.steps if steps is None else steps
+    if timesteps is None:
+        grids.check_steps(count, schedule.T)
+    given = None if timesteps is None else tuple(timesteps)
+    return Problem(schedule, fields, count, given, start, float(eta or 0.0))
 
 
-def _check_steps(steps: int, limit: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= limit:
-        raise UserError(f"invalid steps: {steps!r} (expected an integer from 1 to {limit})", "such as 4 or 25")
+def _overrides(
+    name: str, sigmas: str | None = None, timestep_spacing: str | None = None, shift: float | None = None
+) -> dict[str, Any]:
+    """Scheduler fields that a caller sets instead of the config's, where the sampler reads them."""
+    made: dict[str, Any] = {}
+    if sigmas is not None:
+        if sigmas not in (*SIGMAS, "none"):
+            raise unknown("sigmas", sigmas, (*SIGMAS, "none"))
+        made |= dict.fromkeys(SIGMAS.values(), False) | ({SIGMAS[sigmas]: True} if sigmas != "none" else {})
+    if timestep_spacing is not None:
+        made["timestep_spacing"] = timestep_spacing
+    if shift is not None:
+        made["flow_shift"] = shift
+    wanted = [field for field, value in made.items() if value is not False]
+    read = named(name).fields
+    for option, value in (("sigmas", sigmas), ("timestep_spacing", timestep_spacing), ("shift", shift)):
+        for needed in wanted if value is not None else ():
+            belongs = {"timestep_spacing": "timestep_spacing", "flow_shift": "shift"}.get(needed, "sigmas")
+            if belongs == option and needed not in read:
+                others = ", ".join(n for n, entry in SAMPLERS.items() if needed in entry.fields)
+                raise UserError(
+                    f"{option} = {value!r}: sampler {name} has no {needed}", f"leave it out, or use one of: {others}"
+                )
+    scheduler_config.check(made)
+    return made
+
+
+def _function(name: str) -> Callable[..., Any]:
+    def run_it(model: Model, x: Any, schedule: NoiseSchedule, timesteps: Timesteps, **options: Any) -> Any:
+        return sample(name, model, x, schedule, timesteps=timesteps, **options)
+
+    run_it.__name__ = run_it.__qualname__ = f"sample_{name}"
+    run_it.__doc__ = f"`sample({name!r}, ...)` on a grid of its own: {SAMPLERS[name].description}."
+    return run_it
+
+
+sample_dmd2, sample_ddim, sample_euler, sample_dpmpp_2m = map(_function, ("dmd2", "ddim", "euler", "dpmpp_2m"))

@@ -203,7 +203,14 @@ def rebuild(bundle: Bundle, component: str, like: EngineFile | None = None, gpu:
         like: repeat its build options and, where the bundle still takes them, its profiles. Only a signed engine file:
             what a stranger's record says must not be copied into a shell.
     """
-    words = ["accel", "build", str(bundle.path), "--components", component, *(["--gpu", str(gpu)] if gpu else [])]
+    words = [
+        "accel",
+        "build",
+        str(bundle.path),
+        "--components",
+        component,
+        *(["--device", f"cuda:{gpu}"] if gpu else []),
+    ]
     if like is None or component not in bundle.manifest.components:
         return shlex.join(words)
     dims, profiles = bundle.component(component).dims, like.identity["profiles"]

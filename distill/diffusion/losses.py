@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from accel.errors import UserError
+from accel.errors import UserError, unknown
 
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def target(prediction_type: str, x0: torch.Tensor, eps: torch.Tensor, alpha_bar:
         return per_row(alpha_bar.sqrt(), x0) * eps - per_row((1 - alpha_bar).sqrt(), x0) * x0
     if prediction_type == "sample":
         return x0
-    raise UserError(f"unknown prediction type {prediction_type!r}", "one of: epsilon, v_prediction, sample")
+    raise unknown("prediction type", prediction_type, ("epsilon", "v_prediction", "sample"))
 
 
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:

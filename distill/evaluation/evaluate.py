@@ -206,7 +206,7 @@ def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple
     if len(found) < count:
         raise UserError(
             f"{captions} has {len(found)} captions, and {chosen.id} needs {count}",
-            f"get all of them ({chosen.captions_source}), or measure fewer images: --limit {len(found)}",
+            f"get all of them ({chosen.captions_source}), or measure fewer images: --images {len(found)}",
         )
     return found[:count], []
 

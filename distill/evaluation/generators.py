@@ -25,7 +25,7 @@ from accel.files import digest_of, sha256
 from accel.models.config_files import clip_tokenizer
 from accel.models.source import Source, open_source
 from accel.sampling import Sampling
-from accel.sampling.samplers import NoiseSchedule, grid
+from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
 
 from .protocols import schedulers
 
@@ -171,7 +171,7 @@ def _pipeline_maker(
 
 def _schedule(source: Source, sampling: Sampling) -> dict[str, Any]:
     if sampling.sampler == "dmd2":
-        schedule = NoiseSchedule.from_config(source.config("scheduler"))
+        schedule = NoiseSchedule.from_scheduler(source.config("scheduler"))
         timesteps = sampling.timesteps or grid("dmd2", schedule, sampling.steps)
         return {"timesteps": [int(t) for t in timesteps]}
     if sampling.timesteps is not None:
@@ -187,7 +187,9 @@ def _assemble(source: Source, sampling: Sampling) -> Any:
     import diffusers
 
     # From the file and not from the loaded scheduler, whose defaults would be taken for the model's choices.
-    scheduler = getattr(diffusers, schedulers()[sampling.sampler]).from_config(source.config("scheduler"))
+    spacing = {name: value for name, value in sampling.options.items() if name == "timestep_spacing"}
+    made = dict(SAMPLERS[sampling.sampler].pinned) | spacing
+    scheduler = getattr(diffusers, schedulers()[sampling.sampler]).from_config(source.scheduler(), **made)
     networks = {
         name: source.load(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2") if source.has(name)
     }
@@ -215,11 +217,6 @@ def _bundle_maker(
     from accel.engines import choose
     from accel.pipeline import load
 
-    if sampling.sampler == "pndm":
-        raise UserError(
-            f"the protocol's sampler is pndm, which the bundle {bundle.path} cannot run",
-            "evaluate the pipeline folder, or add --sampler dpmpp_2m, which becomes a part of the protocol's name",
-        )
     engine = choose(engine, bundle.component("unet"))
     if engine in ("eager", "compile") and torch.cuda.is_available():
         options["device"] = torch_device(options.get("device"), local_rank)
@@ -257,5 +254,5 @@ def rounded(images: np.ndarray) -> np.ndarray:
         UserError: for NaN, which would become a black image and be measured.
     """
     if not np.isfinite(images).all():
-        raise UserError("the image is NaN or infinite", "this dtype overflows on this model: --dtype fp32")
+        raise UserError("the image is NaN or infinite", "this dtype overflows on this model: --precision fp32")
     return (np.asarray(images, np.float32).clip(0, 1) * 255).round().astype(np.uint8)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from accel.errors import UserError
+from accel.errors import unknown
 from accel.sampling import Sampling
 from accel.sampling.samplers import SAMPLERS
 
@@ -28,9 +28,9 @@ from accel.sampling.samplers import SAMPLERS
 def schedulers() -> dict[str, str]:
     """Every sampler that an evaluation can name -> the class of diffusers that runs it for a pipeline folder.
 
-    PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with; only diffusers runs it.
+    PNDM (Liu et al. 2022, arXiv 2202.09778) is what BK-SDM was measured with.
     """
-    return {"pndm": "PNDMScheduler"} | {name: sampler.scheduler for name, sampler in SAMPLERS.items()}
+    return {name: sampler.scheduler for name, sampler in SAMPLERS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ def protocol(name: str) -> Protocol:
         UserError: when there is none.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}", f"one of: {', '.join(PROTOCOLS)}")
+        raise unknown("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 
@@ -225,7 +225,7 @@ def overridden(
         UserError: for an unknown sampler, or numbers out of range.
     """
     if sampler is not None and sampler not in schedulers():
-        raise UserError(f"unknown sampler {sampler!r}", f"one of: {', '.join(schedulers())}")
+        raise unknown("sampler", sampler, schedulers())
     used = replace(base, sampler=sampler or base.sampler, guidance=base.guidance if guidance is None else guidance)
     if used.sampler == base.sampler and steps in (None, base.count):
         return used

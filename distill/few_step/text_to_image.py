@@ -46,7 +46,7 @@ class TextToImage:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
         self.recipe, self.encoders = recipe, encoders
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
-        self.process = Diffusion(NoiseSchedule.from_config(encoders.source.config("scheduler")))
+        self.process = Diffusion(NoiseSchedule.from_scheduler(encoders.source.config("scheduler")))
         check_teacher(encoders.source, self.teacher, self.process)
         self._pipeline: Any = None
 
@@ -121,7 +121,7 @@ class TextToImage:
 
 def check_teacher(source: Source, teacher: Source, process: Diffusion) -> None:
     """Raises UserError where the networks have different noise schedules or prediction types."""
-    ours, theirs = process.schedule, NoiseSchedule.from_config(teacher.config("scheduler"))
+    ours, theirs = process.schedule, NoiseSchedule.from_scheduler(teacher.config("scheduler"))
     if ours.prediction_type != theirs.prediction_type or (ours.alphas_cumprod != theirs.alphas_cumprod).any():
         raise UserError(
             f"{source.name} and the teacher have different noise schedules or prediction types "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from accel.errors import UserError
+from accel.errors import UserError, unknown
 
 from .students import block_source
 
@@ -32,7 +32,7 @@ def pairs(name: str, kind: str, student: nn.Module) -> list[Pair]:
         UserError: for an unknown set.
     """
     if name not in SETS:
-        raise UserError(f"unknown feature set {name!r}", f"one of: {', '.join(SETS)}")
+        raise unknown("feature set", name, SETS)
     if name == "layers":
         return _layers(kind, student)
     downs, ups = len(student.down_blocks), len(student.up_blocks)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel.errors import UserError
+from accel.errors import UserError, unknown
 from accel.models.topology import remove_blocks, topology
 
 BLOCK_REMOVED = ("base", "small", "tiny")
@@ -32,7 +32,7 @@ def student_config(teacher: Mapping[str, Any], kind: str) -> dict[str, Any]:
         UserError: for an unknown kind, or a teacher that this kind cannot be made of.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown student {kind!r}", f"one of: {', '.join(KINDS)}")
+        raise unknown("student", kind, KINDS)
     config = {key: value for key, value in teacher.items() if not key.startswith("_")}
     stages = len(config["block_out_channels"])
     if kind in BLOCK_REMOVED:
@@ -169,7 +169,7 @@ def make_student(teacher: nn.Module, kind: str, *, layers: str = "first", init: 
     from diffusers import UNet2DConditionModel
 
     if init not in ("copy", "random"):
-        raise UserError(f"unknown init {init!r}", "one of: copy, random")
+        raise unknown("init", init, ("copy", "random"))
     config = student_config(teacher.config, kind)
     if init == "random":
         with torch.random.fork_rng(devices=[]):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from accel.errors import MissingPackage, UserError
+from accel.errors import MissingPackage, UserError, unknown
 
 from ..settings import ATTENTIONS
 
@@ -38,7 +38,7 @@ def check_attention(name: str, *, device: torch.device, half: bool) -> None:
         UserError: when an explicit choice cannot be honoured here.
     """
     if name not in ATTENTIONS:
-        raise UserError(f"unknown attention {name!r}", f"one of: {', '.join(ATTENTIONS)}")
+        raise unknown("attention", name, ATTENTIONS)
     if name in ("auto", "sdpa"):
         return
     module = name.replace("-", "_")

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from accel._version import __version__
 from accel.dtypes import torch_dtype
-from accel.errors import MissingPackage, UserError
+from accel.errors import MissingPackage, UserError, unknown
 from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
@@ -56,7 +56,7 @@ def accelerator_for(recipe: Recipe, run: Path) -> Any:
         names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"unknown log {name!r}", f"one of: auto, none, {', '.join(TRACKERS)}")
+            raise unknown("log", name, ("auto", "none", *TRACKERS))
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"--log {name}", extra="train" if name == "tensorboard" else None)
     # accelerate keeps one state per process; a second run in it may well have another precision.
@@ -282,7 +282,7 @@ class Loop:
         if step > self.recipe.steps:
             raise UserError(
                 f"the run in {self.run} is at step {step} already, {self.recipe.steps} are asked for",
-                f"--steps {step}, another --run folder, or delete the checkpoints beyond step {self.recipe.steps}",
+                f"--train-steps {step}, another --run, or delete the checkpoints beyond step {self.recipe.steps}",
             )
         for name, average in self.averages.items():
             average.optimization_step = sum(phase.count(step) for phase in self.method.phases if name in phase.networks)

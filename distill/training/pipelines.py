@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accel.dtypes import torch_dtype
+from accel.models.few_step import scheduler_of
 from accel.models.source import Source
 
 from ..data.encoders import Encoders
@@ -98,10 +99,13 @@ def save_pipeline(
             source.copy(name, folder / name)
     for name, network in networks.items():
         write_network(network, folder / name, stored)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     constants = sampler or source.sampler()
     if constants:
         (folder / "sampler.json").write_text(json.dumps(dict(constants)) + "\n")
+        if scheduler := scheduler_of(source.scheduler(), constants):  # so that diffusers draws the same
+            (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:

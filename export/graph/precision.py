@@ -18,16 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accel.bundle.tensor_spec import TensorSpec
-from accel.errors import UserError
+from accel.dtypes import INT8, PRECISIONS
+from accel.errors import UserError, unknown
 from accel.models.networks import Network
 
 from . import fp32_fallback
 from .fp32_fallback import Peak
-
-PRECISIONS = ("fp32", "fp16")
-# Made from a float32 bundle by `export.int8.quantize`. The value is the dtype of everything that is not int8; `auto`
-# keeps int8 only where it is faster.
-INT8 = {"int8": "float32", "int8-fp16": "float16", "auto": "float32"}
 
 # float16 ends at 65,504. Other prompts give larger activations than the scan saw, so a factor of four is left.
 FP16_SAFE = 65504.0 / 4
@@ -87,7 +83,7 @@ def _or_infinity(peak: float) -> float:
 
 def check_name(precision: str) -> None:
     if precision not in (*PRECISIONS, *INT8):
-        raise UserError(f"unknown precision {precision!r}", f"one of: {', '.join((*PRECISIONS, *INT8))}")
+        raise unknown("precision", precision, (*PRECISIONS, *INT8))
 
 
 def choose(network: Network, precision: str, peaks: Mapping[str, Peak], *, force_upcast: bool = False) -> DtypePolicy:

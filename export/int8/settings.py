@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from accel.dtypes import INT8
 from accel.errors import UserError
 from accel.int8 import fake_quant, trained_scales
 from accel.int8.config import Int8Config, chosen
 from accel.models.source import Source
 
-from ..graph.precision import INT8
 from . import image_parity
 from .calibration import IMAGES, Calibration, calibration, default_prompts, read_prompts
 from .unsupported import refuse_inpainting
@@ -37,7 +37,7 @@ class Int8Settings:
         components: networks to quantize, out of `QUANTIZED`; SDXL's second text encoder goes with the first.
         evaluation_images: images that parity is measured on.
         threads: CPU threads of the engines whose speed is measured; 0 for their own default.
-        precision: int8, int8-fp16 or auto (`export.graph.precision.INT8`).
+        precision: int8, int8-fp16 or auto (`accel.dtypes.INT8`).
         calibration: prompts and noise to calibrate with. `complete` sets it.
         trained: {range: scale} of a UNet trained with fake quantization, or None to calibrate. `complete` sets it.
 

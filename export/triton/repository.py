@@ -26,7 +26,7 @@ from accel.bundle import MANIFEST, Bundle, Component
 from accel.bundle.graph_file import graph
 from accel.bundle.shape_profiles import Range
 from accel.bundle.tensor_spec import TensorSpec
-from accel.errors import UserError
+from accel.errors import UserError, unknown
 from accel.files import inside, new_folder
 from accel.trt.engine_files import EngineFile, rebuild
 from accel.trt.preflight import Fit, choose
@@ -66,7 +66,7 @@ class Serving:
 
     def check(self) -> None:
         if self.backend not in BACKENDS:
-            raise UserError(f"unknown backend {self.backend!r}", f"one of: {', '.join(BACKENDS)}")
+            raise unknown("backend", self.backend, BACKENDS)
         if self.kind not in ("gpu", "cpu") or (self.kind, self.backend) == ("cpu", "tensorrt"):
             raise UserError(f"{self.backend} does not run on {self.kind!r}", "use gpu, or onnxruntime on cpu")
         if self.instances < 1 or self.queue_microseconds < 0:

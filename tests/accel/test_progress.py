@@ -23,10 +23,31 @@ def test_a_kept_bar_leaves_title_count_and_last_words():
     assert all(word in text for word in ("training", "10/10", "loss [0.5]"))
 
 
-@pytest.mark.parametrize("options", [{}, {"shown": False, "keep": True}])
-def test_nothing_is_printed_where_nobody_looks(options):
+def test_a_log_gets_a_line_for_each_stage_and_not_for_each_number():
     console = screen()
-    with progress("export", console=console, **options) as report:
+    with progress("export", console=console) as report:
+        for i in range(100):
+            report(f"round {i} of 100", i / 200)
+        report("[unet]", 0.5)
+    assert console.file.getvalue().splitlines() == ["export: 0 %: round 0 of 100", "export: 50 %: [unet]"]
+
+
+def test_long_stages_say_from_time_to_time_how_much_is_left(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("accel.progress.time.monotonic", lambda: next(clock))
+    console = screen()
+    with progress(steps=10, console=console) as report:
+        for i in range(1, 5):
+            report(f"loss {i}", i)
+    assert console.file.getvalue().splitlines() == ["3/10, 0:01:10 left: loss 3", "4/10, 0:01:00 left: loss 4"]
+
+
+@pytest.mark.parametrize("quiet", ["argument", "environment"])
+def test_nothing_is_printed_where_nobody_wants_it(quiet, monkeypatch):
+    console = screen(force_terminal=True)
+    if quiet == "environment":
+        monkeypatch.setenv("ACCEL_QUIET", "1")
+    with progress("export", console=console, keep=True, shown=quiet != "argument") as report:
         report("unet", 0.5)
     assert console.file.getvalue() == ""
 

@@ -159,7 +159,7 @@ def test_a_caption_that_is_a_pipe_is_a_broken_row(tmp_path, six_images):
         open_data(folder)[1]
 
 
-@pytest.mark.parametrize("steps", [10**12, 0, -1, "x", 1.5, True, None])
+@pytest.mark.parametrize("steps", [10**12, 10**400, 0, -1, "x", 1.5, True])
 def test_a_schedule_of_any_length_is_refused(steps):
     with pytest.raises(UserError, match="num_train_timesteps"):
         NoiseSchedule.from_config({"num_train_timesteps": steps})

@@ -198,13 +198,3 @@ def test_a_checkpoint_of_before_goes_on_to_the_same_weights(tmp_path):
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
     assert load_file(ours / "critic" / WEIGHTS)["step_embedding"].abs().max() > 0
     assert dataclasses.asdict(recipe)["mixed_steps"] and "phases" in json.loads((ours / "state.json").read_text())
-
-
-def test_plan_is_still_understood_with_a_note(capsys):
-    command = ["distill", "dmd2", "--model", "digits", "--resolution", "64", "--batch", "1", "--json"]
-    assert main([*command, "--memory-estimate"]) == 0
-    wanted = capsys.readouterr().out
-    assert main([*command, "--plan"]) == 0
-    again = capsys.readouterr()
-    assert again.out == wanted and "note: --plan is now called --memory-estimate" in again.err
-    assert json.loads(wanted)["peak_bytes"] > 0

@@ -418,7 +418,7 @@ def never_load(monkeypatch):
         ({"components": ()}, "no component"),
         ({"profile": "size=100"}, "multiple"),
         ({"profile": "huge"}, "huge"),
-        ({"sampler": {"name": "ddpm", "steps": 4, "guidance": 1}}, "ddpm"),
+        ({"sampler": {"name": "plms", "steps": 4, "guidance": 1}}, "plms"),
         ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "invalid steps: 0"),
         ({"sampler": {"name": "ddim", "guidance": 1}}, "invalid steps: None"),
         ({"sampler": {"name": "ddim", "steps": 4, "guidance": float("nan")}}, "invalid guidance: nan"),
@@ -466,8 +466,14 @@ def test_the_sources_sampler_and_companions_end_up_in_the_bundle_and_a_component
         source_copy, tmp_path / "out", profile="static", components=("text_encoder", "text_encoder")
     )
     assert dict(bundle.manifest.sampler) == constants
-    for file in ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json", "model_index.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (source_copy / file).read_bytes()
+    assert (tmp_path / "out/tokenizer/tokenizer_config.json").read_bytes() == (
+        source_copy / "tokenizer/tokenizer_config.json"
+    ).read_bytes()
+    # With which diffusers draws the same.
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["scheduler"] == ["diffusers", "LCMScheduler"]
+    theirs = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert theirs["_class_name"] == "LCMScheduler" and theirs["original_inference_steps"] == 1000
+    assert bundle.manifest.source["scheduler"] == "PNDMScheduler"
     bundle.verify()
 
 

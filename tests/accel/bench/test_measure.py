@@ -71,9 +71,9 @@ def row(document: dict, name: str) -> dict:
     return next(row for row in document["rows"] if row["variant"] == name)
 
 
-def printed(document: dict) -> str:
+def printed(document: dict, **options) -> str:
     console = Console(file=io.StringIO(), width=200)
-    report.show(document, console)
+    report.show(document, console, **options)
     return console.file.getvalue()
 
 
@@ -195,17 +195,19 @@ def test_every_variant_is_fed_the_same(smallest_bundle):
 
 def test_a_process_of_its_own(smallest_bundle, tmp_path):
     ballast = np.ones(60_000_000)  # a parent larger than the child must not show in the child's peak
-    found = probing.probe(smallest_bundle, "onnxruntime", QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
+    found = probing.probe(smallest_bundle, bench.parse("onnxruntime"), QUICK.call(), {"ACCEL_CACHE": str(tmp_path)})
     assert found.reason == "" and found.load_s > 0 and found.first_image_s > 0 and found.second_image_s > 0
     assert found.baseline_rss_bytes <= found.loaded_rss_bytes <= found.peak_rss_bytes < ballast.nbytes
-    broken = probing.probe(tmp_path, "onnxruntime", QUICK.call(), {})
+    broken = probing.probe(tmp_path, bench.parse("onnxruntime"), QUICK.call(), {})
     assert "is not a bundle" in broken.reason and broken.load_s is None
 
 
 def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, monkeypatch):
     crash = probing.Process(crashed="the process died of SIGSEGV", reason="the process died of SIGSEGV")
     monkeypatch.setattr(
-        measuring, "probe", lambda path, name, *_: crash if name == "onnxruntime" else probing.Process(reason="skipped")
+        measuring,
+        "probe",
+        lambda path, variant, *_: crash if variant.name == "onnxruntime" else probing.Process(reason="skipped"),
     )
     settings = bench.BenchSettings(rounds=1, steps=2)
     found = bench.measure(
@@ -220,7 +222,8 @@ def test_a_variant_that_kills_its_process_is_not_loaded_again(smallest_bundle, m
 def test_tables_say_not_measured_and_never_zero(saved):
     text = printed(saved)
     assert "compile: not measured: RuntimeError: InvalidCxxCompiler" in text
-    lines = [line for line in text.splitlines() if line.startswith("│ compile")]
+    assert [line.split()[0] for line in text.splitlines() if " ms " in line] == ["eager", "onnxruntime"]
+    lines = [line for line in printed(saved, full=True).splitlines() if line.startswith("│ compile")]
     assert lines and all(re.search(r"\d", line) is None for line in lines)
 
 

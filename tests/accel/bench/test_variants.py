@@ -8,6 +8,7 @@ import pytest
 
 from accel import bench
 from accel.bench import variants
+from accel.bundle import Bundle
 from accel.errors import UserError
 
 
@@ -33,9 +34,10 @@ def test_wrong_variants_are_refused(text):
     assert error.value.fix
 
 
-def test_dtypes_without_instructions_are_left_out_unless_asked_for(monkeypatch):
+def test_dtypes_without_instructions_are_left_out_unless_asked_for(monkeypatch, smallest_bundle):
+    bundle = Bundle.open(smallest_bundle)
     monkeypatch.setattr(variants, "_has_gpu", lambda: False)
     monkeypatch.setattr(variants, "machine", lambda: argparse.Namespace(isa=("avx2",)))
-    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", requested=False))
-    assert variants.unable(bench.parse("eager:bf16")) == ""
-    assert variants.unable(bench.parse("eager", requested=False)) == ""
+    assert "bf16 instructions" in variants.unable(bench.parse("eager:bf16", requested=False), bundle)
+    assert variants.unable(bench.parse("eager:bf16"), bundle) == ""
+    assert variants.unable(bench.parse("eager", requested=False), bundle) == ""

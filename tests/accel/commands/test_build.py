@@ -45,10 +45,12 @@ def test_only_engine_files_that_fit_make_a_bundle_ready(
     (file,) = build(Bundle.open(bundle_copy), ("vae_decoder",))
     file.path.write_bytes(b"hello")
     command = ["build", str(bundle_copy), "--components"]
+    assert main([*command, "text_encoder"]) == 0 and "makes no image by itself" in capsys.readouterr().out
+    monkeypatch.setattr("accel.commands.build.next_command", lambda bundle, how: f": accel run{how} --prompt")
     assert main([*command, "text_encoder"]) == 0 and "--engine auto --prompt" in capsys.readouterr().out
     assert main([*command, "vae_decoder"]) == 0 and "--engine tensorrt --prompt" in capsys.readouterr().out
     monkeypatch.setattr(fakes("cuda").Cuda, "names", ("Fake GPU", "Fake GPU"))
-    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0
+    assert main([*command, "vae_decoder", "--gpu", "1"]) == 0  # its name until 0.2
     assert "--engine tensorrt --device cuda:1 --prompt" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from accel.cli import main
 def test_contact_sheet_has_a_row_per_engine_and_keeps_the_pixels():
     red, blue = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
-    sheet = np.asarray(contact_sheet({"one": red, "two": blue}, ["a", "b"], cell=32, gain={"two": 50}))
+    sheet = np.asarray(contact_sheet({"one": red, "two": blue}, ["a", "b"], cell=32))
     assert (sheet == [255, 0, 0]).all(-1).sum() == 2 * 32 * 32
     assert (sheet == [0, 0, 255]).all(-1).sum() == 2 * 32 * 32
     assert (sheet == [30, 30, 30]).all(-1).any()  # labels are written
@@ -44,7 +44,7 @@ def test_demo_measures_speed_and_shows_the_same_image(demo, name, steps):
 
 def test_one_sheet_shows_every_model_on_every_engine(demo):
     width, height = Image.open(demo / "demo.png").size
-    assert width > 900 and height > 2 * 3 * 96  # two engines and their difference at least, of each model
+    assert width > 900 and height > 2 * 2 * 96  # two engines at least, of each model
 
 
 @pytest.mark.parametrize("name", ["4step", "1step"])
@@ -55,7 +55,7 @@ def test_the_compiled_model_draws_the_digits_that_were_asked_for(demo, name):
     from accel.distill.sources.digits import prompt_set
 
     texts, digits = zip(*prompt_set(2), strict=True)
-    images = accel.load(demo / name, engine="onnxruntime")(list(texts), output_type="np").images
+    images = accel.load(demo / name, engine="onnxruntime")(list(texts), seed=0, output_type="np").images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     assert prompt_accuracy(pixels, torch.tensor(digits)) >= 0.9
 

@@ -24,7 +24,7 @@ import pytest
         (["--steps", "0"], "steps"),
         (["--guidance", "nan"], "guidance"),
         (["--guidance", "-1"], "guidance"),
-        (["--sampler", "ddpm"], "ddpm"),
+        (["--sampler", "plms"], "plms"),
         (["--sampler", "dmd2", "--steps", "0"], "steps"),
     ],
 )

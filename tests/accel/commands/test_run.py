@@ -67,7 +67,7 @@ def test_a_damaged_bundle_is_not_run(accel, refused, bundle_copy, tmp_path, edit
         (["--images", "0"], ["0"]),
         (["--images", "-1"], ["-1"]),
         (["--seed", "-1"], ["seed"]),
-        (["--sampler", "ddpm"], ["ddpm", "dpmpp_2m"]),
+        (["--sampler", "plms"], ["plms", "dpmpp_2m"]),
         (["--engine", "cudnn"], ["cudnn", "onnxruntime"]),
         (["--engine", "eager", "--device", "cuda"], ["cuda"]),
         (["--engine", "eager", "--device", "toaster"], ["toaster"]),
@@ -148,10 +148,36 @@ def test_several_prompts_and_images_are_numbered_and_reported_as_json(accel, sma
     assert set(report["seconds"]) >= {"text_encoder", "unet", "vae_decoder", "total"}
 
 
+def test_no_image_is_overwritten_unless_asked(accel, refused, smallest_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", smallest_bundle, "-p", "x", "--steps", 1, "--engine", "onnxruntime"]
+    assert "out.png" in accel(*words)[1] and "out-1.png" in accel(*words)[1]
+    before = (tmp_path / "out.png").read_bytes()
+    assert "--overwrite" in refused(*words, "--out", "out.png", "--seed", 1)
+    assert (tmp_path / "out.png").read_bytes() == before
+    assert accel(*words, "--out", "out.png", "--overwrite", "--seed", 1)[0] == 0
+    assert (tmp_path / "out.png").read_bytes() != before
+
+
+def test_prompts_of_a_file_are_drawn_and_a_missing_image_is_refused_before_loading(
+    accel, refused, smallest_bundle, tmp_path, monkeypatch
+):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the cat\nthe dog\n")
+    words = ["run", smallest_bundle, "--prompt-file", file, "--steps", 1, "--engine", "onnxruntime"]
+    _, out, _ = accel(*words, "-o", tmp_path / "o.png", "--json")
+    assert len(json.loads(out)["images"]) == 2
+    monkeypatch.setattr("accel.pipeline.load", lambda *_, **__: pytest.fail("it was loaded first"))
+    for option in ("--image", "--control"):
+        assert "no such file" in refused(*words, option, tmp_path / "none.png")
+
+
 def test_an_image_file_that_exists_survives_a_run_that_fails(refused, smallest_bundle, tmp_path):
     out = tmp_path / "o.png"
     out.write_bytes(b"precious")
-    refused("run", smallest_bundle, "--prompt", "x", "--steps", 0, "--engine", "onnxruntime", "--out", out)
+    refused(
+        "run", smallest_bundle, "--prompt", "x", "--steps", 0, "--engine", "onnxruntime", "--out", out, "--overwrite"
+    )
     assert out.read_bytes() == b"precious"
 
 

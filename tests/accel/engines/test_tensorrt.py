@@ -115,7 +115,7 @@ def test_auto_goes_by_the_device_that_is_asked_for(bundle, tensorrt, fakes, monk
     assert accel.load_engine(bundle, "text_encoder", device="cuda:2").cuda.index == 2
     with pytest.raises(UserError, match="built for Fake GPU .*here is Other GPU") as caught:
         accel.load_engine(bundle, "text_encoder", "tensorrt", device="cuda:1")
-    assert caught.value.fix == f"accel build {bundle.path} --components text_encoder --gpu 1"
+    assert caught.value.fix == f"accel build {bundle.path} --components text_encoder --device cuda:1"
 
 
 @NEWEST

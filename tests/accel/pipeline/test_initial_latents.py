@@ -244,7 +244,7 @@ def test_low_memory_makes_the_same_image_and_holds_nothing(sd15_bundle, image, e
         (dict(image=np.zeros((64, 64, 3)), strength=0.2, steps=4), "leaves no step"),
         (dict(image=[np.zeros((64, 64, 3))] * 3), "3 images for 1"),
         (dict(control_image=np.zeros((64, 64, 3))), "without adapter"),
-        (dict(crop=(1,), control_end=2.0), "control_end = 2"),
+        (dict(control_end=2.0), "control_end = 2"),
     ],
 )
 def test_wrong_images_are_named(sd15_bundle, arguments, named):

@@ -81,6 +81,32 @@ def test_other_samplers_equal_diffusers(sampler, scheduler, pipelines, reference
     assert np.abs(actual - expected).max() < ONE_STEP_OF_A_PIXEL
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "call"),
+    [
+        ("PNDMScheduler", {}, {"sampler": "pndm"}),
+        ("HeunDiscreteScheduler", {}, {"sampler": "heun"}),
+        ("UniPCMultistepScheduler", {}, {"sampler": "unipc"}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"sampler": "euler", "sigmas": "karras"}),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, {"sampler": "dpmpp_2m", "sigmas": "lu"}),
+        ("TCDScheduler", {}, {"sampler": "tcd"}),
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}, {"sampler": "ddim", "timestep_spacing": "trailing"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_samplers_and_their_options_equal_diffusers(scheduler, changes, call, pipelines, reference, sd15):
+    import diffusers
+
+    own = diffusers.PNDMScheduler.from_pretrained(sd15, subfolder="scheduler").config
+    clips = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
+    reference.scheduler = getattr(diffusers, scheduler).from_config(own, **changes, **clips)
+    how = dict(guidance_scale=1.0, output_type="np")
+    expected = reference("the cat", num_inference_steps=4, latents=latents_of([1]), **how).images
+    reference.scheduler = diffusers.PNDMScheduler.from_config(own)  # as the other tests found it
+    actual = pipelines("onnxruntime")("the cat", steps=4, seed=1, **call, **how).images
+    assert np.abs(actual - expected).max() < ONE_STEP_OF_A_PIXEL
+
+
 @pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], [999, 499], [399]])
 def test_few_step_students_equal_lcm_scheduler_without_guidance(timesteps, pipelines, reference, monkeypatch):
     from diffusers import LCMScheduler
@@ -126,8 +152,8 @@ def test_an_image_does_not_depend_on_its_batch(pipelines):
 def test_mixed_engines_give_the_same_image(sd15_bundle, pipelines):
     chosen = {"text_encoder": "onnxruntime", "unet": "eager", "vae_decoder": "onnxruntime"}
     mixed = accel.load(sd15_bundle, engine=chosen)
-    a = mixed("the cat", steps=2, output_type="np").images
-    b = pipelines("onnxruntime")("the cat", steps=2, output_type="np").images
+    a = mixed("the cat", steps=2, seed=0, output_type="np").images
+    b = pipelines("onnxruntime")("the cat", steps=2, seed=0, output_type="np").images
     assert np.abs(a - b).max() < ONE_STEP_OF_A_PIXEL
 
 

@@ -79,7 +79,7 @@ def test_sdxl_guidance_off_other_sides_and_size_conditioning(family, options):
     check(source, bundle, "onnxruntime", **options)
 
 
-@pytest.mark.parametrize("topology", ["ssd-1b", "vega"])
+@pytest.mark.parametrize("topology", ["ssd-1b", pytest.param("vega", marks=pytest.mark.slow)])
 def test_pruned_students_of_sdxl_equal_diffusers(family, topology):
     source, bundle = family(topology)
     config = json.loads((bundle.path / "unet/config.json").read_text())
@@ -100,7 +100,7 @@ def test_sdxl_is_benched(family):
 
     _, bundle = family("sdxl")
     variants = [bench.parse(name) for name in ("eager", "onnxruntime")]
-    result = bench.measure(bundle, variants, bench.BenchSettings(rounds=1, memory=False))
+    result = bench.measure(bundle, variants, bench.BenchSettings(rounds=1, steps=1, memory=False))
     rows = {row["variant"]: row for row in result.document.as_dict()["rows"]}
     assert set(rows["onnxruntime"]["scopes"]) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "image"}
     assert rows["onnxruntime"]["parity"]["image"]["max_abs"] < 1

@@ -99,7 +99,7 @@ def test_the_command_line_exports_and_runs_with_it(smallest, tmp_path, capsys):
     capsys.readouterr()
     command = ["run", str(out), "--prompt", "the cat", "--engine", "onnxruntime", "--json"]
     for more in ([], ["--sampler", "midpoint", "--steps", "3"]):
-        assert main([*command, *more, "--out", str(tmp_path / "cat.png")]) == 0
+        assert main([*command, *more, "--out", str(tmp_path / "cat.png"), "--overwrite"]) == 0
         assert json.loads(capsys.readouterr().out)["images"]
     with pytest.raises(SystemExit):
         main(["run", "--help"])

@@ -1,15 +1,15 @@
 """The forward process against diffusers' schedulers, and every field of their configs accounted for."""
 
-import inspect
 import json
+import re
 
 import diffusers
 import numpy as np
 import pytest
 
 from accel.errors import UserError
-from accel.sampling import noise_schedule
 from accel.sampling.noise_schedule import NoiseSchedule, add_noise
+from accel.sampling.samplers import own_sampler, table
 
 SD15 = dict(
     _class_name="PNDMScheduler",
@@ -52,27 +52,7 @@ def test_absent_fields_mean_what_they_mean_to_the_scheduler_class():
     lcm = NoiseSchedule.from_config({"_class_name": "LCMScheduler"})
     np.testing.assert_allclose(lcm.alphas_cumprod, diffusers.LCMScheduler().alphas_cumprod.numpy(), atol=2e-6)
     assert NoiseSchedule.from_config({"_class_name": "PNDMScheduler"}).set_alpha_to_one is False
-    assert NoiseSchedule.from_config({"_class_name": "DDIMScheduler"}).set_alpha_to_one is True
-
-
-def test_every_scheduler_field_of_diffusers_is_accounted_for():
-    known = noise_schedule._READ | noise_schedule._ONLY.keys() | noise_schedule._ONLY_DPM.keys() | noise_schedule._INERT
-    for name in (
-        "LCM",
-        "DDIM",
-        "DDPM",
-        "PNDM",
-        "DPMSolverMultistep",
-        "DPMSolverSinglestep",
-        "EulerDiscrete",
-        "TCD",
-        "EulerAncestralDiscrete",
-        "UniPCMultistep",
-        "HeunDiscrete",
-        "LMSDiscrete",
-    ):
-        fields = set(inspect.signature(getattr(diffusers, f"{name}Scheduler").__init__).parameters) - {"self"}
-        assert fields <= known, (name, fields - known)
+    assert NoiseSchedule.from_scheduler({"_class_name": "DDIMScheduler"}).set_alpha_to_one is True
 
 
 @pytest.mark.parametrize("name", ["PNDM", "DPMSolverMultistep", "EulerDiscrete", "LCM", "DDIM", "UniPCMultistep"])
@@ -83,36 +63,88 @@ def test_reads_what_diffusers_saves(tmp_path, name):
     assert schedule.T == 1000 and schedule.steps_offset == 1
 
 
+@pytest.mark.parametrize("change", [{}, {"clip_sample": True}, {"thresholding": True}])
+def test_a_schedule_alone_does_not_ignore_that_predictions_are_clipped(change):
+    """Left out, clip_sample is true to DDIMScheduler; a sampler honours it, alpha_bar cannot."""
+    config = {"_class_name": "DDIMScheduler"} | change
+    assert diffusers.DDIMScheduler.from_config(config).config.clip_sample
+    with pytest.raises(UserError, match="clip_sample|thresholding") as error:
+        NoiseSchedule.from_config(config)
+    field = error.value.fix.split('"')[1]
+    NoiseSchedule.from_config(config | {"clip_sample": False, field: False})
+    assert NoiseSchedule.from_scheduler(config).alphas_cumprod.shape == (1000,)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("thresholding", True),
-        ("clip_sample", True),
-        ("use_karras_sigmas", True),
-        ("use_flow_sigmas", True),
-        ("final_sigmas_type", "sigma_min"),
-        ("algorithm_type", "sde-dpmsolver++"),
-        ("solver_order", 3),
-        ("prediction_type", "flow_prediction"),
-        ("beta_schedule", "sigmoid"),
-        ("timestep_spacing", "karras"),
-        ("variance_type", "learned"),
         ("num_train_timesteps", 0),
+        ("num_train_timesteps", "1000"),
         ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", ["0.1"]),
+        ("beta_start", "0.00085"),
+        ("beta_schedule", ["linear"]),
+        ("beta_schedule", "karras"),
+        ("prediction_type", "velocity"),
+        ("prediction_type", 1),
+        ("timestep_spacing", "karras"),
+        ("steps_offset", 1.5),
+        ("use_karras_sigmas", "yes"),
+        ("clip_sample", 1),
+        ("solver_order", 2.0),
+        ("disable_corrector", 3),
+        ("sigma_min", "0.03"),
         ("shift", 3.0),
-        ("lambda_min_clipped", -5.1),
-        ("timestep_type", "continuous"),
+        ("of_a_later_diffusers", True),
     ],
 )
-def test_what_cannot_be_honoured_is_named(field, value):
+def test_a_field_that_nobody_knows_or_of_a_wrong_type_is_one_sentence(field, value):
     with pytest.raises(UserError, match=field):
-        NoiseSchedule.from_config({field: value})
+        NoiseSchedule.from_scheduler({"_class_name": "EulerDiscreteScheduler", field: value})
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("DPMSolverMultistepScheduler", "algorithm_type", "dpmsolver"),
+        ("DPMSolverMultistepScheduler", "solver_order", 4),
+        ("DPMSolverMultistepScheduler", "variance_type", "learned"),
+        ("UniPCMultistepScheduler", "predict_x0", False),
+        ("UniPCMultistepScheduler", "use_dynamic_shifting", True),
+        ("EulerDiscreteScheduler", "prediction_type", "flow_prediction"),
+        ("EulerAncestralDiscreteScheduler", "prediction_type", "sample"),
+        ("DDPMScheduler", "variance_type", "fixed_large_log"),
+    ],
+)
+def test_what_a_sampler_cannot_honour_is_named_and_the_advice_works(name, field, value):
+    config = SD15 | {"_class_name": name, field: value}
+    with pytest.raises(UserError, match=field) as error:
+        own_sampler(config)
+    assert repr(value) in error.value.message
+    advised = re.search(r"use (\S+?)(,| |$)|set it to (true)", error.value.fix)
+    wanted = {"true": True, "2": 2, "False": False}.get(advised[1] or advised[3], (advised[1] or "").strip("'"))
+    if field != "prediction_type" or name != "EulerDiscreteScheduler":
+        assert own_sampler(config | {field: wanted})
+    # Another sampler that does not read the field draws with the config as it is.
+    other = "dmd2" if field == "prediction_type" else "ddim"
+    if value not in ("flow_prediction", "sample"):
+        table(other, NoiseSchedule.from_scheduler(config), 4)
+
+
+def test_a_zero_terminal_snr_that_its_class_does_not_read_is_refused():
+    with pytest.raises(UserError, match="rescale_betas_zero_snr.*PNDMScheduler"):
+        NoiseSchedule.from_scheduler(SD15 | {"rescale_betas_zero_snr": True})
 
 
 def test_solver_fields_bind_only_a_config_of_that_solver():
-    NoiseSchedule.from_config({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3})
-    with pytest.raises(UserError, match="solver_order"):
-        NoiseSchedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3})
+    config = {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3}
+    assert own_sampler(config) == "unipc"
+    three = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}
+    assert (
+        own_sampler(three) == "dpmpp_3m"
+        and own_sampler(three | {"algorithm_type": "sde-dpmsolver++"}) == "dpmpp_3m_sde"
+    )
+    assert own_sampler({"_class_name": "KDPM2DiscreteScheduler"}) is None
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]"])

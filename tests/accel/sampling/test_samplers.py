@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accel.errors import UserError
-from accel.sampling.samplers import SAMPLERS, NoiseSchedule, add_noise, dmd2_timesteps, grid, needs_noise, sample
+from accel.sampling.samplers import SAMPLERS, NoiseSchedule, add_noise, dmd2_timesteps, grid, needs_noise, sample, table
 
 SD15 = dict(
     beta_start=0.00085,
@@ -202,7 +202,9 @@ def test_convergence_to_the_exact_solution_for_gaussian_data():
         return x * (math.sqrt(1 - a) / (a * c**2 + 1 - a))
 
     def error(name, steps):
-        return np.abs(sample(name, optimal, x, schedule, steps) / exact - 1).max()
+        # From timestep to timestep: on a grid of its own DDIM goes down by T // steps, as diffusers' does.
+        timesteps = grid(name, schedule, steps)
+        return np.abs(sample(name, optimal, x, schedule, timesteps=timesteps) / exact - 1).max()
 
     assert error("ddim", 160) < 0.008 and error("ddim", 160) == pytest.approx(error("ddim", 40) / 4, rel=0.1)
     # Euler's own start at sigma_max N(0, 1) instead of sqrt(1 + sigma_max^2) N(0, 1) is 0.23 % off, whatever the steps.
@@ -213,7 +215,7 @@ def test_convergence_to_the_exact_solution_for_gaussian_data():
 
 
 def all_runs():
-    return [(name, {"noise": None if name != "dmd2" else noises(8).__getitem__}) for name in SAMPLERS]
+    return [(name, {"noise": noises(20).__getitem__ if needs_noise(name) else None}) for name in SAMPLERS]
 
 
 @pytest.mark.parametrize("name, options", all_runs())
@@ -221,7 +223,7 @@ def test_numpy_equals_torch(name, options):
     schedule = NoiseSchedule.from_config(SD15 | dict(timestep_spacing="leading"))
     as_torch = sample(name, toy, start_noise(), schedule, 8, **options)
     if options["noise"]:
-        options = {"noise": lambda i: noises(8)[i].numpy()}
+        options = {"noise": lambda i: noises(20)[i].numpy()}
     as_numpy = sample(name, toy, start_noise().numpy(), schedule, 8, **options)
     assert isinstance(as_numpy, np.ndarray) and as_numpy.dtype == np.float32
     assert_equal(torch.from_numpy(as_numpy), as_torch, 1e-6)
@@ -248,7 +250,7 @@ def test_dtype_is_kept_and_the_input_left_alone(name, dtype):
         callback=lambda i, t, x: seen.append((i, t, x)),
     )
     assert result.dtype == dtype and (x == before).all() and np.isfinite(result).all()
-    assert [s[0] for s in seen] == [0, 1, 2] and seen[-1][2] is result
+    assert [s[0] for s in seen] == list(range(len(seen))) and seen[-1][2] is result
     assert [s[1] for s in seen] == grid(name, NoiseSchedule.from_config(SD15), 3)
 
 
@@ -288,9 +290,19 @@ def test_noise_is_asked_for_only_where_it_is_needed():
         return start_noise(i)
 
     for name in SAMPLERS:
+        asked.clear()
         sample(name, toy, start_noise(), schedule, 4, noise=noise)
-    assert asked == [0, 1, 2]  # dmd2 only, and not after its last step
-    assert [needs_noise(name) for name in SAMPLERS] == [True, False, False, False]
+        assert (
+            asked
+            == table(name, schedule, 4).draws
+            == (
+                list(range(3 + (name == "ddpm"))) if needs_noise(name) else []  # DDPM's at t = 1 is of 1e-10
+            )
+        ), name
+    assert {name for name in SAMPLERS if needs_noise(name)} == {
+        *("dmd2", "lcm", "ddpm", "euler_ancestral"),
+        *(name for name in SAMPLERS if name.endswith("_sde")),
+    }
     assert needs_noise("ddim", eta=0.5)
     with pytest.raises(UserError, match="noise"):
         sample("dmd2", toy, start_noise(), schedule, 4)
@@ -339,7 +351,8 @@ def test_unknown_sampler_lists_the_known_ones():
 def test_default_steps_and_descriptions():
     schedule = NoiseSchedule.from_config(SD15)
     for name, entry in SAMPLERS.items():
-        assert len(grid(name, schedule)) == entry.steps and entry.description
+        calls = entry.steps * entry.order - (entry.order - 1) + (name == "pndm")  # Heun's last step is of one call
+        assert len(grid(name, schedule)) == calls and entry.description
 
 
 def test_imports_no_torch():

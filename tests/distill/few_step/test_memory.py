@@ -47,11 +47,11 @@ def predicted(model, **fields):
 
 
 @pytest.mark.parametrize("fields", [{}, dict(gradient_checkpointing=True), dict(rank=2, critic_rank=2)])
-def test_the_prediction_is_what_a_run_holds(sd15, fields):
-    said = predicted(sd15, **fields)
-    given = recipe(sd15, **fields)
+def test_the_prediction_is_what_a_run_holds(smallest, fields):
+    said = predicted(smallest, **fields)
+    given = recipe(smallest, **fields)
     assert said.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
-    unet = open_source(sd15).load("unet")
+    unet = open_source(smallest).load("unet")
     count = sum(p.numel() for p in unet.parameters())
     whole, learn = said.parameters["generator"]
     if given.rank:
@@ -62,11 +62,11 @@ def test_the_prediction_is_what_a_run_holds(sd15, fields):
 
 
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
-def test_rounding_takes_memory_that_is_predicted(sd15, ranges):
+def test_rounding_takes_memory_that_is_predicted(smallest, ranges):
     rest, fields = "gradients and activations", dict(qat="attention", qat_ranges=ranges)
-    said = predicted(sd15, **fields).parts[rest]
-    assert said == pytest.approx(measured(recipe(sd15, **fields)), rel=0.05)
-    assert said > 1.2 * predicted(sd15, qat="all").parts[rest] > 1.2 * predicted(sd15).parts[rest]
+    said = predicted(smallest, **fields).parts[rest]
+    assert said == pytest.approx(measured(recipe(smallest, **fields)), rel=0.05)
+    assert said > 1.2 * predicted(smallest, qat="all").parts[rest] > 1.2 * predicted(smallest).parts[rest]
 
 
 def test_more_processes_and_smaller_moments_need_less(sd15):
@@ -79,28 +79,28 @@ def test_more_processes_and_smaller_moments_need_less(sd15):
     assert shared.parts["weights that learn"] == pytest.approx(alone.parts["weights that learn"] / 4, rel=0.01)
 
 
-def test_what_a_run_would_refuse_is_not_planned(sd15):
-    given = recipe(sd15, rank=2, critic_rank=2)
+def test_what_a_run_would_refuse_is_not_planned(smallest):
+    given = recipe(smallest, rank=2, critic_rank=2)
     with pytest.raises(UserError, match="FSDP cannot shard"):
         memory.predict(given, encoders_of(given), shards=4)
 
 
-def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(sd15):
-    near, away = predicted(sd15), predicted(sd15, teacher=str(sd15), offload_teacher=True)
+def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(smallest):
+    near, away = predicted(smallest), predicted(smallest, teacher=str(smallest), offload_teacher=True)
     assert near.parts["frozen weights"] == 4 * near.parameters["teacher"][0] and "frozen weights" not in away.parts
     assert near.peak - near.parts["frozen weights"] <= away.peak <= near.peak
 
 
-def test_the_command_loads_no_weights(sd15, tmp_path):
+def test_the_command_loads_no_weights(smallest, tmp_path):
     import shutil
 
-    folder = shutil.copytree(sd15, tmp_path / "model")
+    folder = shutil.copytree(smallest, tmp_path / "model")
     for path in (folder / "unet").glob("*.safetensors"):
         path.write_bytes(b"no weights at all")
     teacher = shutil.copytree(folder, tmp_path / "teacher")
     command = [sys.executable, "-m", "accel", "distill", "dmd2", "--model", str(folder), "--resolution", "64"]
     command += ["--teacher", str(teacher)]
-    done = subprocess.run([*command, "--batch", "1", "--plan", "--json"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--batch", "1", "--memory-estimate", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["peak_bytes"] == sum(said["parts"].values()) > 0

@@ -269,13 +269,13 @@ def test_the_matrix_names_operators_that_exist():
 
 
 def test_inspect_says_it(bundle_copy, capsys):
-    assert main(["inspect", str(bundle_copy), "--for", "tensorrt", "--no-verify"]) == 0
+    assert main(["inspect", str(bundle_copy), "--engine", "tensorrt", "--no-verify"]) == 0
     assert "every node is one that TensorRT takes" in capsys.readouterr().out
     path = bundle_copy / "vae_decoder" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     model.graph.node[0].op_type = "Hardmax"
     model.graph.node.append(helper.make_node("Multinomial", ["x"], ["nothing"], name="bad"))
     path.write_bytes(model.SerializeToString())
-    assert main(["inspect", str(bundle_copy), "--for", "tensorrt", "--no-verify", "--json"]) == 1
+    assert main(["inspect", str(bundle_copy), "--engine", "tensorrt", "--no-verify", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)["tensorrt_operators"]["vae_decoder"]
     assert row["operator"] == "Multinomial" and row["node"] == "bad"

@@ -1,0 +1,111 @@
+"""A diffusers pipeline, read like a bundle that has no graphs: the eager engines run it, nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bundle import Bundle, Component, Manifest
+from ..bundle.kinds import KINDS, kind_of
+from ..bundle.shape_profiles import Profile, Range, round_to
+from ..files import digest_of
+from .constants import own_sampling, pipeline_constants
+from .source import Source, open_source
+from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+
+_IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
+
+
+@dataclass(frozen=True, repr=False)
+class PipelineBundle(Bundle):
+    """A pipeline folder, opened.
+
+    Attributes:
+        source: where its networks are.
+        inputs: what its UNet takes.
+    """
+
+    source: Source
+    inputs: UNetInputs
+
+    def module(self, component: str) -> nn.Module:
+        """A network as a torch module with named tensors, float32, weights loaded."""
+        return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
+
+    def file(self, entry: str) -> Path:
+        """The path of a file of the folder, which has no manifest to list it."""
+        return self.path / entry
+
+    def listed(self, folder: str) -> frozenset[str]:
+        """Names of all files in one of its folders."""
+        return frozenset(path.name for path in (self.path / folder).glob("*"))
+
+    @property
+    def digest(self) -> str:
+        parts = sorted({kind_of(name).part or name for name in self.manifest.components})
+        return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
+
+
+def open_pipeline(model: str | Path | Source) -> PipelineBundle:
+    """Open a pipeline folder, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
+
+    Raises:
+        UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
+    """
+    source = model if isinstance(model, Source) else open_source(model)
+    constants, sampling = pipeline_constants(source), own_sampling(source)
+    step = constants["vae_scale"] * constants["latent_multiple"]
+    side = Range(step, round_to(constants["native_size"], step), _PIXELS // step * step, step)
+    profile = Profile("any", Range(1, 1, _IMAGES), side, side, own_tokens(source))
+    inputs = unet_inputs(source, profile.tokens)
+    dims = profile.dims(
+        vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1
+    )
+    shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
+    names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
+    return PipelineBundle(
+        path=source.path,
+        manifest=Manifest(
+            family=source.family,
+            topology=source.topology,
+            pipeline=constants,
+            sampler=sampling.as_dict(),
+            profile=profile,
+            precision="fp32",
+            source={"name": source.name},
+            exporter={},
+            components={name: _component(shapes, name, inputs, dims) for name in names},
+        ),
+        source=source,
+        inputs=inputs,
+    )
+
+
+def _component(source: Source, name: str, inputs: UNetInputs, dims: dict[str, Range]) -> Component:
+    network = network_of(source, name, inputs)
+    used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
+    return Component(
+        name=name,
+        kind=network.kind,
+        graph="",
+        weights="",
+        inputs=network.inputs,
+        outputs=network.outputs,
+        dims={dim: dims[dim] for dim in sorted(used)},
+        parameters=sum(parameter.numel() for parameter in network.module.parameters()),
+    )
+
+
+class _Shapes(Source):
+    """The source, whose networks have shapes and no weights."""
+
+    def load(self, component: str) -> Any:
+        cls, config = self.network_class(component), self.config(component)
+        with torch.device("meta"):
+            if hasattr(cls, "from_config"):
+                return cls.from_config(config).eval()
+            return cls(cls.config_class.from_dict(config)).eval()

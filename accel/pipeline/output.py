@@ -1,0 +1,95 @@
+"""What a pipeline returns, in the form that was asked for, and how a notebook shows it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ..images import to_pil
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_SHOWN = 16  # images in a notebook
+
+
+@dataclass(frozen=True, repr=False)
+class Output:
+    """What a pipeline returns.
+
+    Attributes:
+        images: PIL images; or float32 numpy [N, H, W, 3] in [0, 1]; or the same as torch [N, 3, H, W]; or latents
+            [N, C, h, w].
+        latents: float32 numpy [N, C, h, w], as the sampler left them.
+        seeds: the seed of each image, drawn where none was given; empty where a generator made the noise.
+        seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with an image to start
+            from also `vae_encoder`.
+    """
+
+    images: Any
+    latents: np.ndarray
+    seeds: list[int]
+    seconds: dict[str, float]
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the first image: given again, it makes the same images."""
+        return self.seeds[0] if self.seeds else None
+
+    def __repr__(self) -> str:
+        first = self.images[0]
+        height, width = first.size[::-1] if hasattr(first, "getpixel") else self._sides(first)
+        what = "latents" if self.images is self.latents else "image" if len(self.images) == 1 else "images"
+        unit = "" if what == "latents" else " px"
+        seeds = f", {_listed('seed', self.seeds)}" if self.seeds else ""
+        return f"<Output: {len(self.images)} {what} of {height} x {width}{unit}{seeds}, {self.seconds['total']:.2f} s>"
+
+    def _sides(self, first: Any) -> tuple[int, int]:
+        channels_last = isinstance(first, np.ndarray) and self.images is not self.latents
+        return tuple(first.shape[:2]) if channels_last else tuple(first.shape[-2:])
+
+    def _repr_html_(self) -> str:
+        images = self.images if isinstance(self.images, list) else []
+        if not images and self.images is not self.latents:
+            pixels = self.images if isinstance(self.images, np.ndarray) else self.images.permute(0, 2, 3, 1).numpy()
+            images = to_pil(pixels)
+        shown = "".join(f'<img src="data:image/png;base64,{_png(image)}" alt=""/> ' for image in images[:_SHOWN])
+        return f"<div>{shown}</div><small>{escape(repr(self))}</small>"
+
+
+def of_type(kind: str, pixels: np.ndarray | None, latents: np.ndarray) -> Any:
+    """The images of an output type.
+
+    Args:
+        kind: one of `OUTPUT_TYPES`.
+        pixels: [N, 3, H, W] in about [-1, 1]; None for "latent".
+    """
+    if pixels is None:
+        return latents
+    pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+    if kind == "pt":
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return pixels if kind == "np" else to_pil(pixels)
+
+
+def table(title: str, rows: Mapping[str, str]) -> str:
+    """A title and named lines, as HTML."""
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    return f"<b>{escape(title)}</b><table>{lines}</table>"
+
+
+def _listed(word: str, values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "")
+    return f"{word}{'s' if len(values) > 1 else ''} {shown}"
+
+
+def _png(image: Any) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,229 @@
+"""One call of a pipeline: text, initial latents, the sampler's steps, pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..arrays import cast, concat, synchronize
+from ..bundle import Bundle
+from ..bundle.kinds import control_components
+from ..engines import Engine
+from ..engines.base import to_numpy
+from ..sampling import noise
+from ..sampling import samplers as sampler
+from ..sampling.linear import run
+from . import conditioning, control
+from .initial_latents import Start
+from .initial_latents import start as start_from
+from .lazy_engines import LazyEngines
+from .request import Chunk, Clock, Request
+from .tokenizer import ClipTokenizer
+
+StepCallback = Callable[[int, float, Any], None]
+# (i, t, latents) -> latents, of whatever kind of array.
+StepEnd = Callable[[int, float, Any], Any]
+
+
+class Run:
+    """One call of a pipeline, phase by phase over all chunks, so that each component is needed for one phase only."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: LazyEngines,
+        tokenizers: Mapping[str, ClipTokenizer],
+        schedule: sampler.NoiseSchedule,
+        request: Request,
+    ):
+        self.request, self.plan = request, request.plan
+        self.engines, self.tokenizers, self.schedule = engines, tokenizers, schedule
+        self.manifest, self.constants = bundle.manifest, bundle.manifest.pipeline
+        self.shape = (self.constants["latent_channels"], *request.size)
+        self.clock = Clock()
+
+    def __call__(
+        self, callback: StepCallback | None, step_end: StepEnd | None, progress: bool, *, decode: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
+        chunks = self.request.chunks
+        with self._phase("text_encoder", *self.tokenizers):
+            texts = [self._texts(chunk) for chunk in chunks]
+            for value in texts[-1].values():
+                synchronize(value)
+        starts = [self._start(chunk) for chunk in chunks]
+        bar = _Bar(progress, self.plan.steps * len(chunks))
+        with bar, self._phase("unet", *control_components(), "unet"):
+            done = [
+                self._denoise(chunk, text, start, bar, callback, step_end)
+                for chunk, text, start in zip(chunks, texts, starts, strict=True)
+            ]
+        if not decode:
+            return np.concatenate(done), None
+        with self._phase("vae_decoder", "vae_decoder"):
+            pixels = [self._decode(x) for x in done]
+        return np.concatenate(done), np.concatenate(pixels)
+
+    @contextmanager
+    def _phase(self, name: str, *components: str) -> Iterator[None]:
+        """Time a phase; with low memory its components are closed at its end."""
+        began = time.perf_counter()
+        yield
+        self.clock.add(name, time.perf_counter() - began)
+        self.engines.phase_over(components)
+
+    def _texts(self, chunk: Chunk) -> dict[str, Any]:
+        """Text conditioning for the whole (doubled) batch of a chunk."""
+        encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
+        context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
+        length = next(iter(self.tokenizers.values())).length
+        how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
+        feeds = _encode(encoders, chunk.prompts, **how)
+        if self.plan.guided:
+            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
+            if chunk.negatives is None and self.constants["zero_empty_prompt"]:
+                without = {name: value * 0 for name, value in without.items()}
+            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
+        return feeds
+
+    def _start(self, chunk: Chunk) -> Start:
+        """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
+        first = noise.normal(chunk.seeds, 0, self.shape)
+        if self.request.latents is not None:
+            first = np.asarray(to_numpy(self.request.latents[chunk.rows]), np.float32)
+        record = self.manifest.components["unet"]
+        began = time.perf_counter()
+        made = start_from(
+            self.request,
+            chunk,
+            first,
+            channels=int(record.inputs[0].shape[1]),
+            encoder=lambda: self.engines["vae_encoder"],
+            schedule=self.schedule,
+            constants=self.constants,
+        )
+        if self.request.images.image is not None:
+            self.clock.add("vae_encoder", time.perf_counter() - began)
+            self.engines.phase_over(["vae_encoder"])
+        return made
+
+    def _denoise(
+        self,
+        chunk: Chunk,
+        text: dict[str, Any],
+        start: Start,
+        bar: _Bar,
+        callback: StepCallback | None,
+        step_end: StepEnd | None,
+    ) -> np.ndarray:
+        unet, plan = self.engines["unet"], self.plan
+        spec = {s.name: s for s in unet.component.inputs}
+        feeds = self._feeds(chunk, text, unet)
+        add = control.prepare(self.request, chunk, self.manifest, self.engines)
+        extra = None if start.extra is None else unet.array(start.extra)
+        dtype = spec["sample"].dtype
+        row = plan.start
+
+        def model(x: Any, t: float) -> Any:
+            sample = x if extra is None else concat([x, extra], axis=1)
+            sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
+            inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
+            out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
+            if not plan.guided:
+                return out
+            without, with_prompt = out[: len(x)], out[len(x) :]
+            return without + plan.guidance * (with_prompt - without)
+
+        def fresh(i: int) -> Any:
+            if self.request.renoise is None:
+                return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
+            return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
+
+        def after(i: int, t: float, x: Any) -> None:
+            nonlocal row
+            row = i + 1
+            bar.advance()
+            if callback is not None:
+                callback(i, t, x)
+
+        keep = start.constrain
+
+        def constrain(i: int, x: Any) -> Any:
+            x = x if keep is None else keep(i, x, unet.array)
+            return x if step_end is None else cast(unet.array(step_end(i, plan.timesteps[i], x)), "float32")
+
+        x = cast(unet.array(start.x), "float32")
+        plain = not start.noised and all(hook is None for hook in (extra, keep, callback, step_end))
+        if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
+            from ..engines.fixed_loop import FixedLoop
+
+            guidance = plan.guidance if plan.guided else 0.0
+            # Only TensorRT's engine has a cuda_graph.
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance, plan.table)  # type: ignore[arg-type]
+            draws = max(plan.table.draws, default=-1) + 1 if plan.table else 0
+            x = loop(x, feeds, [fresh(i) for i in range(draws)])
+            for _ in range(plan.steps):
+                bar.advance()
+            return to_numpy(x)
+        hooks: dict[str, Any] = dict(
+            noise=fresh, callback=after, constrain=None if keep is None and step_end is None else constrain
+        )
+        if plan.table is not None:
+            return to_numpy(run(plan.table, model, x, noised=start.noised, **hooks))
+        x = sampler.sample(plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, start=plan.start, **hooks)
+        return to_numpy(x)
+
+    def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
+        """Everything but sample and timestep that the UNet takes, in its own dtypes."""
+        feeds = dict(text)
+        batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
+        for spec in unet.component.inputs:
+            if spec.name == "time_ids":
+                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
+            elif spec.name == "timestep_cond":
+                feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
+        dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
+        return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
+
+    def _decode(self, x: np.ndarray) -> np.ndarray:
+        vae = self.engines["vae_decoder"]
+        z = x * (1.0 / self.constants["scaling_factor"]) + self.constants["shift_factor"]
+        (spec,) = vae.component.inputs
+        return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+
+def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
+    """Each distinct text is encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    found = conditioning.encode(encoders, distinct, **how)
+    index = [distinct.index(prompt) for prompt in prompts]
+    return {name: value[index] for name, value in found.items()}
+
+
+class _Bar:
+    """A progress bar over steps, or nothing at all."""
+
+    def __init__(self, show: bool, total: int):
+        self.bar = None
+        if show:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("sampling", total=total)
+
+    def __enter__(self) -> None:
+        if self.bar:
+            self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self) -> None:
+        if self.bar:
+            self.bar.advance(self.task)
