@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-gpu lint bench digits clean
+.PHONY: demo test test-slow test-attack test-gpu lint bench digits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ test: lint  ## lint and the CPU tests, about 20 minutes on two cores
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+test-attack: $(VENV)/.installed  ## thousands of damaged and forged bundles, and every test of attacks; an hour
+	$(BIN)/python -m pytest -q tests/attack -m "attack or not slow and not gpu"
 
 test-gpu: $(VENV)/.installed  ## what only a CUDA device can show; says what it skips and why
 	$(BIN)/python -m pytest -q -rs -m gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from . import interrupt
 from ._version import __version__
 from .command_line.parser import Parser, WrongUse
 from .commands.verbs import VERBS, verb
-from .errors import Notice, UserError, unknown
+from .errors import Notice, UserError, printable, unknown
 from .progress import QUIET
 
 
@@ -40,8 +41,11 @@ def _run(argv: list[str], verbose: bool, quiet: bool) -> int:
     module, parser = verb(argv[0])
     _messages(verbose, quiet)
     interrupt.install()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that is not UTF-8
     code = module.run(parser.parse_args(argv[1:]))
-    sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
+    if sys.stdout is not None:  # it is, where the shell has closed it
+        sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
     return code
 
 
@@ -59,7 +63,20 @@ def _guarded(run: Callable[[], int], verbose: bool) -> int:
         return 130
     except BrokenPipeError:
         # The reader (such as `| head`) has gone: not an error, but nothing more can be printed either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
+        return 1
+    except OSError as error:
+        # The disk, a permission, a full output: nothing that a traceback would explain.
+        if verbose:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(printable(f"error: {what}\n  fix: check that path, its permissions and free space"), file=sys.stderr)
+        _abandon_stdout()
+        return 1
+    except ImportError as error:
+        if verbose:
+            traceback.print_exc()
+        print(printable(f"error: {error}\n  fix: accel doctor says what is missing here"), file=sys.stderr)
         return 1
     except MemoryError:
         print("error: out of memory\n  fix: use a smaller size or batch, or more memory", file=sys.stderr)
@@ -68,6 +85,15 @@ def _guarded(run: Callable[[], int], verbose: bool) -> int:
         traceback.print_exc()
         print("error: this is a bug in accel; please report it with the lines above", file=sys.stderr)
         return 1
+
+
+def _abandon_stdout() -> None:
+    """What is still in the buffer cannot be printed; without this Python would try again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def top_parser() -> Parser:
@@ -102,7 +128,10 @@ def _messages(verbose: bool, quiet: bool) -> None:
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        print(f"note: {message}", file=sys.stderr) if category is Notice else shown(message, category, *where, **more)
+        if category is Notice:
+            print(printable(f"note: {message}"), file=sys.stderr)
+        else:
+            shown(message, category, *where, **more)
 
     warnings.showwarning = show
 

@@ -6,6 +6,21 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    r"""Text out of a file, as a terminal may show it: a character that moves the cursor or turns the writing direction
+    (Unicode categories Other and Separator, but for space, tab and newline) becomes its escape, such as `\x1b`."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def markdown(text: str) -> str:
+    r"""Text out of a file as plain words in a Markdown page: no markup, no HTML, no line of its own."""
+    plain = printable(text).replace("\n", " ").replace("\t", " ")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!~&$" else c for c in plain)
+
+
 class UserError(Exception):
     """Something the user can put right: shown as a message and a fix, without a traceback.
 
@@ -20,7 +35,7 @@ class UserError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+        return printable(f"{self.message}\n  fix: {self.fix}" if self.fix else self.message)
 
 
 class MissingPackage(UserError):

@@ -10,16 +10,22 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from .errors import UserError
+from .disk import atomic
+from .errors import UserError, printable
 
 _CHUNK = 1 << 22
+# Limits of a JSON file: parsed it takes up to twenty times its size in memory, and no file of ours is half as deep.
+_JSON_BYTES, _JSON_DEPTH = 16 << 20, 32
+_PATIENCE = 1.0  # seconds that a writer waits for one that may only be tidying up
+_own = threading.local()
 
 # A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's.
 OWN = ("accel.json", "training.json")
@@ -29,29 +35,12 @@ def cache_dir() -> Path:
     """This user's cache: `$ACCEL_CACHE`, else the platform's usual place."""
     if "ACCEL_CACHE" in os.environ:
         return Path(os.environ["ACCEL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
-
-
-@contextlib.contextmanager
-def temporary_caches() -> Iterator[dict[str, str]]:
-    """Empty caches of accel and torch.compile for a block, deleted after it: a measurement must neither find what the
-    user compiled earlier nor leave anything behind.
-
-    Yields:
-        The environment variables that name the caches, for child processes.
-    """
-    with tempfile.TemporaryDirectory(prefix="accel-caches-") as folder:
-        caches = {"ACCEL_CACHE": f"{folder}/accel", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-        before = {name: os.environ.get(name) for name in caches}
-        os.environ.update(caches)
-        try:
-            yield caches
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "accel"
+    try:
+        return Path.home() / ".cache" / "accel"
+    except RuntimeError:  # no $HOME, and a user whom the system does not know, as in many containers
+        return Path(tempfile.gettempdir()) / f"accel-{os.getuid()}"
 
 
 def sha256(path: Path) -> str:
@@ -68,18 +57,26 @@ def digest_of(value: Any) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old one or the new one, never a part of either."""
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    """Write a file atomically: a reader sees the old one or the new one, never a part of either.
+
+    The bytes go to one name beside it, locked: a second writer waits, and what a killed one left there is written over.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    handle = atomic.acquire(temporary, wait=True)
+    assert handle is not None
     try:
-        with os.fdopen(handle, "wb") as file:
+        os.ftruncate(handle, 0)
+        with os.fdopen(os.dup(handle), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -89,27 +86,71 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file; `what` names it in the error."""
+    """Read a JSON file of ordinary size and depth; `what` names it in the error."""
+    data = read_bytes(path, what, _JSON_BYTES)
     try:
-        return json.loads(path.read_text())
+        return parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{what} is damaged ({error}): {path}", "restore the file or make the folder again") from None
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: for anything that is not JSON in UTF-8, or is nested deeper than any file of ours.
+    """
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_JSON_DEPTH):
+        level = [item for entry in level for item in _items(entry) if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {_JSON_DEPTH} deep")
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def read_bytes(path: Path, what: str, limit: int) -> bytes:
+    """The content of an ordinary file (no device, no pipe) of at most `limit` bytes; `what` names it in the error."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{what} is not an ordinary file: {path}", "restore the file or make the folder again")
+            if found.st_size > limit:
+                raise UserError(
+                    f"{what} has {found.st_size:,} bytes, where {limit:,} are the most that it may have: {path}",
+                    "restore the file or make the folder again",
+                )
+            return file.read(limit)
     except FileNotFoundError:
         raise UserError(f"{what} is missing: {path}", "restore the file or make the folder again") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is damaged ({error}): {path}", "restore the file or make the folder again") from None
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror}): {path}", "check its permissions") from None
+    except ValueError:  # a zero byte in the name
+        raise UserError(f"{what} cannot be read: {str(path)!r} cannot be a path", "check the path") from None
 
 
 def inside(root: Path, relative: str, what: str) -> Path:
-    """The path of a file that must lie in `root`.
+    """The path of a file that must lie in `root`: every name that comes out of a file becomes a path here.
 
     Raises:
-        UserError: when the entry is absolute, climbs out with `..`, or is (or passes through) a symbolic link.
+        UserError: when the entry is absolute, climbs out with `..`, holds characters that cannot be shown, or is (or
+            passes through) a symbolic link.
     """
     pure = PurePosixPath(relative if isinstance(relative, str) else "")
     problem = ""
     if not pure.parts or pure.is_absolute() or any(char in relative for char in "\\:\0"):
         problem = "is not a relative path"
+    elif not relative.isprintable():
+        problem = "holds characters that cannot be shown"
     elif ".." in pure.parts:
         problem = "points outside the folder"
     else:
@@ -121,40 +162,119 @@ def inside(root: Path, relative: str, what: str) -> Path:
                 break
     if problem:
         raise UserError(
-            f"{what} {relative!r} {problem}; refused, because it could read files that are not part of it",
+            f"{what} {relative!r} {problem}; refused, because it could reach files that are not part of it",
             "get the folder again from a source you trust",
         )
     return root / pure
 
 
 @contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
-    """Hold the only right to write `target`; the system gives it back when the process ends, however it ends."""
+def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
+    """Hold the only right to write `target`; the system gives it back when the process ends, however it ends.
+
+    The lock lies beside the target, so that everybody who sees the one sees the other. Whoever gets it first tidies up
+    what a killed writer left. `new_folder` takes the right for itself, but from a thread that has it already.
+
+    Args:
+        patience: seconds to wait for it; by default one, in which a reader is done with tidying up.
+
+    Raises:
+        UserError: when another process has it (which one), or the place cannot be written.
+    """
+    target = _one_name(target)
     try:
-        held = _lock(target).acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another process is writing {target} right now", "wait for it to finish, or choose another folder"
-        ) from None
-    with held:
+        lock = _lock_path(target)
+        until = time.monotonic() + (_PATIENCE if patience is None else patience)
+        while (handle := atomic.acquire(lock, wait=False)) is None:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"another process is writing {target} right now: {printable(atomic.holder(lock))}",
+                    "wait for it to finish, or choose another folder",
+                )
+            time.sleep(0.05)
+    except OSError as error:
+        raise _disk_error(error, target) from error
+    _held().add(target)
+    try:
+        atomic.sign(handle)
+        _tidy(target)
         yield
+    finally:
+        _held().discard(target)
+        atomic.release(handle, lock)
 
 
-def waiting_for(target: Path) -> FileLock:
-    """Like `exclusive`, for work of moments: a context that waits until the others are done."""
-    return _lock(target)
+@contextlib.contextmanager
+def waiting_for(target: Path) -> Iterator[None]:
+    """Like `exclusive`, for work of moments: waits until the others are done."""
+    lock = _lock_path(_one_name(target))
+    handle = atomic.acquire(lock, wait=True)
+    assert handle is not None
+    try:
+        yield
+    finally:
+        atomic.release(handle, lock)
 
 
-def _lock(target: Path) -> FileLock:
-    # The lock lies in the cache, not beside the target: a lock file may never be deleted while others may wait on it.
-    name = f"{digest_of(str(target))[:32]}.lock"
-    user = getattr(os, "geteuid", int)()
-    for folder in (cache_dir() / "locks", Path(tempfile.gettempdir()) / f"accel-{user}"):
+def settle(target: Path) -> None:
+    """Tidy up after a killed writer of `target`, for whoever reads it: where it was killed in the middle of replacing
+    a folder, the old one comes back. Nothing happens while another process is writing, or where nothing may be changed.
+    """
+    with contextlib.suppress(OSError, UserError, ValueError):
+        if next(_leftovers(_one_name(target)), None):
+            with exclusive(target, patience=0):
+                pass
+
+
+def _held() -> set[Path]:
+    """What this thread has the only right to write."""
+    return _own.__dict__.setdefault("held", set())
+
+
+def _one_name(target: Path) -> Path:
+    """One name for one place, however it is spelled: two writers must meet at the same lock."""
+    if "\0" in str(target):
+        raise UserError(f"{str(target)!r} cannot be a path", "choose another folder")
+    target = Path(os.path.abspath(target))
+    return Path(os.path.realpath(target.parent)) / target.name
+
+
+def _lock_path(target: Path) -> Path:
+    """Beside the target; within it where only the target may be written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    within = not os.access(target.parent, os.W_OK) and os.access(target, os.W_OK) and target.is_dir()
+    return target / ".lock" if within else target.with_name(f".{target.name}.lock")
+
+
+def _leftovers(out: Path) -> Iterator[Path]:
+    """What writers of `out` leave beside it when they are killed."""
+    name = glob.escape(out.name)
+    for pattern in (f".{name}.previous", f".{name}.partial-*", f".{name}.float", f"..{name}.float.*"):
+        yield from out.parent.glob(pattern)
+
+
+def _tidy(out: Path) -> None:
+    previous = out.with_name(f".{out.name}.previous")
+    if previous.exists():
+        _settle(previous, out)
+    for path in _leftovers(out):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
-            break
-    return FileLock(folder / name)
+            path.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed `write_bytes` left in a folder; what is being written is locked and stays."""
+    for path in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and (handle := atomic.acquire(path, wait=False)) is not None:
+                atomic.release(handle, path)
 
 
 @contextlib.contextmanager
@@ -162,32 +282,23 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Build a folder beside `out` and rename it into place only when the body has succeeded.
 
     A body that fails, or is interrupted, leaves `out` exactly as it was. What a killed process left behind is removed
-    by the next one that writes to the same place.
+    by the next one that writes or reads the same place.
 
     Raises:
         UserError: when `out` exists (and `overwrite` is false), cannot be written, or another process is writing it.
     """
-    if "\0" in str(out):
-        raise UserError(f"{str(out)!r} cannot be a path", "choose another folder")
-    # One name for one place, however it is spelled: two writers must meet at the same lock.
-    out = Path(os.path.abspath(out))
-    out = Path(os.path.realpath(out.parent)) / out.name
-    previous = out.parent / f".{out.name}.previous"
+    out = _one_name(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(out):
-            if previous.exists():
-                _settle(previous, out)  # an earlier process was killed in `_replace`
+        with contextlib.nullcontext() if out in _held() else exclusive(out):
             refuse_existing(out, overwrite)
-            for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
             try:
                 temporary.chmod(0o755)
                 yield temporary
                 readable(temporary)
                 refuse_existing(out, overwrite)  # somebody may have made it during the hours of work
-                _replace(out, temporary, previous)
+                replace_folder(out, temporary)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -201,8 +312,16 @@ def readable(folder: Path) -> None:
             path.chmod(0o644)
 
 
-def _replace(out: Path, new: Path, previous: Path) -> None:
-    """Put `new` in the place of `out`. The old folder is set aside first, because no rename replaces a full folder."""
+def replace_folder(out: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `out`, at once where the system can: a reader finds the old or the new one.
+
+    Elsewhere the old one is set aside first, because no rename replaces a full folder; whoever meets the result of a
+    kill in between puts it back (`settle`).
+    """
+    if out.exists() and atomic.exchange(out, new):
+        _remove(new)  # which is the old one now
+        return
+    previous = out.with_name(f".{out.name}.previous")
     try:
         if out.exists():
             os.replace(out, previous)
@@ -215,7 +334,7 @@ def _replace(out: Path, new: Path, previous: Path) -> None:
 def _settle(previous: Path, out: Path) -> None:
     """The folder set aside goes back when its place is empty, and away when it is taken."""
     if out.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     else:
         os.replace(previous, out)
 

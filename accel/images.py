@@ -5,6 +5,8 @@ Sizes, resampling (Lanczos) and thresholds are those of diffusers' image process
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import numpy as np
 
 from .arrays import is_torch
 from .errors import UserError
+from .files import read_bytes
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # what decodes pixels and runs nothing
+PIXELS, _BYTES = 1 << 26, 1 << 28
 
 
 def batch(images: Any, count: int, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
@@ -93,6 +99,28 @@ def canny(image: Any, low: float = 100, high: float = 200) -> Any:
     return Image.fromarray(edges).convert("RGB")
 
 
+def decoded(data: bytes, name: str) -> Any:
+    """A PIL image of a file's bytes, its pixels in memory; only a size that an image has is decoded.
+
+    Raises:
+        UserError: for another format than those of photos, a truncated or damaged file, or too many pixels.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > PIXELS:
+            raise UserError(f"{name} has {image.width} x {image.height} pixels", f"give one of at most {PIXELS:,}")
+        image.load()
+        return image
+    except UserError:
+        raise
+    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise UserError(f"{name} is not an image that can be read", "use PNG, JPEG or WebP") from None
+
+
 def _array(value: Any, size: tuple[int, int], mode: str) -> np.ndarray:
     from PIL import Image
 
@@ -105,15 +133,12 @@ def _array(value: Any, size: tuple[int, int], mode: str) -> np.ndarray:
 
 
 def _opened(value: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(value, (str, Path)):
-        try:
-            return Image.open(value)
-        except FileNotFoundError:
-            raise UserError(f"no such image: {value}", "check the path") from None
-        except (UnidentifiedImageError, OSError):
-            raise UserError(f"{value} is not an image that can be read", "use PNG, JPEG or WebP") from None
+        if not Path(value).exists():
+            raise UserError(f"no such image: {value}", "check the path")
+        return decoded(read_bytes(Path(value), "the image", _BYTES), str(value))
     if isinstance(value, Image.Image):
         return value
     array = np.asarray(value)

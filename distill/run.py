@@ -54,8 +54,10 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     check_places(out, run, overwrite)
     accelerator = accelerator_for(recipe, run)
     check_attention(recipe.attention, device=accelerator.device, half=recipe.mixed_precision != "no")
-    # Two runs in one folder would write into each other's checkpoints.
-    with exclusive(run.absolute()) if accelerator.is_main_process else contextlib.nullcontext():
+    # Two runs in one folder would write into each other's checkpoints, and of one result the last would win.
+    with contextlib.ExitStack() as held:
+        for folder in (out, run) if accelerator.is_main_process else ():
+            held.enter_context(exclusive(folder))
         return _execute(recipe, out, run, accelerator, overwrite)
 
 

@@ -17,7 +17,7 @@ from accel.bundle.shape_profiles import Profile, Range
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
-from accel.files import new_folder, refuse_existing, require_space
+from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models.constants import check_runs, checked_sampling, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
@@ -98,7 +98,8 @@ def export_pipeline(
     options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
-        return _export_int8(model, Path(out), options, settings, overwrite, progress)
+        with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
+            return _export_int8(model, Path(out), options, settings, overwrite, progress)
     return _export_float(_open(model, options), Path(out), options, precision, overwrite, progress)
 
 

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 from accel.bundle.kinds import control_components
-from accel.files import write_json
+from accel.files import read_json, write_json
 from accel.models import few_step
+from accel.models.config_files import clip_tokenizer, copy_folder
 from accel.models.source import Source
 from accel.sampling import Sampling
 
@@ -21,9 +22,7 @@ def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> Non
     """
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
-            shutil.copytree(
-                source.path / name, folder / name, ignore=lambda _, files: [f for f in files if f.startswith(".")]
-            )
+            copy_folder(source.path / name, folder / name)
             if name != "scheduler":
                 complete_tokenizer(folder / name)
     config = source.scheduler()
@@ -32,13 +31,14 @@ def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> Non
         # JSON has no word for -infinity, which is a default.
         finite = {key: value for key, value in config.items() if value != -math.inf}
         write_json(folder / "scheduler" / "scheduler_config.json", finite)
-    # The classes of parts that lie elsewhere, and of the scheduler.
-    if source.folders or source.index["scheduler"][1] != config["_class_name"]:
+    # The classes of parts that lie elsewhere, and of the scheduler; without fields that lead to code.
+    index = dict(source.index) | {"scheduler": ["diffusers", config["_class_name"]]}
+    kept = source.path / "model_index.json"
+    if source.folders or index != read_json(kept, "model_index.json"):
         others = control_components()  # diffusers has no place for a control network
-        index = {k: v for k, v in source.index.items() if k not in others}
-        write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", config["_class_name"]]})
+        write_json(folder / "model_index.json", {k: v for k, v in index.items() if k not in others})
     else:
-        shutil.copyfile(source.path / "model_index.json", folder / "model_index.json")
+        shutil.copyfile(kept, folder / "model_index.json")
 
 
 def complete_tokenizer(folder: Path) -> None:
@@ -48,12 +48,9 @@ def complete_tokenizer(folder: Path) -> None:
     Stable Diffusion folders have only the others; apps without transformers want the first.
     """
     if not (folder / "tokenizer.json").exists():
-        import transformers
-
-        fast = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
-        fast.from_pretrained(folder, local_files_only=True).backend_tokenizer.save(str(folder / "tokenizer.json"))
+        clip_tokenizer(folder, fast=True).backend_tokenizer.save(str(folder / "tokenizer.json"))
     if not (folder / "vocab.json").exists():
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        model = read_json(folder / "tokenizer.json", "tokenizer.json")["model"]
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

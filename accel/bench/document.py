@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .probe import Process
 from .timing import Ratio, Timing
 
@@ -133,4 +133,13 @@ def check_schema(data: Any, name: str) -> dict[str, Any]:
             f"{name} is not a benchmark result that this version reads (schema {schema!r}, not {SCHEMA!r})",
             "give a file that `accel bench --json FILE` wrote",
         )
-    return data
+    return _shown(data)
+
+
+def _shown(value: Any) -> Any:
+    """The same with every text as a terminal may show it."""
+    if isinstance(value, dict):
+        return {printable(key): _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

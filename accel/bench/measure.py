@@ -15,12 +15,11 @@ from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
-from ..files import temporary_caches
 from ..pipeline import Pipeline, component_names, opened
 from . import facts, quality, timing, variants, work
 from .document import Document
 from .probe import probe
-from .state import State
+from .state import State, temporary_caches
 from .variants import Variant
 from .work import IMAGE, BenchSettings
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,3 +48,25 @@ class State:
     @property
     def live(self) -> list[Variant]:
         return [variant for variant in self.variants if variant.name not in self.reasons]
+
+
+@contextlib.contextmanager
+def temporary_caches() -> Iterator[dict[str, str]]:
+    """Empty caches of accel and torch.compile for a block, deleted after it: a measurement must neither find what the
+    user compiled earlier nor leave anything behind.
+
+    Yields:
+        The environment variables that name the caches, for child processes.
+    """
+    with tempfile.TemporaryDirectory(prefix="accel-caches-") as folder:
+        caches = {"ACCEL_CACHE": f"{folder}/accel", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        before = {name: os.environ.get(name) for name in caches}
+        os.environ.update(caches)
+        try:
+            yield caches
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

@@ -7,21 +7,24 @@ ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import records
 from .._version import __version__
 from ..assets import resolve
 from ..errors import UserError
-from ..files import cache_dir, digest_of, inside, read_json, sha256, write_json
+from ..files import cache_dir, digest_of, inside, read_json, settle, sha256, write_json
 from ..sampling import Sampling
+from . import limits
 from .kinds import KINDS
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
 
+_T = TypeVar("_T")
 SCHEMA = 1
 MANIFEST = "accel.json"
 
@@ -177,6 +180,7 @@ class Manifest:
         for name, component in found.components.items():
             if component.int8:
                 records.read(_INT8, component.int8, "manifest", "components", name, "int8")
+        limits.check(found)
         return found
 
 
@@ -215,6 +219,7 @@ class Bundle:
                 version, or that names files outside the bundle.
         """
         given, path = path, Path(resolve(path))
+        settle(path)
         if not path.is_dir():
             raise UserError(f"no such folder: {given}", "check the path; `accel export MODEL OUT` makes a bundle")
         if not (path / MANIFEST).is_file():
@@ -261,6 +266,22 @@ class Bundle:
         if entry not in self.manifest.files:
             raise UserError(f"{self.path}: {entry} is not listed in the manifest", "export the model again")
         return path
+
+    def listed(self, folder: str) -> frozenset[str]:
+        """Names of the files in a folder that the manifest lists: no other is read."""
+        return frozenset(
+            entry.removeprefix(f"{folder}/")
+            for entry in self.manifest.files
+            if entry.startswith(f"{folder}/") and self.file(entry)
+        )
+
+    def copy(self, to: Path, folder: str | None = None) -> None:
+        """Copy the listed files, all or those below one folder, into a folder of the same layout."""
+        for entry in self.manifest.files:
+            if entry != MANIFEST and (folder is None or entry.startswith(f"{folder}/")):
+                copied = inside(to, entry, "the manifest entry")
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.file(entry), copied)
 
     def verify(self, folders: Iterable[str] | None = None) -> None:
         """Compare files with the sizes and sha256 digests in the manifest.
@@ -314,6 +335,36 @@ class Bundle:
     def digest(self) -> str:
         """What this bundle is, whatever folder it lies in: the digest of all file digests and constants."""
         return digest_of(self.manifest.as_dict())
+
+
+def steadily(path: str | Path, work: Callable[[Bundle], _T]) -> _T:
+    """Open a bundle and do something with its files; again from the start, where it was replaced meanwhile.
+
+    So whoever reads during an overwrite gets the old one or the new one, and never the manifest of one and the weights
+    of the other.
+
+    Raises:
+        UserError: as `Bundle.open` and the work.
+    """
+
+    def mark() -> tuple[int, ...] | None:
+        """Which folder lies there now; an inode alone may be used again."""
+        try:
+            found = Path(resolve(path)).stat()
+            return found.st_dev, found.st_ino, found.st_ctime_ns
+        except OSError:
+            return None
+
+    for _ in range(5):
+        before = mark()
+        try:
+            made = work(Bundle.open(path))
+            if mark() == before:
+                return made
+        except UserError:
+            if mark() == before:
+                raise
+    raise UserError(f"{path} is being replaced again and again", "wait for whoever writes it")
 
 
 def finalize(folder: Path, manifest: Manifest) -> None:

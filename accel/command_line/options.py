@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, unknown
+from ..errors import UserError, printable, unknown
 from ..progress import progress
 from .parser import one_of, renamed
 
@@ -217,7 +217,7 @@ def build_engine_files(
             device=index_of(args.device),
             force=args.overwrite,
             progress=report,
-            announce=console.print,
+            announce=lambda line: console.print(printable(line), markup=False),
         )
 
 

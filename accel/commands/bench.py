@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if args.saved:
         document = check_schema(read_json(Path(args.saved), "the benchmark result"), args.saved)
         images, code = {}, 0
+        try:  # a file from anywhere: all that the report reads must be in it
+            report_html.page(document), [*report.tables(document)], report.headline(document)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            why = f"{args.saved} is damaged ({type(error).__name__}: {error})"
+            raise UserError(why, "give a file that `accel bench --json FILE` wrote") from None
     else:
         document, images, code = _measure(args)
     if args.json == "-":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ class Engine(Resource, ABC):
 
     Call it with the component's inputs by name; it returns a dict of outputs. Inputs may be numpy arrays, torch
     tensors or anything with `__dlpack__`; outputs are of the engine's own kind (`native`), on its own device, and never
-    share memory with an input.
+    share memory with an input. Any number of threads may call one engine: each gets the outputs of its own inputs.
 
     Attributes:
         name: engine name.
@@ -96,7 +97,21 @@ class Engine(Resource, ABC):
         self.check_open()
         component = self.component
         check(component.name, component.inputs, component.dims, self.profile, feeds)
-        return self.run({name: self.array(value) for name, value in feeds.items()})
+        native = {name: self.array(value) for name, value in feeds.items()}
+        try:
+            outputs = self.run(native)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            raise _failed(self, error) from error
+        sizes = self.sizes(native)
+        for spec in component.outputs:
+            if (shape := tuple(outputs[spec.name].shape)) != spec.concrete(sizes):
+                raise UserError(
+                    f"{component.name} made {spec.name} of shape {shape}, not {spec.concrete(sizes)}",
+                    "its graph is not the one that the manifest describes: export the model again",
+                )
+        return outputs
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +144,21 @@ class Engine(Resource, ABC):
         )
         state = "closed" if self.closed else self.description
         return f"<{self.component.name} on {self.name} ({state}): {shapes}>"
+
+
+def _failed(engine: Engine, error: Exception) -> UserError:
+    """What a library says when it fails in the middle of a call."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    memory = next((line for line in lines if re.search(r"(?i)out of memory|bad_alloc|failed to allocate", line)), "")
+    if memory:
+        return UserError(
+            f"{engine.component.name} does not fit in memory on {engine.name}: {memory[:300]}",
+            "use a smaller size or batch, or --low-memory",
+        )
+    return UserError(
+        f"{engine.component.name} failed on {engine.name}: {lines[-1 if engine.name == 'openvino' else 0][:300]}",
+        "try another engine (--engine eager is the reference); if that fails as well, export the model again",
+    )
 
 
 def check_threads(threads: int) -> None:

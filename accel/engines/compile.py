@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,8 @@ from . import eager
 from .base import Status
 
 FACTS = replace(eager.FACTS, auto=())  # never by itself: its first call takes minutes
+# torch's compiler keeps state for the whole process: a second thread that enters it fails, or compiles again.
+_TURN = threading.Lock()
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -62,16 +65,18 @@ class Compile(eager.Eager):
 
         self.module = torch.compile(self.module, mode=mode, dynamic=dynamic)
         self.description += f", torch.compile {mode}"
-
         self._called = False
 
     def run(self, feeds):
         if not self._called:
             self._called = True
             _note_compiling()
-        outputs = super().run(feeds)
-        # With CUDA graphs the next call overwrites what this one returned.
-        return {name: value.clone() for name, value in outputs.items()} if self.device.startswith("cuda") else outputs
+        with _TURN:
+            outputs = super().run(feeds)
+            if not self.device.startswith("cuda"):
+                return outputs
+            # With CUDA graphs the next call overwrites what this one returned.
+            return {name: value.clone() for name, value in outputs.items()}
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> Compile:

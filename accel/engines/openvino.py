@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
-from ..files import cache_dir
+from ..files import cache_dir, inside
 from ..machine import version_of
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation
 
@@ -75,11 +78,11 @@ class OpenVino(Engine):
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--precision fp32")
         if component.int8 and device.startswith("CPU"):
             note_saturation()
-        config = {
-            "INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"),
-            "PERFORMANCE_HINT": "LATENCY",
-            "CACHE_DIR": str(cache_dir() / "openvino" / bundle.digest[:32] / component.name),
-        }
+        cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
+        config = {"INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"), "PERFORMANCE_HINT": "LATENCY"}
+        with contextlib.suppress(OSError):  # without a place for the cache every load compiles
+            cache.mkdir(parents=True, exist_ok=True)
+            config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
         try:
@@ -91,7 +94,8 @@ class OpenVino(Engine):
                 f"OpenVINO cannot load {component.graph}: {str(error).splitlines()[-1][:300]}",
                 "export the model again, or try another engine",
             ) from None
-        self.request = self.model.create_infer_request()
+        # One request, taken in turns: more of them would take memory for activations, and a call uses all cores anyway.
+        self.request, self.turn = self.model.create_infer_request(), threading.Lock()
         precision = f"int8 + {dtype}" if component.int8 else dtype
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
         if dtype != "fp32":
@@ -117,9 +121,10 @@ class OpenVino(Engine):
             )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        results = self.request.infer(dict(feeds), share_inputs=True)
-        # The request reuses its output memory on the next call, so the caller gets a copy.
-        return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
+        with self.turn:
+            results = self.request.infer(dict(feeds), share_inputs=True)
+            # The request reuses its output memory on the next call, so the caller gets a copy.
+            return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
 
     def release(self) -> None:
         del self.request, self.model

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, Component
+from ..bundle.manifest import steadily
 from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
 from ..trt.preflight import NoEngineFile
@@ -211,7 +212,7 @@ def load_engine(
         UserError: for an unknown component or engine, an engine that cannot run here, or changed files.
     """
     if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(bundle)
+        return steadily(bundle, lambda opened: load_engine(opened, component, engine, verify=verify, **options))
     if "plan" in options:
         warnings.warn("plan= is now engine_file=", Notice, stacklevel=2)
         options["engine_file"] = options.pop("plan")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..files import parse_json
 from .config import Int8Config
 
 FILE = "int8.safetensors"
@@ -46,9 +47,9 @@ def find(folder: Path) -> Trained | None:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            config = Int8Config.from_dict(json.loads(metadata.get("config") or metadata["recipe"]))  # as 0.1 called it
+            config = Int8Config.from_dict(parse_json(metadata.get("config") or metadata["recipe"]))  # as 0.1 called it
             scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", "train the student again, or delete the file") from None
     for name, value in scales.items():
         if not (torch.isfinite(value).all() and (value > 0).all()):

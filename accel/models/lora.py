@@ -8,7 +8,6 @@ model does not have is an error, because half a LoRA is another LoRA.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..files import sha256
+from ..files import parse_json, sha256
 from . import weight_files
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -120,7 +119,7 @@ def read(file: LoraFile, unet_config: Mapping[str, Any]) -> dict[str, dict[str, 
         tensors = _folded(tensors, file.path)
     try:
         parts = _converted(tensors, unet_config)
-    except (ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # diffusers' conversions fail anywhere in the middle
         raise UserError(
             f"{file.path} cannot be understood: {_line(error)}; {made_for(tensors)}", _fits_fix(unet_config)
         ) from None
@@ -227,7 +226,7 @@ def _folded(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.
             continue
         name = key.removesuffix(".alpha")
         down, up = (made.get(f"{name}.lora_{part}.weight") for part in ("down", "up"))
-        if down is None or up is None or alpha.numel() != 1:
+        if down is None or up is None or alpha.numel() != 1 or not down.numel():
             raise UserError(f"{path} is incomplete: {key} stands without its weights", "get the file again")
         made[f"{name}.lora_up.weight"] = up * (float(alpha) / down.shape[0])
     return made
@@ -275,29 +274,43 @@ def _updates(part: Mapping[str, torch.Tensor], settings: Mapping[str, Any], path
         if "A.weight" not in tensors or "B.weight" not in tensors or "A.bias" in tensors:
             raise UserError(f"{path} is incomplete: {name} has {', '.join(sorted(tensors))}", "get the file again")
         down, up = tensors["A.weight"], tensors["B.weight"]
-        made[name] = Update(down, up, tensors.get("B.bias"), _factor(settings, name, down.shape[0]))
+        if not down.numel() or not up.numel() or down.dim() not in (2, 4) or up.dim() not in (2, 4):
+            raise UserError(f"{path}: {name} has shapes {list(down.shape)} and {list(up.shape)}", "give a LoRA file")
+        made[name] = Update(down, up, tensors.get("B.bias"), _factor(settings, name, down.shape[0], path))
     return made
 
 
 def _settings(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """peft's settings of a component, as diffusers keeps them in the header; empty where there are none."""
     try:
-        kept = json.loads(metadata.get(METADATA, "{}"))
+        kept = parse_json(metadata.get(METADATA, "{}"))
     except ValueError:
         return {}
     prefix = f"{component}."
-    return {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
+    fields = kept.items() if isinstance(kept, dict) else ()
+    return {key.removeprefix(prefix): value for key, value in fields if key.startswith(prefix)}
 
 
-def _factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
+def _factor(settings: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
     """alpha / r of one module. Without an alpha it is 1, which is diffusers' convention."""
     if not settings:
         return 1.0
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+    alpha, patterns = settings.get("lora_alpha", rank), settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path}: alpha_pattern is {patterns!r:.80}, not a table", "get the file again")
+    for pattern, value in patterns.items():
+        # peft takes regular expressions; what files hold are names. An expression could take forever.
+        plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise UserError(
+                f"{path}: alpha_pattern names no module but an expression, {pattern!r:.80}",
+                "fuse it with the tool it was made with, and export the fused pipeline",
+            )
+        if f".{name}".endswith(f".{plain}"):
             alpha = value
             break
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        raise UserError(f"{path}: the alpha of {name} is {alpha!r:.80}, not a number", "get the file again")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,13 +16,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..bundle.kinds import KINDS
 from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
 from ..int8 import packed
+from . import weight_files
+from .config_files import read_config
 from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
 
 FLOAT = "float32"
@@ -233,12 +233,12 @@ def rebuild(
     """
     module = on_meta(kind, config_path, inputs, outputs)
     model = module.model
-    if int8_layers:
-        packed.place(model, int8_layers)
     try:
-        model.load_state_dict(load_file(weights), strict=True, assign=True)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()
+        if int8_layers:
+            packed.place(model, int8_layers)
+        model.load_state_dict(weight_files.read(weights), strict=True, assign=True)
+    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{weights.name} does not fit {config_path.parent.name}/{config_path.name}: {' '.join(first[:2])}",
             "export the model again",
@@ -251,20 +251,25 @@ def on_meta(kind: str, config_path: Path, inputs: tuple[TensorSpec, ...], output
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = _build(kind, json.loads(config_path.read_text()))
+        model = _build(kind, read_config(config_path, "the config"), config_path)
     module = resolve_name(KINDS[kind].wrapper)(model, outputs)
     return module.eval().requires_grad_(False)
 
 
-def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
+def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     row = KINDS[kind]
-    name = config.get("_class_name") or (config.get("architectures") or row.classes)[0]
+    named = config.get("architectures") or row.classes
+    name = config.get("_class_name") or (named[0] if isinstance(named, (list, tuple)) else named)
     if name not in row.classes:
         raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
     cls = getattr(import_module(row.library), name)
-    if row.library == "transformers":
-        return cls(cls.config_class.from_dict(dict(config)))
-    return _only(cls.from_config(dict(config)), kind)
+    try:
+        if row.library == "transformers":
+            return cls(cls.config_class.from_dict(dict(config)))
+        return _only(cls.from_config(dict(config)), kind)
+    except Exception as error:  # the libraries check their configs by failing somewhere in the middle
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{path} does not describe a {name}: {lines[0][:300]}", "get the file again") from error
 
 
 def save_config(network: Network, folder: Path) -> None:

@@ -36,6 +36,14 @@ class PipelineBundle(Bundle):
         """A network as a torch module with named tensors, float32, weights loaded."""
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
+    def file(self, entry: str) -> Path:
+        """The path of a file of the folder, which has no manifest to list it."""
+        return self.path / entry
+
+    def listed(self, folder: str) -> frozenset[str]:
+        """Names of all files in one of its folders."""
+        return frozenset(path.name for path in (self.path / folder).glob("*"))
+
     @property
     def digest(self) -> str:
         parts = sorted({kind_of(name).part or name for name in self.manifest.components})
@@ -96,7 +104,7 @@ class _Shapes(Source):
     """The source, whose networks have shapes and no weights."""
 
     def load(self, component: str) -> Any:
-        cls, config = self.class_of(component), self.config(component)
+        cls, config = self.network_class(component), self.config(component)
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
                 return cls.from_config(config).eval()

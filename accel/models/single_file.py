@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .config_files import network_class
 from .topology import TOPOLOGIES
 from .weight_files import SAFETENSORS, aliases, read, read_header
 
@@ -171,11 +172,9 @@ def build(
     Raises:
         UserError: when they do not fit, naming keys.
     """
-    import importlib
-
     from accelerate import init_empty_weights
 
-    cls = getattr(importlib.import_module(library), class_name)
+    cls = network_class(component, library, class_name)
     config = dict(config)
     with init_empty_weights(include_buffers=False):
         model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)

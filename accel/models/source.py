@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,12 +13,13 @@ import torch
 from torch import nn
 
 from ..assets import resolve
-from ..errors import UserError
-from ..files import digest_of, read_json, sha256
+from ..errors import UserError, printable
+from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
 from . import single_file
 from . import weight_files as weights
+from .config_files import copy_folder, network_class, note, read_config, stripped, without_code
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -62,10 +61,8 @@ class Source:
         if component == "unet" and "unet" in self.files:
             return dict(self._unet_config)
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        config = read_json(self.folder(component) / name, f"the {component} config")
-        if not isinstance(config, dict):
-            raise UserError(f"{self.folder(component) / name} is not a JSON object", "get the file again")
-        return config
+        path = self.folder(component) / name
+        return read_config(path, f"the {component} config", network=component != "scheduler")
 
     @cached_property
     def _unet_config(self) -> dict[str, Any]:
@@ -111,7 +108,7 @@ class Source:
 
     def load(self, component: str) -> nn.Module:
         """Load one component in float32, LoRA files fused; weights only, never code."""
-        cls, library, class_name = self.class_of(component), *self.index[component]
+        cls, library, class_name = self.network_class(component), *self.index[component]
         if component in self.files:
             file = self.files[component]
             state = weights.read(file)
@@ -122,18 +119,9 @@ class Source:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
         return model.eval()
 
-    def class_of(self, component: str) -> Any:
-        """The class of a component, out of diffusers or transformers.
-
-        Raises:
-            UserError: for another library, or a class that it does not have.
-        """
-        library, class_name = self.index[component]
-        if library not in ("diffusers", "transformers"):
-            raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
-        if (cls := getattr(importlib.import_module(library), class_name, None)) is None:
-            raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
-        return cls
+    def network_class(self, component: str) -> Any:
+        """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
+        return network_class(component, *self.index[component])
 
     def _from_folder(self, component: str, library: str, cls: Any) -> nn.Module:
         folder = self.folder(component)
@@ -143,7 +131,10 @@ class Source:
                 weights.check_safetensors(path)
         options = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
         options |= dict(local_files_only=True, output_loading_info=True, variant=variant)
-        model, info = _readable(lambda: cls.from_pretrained(folder, **options), folder)
+        options |= {"trust_remote_code": False} if library == "transformers" else {}
+        self.config(component)  # says what is absurd in it
+        with without_code(folder) as clean:
+            model, info = _readable(lambda: cls.from_pretrained(clean, **options), folder)
         # Both libraries fill what is missing with random numbers, and only log it.
         lost = sorted(info["missing_keys"])
         if lost:
@@ -158,7 +149,7 @@ class Source:
         if component in self.files or (self.loras and component in COMPONENTS):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
-            shutil.copytree(self.folder(component), to)
+            copy_folder(self.folder(component), to)
 
     def weight_files(self, component: str) -> list[Path]:
         if component in self.files:
@@ -231,8 +222,8 @@ def open_source(
     local = Path(model).stem if files else path.resolve().name
     if few_step is not None:
         families.check(few_step)
-    named = local if Path(given).exists() else given
-    source = Source(path, named, _index(path), loras, variant=variant, few_step=few_step)
+    name = printable(local if Path(given).exists() else given)
+    source = Source(path, name, _index(path), loras, variant=variant, few_step=few_step)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
@@ -258,6 +249,14 @@ def _index(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path / 'model_index.json'} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)"
         )
+    names = [name for name, entry in index.items() if isinstance(entry, list)]
+    if odd := [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name)]:
+        raise UserError(
+            f"{path / 'model_index.json'}: {odd[0]!r:.80} cannot be the name of a part", "get the file again"
+        )
+    index, removed = stripped(index)
+    if removed:
+        note(path / "model_index.json", removed)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed):
@@ -271,6 +270,7 @@ def _index(path: Path) -> dict[str, Any]:
 def _folder(model: str | Path, variant: str | None) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
+    settle(path)
     if not path.exists():
         if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
@@ -315,7 +315,7 @@ def _with_vae(source: Source, path: Path) -> Source:
 def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
     """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
     folder = path / name if (path / name / "config.json").is_file() else path
-    kind = read_json(folder / "config.json", f"the config of the {name}").get("_class_name")
+    kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
     files = {part: file for part, file in source.files.items() if part != name}

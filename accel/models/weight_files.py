@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -11,10 +10,12 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..files import parse_json
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SUFFIXES = (SAFETENSORS, *PICKLES)
+_HEADER_BYTES = 25 << 20
 _AGAIN = "the download broke off: get the file again"
 # Files of diffusers and transformers: stem, variant, shard, in both of the orders that were in use.
 _NAME = re.compile(
@@ -62,7 +63,8 @@ def check_safetensors(path: Path) -> None:
 def metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; empty for a pickle, which has none."""
     header = read_header(path)[1] if path.suffix == SAFETENSORS else None
-    return (header or {}).get("__metadata__", {})
+    found = (header or {}).get("__metadata__", {})
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def read_header(path: Path) -> tuple[int, dict | None]:
@@ -75,7 +77,9 @@ def read_header(path: Path) -> tuple[int, dict | None]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
+            if length < size and length > _HEADER_BYTES:
+                raise ValueError("no header is that long")
+            header = parse_json(file.read(length)) if length < size else None
     except (struct.error, ValueError):
         raise _no_safetensors(path) from None
     if not (header is None or isinstance(header, dict)):

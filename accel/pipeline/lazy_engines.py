@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from ..engines import Engine
@@ -27,6 +29,7 @@ class LazyEngines(Mapping[str, Engine], Resource):
         self._loaders, self.offload = dict(loaders), offload
         self._loaded: dict[str, Engine] = {}
         self.descriptions: dict[str, str] = {}
+        self._loading, self._image = threading.RLock(), threading.RLock()
 
     @classmethod
     def of(cls, loaded: Mapping[str, Engine]) -> LazyEngines:
@@ -36,11 +39,16 @@ class LazyEngines(Mapping[str, Engine], Resource):
         return made
 
     def __getitem__(self, name: str) -> Engine:
-        self.check_open()
-        if name not in self._loaded:
-            self._loaded[name] = self._loaders[name]()
-            self.descriptions[name] = getattr(self._loaded[name], "description", "")
-        return self._loaded[name]
+        with self._loading:
+            self.check_open()
+            if name not in self._loaded:
+                self._loaded[name] = self._loaders[name]()
+                self.descriptions[name] = getattr(self._loaded[name], "description", "")
+            return self._loaded[name]
+
+    def turn(self) -> AbstractContextManager:
+        """A context for one image: with `offload` one thread at a time, because its end closes engines."""
+        return self._image if self.offload else nullcontext()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaders)
@@ -50,9 +58,10 @@ class LazyEngines(Mapping[str, Engine], Resource):
 
     def take(self, name: str) -> Engine:
         """A component that the caller owns from now on; the next use loads it again."""
-        engine = self[name]
-        del self._loaded[name]
-        return engine
+        with self._loading:
+            engine = self[name]
+            del self._loaded[name]
+            return engine
 
     def phase_over(self, names: Iterable[str]) -> None:
         """With `offload` these engines are closed, else nothing happens."""
@@ -63,7 +72,8 @@ class LazyEngines(Mapping[str, Engine], Resource):
         self._drop(list(self._loaded))
 
     def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name in self._loaded:
-                self._loaded.pop(name).close()
+        with self._loading:
+            for name in names:
+                if name in self._loaded:
+                    self._loaded.pop(name).close()
         gc.collect()

@@ -16,6 +16,7 @@ import numpy as np
 from ..assets import resolve
 from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.kinds import KINDS
+from ..bundle.manifest import steadily
 from ..engines import Engine, choose, load_engine
 from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
@@ -68,12 +69,17 @@ def opened(model: str | Path | Bundle) -> Bundle:
         raise UserError(
             f"invalid bundle: {arguments.short(model)} (expected {expected})", "such as accel.load('digits')"
         )
-    if (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model):
+    if _is_pipeline(model):
         choose("eager")  # says what is missing where there is no torch
         from ..models.pipeline_bundle import open_pipeline
 
         return open_pipeline(model)
     return Bundle.open(model)
+
+
+def _is_pipeline(model: str | Path) -> bool:
+    """Whether a folder is a diffusers pipeline's; bundles are laid out like one."""
+    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model)
 
 
 def load(
@@ -105,6 +111,9 @@ def load(
     Raises:
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
+    if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
+        how = dict(verify=verify, low_memory=low_memory, **options)
+        return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
         raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
@@ -159,9 +168,10 @@ class Pipeline(Resource):
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
-        self.schedule = sampler.NoiseSchedule.from_folder(bundle.path / "scheduler")
+        self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
+        folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
         self.tokenizers = {
-            name: ClipTokenizer.from_folder(bundle.path / name.replace("text_encoder", "tokenizer"))
+            name: ClipTokenizer.from_folder(bundle.path / folders[name], bundle.listed(folders[name]))
             for name in engines
             if name in TEXT_ENCODERS
         }
@@ -257,7 +267,8 @@ class Pipeline(Resource):
         run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
         step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, made.plan.start)
         decode = call["output_type"] != "latent"
-        latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
+        with self.engines.turn():
+            latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
         if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
             raise self._not_finite()
         images_made = of_type(call["output_type"], pixels, latents)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
 
 COLUMNS = ("caption", "text", "prompt")
 _FIX = "give a .txt with one prompt per line, a .csv with a heading, or a .jsonl with a text in each line"
@@ -25,9 +25,9 @@ def read_prompts(path: Path, *, refuse_blank: bool = False) -> list[str]:
         UserError: for a file that cannot be read or has no prompts, and for a line that is refused, naming it.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"the prompts {path} cannot be read: {error.strerror}", _FIX) from None
+        text = read_bytes(path, "the file of prompts", 64 << 20).decode("utf-8-sig")
+    except UserError as error:
+        raise UserError(f"the prompts {path} cannot be read: {error.message}", _FIX) from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompts {path} cannot be read: they are not UTF-8 ({error.reason})", _FIX) from None
     read = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
@@ -58,7 +58,7 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, str]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             yield number, next(entry[key] for key in COLUMNS if isinstance(entry.get(key), str))
         except (ValueError, StopIteration, AttributeError):
             raise UserError(f"line {number} of {path} has no text, prompt or caption", _FIX) from None

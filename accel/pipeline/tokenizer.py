@@ -8,7 +8,7 @@ A prompt becomes [start, tokens, end, padding...] of a fixed length, 77 for ever
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
 
 _LENGTH = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # In transformers' order: one text may play several roles, and the last one decides how it is matched in a prompt.
 _SPECIAL = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_PLAIN_WORDS = _WORDS.removeprefix(r"<\|startoftext\|>|<\|endoftext\|>|")
+_PATTERNS = [{"Regex": pattern} for pattern in (r"\s+", _WORDS, _PLAIN_WORDS)]
+_STEPS = {"normalizer": ("NFC", "Replace", "Lowercase"), "pre_tokenizer": ("Split", "ByteLevel")}
+_BYTES, _LONGEST = 16 << 20, 4096
 _FIX = "copy the tokenizer folder of the original pipeline again"
 
 
@@ -43,29 +48,39 @@ class ClipTokenizer:
     length: int = _LENGTH
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> ClipTokenizer:
+    def from_folder(cls, path: str | Path, listed: Collection[str] | None = None) -> ClipTokenizer:
         """Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`, with the configs that lie beside them.
+
+        Args:
+            path: the folder.
+            listed: names of the files that may be read; None for all.
 
         Raises:
             UserError: naming the file that is missing, damaged or not of a CLIP tokenizer.
         """
         folder = Path(path)
-        config = _json(folder / "tokenizer_config.json", missing={})
-        special = _json(folder / "special_tokens_map.json", missing={}) | config
+
+        def has(name: str) -> bool:
+            return (listed is None or name in listed) and (folder / name).exists()
+
+        config = _json(folder / "tokenizer_config.json") if has("tokenizer_config.json") else {}
+        special = (_json(folder / "special_tokens_map.json") if has("special_tokens_map.json") else {}) | config
         file = folder / "tokenizer.json"
-        if file.is_file():
+        if has("tokenizer.json"):
             backend = _backend_from_json(file)
         else:
             file = folder / "vocab.json"
             backend = _backend_from_vocabulary(file, folder / "merges.txt")
-        tokens = {role: _added_token(special.get(role) or default) for role, default in _SPECIAL.items()}
+        tokens = {role: _added_token(special.get(role) or default, file) for role, default in _SPECIAL.items()}
         for role, token in tokens.items():
             if backend.token_to_id(token.content) is None:
                 fix = "use the tokenizer folder of a CLIP text encoder"
                 raise UserError(f"{file} has no {role} {token.content!r}", fix)
         # Padding is a special token too: for SDXL's second encoder a `!` in a prompt is the id of `!`, not of `!</w>`.
-        listed = [_added_token(token) for token in (config.get("added_tokens_decoder") or {}).values()]
-        for group in (listed, list(tokens.values())):
+        added = config.get("added_tokens_decoder") or {}
+        if not isinstance(added, dict) or len(added) > 1000:
+            raise UserError(f"{folder}: added_tokens_decoder is not a table of at most 1000 tokens", _FIX)
+        for group in ([_added_token(token, file) for token in added.values()], list(tokens.values())):
             known = {token.content for token in backend.get_added_tokens_decoder().values()}
             backend.add_special_tokens([token for token in group if token.content not in known])
         ids = {role: backend.token_to_id(token.content) for role, token in tokens.items()}
@@ -96,8 +111,13 @@ class ClipTokenizer:
 
 
 def _backend_from_json(file: Path) -> Tokenizer:
+    text = _json(file)
+    if problem := _unusual(text):
+        raise UserError(
+            f"{file} has {problem}, unlike CLIP tokenizers; refused: it could take any time or memory", _FIX
+        )
     try:
-        backend = Tokenizer.from_file(str(file))
+        backend = Tokenizer.from_str(json.dumps(text))
     except Exception as error:  # the package raises bare Exception
         raise UserError(f"{file} cannot be read: {error}", _FIX) from None
     if not isinstance(backend.model, models.BPE) or backend.model.end_of_word_suffix != "</w>":
@@ -105,6 +125,21 @@ def _backend_from_json(file: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _unusual(content: Mapping[str, Any]) -> str:
+    """The first step of a `tokenizer.json` before the vocabulary that CLIP's tokenizers do not have; "" for none."""
+    for key, known in _STEPS.items():
+        step = content.get(key) or {}
+        sequence = isinstance(step, dict) and step.get("type") == "Sequence"
+        steps = step.get(f"{key.replace('_', '')}s") if sequence else [step]
+        for one in steps if isinstance(steps, list) and len(steps) <= 8 else ["too many steps"]:
+            if not isinstance(one, dict) or one and one.get("type") not in known:
+                return f"the {key} {one!r:.80}"
+            pattern = one.get("pattern")
+            if pattern is not None and (pattern not in _PATTERNS or one.get("content", " ") != " "):
+                return f"the {key} pattern {pattern!r:.80}"
+    return ""
 
 
 def _backend_from_vocabulary(vocab_file: Path, merges_file: Path) -> Tokenizer:
@@ -137,10 +172,12 @@ def _backend_from_vocabulary(vocab_file: Path, merges_file: Path) -> Tokenizer:
     return backend
 
 
-def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+def _added_token(value: Any, file: Path) -> AddedToken:
     """A special token as configs write it: the text, or a mapping with its matching flags."""
     if isinstance(value, str):
         return AddedToken(value, normalized=False, special=True)
+    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
+        raise UserError(f"{file.parent}: {value!r:.80} is not a token", _FIX)
     flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in value}
     return AddedToken(str(value.get("content")), special=True, **flags)
 
@@ -149,23 +186,22 @@ def _length(file: Path, config: Mapping[str, Any]) -> int:
     value = config.get("model_max_length", _LENGTH)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 2:
         raise UserError(f"{file}: model_max_length = {value!r} is not a length", f"set it to {_LENGTH}")
-    return int(value) if value < 1e6 else _LENGTH  # an absurd number is how configs write "not known"
+    return min(int(value), _LONGEST) if value < 1e6 else _LENGTH  # an absurd number is how configs write "not known"
 
 
 def _read(file: Path) -> str:
+    if not file.exists():
+        raise UserError(f"{file} is missing", _FIX)
     try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing", _FIX) from None
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(file, "the tokenizer's file", _BYTES).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"{file} cannot be read: {error}", _FIX) from None
 
 
-def _json(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    if missing is not None and not file.exists():
-        return missing
+def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(file))
+        value = parse_json(_read(file))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text: UnicodeEncodeError
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}", _FIX) from None
     if not isinstance(value, dict):

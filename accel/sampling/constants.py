@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,11 @@ class Sampling:
             raise UserError(f"invalid timesteps: {grid!r} (expected numbers >= 0, highest first)", _FIX)
         if not isinstance(self.options, Mapping) or not set(self.options) <= set(OPTIONS):
             raise UserError(f"invalid options: {self.options!r} (expected {', '.join(OPTIONS)})", _FIX)
-        if not (_is_number(self.guidance) and 0 <= self.guidance < float("inf")):
+        for name, value in self.options.items():
+            text = name in ("sigmas", "timestep_spacing")
+            if not (isinstance(value, str) if text else _is_number(value)):
+                raise UserError(f"invalid {name}: {value!r} (expected a {'name' if text else 'number'})", _FIX)
+        if not (_is_number(self.guidance) and self.guidance >= 0):
             raise UserError(
                 f"invalid guidance: {self.guidance!r} (expected a number >= 0)",
                 "0 for none, 3 to 12 for a guided model",
@@ -94,4 +99,5 @@ class Sampling:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a finite number, of a size that a float can have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -10,7 +10,6 @@ were when the model was trained on them: alpha_bar is diffusers' to the last bit
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import parse_json, read_bytes
 from . import scheduler_config
 from .scheduler_config import refused
 
@@ -133,9 +133,9 @@ class NoiseSchedule:
         """Reads `scheduler_config.json` from a diffusers `scheduler/` folder, as `from_scheduler` does."""
         file = Path(path) / "scheduler_config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing", "point at the scheduler folder of a diffusers pipeline") from None
+            if not file.exists():
+                raise UserError(f"{file} is missing", "point at the scheduler folder of a diffusers pipeline")
+            config = parse_json(read_bytes(file, "the scheduler's config", 1 << 20))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}", "write it again from the original pipeline") from None
         if not isinstance(config, dict):

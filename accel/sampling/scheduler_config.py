@@ -7,6 +7,7 @@ what it does to the image; a field that only another class reads has no effect, 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,9 @@ class _Kind:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max or abs(value) == math.inf  # an integer may be larger, and NaN is neither
 
 
 def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -93,10 +96,10 @@ def _list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     )
 
 
-def _whole(least: int) -> _Kind:
+def _whole(least: int, most: int = 100_000) -> _Kind:
     return _Kind(
-        f"a whole number of at least {least}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"a whole number of at least {least}, and at most {most}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
     )
 
 

@@ -11,6 +11,7 @@ The key is the digest of everything that changes an engine. `unet.json` records 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
-from ..bundle import Bundle, Component
+from ..bundle import Bundle, Component, limits
 from ..errors import UserError
-from ..files import digest_of, inside, write_bytes
+from ..files import digest_of, inside, parse_json, read_bytes, write_bytes
 from . import trust
 from .cuda import Cuda
 
@@ -130,8 +131,8 @@ def key_of(identity: Mapping[str, Any]) -> str:
 def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> EngineFile:
     """Write an engine file, then its record, then the signature: without a record, it was never finished."""
     text = (json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False) + "\n").encode()
-    folder = bundle.path / FOLDER / record["key"]
-    path = folder / f"{record['component']}.plan"
+    path = inside(bundle.path, f"{FOLDER}/{record['key']}/{record['component']}.plan", "the engine file")
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # a umask may leave new folders writable for the group, and preflight refuses those
@@ -163,15 +164,16 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
     described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the engine file's record")
     if not described.is_file():
         raise UserError(f"{path} has no {described.name}: accel did not build it", rebuild(bundle, component))
-    try:
-        text = described.read_bytes()
-        record = json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        record = None
+    text, record = b"", None
+    with contextlib.suppress(UserError, ValueError):
+        text = read_bytes(described, "the engine file's record", 1 << 20)
+        record = parse_json(text)
     if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
     try:
         records.read(_REQUIRED, record, "record")
+        if odd := next((text for text in limits.texts(record) if not text.isprintable()), None):
+            raise ValueError(f"{odd!r:.80} is not a line of text")
     except ValueError as error:
         raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from accel import records
 from accel.errors import UserError
-from accel.files import read_json, sha256
+from accel.files import inside, read_json, sha256
 
 from ..sources.item import BrokenItem, Lines
 
 FORMAT = 1
+_INDEX = {
+    "key": {"variants": int, "shard": int, "dtype": str},
+    "files": Mapping[str, {"sha256": str, "bytes": int}],  # type: ignore[valid-type]
+    "broken": Mapping[str, str],
+}
 _OPEN_FILES = 16
 
 
@@ -90,13 +97,14 @@ class Cache:
     def prompt(self, number: int) -> dict[str, torch.Tensor]:
         """`context` [77, D] and for SDXL `pooled` [P] of a caption, float32."""
         shard, place = divmod(number, self.key["shard"])
-        return self._read(shard_name("text", shard), place)
+        return self._read(shard_name("text", shard), place, "context")
 
     def latents(self, row: int, variant: int = 0) -> dict[str, torch.Tensor]:
         """`latent_mean` and `latent_std` [4, h, w] and `time_ids` [6] of a placement of a row, float32."""
         self.row(row)
         place = self.rows[row]["place"] * self.variants + variant
-        return self._read(shard_name("latents", row // self.key["shard"]), place)
+        name = shard_name("latents", row // self.key["shard"])
+        return self._read(name, place, "latent_mean", "latent_std", "time_ids")
 
     def require(self, *, resolution: int, center_crop: bool, random_flip: bool, seed: int) -> None:
         """Refuse options that the cache was not made with.
@@ -111,14 +119,17 @@ class Cache:
         """Names of the files that are not as they were written. Reads everything."""
         return [name for name, entry in self.index["files"].items() if not intact(self.folder / name, entry)]
 
-    def _read(self, name: str, place: int) -> dict[str, torch.Tensor]:
+    def _read(self, name: str, place: int, *wanted: str) -> dict[str, torch.Tensor]:
         try:
             file = self._files.pop(name, None) or safe_open(self.folder / name, framework="pt")
             self._files[name] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
-            return {key: file.get_slice(key)[place : place + 1][0].float() for key in file.keys()}
-        except (OSError, SafetensorError, IndexError) as error:
+            names = file.keys()
+            if missing := set(wanted) - set(names):
+                raise IndexError(f"it has no {', '.join(sorted(missing))}")
+            return {key: file.get_slice(key)[place : place + 1][0].float() for key in names}
+        except (OSError, SafetensorError, IndexError, TypeError, RuntimeError) as error:
             raise UserError(f"{self.folder / name} is damaged ({error})", "start again: it is made anew") from None
 
 
@@ -132,10 +143,14 @@ def open_cache(folder: str | Path) -> Cache:
     fix = "make it again: start the training with the same options"
     index = read_json(folder / "index.json", "the cache's index.json")
     try:
+        records.read({"key": {"format": Any}}, index, "index.json")
         if index["key"]["format"] != FORMAT:
             raise UserError(f"{folder} is a cache of another version of accel", "choose another folder")
+        records.read(_INDEX, index, "index.json")
+        if min(index["key"]["shard"], index["key"]["variants"]) < 1:
+            raise ValueError("index.json: key: shard and variants are at least 1")
         for name, entry in index["files"].items():
-            if (folder / name).stat().st_size != entry["bytes"]:
+            if inside(folder, name, "the file of a cache").stat().st_size != entry["bytes"]:
                 raise UserError(f"{folder / name} is damaged: its size is not {entry['bytes']} bytes", fix)
         lists = {}
         for name in ("rows.jsonl", "captions.jsonl"):
@@ -145,8 +160,8 @@ def open_cache(folder: str | Path) -> Cache:
             lists[name] = Lines.parse(data)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}", fix) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'index.json'} is damaged ({error!r})", fix) from None
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / 'index.json'} is damaged ({error})", fix) from None
     return Cache(folder, index, lists["rows.jsonl"], lists["captions.jsonl"])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.models.config_files import clip_tokenizer
 from accel.models.source import Source, open_source
 
 
@@ -41,12 +42,10 @@ class Encoders:
     @cached_property
     def text(self) -> list[tuple[Any, nn.Module]]:
         """(tokenizer, text encoder): one for SD1.x and SD2.x, two for SDXL."""
-        from transformers import CLIPTokenizer
-
         names = [name for name in ("", "_2") if self.source.has(f"text_encoder{name}")]
         return [
             (
-                CLIPTokenizer.from_pretrained(self.source.path / f"tokenizer{name}"),
+                clip_tokenizer(self.source.path / f"tokenizer{name}"),
                 self.source.load(f"text_encoder{name}").requires_grad_(False).to(self.device, self.dtype),
             )
             for name in names

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,17 @@ from safetensors.torch import save as serialized
 from accel import interrupt
 from accel.dtypes import check_dtype, torch_dtype
 from accel.errors import Notice, UserError
-from accel.files import cache_dir, digest_of, read_json, require_space, write_bytes, write_json
+from accel.files import (
+    cache_dir,
+    digest_of,
+    parse_json,
+    read_bytes,
+    read_json,
+    require_space,
+    sweep,
+    write_bytes,
+    write_json,
+)
 
 from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
@@ -36,7 +45,6 @@ from .examples import FIRST, placement_of
 
 DTYPES = ("float16", "float32")
 PATIENCE = 3600.0  # seconds without a new file from the other processes
-_STALE = 3600.0  # seconds after which a temporary file is nobody's any more
 
 Progress = Callable[[str, float], None]
 
@@ -161,7 +169,7 @@ class _Maker:
         return [shard_name(kind, number) for number in range(-(-count // self.shard))]
 
     def run(self) -> None:
-        _sweep(self.folder)
+        sweep(self.folder)
         self._list_texts()
         for stage, kind, count, make in (
             ("texts", "text", len(self.texts), self._text_shard),
@@ -375,8 +383,8 @@ def _note(folder: Path, name: str) -> Path:
 
 def _read_note(path: Path) -> dict[str, Any] | None:
     try:
-        note = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        note = parse_json(read_bytes(path, "a part of the cache", 64 << 20))
+    except (UserError, ValueError):
         return None
     whole = isinstance(note, dict) and isinstance(note.get("sha256"), str) and isinstance(note.get("bytes"), int)
     return note if whole else None
@@ -384,14 +392,6 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 
 def _lines(values: Iterable[Any]) -> bytes:
     return "".join(json.dumps(value) + "\n" for value in values).encode()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes were writing. Others may be writing now, so only what is old."""
-    for path in folder.glob(".*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE:
-                path.unlink()
 
 
 @contextlib.contextmanager

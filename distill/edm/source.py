@@ -16,6 +16,7 @@ import torch
 from accel.dtypes import torch_dtype
 from accel.errors import UserError
 from accel.files import read_json
+from accel.models.config_files import network_class
 from accel.models.source import Source, open_source
 
 from ..data.encoders import Encoders
@@ -29,6 +30,9 @@ class EDMSource(Source):
     """A folder of an EDM model: unet/ and scheduler/."""
 
     family = "edm"
+
+    def network_class(self, component: str) -> Any:
+        return network_class(component, *self.index[component], more=("UNet2DModel",))
 
     def load(self, component: str) -> Preconditioned:
         constants = self.config("scheduler")

@@ -22,6 +22,7 @@ from accel.dtypes import SHORT, torch_dtype
 from accel.engines.base import check_device
 from accel.errors import UserError
 from accel.files import digest_of, sha256
+from accel.models.config_files import clip_tokenizer
 from accel.models.source import Source, open_source
 from accel.sampling import Sampling
 from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
@@ -184,7 +185,6 @@ def _schedule(source: Source, sampling: Sampling) -> dict[str, Any]:
 def _assemble(source: Source, sampling: Sampling) -> Any:
     """The pipeline of diffusers, without its safety checker, whose black images would be measured as well."""
     import diffusers
-    from transformers import CLIPTokenizer
 
     # From the file and not from the loaded scheduler, whose defaults would be taken for the model's choices.
     spacing = {name: value for name, value in sampling.options.items() if name == "timestep_spacing"}
@@ -193,11 +193,7 @@ def _assemble(source: Source, sampling: Sampling) -> Any:
     networks = {
         name: source.load(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2") if source.has(name)
     }
-    tokenizers = {
-        name: CLIPTokenizer.from_pretrained(source.path / name, local_files_only=True)
-        for name in ("tokenizer", "tokenizer_2")
-        if source.has(name)
-    }
+    tokenizers = {name: clip_tokenizer(source.path / name) for name in ("tokenizer", "tokenizer_2") if source.has(name)}
     parts = {**networks, **tokenizers, "scheduler": scheduler}
     if source.family == "sdxl":
         zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))

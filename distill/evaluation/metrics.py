@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 
 from accel.errors import MissingPackage, UserError
+from accel.files import read_bytes
+from accel.images import decoded
 
 from .protocols import Metric, Preparation
 
@@ -246,11 +248,9 @@ def read_image(path: Path) -> Image.Image:
         UserError: when it cannot be.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not an image that can be read: {error}", "remove it or get it again") from None
+        return decoded(read_bytes(path, "the image", 1 << 28), str(path))
+    except UserError as error:
+        raise UserError(error.message, "remove it or get it again") from None
 
 
 def measure(

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from accel.errors import UserError
-from accel.files import read_json, write_bytes, write_json
+from accel.files import read_bytes, read_json, write_bytes, write_json
+from accel.images import decoded
 
 from ..data.distributed import wait_for_files
 
@@ -80,10 +81,8 @@ def save(image: np.ndarray, path: Path, kind: str) -> None:
 def is_whole(path: Path, size: int) -> bool:
     """Whether an image is there, can be read to its end and has the size."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.size == (size, size)
-    except (OSError, SyntaxError, ValueError):
+        return decoded(read_bytes(path, "the image", 1 << 28), str(path)).size == (size, size)
+    except UserError:
         return False
 
 

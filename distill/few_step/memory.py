@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +113,7 @@ class FakeSource:
         return getattr(self.source, name)
 
     def load(self, component: str) -> nn.Module:
-        library, class_name = self.source.index[component]
-        made = getattr(importlib.import_module(library), class_name).from_config(self.source.config(component))
+        made = self.source.network_class(component).from_config(self.source.config(component))
         if isinstance(self.source, EDMSource):
             return Preconditioned(made, self.source.config("scheduler").get("sigma_data", SIGMA_DATA))
         return made
@@ -273,8 +271,7 @@ def text_bytes(encoders: Encoders | ClassEncoders, dtype: torch.dtype) -> int:
     total = 0
     for name in ("text_encoder", "text_encoder_2"):
         if encoders.source.has(name):
-            library, class_name = encoders.source.index[name]
-            cls = getattr(importlib.import_module(library), class_name)
+            cls = encoders.source.network_class(name)
             with torch.device("meta"):
                 total += sum(p.numel() for p in cls(cls.config_class(**encoders.source.config(name))).parameters())
     return total * torch.empty((), dtype=dtype).element_size()

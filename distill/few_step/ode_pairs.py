@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from accel.errors import UserError
-from accel.files import read_json, write_bytes, write_json
+from accel.files import parse_json, read_json, write_bytes, write_json
 
 from ..data import rng
 from ..data.encoders import Encoders
@@ -43,9 +43,13 @@ class Pairs:
         """`latent_mean` (the teacher's x_0) and `z` (its noise) float32 [n, 4, h, w], and captions."""
         images, captions = [], []
         for number in numbers:
-            with safe_open(shard_file(self.folder, number // SHARD), "pt") as file:
-                images.append(file.get_slice("x0")[number % SHARD].float())
-                captions.append(json.loads(file.metadata()["captions"])[number % SHARD])
+            path = shard_file(self.folder, number // SHARD)
+            try:
+                with safe_open(path, "pt") as file:
+                    images.append(file.get_slice("x0")[number % SHARD].float())
+                    captions.append(parse_json(file.metadata()["captions"])[number % SHARD])
+            except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+                raise UserError(f"{path} is damaged ({error})", f"delete {path}: it is made again") from None
         x0 = torch.stack(images)
         return {"latent_mean": x0, "z": noise(self.seed, numbers, tuple(x0.shape[1:])), "caption": captions}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from accel.errors import MissingPackage, UserError
+from accel.errors import MissingPackage, UserError, markdown
 from accel.models.lora import WEIGHT_NAME
 
 from ..data.encoders import Encoders
@@ -202,6 +203,8 @@ def card(recipe: LoraRecipe, encoders: Encoders, components: Sequence[str]) -> s
     pipeline = "StableDiffusionXLPipeline" if encoders.sdxl else "StableDiffusionPipeline"
     model = encoders.source.name
     base = f"base_model: {model}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else ""
+    command = shlex.quote(model) if "`" not in model else "MODEL"  # a backtick would end the code
+    prompt = prompt.replace("`" * 3, "'" * 3)
     note = ""
     if recipe.alpha != recipe.rank:
         note = (
@@ -214,7 +217,7 @@ library_name: diffusers
 {base}tags: [lora, text-to-image, stable-diffusion{"-xl" if encoders.sdxl else ""}]
 ---
 
-# LoRA of {model}
+# LoRA of {markdown(model)}
 
 Rank {recipe.rank}, alpha {recipe.alpha:g}, of {", ".join(components)}; {recipe.steps} steps at a learning rate of
 {recipe.learning_rate:g}. `training.json` has all settings.
@@ -227,5 +230,5 @@ pipe.load_lora_weights(".")  # this folder
 pipe({prompt!r})
 ```
 
-Fused into a bundle: `accel export {model} BUNDLE --lora .` (`--lora .=0.8` for a weaker one).
+Fused into a bundle: `accel export {command} BUNDLE --lora .` (`--lora .=0.8` for a weaker one).
 {note}"""

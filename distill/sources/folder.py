@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from accel.errors import UserError
+from accel.files import read_bytes
 
 from .item import (
     IMAGE_SUFFIXES,
@@ -108,9 +109,10 @@ class FolderSource:
             return clean_captions(entry.get(self.text_column), name)
         beside = self._path(name).with_suffix(".txt")
         try:
-            return caption_of_bytes(beside.read_bytes(), name)
-        except OSError as error:
-            raise BrokenItem(name, f"its caption {beside.name} cannot be read: {error.strerror}") from None
+            return caption_of_bytes(read_bytes(beside, "its caption", 1 << 20), name)
+        except UserError as error:
+            why = error.message if beside.exists() else "No such file or directory"
+            raise BrokenItem(name, f"its caption {beside.name} cannot be read: {why}") from None
 
 
 def metadata_file(folder: Path) -> Path | None:

@@ -124,6 +124,7 @@ def _library() -> Any:
         import datasets
     except ImportError as error:
         raise MissingPackage("datasets", "a Hugging Face dataset", extra="train") from error
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it asked on the terminal
     return datasets
 
 

@@ -14,8 +14,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from accel.errors import UserError
+from accel.files import read_bytes
+from accel.images import FORMATS, PIXELS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LARGEST = 1 << 28  # bytes of an image
 _CAPTION_WORDS = ("caption", "text", "prompt", "sentence")
 
 
@@ -107,13 +110,15 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
     """
     try:
         if not isinstance(file, bytes):
-            file = file.read_bytes()
-    except OSError as error:
-        raise BrokenItem(name, error.strerror or str(error)) from None
+            file = read_bytes(file, "the image", _LARGEST)
+    except UserError as error:
+        raise BrokenItem(name, error.message if file.exists() else "No such file or directory") from None
     if not file:
         raise BrokenItem(name, "the file is empty")
     try:
-        with Image.open(io.BytesIO(file)) as image:
+        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
             image.load()
             return _rgb(_upright(image))
     except Image.UnidentifiedImageError:

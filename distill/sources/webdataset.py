@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import Notice, UserError
-from accel.files import cache_dir, digest_of, write_json
+from accel.files import cache_dir, digest_of, parse_json, read_bytes, write_json
 
 from .item import (
     IMAGE_SUFFIXES,
@@ -39,6 +38,7 @@ from .item import (
 
 _VERSION = 1
 _SMALL = 1 << 20  # bytes; larger files are not captions
+_LARGEST = 1 << 28  # bytes; no image or caption is larger
 _PEEK = 50  # samples read to learn the columns of their json files
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -105,6 +105,8 @@ class TarSource:
             raise BrokenItem(name, f"it has no .{suffix}; it has {', '.join(entry['files'])}")
         if place[1] < 0:
             raise BrokenItem(name, f"its shard has several .{suffix} of that name")
+        if place[1] > _LARGEST:
+            raise BrokenItem(name, f"its .{suffix} has {place[1]:,} bytes")
         try:
             return _slice(self.shards[entry["shard"]], *place)
         except (OSError, EOFError) as error:
@@ -126,8 +128,8 @@ def _is_image(suffix: str) -> bool:
 
 def _table(data: bytes, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         what = "UTF-8" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
         raise BrokenItem(name, f"its .json is not {what}") from None
     if not isinstance(value, dict):
@@ -251,10 +253,10 @@ def _index(path: Path) -> dict[str, Any]:
 
 def _kept_index(path: Path) -> dict[str, Any] | None:
     try:
-        entry = json.loads(path.read_bytes())
+        entry = parse_json(read_bytes(path, "the index of a shard", 1 << 30))
         sound = {"samples", "digest", "problem"} <= set(entry) and all(len(sample) == 2 for sample in entry["samples"])
         return entry if sound else None
-    except (OSError, ValueError, TypeError):
+    except (UserError, ValueError, TypeError):
         return None
 
 

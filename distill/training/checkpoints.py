@@ -1,7 +1,7 @@
 """Checkpoints of a training run: whole or not at all, rotated, and exact.
 
 <run>/checkpoints/step-000500/
-    state.json                  step, recipe, global batch, versions, the scaler of float16
+    state.json                  step, recipe, global batch, versions, the scaler of float16, digests of all files
     unet/                       the network as diffusers writes it, so that it can be loaded as it is
     unet_ema/                   its average, where there is one
     optimizer-unet.pt           one per optimizer phase
@@ -20,7 +20,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from accel import records
 from accel.errors import UserError
-from accel.files import read_json, readable
+from accel.files import digest_of, inside, read_json, readable, replace_folder, settle, sha256
 
 from ..settings import Recipe
 from .method import TrainedNetwork
@@ -101,7 +101,7 @@ def write(
     main = accelerator.is_main_process
     with _saving(partial):
         if main:
-            _sweep(final.parent)
+            tidy(run)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         _save(_random_state(), partial / f"rng-{accelerator.process_index}.pt")
@@ -123,12 +123,16 @@ def write(
         accelerator.wait_for_everyone()
         if main:
             scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler is not None else {}
-            (partial / "state.json").write_text(json.dumps(dict(kept) | scaler | {"step": step}, indent=2) + "\n")
+            files = {
+                file.relative_to(partial).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+                for file in sorted(partial.rglob("*"))
+                if file.is_file()
+            }
+            state = json.loads(json.dumps(dict(kept) | scaler | {"step": step, "files": files}))  # tuples as lists
+            (partial / "state.json").write_text(json.dumps(state | {"digest": _digest(state)}, indent=2) + "\n")
             readable(partial)
             _to_disk(partial)
-            if final.exists():
-                _remove(final)
-            os.replace(partial, final)
+            replace_folder(final, partial)
             for old in all_of(run)[:-keep] if keep else ():
                 _remove(old)
     accelerator.wait_for_everyone()
@@ -175,8 +179,11 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed runs left half-written, or half-removed."""
+def tidy(run: Path) -> None:
+    """Remove what killed runs left half-written, or half-removed; a checkpoint that was being replaced comes back."""
+    folder = run / "checkpoints"
+    for path in folder.glob(".step-*.previous"):
+        settle(folder / path.name.removeprefix(".").removesuffix(".previous"))
     for path in folder.glob(f".*{_PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -198,7 +205,8 @@ def read(
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-    state = read_json(path / "state.json", "the checkpoint's state.json")
+    fix = _instead(path)
+    state = _proven(path, fix)
     now = kept["settings"]
     then = {"cached": now.get("cached")} | state["settings"]  # checkpoints of earlier versions do not say
     other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
@@ -211,27 +219,93 @@ def read(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     try:
         for name, network in networks.items():
-            tensors = load_file(path / name / WEIGHTS)
-            tensors = {_renamed(key): value for key, value in tensors.items()}
+            wanted = {key: value.shape for key, value in tensors_of(network.model).items()}
+            tensors = {_renamed(key): value for key, value in load_file(path / name / WEIGHTS).items()}
+            _check_tensors(tensors, wanted, name)
             set_model_state_dict(network.model, tensors, options=options)
             if name in averages:
-                _fill(averages[name], load_file(path / f"{name}_ema" / WEIGHTS), _trained(network.model))
+                shadow = load_file(path / f"{name}_ema" / WEIGHTS)
+                _check_tensors({_renamed(key): value for key, value in shadow.items()}, wanted, f"{name}_ema")
+                _fill(averages[name], shadow, _trained(network.model))
         for phase, optimizer in optimizers.items():
             models = nn.ModuleDict({name: networks[name].model for name in kept["phases"][phase]})
             moments = torch.load(path / f"optimizer-{phase}.pt", weights_only=True)
             moments["state"] = {_renamed(key): value for key, value in moments["state"].items()}
             for group in moments["param_groups"]:
                 group["params"] = [_renamed(key) for key in group["params"]]
+            _check_finite(moments, f"optimizer-{phase}")
             set_optimizer_state_dict(models, optimizer, moments, options=options)
-            schedulers[phase].load_state_dict(torch.load(path / f"scheduler-{phase}.pt", weights_only=True))
+            schedule = torch.load(path / f"scheduler-{phase}.pt", weights_only=True)
+            _check_finite(schedule, f"scheduler-{phase}")
+            schedulers[phase].load_state_dict(schedule)
         random_file = path / f"rng-{accelerator.process_index}.pt"
         if random_file.is_file():
             _set_random_state(torch.load(random_file, weights_only=True))
         if accelerator.scaler is not None and "scaler" in state:
+            _check_finite(state["scaler"], "the scaler")
             accelerator.scaler.load_state_dict(state["scaler"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {error}", f"delete {path}; the one before is used then") from None
+    except Exception as error:  # whatever the libraries say about a file that is not what they expect
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{path} cannot be read: {line[:300]}", fix) from None
     return state["step"]
+
+
+def _instead(path: Path) -> str:
+    """What to do about a checkpoint that is damaged."""
+    before = [other for other in all_of(path.parents[1]) if _step(other) < _step(path)]
+    if not before:
+        return f"there is none before it: delete {path}, and the run starts anew"
+    return f"delete {path}; the run goes on from the one before it then, {before[-1]}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _proven(path: Path, fix: str) -> dict[str, Any]:
+    """state.json of a checkpoint, all of whose files are as they were written. Earlier versions kept no digests."""
+    state = read_json(path / "state.json", "the checkpoint's state.json")
+    try:
+        records.read({"settings": dict, "step": int}, state, "state.json")
+        if state["step"] != _step(path):
+            raise ValueError(f"it is of step {state['step']}")
+        if "files" in state:
+            records.read({"files": Mapping[str, {"sha256": str, "bytes": int}], "digest": str}, state, "state.json")
+            if state["digest"] != _digest(state):
+                raise ValueError("state.json was changed")
+            for name, entry in state["files"].items():
+                file = inside(path, name, "the checkpoint's file")
+                if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+                    raise ValueError(f"{name} is missing or was changed")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}", fix) from None
+    return state
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return digest_of({key: value for key, value in state.items() if key != "digest"})
+
+
+def _check_tensors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], name: str) -> None:
+    """Every tensor by its name and shape, and finite."""
+    for key in sorted({*found, *wanted}):
+        if key not in found or key not in wanted:
+            raise ValueError(f"{name}: {key} {'is missing' if key in wanted else 'is no weight of this network'}")
+        if found[key].shape != wanted[key]:
+            raise ValueError(f"{name}: {key} has shape {list(found[key].shape)}, not {list(wanted[key])}")
+    _check_finite(found, name)
+
+
+def _check_finite(value: Any, name: str) -> None:
+    """Every number and tensor in it, at any depth."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_finite(entry, f"{name}: {key}")
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _check_finite(entry, name)
+    elif isinstance(value, (float, torch.Tensor)) and not bool(torch.as_tensor(value).isfinite().all()):
+        raise ValueError(f"{name} is not finite")
 
 
 def _renamed(name: str) -> str:

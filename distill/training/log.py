@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accel.files import write_bytes
+
 from ..settings import Recipe
 
 
@@ -19,9 +21,9 @@ class Log:
         self.accelerator, self.path = accelerator, run / "losses.jsonl"
         self.began = time.perf_counter()
         if accelerator.is_main_process:
-            lines = self.path.read_text().splitlines() if first and self.path.is_file() else []
+            lines = self.path.read_text(errors="replace").splitlines() if first and self.path.is_file() else []
             kept = [line for line in lines if _step_of(line) <= first]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
         if accelerator.log_with:
             plain = {name: value for name, value in vars(recipe).items() if isinstance(value, (int, float, str, bool))}
             accelerator.init_trackers("accel", config=plain)

@@ -193,7 +193,7 @@ class Loop:
                     log.write(step, figures)
                     report(_short(figures), step)
                     for text in watch.see(figures) if shown else ():
-                        self.console.print(text, soft_wrap=True, highlight=False)
+                        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
                     if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
                         self.checkpoint(step)
                         kept = step
@@ -272,6 +272,9 @@ class Loop:
     # --------------------------------------------------------------------------------------------- checkpoints, samples
 
     def resume(self) -> int:
+        if self.accelerator.is_main_process:
+            checkpoints.tidy(self.run)
+        self.accelerator.wait_for_everyone()
         found = checkpoints.all_of(self.run)
         if not found:
             return 0
@@ -283,13 +286,15 @@ class Loop:
             )
         for name, average in self.averages.items():
             average.optimization_step = sum(phase.count(step) for phase in self.method.phases if name in phase.networks)
-        self.console.print(f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True)
+        self.console.print(
+            f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True, markup=False
+        )
         return step
 
     def checkpoint(self, step: int) -> None:
         path = checkpoints.write(self.run, step, keep=self.recipe.keep, **self.state)
         if self.accelerator.is_main_process:
-            self.console.print(f"step {step}: checkpoint {path}", soft_wrap=True)
+            self.console.print(f"step {step}: checkpoint {path}", soft_wrap=True, markup=False)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

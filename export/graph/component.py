@@ -137,7 +137,8 @@ def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, tor
         return result
 
     chosen = [sizes({}), sizes({"height": 1, "width": 2, "batch": 1, "images": 1})]
-    return [trace.example(network.inputs, own, seed=seed) for seed, own in enumerate(chosen)]
+    known = trace.vocabulary_of(network)
+    return [trace.example(network.inputs, own, seed=seed, vocabulary=known) for seed, own in enumerate(chosen)]
 
 
 def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[str, torch.Tensor]:

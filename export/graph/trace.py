@@ -56,8 +56,19 @@ def check_opset(opset: int) -> None:
         raise UserError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} to {OPSETS.stop - 1}")
 
 
-def example(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs for given sizes of the symbolic dimensions: N(0, 1) floats, token ids, a timestep."""
+def vocabulary_of(network: Network) -> int:
+    """How many token ids a text encoder knows: 0 to that number, less one."""
+    return getattr(network.module.model.config, "vocab_size", 1)
+
+
+def example(
+    specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: int = 0, vocabulary: int = 256
+) -> dict[str, torch.Tensor]:
+    """Random inputs for given sizes of the symbolic dimensions: N(0, 1) floats, token ids, a timestep.
+
+    Args:
+        vocabulary: token ids are below it.
+    """
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for spec in specs:
@@ -67,7 +78,7 @@ def example(specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: in
         elif spec.name == "time_ids":
             feeds[spec.name] = torch.randint(0, 1024, shape, generator=generator).to(dtype)
         elif spec.name == "input_ids":
-            feeds[spec.name] = torch.randint(0, 256, shape, generator=generator).to(dtype)
+            feeds[spec.name] = torch.randint(0, vocabulary, shape, generator=generator).to(dtype)
         else:
             feeds[spec.name] = torch.randn(shape, generator=generator).to(dtype)
     return feeds
@@ -77,7 +88,7 @@ def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onn
     used = {dim for spec in network.inputs for dim in spec.shape if isinstance(dim, str)}
     # torch.export specialises sizes 0 and 1, and merges dimensions that share a size, so the example has neither.
     sizes = {dim: dims[dim].min if dims[dim].fixed else _tracing_size(dim, dims[dim]) for dim in used}
-    feeds = example(network.inputs, sizes)
+    feeds = example(network.inputs, sizes, vocabulary=vocabulary_of(network))
     symbols = _symbols(used, dims)
     shapes = {
         spec.name: {axis: symbols[dim] for axis, dim in enumerate(spec.shape) if dim in symbols} or None

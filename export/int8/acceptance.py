@@ -69,7 +69,7 @@ def apply(decision: Decision, component: Component, fallback: Bundle, folder: Pa
         return replace(component, int8=dict(component.int8) | {"audit": audits, "acceptance": measurements})
     if component.int8:
         shutil.rmtree(folder / component.name)
-        shutil.copytree(fallback.path / component.name, folder / component.name)
+        fallback.copy(folder, component.name)
         component = fallback.component(component.name)
     return record_fallback(component, decision.reason, measurements)
 
@@ -88,4 +88,5 @@ def keep_engine_files(component: Component, built: Bundle, folder: Path) -> None
     """
     if "tensorrt" in component.int8.get("acceptance", {}).get("enabled_engines", ()):
         for engine_file in engine_files.find(built, component.name):
-            shutil.copytree(engine_file.path.parent, folder / engine_files.FOLDER / engine_file.key, dirs_exist_ok=True)
+            here = engine_file.path.parent
+            shutil.copytree(here, folder / engine_files.FOLDER / here.name, dirs_exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel.bundle import MANIFEST, Bundle, Component, finalize
+from accel.bundle import Bundle, Component, finalize
 from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8 import fake_quant, packed
@@ -59,7 +59,7 @@ def quantize(
     names, decisions = _candidates(bundle, settings)
     records = dict(bundle.manifest.components)
     with new_folder(out, overwrite=overwrite) as folder:
-        _copy(bundle, folder)
+        bundle.copy(folder)
         pipeline = load(bundle, "eager", device="cpu")
         models = {name: pipeline.engines[name].module.model for name in names}
         for name in _without_layers(models, settings):
@@ -267,11 +267,3 @@ def _convert_the_rest(bundle: Bundle, records: dict[str, Component], folder: Pat
         if not record.int8:
             shutil.rmtree(folder / name)
             records[name] = fp16.write(bundle, name, folder / name)
-
-
-def _copy(bundle: Bundle, folder: Path) -> None:
-    """Copy everything but the manifest; accepted components are written anew afterwards."""
-    for entry in bundle.manifest.files:
-        if entry != MANIFEST:
-            (folder / entry).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.file(entry), folder / entry)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel.errors import UserError
+from accel.errors import markdown as plain_words
 from accel.files import write_bytes, write_json
 
 from .image_parity import Evaluator
@@ -105,7 +106,7 @@ def write(
 
 
 def markdown(costs: Sequence[LayerCost], blocks: Sequence[LayerCost], title: str, kept: Mapping[str, str]) -> str:
-    lines = [f"# What int8 costs {title}, each block and each layer alone", ""]
+    lines = [f"# What int8 costs {plain_words(title)}, each block and each layer alone", ""]
     lines += ["| block | layers | PSNR, dB | squared error |", "|---|---|---|---|"]
     lines += [f"| {cost.name} | {len(cost.layers)} | {cost.psnr:.1f} | {cost.mse:.2e} |" for cost in blocks]
     lines += ["", "| layer | PSNR, dB | squared error | |", "|---|---|---|---|"]

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from accel.arrays import synchronize
 from accel.bench import timing
+from accel.bench.state import temporary_caches
 from accel.bundle import MANIFEST, Bundle, finalize
 from accel.engines import Engine, fitting_engine_file, load_engine, status
 from accel.errors import UserError
-from accel.files import temporary_caches
 from accel.machine import machine_name
 
 from ..graph import fp16
@@ -135,7 +135,8 @@ def _benchmark(pair: Pair, component: str, engine: str, threads: int) -> dict[st
 def _feeds(engine: Engine) -> dict[str, Any]:
     """Inputs on the engine's own device, so that copies to a GPU are not timed."""
     sizes = {name: limits.opt for name, limits in engine.component.dims.items()}
-    return {name: engine.array(tensor.numpy()) for name, tensor in example(engine.component.inputs, sizes).items()}
+    feeds = example(engine.component.inputs, sizes, vocabulary=1)  # which words does not matter to the time
+    return {name: engine.array(tensor.numpy()) for name, tensor in feeds.items()}
 
 
 def _call(engine: Engine, feeds: dict[str, Any]) -> None:
@@ -154,5 +155,5 @@ def _copied(bundle: Bundle, component: str, folder: Path) -> Bundle:
     """A copy of one component of a bundle. (ONNX's own loader refuses weights that are links.)"""
     folder.mkdir(parents=True)
     shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
-    shutil.copytree(bundle.path / component, folder / component)
+    bundle.copy(folder, component)
     return Bundle.open(folder)

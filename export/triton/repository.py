@@ -22,14 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from accel.bundle import MANIFEST, Bundle, Component
-from accel.bundle.graph_file import graph_file
+from accel.bundle.graph_file import graph
 from accel.bundle.shape_profiles import Range
 from accel.bundle.tensor_spec import TensorSpec
 from accel.errors import UserError, unknown
-from accel.files import new_folder
+from accel.files import inside, new_folder
 from accel.trt.engine_files import EngineFile, rebuild
 from accel.trt.preflight import Fit, choose
 
@@ -92,7 +90,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
     with new_folder(Path(out), overwrite=overwrite) as folder:
         shutil.copyfile(bundle.path / MANIFEST, folder / MANIFEST)
         for component in bundle.manifest.components.values():
-            version = folder / component.name / "1"
+            version = inside(folder, f"{component.name}/1", "the component")
             version.mkdir(parents=True)
             file = None
             if serving.backend == "tensorrt":
@@ -105,7 +103,7 @@ def write(bundle: Bundle, out: str | Path, serving: Serving | None = None, *, ov
                 component = _graph(bundle, component, version / "model.onnx")
                 shutil.copyfile(bundle.file(component.weights), version / Path(component.weights).name)
             text = text_format(config(component, serving, file))
-            (folder / component.name / "config.pbtxt").write_text(text)
+            (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     return shlex.join(command)
 
 
@@ -118,7 +116,7 @@ def _unservable(bundle: Bundle, file: EngineFile) -> Fit | None:
 
 def _graph(bundle: Bundle, component: Component, to: Path) -> Component:
     """Write the graph as it is served; returns the component with the inputs of that graph."""
-    model = onnx.load(str(graph_file(bundle, component, "onnxruntime")), load_external_data=False)
+    model = graph(bundle, component, "onnxruntime")
     rows = with_row_timesteps(model)
     to.write_bytes((rows or model).SerializeToString())
     if rows is None:
@@ -209,4 +207,10 @@ def text_format(data: Mapping[str, Any], indent: int = 0) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) and not isinstance(value, EnumValue) else str(value)
+    return _quoted(value) if isinstance(value, str) and not isinstance(value, EnumValue) else str(value)
+
+
+def _quoted(text: str) -> str:
+    """A string in protobuf's text format: its UTF-8, with octal escapes for what has a meaning or no picture."""
+    plain = (chr(b) if 32 <= b < 127 and chr(b) not in "\"'\\" else f"\\{b:03o}" for b in text.encode())
+    return f'"{"".join(plain)}"'

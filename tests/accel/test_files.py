@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,29 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("ACCEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "accel"
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 40 + b"1" + b"}" * 40, b"[" * 200 + b"]" * 200])
+def test_json_deeper_than_any_file_of_ours_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match="nested more than 32 deep"):
+        read_json(tmp_path / "x.json", "the thing")
+
+
+def test_a_file_that_never_ends_or_is_too_large_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    started = time.monotonic()
+    for name, problem in (
+        ("pipe", "not an ordinary"),
+        ("device", "not an ordinary"),
+        ("large", "the most that it may"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            read_json(tmp_path / name, "the thing")
+    assert time.monotonic() - started < 1
 
 
 # inside
@@ -270,6 +294,7 @@ def test_the_old_folder_is_back_when_the_new_one_cannot_take_its_place(tmp_path,
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
+    monkeypatch.setattr(files.atomic, "exchange", lambda one, other: False)
     with pytest.raises(UserError, match="no space left"), new_folder(out, overwrite=True):
         monkeypatch.setattr(files.os, "replace", flaky)
     assert (out / "weights").read_text() == "old"
@@ -297,16 +322,20 @@ import os, signal, sys, time
 from pathlib import Path
 from accel import files
 out, moment = Path(sys.argv[1]), sys.argv[2]
+if moment in ("between", "tidying"):  # a file system that cannot exchange two names
+    files.atomic.exchange = lambda one, other: False
+if moment == "exchanged":
+    files._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "between":
-    replace, calls = os.replace, []
+    replace = os.replace
     def deadly(source, target):
         replace(source, target)
         os.kill(os.getpid(), signal.SIGKILL)
     files.os.replace = deadly
 if moment == "tidying":
     rmtree = files.shutil.rmtree
-    files.shutil.rmtree = lambda path, **how: (
-        os.kill(os.getpid(), signal.SIGKILL) if str(path).endswith(".previous") else rmtree(path, **how))
+    files.shutil.rmtree = lambda path, *args, **how: (
+        os.kill(os.getpid(), signal.SIGKILL) if str(path).endswith(".previous") else rmtree(path, *args, **how))
 with files.new_folder(out, overwrite=True) as folder:
     (folder / "weights").write_text("half")
     (folder / "accel.json").write_text("{}")
@@ -332,7 +361,7 @@ def test_a_second_writer_is_told_to_wait_and_the_first_is_not_disturbed(tmp_path
         (tmp_path / "x").mkdir()
         with pytest.raises(UserError, match="another process is writing"), new_folder(roundabout):
             pytest.fail("two writers at once, by another spelling")
-        assert len(leftovers(tmp_path)) == 1
+        assert len(leftovers(tmp_path)) == 2  # the lock and the unfinished folder
     finally:
         process.kill()
         process.wait()
@@ -344,7 +373,7 @@ def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_tidies_up(tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (out / "weights").read_text() == "old"
-    assert len(leftovers(tmp_path)) == 1
+    assert len(leftovers(tmp_path)) == 2
     with new_folder(out, overwrite=True) as folder:
         (folder / "weights").write_text("new")
     assert (out / "weights").read_text() == "new"
@@ -358,6 +387,81 @@ def test_killed_between_the_two_renames_the_old_folder_comes_back(tmp_path):
     with pytest.raises(UserError, match="exists already"), new_folder(out):
         pytest.fail("the old folder is there again")
     assert (out / "weights").read_text() == "old"
+
+
+def test_killed_between_the_two_renames_the_next_reader_finds_the_old_folder(tmp_path):
+    out = bundle_at(tmp_path / "out")
+    writer(out, "between").wait()
+    files.settle(out)
+    assert (out / "weights").read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+def test_an_overwrite_is_one_rename_and_what_it_leaves_when_killed_goes_with_the_next_reader(tmp_path):
+    out = bundle_at(tmp_path / "out")
+    writer(out, "exchanged").wait()
+    assert (out / "weights").read_text() == "half"
+    assert len(leftovers(tmp_path)) == 2
+    files.settle(out)
+    assert leftovers(tmp_path) == []
+    assert (out / "weights").read_text() == "half"
+
+
+def test_a_reader_disturbs_no_writer_and_changes_nothing_where_it_may_not(tmp_path):
+    out = tmp_path / "out"
+    process = writer(out, "body")
+    try:
+        before = leftovers(tmp_path)
+        files.settle(out)
+        assert leftovers(tmp_path) == before
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path):
+    process = writer(tmp_path / "out", "body")
+    try:
+        with pytest.raises(UserError, match=f"process {process.pid} on {os.uname().nodename}, since 2"):
+            with new_folder(tmp_path / "out"):
+                pytest.fail("two writers at once")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_lock_does_not_depend_on_the_users_cache(tmp_path, monkeypatch):
+    """Two containers share a volume, and nothing else."""
+    process = writer(tmp_path / "out", "body")
+    try:
+        monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "another"))
+        with pytest.raises(UserError, match="another process is writing"), new_folder(tmp_path / "out"):
+            pytest.fail("two writers at once")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_thread_may_write_in_steps_what_it_holds_and_others_may_not(tmp_path):
+    out = tmp_path / "out"
+    with files.exclusive(out):
+        with new_folder(out) as folder:
+            (folder / "accel.json").write_text("{}")
+        with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="another process is writing"):
+            pool.submit(new_folder(out, overwrite=True).__enter__).result()
+    with new_folder(out, overwrite=True):
+        pass
+
+
+def test_what_a_killed_write_left_is_written_over_and_what_is_being_written_is_not_swept(tmp_path):
+    (tmp_path / ".x.partial").write_text("half of something longer than the new")
+    files.write_bytes(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new" and leftovers(tmp_path) == []
+    (tmp_path / ".y.partial").write_text("half")
+    handle = files.atomic.acquire(tmp_path / ".z.partial", wait=False)
+    files.sweep(tmp_path)
+    assert leftovers(tmp_path) == [".z.partial"]
+    os.close(handle)
 
 
 def test_killed_while_removing_the_old_folder_the_new_one_counts_and_can_be_replaced(tmp_path):

@@ -20,6 +20,7 @@ FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill
 # The floors of the house, lowest first: a module imports from its own room and from floors below, never from above.
 # Rooms that share a floor do not know each other.
 ACCEL = (
+    ("disk",),
     ("ground",),
     ("assets",),
     ("sampling",),

@@ -1,0 +1,107 @@
+"""What a manifest may say: names that can be part of a path, and numbers that a network can have.
+
+Everybody else takes them as they are, so this is the only place where they are checked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..dtypes import TENSORS
+from .kinds import KINDS
+from .shape_profiles import Range
+from .tensor_spec import TensorSpec
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+LARGEST = 1 << 20  # of a dimension: images, pixels, channels, tokens
+_CONSTANTS = {"vae_scale": 256, "latent_channels": 4096, "latent_multiple": 256, "native_size": 1 << 16}
+
+
+def check(manifest: Any) -> None:
+    """Check names and numbers of a `Manifest` whose types are right.
+
+    Raises:
+        ValueError: for the first one that is not allowed, with its place and value.
+    """
+    for problem in _problems(manifest):
+        raise ValueError(problem)
+
+
+def _problems(manifest: Any) -> Iterator[str]:
+    for word in texts(manifest.as_dict()):
+        if not word.isprintable() or len(word) > 10_000:
+            yield f"{word!r:.80} is not a line of text"
+    constants = manifest.pipeline
+    for key, largest in _CONSTANTS.items():
+        if not 1 <= constants[key] <= largest:
+            yield f"pipeline.{key}: {constants[key]!r:.40} is not between 1 and {largest}"
+    if not math.isfinite(constants["scaling_factor"]) or constants["scaling_factor"] == 0:
+        yield f"pipeline.scaling_factor: {constants['scaling_factor']!r} is no scale"
+    if not math.isfinite(constants["shift_factor"]):
+        yield f"pipeline.shift_factor: {constants['shift_factor']!r} is not finite"
+    profile = manifest.profile
+    for side in ("batch", "height", "width"):
+        yield from _range(f"profile.{side}", getattr(profile, side))
+    if not 1 <= profile.tokens <= LARGEST:
+        yield f"profile.tokens: {profile.tokens!r:.40} is not between 1 and {LARGEST}"
+    for entry, record in manifest.files.items():
+        if not _SHA256.fullmatch(record["sha256"]) or record["bytes"] < 0:
+            yield f"files.{entry!r:.80}: {dict(record)!r:.120} is not a sha256 and a size"
+    for component in manifest.components.values():
+        yield from _component(component)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every key and text in it: all of them may be shown on a terminal or go into another format."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield str(key)
+            yield from texts(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from texts(entry)
+
+
+def _component(component: Any) -> Iterator[str]:
+    name, kind = component.name, KINDS[component.kind]
+    if name not in kind.names:
+        yield f"components: a {component.kind} is called {' or '.join(kind.names)}, not {name!r:.80}"
+    for entry in (component.graph, component.weights, *component.int8.get("graphs", {}).values()):
+        folder, _, file = entry.rpartition("/") if isinstance(entry, str) else ("", "", "")
+        if folder != name or not _NAME.fullmatch(file):
+            yield f"components.{name}: {entry!r:.80} is not a file in the folder {name}"
+    for dim, limits in component.dims.items():
+        if not _NAME.fullmatch(dim):
+            yield f"components.{name}.dims: {dim!r:.80} is not a name"
+        yield from _range(f"components.{name}.dims.{dim}", limits)
+    given = {dim for spec in component.inputs for dim in spec.shape if isinstance(dim, str)}
+    for dim in {dim for spec in component.outputs for dim in spec.shape if isinstance(dim, str)} - given:
+        if not any(side in dim and any(side in own for own in given) for side in ("height", "width")):
+            yield f"components.{name}.outputs: {dim!r} follows from no input"
+    specs = (*component.inputs, *component.outputs)
+    for spec in specs:
+        yield from _tensor(f"components.{name}", spec)
+    for side, listed in (("inputs", component.inputs), ("outputs", component.outputs)):
+        if not listed or len({spec.name for spec in listed}) < len(listed):
+            yield f"components.{name}.{side}: {[spec.name for spec in listed]!r:.120} are not different names"
+
+
+def _tensor(place: str, spec: TensorSpec) -> Iterator[str]:
+    if not _NAME.fullmatch(spec.name):
+        yield f"{place}: {spec.name!r:.80} is not the name of a tensor"
+    if spec.dtype not in TENSORS:
+        yield f"{place}.{spec.name}: unknown dtype {spec.dtype!r:.40} (one of: {', '.join(TENSORS)})"
+    if len(spec.shape) > 8 or any(isinstance(size, int) and not 1 <= size <= LARGEST for size in spec.shape):
+        yield f"{place}.{spec.name}: {spec.shape!r:.80} is no shape"
+
+
+def _range(place: str, limits: Range) -> Iterator[str]:
+    ends: list[Any] = [1, limits.min, limits.opt, limits.max, LARGEST]
+    if ends != sorted(ends) or not 1 <= limits.multiple <= LARGEST:
+        yield f"{place}: {vars(limits)!r:.120} is no range: 1 <= min <= opt <= max <= {LARGEST}, multiple >= 1"
