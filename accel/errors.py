@@ -46,18 +46,19 @@ class MissingPackage(UserError):
         super().__init__(f"{feature} needs the package {package}, which is not installed", what)
 
 
-def unknown(what: str, value: object, known: Iterable[str]) -> UserError:
+def unknown(what: str, value: object, known: Iterable[str], of: str = "") -> UserError:
     """The error for a name that is none of those known; the nearest of them is suggested.
 
     Args:
         what: what is named, such as "engine".
         value: the name that was given.
         known: the names there are, in the order in which they are to be listed.
+        of: whose names these are; "" says nothing.
     """
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(value), names, 1)
     suggestion = f"did you mean {near[0]}? " if near else ""
-    return UserError(f"unknown {what} {value!r}", f"{suggestion}one of: {', '.join(names)}")
+    return UserError(f"unknown {what} {value!r}" + f" of {of}" * bool(of), f"{suggestion}one of: {', '.join(names)}")
 
 
 class Notice(UserWarning):

@@ -1,12 +1,13 @@
-"""The whole image: a real-size few-step student from text to pixels, as diffusers runs it and as we do.
+"""The whole image: a few-step student from text to pixels, as diffusers runs it and as we do.
 
+    python benchmarks/whole_image.py digits/4step --write
     python benchmarks/random_pipeline.py sd15-tiny out/sd15-tiny-random
-    python benchmarks/whole_image.py out/sd15-tiny-random --work out/whole-image --write
+    python benchmarks/whole_image.py out/sd15-tiny-random --profile batch=1-2,size=256 --steps 4
 
 exports the pipeline in float32 and in int8 into the work folder (kept for the next time), and times one image of every
 way of running it, taking turns: eager and torch.compile, then our engines. `--write` keeps the result in
-`whole-image.json` and puts the table into the README. Weights are random, which decides neither speed nor how close
-two ways of computing the same network are; the images show nothing.
+`whole-image.json` and puts the table into the README. The second one is of real size with random weights, which decide
+neither speed nor how close two ways of computing the same network are; half an hour, most of it the int8 export.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from accel.pipeline import Pipeline, component_names
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "whole-image.json"
-PROFILE, STEPS, PROMPT = "batch=1-2,size=256", 4, "a photo of a lighthouse on a cliff at dusk"
 # Name -> engine and precision. The first is what everything is compared with.
 WAYS = {
     "eager": ("eager", "fp32"),
@@ -47,44 +47,47 @@ WAYS = {
 PHASES = ("text_encoder", "unet", "vae_decoder", "total")
 
 
-def bundle_of(precision: str, source: Path, work: Path) -> Path:
+def bundle_of(precision: str, args: argparse.Namespace) -> Path:
     """The bundle of a precision, exported where it is not there yet."""
+    work = args.work / Path(args.model).name
     out = work / precision
     if not (out / "accel.json").is_file():
         began = time.perf_counter()
-        model, settings = (work / "fp32", Int8Settings(images=4)) if precision == "int8" else (source, None)
-        how = {"int8": settings} if settings else {"profile": PROFILE}
+        model, settings = (
+            (work / "fp32", Int8Settings(images=args.calibration_images)) if precision == "int8" else (args.model, None)
+        )
+        how = {"int8": settings} if settings else {"profile": args.profile}
         export_pipeline(model, out, precision=precision, progress=lambda stage, done: print(stage, flush=True), **how)
         print(f"{precision}: exported in {time.perf_counter() - began:.0f} s", flush=True)
     return out
 
 
-def load(way: str, source: Path, work: Path) -> Pipeline:
+def load(way: str, args: argparse.Namespace) -> Pipeline:
     engine, precision = WAYS[way]
-    bundle = Bundle.open(bundle_of("int8" if precision == "int8" else "fp32", source, work))
+    bundle = Bundle.open(bundle_of("int8" if precision == "int8" else "fp32", args))
     options = {"dtype": precision} if precision == "bf16" else {}
     names = component_names(bundle)
     return Pipeline(bundle, {name: load_engine(bundle, name, engine, verify=False, **options) for name in names})
 
 
-def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each phase of an image for every way, the median of the rounds, and its PSNR against eager's."""
     for precision in ("fp32", "int8"):
-        bundle_of(precision, source, work)
-    call = dict(prompt=PROMPT, seed=7, steps=STEPS, guidance_scale=0.0, output_type="np")
+        bundle_of(precision, args)
+    call = dict(prompt=args.prompt, seed=7, steps=args.steps, guidance_scale=0.0, output_type="np")
     pipelines, images, seconds, failed = {}, {}, {way: [] for way in WAYS}, {}
     for way in WAYS:
         try:
-            pipelines[way] = load(way, source, work)
+            pipelines[way] = load(way, args)
             images[way] = pipelines[way](**call).images  # and whatever is compiled on the first call
         except UserError as error:
             pipelines.pop(way, None)
             failed[way] = error.message
         print(f"{way}: {failed.get(way, 'loaded')}", flush=True)
-    for number in range(rounds):
+    for number in range(args.rounds):
         for way, pipeline in pipelines.items():
             seconds[way].append(pipeline(**call).seconds)
-            print(f"round {number + 1} of {rounds}, {way}: {seconds[way][-1]['total']:.2f} s", flush=True)
+            print(f"round {number + 1} of {args.rounds}, {way}: {seconds[way][-1]['total']:.2f} s", flush=True)
     rows = [
         {
             "way": way,
@@ -95,11 +98,19 @@ def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
         }
         for way in pipelines
     ]
+    own = Bundle.open(bundle_of("fp32", args)).manifest.sampler
     return {
         "schema": "accel-whole-image/1",
-        "command": f"python benchmarks/whole_image.py out/{source.name} --rounds {rounds} --write",
+        "command": f"python benchmarks/whole_image.py {args.model} --rounds {args.rounds}",
         "machine": machine().as_dict(),
-        "work": {"model": source.name, "size": 256, "steps": STEPS, "guidance": 0.0, "batch": 1, "rounds": rounds},
+        "work": {
+            "model": str(args.model),
+            "size": int(next(iter(images.values())).shape[1]),
+            "steps": args.steps or own.get("steps") or len(own["timesteps"]),
+            "guidance": 0.0,
+            "batch": 1,
+            "rounds": args.rounds,
+        },
         "rows": rows,
         "failed": failed,
     }
@@ -107,43 +118,43 @@ def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
 
 def table(document: Mapping[str, Any]) -> str:
     """The README's table, fastest first, the machine below it."""
-    rows = {row["way"]: row for row in document["rows"]}
+    rows, work = {row["way"]: row for row in document["rows"]}, document["work"]
     totals = {way: row["seconds"]["total"] for way, row in rows.items()}
-    lines = [
-        "| SD-Tiny, 4 steps, 256 px | text s | UNet s | decoder s | image s | vs eager | vs compile | same image |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    unit, factor = ("s", 1.0) if min(totals.values()) > 0.5 else ("ms", 1e3)
+    title = f"{work['model']}, {work['steps']} steps, {work['size']} px"
+    phases = f"text {unit} | UNet {unit} | decoder {unit} | image {unit}"
+    lines = [f"| {title} | {phases} | vs eager | vs compile | same image |", "|---|---|---|---|---|---|---|---|"]
     for way in sorted(rows, key=totals.__getitem__):
-        phases = [f"{rows[way]['seconds'][phase]:.2f}" for phase in PHASES]
+        taken = [f"{factor * rows[way]['seconds'][phase]:.3g}" for phase in PHASES]
         versus = [
             f"{totals[base] / totals[way]:.2f}x" if base in totals else "-" for base in ("eager", "torch.compile")
         ]
         same = "reference" if rows[way]["psnr"] is None else f"{rows[way]['psnr']:.0f} dB"
         name = f"**accel: {way}**" if rows[way]["engine"] in ("onnxruntime", "openvino") else way
-        lines.append(f"| {' | '.join([name, *phases, *versus, same])} |")
+        lines.append(f"| {' | '.join([name, *taken, *versus, same])} |")
     here, packages = document["machine"], document["machine"]["packages"]
     isa = next((f", {name}" for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx2") if name in here["isa"]), "")
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "onnxruntime", "openvino"))
-    rounds = document["work"]["rounds"]
     missing = "".join(f" {way} is not measured: {why}." for way, why in document["failed"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{here['cpu']}, {here['threads']} threads{isa}; {versions}; median of {rounds} interleaved rounds, "
-            f"random weights at real size; PSNR of the image against eager's.{missing} `{document['command']}`",
-        ]
-    )
+    how = f"median of {work['rounds']} interleaved rounds; PSNR of the image against eager's"
+    machine_line = f"{here['cpu']}, {here['threads']} threads{isa}; {versions}; {how}.{missing} `{document['command']}`"
+    return "\n".join([*lines, "", machine_line])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, nargs="?", help="pipeline folder; without it the kept result is written")
+    parser.add_argument(
+        "model", nargs="?", help="pipeline folder or shipped model; without it the kept result is written"
+    )
     parser.add_argument("--work", type=Path, default=Path("out/whole-image"), help="folder of the bundles")
+    parser.add_argument("--profile", default="native")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
+    parser.add_argument("--prompt", default="a handwritten seven")
+    parser.add_argument("--calibration-images", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="keep the result, and put the table into the README")
     args = parser.parse_args()
-    document = measure(args.source, args.work, args.rounds) if args.source else json.loads(KEPT.read_text())
+    document = measure(args) if args.model else json.loads(KEPT.read_text())
     print(table(document))
     if args.write:
         write_json(KEPT, document)

@@ -301,5 +301,5 @@ def changed(recipe: R, **fields: Any) -> R:
     known = [field.name for field in dataclasses.fields(recipe)]
     for name in fields:
         if name not in known:
-            raise unknown(f"field of {type(recipe).__name__}", name, known)
+            raise unknown("field", name, known, type(recipe).__name__)
     return dataclasses.replace(recipe, **fields)

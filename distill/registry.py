@@ -125,7 +125,7 @@ def recipe(name: str, verb: str | None = None) -> Recipe:
     known = _references(verb)
     reference = known.get(name.replace("-", "_"))
     if reference is None:
-        raise unknown(f"recipe of {verb}" if verb else "recipe", name, known)
+        raise unknown("recipe", name, known, verb or "")
     return load(reference)()
 
 

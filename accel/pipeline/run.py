@@ -14,6 +14,8 @@ from ..bundle import Bundle
 from ..bundle.kinds import control_components
 from ..engines import Engine
 from ..engines.base import to_numpy
+from ..progress import Report
+from ..progress import progress as show_progress
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
@@ -56,10 +58,11 @@ class Run:
             for value in texts[-1].values():
                 synchronize(value)
         starts = [self._start(chunk) for chunk in chunks]
-        bar = _Bar(progress, self.plan.steps * len(chunks))
-        with bar, self._phase("unet", *control_components(), "unet"):
+        bar = show_progress("sampling", steps=self.plan.steps * len(chunks), shown=progress)
+        with bar as report, self._phase("unet", *control_components(), "unet"):
+            steps = _Steps(report)
             done = [
-                self._denoise(chunk, text, start, bar, callback, step_end)
+                self._denoise(chunk, text, start, steps, callback, step_end)
                 for chunk, text, start in zip(chunks, texts, starts, strict=True)
             ]
         if not decode:
@@ -116,7 +119,7 @@ class Run:
         chunk: Chunk,
         text: dict[str, Any],
         start: Start,
-        bar: _Bar,
+        steps: _Steps,
         callback: StepCallback | None,
         step_end: StepEnd | None,
     ) -> np.ndarray:
@@ -146,7 +149,7 @@ class Run:
         def after(i: int, t: float, x: Any) -> None:
             nonlocal row
             row = i + 1
-            bar.advance()
+            steps.advance()
             if callback is not None:
                 callback(i, t, x)
 
@@ -167,7 +170,7 @@ class Run:
             draws = max(plan.table.draws, default=-1) + 1 if plan.table else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):
-                bar.advance()
+                steps.advance()
             return to_numpy(x)
         hooks: dict[str, Any] = dict(
             noise=fresh, callback=after, constrain=None if keep is None and step_end is None else constrain
@@ -204,26 +207,12 @@ def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> 
     return {name: value[index] for name, value in found.items()}
 
 
-class _Bar:
-    """A progress bar over steps, or nothing at all."""
+class _Steps:
+    """Counts the steps of all chunks for a progress bar."""
 
-    def __init__(self, show: bool, total: int):
-        self.bar = None
-        if show:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("sampling", total=total)
-
-    def __enter__(self) -> None:
-        if self.bar:
-            self.bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    def __init__(self, report: Report):
+        self.report, self.done = report, 0
 
     def advance(self) -> None:
-        if self.bar:
-            self.bar.advance(self.task)
+        self.done += 1
+        self.report("", self.done)

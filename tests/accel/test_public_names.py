@@ -56,5 +56,5 @@ def test_the_recipe_of_the_docstring_exists():
 
     made = changed(recipe("digits_tiny"), model="digits", data="digits")
     assert isinstance(made, Recipe) and made.model == "digits"
-    with pytest.raises(UserError, match="has no field 'modle'"):
+    with pytest.raises(UserError, match="unknown field 'modle'"):
         changed(made, modle="digits")

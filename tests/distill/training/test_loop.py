@@ -605,9 +605,8 @@ def test_an_option_is_never_taken_for_another_one(capsys):
     """--lr is what others call --learning-rate; as an abbreviation it would be --lr-schedule."""
     from accel.cli import main
 
-    with pytest.raises(SystemExit) as caught:
-        main(["distill", "tiny", "--model", "digits", "--data", "digits", "--out", "nowhere", "--lr", "1"])
-    assert caught.value.code == 2 and "unrecognized arguments: --lr" in capsys.readouterr().err
+    assert main(["distill", "tiny", "--model", "digits", "--data", "digits", "--out", "nowhere", "--lr", "1"]) == 2
+    assert "unknown option '--lr'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
