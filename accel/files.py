@@ -249,8 +249,10 @@ def _lock_path(target: Path) -> Path:
 def _leftovers(out: Path) -> Iterator[Path]:
     """What writers of `out` leave beside it when they are killed."""
     name = glob.escape(out.name)
-    for pattern in (f".{name}.previous", f".{name}.partial-*", f".{name}.float", f"..{name}.float.*"):
+    for pattern in (f".{name}.previous", f".{name}.partial-*", f"..{name}.float.*"):
         yield from out.parent.glob(pattern)
+    if _ours(float32 := out.with_name(f".{out.name}.float")):  # where an int8 export keeps the float32 bundle meanwhile
+        yield float32
 
 
 def _tidy(out: Path) -> None:
@@ -347,8 +349,13 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} exists already", "choose another folder, or add --overwrite to replace it")
     if out.is_symlink():
         raise UserError(f"{out} is a symbolic link, so it is not overwritten", f"name the folder: {out.resolve()}")
-    if not any((out / name).is_file() for name in OWN):
+    if not _ours(out):
         raise UserError(f"{out} is not something accel wrote, so it is not overwritten", "choose another folder")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether accel wrote it."""
+    return any((folder / name).is_file() for name in OWN)
 
 
 def _disk_error(error: OSError, out: Path) -> Exception:

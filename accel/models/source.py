@@ -90,7 +90,9 @@ class Source:
         path = self.path / "sampler.json"
         by_file = families.recognise(self.few_step, self.parts, "", {})
         if by_file is None and path.is_file():
-            return read_json(path, "sampler.json")
+            if not isinstance(constants := read_json(path, "sampler.json"), dict):
+                raise UserError(f"{path} is not a JSON object", 'write {"name": "ddim", "steps": 25, "guidance": 7.5}')
+            return constants
         found = by_file or self.recognised()
         if found is None:
             return None

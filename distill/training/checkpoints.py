@@ -203,7 +203,12 @@ def read(
     Raises:
         UserError: when the checkpoint was written with other settings, naming each, or is damaged.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     fix = _instead(path)
     state = _proven(path, fix)
@@ -217,9 +222,11 @@ def read(
             f"use the same settings, another --run folder, or delete {path.parent}",
         )
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    parts = StateDictOptions(ignore_frozen_params=True)
     try:
         for name, network in networks.items():
-            wanted = {key: value.shape for key, value in tensors_of(network.model).items()}
+            own = get_model_state_dict(network.model, options=parts)
+            wanted = {key: value.shape for key, value in own.items()}  # the whole shape, of sharded tensors too
             tensors = {_renamed(key): value for key, value in load_file(path / name / WEIGHTS).items()}
             _check_tensors(tensors, wanted, name)
             set_model_state_dict(network.model, tensors, options=options)
