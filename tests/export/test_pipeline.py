@@ -221,7 +221,7 @@ def test_a_unet_that_takes_the_guidance_scale_is_the_same(small, tmp_path):
 
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(small / "unet") | {"time_cond_proj_dim": 16}
-    source = replaced(small, tmp_path / "lcm", "unet", UNet2DConditionModel.from_config(config))
+    source = replaced(small, tmp_path / "embedded", "unet", UNet2DConditionModel.from_config(config))
     bundle = static_unet(source, tmp_path / "out", opset=23)
     assert "timestep_cond" in [spec.name for spec in Bundle.open(bundle).component("unet").inputs]
     assert graph_of(bundle, "unet").opset_import[0].version == 23
