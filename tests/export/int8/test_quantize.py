@@ -596,7 +596,7 @@ def test_calibration_sees_the_deployed_steps_and_no_others(floating):
 
 
 def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
-    with pytest.raises(UserError, match="cannot be read: No such file or directory\n.*one prompt per line"):
+    with pytest.raises(UserError, match="cannot be read: .*missing.*\n.*one prompt per line"):
         read_prompts(tmp_path / "none.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
@@ -680,7 +680,7 @@ def refused(capsys):
     from accel.cli import main
 
     def call(*args) -> str:
-        assert main(["export", *map(str, args)]) == 1
+        assert main(["export", *map(str, args)]) in (1, 2)
         err = capsys.readouterr().err
         assert err.count("error:") == 1 == err.count("fix:") and "Traceback" not in err, err
         return err
@@ -729,10 +729,10 @@ def test_wrong_options_are_said_before_the_pipeline_is_exported(smallest, tmp_pa
         ("no prompts in it", "--calibration", empty),
         ("cannot be read", "--calibration", tmp_path / "none.txt"),
         ("budget: -5 dB", "--budget=-5"),
-        ("unknown int8 level 'convs'", "--int8-level=convs"),
+        ("--int8-level 'convs' is not known", "--int8-level=convs"),
         ("alpha: 1.5", "--smooth=1.5"),
-        ("'' cannot be int8", "--int8-components="),
-        ("unknown int8 observer 'mean'", "--int8-observer=mean"),
+        ("no component is named", "--int8-components="),
+        ("--int8-observer 'mean' is not known", "--int8-observer=mean"),
         (f"{empty} is a file", "--sensitivity", empty),
         (f"{empty} is a file", "--sensitivity", empty / "costs"),
         ("no layer is called 'up_block'", "--int8-keep=up_block"),
