@@ -35,14 +35,7 @@ def _problems(manifest: Any) -> Iterator[str]:
     for word in texts(manifest.as_dict()):
         if not word.isprintable() or len(word) > 10_000:
             yield f"{word!r:.80} is not a line of text"
-    constants = manifest.pipeline
-    for key, largest in _CONSTANTS.items():
-        if not 1 <= constants[key] <= largest:
-            yield f"pipeline.{key}: {constants[key]!r:.40} is not between 1 and {largest}"
-    if not math.isfinite(constants["scaling_factor"]) or constants["scaling_factor"] == 0:
-        yield f"pipeline.scaling_factor: {constants['scaling_factor']!r} is no scale"
-    if not math.isfinite(constants["shift_factor"]):
-        yield f"pipeline.shift_factor: {constants['shift_factor']!r} is not finite"
+    yield from constants(manifest.pipeline)
     profile = manifest.profile
     for side in ("batch", "height", "width"):
         yield from _range(f"profile.{side}", getattr(profile, side))
@@ -53,6 +46,17 @@ def _problems(manifest: Any) -> Iterator[str]:
             yield f"files.{entry!r:.80}: {dict(record)!r:.120} is not a sha256 and a size"
     for component in manifest.components.values():
         yield from _component(component)
+
+
+def constants(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a pipeline's constants, see `accel.bundle.Manifest.pipeline`: sizes and factors."""
+    for key, largest in _CONSTANTS.items():
+        if isinstance(values[key], bool) or not 1 <= values[key] <= largest:
+            yield f"pipeline.{key}: {values[key]!r:.40} is not between 1 and {largest}"
+    if not math.isfinite(values["scaling_factor"]) or values["scaling_factor"] == 0:
+        yield f"pipeline.scaling_factor: {values['scaling_factor']!r} is no scale"
+    if not math.isfinite(values["shift_factor"]):
+        yield f"pipeline.shift_factor: {values['shift_factor']!r} is not finite"
 
 
 def texts(value: Any) -> Iterator[str]:

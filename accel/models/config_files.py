@@ -14,16 +14,17 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..bundle.kinds import KINDS
 from ..bundle.limits import LARGEST
 from ..errors import Notice, UserError
 from ..files import inside, read_json
 
+_T = TypeVar("_T")
 # Fields by which a config has Python code looked up, on disk or on the hub.
 _CODE = frozenset(
     "auto_map trust_remote_code custom_pipeline custom_pipelines code_revision attn_implementation "
@@ -78,6 +79,19 @@ def read_config(path: Path, what: str, *, network: bool = True) -> dict[str, Any
     if network:
         _check_sizes(config, path)
     return config
+
+
+def built(path: Path, name: str, build: Callable[[], _T]) -> _T:
+    """What a library builds from a config; libraries check their configs by failing somewhere in the middle.
+
+    Raises:
+        UserError: for a config from which it builds no `name`.
+    """
+    try:
+        return build()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{path} does not describe a {name}: {lines[0][:300]}", "get the file again") from error
 
 
 def stripped(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..bundle import limits
 from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling.noise_schedule import NoiseSchedule
@@ -19,26 +20,31 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
     unet, vae = source.config("unet"), source.config("vae")
     stages = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
     size, widths, channels = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("latent_channels")
+    sides, factors = size if isinstance(size, list) else [size], ("scaling_factor", "shift_factor")
     for name, key, value, ok in (
         ("vae", "block_out_channels", stages, isinstance(stages, list)),
         ("vae", "latent_channels", channels, isinstance(channels, int)),
         ("unet", "block_out_channels", widths, isinstance(widths, list)),
-        ("unet", "sample_size", size, all(isinstance(n, int) for n in (size if isinstance(size, list) else [size]))),
+        ("unet", "sample_size", size, size != [] and all(isinstance(n, int) for n in sides)),
+        *(("vae", key, vae.get(key, 1.0), isinstance(vae.get(key) or 0, (int, float))) for key in factors),
     ):
         if not ok:
             raise UserError(f"{source.path}/{name}/config.json: {key} is invalid: {value!r}", "get the file again")
     scale = 2 ** (len(stages) - 1)
     # Configs from before the field existed (such as SD1.5's own) mean diffusers' default.
     scaling = 0.18215 if vae.get("_class_name") == "AutoencoderKL" else 1.0
-    return {
+    made = {
         "vae_scale": scale,
         "latent_channels": vae["latent_channels"],
-        "scaling_factor": vae.get("scaling_factor", scaling),
+        "scaling_factor": scaling if vae.get("scaling_factor") is None else vae["scaling_factor"],
         "shift_factor": vae.get("shift_factor") or 0.0,
         "latent_multiple": 2 ** (len(unet["block_out_channels"]) - 1),
         "native_size": (size if isinstance(size, int) else max(size)) * scale,
         "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
     }
+    for problem in limits.constants(made):
+        raise UserError(f"{source.path}: {problem}", "get the files of the model again")
+    return made
 
 
 def own_sampling(source: Source) -> Sampling:

@@ -23,7 +23,7 @@ from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
 from ..int8 import packed
 from . import weight_files
-from .config_files import read_config
+from .config_files import built, read_config
 from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
 
 FLOAT = "float32"
@@ -263,13 +263,9 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     if name not in row.classes:
         raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
     cls = getattr(import_module(row.library), name)
-    try:
-        if row.library == "transformers":
-            return cls(cls.config_class.from_dict(dict(config)))
-        return _only(cls.from_config(dict(config)), kind)
-    except Exception as error:  # the libraries check their configs by failing somewhere in the middle
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{path} does not describe a {name}: {lines[0][:300]}", "get the file again") from error
+    if row.library == "transformers":
+        return built(path, name, lambda: cls(cls.config_class.from_dict(dict(config))))
+    return built(path, name, lambda: _only(cls.from_config(dict(config)), kind))
 
 
 def save_config(network: Network, folder: Path) -> None:

@@ -13,6 +13,7 @@ from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, round_to
 from ..files import digest_of
+from .config_files import built
 from .constants import own_sampling, pipeline_constants
 from .source import Source, open_source
 from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -105,7 +106,8 @@ class _Shapes(Source):
 
     def load(self, component: str) -> Any:
         cls, config = self.network_class(component), self.config(component)
+        path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return cls.from_config(config).eval()
-            return cls(cls.config_class.from_dict(config)).eval()
+                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
+            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()

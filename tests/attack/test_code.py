@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import accel
 from accel.assets import DIGITS
 from accel.errors import Notice, UserError
 from accel.models.config_files import clip_tokenizer, copy_folder, stripped
 from accel.models.networks import on_meta
+from accel.models.pipeline_bundle import open_pipeline
 from accel.models.source import open_source
 
 CODE = "import os, pathlib\npathlib.Path(os.environ['ACCEL_TRAP']).write_text('ran')\nclass Mine: pass\n"
@@ -97,6 +99,32 @@ def test_an_absurd_config_is_a_sentence_at_once(tmp_path, field, value):
     with pytest.raises(UserError, match="config.json"):
         on_meta("text_encoder", tmp_path / "config.json", (), ())
         assert field in ("vocab_size", "layers") and pytest.skip("the library takes it; loading weights will not")
+
+
+def test_a_pipeline_folder_that_is_run_as_it_is_runs_no_code(trapped):
+    scheduler = trapped / "scheduler/scheduler_config.json"
+    scheduler.write_text((DIGITS / "tiny/scheduler/scheduler_config.json").read_text())
+    call = dict(seed=1, steps=1, output_type="np")
+    with pytest.warns(Notice, match="would load code"), accel.load(trapped, "eager") as pipeline:
+        drawn = pipeline("a seven", **call).images
+    with accel.load(DIGITS / "tiny", "eager") as plain:
+        assert (plain("a seven", **call).images == drawn).all()
+
+
+@pytest.mark.parametrize(
+    "part, field, value",
+    [("text_encoder", "num_attention_heads", 0), ("text_encoder", "hidden_act", "nothing_like_it"),
+     ("text_encoder", "vocab_size", -1), ("text_encoder", "intermediate_size", "x"),
+     ("unet", "block_out_channels", []), ("unet", "block_out_channels", ["x"]), ("unet", "sample_size", []),
+     ("unet", "sample_size", 10**6), ("unet", "cross_attention_dim", -4), ("unet", "down_block_types", ["os.system"]),
+     ("vae", "latent_channels", True), ("vae", "latent_channels", 10**6), ("vae", "block_out_channels", [32] * 300),
+     ("vae", "scaling_factor", "x"), ("vae", "scaling_factor", 0)],
+)  # fmt: skip
+def test_an_absurd_config_of_a_pipeline_folder_is_a_sentence_at_once(tmp_path, part, field, value):
+    config = shutil.copytree(DIGITS / "tiny", tmp_path / "model") / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(UserError, match="get the file"):
+        open_pipeline(tmp_path / "model")
 
 
 def test_shards_that_lie_elsewhere_are_refused(trapped):

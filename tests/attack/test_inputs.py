@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +26,10 @@ from accel.distill.sources.open_data import open_data
 from accel.errors import UserError, markdown
 from accel.models.lora import LoraFile, read
 from accel.pipeline.tokenizer import ClipTokenizer
+from accel.sampling import Sampling
 from accel.sampling.noise_schedule import NoiseSchedule
+from accel.sampling.samplers import table
+from accel.sampling.scheduler_config import CLASSES
 
 TOKENIZER = DIGITS / "tiny-1step-int8/tokenizer"
 
@@ -163,6 +168,34 @@ def test_a_caption_that_is_a_pipe_is_a_broken_row(tmp_path, six_images):
 def test_a_schedule_of_any_length_is_refused(steps):
     with pytest.raises(UserError, match="num_train_timesteps"):
         NoiseSchedule.from_config({"num_train_timesteps": steps})
+
+
+ODD = [True, 10**6, 10**400, 1e300, float("nan"), float("inf"), "x", "", [], [[]], {}, {"a": 1}, -1, 5e-324]
+
+
+@pytest.mark.parametrize("scheduler", CLASSES)
+def test_an_odd_value_in_any_field_of_a_scheduler_is_a_sentence_or_a_table(scheduler):
+    for field, value in itertools.product([*CLASSES[scheduler], "_class_name"], ODD):
+        try:
+            schedule = NoiseSchedule.from_scheduler({"_class_name": scheduler, field: value})
+        except UserError:
+            continue
+        for name in ("ddim", "lcm", "dpmpp_2m", "euler"):
+            with contextlib.suppress(UserError):
+                table(name, schedule, 3)
+
+
+@pytest.mark.parametrize("name, right, wrong", [("eta", 0.5, "x"), ("shift", 3, "x"), ("sigmas", "karras", 1)])
+def test_a_sampler_option_of_another_type_is_refused_where_it_is_read(name, right, wrong):
+    Sampling(sampler="ddim", guidance=0.0, steps=1, options={name: right})
+    for value in (wrong, True, [], {}, float("nan"), float("inf"), 10**400):
+        with pytest.raises(UserError, match=f"invalid {name}"):
+            Sampling.from_dict({"name": "ddim", "guidance": 0, "steps": 1, "options": {name: value}}, "the manifest")
+
+
+def test_guidance_has_a_size_that_numbers_have():
+    with pytest.raises(UserError, match="guidance"):
+        Sampling(sampler="ddim", guidance=10**400, steps=1)
 
 
 INDEXES = [

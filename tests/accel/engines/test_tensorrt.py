@@ -528,6 +528,6 @@ def test_the_command_line(bundle, tensorrt, tmp_path, capsys):
     assert main([*command, "--out", str(out)]) == 0 and out.is_file()
     file = engine_files.find(bundle, "unet")[0]
     file.path.write_text("hello")
-    assert main([*command, "--out", str(out)]) == 1
+    assert main([*command, "--out", str(out), "--overwrite"]) == 1
     told = capsys.readouterr().err
     assert "it has 5 bytes" in told and f"accel build {bundle.path} --components unet" in told
