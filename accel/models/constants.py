@@ -95,7 +95,7 @@ def checked_sampling(constants: Any) -> Sampling:
 
 def default_sampler(source: Source) -> dict[str, Any]:
     """The sampling constants of a pipeline that carries none along: its own scheduler's."""
-    if constants := source.sampler():
+    if (constants := source.sampler()) is not None:
         return constants
     config = source.scheduler()
     if source.few_step is None:

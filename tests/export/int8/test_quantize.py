@@ -596,7 +596,7 @@ def test_calibration_sees_the_deployed_steps_and_no_others(floating):
 
 
 def test_calibration_prompts_that_are_missing_or_empty(tmp_path, floating):
-    with pytest.raises(UserError, match="cannot be read: the file of prompts is missing: .*\n.*one prompt per line"):
+    with pytest.raises(UserError, match="cannot be read: .*missing.*\n.*one prompt per line"):
         read_prompts(tmp_path / "none.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
