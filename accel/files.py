@@ -193,7 +193,7 @@ def exclusive(target: Path, *, patience: float | None = None) -> Iterator[None]:
                 )
             time.sleep(0.05)
     except OSError as error:
-        raise _disk_error(error, target) from error
+        raise disk_error(error, target) from error
     _held().add(target)
     try:
         atomic.sign(handle)
@@ -304,7 +304,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise _disk_error(error, out) from error
+        raise disk_error(error, out) from error
 
 
 def readable(folder: Path) -> None:
@@ -358,7 +358,7 @@ def _ours(folder: Path) -> bool:
     return any((folder / name).is_file() for name in OWN)
 
 
-def _disk_error(error: OSError, out: Path) -> Exception:
+def disk_error(error: OSError, out: Path) -> Exception:
     """What went wrong while `out` was made, for people; anything unexpected stays as it is."""
     code = error.errno
     if code is None and (found := re.search(r"\[Errno (\d+)\]", str(error))):
@@ -385,7 +385,7 @@ def require_space(folder: Path, needed: int) -> None:
             folder = folder.parent
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise _disk_error(error, folder) from error
+        raise disk_error(error, folder) from error
     if free < needed:
         raise UserError(
             f"about {needed / 1e9:.1f} GB are needed in {folder}, and {free / 1e9:.1f} GB are free",

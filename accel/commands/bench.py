@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import check_schema, report, report_html
     from ..files import read_json, write_bytes, write_json
 
+    if args.bundle is None and args.json not in (None, "-") and not args.json.endswith(".json"):
+        args.bundle, args.json = args.json, "-"  # --json MODEL: the switch, and then the model
     if (args.bundle is None) == (args.saved is None):
         raise WrongUse("accel bench: give a model, or --from FILE", f"for example {EXAMPLE}")
     files = _files(args)

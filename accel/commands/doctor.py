@@ -14,6 +14,7 @@ from typing import Any
 from ..engines import ENGINES, status
 from ..engines.attempt import attempt
 from ..machine import version_of
+from ..progress import progress
 
 EXAMPLE = "accel doctor"
 
@@ -97,10 +98,16 @@ def examine(*, fast: bool = False) -> dict[str, Any]:
     """
     from ..machine import machine
 
-    here = machine()
+    here, engines = machine(), {}
+    with progress("doctor", shown=not fast) as report:
+        for i, name in enumerate(ENGINES):
+            report(f"trying {name}", i / (len(ENGINES) + 1))
+            engines[name] = vars(status(name) if fast else attempt(name))
+        report("importing the packages", len(ENGINES) / (len(ENGINES) + 1))
+        packages = _packages(fast)
     return {
-        "engines": {name: vars(status(name) if fast else attempt(name)) for name in ENGINES},
-        "optional": _packages(fast),
+        "engines": engines,
+        "optional": packages,
         "gpus": _gpus(),
         "attention": _attention(),
         "packages": here.packages,

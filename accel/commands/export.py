@@ -36,7 +36,7 @@ _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 def add_arguments(parser: Any) -> None:
     from ..bundle.shape_profiles import PROFILES
-    from ..models.few_step import FAMILIES
+    from ..models import few_step
 
     parser.add_argument(
         "model",
@@ -71,9 +71,11 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group("sampler to store in the bundle")
     add_sampling(group)
     text = "sample as this kind of few-step model, where its files' names do not say it; none for an ordinary one"
-    names = (*(family.name for family in FAMILIES), "none")
     group.add_argument(
-        "--few-step", type=one_of("few-step model", names), metavar="NAME", help=f"{text}: {', '.join(names)}"
+        "--few-step",
+        type=one_of("few-step family", few_step.names()),
+        metavar="NAME",
+        help=f"{text}: {', '.join(few_step.names())}",
     )
     _add_parts(parser.add_argument_group("parts from elsewhere"))
     _add_int8(parser.add_argument_group("int8"))

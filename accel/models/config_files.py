@@ -34,7 +34,7 @@ _CODE = frozenset(
 _PLAIN = (None, "eager", "sdpa")  # attention that torch itself has: dropped too, and not worth a note
 _SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".md", ".msgpack", "")
 _MOST_LAYERS = 512
-_SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
 
 
 def network_class(component: str, library: str, class_name: str, more: tuple[str, ...] = ()) -> Any:
@@ -47,11 +47,11 @@ def network_class(component: str, library: str, class_name: str, more: tuple[str
         UserError: for any other class, or one that the installed library does not have.
     """
     if library not in ("diffusers", "transformers"):
-        raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", _SUPPORTED)
+        raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", SUPPORTED)
     kinds = [kind for kind in KINDS.values() if component in (*kind.names, kind.part) and kind.library == library]
     known = list(dict.fromkeys([name for kind in kinds for name in kind.classes] + list(more)))
     if class_name not in known:
-        fix = f"supported: {', '.join(known)}" if known else _SUPPORTED
+        fix = f"supported: {', '.join(known)}" if known else SUPPORTED
         raise UserError(f"{component} is a {class_name} of {library}, which is not supported", fix)
     found = getattr(import_module(library), class_name, None)
     if found is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..sampling.noise_schedule import NoiseSchedule, training_betas
 from ..sampling.samplers import SAMPLERS, dmd2_timesteps
 
@@ -223,7 +223,7 @@ def names() -> list[str]:
 
 def check(name: str) -> None:
     if name not in names():
-        raise UserError(f"unknown few-step family {name!r}", f"one of: {', '.join(names())}")
+        raise unknown("few-step family", name, names())
 
 
 def recognise(forced: str | None, paths: Iterable[Path], name: str, config: Mapping[str, Any]) -> Found | None:

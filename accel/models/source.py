@@ -19,11 +19,9 @@ from ..sampling.samplers import own_sampler
 from . import few_step as families
 from . import single_file
 from . import weight_files as weights
-from .config_files import copy_folder, network_class, note, read_config, stripped, without_code
+from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
-
-_SUPPORTED = "Stable Diffusion 1.x, 2.x, SDXL and their distilled students are supported"
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,7 @@ def _index(path: Path) -> dict[str, Any]:
         if not pipeline.has(needed):
             kind = index.get("_class_name")
             other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
-            fix = single_file.ELSEWHERE if other else _SUPPORTED
+            fix = single_file.ELSEWHERE if other else SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     return index
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UserError, unknown
 from . import grids, scheduler_config
+from .constants import OPTIONS
 from .grids import SIGMAS, Problem, dmd2_timesteps
 from .linear import Callback, Constrain, Model, Noise, Table, run
 from .noise_schedule import NoiseSchedule, add_noise
@@ -156,7 +157,7 @@ def sample(
     chosen = named(name)
     hooks: dict[str, Any] = dict(noise=noise, callback=callback, constrain=constrain)
     if chosen.function is None:
-        if strange := set(options) - {"eta", "sigmas", "timestep_spacing", "shift"}:
+        if strange := set(options) - set(OPTIONS):
             raise UserError(f"sampler {name} has no option {', '.join(sorted(strange))}", "leave it out")
         made = table(name, schedule, steps, timesteps=timesteps, start=start, **options)
         return run(made, model, x, noised=start > 0 if noised is None else noised, **hooks)
@@ -195,26 +196,27 @@ def _problem(
 def _overrides(
     name: str, sigmas: str | None = None, timestep_spacing: str | None = None, shift: float | None = None
 ) -> dict[str, Any]:
-    """Scheduler fields that a caller sets instead of the config's, where the sampler reads them."""
+    """Scheduler fields that a caller sets instead of the config's.
+
+    Raises:
+        UserError: for an unknown value, and for a field that the sampler does not read.
+    """
     made: dict[str, Any] = {}
     if sigmas is not None:
         if sigmas not in (*SIGMAS, "none"):
             raise unknown("sigmas", sigmas, (*SIGMAS, "none"))
-        made |= dict.fromkeys(SIGMAS.values(), False) | ({SIGMAS[sigmas]: True} if sigmas != "none" else {})
+        made |= {field: name == sigmas for name, field in SIGMAS.items()}
     if timestep_spacing is not None:
         made["timestep_spacing"] = timestep_spacing
     if shift is not None:
         made["flow_shift"] = shift
-    wanted = [field for field, value in made.items() if value is not False]
-    read = named(name).fields
-    for option, value in (("sigmas", sigmas), ("timestep_spacing", timestep_spacing), ("shift", shift)):
-        for needed in wanted if value is not None else ():
-            belongs = {"timestep_spacing": "timestep_spacing", "flow_shift": "shift"}.get(needed, "sigmas")
-            if belongs == option and needed not in read:
-                others = ", ".join(n for n, entry in SAMPLERS.items() if needed in entry.fields)
-                raise UserError(
-                    f"{option} = {value!r}: sampler {name} has no {needed}", f"leave it out, or use one of: {others}"
-                )
+    for field, value in made.items():
+        if value is not False and field not in named(name).fields:
+            option = {"timestep_spacing": "timestep_spacing", "flow_shift": "shift"}.get(field, "sigmas")
+            asked = sigmas if option == "sigmas" else value
+            others = ", ".join(n for n, entry in SAMPLERS.items() if field in entry.fields)
+            message = f"{option} = {asked!r}: sampler {name} has no {field}"
+            raise UserError(message, f"leave it out, or use one of: {others}")
     scheduler_config.check(made)
     return made
 

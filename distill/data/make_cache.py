@@ -7,11 +7,8 @@ of it, which is made again. Files are divided over the processes by their number
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +20,8 @@ from safetensors.torch import save as serialized
 
 from accel import interrupt
 from accel.dtypes import check_dtype, torch_dtype
-from accel.errors import Notice, UserError
-from accel.files import (
-    cache_dir,
-    digest_of,
-    parse_json,
-    read_bytes,
-    read_json,
-    require_space,
-    sweep,
-    write_bytes,
-    write_json,
-)
+from accel.errors import UserError
+from accel.files import cache_dir, digest_of, disk_error, read_json, require_space, sweep, write_bytes, write_json
 
 from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
@@ -42,6 +29,7 @@ from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_diff
 from .crop import pixels, time_ids
 from .encoders import Encoders
 from .examples import FIRST, placement_of
+from .noted_files import entry_of, is_kept, note_of, put, read_note
 
 DTYPES = ("float16", "float32")
 PATIENCE = 3600.0  # seconds without a new file from the other processes
@@ -111,7 +99,7 @@ def build(
     maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
     with _disk(folder):
         maker.run()
-        files = [_note(folder, name) for name in maker.names()]
+        files = [note_of(folder, name) for name in maker.names()]
         if missing := distributed.wait_for_files(files, PATIENCE):
             raise UserError(
                 f"{len(missing)} files are missing in {folder}, the first one {missing[0].stem}; "
@@ -179,7 +167,7 @@ class _Maker:
             missing = []
             for number, name in own:
                 interrupt.check()
-                if not self._kept(name):
+                if not is_kept(self.folder, name):
                     missing.append(number)
             if missing:
                 self._require_space(kind, sum(min(self.shard, count - n * self.shard) for n in missing))
@@ -195,7 +183,7 @@ class _Maker:
         """The list of rows, and the index, from what lies beside the shards."""
         files, rows, broken = {}, [], {}
         for name in self.names():
-            note = read_json(_note(self.folder, name), "a part of the cache")
+            note = read_json(note_of(self.folder, name), "a part of the cache")
             files[name] = {"sha256": note["sha256"], "bytes": note["bytes"]}
             rows += note.get("rows", [])
         for row in rows:
@@ -204,36 +192,18 @@ class _Maker:
         if broken and all("broken" in row for row in rows):
             self._give_up(f"all {len(rows)}", *next(iter(broken.items())))
         data = _lines(rows)
-        files["rows.jsonl"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        files["rows.jsonl"] = entry_of(data)
         write_bytes(self.folder / "rows.jsonl", data)
         write_json(self.folder / "index.json", {"key": self.key, "files": files, "broken": broken})
-
-    def _kept(self, name: str) -> bool:
-        """Whether a file is there as it was written. A damaged one loses its note, so that nobody counts on it."""
-        path, note = self.folder / name, _note(self.folder, name)
-        entry = _read_note(note)
-        if entry and intact(path, entry):
-            return True
-        if entry or note.exists():
-            what = "is damaged" if path.exists() else "is missing"
-            warnings.warn(Notice(f"{path} {what}; it is made again"), stacklevel=4)
-            note.unlink(missing_ok=True)
-        return False
-
-    def _put(self, name: str, data: bytes, **note: Any) -> None:
-        """A file, then the note that says it is whole."""
-        write_bytes(self.folder / name, data)
-        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} | note
-        write_bytes(_note(self.folder, name), json.dumps(entry).encode())
 
     # texts
 
     def _list_texts(self) -> None:
         """Number the distinct captions, in the order of the rows."""
         name = "captions.jsonl"
-        entry = _read_note(_note(self.folder, name))
+        entry = read_note(self.folder, name)
         # Only the first process repairs the list; the others may find it missing and then work it out themselves.
-        if self._kept(name) if self.rank == 0 else entry and intact(self.folder / name, entry):
+        if is_kept(self.folder, name) if self.rank == 0 else entry and intact(self.folder / name, entry):
             lines = Lines.parse((self.folder / name).read_bytes())
             self.texts = {lines[row]: row for row in range(len(lines))}
             return
@@ -247,7 +217,7 @@ class _Maker:
             except BrokenItem:
                 continue  # reported when its image is encoded
         if self.rank == 0:
-            self._put(name, _lines(self.texts))
+            put(self.folder, name, _lines(self.texts))
 
     def _text_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         texts = list(self.texts)[rows.start : rows.stop]
@@ -257,7 +227,7 @@ class _Maker:
             part = texts[start : start + self.batch]
             made.append({key: self._cast(value, part) for key, value in self.encoders.prompts(part).items()})
             progress(start + len(part))
-        self._put(name, serialized({key: torch.cat([part[key] for part in made]) for key in made[0]}))
+        put(self.folder, name, serialized({key: torch.cat([part[key] for part in made]) for key in made[0]}))
 
     def _cast(self, value: torch.Tensor, texts: list[str]) -> torch.Tensor:
         cast = value.to("cpu", self.dtype)
@@ -307,7 +277,7 @@ class _Maker:
             progress(len(listed))
         if waiting:
             encode()
-        self._put(name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)
+        put(self.folder, name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)
 
     def _ahead(self, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Rows read and placed, in order, by a few threads that stay two batches ahead of the encoder."""
@@ -377,19 +347,6 @@ class _Maker:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _note(folder: Path, name: str) -> Path:
-    return folder / f"{name}.json"
-
-
-def _read_note(path: Path) -> dict[str, Any] | None:
-    try:
-        note = parse_json(read_bytes(path, "a part of the cache", 64 << 20))
-    except (UserError, ValueError):
-        return None
-    whole = isinstance(note, dict) and isinstance(note.get("sha256"), str) and isinstance(note.get("bytes"), int)
-    return note if whole else None
-
-
 def _lines(values: Iterable[Any]) -> bytes:
     return "".join(json.dumps(value) + "\n" for value in values).encode()
 
@@ -399,9 +356,4 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "free some space and start again: what is finished is kept"
-            raise UserError(f"no space left while writing {folder}", fix) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"{folder} cannot be written: {error.strerror}", "choose another folder") from error
-        raise
+        raise disk_error(error, folder) from error

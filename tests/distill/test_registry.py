@@ -163,8 +163,9 @@ def test_checkpoints_know_the_methods_by_their_names_of_before():
 
 
 def as_before(checkpoint: Path) -> None:
-    """A checkpoint in the spelling of 0.1: "turns" in state.json, "told" for the critic's embedding of the steps."""
+    """A checkpoint of 0.1: "turns" and no digests in state.json, "told" for the critic's embedding of the steps."""
     state = json.loads((checkpoint / "state.json").read_text())
+    del state["files"], state["digest"]
     state["turns"] = state.pop("phases")
     (checkpoint / "state.json").write_text(json.dumps(state))
     weights = load_file(checkpoint / "critic" / WEIGHTS)

@@ -61,3 +61,8 @@ def test_output_files_are_checked_before_measuring(tmp_path):
 def test_the_old_spelling_of_the_files_is_read_with_a_note(tmp_path):
     with pytest.warns(Notice, match="is now --out"), pytest.raises(UserError, match="cannot write"):
         command.run(arguments("no-such-bundle", "--json", str(tmp_path / "nowhere" / "x.json")))
+
+
+def test_json_is_a_switch_also_before_the_model():
+    with pytest.raises(UserError, match="no such folder: no-such-bundle"):
+        command.run(arguments("--json", "no-such-bundle"))

@@ -13,7 +13,7 @@ from accel.cli import main
 from accel.pipeline import conditioning
 from accel.sampling import noise
 from accel.sampling.samplers import SAMPLERS, NoiseSchedule, Sampler, grid, sample
-from accel.sampling.solvers import _predictions
+from accel.sampling.solvers import conversions
 
 
 def sample_midpoint(model, x, schedule, timesteps, *, noise=None, callback=None, constrain=None, start=0):
@@ -23,7 +23,7 @@ def sample_midpoint(model, x, schedule, timesteps, *, noise=None, callback=None,
 
     def slope(y, s, t):
         x = y * (1 / math.sqrt(1 + s**2))
-        _, (ex, ep) = _predictions(schedule, 1 / (1 + s**2), t)
+        _, (ex, ep) = conversions(schedule.prediction_type, 1 / math.sqrt(1 + s**2), s / math.sqrt(1 + s**2), t)
         return ex * x + ep * model(x, t)
 
     for i in range(start, len(timesteps)):

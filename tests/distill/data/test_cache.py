@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from accel.distill.data import make_cache
+from accel.disk import atomic
+from accel.distill.data import make_cache, noted_files
 from accel.distill.data.cache import open_cache
 from accel.distill.data.encoders import Encoders
 from accel.distill.data.examples import Examples, loader
@@ -234,13 +234,15 @@ def test_a_kill_at_any_moment_is_mended(data, encoders, made, tmp_path, monkeypa
 
             return inner
 
-        monkeypatch.setattr(make_cache, "write_bytes", counting(write))
+        for module in (make_cache, noted_files):
+            monkeypatch.setattr(module, "write_bytes", counting(write))
         monkeypatch.setattr(make_cache, "write_json", counting(json_write))
         try:
             build(data, encoders, folder, dtype="float32", **DRAWN)
         except SystemExit:
             total += 1
-        monkeypatch.setattr(make_cache, "write_bytes", write)
+        for module in (make_cache, noted_files):
+            monkeypatch.setattr(module, "write_bytes", write)
         monkeypatch.setattr(make_cache, "write_json", json_write)
         if total < stop:
             break
@@ -291,6 +293,7 @@ def test_a_killed_process_is_followed_by_one_that_finishes(sd15, data, encoders,
 import sys, time
 from accel.distill.data.make_cache import build
 from accel.distill.sources.open_data import open_data
+from accel.disk import atomic
 from accel.distill.data.encoders import Encoders
 from accel.models.source import open_source
 def slowly(stage, fraction):
@@ -313,15 +316,16 @@ build(open_data(sys.argv[1]), Encoders(open_source(sys.argv[2])), sys.argv[3], d
     assert set(digests(tmp_path / "cache")) == set(digests(made.folder))
 
 
-def test_what_killed_processes_were_writing_is_removed_when_it_is_old(data, encoders, tmp_path):
+def test_what_killed_processes_were_writing_is_removed(data, encoders, tmp_path):
     folder = tmp_path / "cache"
     build(data, encoders, folder, **PLAIN)
-    old, new = folder / ".latents-00000.safetensors.abc", folder / ".latents-00000.safetensors.def"
-    for path in (old, new):
+    killed, written = folder / ".latents-00008.safetensors.partial", folder / ".latents-00009.safetensors.partial"
+    for path in (killed, written):
         path.write_bytes(b"x")
-    os.utime(old, (time.time() - 7200,) * 2)
+    handle = atomic.acquire(written, wait=False)
     build(data, encoders, folder, **PLAIN)
-    assert not old.exists() and new.exists()
+    assert not killed.exists() and written.exists()
+    atomic.release(handle, written)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -358,6 +362,7 @@ def test_a_process_group_makes_it_and_mends_it_under_a_finished_index(sd15, data
 import sys, torch.distributed as dist
 from accel.distill.data.make_cache import build
 from accel.distill.sources.open_data import open_data
+from accel.disk import atomic
 from accel.distill.data.encoders import Encoders
 from accel.models.source import open_source
 dist.init_process_group("gloo")
