@@ -117,6 +117,21 @@ class Engine(Resource, ABC):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on native arrays that have been checked already."""
 
+    def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Run with these tensors in place of the bundle's own of the same names; {} brings the bundle's own back.
+
+        Takes seconds, and no export. No call may run meanwhile.
+
+        Args:
+            tensors: name in the component's safetensors file -> tensor of the same shape and dtype.
+
+        Raises:
+            UserError: where the engine cannot; it then runs with what it had.
+        """
+        raise UserError(
+            f"the {self.name} engine cannot take other weights", "fuse the LoRA at export: accel export --lora FILE"
+        )
+
     def array(self, value: Any) -> Any:
         """Any array as one of the engine's own kind; no copy where it already is one."""
         return to_numpy(value)

@@ -56,12 +56,21 @@ class Eager(Engine):
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: dtype to compute in: "auto" (as stored), "fp32", "bf16" or "fp16". Inputs and outputs keep the dtypes of
             the manifest.
+        weights: as `set_weights` takes them.
     """
 
     name = "eager"
     native = "torch"
 
-    def __init__(self, bundle: Bundle, component: Component, *, device: str = "auto", dtype: str = "auto"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: Component,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        weights: Mapping[str, Any] | None = None,
+    ):
         super().__init__(bundle, component)
         import torch
 
@@ -91,8 +100,18 @@ class Eager(Engine):
         self.module = module.to(device)
         self.device = device
         self.compute = torch_dtype(compute)
+        self._own: dict[str, torch.Tensor] = {}
+        self.set_weights(weights or {})
         note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
         self.description = f"torch {torch.__version__}, {device}, {compute}{note}"
+
+    def set_weights(self, tensors: Mapping[str, Any]) -> None:
+        state = self.module.model.state_dict(keep_vars=True)
+        for name, own in self._own.items():
+            state[name].data = own
+        self._own = {name: state[name].data for name in tensors}
+        for name, value in tensors.items():
+            state[name].data = to_torch(value, self.device).to(state[name].dtype)
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device)
@@ -109,7 +128,7 @@ class Eager(Engine):
         }
 
     def release(self) -> None:
-        del self.module
+        del self.module, self._own
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> Engine:

@@ -6,13 +6,15 @@ Needs neither torch nor diffusers. With a GPU provider and torch present, tensor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..bundle.graph_file import graph
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, Notice, UserError, unknown
 from ..trt.cuda import index_of
@@ -72,6 +74,7 @@ class OnnxRuntime(Engine):
         session: further session config entries.
         provider_options: options of the GPU provider by ONNX Runtime's names, over ours (see
             `onnxruntime_providers`).
+        weights: as `set_weights` takes them.
     """
 
     name = "onnxruntime"
@@ -87,6 +90,7 @@ class OnnxRuntime(Engine):
         io_binding: bool | None = None,
         session: Mapping[str, str] | None = None,
         provider_options: Mapping[str, Any] | None = None,
+        weights: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__(bundle, component)
         check_threads(threads)
@@ -121,38 +125,72 @@ class OnnxRuntime(Engine):
             )
         if component.int8 and provider == "cpu":
             note_saturation()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        for key, value in (session or {}).items():
-            options.add_session_config_entry(key, value)
-        providers = chain(provider, index or 0, bundle, component, provider_options)
-        try:
-            own = "onnxruntime" if provider == "cpu" else ""
-            self.session = ort.InferenceSession(
-                str(graph_file(bundle, component, own)),
-                options,
-                providers=providers,
-                disabled_optimizers=OFF_FOR_INT8 if component.int8 else None,
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"ONNX Runtime cannot load {component.graph}: {str(error).splitlines()[0][:300]}",
-                "export the model again, or try another engine",
-            ) from None
-        if PROVIDERS[provider] not in self.session.get_providers():
-            raise UserError(
-                f"ONNX Runtime fell back from {provider} to {', '.join(self.session.get_providers())}",
-                "check that the CUDA / TensorRT libraries match this onnxruntime-gpu, or use --provider cpu",
-            )
+        self._open = partial(
+            self._session,
+            bundle,
+            provider,
+            threads,
+            session or {},
+            chain(provider, index or 0, bundle, component, provider_options),
+        )
+        self.set_weights(weights or {})
         self.on_gpu = provider != "cpu"
         self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
         self.native = "torch" if self.binding else "numpy"
         self.device_id = index or 0
         self.device = f"cuda:{self.device_id}" if self.on_gpu else "cpu"
         self.description = f"onnxruntime {ort.__version__}, {provider}" + (", int8" if component.int8 else "")
+
+    def _session(
+        self,
+        bundle: Bundle,
+        provider: str,
+        threads: int,
+        entries: Mapping[str, str],
+        providers: Sequence[Any],
+        weights: Mapping[str, np.ndarray],
+    ) -> tuple[Any, list[Any]]:
+        """A session with these weights instead of the graph's own, and what it needs to be held for them."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        own = "onnxruntime" if provider == "cpu" else ""
+        file = graph_file(bundle, self.component, own)
+        held = {}
+        if weights:
+            known = {tensor.name for tensor in graph(bundle, self.component, own).graph.initializer}
+            held = {
+                name: ort.OrtValue.ortvalue_from_numpy(np.require(value, requirements="CA"))
+                for name, value in weights.items()
+                if name in known
+            }
+            # `add_initializer` is ignored where a tensor's data lies in a file beside the graph.
+            options.add_external_initializers(list(held), list(held.values()))
+        try:
+            session = ort.InferenceSession(
+                str(file),
+                options,
+                providers=providers,
+                disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None,
+            )
+        except Exception as error:
+            raise UserError(
+                f"ONNX Runtime cannot load {self.component.graph}: {str(error).splitlines()[0][:300]}",
+                "export the model again, or try another engine",
+            ) from None
+        if PROVIDERS[provider] not in session.get_providers():
+            raise UserError(
+                f"ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}",
+                "check that the CUDA / TensorRT libraries match this onnxruntime-gpu, or use --provider cpu",
+            )
+        return session, list(held.values())
+
+    def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        self.session, self._held = self._open(tensors)
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device) if self.binding else super().array(value)
@@ -188,7 +226,7 @@ class OnnxRuntime(Engine):
         return outputs
 
     def release(self) -> None:
-        del self.session
+        del self.session, self._held, self._open
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> OnnxRuntime:

@@ -6,12 +6,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle, Component
+from ..bundle.graph_file import graph
 from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir, inside
@@ -55,12 +57,20 @@ class OpenVino(Engine):
         dtype: dtype to compute in: "auto" (float32: never less accurate than the bundle without being asked), "fp32",
             "bf16" or "fp16" where the device can. Inputs and outputs keep the dtypes of the manifest.
         threads: CPU threads; 0 lets OpenVINO choose.
+        weights: as `set_weights` takes them.
     """
 
     name = "openvino"
 
     def __init__(
-        self, bundle: Bundle, component: Component, *, device: str = "CPU", dtype: str = "auto", threads: int = 0
+        self,
+        bundle: Bundle,
+        component: Component,
+        *,
+        device: str = "CPU",
+        dtype: str = "auto",
+        threads: int = 0,
+        weights: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__(bundle, component)
         check_threads(threads)
@@ -85,21 +95,43 @@ class OpenVino(Engine):
             config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
-        try:
-            self.model = core.compile_model(str(graph_file(bundle, component)), device, config)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"OpenVINO cannot load {component.graph}: {str(error).splitlines()[-1][:300]}",
-                "export the model again, or try another engine",
-            ) from None
-        # One request, taken in turns: more of them would take memory for activations, and a call uses all cores anyway.
-        self.request, self.turn = self.model.create_infer_request(), threading.Lock()
+        self._compile = partial(self._compiled, bundle, device, config)
+        self.turn = threading.Lock()
+        self.set_weights(weights or {})
         precision = f"int8 + {dtype}" if component.int8 else dtype
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
         if dtype != "fp32":
             self._try_out(dtype)
+
+    def _compiled(self, bundle: Bundle, device: str, config: Mapping[str, str], tensors: Mapping[str, Any]) -> Any:
+        """The compiled graph, with these tensors instead of its own constants."""
+        import openvino
+
+        core, file = openvino.Core(), str(graph_file(bundle, self.component))
+        try:
+            if not tensors:
+                return core.compile_model(file, device, config)
+            model = core.read_model(file)
+            nodes = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+            known = {tensor.name for tensor in graph(bundle, self.component).graph.initializer}
+            for name in known & tensors.keys():
+                value = np.require(tensors[name], requirements="CA")
+                nodes[name].output(0).replace(openvino.opset13.constant(value).output(0))
+            # Its cache is for the bundle's own weights.
+            return core.compile_model(model, device, {k: v for k, v in config.items() if k != "CACHE_DIR"})
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"OpenVINO cannot load {self.component.graph}: {str(error).splitlines()[-1][:300]}",
+                "export the model again, or try another engine",
+            ) from None
+
+    def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        model = self._compile(tensors)
+        with self.turn:
+            # One request, taken in turns: more would take memory for activations, and a call uses all cores anyway.
+            self.model, self.request = model, model.create_infer_request()
 
     def _try_out(self, dtype: str) -> None:
         """One call on noise, because a low precision that yields NaN must not get as far as an image.

@@ -2,23 +2,25 @@
 
 Every refit starts from the bundle's own weights and also resets what the last one changed, so A, B, A is bit-identical:
 `digest` identifies the weights that the engine runs with, and is the same both times. (Adding and subtracting in place
-would leave rounding errors, NVIDIA/TensorRT#3628.)
+would leave rounding errors, NVIDIA/TensorRT#3628.) `accel.load(BUNDLE, "tensorrt", loras=[...])` does it too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import UserError
 from ..files import digest_of
-from ..models.lora import LoraFile, fuse, lora_file
+from ..models.lora.files import Spec
+from ..models.lora.for_bundle import fused
+from ..models.weight_files import stored
 from ..trt import library
 from ..trt.engine_files import rebuild
 from ..trt.workspace import workspace
-from .tensorrt import TensorRT
 
 
 class Refit:
@@ -28,14 +30,14 @@ class Refit:
         engine: a loaded TensorRT engine that was built with `--refittable`.
 
     Attributes:
-        digest: sha256 over names and contents of all weights the engine runs with.
+        digest: sha256 over the bundle, and names and contents of the weights that are not its own.
         changed: names of the weights that are not the bundle's own.
 
     Raises:
         UserError: for an engine that is not refittable, or a TensorRT version that refits wrongly.
     """
 
-    def __init__(self, engine: TensorRT):
+    def __init__(self, engine: Any):
         library.refuse_broken_refit(engine.module.__version__)
         name = engine.component.name
         if not engine.engine_file.identity["options"]["refittable"]:
@@ -45,10 +47,10 @@ class Refit:
             )
         self.engine = engine
         self.changed: frozenset[str] = frozenset()
-        self._base = {key: _hash(tensor) for key, tensor in self._module().state_dict().items()}
-        self.digest = digest_of(self._base)
+        self._own = stored(engine.bundle.file(engine.bundle.component(name).weights))
+        self.digest = self._digest({})
 
-    def loras(self, files: Sequence[str | Path | LoraFile], *, unet_config: Mapping[str, Any] | None = None) -> str:
+    def loras(self, files: Sequence[Spec]) -> str:
         """Refit the bundle's weights with these LoRA files fused into them; without files, the bundle's own weights.
 
         Returns:
@@ -57,31 +59,29 @@ class Refit:
         Raises:
             UserError: when a file does not fit (nothing is changed then), or TensorRT refuses the weights.
         """
-        model, chosen = self._module(), [lora_file(file) for file in files]
-        stored = {key: tensor.dtype for key, tensor in model.state_dict().items()}
-        if chosen:
-            fuse(model.float(), self.engine.component.name, chosen, unet_config=unet_config)
-        state = {key: tensor.to(stored[key]) for key, tensor in model.state_dict().items()}
-        hashes = {key: _hash(tensor) for key, tensor in state.items()}
-        changed = frozenset(key for key, value in hashes.items() if value != self._base[key])
-        self._send(state, changed | self.changed)
-        self.changed, self.digest = changed, digest_of(hashes)
+        name = self.engine.component.name
+        return self.weights(fused(self.engine.bundle, files).tensors.get(name, {}))
+
+    def weights(self, tensors: Mapping[str, np.ndarray]) -> str:
+        """Refit these tensors in place of the bundle's own of the same names, and all others back to the bundle's own.
+
+        Returns:
+            The new digest.
+
+        Raises:
+            UserError: when TensorRT refuses them; the engine then has the weights that it had.
+        """
+        hashes = {key: _hash(value) for key, value in tensors.items()}
+        hashes = {key: value for key, value in hashes.items() if value != _hash(self._own[key])}
+        changed = frozenset(hashes)
+        self._send({**self._own, **tensors}, changed | self.changed)
+        self.changed, self.digest = changed, self._digest(hashes)
         return self.digest
 
-    def _module(self) -> Any:
-        """The network with the bundle's own weights, on the CPU."""
-        from ..models import networks
+    def _digest(self, hashes: Mapping[str, str]) -> str:
+        return digest_of([self.engine.bundle.digest, self.engine.component.name, dict(hashes)])
 
-        bundle, component = self.engine.bundle, self.engine.component
-        return networks.rebuild(
-            component.kind,
-            bundle.file(f"{component.folder}/config.json"),
-            bundle.file(component.weights),
-            component.inputs,
-            component.outputs,
-        ).model
-
-    def _send(self, state: Mapping[str, Any], names: frozenset[str]) -> None:
+    def _send(self, state: Mapping[str, np.ndarray], names: frozenset[str]) -> None:
         """Set weights by name, and those that TensorRT needs along with them."""
         engine, module = self.engine, self.engine.module
         if not names:
@@ -89,7 +89,7 @@ class Refit:
         work = workspace(engine.cuda)
         with library.collect() as messages, engine.cuda.on(work.stream):
             refitter = module.Refitter(engine.engine, library.logger(module))
-            held = []  # TensorRT keeps pointers until the refit is done
+            held: list[Any] = []  # TensorRT keeps pointers until the refit is done
             for name in sorted(names):
                 self._set(refitter, name, state, held, messages)
             for name in refitter.get_missing_weights():
@@ -99,10 +99,12 @@ class Refit:
             engine.cuda.synchronize(work.stream)
         engine.epoch += 1  # captured graphs still use the old weights
 
-    def _set(self, refitter: Any, name: str, state: Mapping[str, Any], held: list, messages: library.Messages) -> None:
+    def _set(
+        self, refitter: Any, name: str, state: Mapping[str, np.ndarray], held: list[Any], messages: library.Messages
+    ) -> None:
         if name not in state:
             raise self._failure(f"it needs {name}, which is not a weight of the network")
-        array = state[name].detach().contiguous().numpy()
+        array = np.require(state[name], requirements="CA")
         weights = self.engine.module.Weights(array)
         held.append((array, weights))
         if not refitter.set_named_weights(name, weights):
@@ -115,8 +117,5 @@ class Refit:
         )
 
 
-def _hash(tensor: Any) -> str:
-    import torch
-
-    flat = tensor.detach().contiguous().view(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"").hexdigest()
+def _hash(value: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(value).view(np.uint8)).hexdigest()

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from ..bundle import Bundle, Component
@@ -18,6 +19,7 @@ from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Facts, Status, to_torch
 from .cuda_graphs import Bound, Captures, Graph
+from .refit import Refit
 
 CUDA_GRAPHS = ("off", "step", "loop")
 FACTS = Facts(
@@ -56,6 +58,7 @@ class TensorRT(Engine):
         streaming_budget: weight streaming budget, the bytes of weights to keep on the GPU, for engines built with
             weight streaming; None: TensorRT's automatic budget.
         allow_host_code: let a version-compatible engine run the lean runtime inside its file.
+        weights: as `set_weights` takes them; needs an engine file that was built with `--refittable`.
     """
 
     name = "tensorrt"
@@ -71,6 +74,7 @@ class TensorRT(Engine):
         cuda_graph: str = "off",
         streaming_budget: int | None = None,
         allow_host_code: bool = False,
+        weights: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
         self.bundle = bundle
@@ -97,6 +101,8 @@ class TensorRT(Engine):
         self._local = threading.local()
         if options["strip_plan"]:
             self._refit_stripped()
+        if weights:
+            self.set_weights(weights)
         self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
         self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
 
@@ -155,6 +161,14 @@ class TensorRT(Engine):
                 f"TensorRT cannot refit the stripped engine of {self.component.name}: {messages.last()}",
                 self._rebuild("--overwrite"),
             )
+
+    @cached_property
+    def _refit(self) -> Refit:
+        return Refit(self)
+
+    def set_weights(self, tensors: Mapping[str, Any]) -> None:
+        if tensors or "_refit" in self.__dict__:
+            self._refit.weights(tensors)
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device)

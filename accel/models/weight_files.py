@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from ..errors import UserError
+from ..errors import MissingPackage, UserError
 from ..files import parse_json
+
+if TYPE_CHECKING:
+    import torch
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SUFFIXES = (SAFETENSORS, *PICKLES)
 _HEADER_BYTES = 25 << 20
+# Safetensors' dtypes as numpy has them; bfloat16 is the upper half of a float32.
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
+_NUMPY |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 _AGAIN = "the download broke off: get the file again"
 # Files of diffusers and transformers: stem, variant, shard, in both of the orders that were in use.
 _NAME = re.compile(
@@ -30,10 +40,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: for a file that is missing, truncated or of another kind, or a pickle with more than weights in it.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is not a weight file", f"one of: {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"no such file: {path}", "check the path")
+    import torch
+
+    _check_name(path)
     state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -41,6 +50,76 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no weights", "give another file")
     return tensors
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file in float32, as numpy's arrays; torch is needed for pickles and rare dtypes alone.
+
+    Raises:
+        UserError: as `read`.
+    """
+    _check_name(path)
+    if path.suffix == SAFETENSORS:
+        check_safetensors(path)
+        entries = list(_entries(path))
+        if all(entry["dtype"] in _NUMPY for _, entry, _ in entries):
+            if not entries:
+                raise UserError(f"{path} holds no weights", "give another file")
+            values = zip(entries, _mapped(path), strict=True)
+            return {name: _float32(value, entry["dtype"]) for (name, entry, _), value in values}
+    try:
+        return {name: value.float().numpy() for name, value in read(path).items()}
+    except ImportError:
+        raise MissingPackage("torch", f"reading {path.name}", "export") from None
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a component's safetensors file in its own dtype, mapped into memory and not read yet."""
+    check_safetensors(path)
+    if strange := {entry["dtype"] for _, entry, _ in _entries(path)} - (_NUMPY.keys() - {"BF16"}):
+        raise UserError(f"{path} has weights of type {strange.pop()}", "export the model again")
+    return dict(zip((name for name, _, _ in _entries(path)), _mapped(path), strict=True))
+
+
+def shapes(path: Path) -> dict[str, SimpleNamespace]:
+    """Name -> something with the `shape` of every tensor of a file, for messages."""
+    if path.suffix == SAFETENSORS:
+        return {name: SimpleNamespace(shape=tuple(entry["shape"])) for name, entry, _ in _entries(path)}
+    return {name: SimpleNamespace(shape=tuple(value.shape)) for name, value in read(path).items()}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict, int]]:
+    """(name, entry of the header, first byte in the file) of every tensor of a safetensors file."""
+    length, header = read_header(path)
+    try:
+        for name, entry in (header or {}).items():
+            if name != "__metadata__":
+                yield name, entry, 8 + length + int(entry["data_offsets"][0])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise _no_safetensors(path) from None
+
+
+def _mapped(path: Path) -> Iterator[np.ndarray]:
+    data = np.memmap(path, np.uint8, "r")
+    for _, entry, start in _entries(path):
+        dtype, shape = np.dtype(_NUMPY[entry["dtype"]]), tuple(entry["shape"])
+        size = math.prod(shape) * dtype.itemsize
+        if start + size > len(data):
+            raise _no_safetensors(path)
+        yield data[start : start + size].view(dtype).reshape(shape)
+
+
+def _float32(value: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (value.astype(np.uint32) << 16).view(np.float32)
+    return value.astype(np.float32)
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} is not a weight file", f"one of: {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}", "check the path")
 
 
 def check_safetensors(path: Path) -> None:
@@ -147,6 +226,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

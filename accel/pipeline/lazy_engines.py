@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from ..engines import Engine
 from ..engines.resource import Resource
@@ -16,7 +17,8 @@ class LazyEngines(Mapping[str, Engine], Resource):
     """Engines by name.
 
     Args:
-        loaders: the function that loads each of them.
+        loaders: the function that loads each of them; it takes `weights` (`Engine.set_weights`) where there are any.
+        weights: component -> tensors that it runs with in place of the bundle's own.
         offload: whether `release` gives memory back, so that an image needs only the largest component at a time.
 
     Attributes:
@@ -25,8 +27,14 @@ class LazyEngines(Mapping[str, Engine], Resource):
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Engine]], *, offload: bool = False):
-        self._loaders, self.offload = dict(loaders), offload
+    def __init__(
+        self,
+        loaders: Mapping[str, Callable[..., Engine]],
+        *,
+        offload: bool = False,
+        weights: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self._loaders, self.offload, self._weights = dict(loaders), offload, dict(weights or {})
         self._loaded: dict[str, Engine] = {}
         self.descriptions: dict[str, str] = {}
         self._loading, self._image = threading.RLock(), threading.RLock()
@@ -34,7 +42,7 @@ class LazyEngines(Mapping[str, Engine], Resource):
     @classmethod
     def of(cls, loaded: Mapping[str, Engine]) -> LazyEngines:
         """Engines that are loaded already."""
-        made = cls({name: partial(loaded.__getitem__, name) for name in loaded})
+        made = cls({name: partial(_given, engine) for name, engine in loaded.items()})
         made.descriptions = {name: getattr(engine, "description", "") for name, engine in loaded.items()}
         return made
 
@@ -42,9 +50,30 @@ class LazyEngines(Mapping[str, Engine], Resource):
         with self._loading:
             self.check_open()
             if name not in self._loaded:
-                self._loaded[name] = self._loaders[name]()
+                more = {"weights": self._weights[name]} if self._weights.get(name) else {}
+                self._loaded[name] = self._loaders[name](**more)
                 self.descriptions[name] = getattr(self._loaded[name], "description", "")
             return self._loaded[name]
+
+    def set_weights(self, weights: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let the engines run with other weights, those that are loaded and those that will be (`Engine.set_weights`).
+
+        Raises:
+            UserError: where one of them cannot; all then run with what they had.
+        """
+        with self._loading:
+            before, done = self._weights, []
+            concerned = [name for name in self._loaded if before.get(name) or weights.get(name)]
+            try:
+                for name in concerned:
+                    if weights.get(name) is not before.get(name):
+                        self._loaded[name].set_weights(weights.get(name, {}))
+                        done.append(name)
+            except BaseException:
+                for name in done:
+                    self._loaded[name].set_weights(before.get(name, {}))
+                raise
+            self._weights = dict(weights)
 
     def turn(self) -> AbstractContextManager:
         """A context for one image: with `offload` one thread at a time, because its end closes engines."""
@@ -77,3 +106,10 @@ class LazyEngines(Mapping[str, Engine], Resource):
                 if name in self._loaded:
                     self._loaded.pop(name).close()
         gc.collect()
+
+
+def _given(engine: Engine, weights: Mapping[str, Any] | None = None) -> Engine:
+    """An engine that somebody else loaded."""
+    if weights:
+        engine.set_weights(weights)
+    return engine

@@ -22,6 +22,8 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import Notice, UserError
+from ..models.lora import LoraFile, for_bundle
+from ..models.lora.files import Spec
 from ..sampling import samplers as sampler
 from ..sampling.constants import OPTIONS
 from . import arguments, request
@@ -88,6 +90,7 @@ def load(
     *,
     verify: bool = True,
     low_memory: bool = False,
+    loras: Spec | Sequence[Spec] | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -103,6 +106,7 @@ def load(
         verify: compare files with the manifest's digests first.
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
+        loras: LoRA files to run with, as `Pipeline.set_loras` takes them.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -112,7 +116,7 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(verify=verify, low_memory=low_memory, **options)
+        how = dict(verify=verify, low_memory=low_memory, loras=loras, **options)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
@@ -133,15 +137,18 @@ def load(
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
         bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
+    fused = for_bundle.fused(bundle, loras)  # says what does not fit, before any engine is loaded
     loaders = {
         name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
         for name in [*wanted, *later]
     }
-    engines = LazyEngines(loaders, offload=low_memory)
+    engines = LazyEngines(loaders, offload=low_memory, weights=fused.tensors)
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    return Pipeline(bundle, engines)
+    pipeline = Pipeline(bundle, engines)
+    pipeline.loras = fused.files
+    return pipeline
 
 
 def check_call(bundle: Bundle, **call: Any) -> None:
@@ -161,12 +168,14 @@ class Pipeline(Resource):
     Attributes:
         bundle: where it came from; `bundle.manifest.sampler` holds the default steps and guidance.
         engines: the components by name.
+        loras: the LoRA files that it runs with.
     """
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
+        self.loras: tuple[LoraFile, ...] = ()
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
         self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
         folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
@@ -332,6 +341,25 @@ class Pipeline(Resource):
 
         return step_end
 
+    def set_loras(self, loras: Spec | Sequence[Spec] | None = ()) -> None:
+        """Run with these LoRA files from now on, instead of those it runs with; [] for none.
+
+        They are fused into the bundle's own weights and given to the engines: seconds, and no export. The same files
+        give the same bits whatever ran in between. No image may be in the making meanwhile.
+
+        Args:
+            loras: each a file, "FILE=SCALE", (file, scale), or {"path": file, "scale": 0.8, "blocks": {...}}; `blocks`
+                gives parts of the networks scales of their own, such as {"unet.mid_block": 0.5, "text_encoder": 0}. A
+                folder stands for what diffusers' `save_lora_weights` wrote into it.
+
+        Raises:
+            UserError: for a file that does not fit, or an engine that cannot follow; nothing is changed then.
+        """
+        self.check_open()
+        fused = for_bundle.fused(self.bundle, loras)
+        self.engines.set_weights(fused.tensors)
+        self.loras = fused.files
+
     def to(self, *args: Any, **kwargs: Any) -> Pipeline:
         """The pipeline itself, where it is there already: a loaded engine cannot be moved.
 
@@ -359,7 +387,8 @@ class Pipeline(Resource):
     def _parts(self) -> dict[str, str]:
         """What each component runs on."""
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
-        return {name: self.engines.descriptions.get(name, later) for name in self.engines}
+        loras = {"loras": ", ".join(map(str, self.loras))} if self.loras else {}
+        return {name: self.engines.descriptions.get(name, later) for name in self.engines} | loras
 
     def _not_finite(self) -> UserError:
         """The error of an image that is NaN or infinite."""

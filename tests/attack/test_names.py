@@ -14,7 +14,7 @@ from accel.bundle import Bundle
 from accel.errors import UserError
 from accel.export.triton import repository
 from accel.files import inside
-from accel.models.lora import _factor
+from accel.models.lora.reading import alpha_of
 
 EVIL = [
     "../../evil",
@@ -162,19 +162,19 @@ def test_a_path_that_cannot_be_shown_is_no_path(tmp_path, entry):
 @pytest.mark.parametrize("pattern", ["(a+)+$", "a|b", "[", ".*", "(?:x{9999}){9999}", "x" * 10 + "(" * 5000])
 def test_an_expression_in_a_lora_is_not_run(tmp_path, pattern):
     with pytest.raises(UserError, match="names no module but an expression"):
-        _factor({"alpha_pattern": {pattern: 4}}, "a" * 50 + "b", 8, tmp_path / "x.safetensors")
+        alpha_of({"alpha_pattern": {pattern: 4}}, "a" * 50 + "b", tmp_path / "x.safetensors")
 
 
 def test_a_plain_name_in_a_lora_counts_as_peft_reads_it(tmp_path):
     settings = {"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 16, r"^mid\.to_k$": 4}}
-    names = {"down.attn1.to_q": 2.0, "attn1.to_q": 2.0, "xattn1.to_q": 1.0, "mid.to_k": 0.5, "down.to_k": 1.0}
-    assert {name: _factor(settings, name, 8, tmp_path) for name in names} == names
+    names = {"down.attn1.to_q": 16, "attn1.to_q": 16, "xattn1.to_q": 8, "mid.to_k": 4, "down.to_k": 8}
+    assert {name: alpha_of(settings, name, tmp_path) for name in names} == names
 
 
 @pytest.mark.parametrize("alpha", ["8", None, [1], float("nan"), float("inf"), True])
 def test_an_alpha_that_is_no_number_is_refused(tmp_path, alpha):
     with pytest.raises(UserError, match="not a number"):
-        _factor({"lora_alpha": alpha}, "x", 8, tmp_path)
+        alpha_of({"lora_alpha": alpha}, "x", tmp_path)
 
 
 def test_a_manifest_of_absurd_depth_or_size_is_refused_at_once(bundle):
