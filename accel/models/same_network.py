@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -11,6 +9,7 @@ from torch import nn
 from ..bundle import Bundle
 from ..errors import UserError
 from ..files import read_json
+from .weight_files import aliases
 
 # What decides the shapes.
 _KEYS = (
@@ -29,11 +28,25 @@ _KEYS = (
 )
 
 
+# Hooks that only look, and ways of computing the same attention.
+_HARMLESS = ("transformers.utils.output_capturing", "torch.")
+_PLAIN_ATTENTION = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}
+
+
 def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
     """Refuse a module of another config or with other weights, so that a mistake is an error and not a wrong image.
 
-    Of every weight one row is compared, to the precision of the lower dtype: a fraction of a second, whatever the size.
-    Weights that are stored in int8 are not compared; what is stored beside them is.
+    Every weight is compared, to the precision of the lower dtype, below the adapters that peft may have put there;
+    those are not looked at. Weights that are stored in int8 are not compared; what is stored beside them is. FreeU,
+    hooks and other attention, which no weight shows, are refused.
 
     Raises:
         UserError: naming what differs.
@@ -48,35 +61,57 @@ def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> Non
                 f"{component}: the pipeline has {key} {a}, the bundle {b}: they are different models",
                 "attach a bundle that was exported from this pipeline",
             )
-    if getattr(module, "peft_config", None):
-        raise UserError(
-            f"{component}: the pipeline has LoRA layers, which the compiled network would leave out",
-            "pipeline.unload_lora_weights(), or save it with fused weights and export that",
-        )
+    _check_plain(module, component)
     if name := _other_weight(module, bundle, component):
+        if "token_embedding" in name:
+            raise UserError(
+                f"{component}: the pipeline has another vocabulary than {bundle.path}, as textual inversion makes it",
+                "pipeline.unload_textual_inversion() first; or pipeline.save_pretrained(FOLDER), accel export FOLDER",
+            )
+        merged = any(getattr(part, "merged", None) for part in module.modules())
+        fix = "attach a bundle that was exported from this pipeline; accel.load(BUNDLE) draws with the bundle's weights"
         raise UserError(
             f"{component}: the pipeline and {bundle.path} have different weights, {name} for one",
-            "attach a bundle that was exported from this pipeline; accel.load(BUNDLE) draws with the bundle's weights",
+            "pipeline.unfuse_lora() first: adapters are followed as they are" if merged else fix,
         )
+
+
+def _check_plain(module: nn.Module, component: str) -> None:
+    """Refuse what changes a module's outputs and is not in its weights, because the compiled network has none of it."""
+    for name, part in module.named_modules():
+        where = f"{component}.{name}" if name else component
+        if any(getattr(part, key, None) is not None for key in ("s1", "s2", "b1", "b2")):
+            raise UserError(
+                f"{where}: FreeU is on, which the compiled network has not", "pipeline.disable_freeu() first"
+            )
+        if getattr(part, "_hf_hook", None) is not None or getattr(part, "_diffusers_hook", None) is not None:
+            raise UserError(f"{where} is offloaded, or has another hook", "pipeline.remove_all_hooks() first")
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS) for hook in hooks):
+            raise UserError(f"{where} has a hook, which would not be called", "remove the hook first (handle.remove())")
+        if "forward" in part.__dict__:
+            raise UserError(f"{where} has a forward of its own, which would not be called", "load the pipeline anew")
+        processor = type(getattr(part, "processor", None))
+        if "Attn" in processor.__name__ and processor.__name__ not in _PLAIN_ATTENTION:
+            raise UserError(
+                f"{where} has an attention processor that the compiled network has not: {processor.__name__}",
+                f"pipeline.{component}.set_default_attn_processor() first, or unload what set it (an IP-Adapter)",
+            )
 
 
 def _other_weight(module: nn.Module, bundle: Bundle, component: str) -> str:
     """The first weight that differs, or ""."""
     record = bundle.component(component)
     packed = tuple(f"{name}." for name in record.int8.get("layers", {}))
-    own = module.state_dict()
+    own = {name.replace(".base_layer.", "."): value for name, value in module.state_dict().items()}
     with safe_open(bundle.file(record.weights), "pt") as file:
         for name in file.keys():
-            if name in own and not own[name].is_meta and not name.startswith(packed or ("\0",)):
-                if not _same(_row(own[name]), _row(file.get_slice(name))):
-                    return name
+            if name.startswith(packed or ("\0",)):
+                continue
+            found = next((own[alias] for alias in aliases(name) if alias in own), None)
+            if found is None or not found.is_meta and not _same(found, file.get_tensor(name)):
+                return name
     return ""
-
-
-def _row(weight: Any) -> torch.Tensor:
-    """The first row of a tensor, or of a slice of a file."""
-    shape = weight.get_shape() if hasattr(weight, "get_shape") else weight.shape
-    return weight[:1] if len(shape) else weight[...]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

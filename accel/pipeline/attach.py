@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,20 +19,40 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import UserError
+from ..models.lora.adapters import adapted
 from ..models.same_network import check_same_network
 from . import control
 
-# Methods of a diffusers pipeline that change or move networks, which compiled ones would ignore in silence.
-_REFUSED = (
+# Methods of a diffusers pipeline that change weights in a way that compiled networks follow.
+_FOLLOWED = (
     "load_lora_weights",
-    "fuse_lora",
-    "unfuse_lora",
+    "unload_lora_weights",
     "set_adapters",
-    "load_textual_inversion",
-    "load_ip_adapter",
-    "enable_freeu",
-    "enable_model_cpu_offload",
-    "enable_sequential_cpu_offload",
+    "delete_adapters",
+    "enable_lora",
+    "disable_lora",
+)
+# Those that compiled networks would ignore in silence, and the way out.
+_EXPORT = "detach() first; then pipeline.save_pretrained(FOLDER), and accel export FOLDER compiles it with that"
+_ADAPTERS = "set_adapters(names, scales) is enough: compiled networks run with adapters fused into their weights"
+_REFUSED = {
+    "fuse_lora": _ADAPTERS,
+    "unfuse_lora": _ADAPTERS,
+    "load_textual_inversion": _EXPORT,
+    "unload_textual_inversion": _EXPORT,
+    "load_ip_adapter": "detach() first",
+    "enable_freeu": "detach() first: FreeU works inside the UNet, which was compiled without it",
+    "enable_vae_tiling": "detach() first",
+    "fuse_qkv_projections": "detach() first",
+    "enable_model_cpu_offload": "detach() first",
+    "enable_sequential_cpu_offload": "detach() first",
+    "enable_group_offload": "detach() first",
+}
+# Methods of a network that would change the original behind a compiled one.
+_CHANGES = frozenset(
+    "load_lora_adapter unload_lora load_attn_procs add_adapter set_adapter set_adapters enable_adapters "
+    "disable_adapters delete_adapters enable_lora disable_lora fuse_lora unfuse_lora enable_freeu set_attn_processor "
+    "resize_token_embeddings set_input_embeddings load_state_dict enable_tiling".split()
 )
 _MOVE = "detach() first, move the pipeline, and attach again"
 
@@ -40,8 +60,8 @@ _MOVE = "detach() first, move the pipeline, and attach again"
 class Attached(Resource):
     """The handle that `attach` returns. `detach()` restores the pipeline, as the end of a `with` does.
 
-    Until then the pipeline refuses what compiled networks cannot follow (`to` another device or dtype, LoRA, ...), and
-    `save_pretrained` writes the original networks.
+    Until then adapters (`load_lora_weights`, `set_adapters`, ...) are followed, what compiled networks cannot follow
+    is refused (`to` another device or dtype, FreeU, ...), and `save_pretrained` writes the original networks.
 
     Attributes:
         engines: the loaded engines by component name.
@@ -50,13 +70,19 @@ class Attached(Resource):
     what, again = "attachment", "accel.attach(PIPELINE, BUNDLE) makes one"
 
     def __init__(
-        self, pipeline: Any, originals: dict[str, Any], compiled: dict[str, _Compiled], engines: dict[str, Engine]
+        self,
+        pipeline: Any,
+        bundle: Bundle,
+        originals: dict[str, Any],
+        compiled: dict[str, _Compiled],
+        engines: dict[str, Engine],
     ):
-        self._pipeline, self._originals, self._compiled = pipeline, originals, compiled
+        self._pipeline, self._bundle, self._originals, self._compiled = pipeline, bundle, originals, compiled
         self.engines = engines
         self._put(compiled)
         guards = {"to": self._to, "save_pretrained": self._save_pretrained}
         guards |= {name: partial(_refuse, name) for name in _REFUSED if hasattr(pipeline, name)}
+        guards |= {name: partial(self._follow, name) for name in _FOLLOWED if hasattr(pipeline, name)}
         pipeline.__dict__.update(guards)
         self._guards = tuple(guards)
 
@@ -94,19 +120,34 @@ class Attached(Resource):
         return self._pipeline
 
     def _save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_originals("save_pretrained", *args, **kwargs)
+
+    def _with_originals(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the pipeline, as it is without us."""
         self._put(self._originals)
         try:
-            return type(self._pipeline).save_pretrained(self._pipeline, *args, **kwargs)
+            return getattr(type(self._pipeline), name)(self._pipeline, *args, **kwargs)
         finally:
             self._put(self._compiled)
 
+    def _follow(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method that changes the adapters, and the same change in the engines."""
+        try:
+            returned = self._with_originals(name, *args, **kwargs)
+        finally:
+            for slot, compiled in self._compiled.items():
+                compiled.follow(partial(adapted, self._originals[slot], self._bundle))
+        return returned
+
 
 def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise UserError(f"{name} would not reach the compiled networks of this pipeline", "detach() first, and export anew")
+    raise UserError(f"{name} would not reach the compiled networks of this pipeline", _REFUSED[name])
 
 
 def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **options: Any) -> Attached:
     """Let a diffusers pipeline run on a bundle's compiled networks. Everything else of the pipeline stays as it is.
+
+    Active adapters of the pipeline (LoRA and what else peft merges) are fused for the engines.
 
     Args:
         pipeline: a Stable Diffusion or SDXL pipeline of diffusers.
@@ -117,8 +158,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         A handle whose `detach()` undoes it.
 
     Raises:
-        UserError: when the pipeline's networks are not those of the bundle (other configs or weights), or are compiled
-            already.
+        UserError: when the pipeline's networks are not those of the bundle (other configs or weights), are compiled
+            already, or have what no weight shows (FreeU, hooks, textual inversion).
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
@@ -141,12 +182,16 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
             raise UserError(f"the {slot} of this {type(pipeline).__name__} is attached to a bundle already", fix)
     for slot, component in slots.items():
         check_same_network(originals[slot], bundle, component)
-    engines = {component: load_engine(bundle, component, engine, **options) for component in slots.values()}
+    changed = {component: adapted(originals[slot], bundle, component) for slot, component in slots.items()}
+    more: dict[str, dict[str, Any]] = {name: {"weights": made} if made else {} for name, made in changed.items()}
+    engines = {name: load_engine(bundle, name, engine, **options, **more[name]) for name in slots.values()}
     compiled = {
         slot: resolve_name(KINDS[bundle.component(component).kind].stand_in)(originals[slot], engines[component])
         for slot, component in slots.items()
     }
-    return Attached(pipeline, originals, compiled, engines)
+    for component, stand_in in zip(slots.values(), compiled.values(), strict=True):
+        stand_in._hidden.changed = bool(changed[component])
+    return Attached(pipeline, bundle, originals, compiled, engines)
 
 
 class _Compiled(nn.Module):
@@ -160,7 +205,7 @@ class _Compiled(nn.Module):
         self.dtype = original.dtype
         self.device = original.device
         # Kept out of the module tree: its weights are not this module's, and must not be moved or saved with it.
-        self._hidden = SimpleNamespace(original=original, engine=engine)
+        self._hidden = SimpleNamespace(original=original, engine=engine, changed=False, refusal=None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_hidden":
@@ -168,7 +213,27 @@ class _Compiled(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in _CHANGES:
+                raise UserError(
+                    f"{name} would not reach the compiled network", "the pipeline's own load_lora_weights or detach()"
+                ) from None
             return getattr(self.__dict__["_hidden"].original, name)
+
+    def follow(self, adapted: Callable[[str], Mapping[str, Any]]) -> None:
+        """Let the engine run with the adapters that the original has now; where it cannot, no image is drawn without.
+
+        Args:
+            adapted: component -> the tensors that the adapters change.
+        """
+        hidden = self._hidden
+        try:
+            tensors = adapted(hidden.engine.component.name)
+            if tensors or hidden.changed or hidden.refusal:
+                hidden.engine.set_weights(tensors)
+        except UserError as error:
+            hidden.refusal = error
+            raise
+        hidden.changed, hidden.refusal = bool(tensors), None
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself, where it is there already."""
@@ -178,6 +243,8 @@ class _Compiled(nn.Module):
     def call(self, **feeds: Any) -> dict[str, torch.Tensor]:
         """Run the engine on torch tensors; casts to its dtypes and back to the original module's."""
         engine = self._hidden.engine
+        if self._hidden.refusal:
+            raise self._hidden.refusal
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in engine.component.inputs}
         outputs = engine(**{k: v.to(dtypes[k]) if torch.is_tensor(v) else v for k, v in feeds.items()})
         return {name: to_torch(value, str(self.device)).to(self.dtype) for name, value in outputs.items()}

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle import Manifest
+from ..errors import UserError
 from ..images import to_pil
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -93,3 +95,23 @@ def _png(image: Any) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def not_finite(manifest: Manifest, descriptions: Mapping[str, str]) -> UserError:
+    """The error of an image that is NaN or infinite.
+
+    Args:
+        descriptions: component -> what it ran on.
+    """
+    low = [name for name, part in manifest.components.items() if part.dtype != "float32"]
+    on = {name: text for name, text in descriptions.items() if "float16" in text}
+    if low:
+        fix = "this precision overflows on this model: export with --precision fp32, or choose another dtype"
+    elif on:
+        fix = "that overflows on this model: choose dtype 'fp32', or 'bf16'"
+    else:
+        fix = "nothing of it is below float32: compare with engine 'eager', and with the weights it was made from"
+    ran = on or {"unet": descriptions.get("unet", "")}
+    return UserError(
+        f"the image is NaN or infinite ({', '.join(f'{name}: {text}' for name, text in ran.items())})", fix
+    )

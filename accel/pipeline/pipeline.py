@@ -29,7 +29,7 @@ from ..sampling.constants import OPTIONS
 from . import arguments, request
 from .generator_noise import GeneratorNoise
 from .lazy_engines import LazyEngines
-from .output import Output, of_type, table
+from .output import Output, not_finite, of_type, table
 from .request import InputImages, Request
 from .run import Run, StepCallback, StepEnd
 from .tokenizer import ClipTokenizer
@@ -279,7 +279,7 @@ class Pipeline(Resource):
         with self.engines.turn():
             latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
         if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
-            raise self._not_finite()
+            raise not_finite(self.bundle.manifest, self.engines.descriptions)
         images_made = of_type(call["output_type"], pixels, latents)
         if not return_dict:  # diffusers' own tuples: those of SD also hold the safety checker's findings
             return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
@@ -389,21 +389,6 @@ class Pipeline(Resource):
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
         loras = {"loras": ", ".join(map(str, self.loras))} if self.loras else {}
         return {name: self.engines.descriptions.get(name, later) for name in self.engines} | loras
-
-    def _not_finite(self) -> UserError:
-        """The error of an image that is NaN or infinite."""
-        low = [name for name, part in self.bundle.manifest.components.items() if part.dtype != "float32"]
-        on = {name: text for name, text in self.engines.descriptions.items() if "float16" in text}
-        if low:
-            fix = "this precision overflows on this model: export with --precision fp32, or choose another dtype"
-        elif on:
-            fix = "that overflows on this model: choose dtype 'fp32', or 'bf16'"
-        else:
-            fix = "nothing of it is below float32: compare with engine 'eager', and with the weights it was made from"
-        ran = on or {"unet": self.engines.descriptions.get("unet", "")}
-        return UserError(
-            f"the image is NaN or infinite ({', '.join(f'{name}: {text}' for name, text in ran.items())})", fix
-        )
 
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""

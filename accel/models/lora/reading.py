@@ -29,6 +29,7 @@ _OTHER_KINDS = {
 }
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 _SHOWN = 3  # how many keys an error names
+_RANK = object()  # stands for an alpha that is the rank
 _AGAIN = "get the file again"
 
 
@@ -103,7 +104,7 @@ def _settings(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
 
 def alpha_of(settings: Mapping[str, Any], layer: str, path: Path) -> float | None:
     """The alpha of one layer by peft's settings; None where they say none, which stands for the rank."""
-    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+    alpha, patterns = settings.get("lora_alpha", _RANK), settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{path}: alpha_pattern is {patterns!r:.80}, not a table", _AGAIN)
     for pattern, value in patterns.items():
@@ -117,7 +118,7 @@ def alpha_of(settings: Mapping[str, Any], layer: str, path: Path) -> float | Non
         if f".{layer}".endswith(f".{plain}"):
             alpha = value
             break
-    if alpha is None:
+    if alpha is _RANK:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise UserError(f"{path}: the alpha of {layer} is {alpha!r:.80}, not a number", _AGAIN)
