@@ -19,7 +19,7 @@ from ..dtypes import torch_dtype
 from ..errors import MissingPackage, Notice, UserError, unknown
 from ..trt.cuda import index_of
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
-from .onnxruntime_providers import PROVIDERS, chain
+from .onnxruntime_providers import PROVIDERS, chain, without_engine_cache
 
 FACTS = Facts(
     devices={name: {"provider": name} for name in PROVIDERS},
@@ -170,6 +170,7 @@ class OnnxRuntime(Engine):
             }
             # `add_initializer` is ignored where a tensor's data lies in a file beside the graph.
             options.add_external_initializers(list(held), list(held.values()))
+            providers = without_engine_cache(providers)
         try:
             session = ort.InferenceSession(
                 str(file),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, 
         "trt_int8_enable": bool(component.int8),
         **shapes(component),
     }
+
+
+def without_engine_cache(providers: Sequence[Any]) -> list[Any]:
+    """The same providers for other weights than the bundle's: an engine is found again by its graph alone."""
+    name = PROVIDERS["tensorrt"]
+    return [
+        (name, {**entry[1], "trt_engine_cache_enable": False}) if entry[0] == name else entry for entry in providers
+    ]
 
 
 def shapes(component: Component) -> dict[str, str]:

@@ -40,6 +40,11 @@ class Refit:
     def __init__(self, engine: Any):
         library.refuse_broken_refit(engine.module.__version__)
         name = engine.component.name
+        if engine.component.int8:
+            raise UserError(
+                f"the TensorRT engine of {name} is int8, and cannot be refitted: its scales belong to its weights",
+                "another engine takes LoRA files at run time; or fuse it at export: accel export MODEL OUT --lora FILE",
+            )
         if not engine.engine_file.identity["options"]["refittable"]:
             raise UserError(
                 f"the engine of {name} is not refittable",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ...bundle import Bundle, Component
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ...files import cache_dir, digest_of, inside, new_folder, read_json, write_json
-from .. import weight_files
+from .. import few_step, weight_files
 from .files import COMPONENTS, LoraFile, Spec, lora_files
 from .fuse import fused_weights
 from .reading import check_components
@@ -55,6 +56,7 @@ def fused(bundle: Bundle, specs: Spec | Sequence[Spec] | None) -> Fused:
     files = lora_files(specs)
     if not files:
         return Fused()
+    _note_few_steps(bundle, files)
     digest = digest_of([_VERSION, bundle.digest, [file.record() for file in files]])
     place = inside(cache_dir(), f"loras/{digest[:32]}", "the cache folder")
     if (kept := _kept(place)) is not None:
@@ -66,6 +68,26 @@ def fused(bundle: Bundle, specs: Spec | Sequence[Spec] | None) -> Fused:
     made = {name: tensors for name, tensors in made.items() if tensors}
     _keep(place, made)
     return Fused(files, digest, made)
+
+
+def _note_few_steps(bundle: Bundle, files: Sequence[LoraFile]) -> None:
+    """Say how a few-step LoRA is sampled, where the bundle is sampled otherwise: the image would be noise or a blur."""
+    own = bundle.manifest.sampler
+    for file in files:
+        found = few_step.recognise(None, [file.path], "", {})
+        wanted = found and found.family.constants(found.steps, float(own.get("guidance", 0)))
+        if wanted and any(own.get(key) != value for key, value in wanted.items() if value is not None):
+            named = {"name": "sampler", "guidance": "guidance_scale"}
+            call = {
+                named.get(key, key): value for key, value in wanted.items() if key != "options" and value is not None
+            }
+            call |= wanted.get("options", {})
+            warnings.warn(
+                f"{file.path.name} is a few-step LoRA ({found.family.name}), and this bundle is sampled otherwise: "
+                f"call it with {', '.join(f'{key}={value!r}' for key, value in call.items())}",
+                Notice,
+                stacklevel=4,
+            )
 
 
 def _component(

@@ -199,6 +199,77 @@ def test_a_half_precision_file_and_a_pickle(sd15, lora15, tmp_path):
     assert next(one.parameters()).dtype == torch.float32
 
 
+def test_dora_of_diffusers(sd15, tmp_path):
+    """Layers of other ranks, and norms that have been learnt."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = pipeline(sd15)
+    torch.manual_seed(4)
+    wanted = [*ATTENTION, "conv1"]
+    pattern = {"to_k": 2}
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=wanted, init_lora_weights=False, use_dora=True, rank_pattern=pattern
+    )
+    pipe.unet.add_adapter(config)
+    for name, weight in pipe.unet.named_parameters():
+        if "magnitude" in name:
+            weight.data.mul_(1 + 0.3 * torch.rand_like(weight))
+    layers = get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipe.unet}))
+    file = LoraFile(tmp_path / "pytorch_lora_weights.safetensors", 0.7)
+    fused, theirs = open_source(sd15, [file]).load("unet").state_dict(), by_diffusers(sd15, [file])["unet"]
+    base = open_source(sd15).load("unet").state_dict()
+    for key, value in fused.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-5)
+    assert sum(not torch.equal(value, base[key]) for key, value in fused.items()) > 10
+
+
+def test_both_text_encoders_of_sdxl_where_only_some_layers_are_trained(sdxl, tmp_path):
+    """diffusers 0.42 loses the q_proj of such a file."""
+    generator, tensors, wanted = torch.Generator().manual_seed(0), {}, {}
+    pipe = pipeline(sdxl)
+    for prefix, name in (("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2")):
+        for layer, module in getattr(pipe, name).named_modules():
+            if layer.endswith(("q_proj", "fc1")):
+                text = layer if layer.startswith("text_model") else f"text_model.{layer}"
+                key = prefix + text.replace(".", "_")
+                out, into = module.weight.shape
+                down, up = torch.randn(4, into, generator=generator), torch.randn(out, 4, generator=generator)
+                tensors |= {
+                    f"{key}.lora_down.weight": down,
+                    f"{key}.lora_up.weight": up,
+                    f"{key}.alpha": torch.tensor(3.0),
+                }
+                wanted[name, layer] = module.weight.detach() + 0.6 * 3 / 4 * up @ down
+    save_file(tensors, tmp_path / "l.safetensors")
+    source = open_source(sdxl, [f"{tmp_path / 'l.safetensors'}=0.6"])
+    made = {name: dict(source.load(name).named_modules()) for name in ("text_encoder", "text_encoder_2")}
+    assert wanted
+    for (name, layer), weight in wanted.items():
+        torch.testing.assert_close(made[name][layer].weight, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_scales_by_block_are_those_of_set_adapters(sd15, lora15):
+    scales = {"text_encoder": 0.3, "unet": {"down": 0.9, "mid": 0.0, "up": {"block_1": 0.6, "block_2": 0.25}}}
+    pipe = pipeline(sd15)
+    pipe.load_lora_weights(str(lora15.parent), adapter_name="it")
+    ups = [i for i, block in enumerate(pipe.unet.up_blocks) if hasattr(block, "attentions")]
+    scales["unet"]["up"] = {f"block_{i}": 0.5 / (i + 1) for i in ups}
+    pipe.set_adapters(["it"], [scales])
+    pipe.fuse_lora(components=list(parts(pipe)), adapter_names=["it"])
+    pipe.unload_lora_weights()
+    source = open_source(sd15, [lora_file({"path": lora15, "scale": scales})])
+    for name, network in parts(pipe).items():
+        own = source.load(name).state_dict()
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(own[key], value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="no layer in unet.down_blocks.9") as caught:
+        open_source(sd15, [lora_file({"path": lora15, "blocks": {"down_blocks.9": 1}})]).load("unet")
+    assert "unet.down_blocks" in caught.value.fix
+
+
 # ------------------------------------------------------------------------------------------------------- scale, digest
 
 
