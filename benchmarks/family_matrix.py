@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "family-matrix.json"
 SEED, STEPS, GUIDANCE, SIZE = 7, 4, 5.0, 64
 FAMILIES = ("sd1", "sdxl", "ssd-1b")
-TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "LoRA")
+TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "LoRA", "LoRA at run time")
 COLUMNS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
 # One shape: symbolic sizes take most of the time of tracing, and the tests export with them.
 PROFILE = f"batch=1,size={SIZE}"
@@ -58,6 +58,7 @@ class Case:
     ours: dict[str, Any]
     bundle: Any
     draws: tuple[int, ...] = (0,)
+    loras: tuple[str, ...] = ()
 
 
 def image() -> Image.Image:
@@ -140,7 +141,7 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
             bundle("controlnet", controlnet=folder / "control"),
         )
 
-    def lora() -> Case:
+    def lora(at_run_time: bool) -> Case:
         from safetensors.torch import save_file
 
         torch.manual_seed(6)
@@ -150,8 +151,9 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
                 state[f"unet.{layer}.lora_A.weight"] = torch.randn(4, module.weight.shape[1]) * 0.2
                 state[f"unet.{layer}.lora_B.weight"] = torch.randn(module.weight.shape[0], 4) * 0.2
         save_file(state, folder / "lora.safetensors")
-        fused = bundle("lora", loras=[f"{folder / 'lora.safetensors'}=0.7"])
-        return Case(f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {}, fused)
+        files = (f"{folder / 'lora.safetensors'}=0.7",)
+        called = (f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {})
+        return Case(*called, plain(), loras=files) if at_run_time else Case(*called, bundle("lora", loras=files))
 
     start = {"image": image(), "strength": 0.6}
     hole = {"image": image(), "mask_image": mask(), "strength": 0.6}
@@ -161,7 +163,8 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
     yield "inpaint", lambda: Case(f"{prefix}InpaintPipeline", {}, hole, hole, plain(), drawn)
     yield "T2I-Adapter", adapter
     yield "ControlNet", controlnet
-    yield "LoRA", lora
+    yield "LoRA", lambda: lora(False)
+    yield "LoRA at run time", lambda: lora(True)
 
 
 @contextmanager
@@ -209,7 +212,8 @@ def cell(case: Case, expected: np.ndarray, engine: str) -> float | str:
     if engine not in ENGINES or not status(engine).ok:
         return "not run: needs a GPU" if engine == "tensorrt" else "not run: not installed"
     try:
-        found = accel.load(case.bundle, engine=engine)("the cat", seed=SEED, output_type="np", **case.ours).images
+        pipe = accel.load(case.bundle, engine=engine, loras=case.loras)
+        found = pipe("the cat", seed=SEED, output_type="np", **case.ours).images
     except Exception as error:  # of whatever library; the other cells are still worth having
         return failure("", error)
     return float(np.abs(found - expected).max() * 255)

@@ -115,17 +115,135 @@ def test_weights_of_another_dtype_are_the_same_weights(smallest_pipe, smallest_b
         pass
 
 
-def test_lora_layers_are_refused_before_and_after(smallest_pipe, smallest_bundle):
+@pytest.fixture
+def lora(smallest, tmp_path):
+    """A LoRA as diffusers writes it."""
+    from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = StableDiffusionPipeline.from_pretrained(smallest)
+    torch.manual_seed(2)
+    for part, layers in ((pipe.unet, ["to_q", "to_v", "conv1"]), (pipe.text_encoder, ["q_proj"])):
+        part.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False))
+    states = [get_peft_model_state_dict(part) for part in (pipe.unet, pipe.text_encoder)]
+    pipe.save_lora_weights(tmp_path / "lora", unet_lora_layers=states[0], text_encoder_lora_layers=states[1])
+    return tmp_path / "lora"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "eager"])
+def test_adapters_are_followed_whenever_they_change(engine, smallest_pipe, smallest_bundle, lora):
+    pipe = smallest_pipe
+    same = lambda one, two: np.abs(one - two).max() < 1 / 255  # noqa: E731
+    plain = image(pipe)
+    pipe.load_lora_weights(lora, adapter_name="it")
+    full = image(pipe)
+    pipe.set_adapters(["it"], [0.4])
+    weak = image(pipe)
+    assert not same(plain, full) and not same(weak, full) and not same(plain, weak)
+    with accel.attach(pipe, smallest_bundle, engine=engine):
+        assert same(image(pipe), weak), "active when it was attached"
+        pipe.set_adapters(["it"], [1.0])
+        assert same(image(pipe), full)
+        pipe.disable_lora()
+        off = image(pipe)
+        assert same(off, plain)
+        pipe.enable_lora()
+        assert same(image(pipe), full)
+        pipe.unload_lora_weights()
+        assert np.array_equal(image(pipe), off), "the same bits"
+        pipe.load_lora_weights(lora)
+        assert same(image(pipe), full)
+        assert "CompiledUNet" in type(pipe.unet).__name__
+    assert same(image(pipe), full) and "load_lora_weights" not in pipe.__dict__
+
+
+def test_what_cannot_be_followed_raises_with_the_way_out(smallest_pipe, smallest_bundle, lora):
+    pipe = smallest_pipe
+    with accel.attach(pipe, smallest_bundle, engine="onnxruntime"):
+        calls = {
+            "fuse_lora": lambda: pipe.fuse_lora(),
+            "enable_freeu": lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+            "load_textual_inversion": lambda: pipe.load_textual_inversion({"<x>": torch.randn(1, 32)}),
+            "enable_model_cpu_offload": lambda: pipe.enable_model_cpu_offload(),
+            "set_attn_processor": lambda: pipe.unet.set_attn_processor(None),
+            "load_lora_adapter": lambda: pipe.unet.load_lora_adapter(lora),
+            "add_adapter": lambda: pipe.text_encoder.add_adapter(None),
+        }
+        for name, call in calls.items():
+            with pytest.raises(UserError, match=f"{name} would not reach") as error:
+                call()
+            assert error.value.fix
+        with pytest.raises(OSError):
+            pipe.load_lora_weights("not/there")
+        assert type(pipe.unet).__name__ == "CompiledUNet"
+
+
+def test_where_the_engine_cannot_follow_no_image_is_drawn_without(smallest_pipe, smallest_bundle, lora, monkeypatch):
+    from accel.engines.onnxruntime import OnnxRuntime
+
+    def failing(*_):
+        raise UserError("the engine of unet is not refittable", "accel build --refittable")
 
     with accel.attach(smallest_pipe, smallest_bundle, engine="onnxruntime"):
-        with pytest.raises(UserError, match="load_lora_weights would not reach") as error:
-            smallest_pipe.load_lora_weights("some.safetensors")
-        assert "detach()" in error.value.fix
-    assert "load_lora_weights" not in smallest_pipe.__dict__
-    smallest_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(UserError, match="LoRA layers"):
+        before = image(smallest_pipe)
+        monkeypatch.setattr(OnnxRuntime, "set_weights", failing)
+        for attempt in (lambda: smallest_pipe.load_lora_weights(lora), lambda: image(smallest_pipe)):
+            with pytest.raises(UserError, match="not refittable"):
+                attempt()
+        monkeypatch.undo()
+        smallest_pipe.unload_lora_weights()
+        assert np.array_equal(image(smallest_pipe), before)
+
+
+def _hooked(pipe):
+    pipe.unet.mid_block.register_forward_hook(lambda *_: None) if pipe.unet.mid_block else None
+    pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+
+
+def _textual_inversion(pipe):
+    pipe.load_textual_inversion({"<toy>": torch.randn(1, pipe.text_encoder.config.hidden_size)})
+
+
+def _last_row(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[-1] += 1
+
+
+def _own_attention(pipe):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class OtherAttnProcessor(AttnProcessor2_0):
+        pass
+
+    pipe.unet.set_attn_processor(OtherAttnProcessor())
+
+
+def _fused(pipe):
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe.fuse_lora(components=["unet"])
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), "FreeU"),
+        (_hooked, "has a hook"),
+        (_textual_inversion, "textual inversion"),
+        (_last_row, "different weights"),
+        (_own_attention, "OtherAttnProcessor"),
+        (_fused, "different weights"),
+    ],
+    ids=["FreeU", "hook", "textual inversion", "one row of weights", "attention", "fused LoRA"],
+)
+def test_what_a_pipeline_has_beside_its_weights_is_refused_at_once(change, text, smallest_pipe, smallest_bundle):
+    image(smallest_pipe, num_inference_steps=1)  # transformers leaves hooks of its own, which only look
+    change(smallest_pipe)
+    with pytest.raises(UserError, match=text) as error:
         accel.attach(smallest_pipe, smallest_bundle, engine="onnxruntime")
+    assert error.value.fix and "to" not in smallest_pipe.__dict__
 
 
 def test_an_attached_pipeline_saves_its_own_networks(smallest_pipe, smallest_bundle, tmp_path):
