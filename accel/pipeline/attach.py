@@ -50,9 +50,9 @@ _REFUSED = {
 }
 # Methods of a network that would change the original behind a compiled one.
 _CHANGES = frozenset(
-    "load_lora_adapter unload_lora load_attn_procs add_adapter set_adapter set_adapters enable_adapters "
-    "disable_adapters delete_adapters enable_lora disable_lora fuse_lora unfuse_lora enable_freeu set_attn_processor "
-    "resize_token_embeddings set_input_embeddings load_state_dict enable_tiling".split()
+    "load_lora_adapter unload_lora load_attn_procs add_adapter load_adapter set_adapter set_adapters enable_adapters "
+    "disable_adapters delete_adapter delete_adapters enable_lora disable_lora fuse_lora unfuse_lora enable_freeu "
+    "set_attn_processor resize_token_embeddings set_input_embeddings load_state_dict enable_tiling".split()
 )
 _MOVE = "detach() first, move the pipeline, and attach again"
 

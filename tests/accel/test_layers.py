@@ -289,6 +289,34 @@ assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.module
     assert np.array_equal(np.load(tmp_path / "image.npy"), ordinary)
 
 
+def test_a_lora_is_fused_without_torch(sd15_bundle, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    with safe_open(sd15_bundle / "unet/model.safetensors", "np") as file:
+        out, into = file.get_tensor(f"{layer.removeprefix('unet.')}.weight").shape
+    rng = np.random.default_rng(0)
+    parts = {"lora_A": (4, into), "lora_B": (out, 4)}
+    tensors = {f"{layer}.{part}.weight": rng.normal(size=shape).astype(np.float32) for part, shape in parts.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    code = (
+        BLOCKED
+        + """
+import accel, numpy
+pipe = accel.load(sys.argv[1], engine="onnxruntime", threads=1, loras=[sys.argv[3]])
+numpy.save(sys.argv[2], pipe("the cat", seed=3, output_type="np").images)
+assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
+"""
+    )
+    python(code, str(sd15_bundle), str(tmp_path / "image.npy"), str(tmp_path / "lora.safetensors"))
+    pipe = accel.load(sd15_bundle, engine="onnxruntime", threads=1)
+    plain = pipe("the cat", seed=3, output_type="np").images
+    pipe.set_loras(tmp_path / "lora.safetensors")
+    drawn = pipe("the cat", seed=3, output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "image.npy"), drawn) and np.abs(drawn - plain).max() > 1 / 255
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "auto"])
 def test_one_component_runs_without_torch(sd15_bundle, tmp_path, engine):
     code = (

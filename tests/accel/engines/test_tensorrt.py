@@ -19,6 +19,7 @@ from accel.engines.fixed_loop import FixedLoop
 from accel.engines.refit import Refit
 from accel.errors import Notice, UserError
 from accel.export.tensorrt.build import BuildOptions, build
+from accel.models.lora.for_bundle import fused
 from accel.trt import engine_files
 from accel.trt.workspace import workspace
 
@@ -356,6 +357,10 @@ def test_a_to_b_to_a_leaves_no_residue(bundle, tensorrt, loras, graph, expected)
     assert len({own, digest_a, digest_b}) == 3
     assert not torch.equal(out_a, base) and not torch.equal(out_a, out_b) and not torch.equal(out_b, base)
     assert refit.loras([a]) == digest_a and torch.equal(out(), out_a)
+    unet.set_weights(fused(bundle, [b]).tensors["unet"])  # as `Pipeline.set_loras` does it
+    assert torch.equal(out(), out_b)
+    unet.set_weights({})
+    assert torch.equal(out(), base) and refit.loras([a]) == digest_a
     both = refit.loras([f"{a}=0.5", b])
     assert both not in (digest_a, digest_b, own)
     assert refit.loras([]) == own and torch.equal(out(), base) and refit.changed == frozenset()

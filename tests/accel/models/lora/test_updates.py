@@ -197,6 +197,29 @@ def test_names_of_every_program(key, component, layer, part):
     assert place(found.layer, places(modules)) in modules
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd15-tiny", "sdxl", "ssd-1b"])
+def test_block_numbers_of_the_original_code_are_those_of_diffusers(name):
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    from accel.models.lora.names import _original
+    from accel.models.topology import topology
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**topology(name).config)
+    modules = [name for name, module in unet.named_modules() if getattr(module, "weight", None) is not None]
+    pairs = dict(_original(modules))
+    assert set(pairs.values()) == set(modules)
+    state = {f"model.diffusion_model.{old}.weight": torch.tensor(float(i)) for i, old in enumerate(pairs)}
+    state |= {key.replace("weight", "bias"): torch.tensor(-1.0) for key in list(state)}
+    converted = convert_ldm_unet_checkpoint(state, dict(unet.config))
+    made = {int(value): key for key, value in converted.items() if key.endswith("weight")}
+    for i, new in enumerate(pairs.values()):
+        assert made.get(i, f"{new}.weight") == f"{new}.weight"
+    assert len(made) > 0.9 * len(pairs)
+
+
 def test_a_name_that_no_lora_has():
     assert parsed("unet.conv_in.weight") is None and parsed("alpha") is None
 
