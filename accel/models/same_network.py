@@ -78,6 +78,8 @@ def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> Non
 
 def _check_plain(module: nn.Module, component: str) -> None:
     """Refuse what changes a module's outputs and is not in its weights, because the compiled network has none of it."""
+    if getattr(module, "use_tiling", False):
+        raise UserError(f"{component} works in tiles, which the compiled one does not", "pipeline.disable_vae_tiling()")
     for name, part in module.named_modules():
         where = f"{component}.{name}" if name else component
         if any(getattr(part, key, None) is not None for key in ("s1", "s2", "b1", "b2")):

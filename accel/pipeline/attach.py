@@ -24,14 +24,7 @@ from ..models.same_network import check_same_network
 from . import control
 
 # Methods of a diffusers pipeline that change weights in a way that compiled networks follow.
-_FOLLOWED = (
-    "load_lora_weights",
-    "unload_lora_weights",
-    "set_adapters",
-    "delete_adapters",
-    "enable_lora",
-    "disable_lora",
-)
+_FOLLOWED = "load_lora_weights unload_lora_weights set_adapters delete_adapters enable_lora disable_lora".split()
 # Those that compiled networks would ignore in silence, and the way out.
 _EXPORT = "detach() first; then pipeline.save_pretrained(FOLDER), and accel export FOLDER compiles it with that"
 _ADAPTERS = "set_adapters(names, scales) is enough: compiled networks run with adapters fused into their weights"
@@ -78,7 +71,7 @@ class Attached(Resource):
         engines: dict[str, Engine],
     ):
         self._pipeline, self._bundle, self._originals, self._compiled = pipeline, bundle, originals, compiled
-        self.engines = engines
+        self.engines, self._within = engines, False
         self._put(compiled)
         guards = {"to": self._to, "save_pretrained": self._save_pretrained}
         guards |= {name: partial(_refuse, name) for name in _REFUSED if hasattr(pipeline, name)}
@@ -123,21 +116,28 @@ class Attached(Resource):
         return self._with_originals("save_pretrained", *args, **kwargs)
 
     def _with_originals(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the pipeline, as it is without us."""
+        """A method of the pipeline, as it is without us; so are those that it calls itself."""
+        method, outermost = partial(getattr(type(self._pipeline), name), self._pipeline), not self._within
+        if not outermost:
+            return method(*args, **kwargs)
+        self._within = True
         self._put(self._originals)
         try:
-            return getattr(type(self._pipeline), name)(self._pipeline, *args, **kwargs)
+            return method(*args, **kwargs)
         finally:
             self._put(self._compiled)
+            self._within = False
 
     def _follow(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method that changes the adapters, and the same change in the engines."""
         try:
-            returned = self._with_originals(name, *args, **kwargs)
+            return self._with_originals(name, *args, **kwargs)
         finally:
-            for slot, compiled in self._compiled.items():
-                compiled.follow(partial(adapted, self._originals[slot], self._bundle))
-        return returned
+            if not self._within:
+                for slot, compiled in self._compiled.items():
+                    compiled.follow(partial(adapted, self._originals[slot], self._bundle))
+                for compiled in self._compiled.values():
+                    compiled.check_followed()
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
@@ -220,7 +220,7 @@ class _Compiled(nn.Module):
             return getattr(self.__dict__["_hidden"].original, name)
 
     def follow(self, adapted: Callable[[str], Mapping[str, Any]]) -> None:
-        """Let the engine run with the adapters that the original has now; where it cannot, no image is drawn without.
+        """Let the engine run with the adapters that the original has now; where it cannot, `check_followed` says so.
 
         Args:
             adapted: component -> the tensors that the adapters change.
@@ -230,10 +230,14 @@ class _Compiled(nn.Module):
             tensors = adapted(hidden.engine.component.name)
             if tensors or hidden.changed or hidden.refusal:
                 hidden.engine.set_weights(tensors)
+            hidden.changed, hidden.refusal = bool(tensors), None
         except UserError as error:
             hidden.refusal = error
-            raise
-        hidden.changed, hidden.refusal = bool(tensors), None
+
+    def check_followed(self) -> None:
+        """Draw no image without the adapters that the pipeline has."""
+        if self._hidden.refusal:
+            raise self._hidden.refusal
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself, where it is there already."""
@@ -243,8 +247,7 @@ class _Compiled(nn.Module):
     def call(self, **feeds: Any) -> dict[str, torch.Tensor]:
         """Run the engine on torch tensors; casts to its dtypes and back to the original module's."""
         engine = self._hidden.engine
-        if self._hidden.refusal:
-            raise self._hidden.refusal
+        self.check_followed()
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in engine.component.inputs}
         outputs = engine(**{k: v.to(dtypes[k]) if torch.is_tensor(v) else v for k, v in feeds.items()})
         return {name: to_torch(value, str(self.device)).to(self.dtype) for name, value in outputs.items()}
@@ -268,9 +271,8 @@ class CompiledUNet(_Compiled):
         given = [name for name, value in unsupported.items() if value is not None]
         given += ["cross_attention_kwargs"] if cross_attention_kwargs else []
         if given:
-            raise UserError(
-                f"the compiled UNet has no input for {', '.join(given)}", "detach() first, or do without that feature"
-            )
+            fix = "detach() first, or do without that feature; a LoRA's scale: pipeline.set_adapters(names, scales)"
+            raise UserError(f"the compiled UNet has no input for {', '.join(given)}", fix)
         feeds = {
             "sample": sample,
             "timestep": torch.as_tensor(timestep).reshape(()),

@@ -146,9 +146,7 @@ def load(
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    pipeline = Pipeline(bundle, engines)
-    pipeline.loras = fused.files
-    return pipeline
+    return Pipeline(bundle, engines, fused.files)
 
 
 def check_call(bundle: Bundle, **call: Any) -> None:
@@ -173,9 +171,8 @@ class Pipeline(Resource):
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
-        self.bundle = bundle
-        self.loras: tuple[LoraFile, ...] = ()
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], loras: tuple[LoraFile, ...] = ()):
+        self.bundle, self.loras = bundle, loras
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
         self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
         folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
@@ -344,13 +341,12 @@ class Pipeline(Resource):
     def set_loras(self, loras: Spec | Sequence[Spec] | None = ()) -> None:
         """Run with these LoRA files from now on, instead of those it runs with; [] for none.
 
-        They are fused into the bundle's own weights and given to the engines: seconds, and no export. The same files
-        give the same bits whatever ran in between. No image may be in the making meanwhile.
+        They are fused into the bundle's own weights: seconds, and no export. The same files give the same bits,
+        whatever ran in between. No image may be in the making meanwhile.
 
         Args:
-            loras: each a file, "FILE=SCALE", (file, scale), or {"path": file, "scale": 0.8, "blocks": {...}}; `blocks`
-                gives parts of the networks scales of their own, such as {"unet.mid_block": 0.5, "text_encoder": 0}. A
-                folder stands for what diffusers' `save_lora_weights` wrote into it.
+            loras: each a file or a folder of diffusers' `save_lora_weights`, "FILE=SCALE", (file, scale), or {"path":
+                file, "scale": 0.8, "blocks": {"unet.mid_block": 0.5}}, where `blocks` has scales for parts of networks.
 
         Raises:
             UserError: for a file that does not fit, or an engine that cannot follow; nothing is changed then.
@@ -387,8 +383,8 @@ class Pipeline(Resource):
     def _parts(self) -> dict[str, str]:
         """What each component runs on."""
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
-        loras = {"loras": ", ".join(map(str, self.loras))} if self.loras else {}
-        return {name: self.engines.descriptions.get(name, later) for name in self.engines} | loras
+        parts = {name: self.engines.descriptions.get(name, later) for name in self.engines}
+        return parts | ({"loras": ", ".join(map(str, self.loras))} if self.loras else {})
 
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""
