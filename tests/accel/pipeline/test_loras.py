@@ -100,7 +100,7 @@ def test_int8_follows_and_comes_back(tmp_path):
     record = bundle.component("unet")
     weights = Weights(stored(bundle.file(record.weights)), record)
     change = {
-        f"unet.{layer}.diff": 0.5 * torch.as_tensor(weights.value(f"{layer}.weight"))
+        f"unet.{layer}.diff": 0.5 * torch.as_tensor(weights.value(f"{layer}.weight")).contiguous()
         for layer in weights.layers
         if "attn2.to_v" in layer
     }
