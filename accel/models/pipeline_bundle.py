@@ -51,13 +51,16 @@ class PipelineBundle(Bundle):
         return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
 
 
-def open_pipeline(model: str | Path | Source) -> PipelineBundle:
-    """Open a pipeline folder, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
+def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) -> PipelineBundle:
+    """Open a pipeline folder, a hub id, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
+
+    Args:
+        few_step: see `accel.models.source.open_source`.
 
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    source = model if isinstance(model, Source) else open_source(model)
+    source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     step = constants["vae_scale"] * constants["latent_multiple"]
     side = Range(step, round_to(constants["native_size"], step), _PIXELS // step * step, step)

@@ -167,7 +167,7 @@ def test_prompts_of_a_file_are_drawn_and_a_missing_image_is_refused_before_loadi
     words = ["run", smallest_bundle, "--prompt-file", file, "--steps", 1, "--engine", "onnxruntime"]
     _, out, _ = accel(*words, "-o", tmp_path / "o.png", "--json")
     assert len(json.loads(out)["images"]) == 2
-    monkeypatch.setattr("accel.pipeline.load", lambda *_, **__: pytest.fail("it was loaded first"))
+    monkeypatch.setattr("accel.loading.load", lambda *_, **__: pytest.fail("it was loaded first"))
     for option in ("--image", "--control"):
         assert "no such file" in refused(*words, option, tmp_path / "none.png")
 
