@@ -40,13 +40,18 @@ OF_THE_OUTPUT = ("--out", "-o")
 SHORTER = {
     "run": "--steps 2 --threads 1",
     "bench": "--rounds 2 --engine eager --engine onnxruntime --prompt cat",
-    "export": "--profile batch=1-2,size=64-128",
     "evaluate": "--images 4",
     "doctor": "--fast",
     "distill": "--train-steps 1 --resolution 64 --batch 1 --accumulation 1 --warmup 0 --sample-every 0 --log none "
     "--mixed-precision no --optimizer adamw --threads 1",
 }
-OF_A_METHOD = {"regress": "--pair-count 2 --pair-steps 2", "dreambooth": "--class-images 2"}
+# The same of a method of training, and of what is exported: profiles of the shared bundles, whose graphs are there.
+OF_THE_FIRST = {
+    "regress": "--pair-count 2 --pair-steps 2",
+    "dreambooth": "--class-images 2",
+    "model": "--profile batch=1-4,size=64-128",
+    "sdxl": "--profile batch=1-2,height=64,width=64-96",
+}
 NEEDS = {
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU",
@@ -71,7 +76,7 @@ def here(command: str) -> list[str]:
             words[i] = STANDS_FOR.get(word, word)
     if verb == "export":
         words[1] = "made"
-    more = [SHORTER.get(verb, ""), OF_A_METHOD.get(words[0] if words else "", "")]
+    more = [SHORTER.get(verb, ""), OF_THE_FIRST.get(words[0] if words else "", "")]
     return [verb, *words, *shlex.split(" ".join(more))]
 
 

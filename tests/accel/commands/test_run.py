@@ -206,3 +206,11 @@ def test_a_bundle_that_may_not_be_read_is_named(refused, smallest_bundle, user_f
     drop_privileges()
     err = refused("run", bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", user_folder / "o.png")
     assert "unet/model.safetensors" in err
+
+
+def test_a_model_of_digits_says_what_it_can_draw(accel, tmp_path):
+    words = ["run", "digits/4step", "--steps", 1, "--engine", "eager", "-p"]
+    _, _, err = accel(*words, "a fox in the snow", "-o", tmp_path / "fox.png")
+    assert "draws handwritten digits alone" in err
+    _, _, err = accel(*words, "a handwritten seven", "-o", tmp_path / "seven.png")
+    assert "digits alone" not in err
