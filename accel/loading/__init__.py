@@ -1,5 +1,5 @@
 """Load a model on any engine; a diffusers pipeline is compiled on the way where the engine runs graphs."""
 
-from .load import load, opened
+from .loader import load, opened
 
 __all__ = ["load", "opened"]

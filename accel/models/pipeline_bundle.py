@@ -13,6 +13,7 @@ from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, round_to
 from ..files import digest_of
+from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import own_sampling, pipeline_constants
 from .source import Source, open_source
@@ -44,6 +45,10 @@ class PipelineBundle(Bundle):
     def listed(self, folder: str) -> frozenset[str]:
         """Names of all files in one of its folders."""
         return frozenset(path.name for path in (self.path / folder).glob("*"))
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the scheduler that an export would write: with what few-step weights and marks ask for."""
+        return NoiseSchedule.from_scheduler(self.source.scheduler_for(self.manifest.sampler))
 
     @property
     def digest(self) -> str:

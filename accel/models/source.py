@@ -74,6 +74,11 @@ class Source:
         found = families.recognise(self.few_step, self.parts, self.name, config)
         return config | marks | (dict(found.family.fields) if found else {})
 
+    def scheduler_for(self, constants: Mapping[str, Any]) -> dict[str, Any]:
+        """The scheduler config with which diffusers draws what these sampling constants say."""
+        config = self.scheduler()
+        return families.scheduler_of(config, constants) or config
+
     @property
     def parts(self) -> list[Path]:
         """The UNet's weight file and the LoRA files, where they are not the folder's own."""

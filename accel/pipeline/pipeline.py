@@ -22,7 +22,6 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import Notice, UserError
-from ..sampling import samplers as sampler
 from ..sampling.constants import OPTIONS
 from . import arguments, request
 from .generator_noise import GeneratorNoise
@@ -169,7 +168,7 @@ class Pipeline(Resource):
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
-        self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
+        self.schedule = bundle.noise_schedule()
         folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
         self.tokenizers = {
             name: ClipTokenizer.from_folder(bundle.path / folders[name], bundle.listed(folders[name]))
