@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .engines import load_engine as load_engine
     from .loading import load as load
+    from .patching import patch as patch
     from .pipeline import Output as Output
     from .pipeline import Pipeline as Pipeline
     from .pipeline.attach import attach as attach
@@ -53,6 +54,7 @@ _LAZY = {
     "load": "accel.loading",
     "load_engine": "accel.engines",
     "attach": "accel.pipeline.attach",
+    "patch": "accel.patching",
     "Bundle": "accel.bundle",
     "Pipeline": "accel.pipeline",
     "Output": "accel.pipeline",
