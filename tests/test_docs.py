@@ -63,7 +63,7 @@ def test_programs_compile_and_import_what_is_there(page):
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield lambda name: importlib.import_module(name)
-    for name in ("pages", "readme_table", "whole_image", "family_matrix"):
+    for name in ("pages", "readme_table", "whole_image", "family_matrix", "kernels"):
         sys.modules.pop(name, None)
 
 
@@ -77,11 +77,23 @@ def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, m
     assert benchmarks("pages").between(ROOT / page, marker) == expected
 
 
+def test_the_tables_of_kernels_are_what_their_script_makes(benchmarks):
+    kept = json.loads((ROOT / "benchmarks/kernels.json").read_text())
+    assert benchmarks("pages").between(ROOT / "docs/kernels.md", "kernels") == benchmarks("kernels").tables(kept)
+
+
 def test_the_family_table_is_what_its_script_makes(benchmarks, tmp_path):
     page = tmp_path / "family.md"
     page.write_text((ROOT / "docs/family.md").read_text())
     benchmarks("family_matrix").into_readme(page, json.loads((ROOT / "benchmarks/family-matrix.json").read_text()))
     assert page.read_text() == (ROOT / "docs/family.md").read_text()
+
+
+def test_a_test_that_a_page_names_is_there():
+    named = [entry for page in PAGES for entry in re.findall(r"`(tests/\S+\.py)::(test_\w+)`", page.read_text())]
+    assert len(named) > 30
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), (path, name)
 
 
 def test_the_readme_fits_its_limits():

@@ -25,12 +25,13 @@ ACCEL = (
     ("assets",),
     ("sampling",),
     ("bundle",),
-    ("int8", "trt"),
+    ("int8", "trt", "patching"),
     ("models",),
     ("engines",),
     ("pipeline",),
     ("bench",),
     ("export", "distill"),
+    ("loading",),
     ("command_line",),
     ("commands",),
     ("roof",),
@@ -51,7 +52,7 @@ LOOSE = {
     "accel.distill": {"run": "roof", None: "settings"},
 }
 # Kernels stand beside the house: they know nothing of it, and only what patches a model knows them.
-KERNELS = "accel.kernels"
+KERNELS, PATCHING = "accel.kernels", "accel.patching"
 FLOORS = {"accel": ACCEL, "accel.export": EXPORT, "accel.distill": DISTILL}
 FOLDER_OF = {root: ROOT / folder for folder, root in FOLDERS.items()}
 
@@ -100,7 +101,7 @@ def upward(name: str, target: str) -> bool:
     """Whether an import runs up, or sideways into another room of the same floor."""
     ours, theirs = root_of(name), root_of(target)
     if KERNELS in (ours, theirs):
-        return ours != theirs
+        return ours != theirs and not within(name, PATCHING)
     root = ours if ours == theirs else "accel"
     rooms = [of.removeprefix("accel.") if of != root else room(n, root) for n, of in ((name, ours), (target, theirs))]
     here, there = (next(i for i, floor in enumerate(FLOORS[root]) if entry in floor) for entry in rooms)

@@ -1,0 +1,89 @@
+"""`accel.patch`: the same image, the same gradients and weights, and nothing left afterwards."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+import accel
+from accel.errors import UserError
+
+
+@pytest.fixture
+def unet(sd15):
+    return diffusers.UNet2DConditionModel.from_pretrained(sd15 / "unet").eval()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 16, 16), torch.tensor(7), torch.randn(2, 5, 32)
+
+
+@torch.no_grad()
+def test_a_unet_gives_the_same_and_afterwards_the_same_bits(unet, inputs):
+    before, names = unet(*inputs)[0], list(unet.state_dict())
+    with accel.patch(unet) as patched:
+        assert patched.layers["ResnetBlock2D"] == 22 and patched.layers["GEGLU"] == 16
+        assert torch.allclose(unet(*inputs)[0], before, atol=1e-5) and list(unet.state_dict()) == names
+        assert "22 ResnetBlock2D" in repr(patched)
+        with pytest.raises(UserError, match="no layer that a kernel could take over"):
+            accel.patch(unet)
+    assert torch.equal(unet(*inputs)[0], before) and "undone" in repr(patched)
+
+
+@torch.no_grad()
+def test_the_unet_of_sdxl_and_a_vae(sdxl):
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipeline("the cat", num_inference_steps=2, generator=torch.manual_seed(0), output_type="pt").images
+
+    before = draw()
+    patched = accel.patch(pipeline)
+    kinds = {type(layer).__name__ for part in (pipeline.unet, pipeline.vae) for layer in part.modules()}
+    assert {"FusedResnetBlock2D", "FusedGEGLU", "NormAndActivation"} <= kinds and "ResnetBlock2D" not in kinds
+    assert (draw() - before).abs().max() < 1 / 255
+    patched.undo()
+    assert torch.equal(draw(), before)
+
+
+def test_training_has_the_same_gradients_also_under_autocast(unet, inputs):
+    def gradients(dtype):
+        unet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            unet(*inputs)[0].float().square().mean().backward()
+        return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
+
+    exact, half = gradients("fp32"), gradients("bf16")
+    with accel.patch(unet):
+        ours, ours_half = gradients("fp32"), gradients("bf16")
+    assert exact.keys() == ours.keys() == ours_half.keys()
+    for name, value in exact.items():
+        assert (ours[name] - value).norm() <= 1e-4 * value.norm() + 1e-6, name
+
+    def error(made):
+        return sum((made[name] - value).norm() / (value.norm() + 1e-6) for name, value in exact.items())
+
+    assert error(ours_half) < 1.5 * error(half)
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph(unet, inputs):
+    before = unet(*inputs)[0]
+    with accel.patch(unet):
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(*inputs)[0], before, atol=1e-5)
+
+
+def test_an_activation_that_others_share_stays(unet):
+    unet.conv_act = unet.down_blocks[0].resnets[0].nonlinearity
+    with accel.patch(unet) as patched:
+        assert "GroupNorm" not in patched.layers and type(unet.conv_act) is torch.nn.SiLU
+
+
+def test_a_model_without_such_layers_is_refused():
+    with pytest.raises(UserError, match="Linear has no layer"):
+        accel.patch(torch.nn.Linear(2, 2))
