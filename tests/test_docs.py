@@ -63,7 +63,7 @@ def test_programs_compile_and_import_what_is_there(page):
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield lambda name: importlib.import_module(name)
-    for name in ("pages", "readme_table", "whole_image", "family_matrix", "kernels"):
+    for name in ("pages", "readme_table", "whole_image", "family_matrix", "kernels", "lora_switch", "sd_tiny_int8"):
         sys.modules.pop(name, None)
 
 
@@ -75,6 +75,13 @@ def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, m
     made = benchmarks(module)
     expected = made.table(json.loads((ROOT / "benchmarks" / kept).read_text())) if kept else made.tables()
     assert benchmarks("pages").between(ROOT / page, marker) == expected
+
+
+def test_the_table_of_lora_switches_is_what_its_script_makes(benchmarks):
+    kept = json.loads((ROOT / "benchmarks/lora-switch.json").read_text())
+    assert benchmarks("pages").between(ROOT / "docs/lora.md", "lora switch") == benchmarks("lora_switch").table(
+        kept["models"]
+    )
 
 
 def test_the_tables_of_kernels_are_what_their_script_makes(benchmarks):
