@@ -51,9 +51,7 @@ class Refit:
                 f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
             )
         self.engine = engine
-        self.changed: frozenset[str] = frozenset()
         self._own = stored(engine.bundle.file(engine.bundle.component(name).weights))
-        self.digest = self._digest({})
 
     def loras(self, files: Sequence[Spec]) -> str:
         """Refit the bundle's weights with these LoRA files fused into them; without files, the bundle's own weights.
@@ -80,11 +78,16 @@ class Refit:
         hashes = {key: value for key, value in hashes.items() if value != _hash(self._own[key])}
         changed = frozenset(hashes)
         self._send({**self._own, **tensors}, changed | self.changed)
-        self.changed, self.digest = changed, self._digest(hashes)
+        self.engine.refitted = hashes
         return self.digest
 
-    def _digest(self, hashes: Mapping[str, str]) -> str:
-        return digest_of([self.engine.bundle.digest, self.engine.component.name, dict(hashes)])
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset(self.engine.refitted)
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.engine.bundle.digest, self.engine.component.name, self.engine.refitted])
 
     def _send(self, state: Mapping[str, np.ndarray], names: frozenset[str]) -> None:
         """Set weights by name, and those that TensorRT needs along with them."""

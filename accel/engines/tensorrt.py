@@ -98,6 +98,7 @@ class TensorRT(Engine):
             raise UserError(f"unknown cuda_graph {cuda_graph!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
         self.cuda_graph = cuda_graph
         self.epoch = 0
+        self.refitted: dict[str, str] = {}  # name -> sha256 of the weights that are not the bundle's own
         self._local = threading.local()
         if options["strip_plan"]:
             self._refit_stripped()
