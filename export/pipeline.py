@@ -13,7 +13,7 @@ from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of
-from accel.bundle.shape_profiles import Profile, Range
+from accel.bundle.shape_profiles import Profile, Range, native_sides
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
@@ -211,10 +211,12 @@ def _check_tokens(source: Source, tokens: int) -> None:
         )
 
 
-def _note_size(shapes: Profile, native: int) -> None:
-    if not (shapes.height.admits(native) and shapes.width.admits(native)):
+def _note_size(shapes: Profile, native: int | list[int]) -> None:
+    height, width = native_sides(native)
+    if not (shapes.height.admits(height) and shapes.width.admits(width)):
+        own = str(height) if height == width else f"{height} x {width}"
         warnings.warn(
-            f"profile {shapes.name} has no images of {native} px, the model's own size: height {shapes.height}, width "
+            f"profile {shapes.name} has no images of {own} px, the model's own size: height {shapes.height}, width "
             f"{shapes.width} (--profile native has it)",
             Notice,
             stacklevel=4,

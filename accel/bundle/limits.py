@@ -18,7 +18,8 @@ from .tensor_spec import TensorSpec
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 LARGEST = 1 << 20  # of a dimension: images, pixels, channels, tokens
-_CONSTANTS = {"vae_scale": 256, "latent_channels": 4096, "latent_multiple": 256, "native_size": 1 << 16}
+_CONSTANTS = {"vae_scale": 256, "latent_channels": 4096, "latent_multiple": 256}
+_LARGEST_SIDE = 1 << 16
 
 
 def check(manifest: Any) -> None:
@@ -53,10 +54,15 @@ def constants(values: Mapping[str, Any]) -> Iterator[str]:
     for key, largest in _CONSTANTS.items():
         if isinstance(values[key], bool) or not 1 <= values[key] <= largest:
             yield f"pipeline.{key}: {values[key]!r:.40} is not between 1 and {largest}"
-    if not math.isfinite(values["scaling_factor"]) or values["scaling_factor"] == 0:
-        yield f"pipeline.scaling_factor: {values['scaling_factor']!r} is no scale"
-    if not math.isfinite(values["shift_factor"]):
-        yield f"pipeline.shift_factor: {values['shift_factor']!r} is not finite"
+    sides = values["native_size"] if isinstance(values["native_size"], list) else [values["native_size"]] * 2
+    if len(sides) != 2 or any(isinstance(side, bool) or not 1 <= side <= _LARGEST_SIDE for side in sides):
+        yield f"pipeline.native_size: {values['native_size']!r:.40} is not between 1 and {_LARGEST_SIDE}"
+    for key, what in (("scaling_factor", "no scale"), ("shift_factor", "not finite")):
+        each = values[key] if isinstance(values[key], list) else [values[key]] * values["latent_channels"]
+        if len(each) != values["latent_channels"]:
+            yield f"pipeline.{key}: {values[key]!r:.80} is not one number for each of the latent channels"
+        if not all(math.isfinite(value) and (value or key == "shift_factor") for value in each):
+            yield f"pipeline.{key}: {values[key]!r:.80} is {what}"
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ..files import cache_dir, digest_of, inside, read_json, settle, sha256, wri
 from ..sampling import Sampling
 from . import limits
 from .kinds import KINDS
-from .shape_profiles import Profile, Range
+from .shape_profiles import Profile, Range, native_sides
 from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ MANIFEST = "accel.json"
 # What the objects of a manifest that are kept as they are must have.
 _FILE = {"sha256": str, "bytes": int}
 _REQUIRED: dict[str, Any] = {
-    "pipeline": dict.fromkeys(("vae_scale", "latent_channels", "latent_multiple", "native_size"), int)
-    | {"scaling_factor": float, "shift_factor": float, "zero_empty_prompt": bool},
+    "pipeline": dict.fromkeys(("vae_scale", "latent_channels", "latent_multiple"), int)
+    | {"native_size": int | list[int]}
+    | {"scaling_factor": float | list[float], "shift_factor": float | list[float], "zero_empty_prompt": bool},
     "source": {"name": str},
     "exporter": {"opset": int, "torch": str},
     "components": Mapping[str, dict],
@@ -137,9 +138,11 @@ class Manifest:
     Attributes:
         family: sd1, sd2 or sdxl.
         topology: name out of `accel.models.topology`, or "custom".
-        pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor,
-            shift_factor, latent_multiple (of a latent side), native_size (pixels), zero_empty_prompt (whether no
-            negative prompt means zeros instead of the embedding of "").
+        pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor and
+            shift_factor (x = (z - shift) * factor; one number, or one for each latent channel), latent_multiple (of a
+            latent side), native_size (pixels; [height, width] of a model that is not square), zero_empty_prompt
+            (whether no prompt means zeros), control_conditional_only (whether a ControlNet adds nothing to the rows
+            without a prompt; where it is missing, false).
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).
@@ -202,8 +205,8 @@ class Bundle:
         """Model, family, precision, sizes and sampling, in a line."""
         manifest, sampling = self.manifest, Sampling.from_dict(self.manifest.sampler, "the bundle's sampler")
         high, wide, images = manifest.profile.height, manifest.profile.width, manifest.profile.batch
-        native = manifest.pipeline["native_size"]
-        own = " x ".join(str(native if side.admits(native) else side.opt) for side in (high, wide))
+        sizes = zip((high, wide), native_sides(manifest.pipeline["native_size"]), strict=True)
+        own = " x ".join(str(native if side.admits(native) else side.opt) for side, native in sizes)
         sides = "" if high.fixed and wide.fixed else f" ({high}{'' if high == wide else f' x {wide}'})"
         return (
             f"{manifest.source['name']} ({manifest.family}, {manifest.precision}): {own} px{sides}, {images} at once, "

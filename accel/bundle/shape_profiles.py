@@ -7,7 +7,7 @@ the tensors, which is what the exporter, the engines and TensorRT's optimization
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -138,13 +138,19 @@ PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for pr
 _FIELD = re.compile(r"^(batch|height|width|size|tokens)=(\d+)(?:-(\d+))?$")
 
 
-def profile(text: str, *, native: int | None = None) -> Profile:
+def native_sides(native: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a model's own images, in pixels, from `native_size` of a manifest: one number for both, or
+    two."""
+    return (native, native) if isinstance(native, int) else (native[0], native[1])
+
+
+def profile(text: str, *, native: int | Sequence[int] | None = None) -> Profile:
     """A profile by name, `static` / `native` for the model's own size, or spelled out.
 
     Args:
         text: a name from `PROFILES`; `native` (batch 1-4 at the model's own size); `static` (batch 1 at that size);
             or `batch=1-4,height=256-768,width=512[,tokens=77]` with `size=` for both sides at once.
-        native: the model's own image size in pixels, needed by `native` and `static`.
+        native: the model's own image size in pixels, or (height, width), needed by `native` and `static`.
 
     Raises:
         UserError: for an unknown name or a malformed specification.
@@ -153,7 +159,8 @@ def profile(text: str, *, native: int | None = None) -> Profile:
         return PROFILES[text]
     if text in ("static", "native"):
         assert native is not None, "the caller knows the model's own size"
-        return _square(text, native, _ONE if text == "static" else _TO_4)
+        height, width = map(fixed, native_sides(native))
+        return Profile(text, _ONE if text == "static" else _TO_4, height, width)
     fields: dict[str, Range] = {}
     for part in text.split(","):
         match = _FIELD.match(part.strip())
@@ -170,8 +177,10 @@ def profile(text: str, *, native: int | None = None) -> Profile:
             if name in fields:
                 raise UserError(f"profile {text!r} gives {name} twice", "size= is height= and width= at once")
             fields[name] = Range(low, low if key == "batch" else high, high)
-    side = fixed(native) if native else None
-    height, width = fields.get("height", side), fields.get("width", side)
-    if height is None or width is None:
+    if native is not None:
+        fields = dict(zip(("height", "width"), map(fixed, native_sides(native)), strict=True)) | fields
+    if not {"height", "width"} <= set(fields):
         raise UserError(f"profile {text!r} names no height and width", "add size=512 or height=...,width=...")
-    return Profile(text, fields.get("batch", _ONE), height, width, fields.get("tokens", fixed(77)).max)
+    return Profile(
+        text, fields.get("batch", _ONE), fields["height"], fields["width"], fields.get("tokens", fixed(77)).max
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, is_bundle
 from ..bundle.kinds import kind_of
+from ..bundle.shape_profiles import native_sides
 from ..errors import Notice
 from ..files import cache_dir, digest_of, exclusive
 from ..progress import progress
@@ -25,9 +26,10 @@ _IMAGES, _SMALLER, _LARGER = 4, 2, 2  # what such a bundle accepts by default, a
 def profile_around(bundle: PipelineBundle) -> str:
     """The shape profile of a bundle that is made on the way: one to four images of half to twice the model's size."""
     pipeline = bundle.manifest.pipeline
-    native, step = pipeline["native_size"], pipeline["vae_scale"] * pipeline["latent_multiple"]
-    low = max(step, native // _SMALLER // step * step)
-    return f"batch=1-{_IMAGES},size={low}-{native * _LARGER},tokens={bundle.manifest.profile.tokens}"
+    step, sides = pipeline["vae_scale"] * pipeline["latent_multiple"], []
+    for name, native in zip(("height", "width"), native_sides(pipeline["native_size"]), strict=True):
+        sides.append(f"{name}={max(step, native // _SMALLER // step * step)}-{native * _LARGER}")
+    return ",".join([f"batch=1-{_IMAGES}", *sides, f"tokens={bundle.manifest.profile.tokens}"])
 
 
 def compiled(model: PipelineBundle, export: Mapping[str, Any]) -> Bundle:

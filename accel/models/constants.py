@@ -21,30 +21,68 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
     stages = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
     size, widths, channels = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("latent_channels")
     sides, factors = size if isinstance(size, list) else [size], ("scaling_factor", "shift_factor")
+    each = ("latents_mean", "latents_std")
     for name, key, value, ok in (
         ("vae", "block_out_channels", stages, isinstance(stages, list)),
         ("vae", "latent_channels", channels, isinstance(channels, int)),
         ("unet", "block_out_channels", widths, isinstance(widths, list)),
-        ("unet", "sample_size", size, size != [] and all(isinstance(n, int) for n in sides)),
+        ("unet", "sample_size", size, len(sides) in (1, 2) and all(isinstance(n, int) for n in sides)),
         *(("vae", key, vae.get(key, 1.0), isinstance(vae.get(key) or 0, (int, float))) for key in factors),
+        *(("vae", key, vae.get(key), _is_numbers(vae.get(key) or [1])) for key in each),
     ):
         if not ok:
             raise UserError(f"{source.path}/{name}/config.json: {key} is invalid: {value!r}", "get the file again")
     scale = 2 ** (len(stages) - 1)
-    # Configs from before the field existed (such as SD1.5's own) mean diffusers' default.
-    scaling = 0.18215 if vae.get("_class_name") == "AutoencoderKL" else 1.0
+    _check_channels(unet.get("in_channels", 4), vae["latent_channels"], source)
+    factor, shift = latent_scale(vae, source.family)
     made = {
         "vae_scale": scale,
         "latent_channels": vae["latent_channels"],
-        "scaling_factor": scaling if vae.get("scaling_factor") is None else vae["scaling_factor"],
-        "shift_factor": vae.get("shift_factor") or 0.0,
+        "scaling_factor": factor,
+        "shift_factor": shift,
         "latent_multiple": 2 ** (len(unet["block_out_channels"]) - 1),
-        "native_size": (size if isinstance(size, int) else max(size)) * scale,
+        "native_size": sides[0] * scale if len(set(sides)) == 1 else [side * scale for side in sides],
         "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
     }
+    if source.has("controlnet") and source.config("controlnet").get("global_pool_conditions"):
+        made["control_conditional_only"] = True
     for problem in limits.constants(made):
         raise UserError(f"{source.path}: {problem}", "get the files of the model again")
     return made
+
+
+def _check_channels(channels: Any, latent: int, source: Source) -> None:
+    """Refuse before an export a UNet that no call can run: it takes latents, and for inpainting mask and image."""
+    if channels in (latent, 2 * latent + 1):
+        return
+    kind = {2 * latent: "as InstructPix2Pix does", latent + 1: "as a depth-to-image or upscaling model does"}
+    what = kind.get(channels, "which no supported pipeline does") if isinstance(channels, int) else "no number"
+    raise UserError(
+        f"{source.path}: the UNet takes {channels!r} channels, {what}; that is not supported",
+        f"give a text-to-image model ({latent} channels) or an inpainting one ({2 * latent + 1})",
+    )
+
+
+def latent_scale(vae: Mapping[str, Any], family: str) -> tuple[Any, Any]:
+    """Factor and shift with x = (z - shift) * factor, of the VAE's latents z and the UNet's x.
+
+    `latents_mean` and `latents_std` of a config make one of both for each channel, as in diffusers' pipelines of SDXL
+    (playground-v2.5); those of SD1.x and SD2.x do not read them.
+
+    Args:
+        vae: its config.
+    """
+    # Configs from before the field existed (such as SD1.5's own) mean diffusers' default.
+    usual = 0.18215 if vae.get("_class_name") == "AutoencoderKL" else 1.0
+    factor = usual if vae.get("scaling_factor") is None else vae["scaling_factor"]
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    if family == "sdxl" and mean is not None and std is not None:
+        return [factor / value if value else 0.0 for value in std], list(mean)
+    return factor, vae.get("shift_factor") or 0.0
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
 
 
 def own_sampling(source: Source) -> Sampling:

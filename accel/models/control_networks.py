@@ -37,6 +37,8 @@ class ControlNet(nn.Module):
     def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
+        pooled = getattr(model.config, "global_pool_conditions", False)
+        self.strides = [stride for _, stride in residual_shapes(model.config)] if pooled else []
 
     def forward(
         self,
@@ -50,7 +52,7 @@ class ControlNet(nn.Module):
         added = None
         if text_embeds is not None:
             added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
-        down, middle = self.model(
+        residuals = self.model(
             sample,
             timestep,
             encoder_hidden_states,
@@ -58,7 +60,13 @@ class ControlNet(nn.Module):
             added_cond_kwargs=added,
             return_dict=False,
         )
-        return *down, middle
+        outputs = (*residuals[0], residuals[1])
+        if not self.strides:
+            return outputs
+        # One value for each channel of each image, which holds at every pixel.
+        height, width = sample.shape[2:]
+        each = zip(outputs, self.strides, strict=True)
+        return tuple(out.expand(-1, -1, height // stride, width // stride) for out, stride in each)
 
 
 def unet_adapter_shapes(config: Any) -> list[Shape]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
-from ..bundle.shape_profiles import Profile, Range, round_to
+from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
 from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
@@ -68,8 +68,11 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     step = constants["vae_scale"] * constants["latent_multiple"]
-    side = Range(step, round_to(constants["native_size"], step), _PIXELS // step * step, step)
-    profile = Profile("any", Range(1, 1, _IMAGES), side, side, own_tokens(source))
+    height, width = (
+        Range(step, round_to(native, step), _PIXELS // step * step, step)
+        for native in native_sides(constants["native_size"])
+    )
+    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
         vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
-from ..errors import UserError, printable
+from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
@@ -22,6 +23,8 @@ from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
+
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Source:
 
     def _from_folder(self, component: str, library: str, cls: Any) -> nn.Module:
         folder = self.folder(component)
-        files, variant = weights.chosen_files(folder, self.variant)
+        files, variant = self._chosen_files(folder)
         for path in files:
             if path.suffix == weights.SAFETENSORS:
                 weights.check_safetensors(path)
@@ -159,7 +162,12 @@ class Source:
     def weight_files(self, component: str) -> list[Path]:
         if component in self.files:
             return [self.files[component]]
-        return weights.chosen_files(self.folder(component), self.variant)[0]
+        return self._chosen_files(self.folder(component))[0]
+
+    def _chosen_files(self, folder: Path) -> tuple[list[Path], str | None]:
+        """Of the variant that was asked for, where this part has it; `open_source` has said where not."""
+        variant = self.variant if self.variant in weights.variants(folder) else None
+        return weights.chosen_files(folder, variant)
 
     def digest(self, components: list[str]) -> str:
         """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
@@ -218,7 +226,7 @@ def open_source(
     given, model = str(model), resolve(model)
     path, files = Path(model), {}
     if path.is_file():
-        files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), path)
+        files = dict.fromkeys(_NETWORKS, path)
         path = _base_of(path, base)
     elif base is not None:
         raise UserError(f"--base {base} belongs to a single file, and {model} is not one", "leave --base out")
@@ -234,6 +242,8 @@ def open_source(
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
     if vae is not None:
         source = _with_vae(source, Path(resolve(vae)))
+    if variant is not None:
+        _check_variant(source, variant)
     if adapter is not None and controlnet is not None:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
     for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
@@ -245,6 +255,19 @@ def open_source(
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
     return source
+
+
+def _check_variant(source: Source, variant: str) -> None:
+    """As in diffusers, a variant counts for the parts that have it, and is an error where none has."""
+    names = [name for name in _NETWORKS if source.has(name) and name not in source.files]
+    found = {name: weights.variants(source.folder(name)) for name in names}
+    plain = [name for name in names if variant not in found[name]]
+    if len(plain) == len(names):
+        known = ", ".join(sorted({str(kind) for kinds in found.values() for kind in kinds if kind})) or "none"
+        raise UserError(f"{source.path} has no variant {variant!r}", f"leave --variant out; its variants: {known}")
+    if plain:
+        parts = " and ".join(plain)
+        warnings.warn(f"no variant {variant} of {parts} is there: plain weights are taken", Notice, stacklevel=4)
 
 
 def _index(path: Path) -> dict[str, Any]:

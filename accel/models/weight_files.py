@@ -170,6 +170,16 @@ def _no_safetensors(path: Path) -> UserError:
     return UserError(f"{path} is not a safetensors file ({path.stat().st_size:,} bytes)", _AGAIN)
 
 
+def variants(folder: Path) -> dict[str | None, list[Path]]:
+    """The weight files of a component's folder by their variant; None for the plain ones."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(match["a"] or match["b"], []).append(path)
+    return found
+
+
 def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
     """The weight files of a component's folder and their variant ("fp16", or None for the plain ones).
 
@@ -178,11 +188,7 @@ def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
     Raises:
         UserError: when the variant is not there; the error lists those that are.
     """
-    found: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.glob("*")):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.setdefault(match["a"] or match["b"], []).append(path)
+    found = variants(folder)
     if variant is None and None not in found:
         useful = [name for name in found if name != "non_ema"]
         variant = useful[0] if len(useful) == 1 else None

@@ -53,10 +53,14 @@ def prepare(request: Request, chunk: Chunk, manifest: Manifest, engines: Mapping
     image = images.batch(given.control, request.total, request.pixels, "L" if spec.shape[1] == 1 else "RGB")[chunk.rows]
     count = int(len(plan.timesteps) * given.control_end)
 
+    # A ControlNet that pools its residuals (`global_pool_conditions`) is for the rows with a prompt alone.
+    where = np.ones((rows, 1, 1, 1), np.float32)
+    if plan.guided and manifest.pipeline.get("control_conditional_only"):
+        where[: rows // 2] = 0
+    factors = unet.array(where * np.float32(given.control_scale)) if where.min() == 0 else given.control_scale
+
     def scaled(outputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            s.name: cast(unet.array(outputs[s.name]) * given.control_scale, s.dtype) for s in specs if s.name in outputs
-        }
+        return {s.name: cast(unet.array(outputs[s.name]) * factors, s.dtype) for s in specs if s.name in outputs}
 
     if name == ADAPTER:
         seen = scaled(engine(control_image=cast(engine.array(image), spec.dtype)))

@@ -18,6 +18,7 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
+from . import latent_scale
 from .request import Chunk, Request
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
@@ -60,7 +61,7 @@ def encode(
     if latents.shape[1] == 2 * channels:
         mean, log_variance = latents[:, :channels], np.clip(latents[:, channels:], -30, 20)
         latents = mean + np.exp(0.5 * log_variance) * noise.normal(seeds, draw, mean.shape[1:])
-    return (latents - constants["shift_factor"]) * constants["scaling_factor"]
+    return latent_scale.scaled(latents, constants)
 
 
 def start(

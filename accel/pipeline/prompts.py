@@ -49,10 +49,10 @@ def tokens(tokenizer: ClipTokenizer, prompt: str, *, chunks: int = 1, weighted: 
     """Token ids of a prompt in `chunks` contexts, each of them with start and end."""
     ids, weights, texts = [], [], []
     for text, weight in parts(prompt) if weighted else [(prompt, 1.0)]:
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-        ids += encoding.ids
-        weights += [weight] * len(encoding.ids)
-        texts += [text[start:] for start, _ in encoding.offsets]
+        pieces = tokenizer.pieces(text)
+        ids += [i for i, _ in pieces]
+        weights += [weight] * len(pieces)
+        texts += [text[start:] for _, start in pieces]
     room = tokenizer.length - 2
     dropped = texts[chunks * room] if len(ids) > chunks * room else ""
     rows = np.full((chunks, tokenizer.length), tokenizer.pad, np.int64)

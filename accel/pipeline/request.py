@@ -12,6 +12,7 @@ import numpy as np
 from .. import images
 from ..arrays import is_torch
 from ..bundle import Manifest
+from ..bundle.shape_profiles import native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
 from ..sampling import Sampling
@@ -280,11 +281,12 @@ def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
 
 def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
     """Latent height and width, checked against the profile."""
-    profile, scale, native = manifest.profile, manifest.pipeline["vae_scale"], manifest.pipeline["native_size"]
+    profile, scale = manifest.profile, manifest.pipeline["vae_scale"]
+    natives = dict(zip(("height", "width"), native_sides(manifest.pipeline["native_size"]), strict=True))
     dims = manifest.components["vae_decoder"].dims
     sides: list[int] = []
     for name, value, axis in (("height", height, -2), ("width", width, -1)):
-        limits, own = dims[name], None if latents is None else latents.shape[axis] * scale
+        limits, own, native = dims[name], None if latents is None else latents.shape[axis] * scale, natives[name]
         if None not in (value, own) and value != own:
             raise UserError(
                 f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"

@@ -19,7 +19,7 @@ from ..progress import progress as show_progress
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
-from . import conditioning, control
+from . import conditioning, control, latent_scale
 from .initial_latents import Start
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
@@ -194,7 +194,7 @@ class Run:
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
         vae = self.engines["vae_decoder"]
-        z = x * (1.0 / self.constants["scaling_factor"]) + self.constants["shift_factor"]
+        z = latent_scale.unscaled(x, self.constants)
         (spec,) = vae.component.inputs
         return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
 

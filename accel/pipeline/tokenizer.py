@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class ClipTokenizer:
         backend: the byte-pair encoder; adds no special tokens and does not cut or pad.
         bos, eos, pad: ids of start, end and padding; CLIP pads with its end token, SDXL's second encoder with `!`.
         length: number of ids of every prompt.
+        several: what stands for a token of several vectors (textual inversion, arXiv 2208.01618): its id and those of
+            its further ones, `TOKEN_1`, `TOKEN_2`, ..., as diffusers' `maybe_convert_prompt` writes them.
     """
 
     backend: Tokenizer
@@ -46,6 +49,7 @@ class ClipTokenizer:
     eos: int
     pad: int
     length: int = _LENGTH
+    several: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, path: str | Path, listed: Collection[str] | None = None) -> ClipTokenizer:
@@ -90,24 +94,40 @@ class ClipTokenizer:
             eos=ids["eos_token"],
             pad=ids["pad_token"],
             length=_length(folder / "tokenizer_config.json", config),
+            several=_several({token.content: i for i, token in backend.get_added_tokens_decoder().items()}),
         )
 
     def encode(self, prompt: str) -> tuple[np.ndarray, str]:
         """(ids int64 [length], the end of the prompt that did not fit). Whoever drops text should say so."""
         if not isinstance(prompt, str):
             raise UserError(f"a prompt is text, not {type(prompt).__name__}", "pass a str")
-        encoding = self.backend.encode(prompt, add_special_tokens=False)
-        room = self.length - 2
-        dropped = prompt[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
+        found, room = self.pieces(prompt), self.length - 2
+        dropped = prompt[found[room][1] :] if len(found) > room else ""
         ids = np.full(self.length, self.pad, dtype=np.int64)
-        kept = [self.bos, *encoding.ids[:room], self.eos]
+        kept = [self.bos, *(i for i, _ in found[:room]), self.eos]
         ids[: len(kept)] = kept
         return ids, dropped
+
+    def pieces(self, text: str) -> list[tuple[int, int]]:
+        """Every token of a text without start and end: its id, and where it begins in the text."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        each = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(one, place[0]) for i, place in each for one in self.several.get(i, (i,))]
 
     def __call__(self, prompts: str | Sequence[str]) -> np.ndarray:
         """ids int64 [B, length]; what does not fit is cut silently, `encode` returns it."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return np.stack([self.encode(p)[0] for p in prompts]) if len(prompts) else np.empty((0, self.length), np.int64)
+
+
+def _several(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """The ids of each added token that others of its name continue."""
+    found = {}
+    for token, number in added.items():
+        more = list(takewhile(added.__contains__, (f"{token}_{i}" for i in count(1))))
+        if more:
+            found[number] = (number, *map(added.__getitem__, more))
+    return found
 
 
 def _backend_from_json(file: Path) -> Tokenizer:

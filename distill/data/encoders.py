@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from accel.models.config_files import clip_tokenizer
+from accel.models.constants import latent_scale
 from accel.models.source import Source, open_source
 
 
@@ -80,6 +81,13 @@ class Encoders:
         names = [name for name in ("vae", "text_encoder", "text_encoder_2") if self.source.has(name)]
         return self.source.digest(names)
 
+    @cached_property
+    def latent_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factor and shift, [C or 1, 1, 1], with x = (z - shift) * factor of the VAE's latents z and the UNet's x."""
+        both = latent_scale(self.source.config("vae"), self.source.family)
+        factor, shift = (torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in both)
+        return factor.to(self.device), shift.to(self.device)
+
     @torch.no_grad()
     def images(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pixels [n, 3, h, w] in -1..1 to `latent_mean` and `latent_std`, float32 [n, 4, h/factor, w/factor].
@@ -87,8 +95,7 @@ class Encoders:
         Both are scaled as the UNet sees them: mean + std * noise is a draw of the encoder's posterior.
         """
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        scale = self.vae.config.scaling_factor
+        scale, shift = self.latent_scale
         return {"latent_mean": (posterior.mean - shift) * scale, "latent_std": posterior.std * scale}
 
     @torch.no_grad()

@@ -71,8 +71,8 @@ class Regression:
         vae = self.encoders.vae
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            return vae.decode(latents / vae.config.scaling_factor + shift).sample.clamp(-1, 1)
+            scale, shift = self.encoders.latent_scale
+            return vae.decode(latents / scale + shift).sample.clamp(-1, 1)
 
         with torch.autocast(x.device.type, enabled=False):
             return self.perceptual(decode(x), decode(wanted)).mean()

@@ -74,7 +74,6 @@ class TinyVaeMethod:
         self.tiny = AutoencoderTiny(**tiny_config(config, recipe.width, recipe.blocks)).train()
         self.networks = {"vae": TrainedNetwork(Halves(self.tiny), self.tiny)}
         self.phases = (OptimizerPhase("vae", ("vae",)),)
-        self.scale, self.shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.encoders.device = device
@@ -83,7 +82,8 @@ class TinyVaeMethod:
     def truth(self, latents: torch.Tensor) -> torch.Tensor:
         """What the full decoder makes of latents as the UNet sees them, float32 in about [-1, 1]."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.encoders.vae.decode(latents.float() / self.scale + self.shift).sample.clamp(-1, 1)
+            scale, shift = self.encoders.latent_scale
+            return self.encoders.vae.decode(latents.float() / scale + shift).sample.clamp(-1, 1)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """What the full encoder's down blocks make of images."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accel.dtypes import torch_dtype
+from accel.models.constants import latent_scale
 from accel.models.few_step import scheduler_of
 from accel.models.source import Source
 
@@ -54,19 +55,23 @@ def draw(pipeline: Any, prompts: Sequence[str], latents: torch.Tensor, **samplin
         latents: the noise, [n, 4, h/8, w/8].
         sampling: steps and guidance, as the pipeline calls them.
     """
-    vae, scale = pipeline.vae, pipeline.vae_scale_factor
-    height, width = (scale * cells for cells in latents.shape[2:])
+    vae, pixels = pipeline.vae, pipeline.vae_scale_factor
+    family = "sdxl" if "XL" in type(pipeline).__name__ else ""
+    scale, shift = (
+        torch.tensor(value, dtype=vae.dtype, device=vae.device).reshape(-1, 1, 1)
+        for value in latent_scale({"_class_name": type(vae).__name__, **vae.config}, family)
+    )
+    height, width = (pixels * cells for cells in latents.shape[2:])
     if pipeline.unet.config.in_channels != latents.shape[1]:
         blank = torch.zeros(1, 3, height, width, device=vae.device)
         with torch.autocast(vae.device.type, enabled=False):
-            seen = vae.encode(blank).latent_dist.mean * vae.config.scaling_factor
+            seen = (vae.encode(blank).latent_dist.mean - shift) * scale
         sampling |= dict(image=blank, mask_image=blank[:, :1] + 1, masked_image_latents=seen, strength=1.0)
     made = pipeline(
         list(prompts), latents=latents.to(vae.device), height=height, width=width, output_type="latent", **sampling
     ).images
     with torch.autocast(vae.device.type, enabled=False):
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        decoded = vae.decode(made.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+        decoded = vae.decode(made.to(vae.dtype) / scale + shift).sample
     return (pipeline.image_processor.postprocess(decoded, "np") * 255).round().astype(np.uint8)
 
 

@@ -39,7 +39,7 @@ class Reference:
 
 
 def reference_of(
-    network: Network, limits: Mapping[str, Range], dtypes: str, *, family: str, scaling_factor: float
+    network: Network, limits: Mapping[str, Range], dtypes: str, *, family: str, scaling_factor: float | list[float]
 ) -> Reference:
     """Run a network in float32 at two sizes of its profile, and choose its dtypes.
 
@@ -141,10 +141,11 @@ def batches(network: Network, limits: Mapping[str, Range]) -> list[dict[str, tor
     return [trace.example(network.inputs, own, seed=seed, vocabulary=known) for seed, own in enumerate(chosen)]
 
 
-def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float) -> dict[str, torch.Tensor]:
+def _as_decoded(feeds: dict[str, torch.Tensor], scaling_factor: float | list[float]) -> dict[str, torch.Tensor]:
     """Scale the noise as a VAE decoder's input is: latents have unit variance before they are divided by the factor."""
     if "latent_sample" in feeds:
-        feeds["latent_sample"] = feeds["latent_sample"] / scaling_factor
+        factor = torch.tensor(scaling_factor, dtype=torch.float32)
+        feeds["latent_sample"] = feeds["latent_sample"] / (factor[:, None, None] if factor.ndim else factor)
     return feeds
 
 
