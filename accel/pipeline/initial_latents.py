@@ -18,7 +18,6 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
-from . import latent_scale
 from .request import Chunk, Request
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
@@ -61,7 +60,21 @@ def encode(
     if latents.shape[1] == 2 * channels:
         mean, log_variance = latents[:, :channels], np.clip(latents[:, channels:], -30, 20)
         latents = mean + np.exp(0.5 * log_variance) * noise.normal(seeds, draw, mean.shape[1:])
-    return latent_scale.scaled(latents, constants)
+    return scaled(latents, constants)
+
+
+def scaled(z: np.ndarray, constants: Mapping[str, Any]) -> np.ndarray:
+    """The VAE's latents [N, C, h, w] as the UNet sees them, of unit variance; see `Manifest.pipeline` for constants."""
+    return (z - _each(constants["shift_factor"])) * _each(constants["scaling_factor"])
+
+
+def unscaled(x: np.ndarray, constants: Mapping[str, Any]) -> np.ndarray:
+    """The UNet's latents [N, C, h, w] as the VAE decodes them."""
+    return x * (1.0 / _each(constants["scaling_factor"])) + _each(constants["shift_factor"])
+
+
+def _each(value: float | list[float]) -> Any:
+    return np.asarray(value, np.float32)[:, None, None] if isinstance(value, list) else value
 
 
 def start(

@@ -93,24 +93,7 @@ def load(
     loras: Spec | Sequence[Spec] | None = None,
     **options: Any,
 ) -> Pipeline:
-    """Load a bundle as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
-
-    A diffusers pipeline folder is loaded too, at once and as it is: it runs on eager torch, in float32 unless `dtype`
-    says otherwise. `accel export FOLDER BUNDLE` compiles it.
-
-    Args:
-        bundle: a bundle or its folder, a diffusers pipeline folder, or what ships: "digits", "digits/4step", ...
-        engine: a name, "auto", or one per component such as {"unet": "openvino", "vae_decoder": "onnxruntime"}
-            (components that are not named use "auto"). "auto" is the fastest that can run here, and never fails for
-            speed: a note says what would be faster. `repr` of the pipeline shows what was chosen.
-        verify: compare files with the manifest's digests first.
-        low_memory: load each component when its phase begins and give its memory back when it ends. Every image
-            then waits for the loading again; peak memory is that of the largest phase.
-        loras: LoRA files to run with, as `Pipeline.set_loras` takes them.
-        options: the engine's own options (device, dtype, provider, threads, ...).
-
-    Returns:
-        A pipeline; `close()` it, or use it in a `with`, to give its memory back.
+    """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
 
     Raises:
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.

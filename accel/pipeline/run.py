@@ -19,8 +19,8 @@ from ..progress import progress as show_progress
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
-from . import conditioning, control, latent_scale
-from .initial_latents import Start
+from . import conditioning, control
+from .initial_latents import Start, unscaled
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
@@ -194,7 +194,7 @@ class Run:
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
         vae = self.engines["vae_decoder"]
-        z = latent_scale.unscaled(x, self.constants)
+        z = unscaled(x, self.constants)
         (spec,) = vae.component.inputs
         return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
 
