@@ -16,7 +16,6 @@ from ..errors import UserError
 from ..files import digest_of
 from ..models.lora import LoraFile, fuse, lora_file
 from ..trt import library
-from ..trt.engine_files import rebuild
 from ..trt.workspace import workspace
 from .tensorrt import TensorRT
 
@@ -36,13 +35,10 @@ class Refit:
     """
 
     def __init__(self, engine: TensorRT):
-        library.refuse_broken_refit(engine.module.__version__)
+        engine.library.refuse_broken_refit()
         name = engine.component.name
         if not engine.engine_file.identity["options"]["refittable"]:
-            raise UserError(
-                f"the engine of {name} is not refittable",
-                f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
-            )
+            raise UserError(f"the engine of {name} is not refittable", f"{engine.rebuild()} --refittable")
         self.engine = engine
         self.changed: frozenset[str] = frozenset()
         self._base = {key: _hash(tensor) for key, tensor in self._module().state_dict().items()}
