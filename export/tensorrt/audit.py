@@ -17,6 +17,7 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph
+from accel.dtypes import ALWAYS_FLOAT32
 from accel.errors import UserError
 
 from .layers import Layer, Tensor
@@ -42,6 +43,7 @@ _TACTICS = (
     ("fp32", re.compile(r"f32f32|tf32|sgemm|fp32", re.IGNORECASE)),
 )
 _WIDTH = {"int8": 0, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 3}
+_MOVES = ("Cast", "Transpose", "Reshape", "Identity", "QuantizeLinear", "DequantizeLinear", "Unsqueeze", "Squeeze")
 _OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "Einsum")
 _ONNX = {
     onnx.TensorProto.FLOAT: "fp32",
@@ -177,14 +179,25 @@ def unexplained(component: Component, model: onnx.ModelProto, nodes: Mapping[str
     """
     if component.dtype == "float32":
         return []
-    names = {tensor.name for tensor in model.graph.initializer}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    # A product of two activations has no weights to go by; only fallbacks of whole blocks have such in float32.
+    blocks = not set(component.float32) <= set(ALWAYS_FLOAT32)
     found = []
     for node in model.graph.node:
-        if nodes.get(node.name) == "fp32":
-            weight = next((name for name in node.input if name in names), None)
-            if weight and not any(weight.startswith(f"{part}.") for part in component.float32):
-                found.append(f"{node.name} ({weight})")
+        if nodes.get(node.name) != "fp32":
+            continue
+        weight = next((name for given in node.input if (name := _origin(given, maker)) in weights), None)
+        if not (any(weight.startswith(f"{part}.") for part in component.float32) if weight else blocks):
+            found.append(f"{node.name} ({weight or node.op_type})")
     return found
+
+
+def _origin(name: str, maker: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor that one is made of by moving, casting or rounding it."""
+    while (node := maker.get(name)) is not None and node.op_type in _MOVES:
+        name = node.input[0]
+    return name
 
 
 def _is_heavy(layer: Layer) -> bool:

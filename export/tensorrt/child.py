@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from accel import interrupt
@@ -176,13 +177,15 @@ def _row(layer: layers.Layer) -> dict[str, Any]:
 
 
 def _peak() -> int | None:
-    """The most bytes of memory that this process has had; None where the system does not say."""
+    """The most bytes of memory that this process has had; None where the system does not say (all but Linux).
+
+    `resource.getrusage` will not do: after a fork it starts from what the parent had.
+    """
     try:
-        import resource
-    except ImportError:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _end_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -50,12 +51,18 @@ def estimate(bundle: Bundle, component: Component, sizes: Mapping[str, int], wor
         sizes: dimension -> its largest size in any optimization profile.
         workspace: limit of the workspace memory pool in bytes, None for no limit.
     """
-    weights = bundle.file(component.weights).stat().st_size
-    nodes = len(onnx.load(str(graph_file(bundle, component)), load_external_data=False).graph.node)
-    activations = peak(bundle, component, sizes)
+    return of_graph(
+        graph_file(bundle, component), bundle.file(component.weights).stat().st_size, sizes, workspace=workspace
+    )
+
+
+def of_graph(path: Path, weights: int, sizes: Mapping[str, int], *, workspace: int | None = None) -> Estimate:
+    """`estimate` of a graph's file and the bytes of its weights."""
+    model = ir.load(path)
+    nodes = len(model.graph)
+    activations = _peak(model, sizes)
     device = _COPIES_DEVICE * weights + activations + min(workspace or activations, 8 * activations)
-    host = int(_LIBRARY + _COPIES_HOST * weights + _PER_NODE * nodes)
-    return Estimate(weights, activations, device, host)
+    return Estimate(weights, activations, device, int(_LIBRARY + _COPIES_HOST * weights + _PER_NODE * nodes))
 
 
 def peak(bundle: Bundle, component: Component, sizes: Mapping[str, int]) -> int:
@@ -63,7 +70,11 @@ def peak(bundle: Bundle, component: Component, sizes: Mapping[str, int]) -> int:
 
     Nothing is fused but attention, whose scores a kernel never holds as a whole where it has one.
     """
-    graph = _at(ir.load(graph_file(bundle, component)), sizes).graph
+    return _peak(ir.load(graph_file(bundle, component)), sizes)
+
+
+def _peak(model: ir.Model, sizes: Mapping[str, int]) -> int:
+    graph = _at(model, sizes).graph
     values = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
     bytes_of = {name: _bytes(value) for name, value in values.items()}
     bytes_of |= dict.fromkeys(fused_scores(graph, values), 0)
