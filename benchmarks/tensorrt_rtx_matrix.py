@@ -1,6 +1,6 @@
 """Which networks TensorRT-RTX builds, and what that costs: the real builder on random weights, without a GPU.
 
-    python benchmarks/tensorrt_rtx_matrix.py --write                     # all rows, an hour; --rows sd15,clip-l does some
+    python benchmarks/tensorrt_rtx_matrix.py --write               # all rows, an hour; or --rows sd15,clip-l
     python benchmarks/tensorrt_rtx_matrix.py --shrunk --out out/rtx.json   # the same networks, small: a few minutes
 
 Each network is traced at its real size (512 px, SDXL's 1024 px), compiled in a process of its own, and audited. What it
@@ -92,7 +92,9 @@ def _clip(big: bool) -> Callable[[bool], Any]:
 
         from accel.models import networks
 
-        small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, projection_dim=32)
+        small = dict(
+            hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, projection_dim=32
+        )
         if big:
             whole = dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32)
             kind, whole = CLIPTextModelWithProjection, whole | dict(projection_dim=1280, hidden_act="gelu")
@@ -247,7 +249,7 @@ def _build(row: Row, path: Path, described: Mapping[str, Any], options: Mapping[
 def table(rows: list[Mapping[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     lines = [
-        "| network | weights | engine file | CPU seconds | host memory | activations (estimate) | work in | fused attentions |",
+        "| network | weights | engine file | CPU s | host memory | activations (estimate) | work in | fused |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -256,10 +258,10 @@ def table(rows: list[Mapping[str, Any]]) -> str:
             lines.append(f"| {row['name']} | {weights} | {row['problem']} | | | | | |")
             continue
         heavy = ", ".join(f"{count} {kind}" for kind, count in row["heavy"].items())
+        activations = f"{row['activations'] / 1e6:,.0f} ({row['estimate']['activations'] / 1e6:,.0f}) MB"
         lines.append(
             f"| {row['name']} | {weights} | {row['bytes'] / 1e6:,.0f} MB | {row['cpu_seconds']:.1f} "
-            f"| {row['host'] / 1e6:,.0f} MB | {row['activations'] / 1e6:,.0f} ({row['estimate']['activations'] / 1e6:,.0f}) MB "
-            f"| {heavy} | {row['fused_attentions']} |"
+            f"| {row['host'] / 1e6:,.0f} MB | {activations} | {heavy} | {row['fused_attentions']} |"
         )
     return "\n".join(lines)
 
