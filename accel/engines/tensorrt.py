@@ -14,10 +14,10 @@ from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
+from ..trt.cuda_graphs import Bound, Captures, Graph
 from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Facts, Status, to_torch
-from .cuda_graphs import Bound, Captures, Graph
 
 CUDA_GRAPHS = ("off", "step", "loop")
 FACTS = Facts(

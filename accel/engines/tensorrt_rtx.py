@@ -13,9 +13,9 @@ from typing import Any
 from ..errors import UserError
 from ..trt import library, runtime_cache
 from ..trt.cuda import Cuda
+from ..trt.cuda_graphs import Bound
 from ..trt.flavours import RTX, target_number, target_of
 from .base import Facts, Status
-from .cuda_graphs import Bound
 from .tensorrt import TensorRT
 
 CUDA_GRAPHS = ("off", "step")

@@ -54,7 +54,7 @@ class BuildOptions:
             wrong = f"unknown hardware compatibility {self.hardware_compatible!r}"
             raise UserError(wrong, f"one of: {', '.join(HARDWARE)}")
         given = {name for name, value in asdict(self).items() if value != getattr(BuildOptions, name)}
-        given |= {name for name, value in (("targets", targets), ("device", device)) if value}
+        given |= {name for name, value in (("targets", targets), ("device", device)) if value not in (None, (), [])}
         refuse(found.flavour, given)
         check_targets(found.flavour, targets)
         if self.refittable or self.strip_plan:
