@@ -5,8 +5,13 @@ Compile a model, and draw with it. A bundle is a folder that every engine reads;
     from accel.export import export_pipeline
 
     export_pipeline("digits", "digits-bundle", profile="digits")  # or your own folder: accel export MODEL BUNDLE
-    with accel.load("digits-bundle") as pipe:  # a pipeline folder works too, uncompiled: accel.load("digits")
+    with accel.load("digits-bundle") as pipe:
         image = pipe("a handwritten seven", num_inference_steps=25, seed=7).images[0]
+
+A pipeline folder or a hub id works too: as it is, or compiled on the way, once:
+
+    accel.load("digits")("a handwritten seven")
+    accel.load("digits", engine="onnxruntime")("a handwritten seven")
 
 Embed its networks: in your own program, tensors in, tensors out; or in a diffusers pipeline that you have:
 
@@ -39,13 +44,13 @@ from .errors import Notice, UserError
 if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .engines import load_engine as load_engine
+    from .loading import load as load
     from .pipeline import Output as Output
     from .pipeline import Pipeline as Pipeline
-    from .pipeline import load as load
     from .pipeline.attach import attach as attach
 
 _LAZY = {
-    "load": "accel.pipeline",
+    "load": "accel.loading",
     "load_engine": "accel.engines",
     "attach": "accel.pipeline.attach",
     "Bundle": "accel.bundle",

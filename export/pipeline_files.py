@@ -9,7 +9,6 @@ from pathlib import Path
 
 from accel.bundle.kinds import control_components
 from accel.files import read_json, write_json
-from accel.models import few_step
 from accel.models.config_files import clip_tokenizer, copy_folder
 from accel.models.source import Source
 from accel.sampling import Sampling
@@ -18,15 +17,14 @@ from accel.sampling import Sampling
 def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> None:
     """Copy them from the source, tokenizers in both of the forms that other libraries read.
 
-    The scheduler of a few-step model becomes the one with which diffusers draws the same (`few_step.scheduler_of`).
+    The scheduler of a few-step model becomes the one with which diffusers draws the same (`Source.scheduler_for`).
     """
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
             copy_folder(source.path / name, folder / name)
             if name != "scheduler":
                 complete_tokenizer(folder / name)
-    config = source.scheduler()
-    config = few_step.scheduler_of(config, sampling.as_dict()) or config
+    config = source.scheduler_for(sampling.as_dict())
     if config != source.config("scheduler"):
         # JSON has no word for -infinity, which is a default.
         finite = {key: value for key, value in config.items() if value != -math.inf}

@@ -84,6 +84,13 @@ def test_the_family_table_is_what_its_script_makes(benchmarks, tmp_path):
     assert page.read_text() == (ROOT / "docs/family.md").read_text()
 
 
+def test_a_test_that_a_page_names_is_there():
+    named = [entry for page in PAGES for entry in re.findall(r"`(tests/\S+\.py)::(test_\w+)`", page.read_text())]
+    assert len(named) > 30
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), (path, name)
+
+
 def test_the_readme_fits_its_limits():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 180

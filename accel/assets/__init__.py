@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 DIGITS = Path(__file__).parent / "digits"
@@ -29,3 +30,14 @@ def resolve(model: str | Path) -> Path | str:
     if Path(text).exists() or not (text == "digits" or text.startswith("digits/")):
         return model
     return DIGITS / (text.removeprefix("digits").strip("/") or "teacher")
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether a model is named as on the Hugging Face hub, `org/name`, and no file or folder here has that name."""
+    text = str(model)
+    return (
+        text.count("/") == 1
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+        and text[0] not in ".-"
+        and (not Path(resolve(text)).exists() and not text.startswith("digits/"))
+    )

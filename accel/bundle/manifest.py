@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import records
 from .._version import __version__
@@ -23,6 +23,9 @@ from . import limits
 from .kinds import KINDS
 from .shape_profiles import Profile, Range
 from .tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from ..sampling.noise_schedule import NoiseSchedule
 
 _T = TypeVar("_T")
 SCHEMA = 1
@@ -282,6 +285,12 @@ class Bundle:
                 copied = inside(to, entry, "the manifest entry")
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.file(entry), copied)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the scheduler that lies in it."""
+        from ..sampling.noise_schedule import NoiseSchedule
+
+        return NoiseSchedule.from_folder(self.file("scheduler/scheduler_config.json").parent)
 
     def verify(self, folders: Iterable[str] | None = None) -> None:
         """Compare files with the sizes and sha256 digests in the manifest.

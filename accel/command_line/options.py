@@ -77,6 +77,15 @@ def add_sampling(parser: Any, *, whose: str = "the model's own", options: bool =
         _add_sampler_options(parser)
 
 
+def add_few_step(parser: Any) -> None:
+    """`--few-step`, for verbs that take pipelines."""
+    from ..models.few_step import names
+
+    text = "sample as this kind of few-step model, where its files' names do not say it; none for an ordinary one"
+    kind = one_of("few-step family", names())
+    parser.add_argument("--few-step", type=kind, metavar="NAME", help=f"{text}: {', '.join(names())}")
+
+
 def _add_sampler_options(parser: Any) -> None:
     """What may be said of a sampler beside its name and steps: `accel.sampling.constants.OPTIONS`."""
     from ..sampling.samplers import SIGMAS

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..assets import DIGITS_PROMPTS, knows_only_digits
-from ..command_line.options import add_prompts, add_sampling, add_seed, add_size, prompts_of, sampler_options
+from ..command_line.options import (
+    add_few_step,
+    add_prompts,
+    add_sampling,
+    add_seed,
+    add_size,
+    prompts_of,
+    sampler_options,
+)
 from ..command_line.parser import WrongUse, renamed
 from ..errors import Notice, UserError
 from ..progress import progress
@@ -36,6 +44,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per call (default: 1)")
     add_size(parser)
     add_sampling(parser, whose="the bundle's own")
+    add_few_step(parser)
     parser.add_argument(
         "--control", metavar="FILE", help="image for the bundle's T2I-Adapter or ControlNet (default: a built-in one)"
     )
@@ -99,7 +108,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
     from ..bench.work import PROMPTS
     from ..pipeline import opened
 
-    bundle = opened(args.bundle)
+    bundle = opened(args.bundle, few_step=args.few_step)
     usual = DIGITS_PROMPTS if knows_only_digits(str(bundle.manifest.source["name"])) else PROMPTS
     settings = bench.BenchSettings(
         prompts=tuple(prompts_of(args) or usual),

@@ -11,6 +11,7 @@ from ..bundle import is_bundle
 from ..bundle.kinds import KINDS
 from ..command_line.options import (
     add_build,
+    add_few_step,
     add_gpu,
     add_out,
     add_sampling,
@@ -20,7 +21,7 @@ from ..command_line.options import (
     next_command,
     sampler_options,
 )
-from ..command_line.parser import WrongUse, one_of, renamed, several
+from ..command_line.parser import WrongUse, renamed, several
 from ..dtypes import INT8, PRECISIONS
 from ..errors import UserError
 from ..int8 import summary
@@ -37,7 +38,6 @@ _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 def add_arguments(parser: Any) -> None:
     from ..bundle.shape_profiles import PROFILES
-    from ..models import few_step
 
     parser.add_argument(
         "model",
@@ -71,13 +71,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help=text)
     group = parser.add_argument_group("sampler to store in the bundle")
     add_sampling(group)
-    text = "sample as this kind of few-step model, where its files' names do not say it; none for an ordinary one"
-    group.add_argument(
-        "--few-step",
-        type=one_of("few-step family", few_step.names()),
-        metavar="NAME",
-        help=f"{text}: {', '.join(few_step.names())}",
-    )
+    add_few_step(group)
     _add_parts(parser.add_argument_group("parts from elsewhere"))
     _add_int8(parser.add_argument_group("int8"))
     parser.add_argument(

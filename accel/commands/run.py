@@ -16,6 +16,7 @@ from typing import Any
 from ..assets import DIGITS_PROMPTS, knows_only_digits, names_a_digit
 from ..command_line.options import (
     add_engine,
+    add_few_step,
     add_out,
     add_prompts,
     add_sampling,
@@ -41,6 +42,7 @@ def add_arguments(parser: Any) -> None:
     add_seed(parser)
     add_size(parser)
     add_sampling(parser, whose="the bundle's own")
+    add_few_step(parser)
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
     group = parser.add_argument_group("images to start from and to be guided by")
@@ -73,7 +75,8 @@ def _pair(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     from ..images import canny
-    from ..pipeline import check_call, load, opened
+    from ..loading import load, opened
+    from ..pipeline import check_call
 
     prompts = prompts_of(args)
     if not prompts:
@@ -109,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         progress=True,
         **sampler_options(args),
     )
-    bundle = opened(args.bundle)
+    engine, options = engine_of(args)
+    bundle = opened(args.bundle, engine, few_step=args.few_step)
     check_call(bundle, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
         warnings.warn(
@@ -117,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.canny:
         call["control_image"] = canny(args.control)
-    engine, options = engine_of(args)
     pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
         unet = pipeline.engines["unet"]

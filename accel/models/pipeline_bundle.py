@@ -13,6 +13,7 @@ from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, round_to
 from ..files import digest_of
+from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import own_sampling, pipeline_constants
 from .source import Source, open_source
@@ -45,19 +46,26 @@ class PipelineBundle(Bundle):
         """Names of all files in one of its folders."""
         return frozenset(path.name for path in (self.path / folder).glob("*"))
 
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the scheduler that an export would write: with what few-step weights and marks ask for."""
+        return NoiseSchedule.from_scheduler(self.source.scheduler_for(self.manifest.sampler))
+
     @property
     def digest(self) -> str:
         parts = sorted({kind_of(name).part or name for name in self.manifest.components})
         return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
 
 
-def open_pipeline(model: str | Path | Source) -> PipelineBundle:
-    """Open a pipeline folder, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
+def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) -> PipelineBundle:
+    """Open a pipeline folder, a hub id, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
+
+    Args:
+        few_step: see `accel.models.source.open_source`.
 
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    source = model if isinstance(model, Source) else open_source(model)
+    source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     step = constants["vae_scale"] * constants["latent_multiple"]
     side = Range(step, round_to(constants["native_size"], step), _PIXELS // step * step, step)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..assets import resolve
+from ..assets import is_hub_id, resolve
 from ..errors import UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
@@ -73,6 +73,11 @@ class Source:
         marks = single_file.marks(self.files["unet"]) if "unet" in self.files else {}
         found = families.recognise(self.few_step, self.parts, self.name, config)
         return config | marks | (dict(found.family.fields) if found else {})
+
+    def scheduler_for(self, constants: Mapping[str, Any]) -> dict[str, Any]:
+        """The scheduler config with which diffusers draws what these sampling constants say."""
+        config = self.scheduler()
+        return families.scheduler_of(config, constants) or config
 
     @property
     def parts(self) -> list[Path]:
@@ -272,7 +277,7 @@ def _folder(model: str | Path, variant: str | None) -> Path:
     path = Path(model)
     settle(path)
     if not path.exists():
-        if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        if not is_hub_id(model):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
         path = _download(str(model), variant)
     if (path / "accel.json").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..assets import resolve
+from ..assets import is_hub_id, resolve
 from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.kinds import KINDS
 from ..bundle.manifest import steadily
@@ -22,7 +22,6 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import Notice, UserError
-from ..sampling import samplers as sampler
 from ..sampling.constants import OPTIONS
 from . import arguments, request
 from .generator_noise import GeneratorNoise
@@ -53,11 +52,12 @@ def _present(bundle: Bundle, *uses: str) -> list[str]:
     return [name for name in names if name in bundle.manifest.components]
 
 
-def opened(model: str | Path | Bundle) -> Bundle:
+def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle:
     """A bundle by its folder; or a diffusers pipeline folder, read like a bundle that has no graphs.
 
     Args:
-        model: either folder, or the name of one that ships: `digits`, `digits/4step`, `digits/4step-int8`.
+        model: either folder, a hub id, or the name of one that ships: `digits`, `digits/4step`, `digits/4step-int8`.
+        few_step: the few-step family that a pipeline is of, or "none", where its names do not say it.
 
     Raises:
         UserError: for anything else.
@@ -73,13 +73,13 @@ def opened(model: str | Path | Bundle) -> Bundle:
         choose("eager")  # says what is missing where there is no torch
         from ..models.pipeline_bundle import open_pipeline
 
-        return open_pipeline(model)
+        return open_pipeline(model, few_step=few_step)
     return Bundle.open(model)
 
 
 def _is_pipeline(model: str | Path) -> bool:
-    """Whether a folder is a diffusers pipeline's; bundles are laid out like one."""
-    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model)
+    """Whether a model is a diffusers pipeline: a folder that is no bundle, which are laid out like one, or a hub id."""
+    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model) or is_hub_id(model)
 
 
 def load(
@@ -124,7 +124,7 @@ def load(
             f"{name} is a diffusers pipeline, run by torch operator by operator; to compile it: "
             f"accel export {name} {Path(name).name}-bundle",
             Notice,
-            stacklevel=2,
+            stacklevel=3,
         )
     later = _present(bundle, "on demand")
     by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)
@@ -168,7 +168,7 @@ class Pipeline(Resource):
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]):
         self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
-        self.schedule = sampler.NoiseSchedule.from_folder(bundle.file("scheduler/scheduler_config.json").parent)
+        self.schedule = bundle.noise_schedule()
         folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
         self.tokenizers = {
             name: ClipTokenizer.from_folder(bundle.path / folders[name], bundle.listed(folders[name]))

@@ -159,14 +159,25 @@ def solve(
 
 
 def batches(
-    pairs: Pairs, recipe: RegressionRecipe, step: int, *, rank: int = 0, world: int = 1
+    pairs: Pairs, recipe: RegressionRecipe, step: int, *, size_conditioning: bool = False, rank: int = 0, world: int = 1
 ) -> Iterator[Mapping[str, Any]]:
-    """Endless micro-batches of one process, from any step on, shuffled anew in every epoch."""
+    """Endless micro-batches of one process, from any step on, shuffled anew in every epoch.
+
+    Args:
+        size_conditioning: add `time_ids` float32 [b, 6], for SDXL: whole images of the recipe's resolution, which is
+            what the teacher was told when it made the pairs.
+    """
+    side = recipe.resolution
+    sizes = {"time_ids": torch.tensor([[side, side, 0, 0, side, side]] * recipe.batch, dtype=torch.float32)}
     while True:
         for micro in range(recipe.accumulation):
             indices = rng.micro_batch(
                 step, micro, batch=recipe.batch, accumulation=recipe.accumulation, rank=rank, world=world
             )
             rows = [rng.row(index, pairs.count, recipe.seed)[0] for index in indices]
-            yield {"index": list(indices), "name": [f"pair {row}" for row in rows]} | pairs.rows(rows)
+            yield (
+                {"index": list(indices), "name": [f"pair {row}" for row in rows]}
+                | pairs.rows(rows)
+                | (sizes if size_conditioning else {})
+            )
         step += 1

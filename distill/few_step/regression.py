@@ -109,4 +109,5 @@ def batches_of(
     say(f"pairs: {made.count} in {folder}")
 
     rank, world = accelerator.process_index, accelerator.num_processes
-    return lambda step: ode_pairs.batches(made, recipe, step, rank=rank, world=world)
+    more = dict(size_conditioning=encoders.sdxl, rank=rank, world=world)
+    return lambda step: ode_pairs.batches(made, recipe, step, **more)

@@ -25,6 +25,7 @@ from accel.models.networks import Network
 from accel.models.weight_files import read_header
 
 GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
+_MOST_UNITS = 3  # along one side of the example that is traced; a profile of one or two sizes must let it pass
 DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
 
@@ -111,8 +112,8 @@ def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onn
 
 
 def _tracing_size(dim: str, limits: Range) -> int:
-    steps = {"batch": 2, "images": 2, "latent_height": 2, "height": 2}.get(dim.rstrip("_248"), 3)
-    return max(steps * limits.multiple, limits.min)
+    units = {"batch": 2, "images": 2, "latent_height": 2, "height": 2}.get(dim.rstrip("_248"), _MOST_UNITS)
+    return max(units * limits.multiple, limits.min)
 
 
 def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
@@ -125,7 +126,7 @@ def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
         root = base if stride.isdigit() else dim
         root = f"latent_{dim}" if f"latent_{dim}" in used else root  # an image beside its latents
         unit = dims[root].multiple
-        symbol = torch.export.Dim(f"{root}_unit", min=1, max=max(2, dims[root].max // unit))
+        symbol = torch.export.Dim(f"{root}_unit", min=1, max=max(_MOST_UNITS, dims[root].max // unit))
         multiple = dims[dim].multiple
         symbols[dim] = symbol if multiple == 1 else multiple * symbol
     return symbols

@@ -31,6 +31,7 @@ ACCEL = (
     ("pipeline",),
     ("bench",),
     ("export", "distill"),
+    ("loading",),
     ("command_line",),
     ("commands",),
     ("roof",),

@@ -167,7 +167,7 @@ def test_prompts_of_a_file_are_drawn_and_a_missing_image_is_refused_before_loadi
     words = ["run", smallest_bundle, "--prompt-file", file, "--steps", 1, "--engine", "onnxruntime"]
     _, out, _ = accel(*words, "-o", tmp_path / "o.png", "--json")
     assert len(json.loads(out)["images"]) == 2
-    monkeypatch.setattr("accel.pipeline.load", lambda *_, **__: pytest.fail("it was loaded first"))
+    monkeypatch.setattr("accel.loading.load", lambda *_, **__: pytest.fail("it was loaded first"))
     for option in ("--image", "--control"):
         assert "no such file" in refused(*words, option, tmp_path / "none.png")
 
@@ -206,3 +206,11 @@ def test_a_bundle_that_may_not_be_read_is_named(refused, smallest_bundle, user_f
     drop_privileges()
     err = refused("run", bundle, "--prompt", "x", "--engine", "onnxruntime", "--out", user_folder / "o.png")
     assert "unet/model.safetensors" in err
+
+
+def test_a_model_of_digits_says_what_it_can_draw(accel, tmp_path):
+    words = ["run", "digits/4step", "--steps", 1, "--engine", "eager", "-p"]
+    _, _, err = accel(*words, "a fox in the snow", "-o", tmp_path / "fox.png")
+    assert "draws handwritten digits alone" in err
+    _, _, err = accel(*words, "a handwritten seven", "-o", tmp_path / "seven.png")
+    assert "digits alone" not in err

@@ -10,14 +10,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from accel.assets import resolve
 from accel.cli import main
 from accel.errors import UserError
 from accel.models import few_step, single_file
 from accel.models.constants import chosen_sampling, own_sampling
+from accel.models.pipeline_bundle import open_pipeline
 from accel.models.source import open_source
+from accel.pipeline import load
 from accel.sampling.samplers import NoiseSchedule, grid, sample, table
 
 # The scheduler configs of SDXL and SD1.5.
@@ -287,3 +289,66 @@ def test_a_file_that_marks_itself_as_v_prediction_is_sampled_so(tmp_path, smalle
     state = open_source(smallest).load("unet").state_dict()
     save_file(dict(state) | {"v_pred": torch.zeros(0)}, tmp_path / "unet.safetensors")
     assert open_source(smallest, unet=tmp_path / "unet.safetensors").scheduler()["prediction_type"] == "v_prediction"
+
+
+# ------------------------------------------------------------------------------------------------------ whole pictures
+
+
+def lora_of(unet, file):
+    """A LoRA of every attention query and feed-forward input, in kohya's names, as published ones are."""
+    generator, state = torch.Generator().manual_seed(2), {}
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "ff.net.0.proj")):
+            key = f"lora_unet_{name.replace('.', '_')}"
+            state[f"{key}.lora_down.weight"] = torch.randn(4, module.in_features, generator=generator) * 0.2
+            state[f"{key}.lora_up.weight"] = torch.randn(module.out_features, 4, generator=generator) * 0.2
+            state[f"{key}.alpha"] = torch.tensor(4.0)
+    save_file(state, file)
+
+
+def published(base, name, config, folder):
+    """The pipeline folder, and the UNet file or LoRA beside it, in the layout in which such a model is published."""
+    is_file = Path(name).suffix in (".bin", ".safetensors")
+    source = Path(shutil.copytree(base, folder / ("base" if is_file else Path(name).name)))
+    (source / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((source / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (source / "model_index.json").write_text(json.dumps(index))
+    if not is_file:
+        return source, None, None
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(source / "unet")
+    if "lora" in name.lower() or "pcm" in name:
+        lora_of(unet, file)
+        return source, None, file
+    state = {key: (value * 1.01).half().contiguous() for key, value in unet.state_dict().items()}
+    torch.save(state, file) if file.suffix == ".bin" else save_file(state, file)
+    return source, file, None
+
+
+@pytest.mark.parametrize("name, config, family, scheduler, change, call", PUBLISHED, ids=[row[0] for row in PUBLISHED])
+def test_a_published_model_draws_what_its_authors_example_draws(
+    name, config, family, scheduler, change, call, smallest, sdxl, tmp_path
+):
+    xl = "xl" in name.lower() or family == "sdxl-turbo"
+    source, file, lora = published(sdxl if xl else smallest, name, config, tmp_path)
+    opened = open_source(source, loras=[lora] if lora else [], unet=file)
+    ours = load(open_pipeline(opened), "eager")
+
+    theirs = diffusers.DiffusionPipeline.from_pretrained(source, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(theirs.scheduler.config, **change)
+    if file is not None:
+        state = torch.load(file) if file.suffix == ".bin" else load_file(file)
+        theirs.unet.load_state_dict({key: value.float() for key, value in state.items()})
+    if lora is not None:
+        theirs.load_lora_weights(lora.parent, weight_name=lora.name)
+    own = {"timesteps": call["timesteps"]} if "timesteps" in call else {"num_inference_steps": call["steps"]}
+    own |= {"eta": call["eta"]} if "eta" in call else {}
+    with torch.no_grad():
+        expected = theirs(
+            "the cat", guidance_scale=call["guidance"] or 0.0, **own, generator=torch.manual_seed(5), output_type="np"
+        ).images
+    made = ours("the cat", generator=torch.manual_seed(5), output_type="np").images
+    assert made.std() > 0.01 and np.abs(made - expected).max() < 1 / 255

@@ -8,6 +8,7 @@ import torch
 
 import accel
 from accel.errors import Notice, UserError
+from accel.pipeline import load
 from accel.sampling import noise
 
 
@@ -42,9 +43,9 @@ def test_sdxl_too(sdxl):
     assert pipe("the cat", steps=1, seed=0).images[0].size == (64, 64)
 
 
-def test_an_engine_for_graphs_is_refused_with_the_export(small):
+def test_what_compiles_nothing_refuses_an_engine_for_graphs_with_the_export(small):
     with pytest.raises(UserError, match="onnxruntime engine runs ONNX graphs") as error:
-        accel.load(small, "onnxruntime")
+        load(small, "onnxruntime")
     assert "accel export" in error.value.fix
 
 

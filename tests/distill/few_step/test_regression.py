@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
-from accel.distill.few_step import ode_pairs
+from accel.distill.few_step import ode_pairs, text_to_image
 from accel.distill.few_step.regression import Regression, pseudo_huber
 from accel.distill.run import execute
 from accel.distill.sources.open_data import open_data
@@ -91,6 +91,31 @@ def test_every_pair_comes_once_in_an_epoch_whoever_reads(made):
     streams = [ode_pairs.batches(found, given, 0, rank=rank, world=2) for rank in range(2)]
     names = [name for _ in range(5) for stream in streams for name in next(stream)["name"]]
     assert sorted(names) == sorted(f"pair {row}" for row in range(70))
+
+
+def test_a_student_of_sdxl_is_told_the_size_that_its_teacher_was_told(sdxl, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionXLPipeline
+
+    told = {"teacher": [], "student": []}
+    sizes = StableDiffusionXLPipeline._get_add_time_ids
+
+    def watched(*args, **kwargs):
+        made = sizes(*args, **kwargs)
+        told["teacher"].append(made)
+        return made
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "_get_add_time_ids", watched)
+    monkeypatch.setattr(ode_pairs, "SHARD", 2)
+    added = text_to_image.added_conditions
+
+    def of_the_student(batch):
+        told["student"].append(batch["time_ids"])
+        return added(batch)
+
+    monkeypatch.setattr(text_to_image, "added_conditions", of_the_student)
+    execute(recipe(sdxl, pair_count=2, pair_steps=1, steps=1, batch=2), tmp_path / "out")
+    (teacher, *_), (student,) = told.values()
+    assert torch.equal(student, teacher.expand(2, 6).float()) and student[0, 0] == 64
 
 
 def test_the_warm_up_lowers_the_error_and_its_result_is_a_one_step_student(sd15, made, tmp_path):

@@ -1,0 +1,5 @@
+"""Load a model on any engine; a diffusers pipeline is compiled on the way where the engine runs graphs."""
+
+from .loader import load, opened
+
+__all__ = ["load", "opened"]

@@ -1,0 +1,108 @@
+"""Every command of README and docs runs, on models as small as they come, or says what it needs that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from accel.cli import main
+
+_spec = importlib.util.spec_from_file_location("docs_of_accel", Path(__file__).with_name("test_docs.py"))
+_docs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_docs)
+
+# What stands in a command for something of the reader's, or of the hub's, and which of the folders here it is.
+STANDS_FOR = {
+    "MODEL": "model",
+    "BASE": "model",
+    "M": "model",
+    "my-tiny": "model",
+    "warm": "sdxl",
+    "SDXL": "sdxl",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "model",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "photos/": "photos",
+    "dog-photos/": "photos",
+    "captions/": "photos",
+    "FOLDER": "photos",
+    "D": "photos",
+    "laion-aesthetics-6.5/": "photos",
+    "my-bundle": "bundle",
+    "BUNDLE": "bundle",
+    "my-sdxl": "sdxl-bundle",
+}
+OF_THE_OUTPUT = ("--out", "-o")
+# What makes a command as short as it can be: the last mention of an option counts.
+SHORTER = {
+    "run": "--steps 2 --threads 1",
+    "bench": "--rounds 2 --engine eager --engine onnxruntime --prompt cat",
+    "evaluate": "--images 4",
+    "doctor": "--fast",
+    "distill": "--train-steps 1 --resolution 64 --batch 1 --accumulation 1 --warmup 0 --sample-every 0 --log none "
+    "--mixed-precision no --optimizer adamw --threads 1",
+}
+# The same of a method of training, and of what is exported: profiles of the shared bundles, whose graphs are there.
+OF_THE_FIRST = {
+    "regress": "--pair-count 2 --pair-steps 2",
+    "dreambooth": "--class-images 2",
+    "model": "--profile batch=1-4,size=64-128",
+    "sdxl": "--profile batch=1-2,height=64,width=64-96",
+}
+NEEDS = {
+    "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
+    "build": "an NVIDIA GPU",
+    "--engine tensorrt --prompt": "an NVIDIA GPU",
+    "--adapter": "an adapter from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
+    "--controlnet": "a ControlNet from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
+    "--control ": "a ControlNet from the hub; tests/accel/pipeline/test_control.py draws with one of its layout",
+    "--lora style": "two LoRA files; tests/accel/models/test_lora.py fuses such",
+}
+SLOW = ("--precision int8", "--precision auto")
+
+
+def _marks(command: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if any(words in command for words in SLOW) else []
+
+
+def here(command: str) -> list[str]:
+    """The command on what the folder has, and short."""
+    verb, *words = shlex.split(command, comments=True)
+    for i, word in enumerate(words):
+        if i == 0 or words[i - 1] not in OF_THE_OUTPUT:
+            words[i] = STANDS_FOR.get(word, word)
+    if verb == "export":
+        words[1] = "made"
+    more = [SHORTER.get(verb, ""), OF_THE_FIRST.get(words[0] if words else "", "")]
+    return [verb, *words, *shlex.split(" ".join(more))]
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, request, command, images_of):
+    """A folder with what the command reads, in which it runs."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    images_of(tmp_path / "photos", count=4, size=(64, 64))
+    for name, mode in (("photo.png", "RGB"), ("hole.png", "L")):
+        Image.new(mode, (64, 64), "white").save(name)
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    fixtures = {"model": "sd15", "sdxl": "sdxl", "bundle": "sd15_bundle", "sdxl-bundle": "sdxl_bundle"}
+    for name in set(here(command)) & set(fixtures):
+        shutil.copytree(request.getfixturevalue(fixtures[name]), name)
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [pytest.param(*entry, marks=_marks(entry[1])) for entry in _docs.COMMANDS],
+    ids=[f"{page}: {command}" for page, command in _docs.COMMANDS],
+)
+def test_a_command_of_a_page_runs(page, command, request, capsys):
+    if reason := next((reason for part, reason in NEEDS.items() if part in command), None):
+        pytest.skip(f"needs {reason}")
+    request.getfixturevalue("reader")
+    code = main(here(command))
+    assert code == 0, capsys.readouterr().err
