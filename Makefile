@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,dev]"
 	touch $@
 
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo

@@ -18,6 +18,10 @@ TENSORS = (*FLOATS, "int64", "int32")  # what the inputs and outputs of a compon
 PRECISIONS = ("fp32", "fp16")
 INT8 = MappingProxyType({"int8": "float32", "int8-fp16": "float16", "auto": "float32"})
 
+# Modules that stay float32 in a lower graph: the embeddings of time and size feed every block and take no time, so
+# rounding them loses accuracy and gains nothing.
+ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
+
 
 def torch_dtype(name: str, known: Collection[str] = (*SHORT, *TENSORS), what: str = "dtype") -> torch.dtype:
     """torch's dtype of a short or a numpy-style name: of fp16 as of float16.

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -372,19 +373,48 @@ def vae_maker():
     return make_vae
 
 
-@pytest.fixture(params=["10.16", "11.4"])
-def tensorrt(request, monkeypatch, tmp_path):
-    """A fake `tensorrt` module (test double) of two versions, and a fake GPU; `tensorrt._world` arranges failures."""
+def _install_fake_tensorrt(version: str, monkeypatch, cache: Path):
+    """A fake TensorRT of a version in the place of the real one, and a fake GPU. Builds happen in this process."""
     from accel.trt import cuda, library
 
     fake_cuda = _fake("cuda")
-    module = _fake("tensorrt").make(request.param)
+    module = _fake("tensorrt").make(version)
     module._world.cuda = fake_cuda.Cuda
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(library, "installed", lambda: module.__version__)
-    for place in (cuda, import_module("accel.engines.tensorrt"), import_module("accel.export.tensorrt.build")):
+    engine = module.__name__.replace("_", "-")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    installed = library.installed
+    monkeypatch.setattr(
+        library, "installed", lambda name="tensorrt": module.__version__ if name == engine else installed(name)
+    )
+    compiler = import_module("accel.export.tensorrt.compiler")
+    engines = [import_module(f"accel.engines.{name}") for name in ("tensorrt", "tensorrt_rtx")]
+    for place in (cuda, compiler, import_module("accel.export.tensorrt.build"), *engines):
         monkeypatch.setattr(place, "Cuda", fake_cuda.Cuda)
-    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+
+    def compile_here(job, progress):
+        done = compiler.compile_graph(job, progress)
+        return replace(done, data=bytes(done.data))
+
+    for place in ("build", "inspection"):
+        monkeypatch.setattr(f"accel.export.tensorrt.{place}.compile_apart", compile_here)
+    monkeypatch.setenv("ACCEL_CACHE", str(cache))
+    return module
+
+
+@pytest.fixture(params=["10.16", "11.4"])
+def tensorrt(request, monkeypatch, tmp_path):
+    """A fake `tensorrt` module (test double) of two versions, and a fake GPU; `tensorrt._world` arranges failures."""
+    return _install_fake_tensorrt(request.param, monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture
+def tensorrt_rtx(monkeypatch, tmp_path):
+    """A fake `tensorrt_rtx` module (test double), a fake RTX card, and a driver."""
+    from accel.trt import library
+
+    module = _install_fake_tensorrt("rtx-1.7", monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(library, "has_driver", lambda: True)
+    monkeypatch.setattr(_fake("cuda").Cuda, "capability", "8.9")
     return module
 
 

@@ -139,6 +139,7 @@ def add_engine(parser: Any) -> None:
     renamed(group, "--plan", "--engine-file")
     text = "let a version-compatible engine file run the runtime that it carries inside"
     add("--allow-host-code", text, action="store_true", default=None)
+    add("--specialization", "kernels for the very shapes asked for", choices=("lazy", "eager", "none"))
     add("--threads", "number of CPU threads", type=int, metavar="N")
 
 
@@ -157,14 +158,24 @@ def engine_of(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The engine's name, and the options that were given, by the names the engines use."""
     from ..bench.variants import parse
 
-    names = ("device", "dtype", "provider", "threads", "cuda_graph", "engine_file", "allow_host_code")
+    names = ("device", "dtype", "provider", "threads", "cuda_graph", "engine_file", "allow_host_code", "specialization")
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     name, _, suffix = args.engine.partition(":")
     return name, (parse(args.engine).options if suffix else {}) | given
 
 
 def add_build(parser: Any) -> None:
-    """The fields of `export.tensorrt.build.BuildOptions`, each as an option of its name."""
+    """The fields of `export.tensorrt.options.BuildOptions`, each as an option of its name, and `--targets`."""
+    from ..trt.flavours import RTX
+
+    parser.add_argument(
+        "--targets",
+        type=_names,
+        default=(),
+        metavar="NAMES",
+        help=f"compute capabilities that engine files of {RTX.title} are for, with commas between them: "
+        f"{', '.join(RTX.targets)} (default: Ampere and every later one)",
+    )
     parser.add_argument(
         "--optimization-level", type=int, default=3, metavar="N", help="0 (fastest build) to 5 (longest search)"
     )
@@ -195,35 +206,51 @@ def add_gpu(parser: Any, text: str, *, cpu: bool = False) -> None:
             raise UserError(f"{name!r} is not a CUDA device", "cuda, or cuda:1 for the second one")
         return name
 
-    parser.add_argument("--device", type=device, default="cuda", metavar="DEVICE", help=f"{text} (default: cuda)")
+    parser.add_argument("--device", type=device, metavar="DEVICE", help=f"{text} (default: cuda)")
     renamed(parser, "--gpu", "--device", given=lambda index: device(f"cuda:{index}"))
+
+
+def build_device(args: argparse.Namespace) -> int | None:
+    """The index of the GPU that was named to build on; None where none was."""
+    from ..trt.cuda import index_of
+
+    if args.device is None:
+        return None
+    if (index := index_of(args.device)) is None:
+        raise UserError("TensorRT engine files are built on a GPU", "--device cuda; or --engine tensorrt-rtx")
+    return index
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """ "sm86, sm89" -> ("sm86", "sm89")."""
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def build_options(args: argparse.Namespace) -> Any:
     """The `BuildOptions` of `add_build`'s arguments."""
-    from accel.export.tensorrt.build import BuildOptions
+    from accel.export.tensorrt.options import BuildOptions
 
     return BuildOptions(**{field.name: getattr(args, field.name) for field in fields(BuildOptions)})
 
 
 def build_engine_files(
-    bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str]
+    bundle: Any, args: argparse.Namespace, components: tuple[str, ...], profiles: list[str], engine: str
 ) -> list[Any]:
-    """Build engine files with `add_build`'s arguments; shows progress and announcements on stderr."""
+    """Build engine files of an engine with `add_build`'s arguments; shows progress and announcements on stderr."""
     from rich.console import Console
 
     from accel.export.tensorrt.build import build
-
-    from ..trt.cuda import index_of
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with progress(console=console) as report:
         return build(
             bundle,
             components,
+            engine=engine,
+            targets=args.targets,
             profiles=profiles,
             options=build_options(args),
-            device=index_of(args.device),
+            device=build_device(args),
             force=args.overwrite,
             progress=report,
             announce=lambda line: console.print(printable(line), markup=False),

@@ -15,6 +15,7 @@ from ..command_line.options import (
     add_gpu,
     add_out,
     add_sampling,
+    build_device,
     build_engine_files,
     build_options,
     next_command,
@@ -76,8 +77,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--engine",
         default="onnx",
-        choices=("onnx", "tensorrt"),
-        help="onnx: graphs for every engine; tensorrt: engine files for this GPU as well (default: onnx)",
+        choices=("onnx", "tensorrt", "tensorrt-rtx"),
+        help="onnx: graphs for every engine; tensorrt: engine files for this GPU as well; tensorrt-rtx: engine files "
+        "for RTX cards as well, made without one (default: onnx)",
     )
     add_gpu(parser, "with TensorRT or a Triton server: where it runs", cpu=True)
     group = parser.add_argument_group("NVIDIA Triton Inference Server")
@@ -92,7 +94,7 @@ def add_arguments(parser: Any) -> None:
     )
     group.add_argument("--instances", type=int, default=1, metavar="N", help="copies of each model on the device")
     renamed(group, "--kind", "--device", given={"gpu": "cuda", "cpu": "cpu"}.get)
-    add_build(parser.add_argument_group("with --engine tensorrt"))
+    add_build(parser.add_argument_group("with --engine tensorrt or tensorrt-rtx"))
 
 
 def _add_parts(group: Any) -> None:
@@ -218,18 +220,18 @@ def _bundle(args: argparse.Namespace) -> int:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
     if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
         raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
-    if args.engine == "tensorrt":
+    if args.engine != "onnx":
+        from accel.export.tensorrt import build
         from accel.trt import library
-        from accel.trt.cuda import Cuda, index_of
 
         # All of this before the export takes minutes.
-        options = build_options(args)
-        options.check(library.load().__version__)
+        options, device = build_options(args), build_device(args)
+        options.check(library.load(args.engine), args.targets, device)
         if args.precision in INT8 and args.precision != "auto":
             options.check_int8("the export")
-        if (index := index_of(args.device)) is None:
-            raise UserError("TensorRT engine files are built on a GPU", "--device cuda")
-        Cuda(index)
+        build.place(args.engine, device=device, targets=args.targets)
+    elif args.targets:
+        raise UserError("--targets is for engine files, and none are made", "add --engine tensorrt-rtx")
     source = (
         args.model
         if exported
@@ -260,8 +262,8 @@ def _bundle(args: argparse.Namespace) -> int:
             progress=report,
             int8=_int8(args),
         )
-    if args.engine == "tensorrt":
-        build_engine_files(bundle, args, (), [])
+    if args.engine != "onnx":
+        build_engine_files(bundle, args, (), [], args.engine)
     if getattr(args, "silent", False):
         return 0
     if args.json:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from ..bundle import Bundle, Component
 from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
 from ..int8 import summary
+from ..progress import progress
 from ..trt import engine_files, preflight
+from ..trt.flavours import BY_ENGINE
 
 EXAMPLE = "accel inspect my-bundle"
 
@@ -20,14 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         dest="target",
-        choices=("tensorrt",),
-        help="check that the parser of this engine takes every operator",
+        choices=tuple(BY_ENGINE),
+        help="ask the parser of this engine whether it takes every node; without it, NVIDIA's operator matrix",
     )
+    text = "with --engine: ask its builder as well, and throw away what it builds; minutes for a large network"
+    parser.add_argument("--build", action="store_true", help=text)
     renamed(parser, "--for", "--engine")
     parser.add_argument("--no-verify", action="store_true", help="skip comparing the files with their digests")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.build and not args.target:
+        raise UserError("--build asks a builder, and none was named", "add --engine tensorrt-rtx")
     bundle = Bundle.open(args.bundle)
     problem = None
     if not args.no_verify:
@@ -37,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             problem = error
     engines = {name: status(name) for name in ENGINES}
     files = _engine_files(bundle)
-    refused = _operators(bundle) if args.target else {}
+    answers = _ask(bundle, args.target, args.build) if args.target else {}
     if args.json:
         print(
             json.dumps(
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                     "engines": {name: vars(state) for name, state in engines.items()},
                     "engine_files": files,
                     "plans": files,  # their name in 0.1
-                    **({"tensorrt_operators": refused} if args.target else {}),
+                    **(_as_json(answers) if args.target else {}),
                 },
                 indent=2,
             )
@@ -61,34 +69,53 @@ def run(args: argparse.Namespace) -> int:
                 f"  engine file      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
                 f"{'; fix: ' + entry['fix'] if entry['fix'] else ''}"
             )
-        for name, rows in refused.items():
-            print(
-                f"  {name:<15} {'no: ' + str(len(rows)) + ' nodes' if rows else 'every node is one'} "
-                f"{'that TensorRT does not take' if rows else 'that TensorRT takes'}"
-            )
-            for row in rows[:10]:
-                print(f"      {row['operator']} {row['node']}: {row['reason']}")
-    return 1 if problem or any(refused.values()) else 0
+        _print_answers(answers, BY_ENGINE[args.target][0].title if args.target else "")
+    return 1 if problem or any(answer.problems for answer in answers.values()) else 0
 
 
-def _operators(bundle: Bundle) -> dict[str, list[dict]]:
-    """Component -> the nodes that TensorRT's published operator matrix does not list."""
-    from accel.bundle.graph_file import graph_file
-    from accel.export.tensorrt.operators import check
+def _ask(bundle: Bundle, engine: str, build: bool) -> dict[str, Any]:
+    """Component -> what the engine's parser, or NVIDIA's operator matrix, says of its graph."""
+    from accel.export.tensorrt.inspection import ask
 
+    with progress("inspect", shown=build) as report:
+        return ask(bundle, engine, build=build, progress=report)
+
+
+def _as_json(answers: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: [vars(problem) for problem in check(graph_file(bundle, component))]
-        for name, component in bundle.manifest.components.items()
+        "tensorrt_operators": {name: answer.problems for name, answer in answers.items()},
+        "asked": {name: answer.asked for name, answer in answers.items()},
+        "built": {name: answer.figures | {"audit": answer.built} for name, answer in answers.items() if answer.built},
     }
 
 
-def _here() -> tuple[engine_files.Here | None, UserError | None]:
-    """The TensorRT and GPU that engine files would run on, or the error that says why there are none."""
+def _print_answers(answers: Mapping[str, Any], title: str) -> None:
+    for asked in dict.fromkeys(answer.asked for answer in answers.values()):
+        print(f"  asked: {asked}")
+    for name, answer in answers.items():
+        rows = answer.problems
+        count = f"no: {len(rows)} node{'s' * (len(rows) > 1)}"
+        print(
+            f"  {name:<15} {f'{count} that {title} does not take' if rows else f'every node is one that {title} takes'}"
+        )
+        for row in rows[:10]:
+            print(f"      {row['operator']} {row['node']}: {row['reason']}")
+        if answer.built:
+            figures = answer.figures
+            size = f"{figures['bytes'] / 1e6:,.1f} MB in {figures['cpu_seconds']:.1f} CPU seconds"
+            print(f"      built: {size}; {answer.built}")
+
+
+def _here(engine: str) -> tuple[engine_files.Here | None, UserError | None]:
+    """The library and GPU that engine files of an engine would run on, or the error that says why there are none."""
     from ..trt import library
     from ..trt.cuda import Cuda
 
     try:
-        return engine_files.Here.of(library.load().__version__, Cuda()), None
+        found, state = library.load(engine), status(engine)
+        if not state.ok:
+            raise UserError(state.detail, state.fix)
+        return engine_files.Here.of(found, Cuda()), None
     except UserError as error:
         return None, error
 
@@ -96,18 +123,18 @@ def _here() -> tuple[engine_files.Here | None, UserError | None]:
 def _engine_files(bundle: Bundle) -> list[dict]:
     """The TensorRT engine files beside a bundle, and the pre-flight's answer for each on this machine."""
     found = engine_files.find(bundle)
-    here, missing = _here() if found else (None, None)
+    places = {engine: _here(engine) for engine in BY_ENGINE if found}
     rows = []
     for file in found:
         if isinstance(file, UserError):
             rows.append({"what": "?", "key": None, "ok": False, "reason": file.message, "fix": file.fix})
             continue
+        here, missing = places.get(file.engine, (None, UserError(f"the engine {file.engine} is unknown")))
         fit = preflight.check(bundle, file, here)
         if fit.ok and missing:
             fit = preflight.Fit(False, missing.message, missing.fix)
         profiles = ", ".join(profile["name"] for profile in file.identity["profiles"])
-        built = f"TensorRT {file.identity['tensorrt']}, {file.identity['gpu']}"
-        what = f"{file.component} {file.key[:8]} ({built}, {profiles})"
+        what = f"{file.component} {file.key[:8]} ({file.built_for}, {profiles})"
         rows.append({"what": what, "key": file.key, **vars(fit)})
     return rows
 

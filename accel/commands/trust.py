@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
             "sha256": file.record["plan"]["sha256"],
             "gpu": file.identity["gpu"],
             "tensorrt": file.identity["tensorrt"],
+            "built_for": file.built_for,
             "built": file.record["built"],
         }
         for file in foreign
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"left out: {error.message}")
     for row in rows:
         print(
-            f"{row['component']} {row['key'][:8]}: TensorRT {row['tensorrt']}, {row['gpu']}, "
+            f"{row['component']} {row['key'][:8]}: {row['built_for']}, "
             f"built {row['built'][:16]}, sha256 {row['sha256']}"
         )
     if not readable:

@@ -1,7 +1,7 @@
 """One interface, one file per engine. Nothing heavy is imported until an engine is loaded."""
 
 from .base import Engine, Facts, Status
-from .select import ENGINES, choose, facts, fitting_engine_file, int8_engines, load_engine, status
+from .select import ENGINES, choose, engine_file_engines, facts, fitting_engine_file, int8_engines, load_engine, status
 
 __all__ = [
     "ENGINES",
@@ -10,6 +10,7 @@ __all__ = [
     "Status",
     "choose",
     "facts",
+    "engine_file_engines",
     "fitting_engine_file",
     "int8_engines",
     "load_engine",

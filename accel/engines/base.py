@@ -41,6 +41,7 @@ class Facts:
         libraries: modules to import before a model is loaded, to tell the model's memory from theirs.
         options: options of the command line that it takes.
         int8: whether it computes int8 graphs in integers.
+        engine_files: whether it runs engine files, which `accel build` makes.
         reads_graph: whether it needs the ONNX graph, which a diffusers pipeline folder does not have.
         auto: where `auto` may choose it by itself: "cpu", "cuda".
         variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
@@ -52,6 +53,7 @@ class Facts:
     libraries: tuple[str, ...] = ()
     options: tuple[str, ...] = ("device",)
     int8: bool = False
+    engine_files: bool = False
     reads_graph: bool = True
     auto: tuple[str, ...] = ("cpu",)
     variants: tuple[str, ...] = ("",)

@@ -15,7 +15,7 @@ from typing import Any
 from ..sampling import samplers
 from ..sampling.linear import Table, run
 from ..sampling.noise_schedule import NoiseSchedule
-from .cuda_graphs import Bound, Graph
+from ..trt.cuda_graphs import Bound, Graph
 from .tensorrt import TensorRT
 
 

@@ -19,7 +19,6 @@ from ..models.lora.files import Spec
 from ..models.lora.for_bundle import fused
 from ..models.weight_files import stored
 from ..trt import library
-from ..trt.engine_files import rebuild
 from ..trt.workspace import workspace
 
 
@@ -38,7 +37,7 @@ class Refit:
     """
 
     def __init__(self, engine: Any):
-        library.refuse_broken_refit(engine.module.__version__)
+        engine.library.refuse_broken_refit()
         name = engine.component.name
         if engine.component.int8:
             raise UserError(
@@ -46,10 +45,7 @@ class Refit:
                 "another engine takes LoRA files at run time; or fuse it at export: accel export MODEL OUT --lora FILE",
             )
         if not engine.engine_file.identity["options"]["refittable"]:
-            raise UserError(
-                f"the engine of {name} is not refittable",
-                f"{rebuild(engine.bundle, name, gpu=engine.cuda.index)} --refittable",
-            )
+            raise UserError(f"the engine of {name} is not refittable", f"{engine.rebuild()} --refittable")
         self.engine = engine
         self._own = stored(engine.bundle.file(engine.bundle.component(name).weights))
 

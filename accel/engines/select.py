@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ENGINES: Mapping[str, str] = MappingProxyType(
     {
         "tensorrt": "accel.engines.tensorrt",
+        "tensorrt-rtx": "accel.engines.tensorrt_rtx",
         "openvino": "accel.engines.openvino",
         "onnxruntime": "accel.engines.onnxruntime",
         "compile": "accel.engines.compile",
@@ -63,6 +64,11 @@ def int8_engines() -> tuple[str, ...]:
     return tuple(name for name in reversed(tuple(ENGINES)) if facts(name).int8)
 
 
+def engine_file_engines() -> tuple[str, ...]:
+    """Engines that run engine files."""
+    return tuple(name for name in ENGINES if facts(name).engine_files)
+
+
 def _module(name: str) -> Any:
     if name not in ENGINES:
         raise unknown("engine", name, ["auto", *reversed(tuple(ENGINES))])
@@ -78,10 +84,11 @@ def choose(
 ) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
-    `auto` takes TensorRT where the bundle has an engine file of the component that fits, then a GPU that ONNX Runtime
-    can drive, then the first of `ENGINES` that declares the device in its facts and takes the options. For an int8
-    component it goes by what the export measured. It never refuses because of speed or quality: where something else
-    would be faster or closer to float32, a note says so. A diffusers pipeline folder runs on eager.
+    `auto` takes TensorRT (or TensorRT-RTX) where the bundle has an engine file of the component that fits, then a GPU
+    that ONNX Runtime can drive, then the first of `ENGINES` that declares the device in its facts and takes the
+    options. For an int8 component it goes by what the export measured. It never refuses because of speed or quality:
+    where something else would be faster or closer to float32, a note says so. A diffusers pipeline folder runs on
+    eager.
 
     Args:
         device: where the component is to run: "auto", "cpu", "cuda:1", ...
@@ -107,14 +114,14 @@ def choose(
     if needs_eager:
         fits = [engine for engine in fits if not facts(engine).reads_graph] or ["eager"]
     engine_file = (
-        fitting_engine_file(bundle, component.name, device)
-        if bundle is not None and component is not None and "tensorrt" in fits
+        fitting_engine_file(bundle, component.name, device, set(engine_file_engines()) & set(fits))
+        if bundle is not None and component is not None and set(engine_file_engines()) & set(fits)
         else None
     )
     if component is not None and component.int8:
         return _choose_int8(component, engine_file, fits)
     if engine_file is not None:
-        return "tensorrt"
+        return engine_file.engine
     ort = status("onnxruntime")
     if ort.ok and "cuda" in ort.detail and device != "cpu" and "onnxruntime" in fits:
         return "onnxruntime"
@@ -140,9 +147,11 @@ def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Seq
             "with --budget, they do not"
         )
     places: dict[str, Any] = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
-    places["tensorrt"] = engine_file and engine_file.identity["gpu"]
-    able = [engine for engine in fits if engine in places and engine != "tensorrt" and status(engine).ok]
-    able += ["tensorrt"] * (engine_file is not None)
+    places |= dict.fromkeys(engine_file_engines())
+    able = [engine for engine in fits if places.get(engine) and status(engine).ok]
+    if engine_file is not None:
+        places[engine_file.engine] = engine_file.identity["gpu"]
+        able.append(engine_file.engine)
     seconds = {
         engine: entry["int8_seconds"]
         for engine, entry in acceptance.get("engines", {}).items()
@@ -156,8 +165,8 @@ def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Seq
             'pip install "accel-diffusion[cpu]"'
         )
         return choose("eager")
-    if engine_file is not None and "tensorrt" not in seconds:
-        chosen = "tensorrt"
+    if engine_file is not None and engine_file.engine not in seconds:
+        chosen = engine_file.engine
     elif here:
         chosen = min(enabled & set(here) or here, key=here.__getitem__)
     else:
@@ -180,20 +189,26 @@ def _note(text: str) -> None:
     warnings.warn(text, Notice, stacklevel=5)
 
 
-def fitting_engine_file(bundle: Bundle, component: str, device: str = "auto") -> EngineFile | None:
-    """The newest TensorRT engine file of a component that fits here, but for its contents, which loading compares.
+def fitting_engine_file(
+    bundle: Bundle, component: str, device: str = "auto", engines: Iterable[str] | None = None
+) -> EngineFile | None:
+    """The newest engine file of a component that fits here, but for its contents, which loading compares.
 
     Costs nothing where there are no engine files, or the device is not a GPU.
+
+    Args:
+        engines: those that may run it; by default all that run engine files.
     """
     from ..trt import engine_files, library, preflight
     from ..trt.cuda import Cuda, index_of
 
     readable = [file for file in engine_files.find(bundle, component) if isinstance(file, engine_files.EngineFile)]
     index = index_of(device)
-    if not readable or index is None or not status("tensorrt").ok:
+    if not readable or index is None:
         return None
-    here = engine_files.Here.of(library.load().__version__, Cuda(index))
-    return next((file for file in readable if preflight.fits(bundle, file, here).ok), None)
+    able = {file.engine for file in readable} & set(engine_file_engines() if engines is None else engines)
+    places = {name: engine_files.Here.of(library.load(name), Cuda(index)) for name in sorted(able) if status(name).ok}
+    return next((f for f in readable if f.engine in places and preflight.fits(bundle, f, places[f.engine]).ok), None)
 
 
 def load_engine(

@@ -15,10 +15,10 @@ from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
+from ..trt.cuda_graphs import Bound, Captures, Graph
 from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Facts, Status, to_torch
-from .cuda_graphs import Bound, Captures, Graph
 from .refit import Refit
 
 CUDA_GRAPHS = ("off", "step", "loop")
@@ -27,6 +27,7 @@ FACTS = Facts(
     libraries=("torch", "tensorrt"),
     options=("device", "cuda_graph", "engine_file", "allow_host_code"),
     int8=True,
+    engine_files=True,
     auto=(),  # only where the bundle has an engine file that fits
     variants=(),
     gpu_variants=("", "step"),
@@ -38,11 +39,11 @@ def status() -> Status:
     if version is None:
         return Status(False, "tensorrt is not installed", 'pip install "accel-diffusion[tensorrt]"')
     try:
-        version = library.load().__version__
+        found = library.load()
         gpu = Cuda().gpu
     except UserError as error:
         return Status(False, error.message, error.fix)
-    return Status(True, f"tensorrt {version} on {gpu.name}")
+    return Status(True, f"tensorrt {found.version} on {gpu.name}")
 
 
 class TensorRT(Engine):
@@ -63,6 +64,7 @@ class TensorRT(Engine):
 
     name = "tensorrt"
     native = "torch"
+    cuda_graphs: tuple[str, ...] = CUDA_GRAPHS
 
     def __init__(
         self,
@@ -80,12 +82,16 @@ class TensorRT(Engine):
         self.bundle = bundle
         index = index_of(device)
         if index is None:
-            raise UserError(f"TensorRT does not run on {device!r}", "--device cuda or --device cuda:1")
-        self.module = library.load()
+            raise UserError(f"{self.name} does not run on {device!r}", "--device cuda or --device cuda:1")
+        if cuda_graph not in self.cuda_graphs:
+            raise UserError(f"{self.name} has no cuda_graph {cuda_graph!r}", f"one of: {', '.join(self.cuda_graphs)}")
+        self.cuda_graph = cuda_graph
+        self.library = library.load(self.name)
+        self.module = self.library.module
         self.cuda = Cuda(index)
         self.device = self.cuda.device
-        here = Here.of(self.module.__version__, self.cuda)
-        self.engine_file, data = preflight.choose(bundle, component.name, here, engine_file)
+        here = Here.of(self.library, self.cuda)
+        self.engine_file, data = preflight.choose(bundle, component.name, here, engine_file, self.name)
         self.cuda.activate()
         self.engine = self._deserialize(data, allow_host_code)
         self.component = replace(component, dims=_hull(component, self.engine_file))
@@ -94,9 +100,6 @@ class TensorRT(Engine):
         if options["weight_streaming"]:
             own = self.engine.get_weight_streaming_automatic_budget
             self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
-        if cuda_graph not in CUDA_GRAPHS:
-            raise UserError(f"unknown cuda_graph {cuda_graph!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
-        self.cuda_graph = cuda_graph
         self.epoch = 0
         self.refitted: dict[str, str] = {}  # name -> sha256 of the weights that are not the bundle's own
         self._local = threading.local()
@@ -105,7 +108,7 @@ class TensorRT(Engine):
         if weights:
             self.set_weights(weights)
         self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
-        self.description = f"tensorrt {self.module.__version__}, {self.cuda.gpu.name}, profiles {self.profile}"
+        self.description = f"{self.name} {self.library.version}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
         """The engine of an engine file whose bytes have passed the pre-flight."""
@@ -122,14 +125,14 @@ class TensorRT(Engine):
             engine = self.runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise UserError(
-                f"TensorRT cannot deserialize the engine file of {name}: {messages.last()}",
-                self._rebuild("--overwrite"),
+                f"{self.library} cannot deserialize the engine file of {name}: {messages.last()}",
+                f"{self.rebuild()} --overwrite",
             )
         return engine
 
-    def _rebuild(self, more: str) -> str:
+    def rebuild(self) -> str:
         """The command that builds an engine file of this component for this GPU."""
-        return f"{rebuild(self.bundle, self.component.name, gpu=self.cuda.index)} {more}"
+        return rebuild(self.bundle, self.component.name, gpu=self.cuda.index, engine=self.name)
 
     def _check_tensors(self) -> None:
         """Refuse an engine whose I/O tensors are not the manifest's: TensorRT would read wrong addresses silently."""
@@ -144,7 +147,7 @@ class TensorRT(Engine):
         if wrong:
             raise UserError(
                 f"the engine file of {self.component.name} and the manifest differ in {', '.join(sorted(wrong))}",
-                self._rebuild("--overwrite"),
+                f"{self.rebuild()} --overwrite",
             )
 
     def _refit_stripped(self) -> None:
@@ -160,7 +163,7 @@ class TensorRT(Engine):
         if not done:
             raise UserError(
                 f"TensorRT cannot refit the stripped engine of {self.component.name}: {messages.last()}",
-                self._rebuild("--overwrite"),
+                f"{self.rebuild()} --overwrite",
             )
 
     @cached_property
@@ -177,13 +180,17 @@ class TensorRT(Engine):
     def context(self) -> Any:
         """A new execution context for the calling thread, with user-managed device memory."""
         with library.collect() as messages:
-            context = self.engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context = self._create_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise UserError(
-                f"TensorRT creates no execution context of {self.component.name}: {messages.last()}",
+                f"{self.library} creates no execution context of {self.component.name}: {messages.last()}",
                 "free GPU memory (see nvidia-smi)",
             )
         return context
+
+    def _create_context(self, memory: Any) -> Any:
+        """A context whose device memory is allocated by a strategy; None where TensorRT fails."""
+        return self.engine.create_execution_context(memory)
 
     def nearest(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The index of the optimization profile that takes these shapes and whose optimum (kOPT) is closest to them.
@@ -208,7 +215,7 @@ class TensorRT(Engine):
         if misfit:
             raise UserError(
                 f"no optimization profile of the engine takes these shapes; the closest is {name!r}: {outside[0]}",
-                self._rebuild("--profile ... (one that does)"),
+                f"{self.rebuild()} --profile ... (one that does)",
             )
         return index
 
@@ -261,8 +268,7 @@ class TensorRT(Engine):
         """Copy in, replay this shape's graph, copy out."""
 
         def make() -> Graph:
-            bound = Bound(self, sizes)
-            return Graph(bound, bound.enqueue)
+            return self._graph(Bound(self, sizes))
 
         graph = self.graphs.get(tuple(sorted(sizes.items())), make)
         for name, value in feeds.items():
@@ -270,6 +276,10 @@ class TensorRT(Engine):
         graph.run()
         for name, value in outputs.items():
             value.copy_(graph.bound.outputs[name])
+
+    def _graph(self, bound: Bound) -> Any:
+        """What replays the work of buffers that stay where they are."""
+        return Graph(bound, bound.enqueue)
 
     @staticmethod
     def _must(ok: bool, what: str) -> None:

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..files import digest_of, inside, parse_json, read_bytes, write_bytes
 from . import trust
 from .cuda import Cuda
+from .library import Library
 
 SCHEMA = 1
 FOLDER = "engines"
@@ -51,8 +52,10 @@ class Here:
     """What an engine is built for and runs on: TensorRT's version, the GPU, operating system and processor.
 
     Attributes:
-        gpu: the GPU's name.
+        gpu: the GPU's name; "" where it does not matter.
         index: which of this machine's GPUs it is; not part of an engine's identity.
+        engine: the engine that runs it, which is the flavour of TensorRT: "tensorrt" or "tensorrt-rtx".
+        targets: compute capabilities that a build of TensorRT-RTX names; () for its default.
     """
 
     tensorrt: str
@@ -60,10 +63,19 @@ class Here:
     compute_capability: str
     platform: str = f"{platform.system()} {platform.machine()}"
     index: int = 0
+    engine: str = "tensorrt"
+    targets: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, tensorrt: str, cuda: Cuda) -> Here:
-        return cls(tensorrt, cuda.gpu.name, cuda.gpu.compute_capability or "0.0", index=cuda.index)
+    def of(cls, found: Library, cuda: Cuda) -> Here:
+        """The GPU of this machine, to run on or, with TensorRT 10 and 11, to build for."""
+        capability = cuda.gpu.compute_capability or "0.0"
+        return cls(found.version, cuda.gpu.name, capability, index=cuda.index, engine=found.flavour.engine)
+
+    @classmethod
+    def anywhere(cls, found: Library, targets: Sequence[str] = ()) -> Here:
+        """What TensorRT-RTX builds for: cards of its targets, on any operating system."""
+        return cls(found.version, "", "", "", engine=found.flavour.engine, targets=tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,23 @@ class EngineFile:
     @property
     def identity(self) -> Mapping[str, Any]:
         return self.record["identity"]
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it: "tensorrt" or "tensorrt-rtx"."""
+        return str(self.identity.get("engine", "tensorrt"))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The compute capabilities that a build of TensorRT-RTX named."""
+        return tuple(map(str, self.identity.get("targets") or ()))
+
+    @property
+    def built_for(self) -> str:
+        """What it was built with and for, in words: "TensorRT 11.4.0.106, NVIDIA L4"."""
+        if self.engine == "tensorrt":
+            return f"TensorRT {self.identity['tensorrt']}, {self.identity['gpu']}"
+        return f"TensorRT-RTX {self.identity['tensorrt']}, {', '.join(self.targets) or 'Ampere and newer'}"
 
 
 def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
@@ -119,6 +148,8 @@ def identity(
         "gpu": here.gpu,
         "compute_capability": here.compute_capability,
         "platform": here.platform,
+        # Only where it is not TensorRT's own, so that the digests of engine files built so far stay what they are.
+        **({"engine": here.engine, "targets": list(here.targets)} if here.engine != "tensorrt" else {}),
         "profiles": [dict(profile) for profile in profiles],
         "options": dict(options),
     }
@@ -181,14 +212,20 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
     return EngineFile(path, record, text)
 
 
-def find(bundle: Bundle, component: str | None = None) -> list[EngineFile | UserError]:
-    """The engine files beside a bundle, newest first; in place of one that cannot be read comes the error."""
+def find(bundle: Bundle, component: str | None = None, engine: str | None = None) -> list[EngineFile | UserError]:
+    """The engine files beside a bundle, newest first; in place of one that cannot be read comes the error.
+
+    Args:
+        engine: only those that this engine runs.
+    """
     found: list[EngineFile | UserError] = []
     for path in sorted((bundle.path / FOLDER).glob(f"*/{component or '*'}.plan")):
         try:
             found.append(read(bundle, path.parent.name, path.stem))
         except UserError as error:
             found.append(error)
+    if engine is not None:
+        found = [file for file in found if isinstance(file, UserError) or file.engine == engine]
     return sorted(found, key=lambda file: file.record["built"] if isinstance(file, EngineFile) else "", reverse=True)
 
 
@@ -196,10 +233,13 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rebuild(bundle: Bundle, component: str, like: EngineFile | None = None, gpu: int = 0) -> str:
+def rebuild(
+    bundle: Bundle, component: str, like: EngineFile | None = None, gpu: int = 0, engine: str = "tensorrt"
+) -> str:
     """The command that builds an engine file of this component, on one of this machine's GPUs.
 
     Args:
+        engine: the one that is to run it.
         like: repeat its build options and, where the bundle still takes them, its profiles. Only a signed engine file:
             what a stranger's record says must not be copied into a shell.
     """
@@ -209,7 +249,7 @@ def rebuild(bundle: Bundle, component: str, like: EngineFile | None = None, gpu:
         str(bundle.path),
         "--components",
         component,
-        *(["--device", f"cuda:{gpu}"] if gpu else []),
+        *(["--engine", engine] if engine != "tensorrt" else ["--device", f"cuda:{gpu}"] if gpu else []),
     ]
     if like is None or component not in bundle.manifest.components:
         return shlex.join(words)
@@ -221,6 +261,8 @@ def rebuild(bundle: Bundle, component: str, like: EngineFile | None = None, gpu:
     )
     if fits and [profile["name"] for profile in profiles] != [bundle.manifest.profile.name]:
         words += [word for profile in profiles for word in ("--profile", profile["name"])]
+    if like.targets:
+        words += ["--targets", ",".join(like.targets)]
     usual = {"optimization_level": 3, "hardware_compatible": "none"}
     for name, value in like.identity["options"].items():
         if value is not None and value is not False and value != usual.get(name):

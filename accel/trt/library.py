@@ -1,56 +1,116 @@
-"""Import `tensorrt`, check its version, and collect what it logs: one logger for the whole process."""
+"""Import a TensorRT library, say which flavour it is, and collect what it logs: one logger for each module."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from ..errors import MissingPackage, UserError
+from . import rtx_libraries
+from .flavours import BY_ENGINE, Flavour, flavour_of
 
-OLDEST = (10, 14)
-BROKEN_REFIT = "11.3.0"
 _SHOWN = 3  # lines of TensorRT's log in an error
 
 
-def load() -> ModuleType:
-    """The `tensorrt` module.
+@dataclass(frozen=True)
+class Library:
+    """A TensorRT module that is loaded, and which flavour it is."""
+
+    module: Any
+    flavour: Flavour
+
+    @property
+    def version(self) -> str:
+        return self.module.__version__
+
+    def __str__(self) -> str:
+        return f"{self.flavour.title} {self.version}"
+
+    def refuse_broken_refit(self) -> None:
+        """TensorRT 11.3.0 loses biases of matrix products in refittable engines (a known issue of its notes)."""
+        if self.version.startswith(self.flavour.broken_refit or ("none",)):
+            raise UserError(
+                f"{self} computes refittable engines wrongly (it can drop the bias of a matrix product)",
+                "upgrade to TensorRT 11.4 or newer, or fuse the LoRA before export: accel export MODEL OUT --lora FILE",
+            )
+
+
+def load(engine: str = "tensorrt") -> Library:
+    """The library of an engine: "tensorrt" (TensorRT 10 or 11) or "tensorrt-rtx".
 
     Raises:
-        UserError: when it is not installed, cannot be loaded, or is older than `OLDEST`.
+        UserError: when it is not installed, cannot be loaded, or is too old.
     """
+    family = BY_ENGINE[engine]
+    module = _import(family[0], f"the {family[0].title} engine")
+    flavour = flavour_of(engine, numbers(module.__version__))
+    if flavour is None:
+        oldest = ".".join(map(str, family[0].oldest))
+        raise UserError(
+            f"{family[0].title} {module.__version__} is too old: accel needs {oldest} or newer",
+            family[0].install.replace("install", "install --upgrade"),
+        )
+    return Library(module, flavour)
+
+
+def _import(flavour: Flavour, use: str) -> ModuleType:
+    name = _module(flavour)
     try:
-        import tensorrt
+        if name == "tensorrt_rtx_bindings" and (version := installed(flavour.engine)):
+            rtx_libraries.preload(version, flavour.reinstall)
+        return import_module(name)
     except ModuleNotFoundError:
-        raise MissingPackage("tensorrt", "the TensorRT engine", "tensorrt") from None
+        raise MissingPackage(name.replace("_", "-"), use, flavour.extra) from None
     except (ImportError, OSError) as error:
         raise UserError(
-            f"tensorrt is installed but does not load: {str(error).splitlines()[0][:200]}",
-            "pip install tensorrt-cu13 (or -cu12, for the CUDA version of your driver), which brings its libraries",
+            f"{name} is installed but does not load: {str(error).splitlines()[0][:200]}", flavour.reinstall
         ) from None
-    if numbers(tensorrt.__version__)[:2] < OLDEST:
-        raise UserError(
-            f"TensorRT {tensorrt.__version__} is too old: accel needs {'.'.join(map(str, OLDEST))} or newer",
-            'pip install --upgrade "accel-diffusion[tensorrt]"',
-        )
-    return tensorrt
 
 
-def installed() -> str | None:
-    """The version of the installed package, without importing it; None where there is none."""
-    if find_spec("tensorrt") is None:
+def _module(flavour: Flavour) -> str:
+    """The first module of a flavour that is installed, or where none is, its own name."""
+    return next((name for name in flavour.modules if _found(name)), flavour.modules[0])
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # a test double, or half of a package
+        return True
+
+
+def installed(engine: str = "tensorrt") -> str | None:
+    """The version of an engine's installed package, without importing it; None where there is none."""
+    flavour = BY_ENGINE[engine][0]
+    if not any(map(_found, flavour.modules)):
         return None
-    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"):
+    for name in flavour.distributions:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return load().__version__
+    return load(engine).version
+
+
+@cache
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed: its library loads, and finds a device."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        count = ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -58,25 +118,29 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def refuse_broken_refit(version: str) -> None:
-    """TensorRT 11.3.0 loses biases of matrix products in refittable engines (a known issue of its release notes)."""
-    if version.startswith(BROKEN_REFIT):
-        raise UserError(
-            f"TensorRT {version} computes refittable engines wrongly (it can drop the bias of a matrix product)",
-            "upgrade to TensorRT 11.4 or newer, or fuse the LoRA before export: accel export MODEL OUT --lora FILE",
-        )
+# What TensorRT logs around a cause without being one: dumps of the node it stumbled over, and the missing driver, which
+# it notes before every error on a machine without one.
+_NOISE = re.compile(
+    r"--- (Begin|End) node ---|^\s*$|cudaError|CUDA (initialization|driver)|no CUDA-capable", re.IGNORECASE
+)
 
 
 @dataclass
 class Messages:
-    """What TensorRT has logged since collecting began."""
+    """What TensorRT has logged since collecting began.
+
+    Attributes:
+        rest: everything else, kept only where `collect` was asked for it.
+    """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    rest: list[str] | None = None
 
     def last(self) -> str:
-        """The last errors, or warnings where there are no errors, on one line."""
+        """The last errors that name a cause, or warnings where there are no errors, on one line."""
         lines = self.errors or self.warnings or ["TensorRT gave no reason"]
+        lines = [line for line in lines if not _NOISE.search(line)] or lines
         return "; ".join(" ".join(line.split())[:300] for line in lines[-_SHOWN:])
 
 
@@ -86,7 +150,7 @@ _lock, _making = threading.Lock(), threading.Lock()
 
 
 def logger(trt: ModuleType) -> Any:
-    """The logger of this process. TensorRT keeps the first logger it is given for good, so there is only one."""
+    """The logger of a module in this process: TensorRT keeps the first one it is given for good."""
     with _making:  # not `_lock`: a logger may log while it is being made
         if trt not in _loggers:
             _loggers[trt] = _make_logger(trt)
@@ -107,14 +171,20 @@ def _make_logger(trt: ModuleType) -> Any:
                         messages.errors.append(msg)
                     elif severity == severities.WARNING:
                         messages.warnings.append(msg)
+                    elif messages.rest is not None:
+                        messages.rest.append(msg)
 
     return Log()
 
 
 @contextmanager
-def collect() -> Iterator[Messages]:
-    """What TensorRT logs while the body runs, on any thread."""
-    messages = Messages()
+def collect(everything: bool = False) -> Iterator[Messages]:
+    """What TensorRT logs while the body runs, on any thread.
+
+    Args:
+        everything: keep what is neither error nor warning as well: a build logs thousands of lines.
+    """
+    messages = Messages(rest=[] if everything else None)
     with _lock:
         _collecting.append(messages)
     try:

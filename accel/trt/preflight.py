@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import sha256
 from . import trust
 from .engine_files import EngineFile, Here, digest_bytes, find, key_of, rebuild, sources
+from .flavours import BY_ENGINE, RTX, runs_on, target_of
 from .library import numbers
 
 
@@ -97,7 +98,8 @@ def trusted(file: EngineFile) -> bool:
 
 
 def _rebuild(bundle: Bundle, file: EngineFile, here: Here | None, signed: bool = True) -> str:
-    return rebuild(bundle, file.component, file if signed else None, here.index if here else 0)
+    engine = file.engine if file.engine in BY_ENGINE else "tensorrt"
+    return rebuild(bundle, file.component, file if signed else None, here.index if here else 0, engine)
 
 
 def _contents(bundle: Bundle, file: EngineFile, here: Here | None, data: bytes | None = None) -> Fit:
@@ -117,6 +119,10 @@ def _other_bundle(bundle: Bundle, file: EngineFile) -> str:
 def _other_machine(file: EngineFile, here: Here) -> str:
     """Why an engine does not run on this platform, TensorRT or GPU; empty where it does."""
     built, options = file.identity, file.identity["options"]
+    if file.engine != here.engine:
+        return f"it is of the engine {file.engine}, and this is {here.engine}"
+    if file.engine == RTX.engine:
+        return _other_card(file, here)
     if built["platform"] != here.platform:
         return f"it was built on {built['platform']}, this is {here.platform}"
     ours, theirs = numbers(here.tensorrt), numbers(built["tensorrt"])
@@ -136,11 +142,24 @@ def _other_machine(file: EngineFile, here: Here) -> str:
     )
 
 
+def _other_card(file: EngineFile, here: Here) -> str:
+    """Why an engine of TensorRT-RTX does not run here; its files are bound to one version, and to no system."""
+    if file.identity["tensorrt"] != here.tensorrt:
+        return f"it was built with TensorRT-RTX {file.identity['tensorrt']}, here is {here.tensorrt}"
+    if not here.gpu:  # a place to build, not to run
+        return "" if file.targets == here.targets else "it was built for other targets"
+    if not runs_on(file.targets, here.compute_capability):
+        held = ", ".join(file.targets) or f"{RTX.default_targets[0]} and newer"
+        return f"it was built for {held}, here is {here.gpu} ({target_of(here.compute_capability)})"
+    return ""
+
+
 def choose(
     bundle: Bundle,
     component: str,
     here: Here | None,
     key: str | None = None,
+    engine: str = "tensorrt",
     refuse: Callable[[EngineFile], Fit | None] = lambda file: None,
 ) -> tuple[EngineFile, bytes]:
     """The newest engine file of a component that passes the pre-flight, and its bytes: the very ones that were checked.
@@ -148,13 +167,14 @@ def choose(
     Args:
         here: None leaves out what depends on the machine.
         key: only the engine file with this key.
+        engine: the one that is to run it.
         refuse: what else is wrong with an engine file that would fit.
 
     Raises:
         NoEngineFile: when there is none, with the reason of the newest and its fix.
     """
     problems: list[tuple[str, Fit]] = []
-    for file in find(bundle, component):
+    for file in find(bundle, component, engine):
         if isinstance(file, UserError):
             problems.append(("", Fit(False, file.message, file.fix)))
         elif key in (None, file.key):
@@ -171,9 +191,12 @@ def choose(
             problems.append((file.key, fit))
     if not problems:
         which = f" with the key {key}" if key else ""
-        build = rebuild(bundle, component, gpu=here.index if here else 0)
-        raise NoEngineFile(f"{bundle.path} has no TensorRT engine file of {component}{which}", build)
+        build = rebuild(bundle, component, gpu=here.index if here else 0, engine=engine)
+        raise NoEngineFile(
+            f"{bundle.path} has no {BY_ENGINE[engine][0].title} engine file of {component}{which}", build
+        )
     first_key, first = problems[0]
     more = f" (and {len(problems) - 1} more that do not fit)" if len(problems) > 1 else ""
     name = f" {first_key[:8]}" if first_key else ""
-    raise NoEngineFile(f"the TensorRT engine file{name} of {component} cannot be used: {first.reason}{more}", first.fix)
+    title = BY_ENGINE[engine][0].title
+    raise NoEngineFile(f"the {title} engine file{name} of {component} cannot be used: {first.reason}{more}", first.fix)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accel.bundle.tensor_spec import TensorSpec
-from accel.dtypes import INT8, PRECISIONS
+from accel.dtypes import ALWAYS_FLOAT32, INT8, PRECISIONS
 from accel.errors import UserError, unknown
 from accel.models.networks import Network
 
@@ -27,9 +27,6 @@ from .fp32_fallback import Peak
 
 # float16 ends at 65,504. Other prompts give larger activations than the scan saw, so a factor of four is left.
 FP16_SAFE = 65504.0 / 4
-
-# The time and size embeddings feed every block and take no time: rounding them loses accuracy and gains nothing.
-ALWAYS_FLOAT32 = ("time_embedding", "add_embedding")
 
 
 @dataclass(frozen=True)

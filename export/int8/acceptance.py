@@ -86,7 +86,7 @@ def keep_engine_files(component: Component, built: Bundle, folder: Path) -> None
         built: bundle with the engine files that speed was measured on.
         folder: the finished bundle, with the same component.
     """
-    if "tensorrt" in component.int8.get("acceptance", {}).get("enabled_engines", ()):
-        for engine_file in engine_files.find(built, component.name):
+    for engine in component.int8.get("acceptance", {}).get("enabled_engines", ()):
+        for engine_file in engine_files.find(built, component.name, engine):
             here = engine_file.path.parent
             shutil.copytree(here, folder / engine_files.FOLDER / here.name, dirs_exist_ok=True)

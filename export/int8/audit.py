@@ -60,7 +60,7 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
         raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
     if not (state := status(engine)).ok:
         raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
-    read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt}[engine]
+    read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt, "tensorrt-rtx": _rtx}[engine]
     graph = onnx.load(str(graph_file(bundle, component, engine)), load_external_data=False).graph
     int8, floats = read(bundle, component, graph)
     # By kind: three attentions among a hundred layers may take half of the time. (A layer that excludes begin-of-text
@@ -162,13 +162,17 @@ def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> C
     return int8, floats
 
 
-def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
+def _rtx(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
+    return _tensorrt(bundle, component, graph, "tensorrt-rtx")
+
+
+def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto, engine: str = "tensorrt") -> Counts:
     """TensorRT fuses layers, so they are not counted; each names the nodes of the graph that it was fused from."""
-    engine_file = fitting_engine_file(bundle, component.name)
+    engine_file = fitting_engine_file(bundle, component.name, engines=[engine])
     if engine_file is None:
         raise UserError(
-            f"{component.name} has no TensorRT engine file that fits here",
-            f"accel build {bundle.path} --components {component.name}",
+            f"{component.name} has no engine file of {engine} that fits here",
+            f"accel build {bundle.path} --components {component.name} --engine {engine}",
         )
     recorded = engine_file.record["audit"]
     if recorded["heavy"].get("int8") and not recorded.get("int8_nodes"):

@@ -14,7 +14,7 @@ from accel.arrays import synchronize
 from accel.bench import timing
 from accel.bench.state import temporary_caches
 from accel.bundle import MANIFEST, Bundle, finalize
-from accel.engines import Engine, fitting_engine_file, load_engine, status
+from accel.engines import Engine, engine_file_engines, facts, fitting_engine_file, load_engine, status
 from accel.errors import UserError
 from accel.machine import machine_name
 
@@ -36,7 +36,8 @@ class Pair(NamedTuple):
 
 def engines_for(dtype: str) -> tuple[str, ...]:
     """Engines of this machine that int8 with the rest in `dtype` is meant for: with float16, TensorRT alone."""
-    return tuple(engine for engine in (ENGINES if dtype == "float32" else ("tensorrt",)) if status(engine).ok)
+    able = ENGINES if dtype == "float32" else engine_file_engines()
+    return tuple(engine for engine in able if status(engine).ok)
 
 
 def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path) -> Pair:
@@ -46,7 +47,7 @@ def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Pa
         dtype: of what is not int8; with float16, the float32 component of `floating` is converted to it.
         scratch: folder for the copies.
     """
-    if "tensorrt" not in engines_for(dtype):
+    if not set(engine_file_engines()) & set(engines_for(dtype)):
         return Pair(int8, floating)
     baseline = _copied if dtype == "float32" else _in_float16
     return Pair(
@@ -81,11 +82,11 @@ def measure(
         try:
             # Engines cache what they compile by the bundle, and this one is not finished. TensorRT's engine files are
             # kept: they carry the user's signature, whose key is in the user's own cache.
-            with contextlib.nullcontext() if engine == "tensorrt" else temporary_caches():
-                if engine == "tensorrt":
+            with contextlib.nullcontext() if facts(engine).engine_files else temporary_caches():
+                if facts(engine).engine_files:
                     for bundle in pair:
-                        build(bundle, [component])
-                    on = fitting_engine_file(pair.int8, component).identity["gpu"]
+                        build(bundle, [component], engine=engine)
+                    on = fitting_engine_file(pair.int8, component, engines=[engine]).identity["gpu"]
                 audits[engine] = audit(pair.int8, pair.int8.component(component), engine)
                 results[engine] = {"on": on} | _benchmark(pair, component, engine, threads)
         except UserError as error:
@@ -100,7 +101,7 @@ def measure(
 
 def _benchmark(pair: Pair, component: str, engine: str, threads: int) -> dict[str, Any]:
     """Time both on one engine, taking turns as in `accel bench`."""
-    options = {} if engine == "tensorrt" else {"threads": threads}
+    options = {} if facts(engine).engine_files else {"threads": threads}
     runners = [load_engine(bundle, component, engine, verify=False, **options) for bundle in pair]
     calls = {name: partial(_call, runner, _feeds(runner)) for name, runner in zip(Pair._fields, runners, strict=True)}
     for call in calls.values():

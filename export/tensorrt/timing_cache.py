@@ -1,13 +1,19 @@
-"""TensorRT's timing cache: one file per GPU and TensorRT version, which every build reads and extends."""
+"""TensorRT's timing cache: one file per GPU and TensorRT version, which every build reads and extends.
+
+The file is a digest and TensorRT's bytes, because TensorRT does not notice every damaged cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from accel.files import cache_dir, waiting_for, write_bytes
 from accel.trt.engine_files import Here
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 def path_for(here: Here) -> Path:
@@ -32,11 +38,14 @@ def save(config: Any, path: Path) -> None:
         others = config.create_timing_cache(_bytes(path))
         if others is not None:
             cache.combine(others, ignore_mismatch=False)
-        write_bytes(path, bytes(cache.serialize()))
+        data = bytes(cache.serialize())
+        write_bytes(path, hashlib.sha256(data).digest() + data)
 
 
 def _bytes(path: Path) -> bytes:
+    """What the file holds; nothing where it is missing or damaged."""
     try:
-        return path.read_bytes()
+        digest, data = (content := path.read_bytes())[:_DIGEST], content[_DIGEST:]
     except OSError:
         return b""
+    return data if hashlib.sha256(data).digest() == digest else b""

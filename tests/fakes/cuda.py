@@ -24,6 +24,7 @@ class Cuda:
     """One device; `Cuda.state` is shared by all handles to it, as a device is."""
 
     names = ("Fake GPU",)
+    capability = "9.0"
     current: list[Stream] = []
     captures: dict[int, list] = {}
     made = 0
@@ -34,7 +35,7 @@ class Cuda:
             seen = f"torch sees {len(self.names)} GPUs"
             raise UserError(f"GPU {index} is not usable: {seen}", "check nvidia-smi, the driver and torch")
         self.index, self.device = index, "cpu"
-        self.gpu = Gpu(name=self.names[index], memory=8 << 30, compute_capability="9.0", driver=None)
+        self.gpu = Gpu(name=self.names[index], memory=8 << 30, compute_capability=self.capability, driver=None)
 
     def activate(self) -> None:
         pass

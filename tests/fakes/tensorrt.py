@@ -1,4 +1,5 @@
-"""A fake `tensorrt` module (test double), made from the published API of one version; it runs engines on the CPU.
+"""A fake `tensorrt` or `tensorrt_rtx` module (test double), made from the published API of one version; it runs engines
+on the CPU.
 
 What the API file does not name does not exist here: a removed flag, a misspelt keyword, an attribute that only one
 version has raise. Calls are checked against the signatures as the bindings print them. An engine file is the ONNX model
@@ -47,7 +48,9 @@ class World:
         steps: progress steps of a build.
         on_step: called with the number of each step.
         calls: names of the API calls, in order.
-        dtype: datatype that the inspector reports for all layers, instead of the graph's.
+        dtype: datatype that is reported for all layers, instead of the graph's.
+        warn: warnings of every build that succeeds.
+        capability: of the card, as TensorRT-RTX sees it.
     """
 
     version: str
@@ -58,6 +61,8 @@ class World:
     on_step: Any = None
     calls: list[str] = field(default_factory=list)
     dtype: str | None = None
+    warn: list[str] = field(default_factory=list)
+    capability: str = "SM89"
     executed: list[tuple] = field(default_factory=list)
 
 
@@ -104,7 +109,43 @@ class IHostMemory(_Behaviour):
 
 class INetworkDefinition(_Behaviour):
     def __init__(self, flags):
-        self._flags, self._model = flags, None
+        self._flags, self._model, self._decomposable = flags, None, set()
+
+    num_layers = property(lambda self: len(self._model.graph.node))
+
+    def get_layer(self, index):
+        node = self._model.graph.node[index]
+        return self._trt.ILayer(self, node)
+
+
+class ILayer(_Behaviour):
+    def __init__(self, network, node):
+        self._network, self._node = network, node
+
+    name = property(lambda self: self._node.name)
+
+    @property
+    def type(self):
+        kinds = self._trt.LayerType
+        return kinds.ATTENTION_OUTPUT if self._node.op_type == "Attention" else kinds.CONVOLUTION
+
+
+class IAttentionOutputLayer(ILayer):
+    attention = property(lambda self: self._trt.IAttention(self))
+
+
+class IAttention(_Behaviour):
+    def __init__(self, layer):
+        self._layer = layer
+
+    @property
+    def decomposable(self):
+        return self._layer._node.name in self._layer._network._decomposable
+
+    @decomposable.setter
+    def decomposable(self, value):
+        change = self._layer._network._decomposable
+        (change.add if value else change.discard)(self._layer._node.name)
 
 
 def _shape(value) -> tuple[int, ...]:
@@ -128,6 +169,12 @@ def _numpy(value) -> np.dtype:
 class ParserError(_Behaviour):
     def __init__(self, text, node):
         self._text, self._node = text, node
+
+    def code(self):
+        return self._trt.ErrorCode.UNSUPPORTED_NODE
+
+    def func(self):
+        return "parseNode"
 
     def desc(self):
         return self._text
@@ -194,7 +241,7 @@ class ITimingCache(_Behaviour):
 
 class IBuilderConfig(_Behaviour):
     def __init__(self):
-        self._flags, self._limits, self._profiles, self._cache = set(), {}, [], None
+        self._flags, self._limits, self._profiles, self._cache, self._targets = set(), {}, [], None, []
         self._settings = {
             "builder_optimization_level": 3,
             "profiling_verbosity": self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
@@ -234,6 +281,21 @@ class IBuilderConfig(_Behaviour):
 
     def get_timing_cache(self):
         return self._cache
+
+    @property
+    def num_compute_capabilities(self):
+        return len(self._targets)
+
+    @num_compute_capabilities.setter
+    def num_compute_capabilities(self, value):
+        self._targets = [None] * value
+
+    def set_compute_capability(self, compute_capability, index):
+        if index >= len(self._targets):
+            self._log("ERROR", "index is out of range")
+            return False
+        self._targets[index] = compute_capability.name
+        return True
 
 
 def _setting(name):
@@ -280,8 +342,13 @@ class Builder(_Behaviour):
             self._log("WARNING", "some tactics do not have sufficient workspace memory to run")
             self._log("ERROR", "Error Code 10: Internal Error (Could not find any implementation for node /conv_in)")
             return None
+        for text in self._world.warn:
+            self._log("WARNING", text)
         if config._cache is not None:
             config._cache._entries |= {node.op_type for node in network._model.graph.node}
+        if hasattr(self._trt, "ComputeCapability") and config._settings["profiling_verbosity"].name == "DETAILED":
+            self._log("INFO", "Total Activation Memory: 4096 bytes")
+            self._log("VERBOSE", listing(layers_of(network._model, self._world.dtype)))
         return self._trt.IHostMemory(_engine_file(self._world, network, config))
 
     def _problem(self, network, config) -> str:
@@ -295,6 +362,12 @@ class Builder(_Behaviour):
         dynamic = {v.name: _shape(v) for v in network._model.graph.input if -1 in _shape(v)}
         if dynamic and not config._profiles:
             return "Error Code 4: network has dynamic inputs but no optimization profile"
+        for node in network._model.graph.node:
+            if node.op_type == "Attention" and node.name not in network._decomposable:
+                return (
+                    "MyelinCheckException: CHECK(composite_op->is_decomposable()) failed. Attention operation was not "
+                    "supported by a dedicated kernel"
+                )
         for profile in config._profiles:
             for name, shape in dynamic.items():
                 given = profile._shapes.get(name)
@@ -336,7 +409,7 @@ def _engine_file(world: World, network, config) -> bytes:
     model = network._model
     header = {
         "version": world.version,
-        "gpu": world.gpu,
+        "gpu": "" if config._targets or world.version.startswith("1.") else world.gpu,
         "flags": sorted(config._flags),
         "hardware": config._settings["hardware_compatibility_level"].name,
         "verbosity": config._settings["profiling_verbosity"].name,
@@ -344,6 +417,7 @@ def _engine_file(world: World, network, config) -> bytes:
         "streamable": "WEIGHT_STREAMING" in config._flags,
         "stripped": "STRIP_PLAN" in config._flags,
         "limits": config._limits,
+        "targets": config._targets,
         "reported": world.dtype,
     }
     if header["stripped"]:
@@ -372,6 +446,19 @@ class Runtime(_Behaviour):
     def engine_host_code_allowed(self, value):
         self._host_code = value
 
+    def get_engine_validity(self, buffer):
+        """As documented: a verdict, and a mask of what is wrong."""
+        trt, wrong = self._trt, self._trt.EngineInvalidityDiagnostics
+        data = bytes(buffer)
+        body = data[len(MAGIC) + 32 :]
+        if not data.startswith(MAGIC):
+            return trt.EngineValidity.INVALID, wrong.MALFORMED_ENGINE.value
+        (length,) = struct.unpack("<Q", body[:8])
+        header = json.loads(body[8 : 8 + length])
+        mask = wrong.VERSION_MISMATCH.value * (header["version"] != self._world.version)
+        mask |= wrong.UNSUPPORTED_CC.value * bool(header["targets"] and self._world.capability not in header["targets"])
+        return (trt.EngineValidity.INVALID if mask else trt.EngineValidity.VALID), mask
+
     def deserialize_cuda_engine(self, serialized_engine):
         self._world.calls.append("deserialize")
         data = bytes(serialized_engine)
@@ -395,7 +482,7 @@ class Runtime(_Behaviour):
                 f"expecting library version {header['version']} got {self._world.version}",
             )
             return None
-        if header["gpu"] != self._world.gpu and header["hardware"] == "NONE":
+        if header["gpu"] not in ("", self._world.gpu) and header["hardware"] == "NONE":
             self._log("ERROR", "Error Code 6: The engine plan file is generated on an incompatible device")
             return None
         return self._trt.ICudaEngine(header, onnx.load_from_string(body[8 + length :]), self._logger)
@@ -484,13 +571,70 @@ class ICudaEngine(_Behaviour):
         if "context" in self._world.fail:
             self._log("ERROR", "Error Code 2: OutOfMemory (Requested size was 1 bytes)")
             return None
+        if isinstance(strategy, getattr(self._trt, "IRuntimeConfig", ())):
+            config, strategy = strategy, strategy._strategy
+            self._world.calls.append(f"context {config._graphs.name} {config._special.name}")
+            if config._cache is not None:
+                config._cache._kernels.add(len(self._model.graph.node))
         assert strategy is None or isinstance(strategy, self._trt.ExecutionContextAllocationStrategy)
         user = strategy is not None and strategy.name == "USER_MANAGED"
         self._contexts += 1
         return self._trt.IExecutionContext(self, user)
 
+    def create_runtime_config(self):
+        return self._trt.IRuntimeConfig()
+
     def create_engine_inspector(self):
         return self._trt.EngineInspector(self)
+
+
+class IRuntimeConfig(_Behaviour):
+    def __init__(self):
+        self._strategy, self._cache, self._graphs, self._special = None, None, None, None
+        if hasattr(self._trt, "CudaGraphStrategy"):
+            self._graphs = self._trt.CudaGraphStrategy.DISABLED
+            self._special = self._trt.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self._strategy = strategy
+
+    def create_runtime_cache(self):
+        return self._trt.IRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self._cache = cache
+        return True
+
+    @property
+    def cuda_graph_strategy(self):
+        return self._graphs
+
+    @cuda_graph_strategy.setter
+    def cuda_graph_strategy(self, value):
+        assert isinstance(value, self._trt.CudaGraphStrategy)
+        self._graphs = value
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(self):
+        return self._special
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(self, value):
+        assert isinstance(value, self._trt.DynamicShapesKernelSpecializationStrategy)
+        self._special = value
+
+
+class IRuntimeCache(_Behaviour):
+    def __init__(self):
+        self._kernels = set()
+
+    def serialize(self):
+        return self._trt.IHostMemory(json.dumps(sorted(self._kernels)).encode())
+
+    def deserialize(self, blob):
+        self._world.calls.append("runtime cache")
+        self._kernels |= set(json.loads(bytes(blob)))
+        return True
 
 
 class IExecutionContext(_Behaviour):
@@ -613,36 +757,63 @@ class EngineInspector(_Behaviour):
     def get_engine_information(self, format):
         assert format.name == "JSON"
         engine = self._engine
-        model = onnx.shape_inference.infer_shapes(engine._model)
-        graph = model.graph
-        types = {v.name: _dtype(v.type.tensor_type.elem_type) for v in [*graph.value_info, *graph.input, *graph.output]}
-        if -1 in [d for v in graph.input for d in _shape(v)] and self._context is None:
-            types = dict.fromkeys(types, "unknown")  # "N/A due to dynamic shapes"
-        types |= {t.name: _dtype(t.data_type) for t in graph.initializer}
-        spelt = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BFloat16"}
-        kinds = {"Conv": "CaskConvolution", "Gemm": "gemm", "MatMul": "gemm"}
-        # A product of two dequantised tensors is one integer kernel with them.
-        dequantized = {n for node in graph.node if node.op_type == "DequantizeLinear" for n in node.output}
-        layers = []
-        for node in graph.node:
-            dtype = spelt.get(types.get(node.input[0] if node.input else "", ""), "Int64")
-            if node.op_type in kinds and dequantized.issuperset(node.input[:2]):
-                dtype = "Int8"
-            dtype = engine._header["reported"] or dtype
-            tensor = lambda name, dtype=dtype: {"Name": name, "Dimensions": [], "Format/Datatype": dtype}  # noqa: E731
-            layers.append(
-                {
-                    "Name": node.name or node.output[0],
-                    "LayerType": kinds.get(node.op_type, "kgen"),
-                    "Inputs": [tensor(n) for n in node.input],
-                    "Outputs": [tensor(n) for n in node.output],
-                    "TacticName": "",
-                    "Metadata": f"[ONNX Layer: {node.name}]",
-                }
-            )
+        dynamic = -1 in [d for v in engine._model.graph.input for d in _shape(v)]
+        known = self._context is not None or not dynamic
+        layers = layers_of(
+            engine._model, engine._header["reported"] or (None if known else "N/A due to dynamic shapes")
+        )
         if engine._header["verbosity"] != "DETAILED":
             layers = [layer["Name"] for layer in layers]
         return json.dumps({"Layers": layers, "Bindings": [v.name for v in engine._values()]})
+
+
+def layers_of(model, reported: str | None) -> list[dict]:
+    """The layers of an engine of a graph: a node each, as TensorRT's inspector tells them.
+
+    Args:
+        reported: datatype of every layer, instead of the graph's.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: _dtype(v.type.tensor_type.elem_type) for v in [*graph.value_info, *graph.input, *graph.output]}
+    types |= {t.name: _dtype(t.data_type) for t in graph.initializer}
+    spelt = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BFloat16"}
+    kinds = {"Conv": "CaskConvolution", "Gemm": "gemm", "MatMul": "gemm", "Attention": "fmha"}
+    # A product of two dequantised tensors is one integer kernel with them.
+    dequantized = {n for node in graph.node if node.op_type == "DequantizeLinear" for n in node.output}
+    layers = []
+    for node in graph.node:
+        dtype = spelt.get(types.get(node.input[0] if node.input else "", ""), "Int64")
+        if node.op_type in kinds and dequantized.issuperset(node.input[:2]):
+            dtype = "Int8"
+        dtype = reported or dtype
+        tensor = lambda name, dtype=dtype: {"Name": name, "Dimensions": [], "Format/Datatype": dtype}  # noqa: E731
+        layers.append(
+            {
+                "Name": node.name or node.output[0],
+                "LayerType": kinds.get(node.op_type, "kgen"),
+                "Inputs": [tensor(n) for n in node.input],
+                "Outputs": [tensor(n) for n in node.output],
+                "TacticName": "",
+                "Metadata": f"[ONNX Layer: {node.name}]",
+            }
+        )
+    return layers
+
+
+def listing(layers: list[dict]) -> str:
+    """The same as the lines of the builder's log, as TensorRT-RTX prints them."""
+
+    def tensors(found: list[dict]) -> str:
+        told = "Dimensions: [-1,4], Strides: [4,1], StrideOrder: [1,0], Datatype: {}, Format: (Linear) Row major linear"
+        return ", ".join(f"{{ Name: {t['Name']}, {told.format(t['Format/Datatype'])} format }}" for t in found)
+
+    lines = [
+        f"Name: {layer['Name']}_myl0_{i}, LayerType: {layer['LayerType'].replace('CaskConvolution', 'correlation')}, "
+        f"Inputs: [ {tensors(layer['Inputs'])}], Constants: [], Outputs: [ {tensors(layer['Outputs'])}], TacticName: , "
+        f"StreamId: 0, Metadata: {layer['Metadata']}"
+        for i, layer in enumerate(layers)
+    ]
+    return "\n".join(["Layers:", *lines])
 
 
 class Refitter(_Behaviour):
@@ -669,6 +840,9 @@ class Refitter(_Behaviour):
 
     def refit_cuda_engine_async(self, stream_handle):
         assert stream_handle, "the default stream"
+        return self.refit_cuda_engine()
+
+    def refit_cuda_engine(self):
         if "refit" in self._world.fail or self.get_missing_weights():
             self._log("ERROR", "Error Code 4: missing weights in refitter")
             return False
@@ -698,13 +872,24 @@ _BEHAVIOURS = {
 }
 
 
+# What only TensorRT-RTX has, of the classes above.
+_RTX = frozenset(
+    """
+    IBuilderConfig.num_compute_capabilities IBuilderConfig.set_compute_capability Runtime.get_engine_validity
+    IRuntimeConfig.create_runtime_cache IRuntimeConfig.set_runtime_cache IRuntimeConfig.cuda_graph_strategy
+    IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy
+    """.split()
+)
+
+
 def make(version: str, world: World | None = None) -> ModuleType:
     """The module `tensorrt` of a version: exactly the names of its API file; `module._world` is the test's handle."""
     (stem,) = [stem for stem in VERSIONS if stem.startswith(version)]
     api = json.loads(VERSIONS[stem].read_text())
-    module = ModuleType("tensorrt")
-    module.__version__, module.__spec__ = stem, ModuleSpec("tensorrt", None)  # torch asks whether there is one
-    module._world = world or World(stem)
+    name, number = ("tensorrt_rtx", stem[4:]) if stem.startswith("rtx-") else ("tensorrt", stem)
+    module = ModuleType(name)
+    module.__version__, module.__spec__ = number, ModuleSpec(name, None)  # torch asks whether there is one
+    module._world = world or World(number)
     kinds: dict[str, type] = {}
     for name, entry in api.items():
         if isinstance(entry, dict):
@@ -734,8 +919,10 @@ def _class(name: str, api: dict[str, Any], kinds: dict[str, type], module: Modul
     behaviour = _BEHAVIOURS.get(name, _Behaviour)
     members = {key.partition(".")[2]: entry for key, entry in api.items() if key.startswith(f"{name}.")}
     own = {n for n in vars(behaviour) if not n.startswith("_")}
+    extra = {n for n in own - set(members) if f"{name}.{n}" in _RTX}
+    own -= extra  # below, what a version has not is hidden
     assert own <= set(members), f"the fake's {name} has what {module.__version__} has not: {own - set(members)}"
-    body: dict[str, Any] = {"_trt": module, "_world": module._world}
+    body: dict[str, Any] = {"_trt": module, "_world": module._world} | dict.fromkeys(extra, _Missing())
     for member, entry in members.items():
         if isinstance(entry, dict) or entry == "Severity":
             continue
@@ -756,6 +943,13 @@ def _class(name: str, api: dict[str, Any], kinds: dict[str, type], module: Modul
     body["__setattr__"] = setter
     made = type(name, (behaviour,), body)
     return made
+
+
+class _Missing:
+    """In the place of a member that this version has not."""
+
+    def __get__(self, instance, owner):
+        raise AttributeError("this version has no such member")
 
 
 def _not_done(name: str, member: str):

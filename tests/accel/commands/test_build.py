@@ -69,3 +69,33 @@ def test_an_export_that_builds_at_once(sd15, tensorrt, tmp_path, capsys):
     assert "text_encoder: building needs" in capsys.readouterr().err
     (file,) = engine_files.find(Bundle.open(out))
     assert file.identity["options"]["refittable"] and file.identity["profiles"][0]["shapes"]["input_ids"][2] == [2, 77]
+
+
+def test_builds_of_tensorrt_rtx_say_where_they_run(bundle, tensorrt, tensorrt_rtx, monkeypatch, capsys):
+    """Without a card here, the bundle is for elsewhere; options of the other flavour are refused."""
+    command = ["build", str(bundle.path), "--components", "vae_decoder", "--engine", "tensorrt-rtx"]
+    assert main([*command, "--targets", "sm89, SM120", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["identity"]["targets"] == ["sm89", "sm120"] and record["identity"]["engine"] == "tensorrt-rtx"
+    monkeypatch.setattr("accel.trt.library.has_driver", lambda: False)
+    assert main([*command, "--targets", "sm86"]) == 0
+    assert "ready for machines with such a card" in capsys.readouterr().out
+    assert main([*command, "--device", "cuda:0"]) == 1
+    assert "does not take --device" in capsys.readouterr().err
+    assert main([*command, "--targets", "sm90"]) == 1
+    assert "no kernels for Hopper" in capsys.readouterr().err
+    assert main(["build", str(bundle.path), "--targets", "sm89"]) == 1
+    assert "TensorRT does not take --targets" in capsys.readouterr().err
+    assert main(["inspect", str(bundle.path)]) == 0
+    told = capsys.readouterr().out
+    assert "TensorRT-RTX 1.7.1.116, sm86" in told and "there is no NVIDIA driver" in told
+
+
+def test_an_export_for_tensorrt_rtx_checks_its_options_first(tensorrt, tensorrt_rtx, tmp_path, capsys):
+    command = ["export", str(tmp_path / "no model"), str(tmp_path / "out")]
+    assert main([*command, "--engine", "tensorrt-rtx", "--targets", "sm1"]) == 1
+    assert "unknown target 'sm1'" in capsys.readouterr().err
+    assert main([*command, "--engine", "tensorrt-rtx", "--version-compatible"]) == 1
+    assert "does not take --version-compatible" in capsys.readouterr().err
+    assert main([*command, "--targets", "sm89"]) == 1
+    assert "add --engine tensorrt-rtx" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.export.tensorrt import shapes
-from accel.export.tensorrt.build import BuildOptions
+from accel.export.tensorrt.options import BuildOptions
 from accel.trt import engine_files, preflight
 
 COMPONENT = "vae_decoder"

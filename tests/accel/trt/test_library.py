@@ -13,7 +13,7 @@ from accel.trt import library
 
 
 def test_a_tensorrt_that_is_too_old_or_missing_is_named(tensorrt, monkeypatch):
-    assert library.load() is tensorrt
+    assert library.load().module is tensorrt
     monkeypatch.setattr(tensorrt, "__version__", "10.9.0")
     with pytest.raises(UserError, match="TensorRT 10.9.0 is too old"):
         library.load()

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
-from ..trt.workspace import workspace
+from .workspace import workspace
 
 _KEPT = 4  # graphs per engine and thread: each holds its context and its buffers
 
