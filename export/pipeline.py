@@ -19,7 +19,7 @@ from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.constants import check_runs, checked_sampling, own_sampling, pipeline_constants
+from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -148,6 +148,7 @@ def _export_float(
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
+    note_left_out(source)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)

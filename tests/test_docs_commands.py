@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from accel.cli import main
+from accel.trt import library
 
 _spec = importlib.util.spec_from_file_location("docs_of_accel", Path(__file__).with_name("test_docs.py"))
 _docs = importlib.util.module_from_spec(_spec)
@@ -48,10 +49,10 @@ SHORTER = {
 }
 # The same of a method of training, and of what is exported: profiles of the shared bundles, whose graphs are there.
 OF_THE_FIRST = {
-    "regress": "--pair-count 2 --pair-steps 2",
-    "dreambooth": "--class-images 2",
-    "model": "--profile batch=1-4,size=64-128",
-    "sdxl": "--profile batch=1-2,height=64,width=64-96",
+    ("distill", "regress"): "--pair-count 2 --pair-steps 2",
+    ("distill", "dreambooth"): "--class-images 2",
+    ("export", "model"): "--profile batch=1-4,size=64-128",
+    ("export", "sdxl"): "--profile batch=1-2,height=64,width=64-96",
 }
 NEEDS = {
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
@@ -61,11 +62,20 @@ NEEDS = {
     "--controlnet": "a ControlNet from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
     "--control ": "a ControlNet from the hub; tests/accel/pipeline/test_control.py draws with one of its layout",
 }
-SLOW = ("--precision int8", "--precision auto")
+SLOW = ("--precision int8", "--precision auto", "--engine tensorrt-rtx --build", "fp16 --engine tensorrt-rtx")
 
 
 def _marks(command: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if any(words in command for words in SLOW) else []
+
+
+def _needs(command: str) -> str | None:
+    """What a command needs that is not here; None where it runs."""
+    if "--engine tensorrt-rtx" in command:  # builds without a GPU
+        if command.startswith("run "):
+            return "an RTX card"
+        return None if library.installed("tensorrt-rtx") else "the extra tensorrt-rtx"
+    return next((reason for part, reason in NEEDS.items() if part in command), None)
 
 
 def here(command: str) -> list[str]:
@@ -76,7 +86,7 @@ def here(command: str) -> list[str]:
             words[i] = STANDS_FOR.get(word, word)
     if verb == "export":
         words[1] = "made"
-    more = [SHORTER.get(verb, ""), OF_THE_FIRST.get(words[0] if words else "", "")]
+    more = [SHORTER.get(verb, ""), OF_THE_FIRST.get((verb, words[0] if words else ""), "")]
     return [verb, *words, *shlex.split(" ".join(more))]
 
 
@@ -115,7 +125,7 @@ def write_loras(model: Path) -> None:
     ids=[f"{page}: {command}" for page, command in _docs.COMMANDS],
 )
 def test_a_command_of_a_page_runs(page, command, request, capsys):
-    if reason := next((reason for part, reason in NEEDS.items() if part in command), None):
+    if reason := _needs(command):
         pytest.skip(f"needs {reason}")
     request.getfixturevalue("reader")
     code = main(here(command))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from ..bundle import limits
@@ -33,7 +34,6 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
         if not ok:
             raise UserError(f"{source.path}/{name}/config.json: {key} is invalid: {value!r}", "get the file again")
     scale = 2 ** (len(stages) - 1)
-    _check_channels(unet.get("in_channels", 4), vae["latent_channels"], source)
     factor, shift = latent_scale(vae, source.family)
     made = {
         "vae_scale": scale,
@@ -48,7 +48,20 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
         made["control_conditional_only"] = True
     for problem in limits.constants(made):
         raise UserError(f"{source.path}: {problem}", "get the files of the model again")
+    _check_channels(unet.get("in_channels", 4), vae["latent_channels"], source)
     return made
+
+
+def note_left_out(source: Source) -> None:
+    """Say which parts of diffusers' pipeline change its images and are not in a bundle: its checker and watermark."""
+    if source.has("safety_checker"):
+        text = f"{source.name}: the safety checker is left out; diffusers blackens the images that it rejects"
+        warnings.warn(f"{text}. Check images before you publish them", Notice, stacklevel=3)
+    if source.family == "sdxl" and find_spec("imwatermark") is not None:
+        text = (
+            f"{source.name}: no invisible watermark is added; diffusers adds one where invisible-watermark is installed"
+        )
+        warnings.warn(text, Notice, stacklevel=3)
 
 
 def _check_channels(channels: Any, latent: int, source: Source) -> None:

@@ -15,7 +15,7 @@ from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
 from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
-from .constants import own_sampling, pipeline_constants
+from .constants import note_left_out, own_sampling, pipeline_constants
 from .source import Source, open_source
 from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
 
@@ -67,6 +67,7 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     """
     source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
     constants, sampling = pipeline_constants(source), own_sampling(source)
+    note_left_out(source)
     step = constants["vae_scale"] * constants["latent_multiple"]
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)

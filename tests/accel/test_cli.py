@@ -83,7 +83,7 @@ ONE_NAME = {
 HAVE = {
     "demo": "output replace json",
     "export": "engine precision device steps sampler guidance output replace json threads",
-    "build": "device replace json",
+    "build": "engine device replace json",
     "run": "engine precision device seed steps sampler guidance output replace json threads prompt|prompt file",
     "bench": "engine seed steps sampler guidance output replace json threads prompt|prompt file",
     "evaluate": "engine precision device steps sampler guidance output replace json threads",

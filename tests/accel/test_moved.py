@@ -26,7 +26,8 @@ def test_names_are_imported_from_old_paths_as_before():
         "from accel import noise, request\n"
         "from accel.bundle import Bundle\nfrom accel.pipeline import load\nfrom accel.export import export_pipeline\n"
         "from accel.distill.run import execute\nfrom accel.distill.train_digits import load as load_digits\n"
-        "import accel.engines, accel.topology\nassert accel.topology.narrowed and accel.load is load"
+        "from accel.loading import load as first\nimport accel.engines, accel.topology\n"
+        "assert accel.topology.narrowed and accel.load is first and load"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

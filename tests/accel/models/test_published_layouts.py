@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import diffusers
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 
 from accel.distill.data.encoders import Encoders
 from accel.errors import Notice, UserError
+from accel.export.pipeline import export_pipeline
+from accel.models import constants
 from accel.models.pipeline_bundle import open_pipeline
 from accel.models.source import open_source
 from accel.pipeline import load
@@ -189,3 +192,32 @@ def test_a_controlnet_that_pools_what_it_adds(small, tmp_path):
             expected = pipeline(**CALL, image=shown, latents=latents, **call).images
         drawn = mine(**CALL, control_image=image[0], latents=latents.numpy(), **call).images
         assert same(drawn, expected), guidance
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+
+def test_what_a_bundle_leaves_out_is_said(smallest, sdxl, tmp_path, monkeypatch):
+    checked = shutil.copytree(smallest, tmp_path / "checked")
+    index = json.loads((checked / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (checked / "model_index.json").write_text(json.dumps(index))
+    with pytest.warns(Notice, match="safety checker is left out"):
+        open_pipeline(checked)
+    monkeypatch.setattr(constants, "find_spec", lambda name: name)
+    with pytest.warns(Notice, match="no invisible watermark"):
+        constants.note_left_out(open_source(sdxl))
+    monkeypatch.setattr(constants, "find_spec", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constants.note_left_out(open_source(sdxl))
+        constants.note_left_out(open_source(smallest))
+
+
+def test_the_export_says_what_it_leaves_out(smallest, tmp_path, monkeypatch):
+    def said(source):
+        raise UserError(f"asked about {source.name}", "")
+
+    monkeypatch.setattr("accel.export.pipeline.note_left_out", said)
+    with pytest.raises(UserError, match="asked about"):
+        export_pipeline(smallest, tmp_path / "bundle")

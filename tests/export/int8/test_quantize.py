@@ -453,7 +453,7 @@ def test_tensorrt_compares_int8_with_float16(tensorrt, for_gpus, floating, tmp_p
     with pytest.raises(UserError, match="was to run in int8"):
         tensorrt_build.build(bundle, ["vae_decoder"])
     tensorrt._world.dtype = ""
-    with pytest.raises(UserError, match="no TensorRT engine file that fits"):
+    with pytest.raises(UserError, match="has no engine file of tensorrt that fits here"):
         audit.audit(bundle, record, "tensorrt")
     slower = benchmark(1e9)
     assert slower.precision == "float16" and "not faster" in slower.parity["int8_tried"]["reason"]
