@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from accel.cli import main
+from accel.trt import library
 
 _spec = importlib.util.spec_from_file_location("docs_of_accel", Path(__file__).with_name("test_docs.py"))
 _docs = importlib.util.module_from_spec(_spec)
@@ -61,11 +62,20 @@ NEEDS = {
     "--control ": "a ControlNet from the hub; tests/accel/pipeline/test_control.py draws with one of its layout",
     "--lora style": "two LoRA files; tests/accel/models/test_lora.py fuses such",
 }
-SLOW = ("--precision int8", "--precision auto")
+SLOW = ("--precision int8", "--precision auto", "--engine tensorrt-rtx --build", "fp16 --engine tensorrt-rtx")
 
 
 def _marks(command: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if any(words in command for words in SLOW) else []
+
+
+def _needs(command: str) -> str | None:
+    """What a command needs that is not here; None where it runs."""
+    if "--engine tensorrt-rtx" in command:  # builds without a GPU
+        if command.startswith("run "):
+            return "an RTX card"
+        return None if library.installed("tensorrt-rtx") else "the extra tensorrt-rtx"
+    return next((reason for part, reason in NEEDS.items() if part in command), None)
 
 
 def here(command: str) -> list[str]:
@@ -101,7 +111,7 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
     ids=[f"{page}: {command}" for page, command in _docs.COMMANDS],
 )
 def test_a_command_of_a_page_runs(page, command, request, capsys):
-    if reason := next((reason for part, reason in NEEDS.items() if part in command), None):
+    if reason := _needs(command):
         pytest.skip(f"needs {reason}")
     request.getfixturevalue("reader")
     code = main(here(command))
