@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from .digests import sha256_once
 if TYPE_CHECKING:
     from ..models.pipeline_bundle import PipelineBundle
 
+_NAME = 60  # letters of a model's name in that of its folder
 _PATIENCE = 7200.0  # seconds that a second process waits for the one that is compiling
 _IMAGES, _SMALLER, _LARGER = 4, 2, 2  # what such a bundle accepts by default, around the model's own size
 
@@ -41,7 +43,8 @@ def compiled(model: PipelineBundle, export: Mapping[str, Any]) -> Bundle:
     Raises:
         UserError: for a pipeline that cannot be exported so.
     """
-    place = cache_dir() / "compiled" / f"{Path(model.path).name}-{_key(model, export)[:16]}"
+    name = re.sub(r"[^\w.-]+", "_", str(model.manifest.source["name"]), flags=re.ASCII).strip("._")[:_NAME] or "model"
+    place = cache_dir() / "compiled" / f"{name}-{_key(model, export)[:16]}"
     if not is_bundle(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(place, patience=_PATIENCE):

@@ -69,6 +69,16 @@ def test_the_same_files_elsewhere_are_the_same_model(smallest, compiled, tmp_pat
     assert accel.load(folder, engine="onnxruntime").bundle.path == compiled.bundle.path
 
 
+@pytest.mark.parametrize("name", ["a model (v1.5)", "x\u202ey", "n" * 250, "..."])
+def test_a_folder_may_have_any_name(smallest, tmp_path, monkeypatch, name):
+    places = []
+    monkeypatch.setattr("accel.loading.compiled._export", lambda model, place, export: places.append(place) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accel.load(shutil.copytree(smallest, tmp_path / name), engine="onnxruntime")
+    (place,) = places
+    assert place.parent == cache_dir() / "compiled" and place.name.isascii() and len(place.name) < 80
+
+
 def test_what_the_compiled_one_would_not_accept_is_refused_before(smallest, refused, no_export):
     said = refused("run", smallest, "--engine", "onnxruntime", "-p", "the cat", "--height", "512")
     assert "height 512 is outside profile" in said
