@@ -42,18 +42,18 @@ from ._version import __version__
 from .errors import Notice, UserError
 
 if TYPE_CHECKING:
+    from .attaching import attach as attach
     from .bundle import Bundle as Bundle
     from .engines import load_engine as load_engine
     from .loading import load as load
     from .patching import patch as patch
     from .pipeline import Output as Output
     from .pipeline import Pipeline as Pipeline
-    from .pipeline.attach import attach as attach
 
 _LAZY = {
     "load": "accel.loading",
     "load_engine": "accel.engines",
-    "attach": "accel.pipeline.attach",
+    "attach": "accel.attaching",
     "patch": "accel.patching",
     "Bundle": "accel.bundle",
     "Pipeline": "accel.pipeline",

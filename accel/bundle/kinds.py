@@ -41,7 +41,7 @@ class Kind:
     stand_in: str = ""
 
 
-_MODELS, _ATTACH = "accel.models", "accel.pipeline.attach"
+_MODELS, _ATTACH = "accel.models", "accel.attaching.stand_ins"
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
 # In the order in which an image needs them.
 _KINDS = (

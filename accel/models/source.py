@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
-from . import single_file
+from . import hub, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
@@ -142,7 +142,7 @@ class Source:
         options |= {"trust_remote_code": False} if library == "transformers" else {}
         self.config(component)  # says what is absurd in it
         with without_code(folder) as clean:
-            model, info = _readable(lambda: cls.from_pretrained(clean, **options), folder)
+            model, info = weights.readable(lambda: cls.from_pretrained(clean, **options), folder)
         # Both libraries fill what is missing with random numbers, and only log it.
         lost = sorted(info["missing_keys"])
         if lost:
@@ -302,7 +302,7 @@ def _folder(model: str | Path, variant: str | None) -> Path:
     if not path.exists():
         if not is_hub_id(model):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
-        path = _download(str(model), variant)
+        path = hub.download(str(model), variant)
     if (path / "accel.json").is_file():
         raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
     if not (path / "model_index.json").is_file():
@@ -318,12 +318,12 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     state = weights.read(file)
     family = single_file.family(state, file.name)
     if base is None:
-        hub = single_file.BASES[family]
+        repo = single_file.BASES[family]
         try:
-            return _download(hub, None, configs_only=True)
+            return hub.download(repo, None, configs_only=True)
         except UserError:
             raise UserError(
-                f"{file} has no tokenizer, scheduler and configs, and {hub} cannot be fetched",
+                f"{file} has no tokenizer, scheduler and configs, and {repo} cannot be fetched",
                 "--base FOLDER: a diffusers pipeline of the same family",
             ) from None
     folder = _folder(resolve(base), None)
@@ -349,53 +349,3 @@ def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) ->
     files = {part: file for part, file in source.files.items() if part != name}
     index = dict(source.index) | {name: ["diffusers", kind]}
     return replace(source, index=index, files=files, folders={**source.folders, name: folder})
-
-
-def _download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
-    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them.
-
-    Files that lie in the cache already, from other variants or from diffusers, do not count.
-    """
-    path = _snapshot(repo, (), ())
-    if configs_only or not (path / "unet/config.json").is_file():  # nothing for us: not worth gigabytes
-        return path
-    plain, half = (("safetensors", ("*.fp16*",)), ("bin", ("*.fp16*",))), (("fp16*.safetensors", ()),)
-    choices = plain + half
-    if variant is not None:
-        choices = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
-    for kind, ignored in choices:
-        path = _snapshot(repo, (kind,), ignored)
-        if any(not any(file.match(pattern) for pattern in ignored) for file in path.glob(f"unet/*.{kind}")):
-            break
-    return path
-
-
-def _snapshot(repo: str, kinds: Sequence[str], ignored: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
-    allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
-    except Exception as error:
-        raise UserError(
-            f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",
-            "check the spelling and the network, or give a folder",
-        ) from None
-
-
-def _readable(load: Callable[[], nn.Module], folder: Path) -> nn.Module:
-    """Run a loader and turn its many ways of failing into one sentence."""
-    import pickle
-
-    from safetensors import SafetensorError
-
-    try:
-        return load()
-    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if weights.is_code(error):
-            raise weights.refused(folder) from None
-        raise UserError(
-            f"{folder} cannot be loaded: {first[:300]}", "the files may be damaged or incomplete; get them again"
-        ) from None

@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -249,3 +249,18 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{path} does not hold a dictionary of weights", "give another file")
     return state
+
+
+def readable(load: Callable[[], torch.nn.Module], folder: Path) -> torch.nn.Module:
+    """Run a loader and turn its many ways of failing into one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if is_code(error):
+            raise refused(folder) from None
+        raise UserError(
+            f"{folder} cannot be loaded: {first[:300]}", "the files may be damaged or incomplete; get them again"
+        ) from None

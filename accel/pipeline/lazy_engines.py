@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+from ..bundle import Bundle
+from ..bundle.kinds import KINDS
 from ..engines import Engine
 from ..engines.resource import Resource
 
@@ -113,3 +115,21 @@ def _given(engine: Engine, weights: Mapping[str, Any] | None = None) -> Engine:
     if weights:
         engine.set_weights(weights)
     return engine
+
+
+def component_names(bundle: Bundle) -> list[str]:
+    """The components that make an image, in the order in which it needs them.
+
+    Raises:
+        UserError: where the bundle lacks one of them.
+    """
+    for name, kind in KINDS.items():
+        if kind.use == "always":
+            bundle.component(name)  # says what is missing
+    return present(bundle, "always", "if present")
+
+
+def present(bundle: Bundle, *uses: str) -> list[str]:
+    """The components of a bundle that are used so, see `accel.bundle.kinds.Kind.use`."""
+    names = [name for kind in KINDS.values() if kind.use in uses for name in kind.names]
+    return [name for name in names if name in bundle.manifest.components]

@@ -29,7 +29,7 @@ ACCEL = (
     ("models",),
     ("engines",),
     ("pipeline",),
-    ("bench",),
+    ("attaching", "bench"),
     ("export", "distill"),
     ("loading",),
     ("command_line",),

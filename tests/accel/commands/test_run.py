@@ -15,9 +15,9 @@ _LOADED = {}
 @pytest.fixture
 def loaded_once(monkeypatch):
     """Engines are loaded once for all requests that are refused after that."""
-    from accel.pipeline import pipeline
+    from accel.pipeline import opening
 
-    load = pipeline.load_engine
+    load = opening.load_engine
 
     def cached(bundle, name, engine="auto", **options):
         key = (bundle.path, name, engine, tuple(sorted(options.items())))
@@ -25,7 +25,7 @@ def loaded_once(monkeypatch):
             _LOADED[key] = load(bundle, name, engine, **options)
         return _LOADED[key]
 
-    monkeypatch.setattr(pipeline, "load_engine", cached)
+    monkeypatch.setattr(opening, "load_engine", cached)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "deleted", "newer"])

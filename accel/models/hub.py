@@ -1,0 +1,42 @@
+"""Pipelines from the Hugging Face hub: the snapshot that is in the cache, or is fetched into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def download(repo: str, variant: str | None, *, configs_only: bool = False) -> Path:
+    """The cached snapshot of a hub repository: one kind of its weight files, as `weights.chosen_files` prefers them.
+
+    Files that lie in the cache already, from other variants or from diffusers, do not count.
+    """
+    path = _snapshot(repo, (), ())
+    if configs_only or not (path / "unet/config.json").is_file():  # nothing for us: not worth gigabytes
+        return path
+    plain, half = (("safetensors", ("*.fp16*",)), ("bin", ("*.fp16*",))), (("fp16*.safetensors", ()),)
+    choices = plain + half
+    if variant is not None:
+        choices = ((f"{variant}*.safetensors", ()), (f"{variant}*.bin", ()))
+    for kind, ignored in choices:
+        path = _snapshot(repo, (kind,), ignored)
+        if any(not any(file.match(pattern) for pattern in ignored) for file in path.glob(f"unet/*.{kind}")):
+            break
+    return path
+
+
+def _snapshot(repo: str, kinds: Sequence[str], ignored: Sequence[str]) -> Path:
+
+    from huggingface_hub import snapshot_download
+
+    folders = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
+    allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
+    except Exception as error:
+        raise UserError(
+            f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",
+            "check the spelling and the network, or give a folder",
+        ) from None

@@ -1,0 +1,109 @@
+"""A bundle, or a diffusers pipeline folder as it is, opened and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..assets import is_hub_id, resolve
+from ..bundle import Bundle, is_bundle
+from ..bundle.manifest import steadily
+from ..engines import choose, load_engine
+from ..errors import Notice, UserError
+from ..models.lora import for_bundle
+from ..models.lora.files import Spec
+from . import arguments
+from .lazy_engines import LazyEngines, component_names, present
+from .pipeline import Pipeline, default_call
+
+
+def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle:
+    """A bundle by its folder; or a diffusers pipeline folder, read like a bundle that has no graphs.
+
+    Args:
+        model: either folder, a hub id, or the name of one that ships: `digits`, `digits/4step`, `digits/4step-int8`.
+        few_step: the few-step family that a pipeline is of, or "none", where its names do not say it.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(model, Bundle):
+        return model
+    if not isinstance(model, (str, Path)):
+        expected = "the folder of a bundle or of a diffusers pipeline"
+        raise UserError(
+            f"invalid bundle: {arguments.short(model)} (expected {expected})", "such as accel.load('digits')"
+        )
+    if _is_pipeline(model):
+        choose("eager")  # says what is missing where there is no torch
+        from ..models.pipeline_bundle import open_pipeline
+
+        return open_pipeline(model, few_step=few_step)
+    return Bundle.open(model)
+
+
+def _is_pipeline(model: str | Path) -> bool:
+    """Whether a model is a diffusers pipeline: a folder that is no bundle, which are laid out like one, or a hub id."""
+    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model) or is_hub_id(model)
+
+
+def load(
+    bundle: str | Path | Bundle,
+    engine: str | Mapping[str, str] = "auto",
+    *,
+    verify: bool = True,
+    low_memory: bool = False,
+    loras: Spec | Sequence[Spec] | None = None,
+    **options: Any,
+) -> Pipeline:
+    """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
+
+    Raises:
+        UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
+    """
+    if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
+        how = dict(verify=verify, low_memory=low_memory, loras=loras, **options)
+        return steadily(bundle, lambda found: load(found, engine, **how))
+    given, bundle = bundle, opened(bundle)
+    if not isinstance(engine, (str, Mapping)):
+        raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
+    wanted = component_names(bundle)
+    if engine == "auto" and not bundle.component("unet").graph:
+        name = given if isinstance(given, (str, Path)) else bundle.manifest.source["name"]
+        warnings.warn(
+            f"{name} is a diffusers pipeline, run by torch operator by operator; to compile it: "
+            f"accel export {name} {Path(name).name}-bundle",
+            Notice,
+            stacklevel=3,
+        )
+    later = present(bundle, "on demand")
+    by_component = engine if isinstance(engine, Mapping) else dict.fromkeys([*wanted, *later], engine)
+    unknown = set(by_component) - set(bundle.manifest.components)
+    if unknown and isinstance(engine, Mapping):
+        raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
+    if verify:
+        bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
+    fused = for_bundle.fused(bundle, loras)  # says what does not fit, before any engine is loaded
+    loaders = {
+        name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
+        for name in [*wanted, *later]
+    }
+    engines = LazyEngines(loaders, offload=low_memory, weights=fused.tensors)
+    if not low_memory:
+        for name in wanted:  # the others, such as the VAE encoder, wait for their first use
+            engines[name]
+    return Pipeline(bundle, engines, fused.files)
+
+
+def check_call(bundle: Bundle, **call: Any) -> None:
+    """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Raises:
+        UserError: as the call itself would, but for what only an engine or an image file can tell.
+    """
+    unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
+    given = arguments.read(default_call | call, default_call, {})
+    Pipeline(bundle, unloaded)._request(given)
