@@ -26,7 +26,7 @@ ACCEL = (
     ("sampling",),
     ("bundle",),
     ("int8", "trt", "patching"),
-    ("models",),
+    ("models", "providers"),
     ("engines",),
     ("pipeline",),
     ("attaching", "bench"),
