@@ -23,7 +23,8 @@ class Kind:
         unused: submodules of that part which this component does without.
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
             bundle has it), or "on demand" (loaded when it is first used).
-        control: whether it adds to the UNet; such a component is exported wherever the source has it.
+        adds: what it adds to the UNet, "control" or "image prompt"; such a component is exported, unasked, wherever the
+            source has it.
         slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`.
         stand_in: what replaces them, made as (original module, engine).
     """
@@ -36,7 +37,7 @@ class Kind:
     part: str = ""
     unused: tuple[str, ...] = ()
     use: str = "on demand"
-    control: bool = False
+    adds: str = ""
     slots: tuple[str, ...] = ()
     stand_in: str = ""
 
@@ -55,11 +56,20 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledTextEncoder",
     ),
     Kind(
+        names=("image_encoder",),
+        wrapper=f"{_MODELS}.ip_adapter.image_encoder:ImageEncoder",
+        classes=("CLIPVisionModelWithProjection",),
+        library="transformers",
+        adds="image prompt",
+        slots=("image_encoder",),
+        stand_in=f"{_ATTACH}:CompiledImageEncoder",
+    ),
+    Kind(
         names=("t2i_adapter",),
         wrapper=f"{_MODELS}.control_networks:T2IAdapter",
         classes=("T2IAdapter",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("adapter",),
         stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
@@ -68,7 +78,7 @@ _KINDS = (
         wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("controlnet",),
         stand_in=f"{_ATTACH}:CompiledControlNet",
     ),
@@ -108,4 +118,4 @@ def kind_of(component: str) -> Kind:
 
 def control_components() -> tuple[str, ...]:
     """The components that add to the UNet: `t2i_adapter`, `controlnet`."""
-    return tuple(name for name, kind in KINDS.items() if kind.control)
+    return tuple(name for name, kind in KINDS.items() if kind.adds == "control")

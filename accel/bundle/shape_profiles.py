@@ -41,6 +41,9 @@ class Range:
         return Range(low, opt, high, max(1, self.multiple * numerator // denominator))
 
 
+MOST_PROMPT_IMAGES = 4
+
+
 def fixed(value: int) -> Range:
     return Range(value, value, value)
 
@@ -82,6 +85,8 @@ class Profile:
         if not self.batch.fixed:
             batch = Range(self.batch.min, batch.opt, self.batch.max * 2)
         dims = {"images": self.batch, "batch": batch}
+        # Pictures that an IP-Adapter is shown for one image.
+        dims["prompt_images"] = _ONE if self.batch.fixed else Range(1, 1, MOST_PROMPT_IMAGES)
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels.min % step or pixels.max % step:
                 raise UserError(

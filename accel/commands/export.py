@@ -28,9 +28,10 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_PIPELINES = "ip_adapter image_encoder".split()
+_OF_PIPELINES += "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
 _OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
@@ -117,6 +118,12 @@ def _add_parts(group: Any) -> None:
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
     )
     group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    group.add_argument(
+        "--ip-adapter", metavar="FILE", help="IP-Adapter to put into the UNet, such as ip-adapter_sd15.safetensors"
+    )
+    group.add_argument(
+        "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: the pipeline's own)"
+    )
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
@@ -244,6 +251,8 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            ip_adapter=args.ip_adapter,
+            image_encoder=args.image_encoder,
             few_step=args.few_step,
         )
     )

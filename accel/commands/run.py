@@ -58,6 +58,10 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--control-scale", type=float, default=1.0, metavar="SCALE", help=text)
     text = "share of the steps, from the first, that --control guides (default: 1)"
     group.add_argument("--control-end", type=float, default=1.0, metavar="SHARE", help=text)
+    text = "picture that the bundle's IP-Adapter is shown as a prompt; repeat to show several together"
+    group.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=text)
+    text = "strength of --image-prompt (default: 1)"
+    group.add_argument("--image-prompt-scale", type=float, default=1.0, metavar="SCALE", help=text)
     group = parser.add_argument_group("SDXL's size conditioning")
     text = "original size (default: the image's)"
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
@@ -86,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
-    for option in ("image", "mask", "control"):
-        if (file := getattr(args, option)) and not Path(file).is_file():
+    files = [(option, getattr(args, option)) for option in ("image", "mask", "control")]
+    for option, file in (*files, *(("image-prompt", file) for file in args.image_prompt)):
+        if file and not Path(file).is_file():
             raise UserError(f"--{option} {file}: there is no such file", "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
@@ -107,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         control_image=args.control,
         control_scale=args.control_scale,
         control_end=args.control_end,
+        ip_adapter_image=[args.image_prompt] if args.image_prompt else None,
+        ip_adapter_scale=args.image_prompt_scale,
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,

@@ -121,5 +121,7 @@ class _Shapes(Source):
         path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
-            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()
+                model = built(path, cls.__name__, lambda: cls.from_config(config))
+            else:
+                model = built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config)))
+        return self.completed(component, model).eval()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
@@ -21,10 +22,12 @@ from . import few_step as families
 from . import hub, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
+from .ip_adapter import files as ip_adapter_files
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+IMAGE_ENCODER = "image_encoder"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        ip_adapter: file of an IP-Adapter that `load` puts into the UNet.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    ip_adapter: Path | None = None
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -125,7 +130,15 @@ class Source:
             model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
-        return model.eval()
+        return self.completed(component, model).eval()
+
+    def completed(self, component: str, model: nn.Module) -> nn.Module:
+        """A model of a component, with what is put into it: the UNet's IP-Adapter."""
+        if component == "unet" and self.ip_adapter is not None:
+            from .ip_adapter import unet
+
+            unet.add(model, ip_adapter_files.read(self.ip_adapter), self.ip_adapter.name)
+        return model
 
     def network_class(self, component: str) -> Any:
         """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
@@ -160,9 +173,8 @@ class Source:
             copy_folder(self.folder(component), to)
 
     def weight_files(self, component: str) -> list[Path]:
-        if component in self.files:
-            return [self.files[component]]
-        return self._chosen_files(self.folder(component))[0]
+        own = [self.files[component]] if component in self.files else self._chosen_files(self.folder(component))[0]
+        return own + [self.ip_adapter] * (component == "unet" and self.ip_adapter is not None)
 
     def _chosen_files(self, folder: Path) -> tuple[list[Path], str | None]:
         """Of the variant that was asked for, where this part has it; `open_source` has said where not."""
@@ -178,6 +190,8 @@ class Source:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
+        if self.ip_adapter is not None:
+            parts["ip_adapter"] = {"name": self.ip_adapter.name, "sha256": sha256(self.ip_adapter)}
         kept: dict[str, Any] = {"loras": [file.record() for file in self.loras]} if self.loras else {}
         return kept | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
 
@@ -203,6 +217,8 @@ def open_source(
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
     controlnet: str | Path | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
 ) -> Source:
@@ -215,6 +231,8 @@ def open_source(
         unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        ip_adapter: file of an IP-Adapter that goes with it, as its authors publish it.
+        image_encoder: folder of its image encoder; None for the pipeline's own `image_encoder`.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
 
@@ -249,6 +267,7 @@ def open_source(
     for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
         if folder is not None:
             source = _with_part(source, part, Path(folder), (kind,))
+    source = _with_ip_adapter(source, ip_adapter, image_encoder)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
@@ -340,12 +359,31 @@ def _with_vae(source: Source, path: Path) -> Source:
     return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
 
 
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
+def _with_ip_adapter(source: Source, file: str | Path | None, encoder: str | Path | None) -> Source:
+    """The source with an IP-Adapter and its image encoder; without an adapter, an image encoder has nothing to do."""
+    if file is None:
+        if encoder is not None:
+            raise UserError("an image encoder without an IP-Adapter", "add --ip-adapter FILE")
+        return replace(source, index={name: entry for name, entry in source.index.items() if name != IMAGE_ENCODER})
+    ip_adapter_files.read(Path(file))  # says now what it is not
+    if encoder is not None:
+        source = _with_part(source, IMAGE_ENCODER, Path(encoder), KINDS[IMAGE_ENCODER].classes, "transformers")
+    if not source.has(IMAGE_ENCODER):
+        raise UserError(
+            f"{source.name} has no image encoder, and an IP-Adapter needs the one that it was trained with",
+            "--image-encoder FOLDER: a CLIPVisionModelWithProjection, published beside the adapter",
+        )
+    return replace(source, ip_adapter=Path(file))
+
+
+def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], library: str = "diffusers") -> Source:
     """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
     folder = path / name if (path / name / "config.json").is_file() else path
-    kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
+    config = read_config(folder / "config.json", f"the config of the {name}")
+    named = config.get("architectures")
+    kind = named[0] if library == "transformers" and isinstance(named, list) and named else config.get("_class_name")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
     files = {part: file for part, file in source.files.items() if part != name}
-    index = dict(source.index) | {name: ["diffusers", kind]}
+    index = dict(source.index) | {name: [library, kind]}
     return replace(source, index=index, files=files, folders={**source.folders, name: folder})

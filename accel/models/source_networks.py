@@ -14,6 +14,8 @@ import torch
 from ..bundle.kinds import kind_of
 from . import control_networks, networks
 from .constants import pipeline_constants
+from .ip_adapter import files as ip_adapter_files
+from .ip_adapter import image_encoder as image_encoders
 from .networks import Network
 from .source import Source
 
@@ -26,11 +28,14 @@ class UNetInputs:
         tokens: length of its text context.
         adapter: number of T2I-Adapter features.
         control: whether it takes the residuals of a ControlNet.
+        image_tokens: length of the image encoder's hidden states that its IP-Adapter takes; 0 for one that takes the
+            embedding, and without an IP-Adapter.
     """
 
     tokens: int = 77
     adapter: int = 0
     control: bool = False
+    image_tokens: int = 0
 
 
 def network_of(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -46,7 +51,7 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
         adapter: whether it gets those of a T2I-Adapter although the source has none.
 
     Raises:
-        UserError: for a control network that does not fit the UNet.
+        UserError: for a control network or an IP-Adapter that does not fit the UNet.
     """
     unet = unet_config(source)
     features = len(unet["block_out_channels"]) if adapter else 0
@@ -55,7 +60,12 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
         features = len(control_networks.match_adapter(source.config("t2i_adapter"), unet, scale))
     if source.has("controlnet"):
         control_networks.match_controlnet({"addition_embed_type": None} | source.config("controlnet"), unet)
-    return UNetInputs(tokens, features, source.has("controlnet"))
+    image_tokens = 0
+    if source.ip_adapter is not None:
+        state, encoder = ip_adapter_files.read(source.ip_adapter), _config_of_image_encoder(source)
+        kind = ip_adapter_files.match(state, source.ip_adapter.name, _shape_of_unet(source), encoder)
+        image_tokens = image_encoders.tokens_of(encoder) if kind.hidden_states else 0
+    return UNetInputs(tokens, features, source.has("controlnet"), image_tokens)
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -64,7 +74,12 @@ def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
 
 
 def unet(source: Source, name: str, inputs: UNetInputs) -> Network:
-    return networks.unet(source.load(name), tokens=inputs.tokens, adapter=inputs.adapter, control=inputs.control)
+    how = dict(adapter=inputs.adapter, control=inputs.control, image_tokens=inputs.image_tokens)
+    return networks.unet(source.load(name), tokens=inputs.tokens, **how)
+
+
+def image_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
+    return Network(name, name, *image_encoders.parts(source.load(name), bool(inputs.image_tokens)))
 
 
 def vae_decoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -81,12 +96,21 @@ def t2i_adapter(source: Source, name: str, inputs: UNetInputs) -> Network:
 
 
 def controlnet(source: Source, name: str, inputs: UNetInputs) -> Network:
+    shared = networks.unet(_shape_of_unet(source), tokens=inputs.tokens).inputs
+    return Network(name, name, *control_networks.controlnet(source.load(name), shared))
+
+
+def _shape_of_unet(source: Source) -> Any:
+    """The UNet without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(source.config("unet"))
-    shared = networks.unet(model, tokens=inputs.tokens).inputs
-    return Network(name, name, *control_networks.controlnet(source.load(name), shared))
+        return UNet2DConditionModel.from_config(source.config("unet"))
+
+
+def _config_of_image_encoder(source: Source) -> Any:
+    path = source.folder("image_encoder") / "config.json"
+    return image_encoders.shape_of(source.config("image_encoder"), path).config
 
 
 def own_tokens(source: Source) -> int:

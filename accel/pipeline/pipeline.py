@@ -76,6 +76,8 @@ class Pipeline(Resource):
         control_image: Any = None,
         control_scale: float = 1.0,
         control_end: float = 1.0,
+        ip_adapter_image: Any = None,
+        ip_adapter_scale: float = 1.0,
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
@@ -106,6 +108,9 @@ class Pipeline(Resource):
             control_image: what the bundle's T2I-Adapter or ControlNet is shown.
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter).
             control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2).
+            ip_adapter_image: what the bundle's IP-Adapter is shown: one image for all, or a list of one per image to
+                make; a list of lists shows several together, as in diffusers (`[[a, b]]`: both, for every image).
+            ip_adapter_scale: how strongly it counts, as diffusers' `set_ip_adapter_scale` says it.
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
             prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.pipeline.prompts`).
@@ -156,7 +161,7 @@ class Pipeline(Resource):
     def _request(self, call: Mapping[str, Any]) -> Request:
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
         inputs = ("image", "mask_image", "strength", "control_image", "control_scale", "control_end")
-        images = InputImages(*map(call.__getitem__, inputs))
+        images = InputImages(*(call[name] for name in (*inputs, "ip_adapter_image", "ip_adapter_scale")))
         plan = request.plan(
             self.bundle.manifest,
             self.schedule,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..sampling import Sampling
 from ..sampling import samplers as sampler
 from ..sampling.linear import Table
 from ..sampling.noise_schedule import NoiseSchedule
+from .conditioning import image_prompts
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class InputImages:
         control: what a T2I-Adapter or ControlNet is shown.
         control_scale: how strongly it counts.
         control_end: fraction of the steps that it counts for.
+        prompt: what an IP-Adapter is shown (`accel.pipeline.conditioning.image_prompts`).
+        prompt_scale: how strongly it counts.
     """
 
     image: Any = None
@@ -78,6 +81,8 @@ class InputImages:
     control: Any = None
     control_scale: float = 1.0
     control_end: float = 1.0
+    prompt: Any = None
+    prompt_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.image is not None and self.strength is None:
@@ -88,6 +93,8 @@ class InputImages:
             raise UserError("a mask without an image", "give the image that is to be painted in as well")
         if not np.isfinite(self.control_scale):
             raise UserError(f"invalid control_scale = {self.control_scale} (expected a number)", "such as 0.8")
+        if not np.isfinite(self.prompt_scale):
+            raise UserError(f"invalid ip_adapter_scale = {self.prompt_scale} (expected a number)", "such as 0.6")
         if not 0 <= self.control_end <= 1:
             raise UserError(f"invalid control_end = {self.control_end} (expected 0 to 1)", "such as 0.5")
 
@@ -164,6 +171,8 @@ def complete(
     for given in (inputs.image, inputs.mask, inputs.control):
         if given is not None:
             images.batch(given, len(texts), pixels)  # before any network runs
+    if inputs.prompt is not None:
+        inputs = replace(inputs, prompt=image_prompts(manifest, inputs.prompt, len(texts)))
     return Request(
         plan=plan,
         chunks=[
