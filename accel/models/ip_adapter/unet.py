@@ -17,7 +17,7 @@ from .files import State
 from .scaled import Keys, Projection, Values, linear
 
 KEY = "ip_adapter"  # of a UNet's config.json in a bundle
-INPUTS = ("image_embeds", "ip_adapter_scale")
+WEIGHTS = ("encoder_hid_proj.", ".processor.to_k_ip.", ".processor.to_v_ip.")  # in the names of an adapter's weights
 # Classes of diffusers that make tokens of an image's embedding: what their constructors take, read off a module.
 PROJECTIONS: Mapping[str, Mapping[str, Callable[[Any], int]]] = {
     "ImageProjection": {
