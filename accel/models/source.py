@@ -163,6 +163,9 @@ class Source:
                 f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
                 "the files may be damaged, or of another model; get them again",
             )
+        if any(".to_k_ip." in key for key in info["unexpected_keys"]):
+            text = f"{folder} holds weights of an IP-Adapter, which are left out, as by diffusers (--ip-adapter FILE)"
+            warnings.warn(text, Notice, stacklevel=4)
         return model
 
     def copy(self, component: str, to: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,12 +54,25 @@ def add(unet: nn.Module, state: State, name: str) -> None:
         UserError: for weights that are missing or of another shape.
     """
     try:
-        unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+        with _quiet():
+            unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     except (RuntimeError, KeyError, IndexError, ValueError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{name} does not fit this UNet: {' '.join(lines[:2])[:300]}", "get the file again") from None
     projection = unet.encoder_hid_proj.image_projection_layers
     _place(unet, projection, {key: (it.to_k_ip[0], it.to_v_ip[0]) for key, it in processors(unet).items()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' warning about a change of dtype that is none."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def has(unet: Any) -> bool:
