@@ -20,6 +20,7 @@ from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
+from accel.models.embeddings.files import Spec as EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -48,6 +49,7 @@ class _Options:
     controlnet: str | Path | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
+    embeddings: tuple[EmbeddingSpec, ...] = ()
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -70,6 +72,7 @@ def export_pipeline(
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
     int8: Int8Settings | None = None,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
@@ -89,13 +92,15 @@ def export_pipeline(
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
         int8: how to quantize, if the precision asks for it.
+        embeddings: files of textual inversion whose tokens the bundle reads, each as FILE or FILE=TOKEN.
 
     Raises:
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the limit.
     """
     check_precision(precision)
     trace.check_opset(opset)
-    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
+    parts = adapter, controlnet, tuple(loras), share, tuple(embeddings)
+    options = _Options(profile, opset, tuple(components), sampler, *parts)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -105,9 +110,13 @@ def export_pipeline(
 
 def _open(model: str | Path | Source, options: _Options) -> Source:
     if isinstance(model, Source):
+        if options.loras or options.embeddings:
+            fix = "open_source(MODEL, loras=..., embeddings=...)"
+            raise UserError("a source that is open already takes no more LoRA files and embeddings", fix)
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    return open_source(model, options.loras, adapter=adapter, controlnet=options.controlnet)
+    loras, embeddings = options.loras, options.embeddings
+    return open_source(model, loras, adapter=adapter, controlnet=options.controlnet, embeddings=embeddings)
 
 
 def _export_int8(

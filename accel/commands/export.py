@@ -30,7 +30,9 @@ from ..progress import progress
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+_OF_PIPELINES = (
+    "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
+)
 _OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
@@ -104,6 +106,14 @@ def _add_parts(group: Any) -> None:
         default=[],
         metavar="FILE[=SCALE]",
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
+    )
+    group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="textual inversion whose token prompts may use: diffusers', A1111's or SDXL's (repeatable; default token: "
+        "the file's own)",
     )
     group.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
@@ -245,6 +255,7 @@ def _bundle(args: argparse.Namespace) -> int:
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
             few_step=args.few_step,
+            embeddings=args.embedding,
         )
     )
     with progress() as report:

@@ -46,6 +46,8 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
+    text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
     group = parser.add_argument_group("images to start from and to be guided by")
     group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
@@ -123,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.canny:
         call["control_image"] = canny(args.control)
-    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, loras=args.lora, **options)
+    changed = dict(loras=args.lora, embeddings=args.embedding)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
         unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
@@ -134,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
         record |= {"loras": [str(file) for file in pipeline.loras]} if pipeline.loras else {}
+        learned = [embedding.token for embedding in pipeline.embeddings]
+        record |= {"embeddings": learned} if learned else {}
         print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:
         written = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1].name}: {len(names)} images"

@@ -12,6 +12,7 @@ from torch import nn
 from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
+from ..errors import UserError
 from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
@@ -66,6 +67,11 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
     source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
+    if source.embeddings:
+        fix = (
+            "accel.load(MODEL, embeddings=[...]) runs with them, accel.export.export_pipeline writes them into a bundle"
+        )
+        raise UserError("a source with embeddings is for an export: its folder has none of their tokens", fix)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source)
     step = constants["vae_scale"] * constants["latent_multiple"]

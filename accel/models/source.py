@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
@@ -21,6 +22,9 @@ from . import few_step as families
 from . import hub, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
+from .embeddings import Embedding, fitting
+from .embeddings.files import Spec as EmbeddingSpec
+from .embeddings.into_model import add_tokens, add_vectors, check_tokens, tokenizer_of
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -40,6 +44,7 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    embeddings: tuple[Embedding, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -125,6 +131,8 @@ class Source:
             model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
+        if self._learns(component):
+            add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
         return model.eval()
 
     def network_class(self, component: str) -> Any:
@@ -154,10 +162,16 @@ class Source:
 
     def copy(self, component: str, to: Path) -> None:
         """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
-        if component in self.files or (self.loras and component in COMPONENTS):
+        if component in self.files or (self.loras and component in COMPONENTS) or self._learns(component):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
             copy_folder(self.folder(component), to)
+            if component.startswith("tokenizer") and self.embeddings:
+                add_tokens(to, self.embeddings)
+
+    def _learns(self, component: str) -> bool:
+        """Whether it is a text encoder with embeddings to add."""
+        return any(component in embedding.vectors for embedding in self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
         if component in self.files:
@@ -170,16 +184,20 @@ class Source:
         return weights.chosen_files(folder, variant)
 
     def digest(self, components: list[str]) -> str:
-        """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
+        """sha256 over the weight files of the named components, LoRA files with their scales, and embeddings."""
         files: dict[str, Any] = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
-        return digest_of(files | {"loras": [file.record() for file in self.loras]} if self.loras else files)
+        return digest_of(files | self._added())
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
-        kept: dict[str, Any] = {"loras": [file.record() for file in self.loras]} if self.loras else {}
-        return kept | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+        return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+
+    def _added(self) -> dict[str, Any]:
+        """The records of what was added to the weights."""
+        added = {"loras": self.loras, "embeddings": self.embeddings}
+        return {name: [one.record() for one in several] for name, several in added.items() if several}
 
     @property
     def family(self) -> str:
@@ -205,6 +223,7 @@ def open_source(
     controlnet: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
@@ -217,10 +236,11 @@ def open_source(
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
+        embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
 
     Raises:
         UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
-            that do not fit, or a LoRA file that cannot be read or is for components that the pipeline does not have.
+            that do not fit, or a LoRA file or embedding that cannot be read or is for another model.
     """
     loras = tuple(lora_file(spec) for spec in loras)
     given, model = str(model), resolve(model)
@@ -254,7 +274,7 @@ def open_source(
         source.config("unet")  # says now what does not fit
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
-    return source
+    return _with_embeddings(source, embeddings) if embeddings else source
 
 
 def _check_variant(source: Source, variant: str) -> None:
@@ -331,6 +351,15 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     if own != family:
         raise UserError(f"{file} is of family {family}, and {folder} of {own}", "--base FOLDER of the same family")
     return folder
+
+
+def _with_embeddings(source: Source, specs: Sequence[EmbeddingSpec]) -> Source:
+    """The source with learned tokens, all of which its tokenizers and text encoders can take."""
+    encoders = [name for name in KINDS["text_encoder"].names if source.has(name)]
+    embeddings = fitting(specs, {name: source.config(name).get("hidden_size", 512) for name in encoders})
+    for name in encoders:
+        check_tokens(embeddings, source.folder(tokenizer_of(name)))
+    return replace(source, embeddings=embeddings)
 
 
 def _with_vae(source: Source, path: Path) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,12 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import UserError
-from ..models.lora import LoraFile, for_bundle
+from ..models.embeddings import Embedding
+from ..models.embeddings import files as embedding_files
+from ..models.embeddings.for_bundle import Placed, placed
+from ..models.lora import LoraFile
 from ..models.lora.files import Spec
+from ..models.lora.for_bundle import Fused, fused
 from ..sampling.constants import OPTIONS
 from . import arguments, request
 from .generator_noise import GeneratorNoise
@@ -38,20 +42,23 @@ class Pipeline(Resource):
         bundle: where it came from; `bundle.manifest.sampler` holds the default steps and guidance.
         engines: the components by name.
         loras: the LoRA files that it runs with.
+        embeddings: the learned tokens that it runs with.
     """
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], loras: tuple[LoraFile, ...] = ()):
-        self.bundle, self.loras = bundle, loras
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine],
+        lora: Fused = Fused(),  # noqa: B008
+        learned: Placed = Placed(),  # noqa: B008
+    ):
+        self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
         self.schedule = bundle.noise_schedule()
-        folders = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS}
-        self.tokenizers = {
-            name: ClipTokenizer.from_folder(bundle.path / folders[name], bundle.listed(folders[name]))
-            for name in engines
-            if name in TEXT_ENCODERS
-        }
+        self._tokenizers = tokenizers_of(bundle, engines)
+        self._use(lora, learned)
 
     def __call__(
         self,
@@ -223,9 +230,37 @@ class Pipeline(Resource):
             UserError: for a file that does not fit, or an engine that cannot follow; nothing is changed then.
         """
         self.check_open()
-        fused = for_bundle.fused(self.bundle, loras)
-        self.engines.set_weights(fused.tensors)
-        self.loras = fused.files
+        self._change(fused(self.bundle, loras), self._learned)
+
+    def set_embeddings(self, embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = ()) -> None:
+        """Read the tokens of these files of textual inversion in prompts from now on; [] for none.
+
+        Their vectors take rows of the token table that no text reaches (78 in CLIP's): seconds, and no export. LoRA
+        files stay. The same files give the same bits, whatever ran in between. No image may be in the making meanwhile.
+
+        Args:
+            embeddings: each a file or a folder of diffusers, "FILE=TOKEN", or (file, token). Without a token it is
+                the one that the file names, or else the file's name.
+
+        Raises:
+            UserError: for a file that does not fit, too many vectors, or an engine that cannot follow; nothing is
+                changed then.
+        """
+        self.check_open()
+        self._change(self._lora, placed(self.bundle, embeddings, self._tokenizers))
+
+    def _change(self, lora: Fused, learned: Placed) -> None:
+        self.engines.set_weights(learned.tensors(self.bundle, lora.tensors))
+        self._use(lora, learned)
+
+    def _use(self, lora: Fused, learned: Placed) -> None:
+        """Say and tokenize what the engines run with."""
+        self._lora, self._learned = lora, learned
+        self.loras: tuple[LoraFile, ...] = lora.files
+        self.embeddings: tuple[Embedding, ...] = learned.embeddings
+        self.tokenizers = {
+            name: tokenizer.with_tokens(learned.rows.get(name, {})) for name, tokenizer in self._tokenizers.items()
+        }
 
     def to(self, *args: Any, **kwargs: Any) -> Pipeline:
         """The pipeline itself, where it is there already: a loaded engine cannot be moved.
@@ -255,7 +290,8 @@ class Pipeline(Resource):
         """What each component runs on."""
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
         parts = {name: self.engines.descriptions.get(name, later) for name in self.engines}
-        return parts | ({"loras": ", ".join(map(str, self.loras))} if self.loras else {})
+        more = {"loras": self.loras, "embeddings": self.embeddings}
+        return parts | {name: ", ".join(map(str, files)) for name, files in more.items() if files}
 
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""
@@ -264,6 +300,14 @@ class Pipeline(Resource):
             return manifest
         own = {name: self.engines[name].component for name in ("unet", "vae_decoder") if name in self.engines}
         return replace(manifest, components={**manifest.components, **own})
+
+
+def tokenizers_of(bundle: Bundle, components: Iterable[str]) -> dict[str, ClipTokenizer]:
+    """The tokenizer of each text encoder among some components of a bundle."""
+    folders = {name: name.replace("text_encoder", "tokenizer") for name in components if name in TEXT_ENCODERS}
+    return {
+        name: ClipTokenizer.from_folder(bundle.path / folder, bundle.listed(folder)) for name, folder in folders.items()
+    }
 
 
 default_call = {
