@@ -116,7 +116,7 @@ def test_a_to_b_to_a_is_the_image_of_diffusers_and_the_same_bits(engine, smalles
 def exported(smallest, files, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "bundle"
     sampler = {"name": "dpmpp_2m", "steps": 4, "guidance": 5}
-    options = dict(profile="batch=1-2,size=32", components=("text_encoder", "unet", "vae_decoder"))
+    options = dict(profile="batch=1-4,size=32-64", components=("text_encoder", "unet", "vae_decoder"))
     export_pipeline(smallest, out, sampler=sampler, embeddings=files, **options)
     return out
 
