@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
@@ -202,7 +203,7 @@ def open_source(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     variant: str | None = None,
     few_step: str | None = None,
 ) -> Source:
@@ -214,7 +215,8 @@ def open_source(
         base: for a single file: the pipeline folder or hub id whose tokenizers, scheduler and configs it uses.
         unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
-        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
+            ControlNets, whose residuals are added.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
 
@@ -244,11 +246,13 @@ def open_source(
         source = _with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
-    if adapter is not None and controlnet is not None:
+    nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
+    if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
-    for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
-        if folder is not None:
-            source = _with_part(source, part, Path(folder), (kind,))
+    if adapter is not None:
+        source = _with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+    if nets:
+        source = _with_controlnets(source, nets)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
@@ -285,6 +289,7 @@ def _index(path: Path) -> dict[str, Any]:
     index, removed = stripped(index)
     if removed:
         note(path / "model_index.json", removed)
+    index = _each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed):
@@ -293,6 +298,17 @@ def _index(path: Path) -> dict[str, Any]:
             fix = single_file.ELSEWHERE if other else SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     return index
+
+
+def _each_controlnet(index: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The index with an entry for each network of a MultiControlNetModel: diffusers lists them as one part."""
+    if list(index.get("controlnet") or ())[-1:] != ["MultiControlNetModel"]:
+        return index
+    names = KINDS["controlnet"].names
+    found = [name for i in range(99) if (path / (name := f"controlnet{f'_{i}' * bool(i)}")).is_dir()]
+    if not found or len(found) > len(names):
+        raise UserError(f"{path} has {len(found)} ControlNets at once", f"save it with 1 to {len(names)} of them")
+    return index | {name: ["diffusers", "ControlNetModel"] for name in names[: len(found)]}
 
 
 def _folder(model: str | Path, variant: str | None) -> Path:
@@ -340,9 +356,21 @@ def _with_vae(source: Source, path: Path) -> Source:
     return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
 
 
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
-    folder = path / name if (path / name / "config.json").is_file() else path
+def _with_controlnets(source: Source, folders: Sequence[str | Path]) -> Source:
+    """The source with these ControlNets, instead of any of its own."""
+    names = KINDS["controlnet"].names
+    if len(folders) > len(names):
+        raise UserError(f"{len(folders)} ControlNets at once are too many", f"give at most {len(names)}")
+    source = replace(source, index={name: entry for name, entry in source.index.items() if name not in names})
+    for name, folder in zip(names, folders, strict=False):
+        source = _with_part(source, name, Path(folder), ("ControlNetModel",), inner="controlnet")
+    return source
+
+
+def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], inner: str = "") -> Source:
+    """The source with one part out of a folder: the part's own, or a pipeline's that has one, called `inner`."""
+    inner = inner or name
+    folder = path / inner if (path / inner / "config.json").is_file() else path
     kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
