@@ -46,7 +46,7 @@ class _Options:
     components: tuple[str, ...] = COMPONENTS
     sampler: Mapping[str, Any] | None = None
     adapter: bool | str | Path = False
-    controlnet: str | Path | None = None
+    controlnet: str | Path | Sequence[str | Path] | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
     embeddings: tuple[EmbeddingSpec, ...] = ()
@@ -66,7 +66,7 @@ def export_pipeline(
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
     adapter: bool | str | Path = False,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
     overwrite: bool = False,
@@ -86,7 +86,7 @@ def export_pipeline(
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
         adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
-        controlnet: folder of a ControlNet to export with it.
+        controlnet: folder of a ControlNet to export with it, or a list of up to three.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         overwrite: replace a bundle that is already there.

@@ -91,12 +91,13 @@ def with_control(settings: BenchSettings, bundle: Bundle, folder: Path) -> Bench
     Raises:
         UserError: for an image of one's own that cannot be read, or that the bundle has no network for.
     """
-    controlled = bool(set(control_components()) & set(bundle.manifest.components))
+    controlled = len(set(control_components()) & set(bundle.manifest.components))
     if settings.control and not controlled:
         raise UserError(f"{bundle.path} has no T2I-Adapter or ControlNet", "leave --control out")
     if settings.control:
         images.batch(settings.control, 1, (8, 8))  # before minutes of measuring
-    if settings.control or not controlled:
+        return replace(settings, control=_for_each(settings.control, controlled))
+    if not controlled:
         return settings
     from PIL import Image
 
@@ -105,7 +106,12 @@ def with_control(settings: BenchSettings, bundle: Bundle, folder: Path) -> Bench
     square = (np.maximum(abs(rows - 160), abs(columns - 96)) // 2) == 20
     file = folder / "control.png"
     Image.fromarray(((rings | square) * 255).astype(np.uint8)).convert("RGB").save(file)
-    return replace(settings, control=str(file))
+    return replace(settings, control=_for_each(str(file), controlled))
+
+
+def _for_each(image: Any, networks: int) -> Any:
+    """What a call shows to one control network, or to each of several."""
+    return image if networks == 1 else [image] * networks
 
 
 def check_batch(bundle: Bundle, settings: BenchSettings) -> None:

@@ -54,6 +54,9 @@ def constants(values: Mapping[str, Any]) -> Iterator[str]:
     for key, largest in _CONSTANTS.items():
         if isinstance(values[key], bool) or not 1 <= values[key] <= largest:
             yield f"pipeline.{key}: {values[key]!r:.40} is not between 1 and {largest}"
+    pooling = values.get("control_conditional_only", [])
+    if not isinstance(pooling, list) or not set(map(str, pooling)) <= set(KINDS["controlnet"].names):
+        yield f"pipeline.control_conditional_only: {pooling!r:.80} is no list of ControlNets"
     sides = values["native_size"] if isinstance(values["native_size"], list) else [values["native_size"]] * 2
     if len(sides) != 2 or any(isinstance(side, bool) or not 1 <= side <= _LARGEST_SIDE for side in sides):
         yield f"pipeline.native_size: {values['native_size']!r:.40} is not between 1 and {_LARGEST_SIDE}"

@@ -126,7 +126,8 @@ def _add_parts(group: Any) -> None:
         metavar="FOLDER",
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
     )
-    group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    text = "ControlNet to export with it (repeatable: up to three, whose residuals are added)"
+    group.add_argument("--controlnet", action="append", default=[], metavar="FOLDER", help=text)
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )

@@ -54,12 +54,13 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
     text = "how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
     group.add_argument("--strength", type=float, metavar="SHARE", help=text)
-    group.add_argument("--control", metavar="FILE", help="image that guides the bundle's T2I-Adapter or ControlNet")
+    text = "image that guides the bundle's T2I-Adapter or ControlNet; repeat, in order, for several ControlNets"
+    group.add_argument("--control", action="append", metavar="FILE", help=text)
     group.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
-    text = "strength of --control (default: 1)"
-    group.add_argument("--control-scale", type=float, default=1.0, metavar="SCALE", help=text)
-    text = "share of the steps, from the first, that --control guides (default: 1)"
-    group.add_argument("--control-end", type=float, default=1.0, metavar="SHARE", help=text)
+    text = "strength of --control (default: 1); repeat for several"
+    group.add_argument("--control-scale", action="append", type=float, metavar="SCALE", help=text)
+    text = "share of the steps, from the first, that --control guides (default: 1); repeat for several"
+    group.add_argument("--control-end", action="append", type=float, metavar="SHARE", help=text)
     group = parser.add_argument_group("SDXL's size conditioning")
     text = "original size (default: the image's)"
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
@@ -89,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
     for option in ("image", "mask", "control"):
-        if (file := getattr(args, option)) and not Path(file).is_file():
-            raise UserError(f"--{option} {file}: there is no such file", "name an image file")
+        given = getattr(args, option) or []
+        for file in [given] if isinstance(given, str) else given:
+            if not Path(file).is_file():
+                raise UserError(f"--{option} {file}: there is no such file", "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
     call = dict(
@@ -106,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
-        control_image=args.control,
-        control_scale=args.control_scale,
-        control_end=args.control_end,
+        control_image=_one_or_all(args.control),
+        control_scale=_one_or_all(args.control_scale or [1.0]),
+        control_end=_one_or_all(args.control_end or [1.0]),
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
         )
     if args.canny:
-        call["control_image"] = canny(args.control)
+        call["control_image"] = _one_or_all([canny(file) for file in args.control])
     changed = dict(loras=args.lora, embeddings=args.embedding)
     pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
@@ -145,6 +148,11 @@ def run(args: argparse.Namespace) -> int:
         parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
         print(f"{written} (seed {result.seeds[0]}; {parts})")
     return 0
+
+
+def _one_or_all(values: list[Any] | None) -> Any:
+    """What was given once as itself, what was given several times as a list."""
+    return values[0] if values and len(values) == 1 else values
 
 
 def _names(out: str | None, images: int, overwrite: bool) -> list[Path]:

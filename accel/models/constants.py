@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..bundle import limits
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling.noise_schedule import NoiseSchedule
@@ -44,8 +45,9 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
         "native_size": sides[0] * scale if len(set(sides)) == 1 else [side * scale for side in sides],
         "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
     }
-    if source.has("controlnet") and source.config("controlnet").get("global_pool_conditions"):
-        made["control_conditional_only"] = True
+    nets = [name for name in KINDS["controlnet"].names if source.has(name)]
+    if pooling := [name for name in nets if source.config(name).get("global_pool_conditions")]:
+        made["control_conditional_only"] = pooling
     for problem in limits.constants(made):
         raise UserError(f"{source.path}: {problem}", "get the files of the model again")
     _check_channels(unet.get("in_channels", 4), vae["latent_channels"], source)

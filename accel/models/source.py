@@ -22,9 +22,9 @@ from . import few_step as families
 from . import hub, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
-from .embeddings import Embedding, fitting
+from .embeddings import Embedding
 from .embeddings.files import Spec as EmbeddingSpec
-from .embeddings.into_model import add_tokens, add_vectors, check_tokens, tokenizer_of
+from .embeddings.into_model import add_tokens, add_vectors, learned, tokenizer_of
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -162,7 +162,7 @@ class Source:
 
     def copy(self, component: str, to: Path) -> None:
         """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
-        if component in self.files or (self.loras and component in COMPONENTS) or self._learns(component):
+        if component in self.files or self.loras and component in COMPONENTS or self._learns(component):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
             copy_folder(self.folder(component), to)
@@ -170,7 +170,6 @@ class Source:
                 add_tokens(to, self.embeddings)
 
     def _learns(self, component: str) -> bool:
-        """Whether it is a text encoder with embeddings to add."""
         return any(component in embedding.vectors for embedding in self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
@@ -195,7 +194,6 @@ class Source:
         return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
 
     def _added(self) -> dict[str, Any]:
-        """The records of what was added to the weights."""
         added = {"loras": self.loras, "embeddings": self.embeddings}
         return {name: [one.record() for one in several] for name, several in added.items() if several}
 
@@ -220,7 +218,7 @@ def open_source(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     variant: str | None = None,
     few_step: str | None = None,
     embeddings: Sequence[EmbeddingSpec] = (),
@@ -233,7 +231,8 @@ def open_source(
         base: for a single file: the pipeline folder or hub id whose tokenizers, scheduler and configs it uses.
         unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
-        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
+            ControlNets, whose residuals are added.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
         embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
@@ -264,17 +263,23 @@ def open_source(
         source = _with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
-    if adapter is not None and controlnet is not None:
+    nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
+    if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
-    for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
-        if folder is not None:
-            source = _with_part(source, part, Path(folder), (kind,))
+    if adapter is not None:
+        source = _with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+    if nets:
+        source = _with_controlnets(source, nets)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
-    return _with_embeddings(source, embeddings) if embeddings else source
+    if embeddings:
+        encoders = [name for name in KINDS["text_encoder"].names if source.has(name)]
+        texts = {name: (source.config(name), source.folder(tokenizer_of(name))) for name in encoders}
+        source = replace(source, embeddings=learned(embeddings, texts))
+    return source
 
 
 def _check_variant(source: Source, variant: str) -> None:
@@ -305,6 +310,7 @@ def _index(path: Path) -> dict[str, Any]:
     index, removed = stripped(index)
     if removed:
         note(path / "model_index.json", removed)
+    index = _each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed):
@@ -313,6 +319,17 @@ def _index(path: Path) -> dict[str, Any]:
             fix = single_file.ELSEWHERE if other else SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     return index
+
+
+def _each_controlnet(index: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The index with an entry for each network of a MultiControlNetModel: diffusers lists them as one part."""
+    if list(index.get("controlnet") or ())[-1:] != ["MultiControlNetModel"]:
+        return index
+    names = KINDS["controlnet"].names
+    found = [name for i in range(99) if (path / (name := f"controlnet{f'_{i}' * bool(i)}")).is_dir()]
+    if not found or len(found) > len(names):
+        raise UserError(f"{path} has {len(found)} ControlNets at once", f"save it with 1 to {len(names)} of them")
+    return index | {name: ["diffusers", "ControlNetModel"] for name in names[: len(found)]}
 
 
 def _folder(model: str | Path, variant: str | None) -> Path:
@@ -353,15 +370,6 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     return folder
 
 
-def _with_embeddings(source: Source, specs: Sequence[EmbeddingSpec]) -> Source:
-    """The source with learned tokens, all of which its tokenizers and text encoders can take."""
-    encoders = [name for name in KINDS["text_encoder"].names if source.has(name)]
-    embeddings = fitting(specs, {name: source.config(name).get("hidden_size", 512) for name in encoders})
-    for name in encoders:
-        check_tokens(embeddings, source.folder(tokenizer_of(name)))
-    return replace(source, embeddings=embeddings)
-
-
 def _with_vae(source: Source, path: Path) -> Source:
     """The source with the VAE of a folder (its own, or a pipeline's), or of a weight file in its own VAE's shape."""
     if path.is_file():
@@ -369,9 +377,21 @@ def _with_vae(source: Source, path: Path) -> Source:
     return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
 
 
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
-    folder = path / name if (path / name / "config.json").is_file() else path
+def _with_controlnets(source: Source, folders: Sequence[str | Path]) -> Source:
+    """The source with these ControlNets, instead of any of its own."""
+    names = KINDS["controlnet"].names
+    if len(folders) > len(names):
+        raise UserError(f"{len(folders)} ControlNets at once are too many", f"give at most {len(names)}")
+    source = replace(source, index={name: entry for name, entry in source.index.items() if name not in names})
+    for name, folder in zip(names, folders, strict=False):
+        source = _with_part(source, name, Path(folder), ("ControlNetModel",), inner="controlnet")
+    return source
+
+
+def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], inner: str = "") -> Source:
+    """The source with one part out of a folder: the part's own, or a pipeline's that has one, called `inner`."""
+    inner = inner or name
+    folder = path / inner if (path / inner / "config.json").is_file() else path
     kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..bundle.kinds import kind_of
+from ..bundle.kinds import KINDS, kind_of
 from . import control_networks, networks
 from .constants import pipeline_constants
 from .networks import Network
@@ -25,7 +25,7 @@ class UNetInputs:
     Attributes:
         tokens: length of its text context.
         adapter: number of T2I-Adapter features.
-        control: whether it takes the residuals of a ControlNet.
+        control: whether it takes the residuals of ControlNets, summed.
     """
 
     tokens: int = 77
@@ -53,9 +53,10 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
     if source.has("t2i_adapter"):
         scale = pipeline_constants(source)["vae_scale"]
         features = len(control_networks.match_adapter(source.config("t2i_adapter"), unet, scale))
-    if source.has("controlnet"):
-        control_networks.match_controlnet({"addition_embed_type": None} | source.config("controlnet"), unet)
-    return UNetInputs(tokens, features, source.has("controlnet"))
+    nets = [name for name in KINDS["controlnet"].names if source.has(name)]
+    for name in nets:
+        control_networks.match_controlnet({"addition_embed_type": None} | source.config(name), unet)
+    return UNetInputs(tokens, features, bool(nets))
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -86,7 +87,7 @@ def controlnet(source: Source, name: str, inputs: UNetInputs) -> Network:
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(source.config("unet"))
     shared = networks.unet(model, tokens=inputs.tokens).inputs
-    return Network(name, name, *control_networks.controlnet(source.load(name), shared))
+    return Network(name, "controlnet", *control_networks.controlnet(source.load(name), shared))
 
 
 def own_tokens(source: Source) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     "image": _IMAGE,
     "mask_image": _IMAGE,
     "strength": Argument(_number, "a number above 0, at most 1", "0.8"),
-    "control_image": _IMAGE,
-    "control_scale": Argument(_number, "a number", "0.8", optional=False),
-    "control_end": Argument(_number, "a number from 0 to 1", "0.5", optional=False),
+    "control_image": replace(_IMAGE, fits=_or_list_of(_or_list_of(_image))),
+    "control_scale": Argument(_or_list_of(_number), "a number, or one for each ControlNet", "0.8", optional=False),
+    "control_end": Argument(_or_list_of(_number), "a number from 0 to 1, or one for each", "0.5", optional=False),
     "original_size": _PAIR,
     "crop": Argument(_list_of(_whole, 2), "two whole numbers", "(0, 0)", optional=False),
     "target_size": _PAIR,

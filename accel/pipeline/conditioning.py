@@ -11,8 +11,8 @@ import numpy as np
 from ..arrays import concat
 from ..engines import Engine
 from ..errors import Notice, UserError
-from .prompts import tokens
-from .tokenizer import ClipTokenizer
+from ..text.prompts import tokens
+from ..text.tokenizer import ClipTokenizer
 
 
 def tokenize(
@@ -41,7 +41,7 @@ def encode(
         encoders: one (tokenizer, engine) for SD1.x and SD2.x; two for SDXL, in order.
         prompts: N texts.
         chunks: number of contexts of 77 tokens that the UNet takes.
-        weighted: whether `(words:1.3)` counts (`accel.pipeline.prompts`).
+        weighted: whether `(words:1.3)` counts (`accel.text.prompts`).
 
     Returns:
         `encoder_hidden_states` [N, chunks * 77, D]; for SDXL also `text_embeds` [N, P], the second encoder's pooled

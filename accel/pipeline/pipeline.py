@@ -24,13 +24,14 @@ from ..models.lora import LoraFile
 from ..models.lora.files import Spec
 from ..models.lora.for_bundle import Fused, fused
 from ..sampling.constants import OPTIONS
+from ..text.tokenizer import ClipTokenizer
 from . import arguments, request
 from .generator_noise import GeneratorNoise
+from .input_images import InputImages, shown
 from .lazy_engines import LazyEngines, component_names
 from .output import Output, not_finite, of_type, table
-from .request import InputImages, Request
+from .request import Request
 from .run import Run, StepCallback, StepEnd
-from .tokenizer import ClipTokenizer
 
 TEXT_ENCODERS = KINDS["text_encoder"].names
 
@@ -81,8 +82,8 @@ class Pipeline(Resource):
         mask_image: Any = None,
         strength: float | None = None,
         control_image: Any = None,
-        control_scale: float = 1.0,
-        control_end: float = 1.0,
+        control_scale: float | Sequence[float] = 1.0,
+        control_end: float | Sequence[float] = 1.0,
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
@@ -110,12 +111,14 @@ class Pipeline(Resource):
             mask_image: white where to paint, black where the image is kept.
             strength: how much of the image is given up, above 0 to 1: the share of the steps that are run. None for
                 0.8, and for 1 with a mask.
-            control_image: what the bundle's T2I-Adapter or ControlNet is shown.
-            control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter).
-            control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2).
+            control_image: what the bundle's T2I-Adapter or ControlNet is shown; a list, one for each, where it has
+                several ControlNets.
+            control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter); a number, or one for each.
+            control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2); a
+                number, or one for each.
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
-            prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.pipeline.prompts`).
+            prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.text.prompts`).
             latents: initial noise [N, C, h, w] with unit variance, float32 or less, instead of a seed's.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
             output_type: "pil", "np", "pt" or "latent", see `Output.images`.
@@ -162,8 +165,9 @@ class Pipeline(Resource):
 
     def _request(self, call: Mapping[str, Any]) -> Request:
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
-        inputs = ("image", "mask_image", "strength", "control_image", "control_scale", "control_end")
-        images = InputImages(*map(call.__getitem__, inputs))
+        controls = map(call.__getitem__, ("control_image", "control_scale", "control_end"))
+        seen = shown(self.bundle.manifest, *controls)
+        images = InputImages(call["image"], call["mask_image"], call["strength"], seen)
         plan = request.plan(
             self.bundle.manifest,
             self.schedule,

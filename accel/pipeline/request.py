@@ -19,6 +19,7 @@ from ..sampling import Sampling
 from ..sampling import samplers as sampler
 from ..sampling.linear import Table
 from ..sampling.noise_schedule import NoiseSchedule
+from .input_images import InputImages
 
 
 @dataclass(frozen=True)
@@ -57,39 +58,6 @@ class Chunk:
     prompts: list[str]
     negatives: list[str] | None
     seeds: list[int]
-
-
-@dataclass(frozen=True)
-class InputImages:
-    """Images to start from, as `accel.images.batch` takes them.
-
-    Attributes:
-        image: what to start from.
-        mask: white where to paint.
-        strength: share of the steps that are run, above 0 to 1; None for 0.8, and for 1 with a mask.
-        control: what a T2I-Adapter or ControlNet is shown.
-        control_scale: how strongly it counts.
-        control_end: fraction of the steps that it counts for.
-    """
-
-    image: Any = None
-    mask: Any = None
-    strength: float | None = None
-    control: Any = None
-    control_scale: float = 1.0
-    control_end: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.image is not None and self.strength is None:
-            object.__setattr__(self, "strength", 0.8 if self.mask is None else 1.0)
-        if self.image is None and self.strength is not None:
-            raise UserError(f"strength {self.strength:g} without an image", "give the image to start from as well")
-        if self.mask is not None and self.image is None:
-            raise UserError("a mask without an image", "give the image that is to be painted in as well")
-        if not np.isfinite(self.control_scale):
-            raise UserError(f"invalid control_scale = {self.control_scale} (expected a number)", "such as 0.8")
-        if not 0 <= self.control_end <= 1:
-            raise UserError(f"invalid control_end = {self.control_end} (expected 0 to 1)", "such as 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +129,7 @@ def complete(
     size = latent_size(manifest, height, width, latents)
     limit = images_per_run(manifest, plan)
     pixels = tuple(side * manifest.pipeline["vae_scale"] for side in size)
-    for given in (inputs.image, inputs.mask, inputs.control):
+    for given in (inputs.image, inputs.mask, *(each.image for each in inputs.shown.values())):
         if given is not None:
             images.batch(given, len(texts), pixels)  # before any network runs
     return Request(

@@ -19,12 +19,12 @@ from ..progress import progress as show_progress
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
+from ..text.tokenizer import ClipTokenizer
 from . import conditioning, control
 from .initial_latents import Start, unscaled
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
-from .tokenizer import ClipTokenizer
 
 StepCallback = Callable[[int, float, Any], None]
 # (i, t, latents) -> latents, of whatever kind of array.

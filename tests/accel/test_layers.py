@@ -23,7 +23,7 @@ ACCEL = (
     ("disk",),
     ("ground",),
     ("assets",),
-    ("sampling",),
+    ("sampling", "text"),
     ("bundle",),
     ("int8", "trt", "patching"),
     ("models",),

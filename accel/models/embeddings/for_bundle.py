@@ -1,6 +1,6 @@
 """Embeddings at run time: vectors in rows of a bundle's token table that no text reaches.
 
-The table of a graph has a fixed number of rows, so learned vectors overwrite rows that stay unused (`free_rows`), and
+The table of a graph has a fixed number of rows, so learned vectors overwrite rows that stay unused (`accel.text.free_rows`), and
 the tokenizer reads the learned tokens as those rows. Engines get the table as one more tensor that is not the bundle's
 own (`Engine.set_weights`), as with LoRA files, and both go together.
 """
@@ -11,30 +11,20 @@ import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ...bundle import Bundle
 from ...errors import Notice, UserError
 from ...files import read_json
+from ...text.free_rows import free_rows
+from ...text.tokenizer import ClipTokenizer
 from ..lora.for_bundle import Tensors, own
 from .files import Spec, embedding_files
-from .free_rows import free_rows
 from .reading import Embedding, check_tokens, fitting
 
 _TABLE = "token_embedding.weight"  # the end of the table's name in every text encoder
-
-
-class ReadsText(Protocol):
-    """A tokenizer: its encoder, and the id of its end token."""
-
-    @property
-    def backend(self) -> Tokenizer: ...
-
-    @property
-    def eos(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Placed:
         return _export(bundle, self.embeddings)
 
 
-def placed(bundle: Bundle, specs: Spec | Sequence[Spec] | None, tokenizers: Mapping[str, ReadsText]) -> Placed:
+def placed(bundle: Bundle, specs: Spec | Sequence[Spec] | None, tokenizers: Mapping[str, ClipTokenizer]) -> Placed:
     """Read embedding files and find room for them. No weights are read.
 
     Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config_files import clip_tokenizer
-from . import reading
-from .reading import Embedding
+from .files import Spec
+from .reading import Embedding, check_tokens, fitting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,14 +19,20 @@ def tokenizer_of(component: str) -> str:
     return component.replace("text_encoder", "tokenizer")
 
 
-def check_tokens(embeddings: Sequence[Embedding], folder: Path) -> None:
-    """Refuse tokens that a tokenizer has already.
+def learned(specs: Sequence[Spec], encoders: Mapping[str, tuple[Mapping[str, Any], Path]]) -> tuple[Embedding, ...]:
+    """Read embedding files for a pipeline.
 
     Args:
-        folder: of the tokenizer.
+        encoders: text encoder -> its config, and the folder of its tokenizer.
+
+    Raises:
+        UserError: for a file that does not fit, or a token that a tokenizer has already.
     """
-    tokenizer = clip_tokenizer(folder, fast=True)
-    reading.check_tokens(embeddings, tokenizer.get_vocab(), tokenizer.added_tokens_encoder)
+    embeddings = fitting(specs, {name: config.get("hidden_size", 512) for name, (config, _) in encoders.items()})
+    for _, folder in encoders.values():
+        tokenizer = clip_tokenizer(folder, fast=True)
+        check_tokens(embeddings, tokenizer.get_vocab(), tokenizer.added_tokens_encoder)
+    return embeddings
 
 
 def add_tokens(folder: Path, embeddings: Sequence[Embedding]) -> None:

@@ -19,7 +19,7 @@ from accel.errors import Notice, UserError
 from accel.export.pipeline import export_pipeline
 from accel.models.config_files import clip_tokenizer
 from accel.models.source import open_source
-from accel.pipeline.tokenizer import ClipTokenizer
+from accel.text.tokenizer import ClipTokenizer
 
 CALL = dict(num_inference_steps=4, guidance_scale=5.0, height=32, width=32, output_type="np")
 LATENTS = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)

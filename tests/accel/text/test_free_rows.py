@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from accel.assets import DIGITS
-from accel.models.embeddings.free_rows import UNREACHABLE, free_rows
-from accel.pipeline.tokenizer import ClipTokenizer
+from accel.text.free_rows import UNREACHABLE, free_rows
+from accel.text.tokenizer import ClipTokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("c", "a"), ("ca", "t</w>"), ("A", "B"), ("t", "A</w>"), ("Ã", "©")]
