@@ -86,6 +86,6 @@ def check_token(token: Any, file: Path) -> None:
         UserError: for no text, no printable text, or more than 200 characters.
     """
     if not isinstance(token, str) or not token.strip() or len(token) > 200 or not token.isprintable():
-        raise UserError(f"{file}: {token!r:.80} cannot be a token", f"name one: {file}=<{file.stem:.40}>")
+        raise UserError(f"{file}: {token!r:.80} cannot be a token", f"name one: '{file}=<{file.stem:.40}>'")
     if token != token.strip():
         raise UserError(f"{file}: the token {token!r} begins or ends with a space", f"name it {token.strip()!r}")

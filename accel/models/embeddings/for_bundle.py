@@ -1,8 +1,8 @@
 """Embeddings at run time: vectors in rows of a bundle's token table that no text reaches.
 
-The table of a graph has a fixed number of rows, so learned vectors overwrite rows that stay unused (`accel.text.free_rows`), and
-the tokenizer reads the learned tokens as those rows. Engines get the table as one more tensor that is not the bundle's
-own (`Engine.set_weights`), as with LoRA files, and both go together.
+The table of a graph has a fixed number of rows, so learned vectors overwrite rows that stay unused
+(`accel.text.free_rows`), and the tokenizer reads the learned tokens as those rows. Engines get the table as one more
+tensor that is not the bundle's own (`Engine.set_weights`), as with LoRA files, and both go together.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def check_tokens(embeddings: Iterable[Embedding], vocabulary: Collection[str], a
             reason = f"{found[0]!r} and another learned token are the same in lower case, which is what is read"
         if reason:
             other = f"<{embedding.token.strip('<>')}-2>" if embedding.token[0] == "<" else f"<{embedding.token}>"
-            raise UserError(f"{path}: {reason}", f"name it otherwise, for example {path}={other}")
+            raise UserError(f"{path}: {reason}", f"name it otherwise, for example '{path}={other}'")
         taken |= names
         written |= {name.lower() for name in names}
 
