@@ -42,8 +42,8 @@ class Refit:
         if engine.component.int8:
             raise UserError(
                 f"the TensorRT engine of {name} is int8, and cannot be refitted: its scales belong to its weights",
-                "another engine takes them at run time; or put them in at export: accel export MODEL OUT --lora FILE, and "
-                "--embedding FILE for textual inversion",
+                "another engine takes them at run time; or put them in at export: accel export MODEL OUT --lora FILE "
+                "(--embedding FILE for textual inversion)",
             )
         if not engine.engine_file.identity["options"]["refittable"]:
             raise UserError(f"the engine of {name} is not refittable", f"{engine.rebuild()} --refittable")
