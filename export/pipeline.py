@@ -19,7 +19,7 @@ from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
+from accel.models.constants import check_runs, checked_sampling, edits, note_left_out, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -154,7 +154,10 @@ def _export_float(
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
+        vae_scale=pipeline["vae_scale"],
+        latent_multiple=pipeline["latent_multiple"],
+        guidance=sampling.guidance > 1,
+        edits=edits(source),
     )
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))

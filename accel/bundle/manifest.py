@@ -163,6 +163,12 @@ class Manifest:
     components: Mapping[str, Component]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet takes latents of an image beside its own, as InstructPix2Pix (arXiv 2211.09800) does."""
+        unet = self.components.get("unet")
+        return unet is not None and unet.inputs[0].shape[1] == 2 * self.pipeline["latent_channels"]
+
     def as_dict(self) -> dict[str, Any]:
         components = {name: component.as_dict() for name, component in self.components.items()}
         changed = {

@@ -52,6 +52,8 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
     text = "how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
     group.add_argument("--strength", type=float, metavar="SHARE", help=text)
+    text = "how closely a model that edits images (InstructPix2Pix) keeps to --image (default: 1.5)"
+    group.add_argument("--image-guidance", type=float, metavar="SCALE", help=text)
     text = "image that guides the bundle's T2I-Adapter or ControlNet; repeat, in order, for several ControlNets"
     group.add_argument("--control", action="append", metavar="FILE", help=text)
     group.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
+        image_guidance_scale=args.image_guidance,
         control_image=_one_or_all(args.control),
         control_scale=_one_or_all(args.control_scale or [1.0]),
         control_end=_one_or_all(args.control_end or [1.0]),

@@ -15,7 +15,7 @@ from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
 from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
-from .constants import note_left_out, own_sampling, pipeline_constants
+from .constants import edits, note_left_out, own_sampling, pipeline_constants
 from .source import Source, open_source
 from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
 
@@ -76,7 +76,10 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
-        vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1
+        vae_scale=constants["vae_scale"],
+        latent_multiple=constants["latent_multiple"],
+        guidance=sampling.guidance > 1,
+        edits=edits(source),
     )
     shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]

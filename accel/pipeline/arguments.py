@@ -99,6 +99,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "image": _IMAGE,
     "mask_image": _IMAGE,
     "strength": Argument(_number, "a number above 0, at most 1", "0.8"),
+    "image_guidance_scale": Argument(_number, "a number", "1.5"),
     "control_image": replace(_IMAGE, fits=_or_list_of(_or_list_of(_image))),
     "control_scale": Argument(_or_list_of(_number), "a number, or one for each ControlNet", "0.8", optional=False),
     "control_end": Argument(_or_list_of(_number), "a number from 0 to 1, or one for each", "0.5", optional=False),

@@ -66,10 +66,12 @@ def encode(
 
 
 def _run(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
-    """The text encoder on any number of rows, within its own batch limit."""
-    limit = engine.component.dims["images"].max
-    runs = [engine(input_ids=ids[i : i + limit]) for i in range(0, len(ids), limit)]
-    return runs[0] if len(runs) == 1 else {name: concat([run[name] for run in runs]) for name in runs[0]}
+    """The text encoder on any number of rows, within its own batch limits; too small a batch is filled up."""
+    limits, count = engine.component.dims["images"], len(ids)
+    ids = np.pad(ids, ((0, max(0, limits.min - (count % limits.max or limits.max))), (0, 0)), mode="edge")
+    runs = [engine(input_ids=ids[i : i + limits.max]) for i in range(0, len(ids), limits.max)]
+    made = runs[0] if len(runs) == 1 else {name: concat([run[name] for run in runs]) for name in runs[0]}
+    return {name: value[:count] for name, value in made.items()}
 
 
 def time_ids(

@@ -74,6 +74,7 @@ class Pipeline(Resource):
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        image_guidance_scale: float | None = None,
         control_image: Any = None,
         control_scale: float | Sequence[float] = 1.0,
         control_end: float | Sequence[float] = 1.0,
@@ -104,6 +105,8 @@ class Pipeline(Resource):
             mask_image: white where to paint, black where the image is kept.
             strength: how much of the image is given up, above 0 to 1: the share of the steps that are run. None for
                 0.8, and for 1 with a mask.
+            image_guidance_scale: how closely a model that edits images (InstructPix2Pix) keeps to the image; None for
+                1.5.
             control_image: what the bundle's T2I-Adapter or ControlNet is shown; a list, one for each, where it has
                 several ControlNets.
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter); a number, or one for each.
@@ -160,7 +163,9 @@ class Pipeline(Resource):
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
         controls = map(call.__getitem__, ("control_image", "control_scale", "control_end"))
         seen = shown(self.bundle.manifest, *controls)
-        images = InputImages(call["image"], call["mask_image"], call["strength"], seen)
+        images = InputImages(
+            call["image"], call["mask_image"], call["strength"], seen, edited=self.bundle.manifest.edits
+        )
         plan = request.plan(
             self.bundle.manifest,
             self.schedule,
@@ -170,6 +175,7 @@ class Pipeline(Resource):
             call["guidance_scale"],
             images.strength,
             {name: call[name] for name in OPTIONS},
+            call["image_guidance_scale"],
         )
         return request.complete(
             self._limits(),

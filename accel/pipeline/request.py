@@ -28,22 +28,42 @@ class SamplingPlan:
 
     Attributes:
         timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
-        guided: whether the UNet runs on a doubled batch.
+        rows: of the UNet's batch for each image: 2 with guidance, 3 where an image guides too, else 1.
         table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
+        image_guidance: how closely an edited image keeps to its source.
     """
 
     sampler: str
     timesteps: list[float]
     guidance: float
-    guided: bool
+    rows: int
     start: int = 0
     table: Table | None = None
+    image_guidance: float = 0.0
 
     def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
         """An image with the noise that the state has before row i; arrays of one shape and dtype."""
         if self.table is None:
             return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
         return self.table.noised(x0, eps, i)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet runs with and without the prompt."""
+        return self.rows > 1
+
+    def combined(self, out: Any) -> Any:
+        """The prediction of a UNet's output [rows * N, C, h, w]: classifier-free guidance (arXiv 2207.12598); with an
+        image too as in InstructPix2Pix (arXiv 2211.09800, equation 3), rows in order of what they are given:
+        neither, the image, image and prompt."""
+        count = len(out) // self.rows
+        first, *others = (out[i * count : (i + 1) * count] for i in range(self.rows))
+        if not others:
+            return first
+        if self.rows == 2:
+            return first + self.guidance * (others[0] - first)
+        seen, full = others
+        return first + self.guidance * (full - seen) + self.image_guidance * (seen - first)
 
     @property
     def steps(self) -> int:
@@ -122,6 +142,7 @@ def complete(
     texts, negatives = prompts(prompt, negative, per_prompt)
     if negatives and any(text.strip() for text in negatives) and not plan.guided:
         why = "this model takes guidance as an input" if plan.guidance > 1 else f"guidance_scale is {plan.guidance:g}"
+        why = "there is no guidance" if manifest.edits else why
         warnings.warn(f"the negative prompt has no effect, because {why} (it counts above 1)", Notice, stacklevel=4)
     if latents is not None:
         latents = own_latents(manifest, latents, len(texts))
@@ -155,11 +176,13 @@ def plan(
     guidance: float | None,
     strength: float | None,
     options: Mapping[str, Any] | None = None,
+    image_guidance: float | None = None,
 ) -> SamplingPlan:
     """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
 
     Args:
         options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
+        image_guidance: of a model that edits images; None for 1.5, as in diffusers.
 
     Raises:
         UserError: for an unknown sampler, or a value outside its limits.
@@ -193,7 +216,20 @@ def plan(
     if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
         fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
         warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
-    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
+    rows = 2 if scale > 1 and not embedded else 1
+    if not manifest.edits:
+        if image_guidance is not None:
+            text = f"image_guidance_scale {image_guidance:g}: {manifest.source['name']} does not edit images"
+            raise UserError(text, "leave it out; strength says how much of an image is given up")
+        return SamplingPlan(name, list(timesteps), scale, rows, start, made)
+    image_guidance = 1.5 if image_guidance is None else float(image_guidance)
+    if not 0 <= image_guidance < float("inf"):
+        raise UserError(f"invalid image_guidance_scale: {image_guidance} (expected >= 0)", "such as 1.5")
+    if rows == 2 and image_guidance < 1:  # diffusers guides by both or not at all
+        text = f"image_guidance_scale {image_guidance:g} is below 1, so nothing guides, neither image nor prompt"
+        warnings.warn(f"{text} (as in diffusers)", Notice, stacklevel=3)
+    rows = 3 if rows == 2 and image_guidance >= 1 else 1
+    return SamplingPlan(name, list(timesteps), scale, rows, start, made, image_guidance)
 
 
 def _start(steps: int, strength: float) -> int:
@@ -215,13 +251,12 @@ def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
     """How many images the UNet and the decoder can make at once."""
     batch = manifest.components["unet"].dims["batch"]
     images = manifest.components["vae_decoder"].dims["images"]
-    doubled = 2 if plan.guided else 1
-    if batch.fixed and batch.min != images.min * doubled:
+    if batch.fixed and batch.min != images.min * plan.rows:
         raise UserError(
             f"this bundle's UNet takes a fixed batch of {batch.min}, which does not fit guidance {plan.guidance:g}",
             "export with --profile native (a range), or with the --guidance you want to run",
         )
-    return min(batch.max // doubled, images.max)
+    return min(batch.max // plan.rows, images.max)
 
 
 def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
