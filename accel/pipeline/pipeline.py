@@ -28,6 +28,7 @@ from .lazy_engines import LazyEngines, component_names
 from .output import Output, not_finite, of_type, table
 from .request import Request
 from .run import Run, StepCallback, StepEnd
+from .sampling_plan import plan as plan_of
 
 TEXT_ENCODERS = KINDS["text_encoder"].names
 
@@ -166,7 +167,7 @@ class Pipeline(Resource):
         images = InputImages(
             call["image"], call["mask_image"], call["strength"], seen, edited=self.bundle.manifest.edits
         )
-        plan = request.plan(
+        plan = plan_of(
             self.bundle.manifest,
             self.schedule,
             call["sampler"],

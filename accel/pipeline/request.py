@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,59 +15,8 @@ from ..bundle import Manifest
 from ..bundle.shape_profiles import native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
-from ..sampling import Sampling
-from ..sampling import samplers as sampler
-from ..sampling.linear import Table
-from ..sampling.noise_schedule import NoiseSchedule
 from .input_images import InputImages
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How to sample.
-
-    Attributes:
-        timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
-        rows: of the UNet's batch for each image: 2 with guidance, 3 where an image guides too, else 1.
-        table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
-        image_guidance: how closely an edited image keeps to its source.
-    """
-
-    sampler: str
-    timesteps: list[float]
-    guidance: float
-    rows: int
-    start: int = 0
-    table: Table | None = None
-    image_guidance: float = 0.0
-
-    def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
-        """An image with the noise that the state has before row i; arrays of one shape and dtype."""
-        if self.table is None:
-            return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
-        return self.table.noised(x0, eps, i)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the UNet runs with and without the prompt."""
-        return self.rows > 1
-
-    def combined(self, out: Any) -> Any:
-        """The prediction of a UNet's output [rows * N, C, h, w]: classifier-free guidance (arXiv 2207.12598); with an
-        image too as in InstructPix2Pix (arXiv 2211.09800, equation 3), rows in order of what they are given:
-        neither, the image, image and prompt."""
-        count = len(out) // self.rows
-        first, *others = (out[i * count : (i + 1) * count] for i in range(self.rows))
-        if not others:
-            return first
-        if self.rows == 2:
-            return first + self.guidance * (others[0] - first)
-        seen, full = others
-        return first + self.guidance * (full - seen) + self.image_guidance * (seen - first)
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps) - self.start
+from .sampling_plan import SamplingPlan
 
 
 @dataclass(frozen=True)
@@ -165,86 +114,6 @@ def complete(
         latents=latents,
         **kept,
     )
-
-
-def plan(
-    manifest: Manifest,
-    schedule: NoiseSchedule,
-    name: str | None,
-    steps: int | None,
-    timesteps: Sequence[float] | None,
-    guidance: float | None,
-    strength: float | None,
-    options: Mapping[str, Any] | None = None,
-    image_guidance: float | None = None,
-) -> SamplingPlan:
-    """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
-
-    Args:
-        options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
-        image_guidance: of a model that edits images; None for 1.5, as in diffusers.
-
-    Raises:
-        UserError: for an unknown sampler, or a value outside its limits.
-    """
-    own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
-    name = name or own.sampler
-    entry = sampler.named(name)
-    if timesteps is not None and steps not in (None, len(timesteps)):
-        raise UserError(f"steps = {steps}, and {len(timesteps)} timesteps are given", "give one of the two")
-    given = {option: value for option, value in (options or {}).items() if value is not None}
-    if "eta" not in entry.options and given.get("eta") == 0:
-        del given["eta"]  # asks for nothing, as diffusers' callers do
-    if name == own.sampler:
-        given = dict(own.options) | given
-        if timesteps is None and steps is None:
-            timesteps, steps = own.timesteps, own.steps
-    scale = float(own.guidance if guidance is None else guidance)
-    if not 0 <= scale < float("inf"):
-        raise UserError(
-            f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
-        )
-    embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
-    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
-    start = 0 if strength is None else _start(count, strength) * entry.order
-    made = None
-    if entry.rows is not None:
-        made = sampler.table(name, schedule, steps, timesteps=timesteps, start=start, **given)
-        timesteps = made.timesteps
-    elif timesteps is None:
-        timesteps = sampler.grid(name, schedule, steps)
-    if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
-        fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
-        warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
-    rows = 2 if scale > 1 and not embedded else 1
-    if not manifest.edits:
-        if image_guidance is not None:
-            text = f"image_guidance_scale {image_guidance:g}: {manifest.source['name']} does not edit images"
-            raise UserError(text, "leave it out; strength says how much of an image is given up")
-        return SamplingPlan(name, list(timesteps), scale, rows, start, made)
-    image_guidance = 1.5 if image_guidance is None else float(image_guidance)
-    if not 0 <= image_guidance < float("inf"):
-        raise UserError(f"invalid image_guidance_scale: {image_guidance} (expected >= 0)", "such as 1.5")
-    if rows == 2 and image_guidance < 1:  # diffusers guides by both or not at all
-        text = f"image_guidance_scale {image_guidance:g} is below 1, so nothing guides, neither image nor prompt"
-        warnings.warn(f"{text} (as in diffusers)", Notice, stacklevel=3)
-    rows = 3 if rows == 2 and image_guidance >= 1 else 1
-    return SamplingPlan(name, list(timesteps), scale, rows, start, made, image_guidance)
-
-
-def _start(steps: int, strength: float) -> int:
-    """How many steps of the grid a strength skips (SDEdit, arXiv 2108.01073, counted as diffusers does)."""
-    if not 0 < strength <= 1:
-        raise UserError(
-            f"invalid strength = {strength:g} (expected above 0, at most 1)", "1 keeps nothing of the image"
-        )
-    start = steps - min(int(steps * strength), steps)
-    if start == steps:
-        raise UserError(
-            f"strength {strength:g} of {steps} steps leaves no step to run",
-            f"use a strength of at least {np.ceil(100 / steps) / 100:g}, or more steps",
-        )
-    return start
 
 
 def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
