@@ -48,6 +48,7 @@ class _Options:
     controlnet: str | Path | Sequence[str | Path] | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
+    clip_skip: int = 0
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -67,6 +68,7 @@ def export_pipeline(
     controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
+    clip_skip: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
     int8: Int8Settings | None = None,
@@ -86,6 +88,8 @@ def export_pipeline(
         controlnet: folder of a ControlNet to export with it, or a list of up to three.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
+        clip_skip: how many of the text encoder's last layers prompts do without, unless a call says otherwise;
+            diffusers' `clip_skip`.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
         int8: how to quantize, if the precision asks for it.
@@ -95,7 +99,7 @@ def export_pipeline(
     """
     check_precision(precision)
     trace.check_opset(opset)
-    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
+    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share, clip_skip)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -145,7 +149,8 @@ def _export_float(
 ) -> Bundle:
     base = None if options.share is None else Bundle.open(options.share)
     names = _component_names(source, options.components)
-    pipeline = pipeline_constants(source)
+    source = _with_clip_skip(source, options.clip_skip)
+    pipeline = pipeline_constants(source) | ({"clip_skip": options.clip_skip} if options.clip_skip else {})
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
     note_left_out(source)
@@ -193,6 +198,14 @@ def _export_float(
     return Bundle.open(out)
 
 
+def _with_clip_skip(source: Source, skip: int) -> Source:
+    """The source with the output that prompts are taken from, `skip` layers before the last one."""
+    layers = min(source.config(name)["num_hidden_layers"] for name in KINDS["text_encoder"].names if source.has(name))
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < layers:
+        raise UserError(f"invalid clip_skip: {skip!r} (expected 0 to {layers - 1})", "such as --clip-skip 1")
+    return replace(source, clip_skips=(skip,)) if skip and source.family != "sdxl" else source
+
+
 def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Settings) -> None:
     if missing := {"text_encoder", "unet", "vae_decoder"} - set(options.components):
         raise UserError(
@@ -236,7 +249,10 @@ def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
     more = [name for name in control_components() if source.has(name)]
     return more + [
-        name for kind in dict.fromkeys(wanted) for name in KINDS[kind].names if name == kind or source.has(name)
+        name
+        for kind in dict.fromkeys(wanted)
+        for name in KINDS[kind].names
+        if source.has(KINDS[kind].part or name) or len(KINDS[kind].names) == 1
     ]
 
 

@@ -100,8 +100,9 @@ def with_images(settings: BenchSettings, bundle: Bundle, folder: Path) -> BenchS
     if settings.control:
         images.batch(settings.control, 1, (8, 8))  # before minutes of measuring
     channels, latent = bundle.component("unet").inputs[0].shape[1], bundle.manifest.pipeline["latent_channels"]
-    drawing, half = _drawings(folder) if controlled or channels != latent else ("", "")
-    shown: dict[str, Any] = {} if channels == latent else {"image": drawing}
+    starts = channels != latent or bundle.manifest.refines
+    drawing, half = _drawings(folder) if controlled or starts else ("", "")
+    shown: dict[str, Any] = {"image": drawing} if starts else {}
     if channels == 2 * latent + 1:
         shown["mask_image"] = half
     if controlled:

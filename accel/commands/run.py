@@ -44,6 +44,8 @@ def add_arguments(parser: Any) -> None:
     add_sampling(parser, whose="the bundle's own")
     add_few_step(parser)
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
+    text = "do without the text encoder's last N layers for prompts (default: as it was exported)"
+    parser.add_argument("--clip-skip", type=int, metavar="N", help=text)
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
@@ -66,6 +68,8 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
     group.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="corner of the crop")
     group.add_argument("--target-size", type=_pair, metavar="HxW", help="target size (default: the image's)")
+    text = "aesthetic score that an SDXL refiner is told, 1 to 10 (default: 6)"
+    group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="SCORE", help=text)
     add_engine(parser)
     for old, new in {"--negative-prompt": "--negative", "--num-images": "--images"}.items():
         renamed(parser, old, new)
@@ -116,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
+        aesthetic_score=args.aesthetic_score,
         prompt_weights=args.prompt_weights,
+        clip_skip=args.clip_skip,
         progress=True,
         **sampler_options(args),
     )

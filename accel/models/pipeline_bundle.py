@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import edits, note_left_out, own_sampling, pipeline_constants
 from .source import Source, open_source
-from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
 
 _IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
 
@@ -66,6 +66,7 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
     source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
+    source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source)
     step = constants["vae_scale"] * constants["latent_multiple"]

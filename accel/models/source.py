@@ -41,6 +41,7 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        clip_skips: how many layers before the last one the text encoder has further outputs.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    clip_skips: tuple[int, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -190,6 +192,11 @@ class Source:
         return "sd2" if config.get("use_linear_projection") else "sd1"
 
     @property
+    def refines(self) -> bool:
+        """Whether it is an SDXL refiner, whose size conditioning ends in an aesthetic score."""
+        return bool(self.index.get("requires_aesthetics_score"))
+
+    @property
     def topology(self) -> str:
         known = identify(self.config("unet"))
         return known.name if known else "custom"
@@ -292,7 +299,7 @@ def _index(path: Path) -> dict[str, Any]:
     index = _each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not pipeline.has(needed):
+        if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
             kind = index.get("_class_name")
             other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
             fix = single_file.ELSEWHERE if other else SUPPORTED

@@ -114,7 +114,7 @@ def start(
         what = "an image to edit" if given.image is None else "an image alone, and no mask"
         raise UserError(f"this model edits images (InstructPix2Pix): it needs {what}", "--image FILE")
     if given.image is None:
-        return Start(first)
+        return Start(first, noised=plan.resumes)
     pixels = images.batch(given.image, request.total, request.pixels)[chunk.rows] * 2 - 1
     if edits:
         return Start(first, extra=np.asarray(encode(encoder(), pixels, constants, chunk.seeds, None), np.float32))

@@ -79,9 +79,10 @@ class InputImages:
     Attributes:
         image: what to start from.
         mask: white where to paint.
-        strength: share of the steps that are run, above 0 to 1; None for 0.8, and for 1 with a mask.
+        strength: share of the steps that are run, above 0 to 1; None for the usual one, and for 1 with a mask.
         shown: what each control network is shown, by its name; empty for nothing.
         edited: whether the image is shown to the UNet (InstructPix2Pix) instead of being noised.
+        usual_strength: where neither strength nor mask is given.
     """
 
     image: Any = None
@@ -90,6 +91,7 @@ class InputImages:
     shown: Mapping[str, Shown] = field(default_factory=dict)
 
     edited: bool = False
+    usual_strength: float = 0.8
 
     def __post_init__(self) -> None:
         if self.edited:
@@ -98,7 +100,7 @@ class InputImages:
                 raise UserError(text, "image_guidance_scale (1.5) says how closely it keeps to the image")
             return
         if self.image is not None and self.strength is None:
-            object.__setattr__(self, "strength", 0.8 if self.mask is None else 1.0)
+            object.__setattr__(self, "strength", self.usual_strength if self.mask is None else 1.0)
         if self.image is None and self.strength is not None:
             raise UserError(f"strength {self.strength:g} without an image", "give the image to start from as well")
         if self.mask is not None and self.image is None:

@@ -12,9 +12,11 @@ import numpy as np
 from .. import images
 from ..arrays import is_torch
 from ..bundle import Manifest
+from ..bundle.kinds import KINDS
 from ..bundle.shape_profiles import native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
+from .conditioning import hidden_state
 from .input_images import InputImages
 from .sampling_plan import SamplingPlan
 
@@ -40,9 +42,11 @@ class Request:
         pixels: height and width of the images.
         images: images to start from and to control by.
         sizes: SDXL's size conditioning in pixels: original size, top and left of the crop, target size.
-        latents: initial noise [N, C, h, w] of unit variance; None for the seeds'.
+        scores: a refiner's aesthetic scores: with the prompt, and without it.
+        latents: initial noise [N, C, h, w] of unit variance, or the latents to go on with; None for the seeds' noise.
         renoise: i -> noise [N, C, h, w] that a stochastic sampler adds after step i; None for the seeds'.
         weighted: whether `(words:1.3)` in a prompt counts by that factor.
+        clip_skip: how many of the text encoder's last layers prompts do without; negative prompts take all.
     """
 
     plan: SamplingPlan
@@ -51,9 +55,11 @@ class Request:
     pixels: tuple[int, int]
     images: InputImages = InputImages()
     sizes: tuple[Sequence[int] | None, Sequence[int], Sequence[int] | None] = (None, (0, 0), None)
+    scores: tuple[float, float] = (6.0, 2.5)
     latents: Any = None
     renoise: Callable[[int], Any] | None = None
     weighted: bool = False
+    clip_skip: int = 0
 
     @property
     def seeds(self) -> list[int]:
@@ -93,6 +99,14 @@ def complete(
         why = "this model takes guidance as an input" if plan.guidance > 1 else f"guidance_scale is {plan.guidance:g}"
         why = "there is no guidance" if manifest.edits else why
         warnings.warn(f"the negative prompt has no effect, because {why} (it counts above 1)", Notice, stacklevel=4)
+    if plan.resumes and (latents is None or inputs.image is not None):
+        text = "denoising_start goes on with the latents of another run" + ("" if latents is None else ", not an image")
+        raise UserError(text, 'pass latents=base(..., denoising_end=0.8, output_type="latent").latents')
+    if plan.stop is not None and inputs.mask is not None:
+        raise UserError("denoising_end with a mask is not supported", "leave one of them out")
+    if manifest.refines and inputs.image is None and not plan.resumes:
+        fix = "image=..., or denoising_start=0.8 and the latents that a base model left there"
+        raise UserError("this model refines images: it needs one to start from", fix)
     if latents is not None:
         latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))
@@ -114,6 +128,27 @@ def complete(
         latents=latents,
         **kept,
     )
+
+
+def clip_skip(manifest: Manifest, given: int | None) -> int:
+    """How many of the text encoder's last layers prompts do without: the bundle's own number where none is given.
+
+    Raises:
+        UserError: for a number of layers that this bundle's text encoders have no output for.
+    """
+    skip = manifest.pipeline.get("clip_skip", 0) if given is None else given
+    for name in KINDS["text_encoder"].names:
+        if skip and name in manifest.components:
+            outputs = [spec.name for spec in manifest.components[name].outputs]
+            layers = sum(output.startswith("hidden_states.") for output in outputs)
+            if skip < 0 or hidden_state(layers, skip) not in outputs:
+                known = [output.removeprefix("clip_skip.") for output in outputs if output.startswith("clip_skip.")]
+                known = ["0", *(known or map(str, range(1, layers)))]
+                raise UserError(
+                    f"invalid clip_skip: {skip} (this bundle's {name} can do: {', '.join(known)})",
+                    f"accel export MODEL OUT --clip-skip {max(1, skip)}",
+                )
+    return skip
 
 
 def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:

@@ -85,7 +85,7 @@ class Run:
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
         how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
-        feeds = _encode(encoders, chunk.prompts, **how)
+        feeds = _encode(encoders, chunk.prompts, clip_skip=self.request.clip_skip, **how)
         if self.plan.guided:
             without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
             if chunk.negatives is None and self.constants["zero_empty_prompt"]:
@@ -185,11 +185,18 @@ class Run:
         batch = len(chunk.prompts) * self.plan.rows
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
+                feeds["time_ids"] = self._time_ids(batch, int(spec.shape[-1]))
             elif spec.name == "timestep_cond":
                 feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
+
+    def _time_ids(self, batch: int, numbers: int) -> np.ndarray:
+        request = self.request
+        if numbers == 6:
+            return conditioning.time_ids(batch, request.pixels, *request.sizes)
+        scores = request.scores[::-1] if self.plan.guided else request.scores[:1]
+        return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
         vae = self.engines["vae_decoder"]

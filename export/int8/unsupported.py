@@ -14,6 +14,11 @@ def refuse_control() -> None:
     )
 
 
+def refuse_refiner() -> None:
+    """Raise the UserError about SDXL's refiner."""
+    raise UserError("a refiner cannot be int8: calibration draws from prompts, without images", "--precision fp16")
+
+
 def refuse_inpainting(channels: int) -> None:
     """Raise a UserError for a UNet whose input has the nine channels of inpainting models, or the eight of those that
     edit images."""
