@@ -30,10 +30,8 @@ from ..progress import progress
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = (
-    "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
-)
-_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
+_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -118,6 +116,8 @@ def _add_parts(group: Any) -> None:
     group.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
     )
+    text = "do without the text encoder's last N layers for prompts, as diffusers' clip_skip (A1111's number less 1)"
+    group.add_argument("--clip-skip", type=int, metavar="N", help=text)
     group.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
     group.add_argument(
         "--adapter",
@@ -270,6 +270,7 @@ def _bundle(args: argparse.Namespace) -> int:
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
+            clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
             int8=_int8(args),

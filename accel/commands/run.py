@@ -44,6 +44,8 @@ def add_arguments(parser: Any) -> None:
     add_sampling(parser, whose="the bundle's own")
     add_few_step(parser)
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
+    text = "do without the text encoder's last N layers for prompts (default: as it was exported)"
+    parser.add_argument("--clip-skip", type=int, metavar="N", help=text)
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
     text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
@@ -54,6 +56,8 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
     text = "how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
     group.add_argument("--strength", type=float, metavar="SHARE", help=text)
+    text = "how closely a model that edits images (InstructPix2Pix) keeps to --image (default: 1.5)"
+    group.add_argument("--image-guidance", type=float, metavar="SCALE", help=text)
     text = "image that guides the bundle's T2I-Adapter or ControlNet; repeat, in order, for several ControlNets"
     group.add_argument("--control", action="append", metavar="FILE", help=text)
     group.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
@@ -66,6 +70,8 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
     group.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="corner of the crop")
     group.add_argument("--target-size", type=_pair, metavar="HxW", help="target size (default: the image's)")
+    text = "aesthetic score that an SDXL refiner is told, 1 to 10 (default: 6)"
+    group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="SCORE", help=text)
     add_engine(parser)
     for old, new in {"--negative-prompt": "--negative", "--num-images": "--images"}.items():
         renamed(parser, old, new)
@@ -109,13 +115,16 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
+        image_guidance_scale=args.image_guidance,
         control_image=_one_or_all(args.control),
         control_scale=_one_or_all(args.control_scale or [1.0]),
         control_end=_one_or_all(args.control_end or [1.0]),
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
+        aesthetic_score=args.aesthetic_score,
         prompt_weights=args.prompt_weights,
+        clip_skip=args.clip_skip,
         progress=True,
         **sampler_options(args),
     )

@@ -68,14 +68,20 @@ def note_left_out(source: Source) -> None:
 
 def _check_channels(channels: Any, latent: int, source: Source) -> None:
     """Refuse before an export a UNet that no call can run: it takes latents, and for inpainting mask and image."""
-    if channels in (latent, 2 * latent + 1):
+    if channels in (latent, 2 * latent, 2 * latent + 1):
         return
-    kind = {2 * latent: "as InstructPix2Pix does", latent + 1: "as a depth-to-image or upscaling model does"}
+    kind = {latent + 1: "as a depth-to-image or upscaling model does"}
     what = kind.get(channels, "which no supported pipeline does") if isinstance(channels, int) else "no number"
     raise UserError(
         f"{source.path}: the UNet takes {channels!r} channels, {what}; that is not supported",
-        f"give a text-to-image model ({latent} channels) or an inpainting one ({2 * latent + 1})",
+        f"give a text-to-image model ({latent} channels), one that edits images ({2 * latent}), or an inpainting one "
+        f"({2 * latent + 1})",
     )
+
+
+def edits(source: Source) -> bool:
+    """Whether the UNet takes latents of an image beside its own, as InstructPix2Pix (arXiv 2211.09800) does."""
+    return source.config("unet").get("in_channels", 4) == 2 * source.config("vae")["latent_channels"]
 
 
 def latent_scale(vae: Mapping[str, Any], family: str) -> tuple[Any, Any]:

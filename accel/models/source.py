@@ -22,9 +22,8 @@ from . import few_step as families
 from . import hub, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
-from .embeddings import Embedding
-from .embeddings.files import Spec as EmbeddingSpec
-from .embeddings.into_model import add_tokens, add_vectors, learned, tokenizer_of
+from .embeddings import Embedding, EmbeddingSpec
+from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -45,6 +44,7 @@ class Source:
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
         embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
+        clip_skips: how many layers before the last one the text encoder has further outputs.
     """
 
     path: Path
@@ -56,6 +56,7 @@ class Source:
     variant: str | None = None
     few_step: str | None = None
     embeddings: tuple[Embedding, ...] = ()
+    clip_skips: tuple[int, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -131,7 +132,7 @@ class Source:
             model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
-        if self._learns(component):
+        if self.embeddings and component in TEXT_ENCODERS:
             add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
         return model.eval()
 
@@ -162,15 +163,13 @@ class Source:
 
     def copy(self, component: str, to: Path) -> None:
         """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
-        if component in self.files or self.loras and component in COMPONENTS or self._learns(component):
+        more = (COMPONENTS if self.loras else ()) + (TEXT_ENCODERS if self.embeddings else ())
+        if component in (*self.files, *more):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
             copy_folder(self.folder(component), to)
             if component.startswith("tokenizer") and self.embeddings:
                 add_tokens(to, self.embeddings)
-
-    def _learns(self, component: str) -> bool:
-        return any(component in embedding.vectors for embedding in self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
         if component in self.files:
@@ -203,6 +202,11 @@ class Source:
         if config.get("addition_embed_type") == "text_time":
             return "sdxl"
         return "sd2" if config.get("use_linear_projection") else "sd1"
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is an SDXL refiner, whose size conditioning ends in an aesthetic score."""
+        return bool(self.index.get("requires_aesthetics_score"))
 
     @property
     def topology(self) -> str:
@@ -275,11 +279,7 @@ def open_source(
         source.config("unet")  # says now what does not fit
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
-    if embeddings:
-        encoders = [name for name in KINDS["text_encoder"].names if source.has(name)]
-        texts = {name: (source.config(name), source.folder(tokenizer_of(name))) for name in encoders}
-        source = replace(source, embeddings=learned(embeddings, texts))
-    return source
+    return replace(source, embeddings=learned(embeddings, source)) if embeddings else source
 
 
 def _check_variant(source: Source, variant: str) -> None:
@@ -299,9 +299,8 @@ def _index(path: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline that has all parts which a Stable Diffusion needs."""
     index = read_json(path / "model_index.json", "model_index.json")
     if not isinstance(index, dict):
-        raise UserError(
-            f"{path / 'model_index.json'} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)"
-        )
+        fix = "save it with pipeline.save_pretrained(FOLDER)"
+        raise UserError(f"{path / 'model_index.json'} is not a JSON object", fix)
     names = [name for name, entry in index.items() if isinstance(entry, list)]
     if odd := [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name)]:
         raise UserError(
@@ -313,7 +312,7 @@ def _index(path: Path) -> dict[str, Any]:
     index = _each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not pipeline.has(needed):
+        if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
             kind = index.get("_class_name")
             other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
             fix = single_file.ELSEWHERE if other else SUPPORTED

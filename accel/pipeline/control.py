@@ -28,7 +28,7 @@ def prepare(request: Request, chunk: Chunk, manifest: Manifest, engines: Mapping
     specs = [spec for spec in unet.component.inputs if spec.name.startswith(CONTROL_INPUTS)]
     if not specs:
         return lambda i, feeds: {}
-    sizes = {"batch": len(chunk.prompts) * (2 if request.plan.guided else 1)} | inner_sizes(request.size)
+    sizes = {"batch": len(chunk.prompts) * request.plan.rows} | inner_sizes(request.size)
     zeros = {spec.name: unet.array(np.zeros(spec.concrete(sizes), spec.dtype)) for spec in specs}
     parts = [
         _network(engines[name], given, request, chunk, manifest, unet.array)

@@ -79,8 +79,10 @@ class InputImages:
     Attributes:
         image: what to start from.
         mask: white where to paint.
-        strength: share of the steps that are run, above 0 to 1; None for 0.8, and for 1 with a mask.
+        strength: share of the steps that are run, above 0 to 1; None for the usual one, and for 1 with a mask.
         shown: what each control network is shown, by its name; empty for nothing.
+        edited: whether the image is shown to the UNet (InstructPix2Pix) instead of being noised.
+        usual_strength: where neither strength nor mask is given.
     """
 
     image: Any = None
@@ -88,9 +90,17 @@ class InputImages:
     strength: float | None = None
     shown: Mapping[str, Shown] = field(default_factory=dict)
 
+    edited: bool = False
+    usual_strength: float = 0.8
+
     def __post_init__(self) -> None:
+        if self.edited:
+            if self.strength is not None:
+                text = f"strength {self.strength:g}: this model edits images, and takes all steps"
+                raise UserError(text, "image_guidance_scale (1.5) says how closely it keeps to the image")
+            return
         if self.image is not None and self.strength is None:
-            object.__setattr__(self, "strength", 0.8 if self.mask is None else 1.0)
+            object.__setattr__(self, "strength", self.usual_strength if self.mask is None else 1.0)
         if self.image is None and self.strength is not None:
             raise UserError(f"strength {self.strength:g} without an image", "give the image to start from as well")
         if self.mask is not None and self.image is None:

@@ -32,6 +32,7 @@ from .lazy_engines import LazyEngines, component_names
 from .output import Output, not_finite, of_type, table
 from .request import Request
 from .run import Run, StepCallback, StepEnd
+from .sampling_plan import plan as plan_of
 
 TEXT_ENCODERS = KINDS["text_encoder"].names
 
@@ -81,13 +82,19 @@ class Pipeline(Resource):
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        image_guidance_scale: float | None = None,
         control_image: Any = None,
         control_scale: float | Sequence[float] = 1.0,
         control_end: float | Sequence[float] = 1.0,
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         prompt_weights: bool = False,
+        clip_skip: int | None = None,
         latents: Any = None,
         renoise: Callable[[int], Any] | None = None,
         output_type: str = "pil",
@@ -110,7 +117,9 @@ class Pipeline(Resource):
             image: an image to start from, or one per image (`accel.images.batch`).
             mask_image: white where to paint, black where the image is kept.
             strength: how much of the image is given up, above 0 to 1: the share of the steps that are run. None for
-                0.8, and for 1 with a mask.
+                0.8 (an SDXL refiner: 0.3), and for 1 with a mask.
+            image_guidance_scale: how closely a model that edits images (InstructPix2Pix) keeps to the image; None for
+                1.5.
             control_image: what the bundle's T2I-Adapter or ControlNet is shown; a list, one for each, where it has
                 several ControlNets.
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter); a number, or one for each.
@@ -118,8 +127,15 @@ class Pipeline(Resource):
                 number, or one for each.
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
+            aesthetic_score, negative_aesthetic_score: what an SDXL refiner is told of its images, 1 to 10, with and
+                without the prompt.
+            denoising_start, denoising_end: shares of the noise schedule where the run begins, with the latents of
+                another run, and ends: a base model to 0.8, and a refiner from there.
             prompt_weights: let `(words:1.3)` in prompts count by that factor (`accel.text.prompts`).
-            latents: initial noise [N, C, h, w] with unit variance, float32 or less, instead of a seed's.
+            clip_skip: how many of the text encoder's last layers prompts do without (A1111's number less 1); negative
+                prompts take all, as in diffusers. None for the bundle's own.
+            latents: initial noise [N, C, h, w] with unit variance, float32 or less, instead of a seed's; with
+                `denoising_start` the `Output.latents` to go on with.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
             output_type: "pil", "np", "pt" or "latent", see `Output.images`.
             callback: called as (i, t, x) after each step with the latents so far.
@@ -167,8 +183,16 @@ class Pipeline(Resource):
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
         controls = map(call.__getitem__, ("control_image", "control_scale", "control_end"))
         seen = shown(self.bundle.manifest, *controls)
-        images = InputImages(call["image"], call["mask_image"], call["strength"], seen)
-        plan = request.plan(
+        manifest = self.bundle.manifest
+        images = InputImages(
+            call["image"],
+            call["mask_image"],
+            call["strength"],
+            seen,
+            edited=manifest.edits,
+            usual_strength=0.3 if manifest.refines else 0.8,
+        )
+        plan = plan_of(
             self.bundle.manifest,
             self.schedule,
             call["sampler"],
@@ -177,6 +201,8 @@ class Pipeline(Resource):
             call["guidance_scale"],
             images.strength,
             {name: call[name] for name in OPTIONS},
+            call["image_guidance_scale"],
+            (call["denoising_start"], call["denoising_end"]),
         )
         return request.complete(
             self._limits(),
@@ -189,9 +215,11 @@ class Pipeline(Resource):
             width=call["width"],
             latents=call["latents"],
             inputs=images,
+            scores=(call["aesthetic_score"], call["negative_aesthetic_score"]),
             sizes=(call["original_size"], call["crop"], call["target_size"]),
             renoise=call["renoise"],
             weighted=call["prompt_weights"],
+            clip_skip=request.clip_skip(manifest, call["clip_skip"]),
         )
 
     def _with_generator(self, made: Request, generator: Any) -> Request:

@@ -33,7 +33,7 @@ from . import acceptance, sensitivity, speed
 from .acceptance import Decision, accept
 from .image_parity import Evaluator
 from .settings import QUANTIZED, Int8Settings
-from .unsupported import refuse_control, refuse_inpainting
+from .unsupported import refuse_control, refuse_inpainting, refuse_refiner
 
 Progress = Callable[[str, float], None]
 
@@ -122,6 +122,8 @@ def _candidates(bundle: Bundle, settings: Int8Settings) -> tuple[list[str], dict
     names = [name for name in QUANTIZED if settings.wants(name) and name in bundle.manifest.components]
     inputs = bundle.component("unet").inputs
     refuse_inpainting(inputs[0].shape[1])
+    if bundle.manifest.refines:
+        refuse_refiner()
     if "unet" not in names or not any(spec.name.startswith(CONTROL_INPUTS) for spec in inputs):
         return names, {}
     if settings.requires("unet"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ...bundle.kinds import KINDS
 from ..config_files import clip_tokenizer
 from .files import Spec
 from .reading import Embedding, check_tokens, fitting
@@ -13,24 +14,34 @@ from .reading import Embedding, check_tokens, fitting
 if TYPE_CHECKING:
     from torch import nn
 
+TEXT_ENCODERS = KINDS["text_encoder"].names
+
 
 def tokenizer_of(component: str) -> str:
     """The tokenizer's folder of a text encoder."""
     return component.replace("text_encoder", "tokenizer")
 
 
-def learned(specs: Sequence[Spec], encoders: Mapping[str, tuple[Mapping[str, Any], Path]]) -> tuple[Embedding, ...]:
-    """Read embedding files for a pipeline.
+class Parts(Protocol):
+    """A pipeline's parts, such as `accel.models.source.Source`."""
 
-    Args:
-        encoders: text encoder -> its config, and the folder of its tokenizer.
+    def has(self, component: str) -> bool: ...
+
+    def config(self, component: str) -> dict[str, Any]: ...
+
+    def folder(self, component: str) -> Path: ...
+
+
+def learned(specs: Sequence[Spec], source: Parts) -> tuple[Embedding, ...]:
+    """Read embedding files for a pipeline.
 
     Raises:
         UserError: for a file that does not fit, or a token that a tokenizer has already.
     """
-    embeddings = fitting(specs, {name: config.get("hidden_size", 512) for name, (config, _) in encoders.items()})
-    for _, folder in encoders.values():
-        tokenizer = clip_tokenizer(folder, fast=True)
+    encoders = [name for name in TEXT_ENCODERS if source.has(name)]
+    embeddings = fitting(specs, {name: source.config(name).get("hidden_size", 512) for name in encoders})
+    for name in encoders:
+        tokenizer = clip_tokenizer(source.folder(tokenizer_of(name)), fast=True)
         check_tokens(embeddings, tokenizer.get_vocab(), tokenizer.added_tokens_encoder)
     return embeddings
 

@@ -175,32 +175,34 @@ def _vectors(path: Path, tensor: Any) -> np.ndarray:
 
 def _fitted(embedding: Embedding, widths: Mapping[str, int]) -> Embedding:
     """The embedding with its vectors by text encoder of this model."""
-    path, two = embedding.file.path, len(widths) > 1
-    if two and "" in embedding.vectors:
-        width = embedding.vectors[""].shape[1]
-        made_for = f" (it is made for {_MADE_FOR[width]})" if width in _MADE_FOR else ""
+    path = embedding.file.path
+    if len(widths) > 1 and "" in embedding.vectors:
         fix = "an embedding that was trained for SDXL, with clip_l and clip_g"
+        made_for = _made_for(embedding.vectors[""])
         raise UserError(
             f"{path} has vectors for one text encoder{made_for}, and this SDXL model has {len(widths)}", fix
         )
-    if not two and "" not in embedding.vectors:
+    if "text_encoder_2" not in widths and "" not in embedding.vectors:
         (width,) = widths.values()
         family = f", such as one for {_MADE_FOR[width]}" if width in _MADE_FOR else ""
         fix = f"an embedding with vectors of {width} numbers{family}"
         raise UserError(f"{path} is made for SDXL (clip_l and clip_g), and this model has one text encoder", fix)
-    names = {"": next(iter(widths))} | _SDXL
-    vectors = {names[key]: value for key, value in embedding.vectors.items()}
+    names = {"": next(iter(widths))} | _SDXL  # SDXL's refiner has the second one alone
+    vectors = {names[key]: value for key, value in embedding.vectors.items() if names[key] in widths}
     for name, value in vectors.items():
-        if name not in widths:
-            raise UserError(f"{path} has vectors for {name}, which this model has not", _KNOWN)
         if value.shape[1] != widths[name]:
-            made_for = f" (it is made for {_MADE_FOR[value.shape[1]]})" if value.shape[1] in _MADE_FOR else ""
             raise UserError(
-                f"{path} has vectors of {value.shape[1]} numbers{made_for}, and the {name} of this model takes "
-                f"{widths[name]}",
+                f"{path} has vectors of {value.shape[1]} numbers{_made_for(value)}, and the {name} of this model "
+                f"takes {widths[name]}",
                 "an embedding that was trained for a model of this family",
             )
     if len({len(value) for value in vectors.values()}) > 1:
         counts = " and ".join(f"{len(value)} for the {name}" for name, value in vectors.items())
         raise UserError(f"{path} has unequal numbers of vectors: {counts}", "get the file again")
     return replace(embedding, vectors=vectors)
+
+
+def _made_for(vectors: np.ndarray) -> str:
+    """For messages: the model whose vectors are of this width."""
+    width = vectors.shape[1]
+    return f" (it is made for {_MADE_FOR[width]})" if width in _MADE_FOR else ""

@@ -67,6 +67,12 @@ def test_sdxl(tmp_path):
     }
 
 
+def test_sdxls_refiner_has_the_second_text_encoder_alone(tmp_path):
+    state = {"clip_g": torch.ones(2, 12), "clip_l": torch.zeros(2, 8)}
+    (made,) = fitting(saved(tmp_path, "xl.safetensors", state), {"text_encoder_2": 12})
+    assert list(made.vectors) == ["text_encoder_2"] and (made.vectors["text_encoder_2"] == 1).all()
+
+
 def test_a_folder_of_diffusers_and_a_name_with_an_equals_sign(tmp_path):
     saved(tmp_path, "learned_embeds.safetensors", {"<toy>": VECTORS})
     assert fitting(tmp_path, ONE)[0].token == "<toy>"
