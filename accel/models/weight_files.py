@@ -6,14 +6,15 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingPackage, UserError
+from ..errors import MissingPackage, Notice, UserError
 from ..files import parse_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     _check_name(path)
-    state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else read_pickle(path)
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -61,7 +62,7 @@ def read_groups(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     _check_name(path)
-    state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else read_pickle(path)
     tensors = {}
     for key, value in state.items():
         for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
@@ -200,6 +201,23 @@ def variants(folder: Path) -> dict[str | None, list[Path]]:
     return found
 
 
+def check_variant(folders: Mapping[str, Path], variant: str, where: Path) -> None:
+    """As in diffusers, a variant counts for the components that have it, and is an error where none has.
+
+    Args:
+        folders: of the components, by name.
+        where: they lie, for messages.
+    """
+    found = {name: variants(folder) for name, folder in folders.items()}
+    plain = [name for name in folders if variant not in found[name]]
+    if len(plain) == len(folders):
+        known = ", ".join(sorted({str(kind) for kinds in found.values() for kind in kinds if kind})) or "none"
+        raise UserError(f"{where} has no variant {variant!r}", f"leave --variant out; its variants: {known}")
+    if plain:
+        parts = " and ".join(plain)
+        warnings.warn(f"no variant {variant} of {parts} is there: plain weights are taken", Notice, stacklevel=4)
+
+
 def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
     """The weight files of a component's folder and their variant ("fp16", or None for the plain ones).
 
@@ -251,7 +269,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of torch: tensors, and plain values such as texts and numbers.
+
+    Raises:
+        UserError: for a file that cannot be read, holds no dictionary, or has more than data in it.
+    """
     import torch
 
     try:

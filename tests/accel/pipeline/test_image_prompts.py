@@ -95,9 +95,9 @@ def draw(pipe, image=None, scale=None, guidance=5.0, prompts=1, **more):
     return pipe(["the cat", "the dog"][:prompts], **how, **given).images
 
 
-def ours(pipe, image=None, scale=1.0, guidance=5.0, **more):
+def ours(pipe, image=None, scale=1.0, guidance=5.0, prompt="the cat", **more):
     how = dict(seed=5, guidance_scale=guidance, output_type="np")
-    return pipe("the cat", ip_adapter_image=image, ip_adapter_scale=scale, **how | more).images
+    return pipe(prompt, ip_adapter_image=image, ip_adapter_scale=scale, **how | more).images
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
