@@ -71,7 +71,8 @@ def clip_pixels(
 ) -> np.ndarray:
     """Float32 [3, size, size]: one image as CLIP's vision tower is shown it, equal to transformers' CLIPImageProcessor.
 
-    The shorter side is resized to `size` (bicubic, in 8 bits), the middle is cut out and normalised.
+    What is transparent becomes white; the shorter side is resized to `size` (bicubic, in 8 bits), and the middle is cut
+    out and normalised.
 
     Args:
         image: as in `batch`, one image.
@@ -79,7 +80,11 @@ def clip_pixels(
     """
     from PIL import Image
 
-    picture = _opened(_channels_last(image)).convert("RGB")
+    picture = _opened(_channels_last(image))
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    picture = picture.convert("RGB")
     short, long = sorted(picture.size)
     sides = [size if side == short else int(size * long / short) for side in picture.size]
     pixels = np.asarray(picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))

@@ -311,13 +311,15 @@ def test_the_command_line_exports_and_runs_an_image_prompt(
 
 
 @pytest.mark.parametrize("size", [(57, 40), (33, 71), (28, 28), (9, 30), (640, 481)])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_pictures_are_prepared_as_transformers_does(size, mode):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     rng = np.random.default_rng(1)
-    shape = (size[1], size[0], *({"RGB": (3,), "RGBA": (4,), "L": ()}[mode]))
-    picture = Image.fromarray(rng.integers(0, 255, shape, np.uint8), mode)
+    shape = (size[1], size[0], *({"RGB": (3,), "RGBA": (4,), "L": (), "P": (3,)}[mode]))
+    picture = Image.fromarray(rng.integers(0, 255, shape, np.uint8)).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 3
     for side in (28, 224):
         processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         expected = processor(picture, return_tensors="np").pixel_values[0]
