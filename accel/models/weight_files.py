@@ -6,15 +6,14 @@ import math
 import pickle
 import re
 import struct
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingPackage, Notice, UserError
+from ..errors import MissingPackage, UserError
 from ..files import parse_json
 
 if TYPE_CHECKING:
@@ -199,23 +198,6 @@ def variants(folder: Path) -> dict[str | None, list[Path]]:
         if match:
             found.setdefault(match["a"] or match["b"], []).append(path)
     return found
-
-
-def check_variant(folders: Mapping[str, Path], variant: str, where: Path) -> None:
-    """As in diffusers, a variant counts for the components that have it, and is an error where none has.
-
-    Args:
-        folders: of the components, by name.
-        where: they lie, for messages.
-    """
-    found = {name: variants(folder) for name, folder in folders.items()}
-    plain = [name for name in folders if variant not in found[name]]
-    if len(plain) == len(folders):
-        known = ", ".join(sorted({str(kind) for kinds in found.values() for kind in kinds if kind})) or "none"
-        raise UserError(f"{where} has no variant {variant!r}", f"leave --variant out; its variants: {known}")
-    if plain:
-        parts = " and ".join(plain)
-        warnings.warn(f"no variant {variant} of {parts} is there: plain weights are taken", Notice, stacklevel=4)
 
 
 def chosen_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
