@@ -281,6 +281,10 @@ class Bundle:
             if entry.startswith(f"{folder}/") and self.file(entry)
         )
 
+    def config(self, component: str) -> dict[str, Any]:
+        """The config.json of a component, as diffusers and transformers write it."""
+        return read_json(self.file(f"{self.component(component).folder}/config.json"), "the config")
+
     def copy(self, to: Path, folder: str | None = None) -> None:
         """Copy the listed files, all or those below one folder, into a folder of the same layout."""
         for entry in self.manifest.files:

@@ -27,6 +27,8 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Any = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -49,6 +51,9 @@ def load(
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
+        vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
+            for yes where the bundle was exported for tiles.
+        vae_tile: side of a tile in pixels, which enables tiling too; None for diffusers' own, or the bundle's.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -62,7 +67,8 @@ def load(
         ready = opened(bundle, engine, export=export, few_step=few_step)
     if _is_pipeline(ready) and _wants_graphs(engine):
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **(export or {})})
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, loras=loras, **options)
+    how = dict(verify=verify, low_memory=low_memory, loras=loras, vae_tiling=vae_tiling, vae_tile=vae_tile)
+    return load_opened(ready, engine, **how, **options)
 
 
 def opened(

@@ -38,6 +38,10 @@ class PipelineBundle(Bundle):
         """A network as a torch module with named tensors, float32, weights loaded."""
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
+    def config(self, component: str) -> dict[str, Any]:
+        """The config.json of a component's part of the pipeline."""
+        return dict(self.source.config(kind_of(component).part or component))
+
     def file(self, entry: str) -> Path:
         """The path of a file of the folder, which has no manifest to list it."""
         return self.path / entry
@@ -68,12 +72,12 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source)
-    step = constants["vae_scale"] * constants["latent_multiple"]
+    step = constants["vae_scale"]  # torch takes any latents: the UNet is told which sizes to go back up to
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
         for native in native_sides(constants["native_size"])
     )
-    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
+    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source), step)
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
         vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1

@@ -57,6 +57,8 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
@@ -65,7 +67,9 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(verify=verify, low_memory=low_memory, loras=loras, **options)
+        how = dict(
+            verify=verify, low_memory=low_memory, loras=loras, vae_tiling=vae_tiling, vae_tile=vae_tile, **options
+        )
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
@@ -95,15 +99,37 @@ def load(
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    return Pipeline(bundle, engines, fused.files)
+    pipeline = Pipeline(bundle, engines, fused.files)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    return pipeline
 
 
-def check_call(bundle: Bundle, **call: Any) -> None:
+def set_tiling(pipeline: Pipeline, vae_tiling: bool | None, vae_tile: int | None) -> None:
+    """Let the VAE of a pipeline see tiles or whole images, where either is asked for.
+
+    Raises:
+        UserError: for a side of tiles where there are to be none.
+    """
+    if vae_tiling or vae_tiling is None and vae_tile is not None:
+        pipeline.enable_vae_tiling(vae_tile)
+    elif vae_tile is not None:
+        raise UserError(f"vae_tile = {vae_tile} without tiling", "leave vae_tile out, or vae_tiling=True")
+    elif vae_tiling is False:
+        pipeline.disable_vae_tiling()
+
+
+def check_call(bundle: Bundle, *, vae_tiling: bool | None = None, vae_tile: int | None = None, **call: Any) -> None:
     """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Args:
+        vae_tiling, vae_tile: as of `load`.
+        call: the arguments of the call.
 
     Raises:
         UserError: as the call itself would, but for what only an engine or an image file can tell.
     """
     unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
     given = arguments.read(default_call | call, default_call, {})
-    Pipeline(bundle, unloaded)._request(given)
+    pipeline = Pipeline(bundle, unloaded)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    pipeline._request(given)

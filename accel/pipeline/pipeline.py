@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..models.lora import LoraFile, for_bundle
 from ..models.lora.files import Spec
 from ..sampling.constants import OPTIONS
+from ..tiling import VaeTiling
 from . import arguments, request
 from .generator_noise import GeneratorNoise
 from .lazy_engines import LazyEngines, component_names
@@ -38,6 +39,7 @@ class Pipeline(Resource):
         bundle: where it came from; `bundle.manifest.sampler` holds the default steps and guidance.
         engines: the components by name.
         loras: the LoRA files that it runs with.
+        tiling: how the VAE sees images (`enable_vae_tiling`); None for whole ones.
     """
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
@@ -52,6 +54,9 @@ class Pipeline(Resource):
             for name in engines
             if name in TEXT_ENCODERS
         }
+        self.tiling: VaeTiling | None = None
+        if bundle.manifest.profile.vae_tile:
+            self.enable_vae_tiling()
 
     def __call__(
         self,
@@ -181,6 +186,7 @@ class Pipeline(Resource):
             sizes=(call["original_size"], call["crop"], call["target_size"]),
             renoise=call["renoise"],
             weighted=call["prompt_weights"],
+            tiling=self.tiling,
         )
 
     def _with_generator(self, made: Request, generator: Any) -> Request:
@@ -227,6 +233,27 @@ class Pipeline(Resource):
         self.engines.set_weights(fused.tensors)
         self.loras = fused.files
 
+    def enable_vae_tiling(self, tile: int | None = None) -> None:
+        """Decode and encode images in overlapping tiles that are blended, as diffusers' method of this name does.
+
+        Memory is then that of a tile, and the sizes of images are limited by the UNet alone. An image differs a little
+        from the one that is decoded whole: the VAE's attention and group norms see a tile.
+
+        Args:
+            tile: side of a tile in pixels; None for the one that the bundle was exported for, else for diffusers' own
+                (`accel.tiling.VaeTiling.of`).
+
+        Raises:
+            UserError: for a side that makes no tiles.
+        """
+        self.check_open()
+        manifest, config = self.bundle.manifest, self.bundle.config("vae_decoder")
+        self.tiling = VaeTiling.of(config, manifest.pipeline["vae_scale"], tile or manifest.profile.vae_tile or None)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode and encode whole images again."""
+        self.tiling = None
+
     def to(self, *args: Any, **kwargs: Any) -> Pipeline:
         """The pipeline itself, where it is there already: a loaded engine cannot be moved.
 
@@ -255,6 +282,8 @@ class Pipeline(Resource):
         """What each component runs on."""
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
         parts = {name: self.engines.descriptions.get(name, later) for name in self.engines}
+        if self.tiling is not None:
+            parts["vae tiling"] = f"{self.tiling.tile} px"
         return parts | ({"loras": ", ".join(map(str, self.loras))} if self.loras else {})
 
     def _limits(self) -> Manifest:
