@@ -23,7 +23,7 @@ from accel.models.constants import check_runs, checked_sampling, note_left_out, 
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
-from accel.tiling import VaeTiling
+from accel.pipeline.tiling import VaeTiling
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision

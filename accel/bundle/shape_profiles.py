@@ -69,8 +69,8 @@ class Profile:
         height, width: pixels; the network decides in which steps (see `dims`).
         tokens: length of the text context.
         step: pixels between one size and the next of a range; 0 for what the UNet halves exactly, see `dims`.
-        vae_tile: largest side that the VAE takes, in pixels: it sees tiles of larger images (`accel.tiling`). 0 for a
-            VAE that takes what the UNet takes.
+        vae_tile: largest side that the VAE takes, in pixels: it sees tiles of larger images (`accel.pipeline.tiling`).
+            0 for a VAE that takes what the UNet takes.
     """
 
     name: str
@@ -219,7 +219,8 @@ def profile(text: str, *, native: int | Sequence[int] | None = None) -> Profile:
         if others := set(more) - {"step", "vae_tile"}:
             fix = f"spell it out, such as batch=1-4,{others.pop()}=..., or leave that out"
             raise UserError(f"profile {text!r}: only step and vae_tile may follow a name", fix)
-        return replace(profile(first, native=native), name=text, **{key: value.max for key, value in more.items()})
+        step, vae_tile = (more[key].max if key in more else 0 for key in ("step", "vae_tile"))
+        return replace(profile(first, native=native), name=text, step=step, vae_tile=vae_tile)
     fields = _fields(text, text)
     if native is not None:
         fields = dict(zip(("height", "width"), map(fixed, native_sides(native)), strict=True)) | fields

@@ -18,8 +18,8 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
-from ..tiling import VaeTiling
 from .request import Chunk, Request
+from .tiling import VaeTiling
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
 _OF_IMAGE, _OF_MASKED = 1_000_001, 1_000_002

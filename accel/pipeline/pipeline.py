@@ -20,13 +20,13 @@ from ..errors import UserError
 from ..models.lora import LoraFile, for_bundle
 from ..models.lora.files import Spec
 from ..sampling.constants import OPTIONS
-from ..tiling import VaeTiling
 from . import arguments, request
 from .generator_noise import GeneratorNoise
 from .lazy_engines import LazyEngines, component_names
 from .output import Output, not_finite, of_type, table
 from .request import InputImages, Request
 from .run import Run, StepCallback, StepEnd
+from .tiling import VaeTiling
 from .tokenizer import ClipTokenizer
 
 TEXT_ENCODERS = KINDS["text_encoder"].names
@@ -241,7 +241,7 @@ class Pipeline(Resource):
 
         Args:
             tile: side of a tile in pixels; None for the one that the bundle was exported for, else for diffusers' own
-                (`accel.tiling.VaeTiling.of`).
+                (`accel.pipeline.tiling.VaeTiling.of`).
 
         Raises:
             UserError: for a side that makes no tiles.

@@ -19,7 +19,7 @@ from ..sampling import Sampling
 from ..sampling import samplers as sampler
 from ..sampling.linear import Table
 from ..sampling.noise_schedule import NoiseSchedule
-from ..tiling import VaeTiling
+from .tiling import VaeTiling
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from accel.models.networks import Network
 from accel.models.weight_files import read_header
 
 GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
-# Height and width of the example that is traced, in units: of sides that halve exactly, and of others. Neither a side nor
-# what a UNet halves it to may be one pixel.
+# Height and width of the example that is traced, in units: of sides that halve exactly, and of others. No side may be
+# one pixel, nor what a UNet halves it to.
 _EXACT, _ROUNDED = {"height": 2, "width": 3}, {"height": 18, "width": 22}
 # A power of two that no side is a multiple of, see `_sizes_forwarded`.
 _NEVER = 60
@@ -163,7 +163,8 @@ def _symbols(used: set[str], dims: Mapping[str, Range], rounded: bool) -> dict[s
         root = f"latent_{dim}" if f"latent_{dim}" in used else root  # an image beside its latents
         unit = dims[root].multiple
         # The range must let the example pass, and no side of a UNet become one pixel: only the trace asks for that.
-        least, most = (9, _ROUNDED["width"]) if rounded and "latent" in root else (1, _EXACT["width"])
+        of_side = rounded and any(side in root for side in _EXACT)
+        least, most = (9, _ROUNDED["width"]) if of_side else (1, _EXACT["width"])
         symbol = torch.export.Dim(f"{root}_unit", min=-(-least // unit), max=max(most, dims[root].max // unit))
         multiple = dims[dim].multiple
         symbols[dim] = symbol if multiple == 1 else multiple * symbol

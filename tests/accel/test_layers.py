@@ -25,7 +25,7 @@ ACCEL = (
     ("assets",),
     ("sampling",),
     ("bundle",),
-    ("int8", "trt", "patching", "tiling"),
+    ("int8", "trt", "patching"),
     ("models",),
     ("engines",),
     ("pipeline",),

@@ -9,7 +9,7 @@ import torch
 from accel.bundle import Component
 from accel.bundle.shape_profiles import Range, fixed
 from accel.errors import UserError
-from accel.tiling import VaeTiling
+from accel.pipeline.tiling import VaeTiling
 
 # Latent sizes: one side no larger than a tile, both larger, a last tile of one latent pixel.
 SIZES = [(8, 20), (20, 27), (13, 25), (8, 8)]

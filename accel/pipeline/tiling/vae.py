@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Component
-from ..errors import UserError
+from ...bundle import Component
+from ...errors import UserError
 from .blend import Run, masked, ramped, spans
 
 
