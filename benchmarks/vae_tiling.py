@@ -23,7 +23,6 @@ import numpy as np
 import pages
 
 import accel
-from accel.bundle import Bundle
 from accel.engines.base import to_numpy
 from accel.export.pipeline import export_pipeline
 from accel.files import read_json, write_json
@@ -71,7 +70,7 @@ def measure(bundle: Path, engine: str, size: int, tile: int) -> dict[str, Any]:
         return to_numpy(vae(latent_sample=vae.array(z))["sample"])
 
     if tile:
-        config = Bundle.open(bundle).config("vae_decoder")
+        config = read_json(bundle / "vae_decoder/config.json", "the VAE's config")
         pixels = VaeTiling.of(config, SCALE, tile).decode(latents, run)
     else:
         pixels = run(latents)

@@ -24,7 +24,8 @@ class Kind:
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
             bundle has it), or "on demand" (loaded when it is first used).
         control: whether it adds to the UNet; such a component is exported wherever the source has it.
-        slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`.
+        slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`; or one that
+            holds several networks (a MultiControlNetModel).
         stand_in: what replaces them, made as (original module, engine).
     """
 
@@ -64,7 +65,7 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
     Kind(
-        names=("controlnet",),
+        names=("controlnet", "controlnet_1", "controlnet_2"),
         wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
@@ -107,5 +108,5 @@ def kind_of(component: str) -> Kind:
 
 
 def control_components() -> tuple[str, ...]:
-    """The components that add to the UNet: `t2i_adapter`, `controlnet`."""
-    return tuple(name for name, kind in KINDS.items() if kind.control)
+    """The components that add to the UNet: `t2i_adapter`, `controlnet`, `controlnet_1`, ..."""
+    return tuple(name for kind in KINDS.values() if kind.control for name in kind.names)

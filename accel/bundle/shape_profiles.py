@@ -86,7 +86,7 @@ class Profile:
         return {key: value for key, value in found.items() if value or key not in ("step", "vae_tile")}
 
     def dims(
-        self, *, vae_scale: int, latent_multiple: int, guidance: bool, component: str = "unet"
+        self, *, vae_scale: int, latent_multiple: int, guidance: bool, edits: bool = False, component: str = "unet"
     ) -> dict[str, Range]:
         """The symbolic dimensions of the tensors of a component.
 
@@ -99,6 +99,7 @@ class Profile:
                 downsamplers).
             guidance: whether the pipeline uses classifier-free guidance, which doubles the UNet's batch. A batch range
                 always leaves room for it; a fixed batch is fixed to one or the other.
+            edits: whether it is guided by an image too (InstructPix2Pix), which makes it three times the batch.
             component: its name; a VAE's can take any multiple of `vae_scale`, and only tiles.
 
         Raises:
@@ -106,9 +107,10 @@ class Profile:
         """
         of_vae = component.startswith("vae_")
         step = self._step(vae_scale, latent_multiple)
-        batch = self.batch.scaled(1 + guidance)
+        guided = 3 if edits else 2
+        batch = self.batch.scaled(guided if guidance else 1)
         if not self.batch.fixed:
-            batch = Range(self.batch.min, batch.opt, self.batch.max * 2)
+            batch = Range(self.batch.min, batch.opt, self.batch.max * guided)
         dims = {"images": self.batch, "batch": batch}
         for side, pixels in (("height", self.height), ("width", self.width)):
             self._check(side, pixels, vae_scale if pixels.fixed else step, vae_scale)

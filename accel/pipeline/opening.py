@@ -13,11 +13,13 @@ from ..bundle import Bundle, is_bundle
 from ..bundle.manifest import steadily
 from ..engines import choose, load_engine
 from ..errors import Notice, UserError
+from ..models.embeddings import files as embedding_files
+from ..models.embeddings.for_bundle import Placed, placed
 from ..models.lora import for_bundle
 from ..models.lora.files import Spec
 from . import arguments
 from .lazy_engines import LazyEngines, component_names, present
-from .pipeline import Pipeline, default_call
+from .pipeline import Pipeline, default_call, tokenizers_of
 
 
 def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle:
@@ -57,6 +59,7 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
+    embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
     vae_tiling: bool | None = None,
     vae_tile: int | None = None,
     **options: Any,
@@ -67,9 +70,8 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(
-            verify=verify, low_memory=low_memory, loras=loras, vae_tiling=vae_tiling, vae_tile=vae_tile, **options
-        )
+        how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options)
+        how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
@@ -90,18 +92,29 @@ def load(
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
         bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
-    fused = for_bundle.fused(bundle, loras)  # says what does not fit, before any engine is loaded
+    # These say what does not fit, before any engine is loaded.
+    learned = read_embeddings(bundle, embeddings)
+    fused = for_bundle.fused(bundle, loras)
     loaders = {
         name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
         for name in [*wanted, *later]
     }
-    engines = LazyEngines(loaders, offload=low_memory, weights=fused.tensors)
+    engines = LazyEngines(loaders, offload=low_memory, weights=learned.tensors(bundle, fused.tensors))
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    pipeline = Pipeline(bundle, engines, fused.files)
+    pipeline = Pipeline(bundle, engines, fused, learned)
     set_tiling(pipeline, vae_tiling, vae_tile)
     return pipeline
+
+
+def read_embeddings(bundle: Bundle, embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None) -> Placed:
+    """Files of textual inversion and their places in a bundle's token tables, before anything is loaded.
+
+    Raises:
+        UserError: for a file that does not fit, or too many vectors.
+    """
+    return placed(bundle, embeddings, tokenizers_of(bundle, component_names(bundle)) if embeddings else {})
 
 
 def set_tiling(pipeline: Pipeline, vae_tiling: bool | None, vae_tile: int | None) -> None:
