@@ -28,10 +28,10 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
-_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
+_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift ip_adapter image_encoder".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -106,8 +106,18 @@ def _add_parts(group: Any) -> None:
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
     )
     group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="textual inversion whose token prompts may use: diffusers', A1111's or SDXL's (repeatable; default token: "
+        "the file's own)",
+    )
+    group.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
     )
+    text = "do without the text encoder's last N layers for prompts, as diffusers' clip_skip (A1111's number less 1)"
+    group.add_argument("--clip-skip", type=int, metavar="N", help=text)
     group.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
     group.add_argument(
         "--adapter",
@@ -116,7 +126,14 @@ def _add_parts(group: Any) -> None:
         metavar="FOLDER",
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
     )
-    group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    text = "ControlNet to export with it (repeatable: up to three, whose residuals are added)"
+    group.add_argument("--controlnet", action="append", default=[], metavar="FOLDER", help=text)
+    group.add_argument(
+        "--ip-adapter", metavar="FILE", help="IP-Adapter to put into the UNet, such as ip-adapter_sd15.safetensors"
+    )
+    group.add_argument(
+        "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: the pipeline's own)"
+    )
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
@@ -244,7 +261,10 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            ip_adapter=args.ip_adapter,
+            image_encoder=args.image_encoder,
             few_step=args.few_step,
+            embeddings=args.embedding,
         )
     )
     with progress() as report:
@@ -258,6 +278,7 @@ def _bundle(args: argparse.Namespace) -> int:
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
+            clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
             int8=_int8(args),

@@ -12,7 +12,7 @@ from ..bundle.shape_profiles import profile as parse_profile
 from ..engines import choose
 from ..engines.select import facts
 from ..errors import UserError
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, read_embeddings
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
 from .compiled import compiled, profile_around
@@ -27,6 +27,9 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Any = None,
+    embeddings: Any = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -49,6 +52,10 @@ def load(
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
+        embeddings: files of textual inversion, whose tokens prompts may use, as `Pipeline.set_embeddings` takes them.
+        vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
+            for yes where the bundle was exported for tiles.
+        vae_tile: side of a tile in pixels, which enables tiling too; None for diffusers' own, or the bundle's.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -61,8 +68,11 @@ def load(
     if not _is_bundle(bundle, export=export, few_step=few_step):
         ready = opened(bundle, engine, export=export, few_step=few_step)
     if _is_pipeline(ready) and _wants_graphs(engine):
+        read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **(export or {})})
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, loras=loras, **options)
+    changed = dict(loras=loras, embeddings=embeddings)
+    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
 
 
 def opened(

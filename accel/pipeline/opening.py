@@ -13,11 +13,13 @@ from ..bundle import Bundle, is_bundle
 from ..bundle.manifest import steadily
 from ..engines import choose, load_engine
 from ..errors import Notice, UserError
+from ..models.embeddings import files as embedding_files
+from ..models.embeddings.for_bundle import Placed, placed
 from ..models.lora import for_bundle
 from ..models.lora.files import Spec
 from . import arguments
 from .lazy_engines import LazyEngines, component_names, present
-from .pipeline import Pipeline, default_call
+from .pipeline import Pipeline, default_call, tokenizers_of
 
 
 def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle:
@@ -57,6 +59,9 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
+    embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
@@ -65,7 +70,8 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(verify=verify, low_memory=low_memory, loras=loras, **options)
+        how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options)
+        how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
@@ -86,24 +92,57 @@ def load(
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
         bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
-    fused = for_bundle.fused(bundle, loras)  # says what does not fit, before any engine is loaded
+    # These say what does not fit, before any engine is loaded.
+    learned = read_embeddings(bundle, embeddings)
+    fused = for_bundle.fused(bundle, loras)
     loaders = {
         name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
         for name in [*wanted, *later]
     }
-    engines = LazyEngines(loaders, offload=low_memory, weights=fused.tensors)
+    engines = LazyEngines(loaders, offload=low_memory, weights=learned.tensors(bundle, fused.tensors))
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    return Pipeline(bundle, engines, fused.files)
+    pipeline = Pipeline(bundle, engines, fused, learned)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    return pipeline
 
 
-def check_call(bundle: Bundle, **call: Any) -> None:
+def read_embeddings(bundle: Bundle, embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None) -> Placed:
+    """Files of textual inversion and their places in a bundle's token tables, before anything is loaded.
+
+    Raises:
+        UserError: for a file that does not fit, or too many vectors.
+    """
+    return placed(bundle, embeddings, tokenizers_of(bundle, component_names(bundle)) if embeddings else {})
+
+
+def set_tiling(pipeline: Pipeline, vae_tiling: bool | None, vae_tile: int | None) -> None:
+    """Let the VAE of a pipeline see tiles or whole images, where either is asked for.
+
+    Raises:
+        UserError: for a side of tiles where there are to be none.
+    """
+    if vae_tiling or vae_tiling is None and vae_tile is not None:
+        pipeline.enable_vae_tiling(vae_tile)
+    elif vae_tile is not None:
+        raise UserError(f"vae_tile = {vae_tile} without tiling", "leave vae_tile out, or vae_tiling=True")
+    elif vae_tiling is False:
+        pipeline.disable_vae_tiling()
+
+
+def check_call(bundle: Bundle, *, vae_tiling: bool | None = None, vae_tile: int | None = None, **call: Any) -> None:
     """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Args:
+        vae_tiling, vae_tile: as of `load`.
+        call: the arguments of the call.
 
     Raises:
         UserError: as the call itself would, but for what only an engine or an image file can tell.
     """
     unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
     given = arguments.read(default_call | call, default_call, {})
-    Pipeline(bundle, unloaded)._request(given)
+    pipeline = Pipeline(bundle, unloaded)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    pipeline._request(given)
