@@ -65,7 +65,7 @@ IDS = {"input_ids": np.arange(77, dtype=np.int64)[None] % 50}
 def test_nvidias_real_library_is_registered_or_says_what_is_missing(bundle, tmp_path):
     """With a driver this goes as far as the card; without one the library itself does not load."""
     if library.has_driver():
-        pytest.skip("there is a driver here: tests/accel/engines/test_tensorrt_rtx_gpu.py")
+        pytest.skip("there is a driver here")
     with pytest.raises(
         UserError, match="provider tensorrt-rtx cannot be used here: there is no NVIDIA driver .libcuda"
     ):
