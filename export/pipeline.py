@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
-from accel.bundle.kinds import KINDS, control_components, kind_of
+from accel.bundle.kinds import KINDS, control_components, kind_of, usual_components
 from accel.bundle.shape_profiles import Profile, Range, native_sides
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
+from accel.models import safety_checker as checkers
 from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from accel.safety import COMPONENT as SAFETY_CHECKER
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
@@ -32,7 +34,7 @@ from .int8.settings import Int8Settings, complete, refuse_changes
 from .int8.unsupported import refuse_control
 from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = usual_components()
 _STAGES = 4
 
 
@@ -48,6 +50,7 @@ class _Options:
     controlnet: str | Path | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
+    safety_checker: bool = False
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -67,6 +70,7 @@ def export_pipeline(
     controlnet: str | Path | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
+    safety_checker: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
     int8: Int8Settings | None = None,
@@ -86,6 +90,8 @@ def export_pipeline(
         controlnet: folder of a ControlNet to export with it.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
+        safety_checker: export the safety checker of the model's folder too, in float32 whatever the precision: a
+            pipeline of the bundle blackens the images that it rejects. Without it a note says that it is left out.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
         int8: how to quantize, if the precision asks for it.
@@ -95,7 +101,8 @@ def export_pipeline(
     """
     check_precision(precision)
     trace.check_opset(opset)
-    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
+    parts = (tuple(components), sampler, adapter, controlnet, tuple(loras), share, safety_checker)
+    options = _Options(profile, opset, *parts)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -107,7 +114,8 @@ def _open(model: str | Path | Source, options: _Options) -> Source:
     if isinstance(model, Source):
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    return open_source(model, options.loras, adapter=adapter, controlnet=options.controlnet)
+    more = dict(adapter=adapter, controlnet=options.controlnet, safety_checker=options.safety_checker)
+    return open_source(model, options.loras, **more)
 
 
 def _export_int8(
@@ -145,10 +153,13 @@ def _export_float(
 ) -> Bundle:
     base = None if options.share is None else Bundle.open(options.share)
     names = _component_names(source, options.components)
+    if options.safety_checker:
+        checkers.check(source)
+        names.append(SAFETY_CHECKER)
     pipeline = pipeline_constants(source)
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
-    note_left_out(source)
+    note_left_out(source, safety_checker=not options.safety_checker)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
@@ -167,7 +178,7 @@ def _export_float(
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
             records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
-        copy_pipeline_files(source, folder, sampling)
+        copy_pipeline_files(source, folder, sampling, feature_extractor=options.safety_checker)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -226,7 +237,7 @@ def _note_size(shapes: Profile, native: int | list[int]) -> None:
 
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
     """All components to export: the control networks that the source has, and what is wanted."""
-    choices = [name for name, kind in KINDS.items() if not kind.control]
+    choices = usual_components()
     if strange := [name for name in wanted if name not in choices]:
         raise unknown("component", strange[0], choices)
     if not wanted:

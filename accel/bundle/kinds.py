@@ -18,12 +18,17 @@ class Kind:
         network: (source, name, `UNetInputs`) -> the `Network` to export; "" for the function of the kind's name in
             `accel.models.source_networks`.
         classes: classes that the model may have; the first one where its config names none.
-        library: the package of these classes, diffusers or transformers.
+        library: the package of these classes, as model_index.json calls it: diffusers, transformers, or the name of
+            a pipeline of diffusers.
+        module: where they are, if not at the top of that package.
         part: the part of a diffusers pipeline that the model is; "" for the one of the component's own name.
         unused: submodules of that part which this component does without.
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
-            bundle has it), or "on demand" (loaded when it is first used).
+            bundle has it), "afterwards" (on every image, where the bundle has it and nobody switched it off), or "on
+            demand" (loaded when it is first used).
         control: whether it adds to the UNet; such a component is exported wherever the source has it.
+        on_request: whether it is exported only where it is asked for by an option of its own.
+        float32: whether it stays float32, whatever the precision of the others.
         slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`.
         stand_in: what replaces them, made as (original module, engine).
     """
@@ -33,10 +38,13 @@ class Kind:
     classes: tuple[str, ...]
     network: str = ""
     library: str = "diffusers"
+    module: str = ""
     part: str = ""
     unused: tuple[str, ...] = ()
     use: str = "on demand"
     control: bool = False
+    on_request: bool = False
+    float32: bool = False
     slots: tuple[str, ...] = ()
     stand_in: str = ""
 
@@ -91,6 +99,17 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledVae",
     ),
     Kind(
+        names=("safety_checker",),
+        wrapper=f"{_MODELS}.safety_checker:SafetyChecker",
+        network=f"{_MODELS}.safety_checker:network",
+        classes=("StableDiffusionSafetyChecker",),
+        library="stable_diffusion",
+        module="diffusers.pipelines.stable_diffusion.safety_checker",
+        use="afterwards",
+        on_request=True,
+        float32=True,
+    ),
+    Kind(
         names=("vae_encoder",),
         wrapper=f"{_MODELS}.networks:VaeEncoder",
         classes=_VAES,
@@ -104,6 +123,11 @@ KINDS: dict[str, Kind] = {kind.names[0]: kind for kind in _KINDS}
 def kind_of(component: str) -> Kind:
     """The kind of a component of this name."""
     return next(kind for kind in KINDS.values() if component in kind.names)
+
+
+def usual_components() -> tuple[str, ...]:
+    """The kinds that an export writes by default, where the model has them."""
+    return tuple(name for name, kind in KINDS.items() if not (kind.control or kind.on_request))
 
 
 def control_components() -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import is_bundle
-from ..bundle.kinds import KINDS
+from ..bundle.kinds import usual_components
 from ..command_line.options import (
     add_build,
     add_few_step,
@@ -28,10 +28,10 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = usual_components()
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
-_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift safety_checker".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -65,6 +65,12 @@ def add_arguments(parser: Any) -> None:
         type=several("component", COMPONENTS),
         metavar="NAMES",
         help=f"with commas between them: {','.join(COMPONENTS)} (default: all that the model has)",
+    )
+    parser.add_argument(
+        "--safety-checker",
+        action="store_true",
+        default=None,  # not given
+        help="export the model's safety checker too: images that it rejects become black (default: left out)",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 24 (default: 20)")
     text = "threads of torch while it traces and compares (default: one for each core)"
@@ -245,6 +251,7 @@ def _bundle(args: argparse.Namespace) -> int:
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
             few_step=args.few_step,
+            safety_checker=bool(args.safety_checker),
         )
     )
     with progress() as report:
@@ -258,6 +265,7 @@ def _bundle(args: argparse.Namespace) -> int:
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
+            safety_checker=bool(args.safety_checker),
             overwrite=args.overwrite,
             progress=report,
             int8=_int8(args),

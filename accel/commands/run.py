@@ -46,6 +46,8 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
+    text = "leave out the model's safety checker: no image becomes black"
+    parser.add_argument("--no-safety-checker", action="store_true", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
     group = parser.add_argument_group("images to start from and to be guided by")
     group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
@@ -115,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         **sampler_options(args),
     )
     engine, options = engine_of(args)
-    bundle = opened(args.bundle, engine, few_step=args.few_step)
+    options["safety_checker"] = not args.no_safety_checker
+    bundle = opened(args.bundle, engine, few_step=args.few_step, safety_checker=options["safety_checker"])
     check_call(bundle, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
         warnings.warn(
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}
     if args.json:
         record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
+        record |= {"nsfw_content_detected": result.nsfw_content_detected}
         record |= {"loras": [str(file) for file in pipeline.loras]} if pipeline.loras else {}
         print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:

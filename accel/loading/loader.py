@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..pipeline import Pipeline
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
+from ..safety import COMPONENT as SAFETY_CHECKER
 from .compiled import compiled, profile_around
 
 
@@ -27,6 +28,7 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Any = None,
+    safety_checker: bool | None = True,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -49,6 +51,8 @@ def load(
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
+        safety_checker: False or None leaves out the safety checker, where the model has one: images that it would
+            reject are not blackened. It always computes in float32.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -59,10 +63,12 @@ def load(
     """
     ready: str | Path | Bundle = bundle
     if not _is_bundle(bundle, export=export, few_step=few_step):
-        ready = opened(bundle, engine, export=export, few_step=few_step)
+        ready = opened(bundle, engine, export=export, few_step=few_step, safety_checker=safety_checker)
     if _is_pipeline(ready) and _wants_graphs(engine):
-        ready = compiled(ready, {"profile": ready.manifest.profile.name, **(export or {})})
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, loras=loras, **options)
+        checked = {SAFETY_CHECKER: True} if SAFETY_CHECKER in ready.manifest.components else {}
+        ready = compiled(ready, {"profile": ready.manifest.profile.name, **checked, **(export or {})})
+    how = dict(verify=verify, low_memory=low_memory, loras=loras, safety_checker=safety_checker)
+    return load_opened(ready, engine, **how, **options)
 
 
 def opened(
@@ -71,13 +77,14 @@ def opened(
     *,
     export: Mapping[str, Any] | None = None,
     few_step: str | None = None,
+    safety_checker: bool | None = True,
 ) -> Bundle:
     """A model before it is loaded: a pipeline that is to be compiled says what the compiled one will accept.
 
     Raises:
         UserError: for an engine that cannot run here, and options that change nothing.
     """
-    bundle = opened_as_it_is(model, few_step=few_step)
+    bundle = opened_as_it_is(model, few_step=few_step, safety_checker=safety_checker)
     if _is_bundle(model, export=export, few_step=few_step) or not _is_pipeline(bundle):
         return bundle
     if not _wants_graphs(engine):

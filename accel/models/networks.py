@@ -262,8 +262,8 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     name = config.get("_class_name") or (named[0] if isinstance(named, (list, tuple)) else named)
     if name not in row.classes:
         raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
-    cls = getattr(import_module(row.library), name)
-    if row.library == "transformers":
+    cls = getattr(import_module(row.module or row.library), name)
+    if not hasattr(cls, "from_config"):  # transformers'
         return built(path, name, lambda: cls(cls.config_class.from_dict(dict(config))))
     return built(path, name, lambda: _only(cls.from_config(dict(config)), kind))
 

@@ -13,7 +13,9 @@ from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
 from ..files import digest_of
+from ..safety import COMPONENT as SAFETY_CHECKER
 from ..sampling.noise_schedule import NoiseSchedule
+from . import safety_checker as checkers
 from .config_files import built
 from .constants import note_left_out, own_sampling, pipeline_constants
 from .source import Source, open_source
@@ -56,18 +58,24 @@ class PipelineBundle(Bundle):
         return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
 
 
-def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) -> PipelineBundle:
+def open_pipeline(
+    model: str | Path | Source, *, few_step: str | None = None, safety_checker: bool = True
+) -> PipelineBundle:
     """Open a pipeline folder, a hub id, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
 
     Args:
         few_step: see `accel.models.source.open_source`.
+        safety_checker: whether the folder's safety checker, where it has one, is one of the components.
 
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
+    if not isinstance(source := model, Source):
+        source = open_source(model, few_step=few_step, safety_checker=safety_checker)
     constants, sampling = pipeline_constants(source), own_sampling(source)
-    note_left_out(source)
+    note_left_out(source, safety_checker=False)  # whoever switches it off knows
+    if checked := safety_checker and checkers.has_checker(source):
+        checkers.check(source)
     step = constants["vae_scale"] * constants["latent_multiple"]
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
@@ -80,6 +88,7 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     )
     shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
+    names = [name for name in names if name != SAFETY_CHECKER or checked]
     return PipelineBundle(
         path=source.path,
         manifest=Manifest(

@@ -205,6 +205,7 @@ def open_source(
     controlnet: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
+    safety_checker: bool = False,
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
@@ -217,6 +218,7 @@ def open_source(
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
+        safety_checker: whether the weights of its safety checker are fetched too, where it is a hub id.
 
     Raises:
         UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
@@ -231,12 +233,15 @@ def open_source(
     elif base is not None:
         raise UserError(f"--base {base} belongs to a single file, and {model} is not one", "leave --base out")
     else:
-        path = _folder(model, variant)
+        path = _folder(model, variant, safety_checker)
     local = Path(model).stem if files else path.resolve().name
     if few_step is not None:
         families.check(few_step)
     name = printable(local if Path(given).exists() else given)
-    source = Source(path, name, _index(path), loras, variant=variant, few_step=few_step)
+    index = _index(path)
+    if files:  # diffusers' from_single_file, too, leaves out the checker of the folder beside
+        index.pop("safety_checker", None)
+    source = Source(path, name, index, loras, variant=variant, few_step=few_step)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
@@ -295,14 +300,14 @@ def _index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _folder(model: str | Path, variant: str | None) -> Path:
+def _folder(model: str | Path, variant: str | None, safety_checker: bool = False) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
     settle(path)
     if not path.exists():
         if not is_hub_id(model):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
-        path = hub.download(str(model), variant)
+        path = hub.download(str(model), variant, safety_checker=safety_checker)
     if (path / "accel.json").is_file():
         raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
     if not (path / "model_index.json").is_file():
