@@ -114,7 +114,7 @@ def _open(model: str | Path | Source, options: _Options) -> Source:
     if isinstance(model, Source):
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    more = dict(adapter=adapter, controlnet=options.controlnet, safety_checker=options.safety_checker)
+    more: dict[str, Any] = dict(adapter=adapter, controlnet=options.controlnet, safety_checker=options.safety_checker)
     return open_source(model, options.loras, **more)
 
 

@@ -70,8 +70,8 @@ def open_pipeline(
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    if not isinstance(source := model, Source):
-        source = open_source(model, few_step=few_step, safety_checker=safety_checker)
+    how: dict[str, Any] = dict(few_step=few_step, safety_checker=safety_checker)
+    source = model if isinstance(model, Source) else open_source(model, **how)
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source, safety_checker=False)  # whoever switches it off knows
     if checked := safety_checker and checkers.has_checker(source):

@@ -68,7 +68,7 @@ class Preprocessing:
         return self.crop or self.resized
 
     def __call__(self, images: Sequence[Image]) -> np.ndarray:
-        """Float32 [images, 3, height, width] of PIL images of any mode and size.
+        """Float32 [images, 3, height, width] of PIL images of any size, and any mode without transparency.
 
         Raises:
             UserError: for an image so narrow that it would be resized to more than `accel.images.PIXELS`.

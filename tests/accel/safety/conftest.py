@@ -66,7 +66,6 @@ def set_concepts(checker, shown) -> None:
 @pytest.fixture(scope="session")
 def checked(smallest, tmp_path_factory) -> Path:
     """The smallest pipeline with a checker, `feature_extractor/` of 40 px cropped to 32, in diffusers' own files."""
-    import torch
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPImageProcessor
 
@@ -93,5 +92,60 @@ def edit_json():
 
     def edit(path: Path, **changes) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def checked_bundle(checked, smallest_bundle, completed, tmp_path_factory):
+    """The same pipeline as an opened fp32 bundle with its checker: batch 1-4, 32 to 64 px."""
+    from accel.bundle import Bundle
+    from accel.export.pipeline import export_pipeline
+
+    made = export_pipeline(
+        checked,
+        tmp_path_factory.mktemp("checked-bundle") / "bundle",
+        profile="batch=1-4,size=32-64",
+        sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5},
+        components=("vae_encoder",),
+        safety_checker=True,
+    )
+    return completed(made, Bundle.open(smallest_bundle))
+
+
+@pytest.fixture
+def checked_bundle_copy(checked_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(checked_bundle.path, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def drawn(checked):
+    """diffusers' own output for `call`, float images."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(checked)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(**CALL, latents=latents(), output_type="np")
+
+
+@pytest.fixture
+def call() -> dict:
+    """A call that draws six images, of which the checker rejects the first two."""
+    return CALL | {"latents": latents()}
+
+
+@pytest.fixture
+def edit_thresholds(tmp_path):
+    """edit_thresholds(folder, value): a copy of a pipeline all of whose concepts have this threshold."""
+
+    def edit(folder: Path, value: float) -> Path:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        copy = Path(shutil.copytree(folder, tmp_path / f"threshold{value}"))
+        file = copy / "safety_checker/model.safetensors"
+        state = load_file(file) | {"concept_embeds_weights": torch.full((17,), value)}
+        save_file(state, file, metadata={"format": "pt"})
+        return copy
 
     return edit
