@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "family-matrix.json"
 SEED, STEPS, GUIDANCE, SIZE = 7, 4, 5.0, 64
 FAMILIES = ("sd1", "sdxl", "ssd-1b")
-TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "LoRA", "LoRA at run time")
+TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "MultiControlNet", "LoRA", "LoRA at run time")
 COLUMNS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
 # One shape: symbolic sizes take most of the time of tracing, and the tests export with them.
 PROFILE = f"batch=1,size={SIZE}"
@@ -128,17 +128,25 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
             bundle("adapter", adapter=folder / "t2i"),
         )
 
-    def controlnet() -> Case:
+    def controlnet(several: bool) -> Case:
         unet = diffusers.UNet2DConditionModel.from_pretrained(source / "unet")
         config = dict(diffusers.ControlNetModel.from_unet(unet).config)
         model = diffusers.ControlNetModel.from_config(config | {"conditioning_embedding_out_channels": (8, 16, 16)})
         loud(model).save_pretrained(folder / "control")
+        if not several:
+            net, shown, scales, given = model, image(), 1.0, folder / "control"
+        else:
+            other = diffusers.ControlNetModel.from_config(model.config)
+            other.load_state_dict({key: value.flip(0) for key, value in model.state_dict().items()})
+            other.save_pretrained(folder / "control_1")
+            net, shown, scales = [model, other], [image(), mask().convert("RGB")], [0.8, 0.5]
+            given = [folder / "control", folder / "control_1"]
         return Case(
             f"{prefix}ControlNetPipeline",
-            {"controlnet": model},
-            {"image": image()},
-            {"control_image": image()},
-            bundle("controlnet", controlnet=folder / "control"),
+            {"controlnet": net},
+            {"image": shown, "controlnet_conditioning_scale": scales},
+            {"control_image": shown, "control_scale": scales},
+            bundle("multicontrolnet" if several else "controlnet", controlnet=given),
         )
 
     def lora(at_run_time: bool) -> Case:
@@ -162,7 +170,8 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
     drawn = (_OF_IMAGE, 0, _OF_MASKED)
     yield "inpaint", lambda: Case(f"{prefix}InpaintPipeline", {}, hole, hole, plain(), drawn)
     yield "T2I-Adapter", adapter
-    yield "ControlNet", controlnet
+    yield "ControlNet", lambda: controlnet(False)
+    yield "MultiControlNet", lambda: controlnet(True)
     yield "LoRA", lambda: lora(False)
     yield "LoRA at run time", lambda: lora(True)
 

@@ -20,7 +20,8 @@ from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
 from accel.models import safety_checker as checkers
-from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
+from accel.models.constants import check_runs, checked_sampling, edits, note_left_out, own_sampling, pipeline_constants
+from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
@@ -47,9 +48,11 @@ class _Options:
     components: tuple[str, ...] = COMPONENTS
     sampler: Mapping[str, Any] | None = None
     adapter: bool | str | Path = False
-    controlnet: str | Path | None = None
+    controlnet: str | Path | Sequence[str | Path] | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
+    clip_skip: int = 0
+    embeddings: tuple[EmbeddingSpec, ...] = ()
     safety_checker: bool = False
 
     def changed(self) -> list[str]:
@@ -67,13 +70,15 @@ def export_pipeline(
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
     adapter: bool | str | Path = False,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
     safety_checker: bool = False,
+    clip_skip: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
     int8: Int8Settings | None = None,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
@@ -87,22 +92,25 @@ def export_pipeline(
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
         adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
-        controlnet: folder of a ControlNet to export with it.
+        controlnet: folder of a ControlNet to export with it, or a list of up to three.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
         safety_checker: export the safety checker of the model's folder too, in float32 whatever the precision: a
             pipeline of the bundle blackens the images that it rejects. Without it a note says that it is left out.
+        clip_skip: how many of the text encoder's last layers prompts do without, unless a call says otherwise;
+            diffusers' `clip_skip`.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
         int8: how to quantize, if the precision asks for it.
+        embeddings: files of textual inversion whose tokens the bundle reads, each as FILE or FILE=TOKEN.
 
     Raises:
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the limit.
     """
     check_precision(precision)
     trace.check_opset(opset)
-    parts = (tuple(components), sampler, adapter, controlnet, tuple(loras), share, safety_checker)
-    options = _Options(profile, opset, *parts)
+    parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings), safety_checker
+    options = _Options(profile, opset, tuple(components), sampler, *parts)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -112,10 +120,13 @@ def export_pipeline(
 
 def _open(model: str | Path | Source, options: _Options) -> Source:
     if isinstance(model, Source):
+        if options.loras or options.embeddings:
+            fix = "open_source(MODEL, loras=..., embeddings=...)"
+            raise UserError("a source that is open already takes no more LoRA files and embeddings", fix)
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    more: dict[str, Any] = dict(adapter=adapter, controlnet=options.controlnet, safety_checker=options.safety_checker)
-    return open_source(model, options.loras, **more)
+    more: dict[str, Any] = dict(adapter=adapter, controlnet=options.controlnet, embeddings=options.embeddings)
+    return open_source(model, options.loras, safety_checker=options.safety_checker, **more)
 
 
 def _export_int8(
@@ -156,7 +167,8 @@ def _export_float(
     if options.safety_checker:
         checkers.check(source)
         names.append(SAFETY_CHECKER)
-    pipeline = pipeline_constants(source)
+    source = _with_clip_skip(source, options.clip_skip)
+    pipeline = pipeline_constants(source) | ({"clip_skip": options.clip_skip} if options.clip_skip else {})
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
     note_left_out(source, safety_checker=not options.safety_checker)
@@ -165,7 +177,10 @@ def _export_float(
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
     dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
+        vae_scale=pipeline["vae_scale"],
+        latent_multiple=pipeline["latent_multiple"],
+        guidance=sampling.guidance > 1,
+        edits=edits(source),
     )
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
@@ -199,6 +214,14 @@ def _export_float(
         finalize(folder, manifest)
     progress("done", 1.0)
     return Bundle.open(out)
+
+
+def _with_clip_skip(source: Source, skip: int) -> Source:
+    """The source with the output that prompts are taken from, `skip` layers before the last one."""
+    layers = min(source.config(name)["num_hidden_layers"] for name in KINDS["text_encoder"].names if source.has(name))
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < layers:
+        raise UserError(f"invalid clip_skip: {skip!r} (expected 0 to {layers - 1})", "such as --clip-skip 1")
+    return replace(source, clip_skips=(skip,)) if skip and source.family != "sdxl" else source
 
 
 def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Settings) -> None:
@@ -244,7 +267,10 @@ def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
     more = [name for name in control_components() if source.has(name)]
     return more + [
-        name for kind in dict.fromkeys(wanted) for name in KINDS[kind].names if name == kind or source.has(name)
+        name
+        for kind in dict.fromkeys(wanted)
+        for name in KINDS[kind].names
+        if source.has(KINDS[kind].part or name) or len(KINDS[kind].names) == 1
     ]
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from accel.bundle.kinds import control_components
 from accel.files import read_json, write_json
-from accel.models.config_files import clip_tokenizer, copy_folder, stripped
+from accel.models.config_files import clip_tokenizer, stripped
 from accel.models.source import Source
 from accel.safety.preprocessing import FILE as FEATURE_EXTRACTOR
 from accel.sampling import Sampling
 
 
 def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling, *, feature_extractor: bool = False) -> None:
-    """Copy them from the source, tokenizers in both of the forms that other libraries read.
+    """Copy them from the source, tokenizers with its learned tokens and in both of the forms that other libraries read.
 
     The scheduler of a few-step model becomes the one with which diffusers draws the same (`Source.scheduler_for`).
 
@@ -29,7 +29,7 @@ def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling, *, fea
         write_json(folder / FEATURE_EXTRACTOR, config)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
-            copy_folder(source.path / name, folder / name)
+            source.copy(name, folder / name)
             if name != "scheduler":
                 complete_tokenizer(folder / name)
     config = source.scheduler_for(sampling.as_dict())

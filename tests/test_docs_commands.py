@@ -102,9 +102,18 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
     Path("prompts.txt").write_text("a cat\na dog\n")
     if "--lora" in command:
         write_loras(request.getfixturevalue("sd15"))
+    if "--embedding" in command:
+        write_embedding(32)
     fixtures = {"model": "sd15", "sdxl": "sdxl", "bundle": "sd15_bundle", "sdxl-bundle": "sdxl_bundle"}
     for name in set(here(command)) & set(fixtures):
         shutil.copytree(request.getfixturevalue(fixtures[name]), name)
+
+
+def write_embedding(width: int) -> None:
+    """A file of textual inversion."""
+    from safetensors.numpy import save_file
+
+    save_file({"<toy>": np.ones((2, width), np.float32)}, "toy.safetensors")
 
 
 def write_loras(model: Path) -> None:

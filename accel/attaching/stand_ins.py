@@ -14,6 +14,7 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..errors import UserError
 from ..pipeline import control
+from ..pipeline.input_images import CONTROL_INPUTS
 
 # Methods of a network that would change the original behind a compiled one.
 _CHANGES = frozenset(
@@ -131,7 +132,7 @@ class CompiledUNet(Compiled):
         missing = [
             spec
             for spec in self._hidden.engine.component.inputs
-            if spec.name not in feeds and spec.name.startswith(control.PREFIXES)
+            if spec.name not in feeds and spec.name.startswith(CONTROL_INPUTS)
         ]
         sizes = {"batch": len(sample)} | control.inner_sizes(sample.shape[-2:])
         return {spec.name: torch.zeros(spec.concrete(sizes), device=sample.device) for spec in missing}

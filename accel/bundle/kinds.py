@@ -29,7 +29,8 @@ class Kind:
         control: whether it adds to the UNet; such a component is exported wherever the source has it.
         on_request: whether it is exported only where it is asked for by an option of its own.
         float32: whether it stays float32, whatever the precision of the others.
-        slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`.
+        slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`; or one that
+            holds several networks (a MultiControlNetModel).
         stand_in: what replaces them, made as (original module, engine).
     """
 
@@ -72,7 +73,7 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
     Kind(
-        names=("controlnet",),
+        names=("controlnet", "controlnet_1", "controlnet_2"),
         wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
@@ -131,5 +132,5 @@ def usual_components() -> tuple[str, ...]:
 
 
 def control_components() -> tuple[str, ...]:
-    """The components that add to the UNet: `t2i_adapter`, `controlnet`."""
-    return tuple(name for name, kind in KINDS.items() if kind.control)
+    """The components that add to the UNet: `t2i_adapter`, `controlnet`, `controlnet_1`, ..."""
+    return tuple(name for kind in KINDS.values() if kind.control for name in kind.names)

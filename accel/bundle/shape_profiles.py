@@ -65,7 +65,7 @@ class Profile:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool) -> dict[str, Range]:
+    def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool, edits: bool = False) -> dict[str, Range]:
         """The symbolic dimensions of a pipeline's tensors.
 
         Args:
@@ -73,14 +73,16 @@ class Profile:
             latent_multiple: what a latent side must be a multiple of (2 ** number of UNet downsamplers).
             guidance: whether the pipeline uses classifier-free guidance, which doubles the UNet's batch. A batch range
                 always leaves room for it; a fixed batch is fixed to one or the other.
+            edits: whether it is guided by an image too (InstructPix2Pix), which makes it three times the batch.
 
         Raises:
             UserError: when a size of the profile is not a multiple of what the network can represent.
         """
         step = vae_scale * latent_multiple
-        batch = self.batch.scaled(1 + guidance)
+        guided = 3 if edits else 2
+        batch = self.batch.scaled(guided if guidance else 1)
         if not self.batch.fixed:
-            batch = Range(self.batch.min, batch.opt, self.batch.max * 2)
+            batch = Range(self.batch.min, batch.opt, self.batch.max * guided)
         dims = {"images": self.batch, "batch": batch}
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels.min % step or pixels.max % step:

@@ -39,7 +39,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: for a prompt without text, or a file that cannot be read.
     """
-    from ..pipeline.prompt_files import read_prompts
+    from ..text.prompt_files import read_prompts
 
     prompts = list(args.prompt or ())
     if args.prompt_file:

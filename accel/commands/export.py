@@ -30,8 +30,8 @@ from ..progress import progress
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = usual_components()
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
-_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift safety_checker".split()
+_OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
+_OF_PIPELINES += "components clip_skip safety_checker few_step sigmas timestep_spacing eta shift".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -112,8 +112,18 @@ def _add_parts(group: Any) -> None:
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
     )
     group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="textual inversion whose token prompts may use: diffusers', A1111's or SDXL's (repeatable; default token: "
+        "the file's own)",
+    )
+    group.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
     )
+    text = "do without the text encoder's last N layers for prompts, as diffusers' clip_skip (A1111's number less 1)"
+    group.add_argument("--clip-skip", type=int, metavar="N", help=text)
     group.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
     group.add_argument(
         "--adapter",
@@ -122,7 +132,8 @@ def _add_parts(group: Any) -> None:
         metavar="FOLDER",
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
     )
-    group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    text = "ControlNet to export with it (repeatable: up to three, whose residuals are added)"
+    group.add_argument("--controlnet", action="append", default=[], metavar="FOLDER", help=text)
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
@@ -252,6 +263,7 @@ def _bundle(args: argparse.Namespace) -> int:
             controlnet=args.controlnet,
             few_step=args.few_step,
             safety_checker=bool(args.safety_checker),
+            embeddings=args.embedding,
         )
     )
     with progress() as report:
@@ -266,6 +278,7 @@ def _bundle(args: argparse.Namespace) -> int:
             adapter=args.adapter is True,
             share=args.share,
             safety_checker=bool(args.safety_checker),
+            clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
             int8=_int8(args),

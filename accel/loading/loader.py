@@ -12,7 +12,7 @@ from ..bundle.shape_profiles import profile as parse_profile
 from ..engines import choose
 from ..engines.select import facts
 from ..errors import UserError
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, read_embeddings
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
 from ..safety import COMPONENT as SAFETY_CHECKER
@@ -29,6 +29,7 @@ def load(
     low_memory: bool = False,
     loras: Any = None,
     safety_checker: bool | None = True,
+    embeddings: Any = None,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -53,6 +54,7 @@ def load(
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
         safety_checker: False or None leaves out the safety checker, where the model has one: images that it would
             reject are not blackened. It always computes in float32.
+        embeddings: files of textual inversion, whose tokens prompts may use, as `Pipeline.set_embeddings` takes them.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -65,10 +67,11 @@ def load(
     if not _is_bundle(bundle, export=export, few_step=few_step):
         ready = opened(bundle, engine, export=export, few_step=few_step, safety_checker=safety_checker)
     if _is_pipeline(ready) and _wants_graphs(engine):
+        read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
         checked = {SAFETY_CHECKER: True} if SAFETY_CHECKER in ready.manifest.components else {}
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **checked, **(export or {})})
-    how = dict(verify=verify, low_memory=low_memory, loras=loras, safety_checker=safety_checker)
-    return load_opened(ready, engine, **how, **options)
+    with_files = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
+    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **with_files, **options)
 
 
 def opened(

@@ -27,6 +27,7 @@ from .config_files import built, read_config
 from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
 
 FLOAT = "float32"
+CLIP_SKIP = "clip_skip."  # and a number: outputs of a text encoder
 # What a T2I-Adapter and a ControlNet can add, for the largest UNets; one tuple for the adapter, one for the skips.
 _FEATURES = tuple(f"adapter_features_{i}" for i in range(4))
 _RESIDUALS = tuple(f"down_residual_{i}" for i in range(12))
@@ -51,19 +52,26 @@ class Network:
 
 
 class TextEncoder(nn.Module):
-    """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...]."""
+    """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...] [, clip_skip.1 ...].
+
+    `clip_skip.N` is the hidden state N layers before the last one, normalised as that is.
+    """
 
     def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
-        self.hidden_states = any(spec.name.startswith("hidden_states.") for spec in outputs)
+        names = [spec.name for spec in outputs]
+        self.hidden_states = any(name.startswith("hidden_states.") for name in names)
+        self.skips = [int(name.removeprefix(CLIP_SKIP)) for name in names if name.startswith(CLIP_SKIP)]
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = self.model(input_ids, output_hidden_states=self.hidden_states)
+        out = self.model(input_ids, output_hidden_states=self.hidden_states or bool(self.skips))
         pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
-        if not self.hidden_states:
-            return out.last_hidden_state, pooled
-        return out.last_hidden_state, pooled, *out.hidden_states[:-1]
+        hidden = out.hidden_states[:-1] if self.hidden_states else ()
+        norm = getattr(
+            self.model, "text_model", self.model
+        ).final_layer_norm  # transformers 5 has no such layer between
+        return out.last_hidden_state, pooled, *hidden, *(norm(out.hidden_states[-1 - skip]) for skip in self.skips)
 
 
 def _with_parameters(*names: str) -> Callable[[Callable], Callable]:
@@ -140,8 +148,20 @@ class VaeEncoder(nn.Module):
         return self.model.encode(sample, return_dict=False)
 
 
-def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states: bool = False, tokens: int = 77):
-    """The network of a CLIPTextModel or CLIPTextModelWithProjection."""
+def text_encoder(
+    model: nn.Module,
+    name: str = "text_encoder",
+    *,
+    hidden_states: bool = False,
+    tokens: int = 77,
+    clip_skips: Sequence[int] = (),
+) -> Network:
+    """The network of a CLIPTextModel or CLIPTextModelWithProjection.
+
+    Args:
+        hidden_states: whether it gives the hidden states of all layers too.
+        clip_skips: how many layers before the last one further outputs lie.
+    """
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     projected = type(model).__name__.endswith("WithProjection")
     pooled = ("text_embeds", model.config.projection_dim) if projected else ("pooler_output", width)
@@ -151,16 +171,19 @@ def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states:
     ]
     if hidden_states:
         outputs += [TensorSpec(f"hidden_states.{i}", FLOAT, ("images", tokens, width)) for i in range(layers)]
+    outputs += [TensorSpec(f"{CLIP_SKIP}{skip}", FLOAT, ("images", tokens, width)) for skip in clip_skips]
     inputs = (TensorSpec("input_ids", "int64", ("images", tokens)),)
     return Network(name, "text_encoder", TextEncoder(model, outputs), inputs, tuple(outputs))
 
 
-def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False) -> Network:
+def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False, time_ids: int = 6) -> Network:
     """The network of a UNet2DConditionModel, with whatever extra conditioning its config asks for.
 
     Args:
         adapter: number of T2I-Adapter feature inputs (`down_intrablock_additional_residuals` in diffusers).
         control: whether it takes a ControlNet's residuals.
+        time_ids: how many numbers SDXL's size conditioning has (arXiv 2307.01952, section 2.2): original size, crop
+            corner and target size, two each; a refiner's has an aesthetic score in place of the target size.
     """
     config = model.config
     latent = ("batch", config.in_channels, "latent_height", "latent_width")
@@ -170,7 +193,6 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool 
         TensorSpec("encoder_hidden_states", FLOAT, ("batch", tokens, config.cross_attention_dim)),
     ]
     if config.addition_embed_type == "text_time":
-        time_ids = 6  # original size, crop corner, target size: two numbers each (SDXL, arXiv 2307.01952, section 2.2)
         pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
         inputs += [
             TensorSpec("text_embeds", FLOAT, ("batch", pooled)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch import nn
 from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
+from ..errors import UserError
 from ..files import digest_of
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..sampling.noise_schedule import NoiseSchedule
 from . import safety_checker as checkers
 from .config_files import built
-from .constants import note_left_out, own_sampling, pipeline_constants
+from .constants import edits, note_left_out, own_sampling, pipeline_constants
 from .source import Source, open_source
-from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
 
 _IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
 
@@ -72,6 +73,12 @@ def open_pipeline(
     """
     how: dict[str, Any] = dict(few_step=few_step, safety_checker=safety_checker)
     source = model if isinstance(model, Source) else open_source(model, **how)
+    if source.embeddings:
+        fix = (
+            "accel.load(MODEL, embeddings=[...]) runs with them, accel.export.export_pipeline writes them into a bundle"
+        )
+        raise UserError("a source with embeddings is for an export: its folder has none of their tokens", fix)
+    source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source, safety_checker=False)  # whoever switches it off knows
     if checked := safety_checker and checkers.has_checker(source):
@@ -84,7 +91,10 @@ def open_pipeline(
     profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
-        vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1
+        vae_scale=constants["vae_scale"],
+        latent_multiple=constants["latent_multiple"],
+        guidance=sampling.guidance > 1,
+        edits=edits(source),
     )
     shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]

@@ -14,13 +14,25 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
 from . import hub, single_file
 from . import weight_files as weights
-from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
+from .config_files import (
+    SUPPORTED,
+    copy_folder,
+    each_controlnet,
+    network_class,
+    note,
+    read_config,
+    stripped,
+    without_code,
+)
+from .embeddings import Embedding, EmbeddingSpec
+from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -40,6 +52,8 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
+        clip_skips: how many layers before the last one the text encoder has further outputs.
     """
 
     path: Path
@@ -50,6 +64,8 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    embeddings: tuple[Embedding, ...] = ()
+    clip_skips: tuple[int, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -125,6 +141,8 @@ class Source:
             model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
+        if self.embeddings and component in TEXT_ENCODERS:
+            add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
         return model.eval()
 
     def network_class(self, component: str) -> Any:
@@ -154,10 +172,13 @@ class Source:
 
     def copy(self, component: str, to: Path) -> None:
         """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
-        if component in self.files or (self.loras and component in COMPONENTS):
+        more = (COMPONENTS if self.loras else ()) + (TEXT_ENCODERS if self.embeddings else ())
+        if component in (*self.files, *more):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
             copy_folder(self.folder(component), to)
+            if component.startswith("tokenizer") and self.embeddings:
+                add_tokens(to, self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
         if component in self.files:
@@ -170,16 +191,19 @@ class Source:
         return weights.chosen_files(folder, variant)
 
     def digest(self, components: list[str]) -> str:
-        """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
+        """sha256 over the weight files of the named components, LoRA files with their scales, and embeddings."""
         files: dict[str, Any] = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
-        return digest_of(files | {"loras": [file.record() for file in self.loras]} if self.loras else files)
+        return digest_of(files | self._added())
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
-        kept: dict[str, Any] = {"loras": [file.record() for file in self.loras]} if self.loras else {}
-        return kept | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+        return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+
+    def _added(self) -> dict[str, Any]:
+        added = {"loras": self.loras, "embeddings": self.embeddings}
+        return {name: [one.record() for one in several] for name, several in added.items() if several}
 
     @property
     def family(self) -> str:
@@ -187,6 +211,11 @@ class Source:
         if config.get("addition_embed_type") == "text_time":
             return "sdxl"
         return "sd2" if config.get("use_linear_projection") else "sd1"
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is an SDXL refiner, whose size conditioning ends in an aesthetic score."""
+        return bool(self.index.get("requires_aesthetics_score"))
 
     @property
     def topology(self) -> str:
@@ -202,10 +231,11 @@ def open_source(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     variant: str | None = None,
     few_step: str | None = None,
     safety_checker: bool = False,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
@@ -215,14 +245,16 @@ def open_source(
         base: for a single file: the pipeline folder or hub id whose tokenizers, scheduler and configs it uses.
         unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
-        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
+            ControlNets, whose residuals are added.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
         safety_checker: whether the weights of its safety checker are fetched too, where it is a hub id.
+        embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
 
     Raises:
         UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
-            that do not fit, or a LoRA file that cannot be read or is for components that the pipeline does not have.
+            that do not fit, or a LoRA file or embedding that cannot be read or is for another model.
     """
     loras = tuple(lora_file(spec) for spec in loras)
     given, model = str(model), resolve(model)
@@ -249,17 +281,19 @@ def open_source(
         source = _with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
-    if adapter is not None and controlnet is not None:
+    nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
+    if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
-    for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
-        if folder is not None:
-            source = _with_part(source, part, Path(folder), (kind,))
+    if adapter is not None:
+        source = _with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+    if nets:
+        source = _with_controlnets(source, nets)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
-    return source
+    return replace(source, embeddings=learned(embeddings, source)) if embeddings else source
 
 
 def _check_variant(source: Source, variant: str) -> None:
@@ -277,22 +311,20 @@ def _check_variant(source: Source, variant: str) -> None:
 
 def _index(path: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline that has all parts which a Stable Diffusion needs."""
-    index = read_json(path / "model_index.json", "model_index.json")
+    file = path / "model_index.json"
+    index = read_json(file, "model_index.json")
     if not isinstance(index, dict):
-        raise UserError(
-            f"{path / 'model_index.json'} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)"
-        )
+        raise UserError(f"{file} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)")
     names = [name for name, entry in index.items() if isinstance(entry, list)]
     if odd := [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name)]:
-        raise UserError(
-            f"{path / 'model_index.json'}: {odd[0]!r:.80} cannot be the name of a part", "get the file again"
-        )
+        raise UserError(f"{file}: {odd[0]!r:.80} cannot be the name of a part", "get the file again")
     index, removed = stripped(index)
     if removed:
-        note(path / "model_index.json", removed)
+        note(file, removed)
+    index = each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not pipeline.has(needed):
+        if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
             kind = index.get("_class_name")
             other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
             fix = single_file.ELSEWHERE if other else SUPPORTED
@@ -345,9 +377,21 @@ def _with_vae(source: Source, path: Path) -> Source:
     return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
 
 
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
-    folder = path / name if (path / name / "config.json").is_file() else path
+def _with_controlnets(source: Source, folders: Sequence[str | Path]) -> Source:
+    """The source with these ControlNets, instead of any of its own."""
+    names = KINDS["controlnet"].names
+    if len(folders) > len(names):
+        raise UserError(f"{len(folders)} ControlNets at once are too many", f"give at most {len(names)}")
+    source = replace(source, index={name: entry for name, entry in source.index.items() if name not in names})
+    for name, folder in zip(names, folders, strict=False):
+        source = _with_part(source, name, Path(folder), ("ControlNetModel",), inner="controlnet")
+    return source
+
+
+def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], inner: str = "") -> Source:
+    """The source with one part out of a folder: the part's own, or a pipeline's that has one, called `inner`."""
+    inner = inner or name
+    folder = path / inner if (path / inner / "config.json").is_file() else path
     kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..bundle.kinds import kind_of
+from ..bundle.kinds import KINDS, kind_of
 from . import control_networks, networks
 from .constants import pipeline_constants
 from .networks import Network
@@ -25,12 +25,19 @@ class UNetInputs:
     Attributes:
         tokens: length of its text context.
         adapter: number of T2I-Adapter features.
-        control: whether it takes the residuals of a ControlNet.
+        control: whether it takes the residuals of ControlNets, summed.
+        time_ids: how many numbers SDXL's size conditioning has; a refiner's has five.
     """
 
     tokens: int = 77
     adapter: int = 0
     control: bool = False
+    time_ids: int = 6
+
+
+def clip_skips(source: Source) -> range:
+    """How many layers before the last one the outputs of a text encoder can lie; SDXL's has all of them anyway."""
+    return range(0) if source.family == "sdxl" else range(1, source.config("text_encoder")["num_hidden_layers"])
 
 
 def network_of(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -53,18 +60,21 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
     if source.has("t2i_adapter"):
         scale = pipeline_constants(source)["vae_scale"]
         features = len(control_networks.match_adapter(source.config("t2i_adapter"), unet, scale))
-    if source.has("controlnet"):
-        control_networks.match_controlnet({"addition_embed_type": None} | source.config("controlnet"), unet)
-    return UNetInputs(tokens, features, source.has("controlnet"))
+    nets = [name for name in KINDS["controlnet"].names if source.has(name)]
+    for name in nets:
+        control_networks.match_controlnet({"addition_embed_type": None} | source.config(name), unet)
+    return UNetInputs(tokens, features, bool(nets), 5 if source.refines else 6)
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
     hidden_states = source.family == "sdxl"
-    return networks.text_encoder(source.load(name), name, hidden_states=hidden_states, tokens=own_tokens(source))
+    return networks.text_encoder(
+        source.load(name), name, hidden_states=hidden_states, tokens=own_tokens(source), clip_skips=source.clip_skips
+    )
 
 
 def unet(source: Source, name: str, inputs: UNetInputs) -> Network:
-    return networks.unet(source.load(name), tokens=inputs.tokens, adapter=inputs.adapter, control=inputs.control)
+    return networks.unet(source.load(name), **vars(inputs))
 
 
 def vae_decoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -85,13 +95,14 @@ def controlnet(source: Source, name: str, inputs: UNetInputs) -> Network:
 
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(source.config("unet"))
-    shared = networks.unet(model, tokens=inputs.tokens).inputs
-    return Network(name, name, *control_networks.controlnet(source.load(name), shared))
+    shared = networks.unet(model, tokens=inputs.tokens, time_ids=inputs.time_ids).inputs
+    return Network(name, "controlnet", *control_networks.controlnet(source.load(name), shared))
 
 
 def own_tokens(source: Source) -> int:
     """Length of one context of the text encoder, start and end included."""
-    return source.config("text_encoder").get("max_position_embeddings", 77)
+    first = next(name for name in KINDS["text_encoder"].names if source.has(name))
+    return source.config(first).get("max_position_embeddings", 77)
 
 
 def unet_config(source: Source) -> dict[str, Any]:

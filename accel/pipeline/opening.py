@@ -14,13 +14,15 @@ from ..bundle.kinds import kind_of
 from ..bundle.manifest import steadily
 from ..engines import choose, load_engine
 from ..errors import Notice, UserError
+from ..models.embeddings import files as embedding_files
+from ..models.embeddings.for_bundle import Placed, placed
 from ..models.lora import for_bundle
 from ..models.lora.files import Spec
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..safety import SafetyChecker
 from . import arguments
 from .lazy_engines import LazyEngines, component_names, present
-from .pipeline import Pipeline, default_call
+from .pipeline import Pipeline, default_call, tokenizers_of
 
 
 def opened(model: str | Path | Bundle, *, few_step: str | None = None, safety_checker: bool | None = True) -> Bundle:
@@ -63,6 +65,7 @@ def load(
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
     safety_checker: bool | None = True,
+    embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
@@ -71,7 +74,8 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(verify=verify, low_memory=low_memory, loras=loras, safety_checker=safety_checker, **options)
+        how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings)
+        how |= dict(safety_checker=safety_checker, **options)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle, safety_checker=safety_checker)
     if not isinstance(engine, (str, Mapping)):
@@ -93,9 +97,11 @@ def load(
     if verify:
         files = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
         bundle.verify([*(bundle.component(name).folder for name in wanted), *files])
+    # These say what does not fit, before any engine is loaded.
     if SAFETY_CHECKER in wanted:
-        SafetyChecker.of(bundle)  # says what is wrong with it
-    fused = for_bundle.fused(bundle, loras)  # says what does not fit, before any engine is loaded
+        SafetyChecker.of(bundle)
+    learned = read_embeddings(bundle, embeddings)
+    fused = for_bundle.fused(bundle, loras)
     exact = {name: value for name, value in options.items() if name != "dtype"}
     loaders = {
         name: partial(
@@ -108,11 +114,20 @@ def load(
         )
         for name in [*wanted, *later]
     }
-    engines = LazyEngines(loaders, offload=low_memory, weights=fused.tensors)
+    engines = LazyEngines(loaders, offload=low_memory, weights=learned.tensors(bundle, fused.tensors))
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    return Pipeline(bundle, engines, fused.files)
+    return Pipeline(bundle, engines, fused, learned)
+
+
+def read_embeddings(bundle: Bundle, embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None) -> Placed:
+    """Files of textual inversion and their places in a bundle's token tables, before anything is loaded.
+
+    Raises:
+        UserError: for a file that does not fit, or too many vectors.
+    """
+    return placed(bundle, embeddings, tokenizers_of(bundle, component_names(bundle)) if embeddings else {})
 
 
 def check_call(bundle: Bundle, **call: Any) -> None:

@@ -21,12 +21,12 @@ from ..safety import SafetyChecker
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
+from ..text.tokenizer import ClipTokenizer
 from . import conditioning, control
 from .initial_latents import Start, unscaled
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
-from .tokenizer import ClipTokenizer
 
 StepCallback = Callable[[int, float, Any], None]
 BLACK = -1  # as a decoder leaves it
@@ -96,12 +96,12 @@ class Run:
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
         how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
-        feeds = _encode(encoders, chunk.prompts, **how)
+        feeds = _encode(encoders, chunk.prompts, clip_skip=self.request.clip_skip, **how)
         if self.plan.guided:
             without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
             if chunk.negatives is None and self.constants["zero_empty_prompt"]:
                 without = {name: value * 0 for name, value in without.items()}
-            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
+            feeds = {name: concat([without[name]] * (self.plan.rows - 1) + [value]) for name, value in feeds.items()}
         return feeds
 
     def _start(self, chunk: Chunk) -> Start:
@@ -138,19 +138,18 @@ class Run:
         spec = {s.name: s for s in unet.component.inputs}
         feeds = self._feeds(chunk, text, unet)
         add = control.prepare(self.request, chunk, self.manifest, self.engines)
-        extra = None if start.extra is None else unet.array(start.extra)
+        extra: list[Any] = [None if start.extra is None else unet.array(start.extra)] * plan.rows
+        if plan.rows == 3:  # the first row is shown neither prompt nor image
+            extra[0] = extra[1] * 0
         dtype = spec["sample"].dtype
         row = plan.start
 
         def model(x: Any, t: float) -> Any:
-            sample = x if extra is None else concat([x, extra], axis=1)
-            sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
+            rows = [x if more is None else concat([x, more], axis=1) for more in extra]
+            sample = cast(concat(rows) if plan.guided else rows[0], dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
             out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
-            if not plan.guided:
-                return out
-            without, with_prompt = out[: len(x)], out[len(x) :]
-            return without + plan.guidance * (with_prompt - without)
+            return plan.combined(out)
 
         def fresh(i: int) -> Any:
             if self.request.renoise is None:
@@ -171,7 +170,7 @@ class Run:
             return x if step_end is None else cast(unet.array(step_end(i, plan.timesteps[i], x)), "float32")
 
         x = cast(unet.array(start.x), "float32")
-        plain = not start.noised and all(hook is None for hook in (extra, keep, callback, step_end))
+        plain = not start.noised and all(hook is None for hook in (start.extra, keep, callback, step_end))
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
             from ..engines.fixed_loop import FixedLoop
 
@@ -194,14 +193,21 @@ class Run:
     def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
         """Everything but sample and timestep that the UNet takes, in its own dtypes."""
         feeds = dict(text)
-        batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
+        batch = len(chunk.prompts) * self.plan.rows
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
+                feeds["time_ids"] = self._time_ids(batch, int(spec.shape[-1]))
             elif spec.name == "timestep_cond":
                 feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
+
+    def _time_ids(self, batch: int, numbers: int) -> np.ndarray:
+        request = self.request
+        if numbers == 6:
+            return conditioning.time_ids(batch, request.pixels, *request.sizes)
+        scores = request.scores[::-1] if self.plan.guided else request.scores[:1]
+        return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
         vae = self.engines["vae_decoder"]

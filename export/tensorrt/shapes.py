@@ -44,6 +44,7 @@ def described(bundle: Bundle, component: Component, profile: Profile) -> dict[st
         vae_scale=manifest.pipeline["vae_scale"],
         latent_multiple=manifest.pipeline["latent_multiple"],
         guidance=float(manifest.sampler["guidance"]) > 1,
+        edits=manifest.edits,
     )
     dims = {name: wanted.get(name, limits) for name, limits in component.dims.items()}
     for name, limits in component.dims.items():
