@@ -10,7 +10,7 @@ from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import Notice, UserError
 from accel.export.int8.quantize import quantize
-from accel.export.int8.settings import Int8Settings
+from accel.export.int8.settings import Int8Settings, complete
 from accel.export.pipeline import export_pipeline
 from accel.safety.preprocessing import FILE
 
@@ -70,7 +70,7 @@ def test_int8_is_calibrated_on_images_that_nobody_blackened(checked_bundle, tmp_
 
     monkeypatch.setattr("accel.export.int8.quantize.calibrate", stop)
     with pytest.raises(Stop):
-        quantize(checked_bundle, tmp_path / "out", Int8Settings(precision="int8"))
+        quantize(checked_bundle, tmp_path / "out", complete(Int8Settings(precision="int8"), "checked"))
 
 
 # ------------------------------------------------------------------------------------------------------- accel run
