@@ -26,7 +26,8 @@ class Kind:
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
             bundle has it), "afterwards" (on every image, where the bundle has it and nobody switched it off), or "on
             demand" (loaded when it is first used).
-        control: whether it adds to the UNet; such a component is exported wherever the source has it.
+        adds: what it adds to the UNet, "control" or "image prompt"; such a component is exported, unasked, wherever the
+            source has it.
         on_request: whether it is exported only where it is asked for by an option of its own.
         float32: whether it stays float32, whatever the precision of the others.
         slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`; or one that
@@ -43,7 +44,7 @@ class Kind:
     part: str = ""
     unused: tuple[str, ...] = ()
     use: str = "on demand"
-    control: bool = False
+    adds: str = ""
     on_request: bool = False
     float32: bool = False
     slots: tuple[str, ...] = ()
@@ -64,11 +65,20 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledTextEncoder",
     ),
     Kind(
+        names=("image_encoder",),
+        wrapper=f"{_MODELS}.ip_adapter.image_encoder:ImageEncoder",
+        classes=("CLIPVisionModelWithProjection",),
+        library="transformers",
+        adds="image prompt",
+        slots=("image_encoder",),
+        stand_in=f"{_ATTACH}:CompiledImageEncoder",
+    ),
+    Kind(
         names=("t2i_adapter",),
         wrapper=f"{_MODELS}.control_networks:T2IAdapter",
         classes=("T2IAdapter",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("adapter",),
         stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
@@ -77,7 +87,7 @@ _KINDS = (
         wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("controlnet",),
         stand_in=f"{_ATTACH}:CompiledControlNet",
     ),
@@ -101,8 +111,7 @@ _KINDS = (
     ),
     Kind(
         names=("safety_checker",),
-        wrapper=f"{_MODELS}.safety_checker:SafetyChecker",
-        network=f"{_MODELS}.safety_checker:network",
+        wrapper="accel.safety.network:SafetyChecker",
         classes=("StableDiffusionSafetyChecker",),
         library="stable_diffusion",
         module="diffusers.pipelines.stable_diffusion.safety_checker",
@@ -128,9 +137,9 @@ def kind_of(component: str) -> Kind:
 
 def usual_components() -> tuple[str, ...]:
     """The kinds that an export writes by default, where the model has them."""
-    return tuple(name for name, kind in KINDS.items() if not (kind.control or kind.on_request))
+    return tuple(name for name, kind in KINDS.items() if not (kind.adds or kind.on_request))
 
 
 def control_components() -> tuple[str, ...]:
     """The components that add to the UNet: `t2i_adapter`, `controlnet`, `controlnet_1`, ..."""
-    return tuple(name for kind in KINDS.values() if kind.control for name in kind.names)
+    return tuple(name for kind in KINDS.values() if kind.adds == "control" for name in kind.names)

@@ -30,6 +30,8 @@ def load(
     loras: Any = None,
     safety_checker: bool | None = True,
     embeddings: Any = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -55,6 +57,9 @@ def load(
         safety_checker: False or None leaves out the safety checker, where the model has one: images that it would
             reject are not blackened. It always computes in float32.
         embeddings: files of textual inversion, whose tokens prompts may use, as `Pipeline.set_embeddings` takes them.
+        vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
+            for yes where the bundle was exported for tiles.
+        vae_tile: side of a tile in pixels, which enables tiling too; None for diffusers' own, or the bundle's.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -70,8 +75,9 @@ def load(
         read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
         checked = {SAFETY_CHECKER: True} if SAFETY_CHECKER in ready.manifest.components else {}
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **checked, **(export or {})})
-    with_files = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **with_files, **options)
+    changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
+    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
 
 
 def opened(

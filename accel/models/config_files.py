@@ -82,17 +82,6 @@ def read_config(path: Path, what: str, *, network: bool = True) -> dict[str, Any
     return config
 
 
-def each_controlnet(index: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The index with an entry for each network of a MultiControlNetModel: diffusers lists them as one part."""
-    if list(index.get("controlnet") or ())[-1:] != ["MultiControlNetModel"]:
-        return index
-    names = KINDS["controlnet"].names
-    found = [name for i in range(99) if (path / (name := f"controlnet{f'_{i}' * bool(i)}")).is_dir()]
-    if not found or len(found) > len(names):
-        raise UserError(f"{path} has {len(found)} ControlNets at once", f"save it with 1 to {len(names)} of them")
-    return index | {name: ["diffusers", "ControlNetModel"] for name in names[: len(found)]}
-
-
 def built(path: Path, name: str, build: Callable[[], _T]) -> _T:
     """What a library builds from a config; libraries check their configs by failing somewhere in the middle.
 

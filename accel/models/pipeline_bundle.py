@@ -16,11 +16,11 @@ from ..errors import UserError
 from ..files import digest_of
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..sampling.noise_schedule import NoiseSchedule
-from . import safety_checker as checkers
 from .config_files import built
 from .constants import edits, note_left_out, own_sampling, pipeline_constants
+from .ip_adapter.into_source import completed
 from .source import Source, open_source
-from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
+from .source_networks import UNetInputs, check_checker, clip_skips, has_checker, network_of, own_tokens, unet_inputs
 
 _IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
 
@@ -42,7 +42,10 @@ class PipelineBundle(Bundle):
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
     def file(self, entry: str) -> Path:
-        """The path of a file of the folder, which has no manifest to list it."""
+        """The path of a file of the folder, which has no manifest to list it, by its place in a bundle."""
+        folder, _, name = entry.partition("/")
+        if folder in self.manifest.components:
+            return self.source.folder(kind_of(folder).part or folder) / name
         return self.path / entry
 
     def listed(self, folder: str) -> frozenset[str]:
@@ -81,14 +84,14 @@ def open_pipeline(
     source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source, safety_checker=False)  # whoever switches it off knows
-    if checked := safety_checker and checkers.has_checker(source):
-        checkers.check(source)
-    step = constants["vae_scale"] * constants["latent_multiple"]
+    if checked := safety_checker and has_checker(source):
+        check_checker(source)
+    step = constants["vae_scale"]  # torch takes any latents: the UNet is told which sizes to go back up to
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
         for native in native_sides(constants["native_size"])
     )
-    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
+    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source), step)
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
         vae_scale=constants["vae_scale"],
@@ -140,5 +143,7 @@ class _Shapes(Source):
         path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
-            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()
+                model = built(path, cls.__name__, lambda: cls.from_config(config))
+            else:
+                model = built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config)))
+        return completed(self, component, model).eval()

@@ -26,7 +26,7 @@ ACCEL = (
     ("sampling", "text"),
     ("bundle",),
     ("int8", "trt", "patching", "safety"),
-    ("models",),
+    ("models", "providers"),
     ("engines",),
     ("pipeline",),
     ("attaching", "bench"),
