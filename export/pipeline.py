@@ -31,10 +31,10 @@ from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
 from .int8.quantize import Progress, quantize
 from .int8.settings import Int8Settings, complete, refuse_changes
-from .int8.unsupported import refuse_control
+from .int8.unsupported import refuse_control, refuse_image_prompts
 from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
 _STAGES = 4
 
 
@@ -230,6 +230,8 @@ def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Set
     controlled = isinstance(model, Source) and any(map(model.has, control_components()))
     if settings.requires("unet") and (options.adapter or options.controlnet or controlled):
         refuse_control()
+    if settings.requires("unet") and isinstance(model, Source) and model.ip_adapter is not None:
+        refuse_image_prompts()
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
@@ -270,13 +272,13 @@ def _note_size(shapes: Profile, native: int | list[int]) -> None:
 
 
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
-    """All components to export: the control networks that the source has, and what is wanted."""
-    choices = [name for name, kind in KINDS.items() if not kind.control]
+    """All components to export: those of the source that add to the UNet, and what is wanted."""
+    choices = [name for name, kind in KINDS.items() if not kind.adds]
     if strange := [name for name in wanted if name not in choices]:
         raise unknown("component", strange[0], choices)
     if not wanted:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
-    more = [name for name in control_components() if source.has(name)]
+    more = [name for kind in KINDS.values() if kind.adds for name in kind.names if source.has(name)]
     return more + [
         name
         for kind in dict.fromkeys(wanted)

@@ -55,6 +55,9 @@ class Range:
         return Range(low, min(max(round_to(self.opt, step), low), high), high, step)
 
 
+MOST_PROMPT_IMAGES = 4
+
+
 def fixed(value: int) -> Range:
     return Range(value, value, value)
 
@@ -112,6 +115,8 @@ class Profile:
         if not self.batch.fixed:
             batch = Range(self.batch.min, batch.opt, self.batch.max * guided)
         dims = {"images": self.batch, "batch": batch}
+        # Pictures that an IP-Adapter is shown for one image.
+        dims["prompt_images"] = _ONE if self.batch.fixed else Range(1, 1, MOST_PROMPT_IMAGES)
         for side, pixels in (("height", self.height), ("width", self.width)):
             self._check(side, pixels, vae_scale if pixels.fixed else step, vae_scale)
             if of_vae and self.vae_tile:

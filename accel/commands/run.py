@@ -69,6 +69,10 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--control-scale", action="append", type=float, metavar="SCALE", help=text)
     text = "share of the steps, from the first, that --control guides (default: 1); repeat for several"
     group.add_argument("--control-end", action="append", type=float, metavar="SHARE", help=text)
+    text = "picture that the bundle's IP-Adapter is shown as a prompt; repeat to show several together"
+    group.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=text)
+    text = "strength of --image-prompt (default: 1)"
+    group.add_argument("--image-prompt-scale", type=float, default=1.0, metavar="SCALE", help=text)
     group = parser.add_argument_group("SDXL's size conditioning")
     text = "original size (default: the image's)"
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
@@ -99,11 +103,12 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
-    for option in ("image", "mask", "control"):
+    for option in ("image", "mask", "control", "image_prompt"):
         given = getattr(args, option) or []
         for file in [given] if isinstance(given, str) else given:
             if not Path(file).is_file():
-                raise UserError(f"--{option} {file}: there is no such file", "name an image file")
+                text = f"--{option.replace('_', '-')} {file}: there is no such file"
+                raise UserError(text, "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
     call = dict(
@@ -123,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         control_image=_one_or_all(args.control),
         control_scale=_one_or_all(args.control_scale or [1.0]),
         control_end=_one_or_all(args.control_end or [1.0]),
+        ip_adapter_image=[args.image_prompt] if args.image_prompt else None,
+        ip_adapter_scale=args.image_prompt_scale,
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,

@@ -17,6 +17,7 @@ from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import edits, note_left_out, own_sampling, pipeline_constants
+from .ip_adapter.into_source import completed
 from .source import Source, open_source
 from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
 
@@ -134,5 +135,7 @@ class _Shapes(Source):
         path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
-            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()
+                model = built(path, cls.__name__, lambda: cls.from_config(config))
+            else:
+                model = built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config)))
+        return completed(self, component, model).eval()

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
-from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
-from . import hub, single_file
+from . import hub, parts, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .embeddings import Embedding, EmbeddingSpec
 from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
+from .ip_adapter.into_source import completed, note_left_out, with_ip_adapter
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -43,6 +43,7 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        ip_adapter: file of an IP-Adapter that `load` puts into the UNet.
         embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
         clip_skips: how many layers before the last one the text encoder has further outputs.
     """
@@ -55,6 +56,7 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    ip_adapter: Path | None = None
     embeddings: tuple[Embedding, ...] = ()
     clip_skips: tuple[int, ...] = ()
 
@@ -134,7 +136,7 @@ class Source:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
         if self.embeddings and component in TEXT_ENCODERS:
             add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
-        return model.eval()
+        return completed(self, component, model).eval()
 
     def network_class(self, component: str) -> Any:
         """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
@@ -159,6 +161,7 @@ class Source:
                 f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
                 "the files may be damaged, or of another model; get them again",
             )
+        note_left_out(folder, info["unexpected_keys"])
         return model
 
     def copy(self, component: str, to: Path) -> None:
@@ -172,9 +175,8 @@ class Source:
                 add_tokens(to, self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
-        if component in self.files:
-            return [self.files[component]]
-        return self._chosen_files(self.folder(component))[0]
+        own = [self.files[component]] if component in self.files else self._chosen_files(self.folder(component))[0]
+        return own + [self.ip_adapter] * (component == "unet" and self.ip_adapter is not None)
 
     def _chosen_files(self, folder: Path) -> tuple[list[Path], str | None]:
         """Of the variant that was asked for, where this part has it; `open_source` has said where not."""
@@ -190,6 +192,8 @@ class Source:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
+        if self.ip_adapter is not None:
+            parts["ip_adapter"] = {"name": self.ip_adapter.name, "sha256": sha256(self.ip_adapter)}
         return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
 
     def _added(self) -> dict[str, Any]:
@@ -223,6 +227,8 @@ def open_source(
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
     embeddings: Sequence[EmbeddingSpec] = (),
@@ -237,6 +243,8 @@ def open_source(
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
             ControlNets, whose residuals are added.
+        ip_adapter: file of an IP-Adapter that goes with it, as its authors publish it.
+        image_encoder: folder of its image encoder; None for the pipeline's own `image_encoder`.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
         embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
@@ -264,16 +272,17 @@ def open_source(
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
     if vae is not None:
-        source = _with_vae(source, Path(resolve(vae)))
+        source = parts.with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
     nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
     if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
     if adapter is not None:
-        source = _with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+        source = parts.with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
     if nets:
-        source = _with_controlnets(source, nets)
+        source = parts.with_controlnets(source, nets)
+    source = with_ip_adapter(source, ip_adapter, image_encoder)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
@@ -309,7 +318,7 @@ def _index(path: Path) -> dict[str, Any]:
     index, removed = stripped(index)
     if removed:
         note(path / "model_index.json", removed)
-    index = _each_controlnet(index, path)
+    index = parts.each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
@@ -318,17 +327,6 @@ def _index(path: Path) -> dict[str, Any]:
             fix = single_file.ELSEWHERE if other else SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     return index
-
-
-def _each_controlnet(index: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The index with an entry for each network of a MultiControlNetModel: diffusers lists them as one part."""
-    if list(index.get("controlnet") or ())[-1:] != ["MultiControlNetModel"]:
-        return index
-    names = KINDS["controlnet"].names
-    found = [name for i in range(99) if (path / (name := f"controlnet{f'_{i}' * bool(i)}")).is_dir()]
-    if not found or len(found) > len(names):
-        raise UserError(f"{path} has {len(found)} ControlNets at once", f"save it with 1 to {len(names)} of them")
-    return index | {name: ["diffusers", "ControlNetModel"] for name in names[: len(found)]}
 
 
 def _folder(model: str | Path, variant: str | None) -> Path:
@@ -367,33 +365,3 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     if own != family:
         raise UserError(f"{file} is of family {family}, and {folder} of {own}", "--base FOLDER of the same family")
     return folder
-
-
-def _with_vae(source: Source, path: Path) -> Source:
-    """The source with the VAE of a folder (its own, or a pipeline's), or of a weight file in its own VAE's shape."""
-    if path.is_file():
-        return replace(source, files={**source.files, "vae": path})
-    return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
-
-
-def _with_controlnets(source: Source, folders: Sequence[str | Path]) -> Source:
-    """The source with these ControlNets, instead of any of its own."""
-    names = KINDS["controlnet"].names
-    if len(folders) > len(names):
-        raise UserError(f"{len(folders)} ControlNets at once are too many", f"give at most {len(names)}")
-    source = replace(source, index={name: entry for name, entry in source.index.items() if name not in names})
-    for name, folder in zip(names, folders, strict=False):
-        source = _with_part(source, name, Path(folder), ("ControlNetModel",), inner="controlnet")
-    return source
-
-
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], inner: str = "") -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one, called `inner`."""
-    inner = inner or name
-    folder = path / inner if (path / inner / "config.json").is_file() else path
-    kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
-    if kind not in kinds:
-        raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
-    files = {part: file for part, file in source.files.items() if part != name}
-    index = dict(source.index) | {name: ["diffusers", kind]}
-    return replace(source, index=index, files=files, folders={**source.folders, name: folder})

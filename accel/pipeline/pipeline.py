@@ -92,6 +92,8 @@ class Pipeline(Resource):
         control_image: Any = None,
         control_scale: float | Sequence[float] = 1.0,
         control_end: float | Sequence[float] = 1.0,
+        ip_adapter_image: Any = None,
+        ip_adapter_scale: float = 1.0,
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
@@ -131,6 +133,9 @@ class Pipeline(Resource):
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter); a number, or one for each.
             control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2); a
                 number, or one for each.
+            ip_adapter_image: what the bundle's IP-Adapter is shown: one image for all, or a list of one per image to
+                make; a list of lists shows several together, as in diffusers (`[[a, b]]`: both, for every image).
+            ip_adapter_scale: how strongly it counts, as diffusers' `set_ip_adapter_scale` says it.
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
             aesthetic_score, negative_aesthetic_score: what an SDXL refiner is told of its images, 1 to 10, with and
@@ -197,6 +202,8 @@ class Pipeline(Resource):
             seen,
             edited=manifest.edits,
             usual_strength=0.3 if manifest.refines else 0.8,
+            prompt=call["ip_adapter_image"],
+            prompt_scale=call["ip_adapter_scale"],
         )
         plan = plan_of(
             self.bundle.manifest,

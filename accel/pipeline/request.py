@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..bundle.kinds import KINDS
 from ..bundle.shape_profiles import Range, native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
-from .conditioning import hidden_state
+from .conditioning import hidden_state, image_prompts
 from .input_images import InputImages
 from .sampling_plan import SamplingPlan
 from .tiling import VaeTiling
@@ -125,6 +125,8 @@ def complete(
     for given in (inputs.image, inputs.mask, *(each.image for each in inputs.shown.values())):
         if given is not None:
             images.batch(given, len(texts), pixels)  # before any network runs
+    if inputs.prompt is not None:
+        inputs = replace(inputs, prompt=image_prompts(manifest, inputs.prompt, len(texts)))
     return Request(
         plan=plan,
         chunks=[
