@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, is_bundle
+from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.shape_profiles import profile as parse_profile
 from ..engines import choose
 from ..engines.select import facts
@@ -102,8 +102,24 @@ def opened(
             raise UserError(f"engine {engine} runs a pipeline as it is, so nothing is exported", fix)
         return bundle
     name = (export or {}).get("profile") or profile_around(bundle)
-    native = bundle.manifest.pipeline["native_size"]
-    return replace(bundle, manifest=replace(bundle.manifest, profile=parse_profile(name, native=native)))
+    return replace(bundle, manifest=_within(bundle.manifest, name))
+
+
+def _within(manifest: Manifest, name: str) -> Manifest:
+    """The manifest of a pipeline, with the shapes of a profile instead of those that torch takes.
+
+    Raises:
+        UserError: for a profile that the networks cannot have.
+    """
+    constants = manifest.pipeline
+    chosen = parse_profile(name, native=constants["native_size"])
+    how = {key: constants[key] for key in ("vae_scale", "latent_multiple")}
+    how |= dict(guidance=float(manifest.sampler["guidance"]) > 1, edits=manifest.edits)
+    components = {}
+    for part, component in manifest.components.items():
+        wanted = chosen.dims(**how, component=part)
+        components[part] = replace(component, dims={dim: wanted.get(dim, own) for dim, own in component.dims.items()})
+    return replace(manifest, profile=chosen, components=components)
 
 
 def _is_bundle(model: Any, **of_a_pipeline: Any) -> bool:
