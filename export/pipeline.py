@@ -24,6 +24,7 @@ from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from accel.pipeline.tiling import VaeTiling
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
@@ -167,12 +168,13 @@ def _export_float(
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
-    dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"],
-        latent_multiple=pipeline["latent_multiple"],
-        guidance=sampling.guidance > 1,
-        edits=edits(source),
-    )
+    if shapes.vae_tile and "vae_decoder" in names:  # else there is none that would see tiles
+        VaeTiling.of(source.config("vae"), pipeline["vae_scale"], shapes.vae_tile)
+    sizes = {key: pipeline[key] for key in ("vae_scale", "latent_multiple")}
+    sizes |= dict(guidance=sampling.guidance > 1, edits=edits(source))
+    dims = {name: shapes.dims(**sizes, component=name) for name in names}
+    if inputs.adapter or inputs.control:
+        _check_halves(shapes, dims["unet"], pipeline["latent_multiple"])
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
     require_space(out.absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
@@ -183,7 +185,9 @@ def _export_float(
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
-            records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
+            records[name] = _export_component(
+                source, name, folder / name, dims[name], precision, options.opset, inputs, step
+            )
         copy_pipeline_files(source, folder, sampling)
         manifest = Manifest(
             family=source.family,
@@ -237,6 +241,22 @@ def _check_tokens(source: Source, tokens: int) -> None:
         raise UserError(
             f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
         )
+
+
+def _check_halves(shapes: Profile, dims: Mapping[str, Range], multiple: int) -> None:
+    """Refuse control inputs in steps of latents that the UNet does not halve exactly.
+
+    `torch.export` declares the sides of an input as multiples of one symbol, which the rounded halves of it are not.
+    """
+    for side in ("height", "width"):
+        limits = dims[f"latent_{side}"]
+        if not limits.fixed and limits.multiple % multiple:
+            raise UserError(
+                f"profile {shapes.name!r}: with an adapter or a ControlNet a range of sizes cannot go in steps of "
+                f"{dims[side].multiple} px",
+                f"one size, such as {side}={shapes.height.max if side == 'height' else shapes.width.max}, which may be "
+                f"odd; or leave step out",
+            )
 
 
 def _note_size(shapes: Profile, native: int | list[int]) -> None:

@@ -51,6 +51,10 @@ def add_arguments(parser: Any) -> None:
     text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
+    text = "decode and encode in overlapping tiles: large images in the memory of a tile"
+    parser.add_argument("--vae-tiling", action="store_true", default=None, help=text)
+    text = "side of a tile, which enables tiling too (default: the VAE's own size)"
+    parser.add_argument("--vae-tile", type=int, metavar="PX", help=text)
     group = parser.add_argument_group("images to start from and to be guided by")
     group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
@@ -137,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     )
     engine, options = engine_of(args)
     bundle = opened(args.bundle, engine, few_step=args.few_step)
-    check_call(bundle, **call)
+    tiling = dict(vae_tiling=args.vae_tiling, vae_tile=args.vae_tile)
+    check_call(bundle, **tiling, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
         warnings.warn(
             f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     if args.canny:
         call["control_image"] = _one_or_all([canny(file) for file in args.control])
     changed = dict(loras=args.lora, embeddings=args.embedding)
-    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **options)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **tiling, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
         unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)

@@ -224,10 +224,14 @@ class Run:
         return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
-        vae = self.engines["vae_decoder"]
-        z = unscaled(x, self.constants)
+        vae, tiling = self.engines["vae_decoder"], self.request.tiling
         (spec,) = vae.component.inputs
-        return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        def decoded(z: np.ndarray) -> np.ndarray:
+            return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        z = unscaled(x, self.constants)
+        return decoded(z) if tiling is None else tiling.decode(z, decoded)
 
 
 def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
