@@ -73,6 +73,8 @@ def _marks(command: str) -> list[pytest.MarkDecorator]:
 
 def _needs(command: str) -> str | None:
     """What a command needs that is not here; None where it runs."""
+    if "--provider tensorrt-rtx" in command:
+        return "an RTX card"
     if "--engine tensorrt-rtx" in command:  # builds without a GPU
         if command.startswith("run "):
             return "an RTX card"
