@@ -25,7 +25,7 @@ from .data.encoders import Encoders
 from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
-from .training import checkpoints
+from .training import checkpoints, sharding
 from .training.attention import check_attention
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
@@ -77,6 +77,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         recipe = load(entry.complete)(recipe, encoders)
     # Before the data, whose cache may take hours: what the method refuses is known at once.
     method: Method = load(entry.factory)(recipe, encoders)
+    sharding.check(method, accelerator)
     qat.attach(method, recipe)
     batches = load(entry.batches)(recipe, encoders, run, accelerator, say)
     qat.calibrate(method, recipe, accelerator.device, say)
