@@ -94,7 +94,9 @@ def alone(models: Mapping[str, Path], folder: Path, names: Iterable[str] = CASES
         execute(replace(recipe_of(name, models), batch=4), folder / name)
 
 
-def together(models: Mapping[str, Path], folder: Path, launch: Callable[..., Any], names: list[str], **how: Any) -> None:
+def together(
+    models: Mapping[str, Path], folder: Path, launch: Callable[..., Any], names: list[str], **how: Any
+) -> None:
     """Two processes, batches of 2; `launch` is `torchrun` of the tests."""
     asked = [
         (name, CASES[name][1].__name__, asdict(replace(recipe_of(name, models), batch=2)), str(folder / name))
@@ -151,7 +153,9 @@ def make_edm(folder: Path) -> Path:
     from accel.distill.edm import preconditioning
     from accel.distill.edm.source import save_edm
 
-    config = dict(size=16, channels=1, width=32, multipliers=(1, 2), layers=1, attention=(8,), head_width=32, classes=10)
+    config = dict(
+        size=16, channels=1, width=32, multipliers=(1, 2), layers=1, attention=(8,), head_width=32, classes=10
+    )
     torch.manual_seed(0)
     unet = UNet2DModel(**preconditioning.unet_config(**config))
     for parameter in unet.parameters():
@@ -178,7 +182,9 @@ def main() -> None:
         alone(models, folder / "one")
         ways = {"DDP": (list(CASES), False), "FSDP2": ([name for name in CASES if name not in SHARED], True)}
         for wrapper, (names, sharded) in ways.items():
-            together(models, folder / wrapper, lambda *a, **k: processes.launch(folder, *a, **k), names, sharded=sharded)
+            together(
+                models, folder / wrapper, lambda *a, **k: processes.launch(folder, *a, **k), names, sharded=sharded
+            )
         found = {
             case: {
                 wrapper: differences(folder / "one" / f"{case}-run", folder / wrapper / f"{case}-run")

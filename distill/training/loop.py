@@ -150,6 +150,8 @@ class Loop:
             *prepared, self.optimizers[phase.name] = self.accelerator.prepare(*modules, self.optimizers[phase.name])
             for network, module in zip(networks, prepared, strict=True):
                 network.module = module
+                if sharded:
+                    sharding.begin(module)
                 if sharded and dtype != torch.float32:  # of other wrappers accelerate does it
                     module.forward = torch.autocast(self.accelerator.device.type, dtype)(module.forward)
 
@@ -287,9 +289,9 @@ class Loop:
             )
         for name, average in self.averages.items():
             average.optimization_step = sum(phase.count(step) for phase in self.method.phases if name in phase.networks)
-        self.console.print(
-            f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True, markup=False
-        )
+        if self.accelerator.is_main_process:
+            said = f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}"
+            self.console.print(said, soft_wrap=True, markup=False)
         return step
 
     def checkpoint(self, step: int) -> None:

@@ -107,6 +107,15 @@ def _asked_blocks() -> list[str]:
     return [name for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name]
 
 
+def begin(module: nn.Module) -> None:
+    """Let a network's units look at their weights now, while all that learns requires a gradient.
+
+    They would at their first call, which is a critic's in the generator's turn: they would find nothing that learns,
+    and reduce its gradients in half precision ever after.
+    """
+    module._get_fsdp_state()._lazy_init()
+
+
 def units(module: nn.Module) -> list[Any]:
     """FSDP2's units of a network, the outermost first; none without it."""
     from torch.distributed.fsdp import FSDPModule

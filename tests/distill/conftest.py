@@ -85,9 +85,7 @@ def launched() -> dict[str, str]:
     return {name: value for name, value in made.items() if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"}
 
 
-def launch(
-    folder: Path, code: str, *arguments: Any, world: int = 2, sharded: bool = False, forked: bool = True
-) -> str:
+def launch(folder: Path, code: str, *arguments: Any, world: int = 2, sharded: bool = False, forked: bool = True) -> str:
     """Run code in that many processes; see `torchrun`."""
     script = folder / "script.py"
     script.write_text(SHARDED * sharded + code)

@@ -82,7 +82,11 @@ assert not (Path(sys.argv[2] + "-run") / "pairs").exists()
     ("fields", "environment", "said"),
     [
         (dict(rank=2, critic_rank=2), {}, "FSDP cannot shard a network that several updates share"),
-        ({}, {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}, "add --fsdp_version 2"),
+        (
+            {},
+            {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
+            "add --fsdp_version 2",
+        ),
         ({}, {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaLayer"}, "no network of this run has a LlamaLayer"),
     ],
     ids=["shared", "first version", "blocks"],
