@@ -1,4 +1,4 @@
-"""Do two processes train as one does with the joint batch? Every method, with DDP and with FSDP2, on networks in miniature.
+"""Do two processes train as one does with the joint batch? Every method, by DDP and FSDP2, on networks in miniature.
 
     python benchmarks/two_processes.py            # measures, and prints the table of docs/distill.md
     python benchmarks/two_processes.py --page     # and puts it there

@@ -67,6 +67,8 @@ def accelerator_for(recipe: Recipe, run: Path) -> Any:
         made = Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
     except ValueError as error:
         raise UserError(f"--mixed-precision {recipe.mixed_precision} is not possible here: {error}", "use no") from None
+    if recipe.mixed_precision == "fp16" and made.device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU: on a CPU nothing scales the loss", "use bf16, or no")
     if sharding.is_sharding(made):
         sharding.set_up(made, compute_dtype(recipe))
     return made

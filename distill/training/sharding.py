@@ -20,7 +20,6 @@ from accel.errors import UserError
 
 from .method import Method, TrainedNetwork
 
-
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # of diffusers' UNets: one unit each, where nothing else is asked
 
 
