@@ -12,27 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
-from accel.bundle.kinds import KINDS, control_components, kind_of
+from accel.bundle.kinds import KINDS, control_components, kind_of, usual_components
 from accel.bundle.shape_profiles import Profile, Range, native_sides
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
-from accel.models.constants import check_runs, checked_sampling, note_left_out, own_sampling, pipeline_constants
+from accel.models.constants import check_runs, checked_sampling, edits, note_left_out, own_sampling, pipeline_constants
+from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
-from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from accel.models.source_networks import UNetInputs, check_checker, network_of, own_tokens, unet_inputs
+from accel.pipeline.tiling import VaeTiling
+from accel.safety import COMPONENT as SAFETY_CHECKER
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
 from .int8.quantize import Progress, quantize
 from .int8.settings import Int8Settings, complete, refuse_changes
-from .int8.unsupported import refuse_control
+from .int8.unsupported import refuse_control, refuse_image_prompts
 from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = usual_components()
 _STAGES = 4
 
 
@@ -45,9 +48,12 @@ class _Options:
     components: tuple[str, ...] = COMPONENTS
     sampler: Mapping[str, Any] | None = None
     adapter: bool | str | Path = False
-    controlnet: str | Path | None = None
+    controlnet: str | Path | Sequence[str | Path] | None = None
     loras: tuple[str | Path | LoraFile, ...] = ()
     share: str | Path | None = None
+    clip_skip: int = 0
+    embeddings: tuple[EmbeddingSpec, ...] = ()
+    safety_checker: bool = False
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -64,12 +70,15 @@ def export_pipeline(
     components: tuple[str, ...] = COMPONENTS,
     sampler: Mapping[str, Any] | None = None,
     adapter: bool | str | Path = False,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
+    safety_checker: bool = False,
+    clip_skip: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
     int8: Int8Settings | None = None,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Bundle:
     """Export a Stable Diffusion pipeline to a bundle.
 
@@ -83,19 +92,25 @@ def export_pipeline(
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
         adapter: folder of a T2I-Adapter to export with it; or True to give the UNet its inputs alone.
-        controlnet: folder of a ControlNet to export with it.
+        controlnet: folder of a ControlNet to export with it, or a list of up to three.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
+        safety_checker: export the safety checker of the model's folder too, in float32 whatever the precision: a
+            pipeline of the bundle blackens the images that it rejects. Without it a note says that it is left out.
+        clip_skip: how many of the text encoder's last layers prompts do without, unless a call says otherwise;
+            diffusers' `clip_skip`.
         overwrite: replace a bundle that is already there.
         progress: called with a description and the fraction done.
         int8: how to quantize, if the precision asks for it.
+        embeddings: files of textual inversion whose tokens the bundle reads, each as FILE or FILE=TOKEN.
 
     Raises:
         UserError: for a source that cannot be exported, or a graph that differs from torch by more than the limit.
     """
     check_precision(precision)
     trace.check_opset(opset)
-    options = _Options(profile, opset, tuple(components), sampler, adapter, controlnet, tuple(loras), share)
+    parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings), safety_checker
+    options = _Options(profile, opset, tuple(components), sampler, *parts)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -105,9 +120,13 @@ def export_pipeline(
 
 def _open(model: str | Path | Source, options: _Options) -> Source:
     if isinstance(model, Source):
+        if options.loras or options.embeddings:
+            fix = "open_source(MODEL, loras=..., embeddings=...)"
+            raise UserError("a source that is open already takes no more LoRA files and embeddings", fix)
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    return open_source(model, options.loras, adapter=adapter, controlnet=options.controlnet)
+    more: dict[str, Any] = dict(adapter=adapter, controlnet=options.controlnet, embeddings=options.embeddings)
+    return open_source(model, options.loras, safety_checker=options.safety_checker, **more)
 
 
 def _export_int8(
@@ -145,17 +164,25 @@ def _export_float(
 ) -> Bundle:
     base = None if options.share is None else Bundle.open(options.share)
     names = _component_names(source, options.components)
-    pipeline = pipeline_constants(source)
+    if options.safety_checker:
+        check_checker(source)
+        names.append(SAFETY_CHECKER)
+    source = _with_clip_skip(source, options.clip_skip)
+    pipeline = pipeline_constants(source) | ({"clip_skip": options.clip_skip} if options.clip_skip else {})
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
-    note_left_out(source)
+    note_left_out(source, safety_checker=not options.safety_checker)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
-    dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"], latent_multiple=pipeline["latent_multiple"], guidance=sampling.guidance > 1
-    )
+    if shapes.vae_tile and "vae_decoder" in names:  # else there is none that would see tiles
+        VaeTiling.of(source.config("vae"), pipeline["vae_scale"], shapes.vae_tile)
+    sizes = {key: pipeline[key] for key in ("vae_scale", "latent_multiple")}
+    sizes |= dict(guidance=sampling.guidance > 1, edits=edits(source))
+    dims = {name: shapes.dims(**sizes, component=name) for name in names}
+    if inputs.adapter or inputs.control:
+        _check_halves(shapes, dims["unet"], pipeline["latent_multiple"])
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
     require_space(out.absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
@@ -166,8 +193,10 @@ def _export_float(
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
-            records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
-        copy_pipeline_files(source, folder, sampling)
+            records[name] = _export_component(
+                source, name, folder / name, dims[name], precision, options.opset, inputs, step
+            )
+        copy_pipeline_files(source, folder, sampling, feature_extractor=options.safety_checker)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -190,6 +219,14 @@ def _export_float(
     return Bundle.open(out)
 
 
+def _with_clip_skip(source: Source, skip: int) -> Source:
+    """The source with the output that prompts are taken from, `skip` layers before the last one."""
+    layers = min(source.config(name)["num_hidden_layers"] for name in KINDS["text_encoder"].names if source.has(name))
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < layers:
+        raise UserError(f"invalid clip_skip: {skip!r} (expected 0 to {layers - 1})", "such as --clip-skip 1")
+    return replace(source, clip_skips=(skip,)) if skip and source.family != "sdxl" else source
+
+
 def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Settings) -> None:
     if missing := {"text_encoder", "unet", "vae_decoder"} - set(options.components):
         raise UserError(
@@ -201,6 +238,8 @@ def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Set
     controlled = isinstance(model, Source) and any(map(model.has, control_components()))
     if settings.requires("unet") and (options.adapter or options.controlnet or controlled):
         refuse_control()
+    if settings.requires("unet") and isinstance(model, Source) and model.ip_adapter is not None:
+        refuse_image_prompts()
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
@@ -210,6 +249,22 @@ def _check_tokens(source: Source, tokens: int) -> None:
         raise UserError(
             f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
         )
+
+
+def _check_halves(shapes: Profile, dims: Mapping[str, Range], multiple: int) -> None:
+    """Refuse control inputs in steps of latents that the UNet does not halve exactly.
+
+    `torch.export` declares the sides of an input as multiples of one symbol, which the rounded halves of it are not.
+    """
+    for side in ("height", "width"):
+        limits = dims[f"latent_{side}"]
+        if not limits.fixed and limits.multiple % multiple:
+            raise UserError(
+                f"profile {shapes.name!r}: with an adapter or a ControlNet a range of sizes cannot go in steps of "
+                f"{dims[side].multiple} px",
+                f"one size, such as {side}={shapes.height.max if side == 'height' else shapes.width.max}, which may be "
+                f"odd; or leave step out",
+            )
 
 
 def _note_size(shapes: Profile, native: int | list[int]) -> None:
@@ -225,15 +280,18 @@ def _note_size(shapes: Profile, native: int | list[int]) -> None:
 
 
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
-    """All components to export: the control networks that the source has, and what is wanted."""
-    choices = [name for name, kind in KINDS.items() if not kind.control]
+    """All components to export: those of the source that add to the UNet, and what is wanted."""
+    choices = usual_components()
     if strange := [name for name in wanted if name not in choices]:
         raise unknown("component", strange[0], choices)
     if not wanted:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
-    more = [name for name in control_components() if source.has(name)]
+    more = [name for kind in KINDS.values() if kind.adds for name in kind.names if source.has(name)]
     return more + [
-        name for kind in dict.fromkeys(wanted) for name in KINDS[kind].names if name == kind or source.has(name)
+        name
+        for kind in dict.fromkeys(wanted)
+        for name in KINDS[kind].names
+        if source.has(KINDS[kind].part or name) or len(KINDS[kind].names) == 1
     ]
 
 

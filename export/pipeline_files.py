@@ -7,21 +7,29 @@ import math
 import shutil
 from pathlib import Path
 
-from accel.bundle.kinds import control_components
+from accel.bundle.kinds import KINDS
 from accel.files import read_json, write_json
-from accel.models.config_files import clip_tokenizer, copy_folder
+from accel.models.config_files import clip_tokenizer, stripped
 from accel.models.source import Source
+from accel.safety.preprocessing import FILE as FEATURE_EXTRACTOR
 from accel.sampling import Sampling
 
 
-def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> None:
-    """Copy them from the source, tokenizers in both of the forms that other libraries read.
+def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling, *, feature_extractor: bool = False) -> None:
+    """Copy them from the source, tokenizers with its learned tokens and in both of the forms that other libraries read.
 
     The scheduler of a few-step model becomes the one with which diffusers draws the same (`Source.scheduler_for`).
+
+    Args:
+        feature_extractor: whether what the safety checker is shown is copied too.
     """
+    if feature_extractor:
+        (folder / FEATURE_EXTRACTOR).parent.mkdir()
+        config, _ = stripped(read_json(source.path / FEATURE_EXTRACTOR, "the feature extractor's config"))
+        write_json(folder / FEATURE_EXTRACTOR, config)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
-            copy_folder(source.path / name, folder / name)
+            source.copy(name, folder / name)
             if name != "scheduler":
                 complete_tokenizer(folder / name)
     config = source.scheduler_for(sampling.as_dict())
@@ -33,7 +41,7 @@ def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> Non
     index = dict(source.index) | {"scheduler": ["diffusers", config["_class_name"]]}
     kept = source.path / "model_index.json"
     if source.folders or index != read_json(kept, "model_index.json"):
-        others = control_components()  # diffusers has no place for a control network
+        others = [name for name, kind in KINDS.items() if kind.adds]  # optimum has no place for them
         write_json(folder / "model_index.json", {k: v for k, v in index.items() if k not in others})
     else:
         shutil.copyfile(kept, folder / "model_index.json")

@@ -29,6 +29,7 @@ _REFUSED = {
     "load_textual_inversion": _EXPORT,
     "unload_textual_inversion": _EXPORT,
     "load_ip_adapter": "detach() first",
+    "unload_ip_adapter": "detach() first; without ip_adapter_image the adapter has no part in an image",
     "enable_freeu": "detach() first: FreeU works inside the UNet, which was compiled without it",
     "enable_vae_tiling": "detach() first",
     "fuse_qkv_projections": "detach() first",
@@ -132,6 +133,23 @@ def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
     raise UserError(f"{name} would not reach the compiled networks of this pipeline", _REFUSED[name])
 
 
+def _networks(pipeline: Any, bundle: Bundle) -> tuple[dict[str, Any], dict[str, str]]:
+    """Slot -> network of the pipeline, and slot -> component, of all that the bundle has."""
+    originals, slots = {}, {}
+    for kind in KINDS.values():
+        for slot, component in zip(kind.slots, kind.names, strict=False):
+            found = getattr(pipeline, slot, None)
+            several = getattr(found, "nets", None)  # of diffusers' MultiControlNetModel
+            named = {slot: (component, found)}
+            if several is not None:
+                rows = enumerate(zip(kind.names, several, strict=False))
+                named = {f"{slot}.nets.{i}": (name, module) for i, (name, module) in rows}
+            for place, (name, module) in named.items():
+                if module is not None and name in bundle.manifest.components:
+                    originals[place], slots[place] = module, name
+    return originals, slots
+
+
 def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **options: Any) -> Attached:
     """Let a diffusers pipeline run on a bundle's compiled networks. Everything else of the pipeline stays as it is.
 
@@ -153,16 +171,10 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         bundle = Bundle.open(bundle)
     if engine != "auto":
         choose(engine)  # before anything is loaded
-    slots = {
-        slot: component
-        for kind in KINDS.values()
-        for slot, component in zip(kind.slots, kind.names, strict=False)
-        if getattr(pipeline, slot, None) is not None and component in bundle.manifest.components
-    }
+    originals, slots = _networks(pipeline, bundle)
     if "unet" not in slots:
         fix = "attach to a Stable Diffusion or SDXL pipeline of diffusers"
         raise UserError(f"{type(pipeline).__name__} and {bundle.path} have no UNet in common", fix)
-    originals = {slot: getattr(pipeline, slot) for slot in slots}
     for slot, module in originals.items():
         patched = getattr(module.__dict__.get("forward"), "__self__", None)
         if isinstance(module, Compiled) or isinstance(patched, Compiled):

@@ -67,7 +67,7 @@ def measure(
     Raises:
         UserError: for a damaged bundle, or a size or batch outside its profile.
     """
-    bundle = opened(bundle)
+    bundle = opened(bundle, safety_checker=False)
     settings = settings or BenchSettings()
     names = component_names(bundle)
     work.check_batch(bundle, settings)
@@ -76,7 +76,7 @@ def measure(
     state = State(bundle, [replace(variant, threads=settings.threads) for variant in wanted], settings)
     try:
         with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, temporary_caches() as caches:
-            state.settings = work.with_control(settings, bundle, Path(folder))
+            state.settings = work.with_images(settings, bundle, Path(folder))
             state.environment = facts.environment(state)
             _probe(state, caches, progress)
             _reference(state, load, progress)

@@ -42,7 +42,8 @@ class BenchSettings:
         warmup: untimed calls of each scope, at least two.
         memory: measure each variant in a process of its own as well.
         threads: CPU threads of every engine; None for each engine's own choice.
-        control: image file for the bundle's T2I-Adapter or ControlNet; "" where it has none.
+        control: image file for the bundle's T2I-Adapter or ControlNet; "" for a drawing.
+        shown: the images of the call by argument, as `with_images` chooses them.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -60,6 +61,7 @@ class BenchSettings:
     memory: bool = True
     threads: int | None = None
     control: str = ""
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch", "rounds"):
@@ -81,31 +83,45 @@ class BenchSettings:
             **self.options,
             "steps": self.steps,
             "guidance_scale": self.guidance,
-            **({"control_image": self.control} if self.control else {}),
+            **self.shown,
         }
 
 
-def with_control(settings: BenchSettings, bundle: Bundle, folder: Path) -> BenchSettings:
-    """The settings with an image of rings and a square, where the bundle has a control network to show it to.
+def with_images(settings: BenchSettings, bundle: Bundle, folder: Path) -> BenchSettings:
+    """The settings with the images that the bundle needs: a drawing of rings and a square for its control networks, for
+    a UNet that edits, and to paint in, with the left half as the mask.
 
     Raises:
         UserError: for an image of one's own that cannot be read, or that the bundle has no network for.
     """
-    controlled = bool(set(control_components()) & set(bundle.manifest.components))
+    controlled = len(set(control_components()) & set(bundle.manifest.components))
     if settings.control and not controlled:
         raise UserError(f"{bundle.path} has no T2I-Adapter or ControlNet", "leave --control out")
     if settings.control:
         images.batch(settings.control, 1, (8, 8))  # before minutes of measuring
-    if settings.control or not controlled:
-        return settings
+    channels, latent = bundle.component("unet").inputs[0].shape[1], bundle.manifest.pipeline["latent_channels"]
+    starts = channels != latent or bundle.manifest.refines
+    drawing, half = _drawings(folder) if controlled or starts else ("", "")
+    shown: dict[str, Any] = {"image": drawing} if starts else {}
+    if channels == 2 * latent + 1:
+        shown["mask_image"] = half
+    if controlled:
+        image = settings.control or drawing
+        shown["control_image"] = image if controlled == 1 else [image] * controlled
+    return replace(settings, shown=shown)
+
+
+def _drawings(folder: Path) -> tuple[str, str]:
+    """Files of a drawing, and of a mask."""
     from PIL import Image
 
     rows, columns = np.mgrid[0:256, 0:256]
     rings = np.hypot(rows - 128, columns - 128) % 32 < 2
     square = (np.maximum(abs(rows - 160), abs(columns - 96)) // 2) == 20
-    file = folder / "control.png"
-    Image.fromarray(((rings | square) * 255).astype(np.uint8)).convert("RGB").save(file)
-    return replace(settings, control=str(file))
+    drawing, half = folder / "drawing.png", folder / "mask.png"
+    Image.fromarray(((rings | square) * 255).astype(np.uint8)).convert("RGB").save(drawing)
+    Image.fromarray(((columns < 128) * 255).astype(np.uint8)).save(half)
+    return str(drawing), str(half)
 
 
 def check_batch(bundle: Bundle, settings: BenchSettings) -> None:
@@ -117,7 +133,8 @@ def check_batch(bundle: Bundle, settings: BenchSettings) -> None:
     guidance = float(bundle.manifest.sampler["guidance"] if settings.guidance is None else settings.guidance)
     unet, images = bundle.component("unet"), bundle.component("vae_decoder").dims["images"]
     embedded = any(spec.name == "timestep_cond" for spec in unet.inputs)
-    doubled = settings.batch * (2 if guidance > 1 and not embedded else 1)
+    guided = 3 if bundle.manifest.edits else 2
+    doubled = settings.batch * (guided if guidance > 1 and not embedded else 1)
     if not images.admits(settings.batch) or not unet.dims["batch"].admits(doubled):
         raise UserError(
             f"a batch of {settings.batch} (a UNet batch of {doubled}) is outside profile "

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 LARGEST = 1 << 20  # of a dimension: images, pixels, channels, tokens
 _CONSTANTS = {"vae_scale": 256, "latent_channels": 4096, "latent_multiple": 256}
-_LARGEST_SIDE = 1 << 16
+_LARGEST_SIDE, _LAYERS = 1 << 16, 512
 
 
 def check(manifest: Any) -> None:
@@ -42,6 +42,9 @@ def _problems(manifest: Any) -> Iterator[str]:
         yield from _range(f"profile.{side}", getattr(profile, side))
     if not 1 <= profile.tokens <= LARGEST:
         yield f"profile.tokens: {profile.tokens!r:.40} is not between 1 and {LARGEST}"
+    for name in ("step", "vae_tile"):
+        if not 0 <= getattr(profile, name) <= LARGEST:
+            yield f"profile.{name}: {getattr(profile, name)!r:.40} is not between 0 and {LARGEST}"
     for entry, record in manifest.files.items():
         if not _SHA256.fullmatch(record["sha256"]) or record["bytes"] < 0:
             yield f"files.{entry!r:.80}: {dict(record)!r:.120} is not a sha256 and a size"
@@ -54,6 +57,12 @@ def constants(values: Mapping[str, Any]) -> Iterator[str]:
     for key, largest in _CONSTANTS.items():
         if isinstance(values[key], bool) or not 1 <= values[key] <= largest:
             yield f"pipeline.{key}: {values[key]!r:.40} is not between 1 and {largest}"
+    skip = values.get("clip_skip", 0)
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip <= _LAYERS:
+        yield f"pipeline.clip_skip: {skip!r:.40} is not between 0 and {_LAYERS}"
+    pooling = values.get("control_conditional_only", [])
+    if not isinstance(pooling, list) or not set(map(str, pooling)) <= set(KINDS["controlnet"].names):
+        yield f"pipeline.control_conditional_only: {pooling!r:.80} is no list of ControlNets"
     sides = values["native_size"] if isinstance(values["native_size"], list) else [values["native_size"]] * 2
     if len(sides) != 2 or any(isinstance(side, bool) or not 1 <= side <= _LARGEST_SIDE for side in sides):
         yield f"pipeline.native_size: {values['native_size']!r:.40} is not between 1 and {_LARGEST_SIDE}"

@@ -141,8 +141,7 @@ class Manifest:
         pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor and
             shift_factor (x = (z - shift) * factor; one number, or one for each latent channel), latent_multiple (of a
             latent side), native_size (pixels; [height, width] of a model that is not square), zero_empty_prompt
-            (whether no prompt means zeros), control_conditional_only (whether a ControlNet adds nothing to the rows
-            without a prompt; where it is missing, false).
+            (whether no prompt means zeros), clip_skip, control_conditional_only (ControlNets for rows with a prompt).
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).
@@ -162,6 +161,18 @@ class Manifest:
     exporter: Mapping[str, Any]
     components: Mapping[str, Component]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet takes latents of an image beside its own, as InstructPix2Pix (arXiv 2211.09800) does."""
+        specs = self.components["unet"].inputs if "unet" in self.components else ()
+        return bool(specs) and specs[0].shape[1] == 2 * self.pipeline["latent_channels"]
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is an SDXL refiner, whose size conditioning ends in an aesthetic score."""
+        specs = self.components["unet"].inputs if "unet" in self.components else ()
+        return any(spec.name == "time_ids" and spec.shape[1] == 5 for spec in specs)
 
     def as_dict(self) -> dict[str, Any]:
         components = {name: component.as_dict() for name, component in self.components.items()}

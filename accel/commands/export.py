@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import is_bundle
-from ..bundle.kinds import KINDS
+from ..bundle.kinds import usual_components
 from ..command_line.options import (
     add_build,
     add_few_step,
@@ -28,10 +28,11 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = usual_components()
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
-_OF_PIPELINES = "lora unet vae adapter controlnet base variant sampler steps guidance profile opset components".split()
-_OF_PIPELINES += "few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
+_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift ip_adapter image_encoder".split()
+_OF_PIPELINES.append("safety_checker")
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -65,6 +66,12 @@ def add_arguments(parser: Any) -> None:
         type=several("component", COMPONENTS),
         metavar="NAMES",
         help=f"with commas between them: {','.join(COMPONENTS)} (default: all that the model has)",
+    )
+    parser.add_argument(
+        "--safety-checker",
+        action="store_true",
+        default=None,  # not given
+        help="export the model's safety checker too: images that it rejects become black (default: left out)",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 24 (default: 20)")
     text = "threads of torch while it traces and compares (default: one for each core)"
@@ -106,8 +113,18 @@ def _add_parts(group: Any) -> None:
         help="LoRA to fuse into the weights, diffusers' or kohya's (repeatable; default scale: 1)",
     )
     group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="textual inversion whose token prompts may use: diffusers', A1111's or SDXL's (repeatable; default token: "
+        "the file's own)",
+    )
+    group.add_argument(
         "--unet", metavar="FILE", help="UNet weights instead of the model's own, such as dmd2_sdxl_4step_unet_fp16.bin"
     )
+    text = "do without the text encoder's last N layers for prompts, as diffusers' clip_skip (A1111's number less 1)"
+    group.add_argument("--clip-skip", type=int, metavar="N", help=text)
     group.add_argument("--vae", metavar="PATH", help="folder or file of another VAE, full or tiny")
     group.add_argument(
         "--adapter",
@@ -116,7 +133,14 @@ def _add_parts(group: Any) -> None:
         metavar="FOLDER",
         help="T2I-Adapter to export with it; without a folder, the UNet gets its inputs alone",
     )
-    group.add_argument("--controlnet", metavar="FOLDER", help="ControlNet to export with it")
+    text = "ControlNet to export with it (repeatable: up to three, whose residuals are added)"
+    group.add_argument("--controlnet", action="append", default=[], metavar="FOLDER", help=text)
+    group.add_argument(
+        "--ip-adapter", metavar="FILE", help="IP-Adapter to put into the UNet, such as ip-adapter_sd15.safetensors"
+    )
+    group.add_argument(
+        "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: the pipeline's own)"
+    )
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
@@ -244,7 +268,11 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            ip_adapter=args.ip_adapter,
+            image_encoder=args.image_encoder,
             few_step=args.few_step,
+            safety_checker=bool(args.safety_checker),
+            embeddings=args.embedding,
         )
     )
     with progress() as report:
@@ -258,6 +286,8 @@ def _bundle(args: argparse.Namespace) -> int:
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
+            safety_checker=bool(args.safety_checker),
+            clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
             int8=_int8(args),

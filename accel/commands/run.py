@@ -44,25 +44,44 @@ def add_arguments(parser: Any) -> None:
     add_sampling(parser, whose="the bundle's own")
     add_few_step(parser)
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
+    text = "do without the text encoder's last N layers for prompts (default: as it was exported)"
+    parser.add_argument("--clip-skip", type=int, metavar="N", help=text)
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
+    text = "leave out the model's safety checker: no image becomes black"
+    parser.add_argument("--no-safety-checker", action="store_true", help=text)
+    text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
+    text = "decode and encode in overlapping tiles: large images in the memory of a tile"
+    parser.add_argument("--vae-tiling", action="store_true", default=None, help=text)
+    text = "side of a tile, which enables tiling too (default: the VAE's own size)"
+    parser.add_argument("--vae-tile", type=int, metavar="PX", help=text)
     group = parser.add_argument_group("images to start from and to be guided by")
     group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
     text = "how much of --image is changed, 0 to 1 (default: 0.8; with --mask 1)"
     group.add_argument("--strength", type=float, metavar="SHARE", help=text)
-    group.add_argument("--control", metavar="FILE", help="image that guides the bundle's T2I-Adapter or ControlNet")
+    text = "how closely a model that edits images (InstructPix2Pix) keeps to --image (default: 1.5)"
+    group.add_argument("--image-guidance", type=float, metavar="SCALE", help=text)
+    text = "image that guides the bundle's T2I-Adapter or ControlNet; repeat, in order, for several ControlNets"
+    group.add_argument("--control", action="append", metavar="FILE", help=text)
     group.add_argument("--canny", action="store_true", help="guide by the edges of --control (Canny)")
-    text = "strength of --control (default: 1)"
-    group.add_argument("--control-scale", type=float, default=1.0, metavar="SCALE", help=text)
-    text = "share of the steps, from the first, that --control guides (default: 1)"
-    group.add_argument("--control-end", type=float, default=1.0, metavar="SHARE", help=text)
+    text = "strength of --control (default: 1); repeat for several"
+    group.add_argument("--control-scale", action="append", type=float, metavar="SCALE", help=text)
+    text = "share of the steps, from the first, that --control guides (default: 1); repeat for several"
+    group.add_argument("--control-end", action="append", type=float, metavar="SHARE", help=text)
+    text = "picture that the bundle's IP-Adapter is shown as a prompt; repeat to show several together"
+    group.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=text)
+    text = "strength of --image-prompt (default: 1)"
+    group.add_argument("--image-prompt-scale", type=float, default=1.0, metavar="SCALE", help=text)
     group = parser.add_argument_group("SDXL's size conditioning")
     text = "original size (default: the image's)"
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
     group.add_argument("--crop", type=_pair, metavar="TOPxLEFT", default=(0, 0), help="corner of the crop")
     group.add_argument("--target-size", type=_pair, metavar="HxW", help="target size (default: the image's)")
+    text = "aesthetic score that an SDXL refiner is told, 1 to 10 (default: 6)"
+    group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="SCORE", help=text)
     add_engine(parser)
     for old, new in {"--negative-prompt": "--negative", "--num-images": "--images"}.items():
         renamed(parser, old, new)
@@ -86,9 +105,12 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
-    for option in ("image", "mask", "control"):
-        if (file := getattr(args, option)) and not Path(file).is_file():
-            raise UserError(f"--{option} {file}: there is no such file", "name an image file")
+    for option in ("image", "mask", "control", "image_prompt"):
+        given = getattr(args, option) or []
+        for file in [given] if isinstance(given, str) else given:
+            if not Path(file).is_file():
+                text = f"--{option.replace('_', '-')} {file}: there is no such file"
+                raise UserError(text, "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
     call = dict(
@@ -104,26 +126,34 @@ def run(args: argparse.Namespace) -> int:
         image=args.image,
         mask_image=args.mask,
         strength=args.strength,
-        control_image=args.control,
-        control_scale=args.control_scale,
-        control_end=args.control_end,
+        image_guidance_scale=args.image_guidance,
+        control_image=_one_or_all(args.control),
+        control_scale=_one_or_all(args.control_scale or [1.0]),
+        control_end=_one_or_all(args.control_end or [1.0]),
+        ip_adapter_image=[args.image_prompt] if args.image_prompt else None,
+        ip_adapter_scale=args.image_prompt_scale,
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
+        aesthetic_score=args.aesthetic_score,
         prompt_weights=args.prompt_weights,
+        clip_skip=args.clip_skip,
         progress=True,
         **sampler_options(args),
     )
     engine, options = engine_of(args)
-    bundle = opened(args.bundle, engine, few_step=args.few_step)
-    check_call(bundle, **call)
+    options["safety_checker"] = not args.no_safety_checker
+    bundle = opened(args.bundle, engine, few_step=args.few_step, safety_checker=options["safety_checker"])
+    tiling = dict(vae_tiling=args.vae_tiling, vae_tile=args.vae_tile)
+    check_call(bundle, **tiling, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
         warnings.warn(
             f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
         )
     if args.canny:
-        call["control_image"] = canny(args.control)
-    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, loras=args.lora, **options)
+        call["control_image"] = _one_or_all([canny(file) for file in args.control])
+    changed = dict(loras=args.lora, embeddings=args.embedding)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **tiling, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
         unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
@@ -133,13 +163,21 @@ def run(args: argparse.Namespace) -> int:
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}
     if args.json:
         record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
+        record |= {"nsfw_content_detected": result.nsfw_content_detected}
         record |= {"loras": [str(file) for file in pipeline.loras]} if pipeline.loras else {}
+        learned = [embedding.token for embedding in pipeline.embeddings]
+        record |= {"embeddings": learned} if learned else {}
         print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:
         written = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1].name}: {len(names)} images"
         parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
         print(f"{written} (seed {result.seeds[0]}; {parts})")
     return 0
+
+
+def _one_or_all(values: list[Any] | None) -> Any:
+    """What was given once as itself, what was given several times as a list."""
+    return values[0] if values and len(values) == 1 else values
 
 
 def _names(out: str | None, images: int, overwrite: bool) -> list[Path]:

@@ -131,7 +131,8 @@ class Engine(Resource, ABC):
             UserError: where the engine cannot; it then runs with what it had.
         """
         raise UserError(
-            f"the {self.name} engine cannot take other weights", "fuse the LoRA at export: accel export --lora FILE"
+            f"the {self.name} engine cannot take other weights",
+            "put them in at export: accel export MODEL BUNDLE --lora FILE, and --embedding FILE for textual inversion",
         )
 
     def array(self, value: Any) -> Any:

@@ -42,7 +42,8 @@ class Refit:
         if engine.component.int8:
             raise UserError(
                 f"the TensorRT engine of {name} is int8, and cannot be refitted: its scales belong to its weights",
-                "another engine takes LoRA files at run time; or fuse it at export: accel export MODEL OUT --lora FILE",
+                "another engine takes them at run time; or put them in at export: accel export MODEL OUT --lora FILE "
+                "(--embedding FILE for textual inversion)",
             )
         if not engine.engine_file.identity["options"]["refittable"]:
             raise UserError(f"the engine of {name} is not refittable", f"{engine.rebuild()} --refittable")
@@ -117,7 +118,7 @@ class Refit:
     def _failure(self, reason: str) -> UserError:
         return UserError(
             f"TensorRT cannot refit {self.engine.component.name}: {reason}",
-            "fuse the LoRA before export instead: accel export MODEL OUT --lora FILE",
+            "put the weights in at export instead: accel export MODEL OUT --lora FILE, --embedding FILE",
         )
 
 

@@ -44,7 +44,7 @@ KEPT = (
     "text_projection",
 )
 
-# Tokens of CLIP's context. A longer context is several of these end to end (`accel.pipeline.prompts`), each with its
+# Tokens of CLIP's context. A longer context is several of these end to end (`accel.text.prompts`), each with its
 # own begin-of-text token.
 TEXT = 77
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..bundle import limits
+from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError
 from ..sampling import Sampling
 from ..sampling.noise_schedule import NoiseSchedule
@@ -44,19 +45,28 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
         "native_size": sides[0] * scale if len(set(sides)) == 1 else [side * scale for side in sides],
         "zero_empty_prompt": bool(source.index.get("force_zeros_for_empty_prompt", source.family == "sdxl")),
     }
-    if source.has("controlnet") and source.config("controlnet").get("global_pool_conditions"):
-        made["control_conditional_only"] = True
+    nets = [name for name in KINDS["controlnet"].names if source.has(name)]
+    if pooling := [name for name in nets if source.config(name).get("global_pool_conditions")]:
+        made["control_conditional_only"] = pooling
     for problem in limits.constants(made):
         raise UserError(f"{source.path}: {problem}", "get the files of the model again")
     _check_channels(unet.get("in_channels", 4), vae["latent_channels"], source)
     return made
 
 
-def note_left_out(source: Source) -> None:
-    """Say which parts of diffusers' pipeline change its images and are not in a bundle: its checker and watermark."""
-    if source.has("safety_checker"):
-        text = f"{source.name}: the safety checker is left out; diffusers blackens the images that it rejects"
-        warnings.warn(f"{text}. Check images before you publish them", Notice, stacklevel=3)
+def note_left_out(source: Source, *, safety_checker: bool) -> None:
+    """Say which parts of diffusers' pipeline change its images and are left out: its checker and watermark.
+
+    Args:
+        safety_checker: whether the checker is left out, where the source has one, without having been asked to.
+    """
+    if safety_checker and source.has("safety_checker"):
+        text = (
+            f"{source.name}: the safety checker is left out; diffusers blackens the images that it rejects. "
+            "--safety-checker (export_pipeline(..., safety_checker=True)) exports it; without it, check images before "
+            "you publish them"
+        )
+        warnings.warn(text, Notice, stacklevel=3)
     if source.family == "sdxl" and find_spec("imwatermark") is not None:
         text = (
             f"{source.name}: no invisible watermark is added; diffusers adds one where invisible-watermark is installed"
@@ -66,14 +76,20 @@ def note_left_out(source: Source) -> None:
 
 def _check_channels(channels: Any, latent: int, source: Source) -> None:
     """Refuse before an export a UNet that no call can run: it takes latents, and for inpainting mask and image."""
-    if channels in (latent, 2 * latent + 1):
+    if channels in (latent, 2 * latent, 2 * latent + 1):
         return
-    kind = {2 * latent: "as InstructPix2Pix does", latent + 1: "as a depth-to-image or upscaling model does"}
+    kind = {latent + 1: "as a depth-to-image or upscaling model does"}
     what = kind.get(channels, "which no supported pipeline does") if isinstance(channels, int) else "no number"
     raise UserError(
         f"{source.path}: the UNet takes {channels!r} channels, {what}; that is not supported",
-        f"give a text-to-image model ({latent} channels) or an inpainting one ({2 * latent + 1})",
+        f"give a text-to-image model ({latent} channels), one that edits images ({2 * latent}), or an inpainting one "
+        f"({2 * latent + 1})",
     )
+
+
+def edits(source: Source) -> bool:
+    """Whether the UNet takes latents of an image beside its own, as InstructPix2Pix (arXiv 2211.09800) does."""
+    return source.config("unet").get("in_channels", 4) == 2 * source.config("vae")["latent_channels"]
 
 
 def latent_scale(vae: Mapping[str, Any], family: str) -> tuple[Any, Any]:

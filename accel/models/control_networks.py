@@ -66,7 +66,7 @@ class ControlNet(nn.Module):
         # One value for each channel of each image, which holds at every pixel.
         height, width = sample.shape[2:]
         each = zip(outputs, self.strides, strict=True)
-        return tuple(out.expand(-1, -1, height // stride, width // stride) for out, stride in each)
+        return tuple(out.expand(-1, -1, -(-height // stride), -(-width // stride)) for out, stride in each)
 
 
 def unet_adapter_shapes(config: Any) -> list[Shape]:
@@ -140,6 +140,13 @@ def match_controlnet(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> 
     Raises:
         UserError: for a ControlNet of another family or topology.
     """
+    channels = [config.get("in_channels", 4) for config in (controlnet, unet)]
+    if channels[0] != channels[1]:
+        raise UserError(
+            f"this ControlNet takes {channels[0]} channels, the UNet {channels[1]}: a ControlNet beside a UNet for "
+            "inpainting or editing is not supported",
+            "leave the ControlNet out, or give a text-to-image model; --mask works with that too",
+        )
     for key in ("cross_attention_dim", "addition_embed_type"):
         theirs, own = controlnet.get(key), unet.get(key)
         if theirs != own:

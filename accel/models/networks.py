@@ -21,12 +21,15 @@ from torch import nn
 from ..bundle.kinds import KINDS
 from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
+from ..files import write_json
 from ..int8 import packed
 from . import weight_files
 from .config_files import built, read_config
 from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
+from .ip_adapter import unet as ip_adapter
 
 FLOAT = "float32"
+CLIP_SKIP = "clip_skip."  # and a number: outputs of a text encoder
 # What a T2I-Adapter and a ControlNet can add, for the largest UNets; one tuple for the adapter, one for the skips.
 _FEATURES = tuple(f"adapter_features_{i}" for i in range(4))
 _RESIDUALS = tuple(f"down_residual_{i}" for i in range(12))
@@ -51,19 +54,26 @@ class Network:
 
 
 class TextEncoder(nn.Module):
-    """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...]."""
+    """input_ids [images, tokens] -> last_hidden_state, pooled output [, hidden_states.0 ...] [, clip_skip.1 ...].
+
+    `clip_skip.N` is the hidden state N layers before the last one, normalised as that is.
+    """
 
     def __init__(self, model: nn.Module, outputs: Sequence[TensorSpec] = ()):
         super().__init__()
         self.model = model
-        self.hidden_states = any(spec.name.startswith("hidden_states.") for spec in outputs)
+        names = [spec.name for spec in outputs]
+        self.hidden_states = any(name.startswith("hidden_states.") for name in names)
+        self.skips = [int(name.removeprefix(CLIP_SKIP)) for name in names if name.startswith(CLIP_SKIP)]
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = self.model(input_ids, output_hidden_states=self.hidden_states)
+        out = self.model(input_ids, output_hidden_states=self.hidden_states or bool(self.skips))
         pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
-        if not self.hidden_states:
-            return out.last_hidden_state, pooled
-        return out.last_hidden_state, pooled, *out.hidden_states[:-1]
+        hidden = out.hidden_states[:-1] if self.hidden_states else ()
+        norm = getattr(
+            self.model, "text_model", self.model
+        ).final_layer_norm  # transformers 5 has no such layer between
+        return out.last_hidden_state, pooled, *hidden, *(norm(out.hidden_states[-1 - skip]) for skip in self.skips)
 
 
 def _with_parameters(*names: str) -> Callable[[Callable], Callable]:
@@ -94,20 +104,24 @@ class UNet(nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        ip_adapter_scale: torch.Tensor | None = None,
         **control: torch.Tensor | None,
     ) -> tuple[torch.Tensor]:
         features = [control[name] for name in _FEATURES if control.get(name) is not None]
         residuals = tuple(control[name] for name in _RESIDUALS if control.get(name) is not None)
-        added = None
+        added: dict[str, Any] = {}
         if text_embeds is not None:
             # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
-            added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
+            added |= {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
+        if image_embeds is not None:
+            added["image_embeds"] = (image_embeds, ip_adapter_scale)
         return self.model(
             sample,
             timestep,
             encoder_hidden_states,
             timestep_cond=timestep_cond,
-            added_cond_kwargs=added,
+            added_cond_kwargs=added or None,
             down_intrablock_additional_residuals=features or None,
             down_block_additional_residuals=residuals or None,
             mid_block_additional_residual=control.get("mid_residual"),
@@ -140,8 +154,20 @@ class VaeEncoder(nn.Module):
         return self.model.encode(sample, return_dict=False)
 
 
-def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states: bool = False, tokens: int = 77):
-    """The network of a CLIPTextModel or CLIPTextModelWithProjection."""
+def text_encoder(
+    model: nn.Module,
+    name: str = "text_encoder",
+    *,
+    hidden_states: bool = False,
+    tokens: int = 77,
+    clip_skips: Sequence[int] = (),
+) -> Network:
+    """The network of a CLIPTextModel or CLIPTextModelWithProjection.
+
+    Args:
+        hidden_states: whether it gives the hidden states of all layers too.
+        clip_skips: how many layers before the last one further outputs lie.
+    """
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     projected = type(model).__name__.endswith("WithProjection")
     pooled = ("text_embeds", model.config.projection_dim) if projected else ("pooler_output", width)
@@ -151,16 +177,28 @@ def text_encoder(model: nn.Module, name: str = "text_encoder", *, hidden_states:
     ]
     if hidden_states:
         outputs += [TensorSpec(f"hidden_states.{i}", FLOAT, ("images", tokens, width)) for i in range(layers)]
+    outputs += [TensorSpec(f"{CLIP_SKIP}{skip}", FLOAT, ("images", tokens, width)) for skip in clip_skips]
     inputs = (TensorSpec("input_ids", "int64", ("images", tokens)),)
     return Network(name, "text_encoder", TextEncoder(model, outputs), inputs, tuple(outputs))
 
 
-def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False) -> Network:
+def unet(
+    model: nn.Module,
+    *,
+    tokens: int = 77,
+    adapter: int = 0,
+    control: bool = False,
+    time_ids: int = 6,
+    image_tokens: int = 0,
+) -> Network:
     """The network of a UNet2DConditionModel, with whatever extra conditioning its config asks for.
 
     Args:
         adapter: number of T2I-Adapter feature inputs (`down_intrablock_additional_residuals` in diffusers).
         control: whether it takes a ControlNet's residuals.
+        time_ids: how many numbers SDXL's size conditioning has (arXiv 2307.01952, section 2.2): original size, crop
+            corner and target size, two each; a refiner's has an aesthetic score in place of the target size.
+        image_tokens: of the image encoder's hidden states, where the model has an IP-Adapter that takes those.
     """
     config = model.config
     latent = ("batch", config.in_channels, "latent_height", "latent_width")
@@ -170,7 +208,6 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool 
         TensorSpec("encoder_hidden_states", FLOAT, ("batch", tokens, config.cross_attention_dim)),
     ]
     if config.addition_embed_type == "text_time":
-        time_ids = 6  # original size, crop corner, target size: two numbers each (SDXL, arXiv 2307.01952, section 2.2)
         pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
         inputs += [
             TensorSpec("text_embeds", FLOAT, ("batch", pooled)),
@@ -183,6 +220,7 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool 
         )
     if config.time_cond_proj_dim is not None:
         inputs.append(TensorSpec("timestep_cond", FLOAT, ("batch", config.time_cond_proj_dim)))
+    inputs += ip_adapter.specs(model, image_tokens)
     inputs += feature_specs(unet_adapter_shapes(config)[:adapter], "batch")
     if control:
         inputs += residual_specs(residual_shapes(config), "batch")
@@ -262,10 +300,19 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     name = config.get("_class_name") or (named[0] if isinstance(named, (list, tuple)) else named)
     if name not in row.classes:
         raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
-    cls = getattr(import_module(row.library), name)
-    if row.library == "transformers":
+    cls = getattr(import_module(row.module or row.library), name)
+    if not hasattr(cls, "from_config"):  # transformers'
         return built(path, name, lambda: cls(cls.config_class.from_dict(dict(config))))
-    return built(path, name, lambda: _only(cls.from_config(dict(config)), kind))
+    # What only our own configs have, and diffusers would not know.
+    own = {key: value for key, value in config.items() if key != ip_adapter.KEY}
+
+    def build() -> nn.Module:
+        model = _only(cls.from_config(own), kind)
+        if kind == "unet" and ip_adapter.KEY in config:
+            ip_adapter.rebuild(model, config[ip_adapter.KEY])
+        return model
+
+    return built(path, name, build)
 
 
 def save_config(network: Network, folder: Path) -> None:
@@ -273,6 +320,9 @@ def save_config(network: Network, folder: Path) -> None:
     model = network.module.model
     if hasattr(model, "save_config"):
         model.save_config(folder)
+        if ip_adapter.has(model):
+            path = folder / "config.json"
+            write_json(path, read_config(path, "the config") | {ip_adapter.KEY: ip_adapter.described(model)})
     else:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

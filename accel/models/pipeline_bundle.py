@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import nn
 from ..bundle import Bundle, Component, Manifest
 from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
+from ..errors import UserError
 from ..files import digest_of
+from ..safety import COMPONENT as SAFETY_CHECKER
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
-from .constants import note_left_out, own_sampling, pipeline_constants
+from .constants import edits, note_left_out, own_sampling, pipeline_constants
+from .ip_adapter.into_source import completed
 from .source import Source, open_source
-from .source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from .source_networks import UNetInputs, check_checker, clip_skips, has_checker, network_of, own_tokens, unet_inputs
 
 _IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
 
@@ -39,7 +42,10 @@ class PipelineBundle(Bundle):
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
     def file(self, entry: str) -> Path:
-        """The path of a file of the folder, which has no manifest to list it."""
+        """The path of a file of the folder, which has no manifest to list it, by its place in a bundle."""
+        folder, _, name = entry.partition("/")
+        if folder in self.manifest.components:
+            return self.source.folder(kind_of(folder).part or folder) / name
         return self.path / entry
 
     def listed(self, folder: str) -> frozenset[str]:
@@ -56,30 +62,46 @@ class PipelineBundle(Bundle):
         return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
 
 
-def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) -> PipelineBundle:
+def open_pipeline(
+    model: str | Path | Source, *, few_step: str | None = None, safety_checker: bool = True
+) -> PipelineBundle:
     """Open a pipeline folder, a hub id, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
 
     Args:
         few_step: see `accel.models.source.open_source`.
+        safety_checker: whether the folder's safety checker, where it has one, is one of the components.
 
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
+    how: dict[str, Any] = dict(few_step=few_step, safety_checker=safety_checker)
+    source = model if isinstance(model, Source) else open_source(model, **how)
+    if source.embeddings:
+        fix = (
+            "accel.load(MODEL, embeddings=[...]) runs with them, accel.export.export_pipeline writes them into a bundle"
+        )
+        raise UserError("a source with embeddings is for an export: its folder has none of their tokens", fix)
+    source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
-    note_left_out(source)
-    step = constants["vae_scale"] * constants["latent_multiple"]
+    note_left_out(source, safety_checker=False)  # whoever switches it off knows
+    if checked := safety_checker and has_checker(source):
+        check_checker(source)
+    step = constants["vae_scale"]  # torch takes any latents: the UNet is told which sizes to go back up to
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
         for native in native_sides(constants["native_size"])
     )
-    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
+    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source), step)
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
-        vae_scale=constants["vae_scale"], latent_multiple=constants["latent_multiple"], guidance=sampling.guidance > 1
+        vae_scale=constants["vae_scale"],
+        latent_multiple=constants["latent_multiple"],
+        guidance=sampling.guidance > 1,
+        edits=edits(source),
     )
     shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
+    names = [name for name in names if name != SAFETY_CHECKER or checked]
     return PipelineBundle(
         path=source.path,
         manifest=Manifest(
@@ -121,5 +143,7 @@ class _Shapes(Source):
         path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
-            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()
+                model = built(path, cls.__name__, lambda: cls.from_config(config))
+            else:
+                model = built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config)))
+        return completed(self, component, model).eval()

@@ -18,9 +18,12 @@ from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
-from . import hub, single_file
+from . import hub, parts, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
+from .embeddings import Embedding, EmbeddingSpec
+from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
+from .ip_adapter.into_source import completed, note_left_out, with_ip_adapter
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -40,6 +43,9 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        ip_adapter: file of an IP-Adapter that `load` puts into the UNet.
+        embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
+        clip_skips: how many layers before the last one the text encoder has further outputs.
     """
 
     path: Path
@@ -50,6 +56,9 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    ip_adapter: Path | None = None
+    embeddings: tuple[Embedding, ...] = ()
+    clip_skips: tuple[int, ...] = ()
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -125,7 +134,9 @@ class Source:
             model = self._from_folder(component, library, cls)
         if self.loras and component in COMPONENTS:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
-        return model.eval()
+        if self.embeddings and component in TEXT_ENCODERS:
+            add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
+        return completed(self, component, model).eval()
 
     def network_class(self, component: str) -> Any:
         """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
@@ -150,19 +161,22 @@ class Source:
                 f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
                 "the files may be damaged, or of another model; get them again",
             )
+        note_left_out(folder, info["unexpected_keys"])
         return model
 
     def copy(self, component: str, to: Path) -> None:
         """Write a component (network, tokenizer or scheduler) as its own library would, whatever it is made of."""
-        if component in self.files or (self.loras and component in COMPONENTS):
+        more = (COMPONENTS if self.loras else ()) + (TEXT_ENCODERS if self.embeddings else ())
+        if component in (*self.files, *more):
             self.load(component).save_pretrained(to, safe_serialization=True)
         else:
             copy_folder(self.folder(component), to)
+            if component.startswith("tokenizer") and self.embeddings:
+                add_tokens(to, self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
-        if component in self.files:
-            return [self.files[component]]
-        return self._chosen_files(self.folder(component))[0]
+        own = [self.files[component]] if component in self.files else self._chosen_files(self.folder(component))[0]
+        return own + [self.ip_adapter] * (component == "unet" and self.ip_adapter is not None)
 
     def _chosen_files(self, folder: Path) -> tuple[list[Path], str | None]:
         """Of the variant that was asked for, where this part has it; `open_source` has said where not."""
@@ -170,16 +184,21 @@ class Source:
         return weights.chosen_files(folder, variant)
 
     def digest(self, components: list[str]) -> str:
-        """sha256 over the weight files of the named components, and over all LoRA files with their scales."""
+        """sha256 over the weight files of the named components, LoRA files with their scales, and embeddings."""
         files: dict[str, Any] = {f"{name}/{p.name}": sha256(p) for name in components for p in self.weight_files(name)}
-        return digest_of(files | {"loras": [file.record() for file in self.loras]} if self.loras else files)
+        return digest_of(files | self._added())
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
-        kept: dict[str, Any] = {"loras": [file.record() for file in self.loras]} if self.loras else {}
-        return kept | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+        if self.ip_adapter is not None:
+            parts["ip_adapter"] = {"name": self.ip_adapter.name, "sha256": sha256(self.ip_adapter)}
+        return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
+
+    def _added(self) -> dict[str, Any]:
+        added = {"loras": self.loras, "embeddings": self.embeddings}
+        return {name: [one.record() for one in several] for name, several in added.items() if several}
 
     @property
     def family(self) -> str:
@@ -187,6 +206,11 @@ class Source:
         if config.get("addition_embed_type") == "text_time":
             return "sdxl"
         return "sd2" if config.get("use_linear_projection") else "sd1"
+
+    @property
+    def refines(self) -> bool:
+        """Whether it is an SDXL refiner, whose size conditioning ends in an aesthetic score."""
+        return bool(self.index.get("requires_aesthetics_score"))
 
     @property
     def topology(self) -> str:
@@ -202,9 +226,13 @@ def open_source(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
+    safety_checker: bool = False,
+    embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
 
@@ -214,13 +242,18 @@ def open_source(
         base: for a single file: the pipeline folder or hub id whose tokenizers, scheduler and configs it uses.
         unet: file with the UNet's weights, in diffusers' names or the original code's, instead of the model's own.
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
-        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it.
+        adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
+            ControlNets, whose residuals are added.
+        ip_adapter: file of an IP-Adapter that goes with it, as its authors publish it.
+        image_encoder: folder of its image encoder; None for the pipeline's own `image_encoder`.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
+        safety_checker: whether the weights of its safety checker are fetched too, where it is a hub id.
+        embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
 
     Raises:
         UserError: for a path that does not exist, a folder that is not a pipeline, a model of another family, weights
-            that do not fit, or a LoRA file that cannot be read or is for components that the pipeline does not have.
+            that do not fit, or a LoRA file or embedding that cannot be read or is for another model.
     """
     loras = tuple(lora_file(spec) for spec in loras)
     given, model = str(model), resolve(model)
@@ -231,30 +264,36 @@ def open_source(
     elif base is not None:
         raise UserError(f"--base {base} belongs to a single file, and {model} is not one", "leave --base out")
     else:
-        path = _folder(model, variant)
+        path = _folder(model, variant, safety_checker)
     local = Path(model).stem if files else path.resolve().name
     if few_step is not None:
         families.check(few_step)
     name = printable(local if Path(given).exists() else given)
-    source = Source(path, name, _index(path), loras, variant=variant, few_step=few_step)
+    index = _index(path)
+    if files:  # diffusers' from_single_file, too, leaves out the checker of the folder beside
+        index.pop("safety_checker", None)
+    source = Source(path, name, index, loras, variant=variant, few_step=few_step)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
     if vae is not None:
-        source = _with_vae(source, Path(resolve(vae)))
+        source = parts.with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
-    if adapter is not None and controlnet is not None:
+    nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
+    if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
-    for part, folder, kind in (("t2i_adapter", adapter, "T2IAdapter"), ("controlnet", controlnet, "ControlNetModel")):
-        if folder is not None:
-            source = _with_part(source, part, Path(folder), (kind,))
+    if adapter is not None:
+        source = parts.with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+    if nets:
+        source = parts.with_controlnets(source, nets)
+    source = with_ip_adapter(source, ip_adapter, image_encoder)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
     if loras:
         check_components(loras, [name for name in COMPONENTS if source.has(name)], source.config("unet"))
-    return source
+    return replace(source, embeddings=learned(embeddings, source)) if embeddings else source
 
 
 def _check_variant(source: Source, variant: str) -> None:
@@ -272,22 +311,20 @@ def _check_variant(source: Source, variant: str) -> None:
 
 def _index(path: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline that has all parts which a Stable Diffusion needs."""
-    index = read_json(path / "model_index.json", "model_index.json")
+    file = path / "model_index.json"
+    index = read_json(file, "model_index.json")
     if not isinstance(index, dict):
-        raise UserError(
-            f"{path / 'model_index.json'} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)"
-        )
+        raise UserError(f"{file} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)")
     names = [name for name, entry in index.items() if isinstance(entry, list)]
     if odd := [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name)]:
-        raise UserError(
-            f"{path / 'model_index.json'}: {odd[0]!r:.80} cannot be the name of a part", "get the file again"
-        )
+        raise UserError(f"{file}: {odd[0]!r:.80} cannot be the name of a part", "get the file again")
     index, removed = stripped(index)
     if removed:
-        note(path / "model_index.json", removed)
+        note(file, removed)
+    index = parts.each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not pipeline.has(needed):
+        if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
             kind = index.get("_class_name")
             other = re.search(r"StableDiffusion3|Flux|Transformer|PixArt|Sana", str(kind))
             fix = single_file.ELSEWHERE if other else SUPPORTED
@@ -295,14 +332,14 @@ def _index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _folder(model: str | Path, variant: str | None) -> Path:
+def _folder(model: str | Path, variant: str | None, safety_checker: bool = False) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
     settle(path)
     if not path.exists():
         if not is_hub_id(model):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
-        path = hub.download(str(model), variant)
+        path = hub.download(str(model), variant, safety_checker=safety_checker)
     if (path / "accel.json").is_file():
         raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
     if not (path / "model_index.json").is_file():
@@ -331,21 +368,3 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     if own != family:
         raise UserError(f"{file} is of family {family}, and {folder} of {own}", "--base FOLDER of the same family")
     return folder
-
-
-def _with_vae(source: Source, path: Path) -> Source:
-    """The source with the VAE of a folder (its own, or a pipeline's), or of a weight file in its own VAE's shape."""
-    if path.is_file():
-        return replace(source, files={**source.files, "vae": path})
-    return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
-
-
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...]) -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one."""
-    folder = path / name if (path / name / "config.json").is_file() else path
-    kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
-    if kind not in kinds:
-        raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
-    files = {part: file for part, file in source.files.items() if part != name}
-    index = dict(source.index) | {name: ["diffusers", kind]}
-    return replace(source, index=index, files=files, folders={**source.folders, name: folder})

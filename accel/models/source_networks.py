@@ -11,11 +11,20 @@ from typing import Any
 
 import torch
 
-from ..bundle.kinds import kind_of
+from ..bundle.kinds import KINDS, kind_of
+from ..bundle.tensor_spec import TensorSpec
+from ..errors import UserError
+from ..files import read_json
+from ..safety import checker, preprocessing
+from ..safety.network import SafetyChecker
 from . import control_networks, networks
 from .constants import pipeline_constants
+from .ip_adapter import files as ip_adapter_files
+from .ip_adapter import image_encoder as image_encoders
 from .networks import Network
 from .source import Source
+
+_WITHOUT_CHECKER = "accel.load(MODEL, safety_checker=False) and accel run --no-safety-checker run it without"
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,22 @@ class UNetInputs:
     Attributes:
         tokens: length of its text context.
         adapter: number of T2I-Adapter features.
-        control: whether it takes the residuals of a ControlNet.
+        control: whether it takes the residuals of ControlNets, summed.
+        time_ids: how many numbers SDXL's size conditioning has; a refiner's has five.
+        image_tokens: length of the image encoder's hidden states that its IP-Adapter takes; 0 for one that takes the
+            embedding, and without an IP-Adapter.
     """
 
     tokens: int = 77
     adapter: int = 0
     control: bool = False
+    time_ids: int = 6
+    image_tokens: int = 0
+
+
+def clip_skips(source: Source) -> range:
+    """How many layers before the last one the outputs of a text encoder can lie; SDXL's has all of them anyway."""
+    return range(0) if source.family == "sdxl" else range(1, source.config("text_encoder")["num_hidden_layers"])
 
 
 def network_of(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -46,25 +65,37 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
         adapter: whether it gets those of a T2I-Adapter although the source has none.
 
     Raises:
-        UserError: for a control network that does not fit the UNet.
+        UserError: for a control network or an IP-Adapter that does not fit the UNet.
     """
     unet = unet_config(source)
     features = len(unet["block_out_channels"]) if adapter else 0
     if source.has("t2i_adapter"):
         scale = pipeline_constants(source)["vae_scale"]
         features = len(control_networks.match_adapter(source.config("t2i_adapter"), unet, scale))
-    if source.has("controlnet"):
-        control_networks.match_controlnet({"addition_embed_type": None} | source.config("controlnet"), unet)
-    return UNetInputs(tokens, features, source.has("controlnet"))
+    nets = [name for name in KINDS["controlnet"].names if source.has(name)]
+    for name in nets:
+        control_networks.match_controlnet({"addition_embed_type": None} | source.config(name), unet)
+    image_tokens = 0
+    if source.ip_adapter is not None:
+        state, encoder = ip_adapter_files.read(source.ip_adapter), _config_of_image_encoder(source)
+        kind = ip_adapter_files.match(state, source.ip_adapter.name, _shape_of_unet(source), encoder)
+        image_tokens = image_encoders.tokens_of(encoder) if kind.hidden_states else 0
+    return UNetInputs(tokens, features, bool(nets), 5 if source.refines else 6, image_tokens)
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
     hidden_states = source.family == "sdxl"
-    return networks.text_encoder(source.load(name), name, hidden_states=hidden_states, tokens=own_tokens(source))
+    return networks.text_encoder(
+        source.load(name), name, hidden_states=hidden_states, tokens=own_tokens(source), clip_skips=source.clip_skips
+    )
 
 
 def unet(source: Source, name: str, inputs: UNetInputs) -> Network:
-    return networks.unet(source.load(name), tokens=inputs.tokens, adapter=inputs.adapter, control=inputs.control)
+    return networks.unet(source.load(name), **vars(inputs))
+
+
+def image_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
+    return Network(name, name, *image_encoders.parts(source.load(name), bool(inputs.image_tokens)))
 
 
 def vae_decoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -81,17 +112,67 @@ def t2i_adapter(source: Source, name: str, inputs: UNetInputs) -> Network:
 
 
 def controlnet(source: Source, name: str, inputs: UNetInputs) -> Network:
+    shared = networks.unet(_shape_of_unet(source), tokens=inputs.tokens, time_ids=inputs.time_ids).inputs
+    return Network(name, "controlnet", *control_networks.controlnet(source.load(name), shared))
+
+
+def _shape_of_unet(source: Source) -> Any:
+    """The UNet without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(source.config("unet"))
-    shared = networks.unet(model, tokens=inputs.tokens).inputs
-    return Network(name, name, *control_networks.controlnet(source.load(name), shared))
+        return UNet2DConditionModel.from_config(source.config("unet"))
+
+
+def _config_of_image_encoder(source: Source) -> Any:
+    path = source.folder("image_encoder") / "config.json"
+    return image_encoders.shape_of(source.config("image_encoder"), path).config
+
+
+def safety_checker(source: Source, name: str, inputs: UNetInputs) -> Network:
+    model = source.load(name)
+    side = model.config.vision_config.image_size
+    outputs = (
+        TensorSpec(checker.SPECIAL_CARE, networks.FLOAT, ("images", len(model.special_care_embeds))),
+        TensorSpec(checker.CONCEPTS, networks.FLOAT, ("images", len(model.concept_embeds))),
+    )
+    shown = TensorSpec(checker.INPUT, networks.FLOAT, ("images", 3, side, side))
+    return Network(name, name, SafetyChecker(model), (shown,), outputs)
+
+
+def has_checker(source: Source) -> bool:
+    """Whether diffusers' pipeline of this model has one: SDXL's never asks for it."""
+    return source.has(checker.COMPONENT) and source.family != "sdxl"
+
+
+def check_checker(source: Source) -> None:
+    """Refuse a checker that cannot be run as diffusers runs it, before work is spent on it.
+
+    Raises:
+        UserError: for a source without one, one of another class, one without files or feature extractor, and
+            preprocessing that is not supported or does not fit it.
+    """
+    if not has_checker(source):
+        raise UserError(f"{source.name} has no safety checker", "leave --safety-checker out")
+    try:
+        source.network_class(checker.COMPONENT)
+        vision = source.config(checker.COMPONENT).get("vision_config")
+        side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+        if not source.weight_files(checker.COMPONENT):
+            raise UserError(f"{source.folder(checker.COMPONENT)} holds no weights", "get the folder again")
+        if not source.has("feature_extractor"):
+            raise UserError(f"{source.path} has a safety checker and no feature extractor", "get the folder again")
+        path = source.path / preprocessing.FILE
+        made = preprocessing.read(read_json(path, "the feature extractor's config"), str(path))
+        preprocessing.check_size(made, side, str(path))
+    except UserError as error:
+        raise UserError(error.message, f"{error.fix}; {_WITHOUT_CHECKER}") from None
 
 
 def own_tokens(source: Source) -> int:
     """Length of one context of the text encoder, start and end included."""
-    return source.config("text_encoder").get("max_position_embeddings", 77)
+    first = next(name for name in KINDS["text_encoder"].names if source.has(name))
+    return source.config(first).get("max_position_embeddings", 77)
 
 
 def unet_config(source: Source) -> dict[str, Any]:

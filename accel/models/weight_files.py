@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,10 +43,30 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     _check_name(path)
-    state = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path)
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else read_pickle(path)
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no weights", "give another file")
+    return tensors
+
+
+def read_groups(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file whose weights are in groups, as "GROUP.name"; a pickle has a dictionary for each group.
+
+    Raises:
+        UserError: as `read`.
+    """
+    import torch
+
+    _check_name(path)
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else read_pickle(path)
+    tensors = {}
+    for key, value in state.items():
+        for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(tensor, torch.Tensor):
+                tensors[f"{key}.{name}" if name else str(key)] = tensor
     if not tensors:
         raise UserError(f"{path} holds no weights", "give another file")
     return tensors
@@ -231,7 +251,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read: {error}", _AGAIN) from None
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of torch: tensors, and plain values such as texts and numbers.
+
+    Raises:
+        UserError: for a file that cannot be read, holds no dictionary, or has more than data in it.
+    """
     import torch
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ _TEXTS = "a text, or a list of texts"
 _IMAGE = Argument(
     _or_list_of(_image), "a PIL image, a file name, an array [height, width, 3], or a list of them", "'photo.png'"
 )
+_IMAGE_PROMPT = Argument(
+    _or_list_of(_or_list_of(_image)),
+    "an image, a list with one for each image to make, or a list of lists for several together",
+    "'style.png'",
+)
 _SIDE = Argument(_whole, "a whole number of pixels", "512")
 _SWITCH = Argument(_flag, "True or False", "True", optional=False)
 _PAIR = Argument(_list_of(_whole, 2), "two whole numbers", "(512, 768)")
@@ -99,13 +104,21 @@ ARGUMENTS: Mapping[str, Argument] = {
     "image": _IMAGE,
     "mask_image": _IMAGE,
     "strength": Argument(_number, "a number above 0, at most 1", "0.8"),
-    "control_image": _IMAGE,
-    "control_scale": Argument(_number, "a number", "0.8", optional=False),
-    "control_end": Argument(_number, "a number from 0 to 1", "0.5", optional=False),
+    "image_guidance_scale": Argument(_number, "a number", "1.5"),
+    "control_image": replace(_IMAGE, fits=_or_list_of(_or_list_of(_image))),
+    "control_scale": Argument(_or_list_of(_number), "a number, or one for each ControlNet", "0.8", optional=False),
+    "control_end": Argument(_or_list_of(_number), "a number from 0 to 1, or one for each", "0.5", optional=False),
+    "ip_adapter_image": _IMAGE_PROMPT,
+    "ip_adapter_scale": Argument(_number, "a number", "0.6", optional=False),
     "original_size": _PAIR,
     "crop": Argument(_list_of(_whole, 2), "two whole numbers", "(0, 0)", optional=False),
     "target_size": _PAIR,
+    "aesthetic_score": Argument(_number, "a number from 1 to 10", "6.0", optional=False),
+    "negative_aesthetic_score": Argument(_number, "a number from 1 to 10", "2.5", optional=False),
+    "denoising_start": Argument(_number, "a number above 0 and below 1", "0.8"),
+    "denoising_end": Argument(_number, "a number above 0 and below 1", "0.8"),
     "prompt_weights": _SWITCH,
+    "clip_skip": Argument(_whole, "a whole number", "1"),
     "latents": Argument(_array, "an array or tensor [images, channels, height, width]", "None"),
     "renoise": Argument(callable, _FUNCTION.format("the step"), "None"),
     "output_type": Argument(_output_type, f"one of: {', '.join(OUTPUT_TYPES)}", "'pil'", optional=False),
@@ -135,7 +148,7 @@ RENAMED = {
 _OF_DIFFUSERS: Mapping[str, Any] = {
     **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds")),
     **dict.fromkeys(("negative_pooled_prompt_embeds", "prompt_2", "negative_prompt_2")),
-    **dict.fromkeys(("denoising_start", "denoising_end", "padding_mask_crop", "negative_target_size")),
+    **dict.fromkeys(("ip_adapter_image_embeds", "padding_mask_crop", "negative_target_size")),
     "negative_original_size": None,
     "negative_crops_coords_top_left": (0, 0),
     "guidance_rescale": 0.0,
@@ -143,10 +156,7 @@ _OF_DIFFUSERS: Mapping[str, Any] = {
     "callback_steps": 1,
 }
 # What no compiled network has an input for, so that `accel.attach` is no way out either.
-_OF_NETWORKS: Mapping[str, Any] = {
-    **dict.fromkeys(("cross_attention_kwargs", "clip_skip", "ip_adapter_image", "ip_adapter_image_embeds")),
-    "guess_mode": False,
-}
+_OF_NETWORKS: Mapping[str, Any] = {"cross_attention_kwargs": None, "guess_mode": False}
 
 
 def read(given: Mapping[str, Any], defaults: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +204,12 @@ def check(values: Mapping[str, Any]) -> None:
                 f"invalid {name}: {short(value)} (expected {argument.expected})",
                 "leave it out" if argument.example == "None" else f"such as {name}={argument.example}",
             )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false; None is diffusers' word for off."""
+    if not (value is None or _flag(value)):
+        raise UserError(f"invalid {name}: {short(value)} (expected True or False)", f"such as {name}=False")
 
 
 def short(value: Any) -> str:

@@ -1,18 +1,22 @@
-"""Conditioning of the UNet: prompts to token ids and text embeddings, SDXL's pooled embedding and sizes."""
+"""Conditioning of the UNet: prompts to embeddings, SDXL's pooled embedding and sizes, pictures as prompts."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..arrays import concat
+from .. import images
+from ..arrays import cast, concat
+from ..bundle import Manifest
+from ..bundle.shape_profiles import Range
 from ..engines import Engine
+from ..engines.base import to_numpy
 from ..errors import Notice, UserError
-from .prompts import tokens
-from .tokenizer import ClipTokenizer
+from ..text.prompts import tokens
+from ..text.tokenizer import ClipTokenizer
 
 
 def tokenize(
@@ -34,14 +38,16 @@ def encode(
     *,
     chunks: int = 1,
     weighted: bool = False,
+    clip_skip: int = 0,
 ) -> dict[str, Any]:
     """Text embeddings of prompts.
 
     Args:
-        encoders: one (tokenizer, engine) for SD1.x and SD2.x; two for SDXL, in order.
+        encoders: one (tokenizer, engine) for SD1.x, SD2.x and SDXL's refiner; two for SDXL, in order.
         prompts: N texts.
         chunks: number of contexts of 77 tokens that the UNet takes.
-        weighted: whether `(words:1.3)` counts (`accel.pipeline.prompts`).
+        weighted: whether `(words:1.3)` counts (`accel.text.prompts`).
+        clip_skip: how many of the encoders' last layers to do without, as diffusers counts them.
 
     Returns:
         `encoder_hidden_states` [N, chunks * 77, D]; for SDXL also `text_embeds` [N, P], the second encoder's pooled
@@ -51,25 +57,38 @@ def encode(
     for tokenizer, engine in encoders.values():
         ids, weights = tokenize(tokenizer, prompts, chunks=chunks, weighted=weighted)
         outputs = _run(engine, ids.reshape(-1, ids.shape[-1]))
-        # SDXL reads the last but one hidden state of both encoders (arXiv 2307.01952, section 2.1).
+        # SDXL reads the last but one hidden state of its encoders (arXiv 2307.01952, section 2.1).
         layers = sum(name.startswith("hidden_states.") for name in outputs)
-        name = "last_hidden_state" if len(encoders) == 1 else f"hidden_states.{layers - 1}"
+        name = hidden_state(layers, clip_skip)
         states = outputs[name]
         if (weights != 1).any():
             empty = _run(engine, tokenize(tokenizer, [""])[0][:, 0])[name]
             states = empty + engine.array(weights.reshape(-1, weights.shape[-1], 1)) * (states - empty)
         hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
-        if len(encoders) > 1 and "text_embeds" in outputs:
+        if layers and "text_embeds" in outputs:
             pooled = outputs["text_embeds"][::chunks]
     made = {"encoder_hidden_states": hidden[0] if len(hidden) == 1 else concat(hidden, axis=-1)}
     return made if pooled is None else made | {"text_embeds": pooled}
 
 
+def hidden_state(layers: int, clip_skip: int) -> str:
+    """The output of a text encoder that prompts are taken from.
+
+    Args:
+        layers: how many `hidden_states.N` it has: all of SDXL's encoders, none of others.
+    """
+    if layers:
+        return f"hidden_states.{layers - 1 - clip_skip}"
+    return f"clip_skip.{clip_skip}" if clip_skip else "last_hidden_state"
+
+
 def _run(engine: Engine, ids: np.ndarray) -> dict[str, Any]:
-    """The text encoder on any number of rows, within its own batch limit."""
-    limit = engine.component.dims["images"].max
-    runs = [engine(input_ids=ids[i : i + limit]) for i in range(0, len(ids), limit)]
-    return runs[0] if len(runs) == 1 else {name: concat([run[name] for run in runs]) for name in runs[0]}
+    """The text encoder on any number of rows, within its own batch limits; too small a batch is filled up."""
+    limits, count = engine.component.dims["images"], len(ids)
+    ids = np.pad(ids, ((0, max(0, limits.min - (count % limits.max or limits.max))), (0, 0)), mode="edge")
+    runs = [engine(input_ids=ids[i : i + limits.max]) for i in range(0, len(ids), limits.max)]
+    made = runs[0] if len(runs) == 1 else {name: concat([run[name] for run in runs]) for name in runs[0]}
+    return {name: value[:count] for name, value in made.items()}
 
 
 def time_ids(
@@ -88,10 +107,27 @@ def time_ids(
         target: size it was cropped to; None for its own.
     """
     row = [*(original or size), *crop, *(target or size)]
+    _check_sizes(row)
+    return np.tile(np.array(row, np.float32), (images, 1))
+
+
+def _check_sizes(row: Sequence[float]) -> None:
     if len(row) != 6 or not all(isinstance(n, (int, float, np.number)) and n >= 0 for n in row):
         fix = "give (height, width) of the sizes, and (top, left) of the crop"
         raise UserError(f"invalid size conditioning: {row} (expected six numbers >= 0)", fix)
-    return np.tile(np.array(row, np.float32), (images, 1))
+
+
+def scored_time_ids(
+    images: int, size: Sequence[int], original: Sequence[int] | None, crop: Sequence[int], scores: Sequence[float]
+) -> np.ndarray:
+    """An SDXL refiner's size conditioning: original size, crop and aesthetic score, float32 [scores * images, 5].
+
+    Args:
+        scores: aesthetic scores (LAION's, 1 to 10): with guidance that of the rows without a prompt first.
+    """
+    row = [*(original or size), *crop]
+    _check_sizes([*row, 0, 0])
+    return np.repeat(np.array([[*row, score] for score in scores], np.float32), images, axis=0)
 
 
 def guidance_embedding(images: int, guidance: float, width: int) -> np.ndarray:
@@ -105,3 +141,82 @@ def guidance_embedding(images: int, guidance: float, width: int) -> np.ndarray:
     embedding = np.concatenate([np.sin(angles), np.cos(angles)])
     embedding = np.pad(embedding, (0, width - len(embedding)))
     return np.tile(embedding.astype(np.float32), (images, 1))
+
+
+def image_prompts(manifest: Manifest, given: Any, count: int) -> np.ndarray:
+    """Pictures for an IP-Adapter (arXiv 2308.06721) as its image encoder is shown them.
+
+    Args:
+        given: a picture; a list with one for each of `count` images; or a list of lists of pictures that are shown
+            together, one for all images or one for each.
+
+    Returns:
+        Float32 [1 or count, pictures, 3, S, S].
+
+    Raises:
+        UserError: for a bundle without an IP-Adapter, a wrong number of pictures, or a file that is no image.
+    """
+    name = manifest.source["name"]
+    unet = manifest.components["unet"]
+    embeds = next((spec for spec in unet.inputs if spec.name == "image_embeds"), None)
+    if embeds is None or "image_encoder" not in manifest.components:
+        raise UserError(
+            f"{name} was exported without IP-Adapter: an image prompt has no effect",
+            "export again with --ip-adapter FILE --image-encoder FOLDER",
+        )
+    rows = list(given) if isinstance(given, (list, tuple)) else [given]
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+    if len(rows) not in (1, count):
+        raise UserError(
+            f"{len(rows)} image prompts for {count} images to make",
+            "give one, or one for each; several that are shown together are a list of their own: [[a, b]]",
+        )
+    limits = unet.dims[str(embeds.shape[1])]
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1 or not all(map(limits.admits, lengths)):
+        raise UserError(
+            f"{' and '.join(map(str, sorted(lengths)))} image prompts together, where {name} takes {limits}",
+            "give every image equally many" if len(lengths) > 1 else "give as many as that (a profile of one batch: 1)",
+        )
+    side = int(manifest.components["image_encoder"].inputs[0].shape[-1])
+    return np.stack([np.stack([images.clip_pixels(picture, side) for picture in row]) for row in rows])
+
+
+def image_embeddings(engine: Engine, pixels: np.ndarray, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a UNet's IP-Adapter is given of pictures, and of none.
+
+    Args:
+        engine: the image encoder.
+        pixels: float32 [rows, pictures, 3, S, S].
+        guided: whether the half without a prompt is needed: zeros, or the hidden states of zeros, as in diffusers.
+
+    Returns:
+        [rows, pictures, width] or [rows, pictures, tokens, width], and the same of no picture.
+    """
+    (spec,), (output,) = engine.component.inputs, engine.component.outputs
+    limit = engine.component.dims["images"]
+
+    def run(values: np.ndarray) -> np.ndarray:
+        """In as many calls as the encoder's own batch limits ask for."""
+        made = [
+            to_numpy(engine(pixel_values=cast(engine.array(part), spec.dtype))[output.name])
+            for part in _parts(values, limit)
+        ]
+        return np.concatenate(made)[: len(values)]
+
+    flat = run(pixels.reshape(-1, *pixels.shape[2:]))
+    shown = flat.reshape(*pixels.shape[:2], *flat.shape[1:])
+    if not guided:
+        return shown, None
+    if output.name == "image_embeds":
+        return shown, np.zeros_like(shown)
+    none = run(np.zeros_like(pixels[0, :1]))
+    return shown, np.broadcast_to(none, shown.shape)
+
+
+def _parts(values: np.ndarray, limits: Range) -> Iterator[np.ndarray]:
+    """Batches within the limits; the last one is filled up with its last row."""
+    for start in range(0, len(values), limits.max):
+        part = values[start : start + limits.max]
+        lacking = max(limits.min - len(part), 0)
+        yield np.concatenate([part, np.repeat(part[-1:], lacking, axis=0)])

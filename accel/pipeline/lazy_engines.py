@@ -124,7 +124,7 @@ def component_names(bundle: Bundle) -> list[str]:
         UserError: where the bundle lacks one of them.
     """
     for name, kind in KINDS.items():
-        if kind.use == "always":
+        if kind.use == "always" and not any(one in bundle.manifest.components for one in kind.names):
             bundle.component(name)  # says what is missing
     return present(bundle, "always", "if present")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,41 +12,14 @@ import numpy as np
 from .. import images
 from ..arrays import is_torch
 from ..bundle import Manifest
-from ..bundle.shape_profiles import native_sides
+from ..bundle.kinds import KINDS
+from ..bundle.shape_profiles import Range, native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
-from ..sampling import Sampling
-from ..sampling import samplers as sampler
-from ..sampling.linear import Table
-from ..sampling.noise_schedule import NoiseSchedule
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How to sample.
-
-    Attributes:
-        timesteps: the full grid, one for each call of the UNet; `start` leading ones are skipped (image to image).
-        guided: whether the UNet runs on a doubled batch.
-        table: the sampler's coefficients, from `start` on; None for one with a loop of its own.
-    """
-
-    sampler: str
-    timesteps: list[float]
-    guidance: float
-    guided: bool
-    start: int = 0
-    table: Table | None = None
-
-    def noised(self, schedule: NoiseSchedule, x0: Any, eps: Any, i: int) -> Any:
-        """An image with the noise that the state has before row i; arrays of one shape and dtype."""
-        if self.table is None:
-            return sampler.add_noise(schedule, x0, eps, self.timesteps[i])
-        return self.table.noised(x0, eps, i)
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps) - self.start
+from .conditioning import hidden_state, image_prompts
+from .input_images import InputImages
+from .sampling_plan import SamplingPlan
+from .tiling import VaeTiling
 
 
 @dataclass(frozen=True)
@@ -57,39 +30,6 @@ class Chunk:
     prompts: list[str]
     negatives: list[str] | None
     seeds: list[int]
-
-
-@dataclass(frozen=True)
-class InputImages:
-    """Images to start from, as `accel.images.batch` takes them.
-
-    Attributes:
-        image: what to start from.
-        mask: white where to paint.
-        strength: share of the steps that are run, above 0 to 1; None for 0.8, and for 1 with a mask.
-        control: what a T2I-Adapter or ControlNet is shown.
-        control_scale: how strongly it counts.
-        control_end: fraction of the steps that it counts for.
-    """
-
-    image: Any = None
-    mask: Any = None
-    strength: float | None = None
-    control: Any = None
-    control_scale: float = 1.0
-    control_end: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.image is not None and self.strength is None:
-            object.__setattr__(self, "strength", 0.8 if self.mask is None else 1.0)
-        if self.image is None and self.strength is not None:
-            raise UserError(f"strength {self.strength:g} without an image", "give the image to start from as well")
-        if self.mask is not None and self.image is None:
-            raise UserError("a mask without an image", "give the image that is to be painted in as well")
-        if not np.isfinite(self.control_scale):
-            raise UserError(f"invalid control_scale = {self.control_scale} (expected a number)", "such as 0.8")
-        if not 0 <= self.control_end <= 1:
-            raise UserError(f"invalid control_end = {self.control_end} (expected 0 to 1)", "such as 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +43,12 @@ class Request:
         pixels: height and width of the images.
         images: images to start from and to control by.
         sizes: SDXL's size conditioning in pixels: original size, top and left of the crop, target size.
-        latents: initial noise [N, C, h, w] of unit variance; None for the seeds'.
+        scores: a refiner's aesthetic scores: with the prompt, and without it.
+        latents: initial noise [N, C, h, w] of unit variance, or the latents to go on with; None for the seeds' noise.
         renoise: i -> noise [N, C, h, w] that a stochastic sampler adds after step i; None for the seeds'.
         weighted: whether `(words:1.3)` in a prompt counts by that factor.
+        clip_skip: how many of the text encoder's last layers prompts do without; negative prompts take all.
+        tiling: how the VAE sees images; None for whole ones.
     """
 
     plan: SamplingPlan
@@ -114,9 +57,12 @@ class Request:
     pixels: tuple[int, int]
     images: InputImages = InputImages()
     sizes: tuple[Sequence[int] | None, Sequence[int], Sequence[int] | None] = (None, (0, 0), None)
+    scores: tuple[float, float] = (6.0, 2.5)
     latents: Any = None
     renoise: Callable[[int], Any] | None = None
     weighted: bool = False
+    clip_skip: int = 0
+    tiling: VaeTiling | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -140,12 +86,14 @@ def complete(
     width: int | None,
     latents: Any,
     inputs: InputImages,
+    tiling: VaeTiling | None = None,
     **kept: Any,
 ) -> Request:
     """The request of a call, split into what this bundle makes at once.
 
     Args:
         manifest: with the shapes that the engines take.
+        tiling: how the VAE sees images; None for whole ones, which its networks have to take.
         kept: further fields of the request.
 
     Raises:
@@ -154,16 +102,31 @@ def complete(
     texts, negatives = prompts(prompt, negative, per_prompt)
     if negatives and any(text.strip() for text in negatives) and not plan.guided:
         why = "this model takes guidance as an input" if plan.guidance > 1 else f"guidance_scale is {plan.guidance:g}"
+        why = "there is no guidance" if manifest.edits else why
         warnings.warn(f"the negative prompt has no effect, because {why} (it counts above 1)", Notice, stacklevel=4)
+    if plan.resumes and (latents is None or inputs.image is not None):
+        text = "denoising_start goes on with the latents of another run" + ("" if latents is None else ", not an image")
+        raise UserError(text, 'pass latents=base(..., denoising_end=0.8, output_type="latent").latents')
+    if plan.stop is not None and inputs.mask is not None:
+        raise UserError("denoising_end with a mask is not supported", "leave one of them out")
+    if manifest.refines and inputs.image is None and not plan.resumes:
+        fix = "image=..., or denoising_start=0.8 and the latents that a base model left there"
+        raise UserError("this model refines images: it needs one to start from", fix)
     if latents is not None:
         latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))
-    size = latent_size(manifest, height, width, latents)
+    size = latent_size(manifest, height, width, latents, tiled=tiling is not None)
     limit = images_per_run(manifest, plan)
     pixels = tuple(side * manifest.pipeline["vae_scale"] for side in size)
-    for given in (inputs.image, inputs.mask, inputs.control):
+    if tiling is not None:
+        used = ["vae_decoder"] + ["vae_encoder"] * (inputs.image is not None and "vae_encoder" in manifest.components)
+        for name in used:
+            tiling.check(manifest.components[name], *pixels)
+    for given in (inputs.image, inputs.mask, *(each.image for each in inputs.shown.values())):
         if given is not None:
             images.batch(given, len(texts), pixels)  # before any network runs
+    if inputs.prompt is not None:
+        inputs = replace(inputs, prompt=image_prompts(manifest, inputs.prompt, len(texts)))
     return Request(
         plan=plan,
         chunks=[
@@ -174,86 +137,42 @@ def complete(
         pixels=pixels,
         images=inputs,
         latents=latents,
+        tiling=tiling,
         **kept,
     )
 
 
-def plan(
-    manifest: Manifest,
-    schedule: NoiseSchedule,
-    name: str | None,
-    steps: int | None,
-    timesteps: Sequence[float] | None,
-    guidance: float | None,
-    strength: float | None,
-    options: Mapping[str, Any] | None = None,
-) -> SamplingPlan:
-    """The sampler, its grid and guidance: the bundle's own constants where an argument is None.
-
-    Args:
-        options: of the sampler (`accel.sampling.constants.OPTIONS`); those that are None are the bundle's own.
+def clip_skip(manifest: Manifest, given: int | None) -> int:
+    """How many of the text encoder's last layers prompts do without: the bundle's own number where none is given.
 
     Raises:
-        UserError: for an unknown sampler, or a value outside its limits.
+        UserError: for a number of layers that this bundle's text encoders have no output for.
     """
-    own = Sampling.from_dict(manifest.sampler, "the bundle's sampler")
-    name = name or own.sampler
-    entry = sampler.named(name)
-    if timesteps is not None and steps not in (None, len(timesteps)):
-        raise UserError(f"steps = {steps}, and {len(timesteps)} timesteps are given", "give one of the two")
-    given = {option: value for option, value in (options or {}).items() if value is not None}
-    if "eta" not in entry.options and given.get("eta") == 0:
-        del given["eta"]  # asks for nothing, as diffusers' callers do
-    if name == own.sampler:
-        given = dict(own.options) | given
-        if timesteps is None and steps is None:
-            timesteps, steps = own.timesteps, own.steps
-    scale = float(own.guidance if guidance is None else guidance)
-    if not 0 <= scale < float("inf"):
-        raise UserError(
-            f"invalid guidance_scale: {scale} (expected >= 0)", "use 0 for none, 3 to 12 for a guided model"
-        )
-    embedded = any(spec.name == "timestep_cond" for spec in manifest.components["unet"].inputs)
-    count = len(timesteps) if timesteps is not None else entry.steps if steps is None else steps
-    start = 0 if strength is None else _start(count, strength) * entry.order
-    made = None
-    if entry.rows is not None:
-        made = sampler.table(name, schedule, steps, timesteps=timesteps, start=start, **given)
-        timesteps = made.timesteps
-    elif timesteps is None:
-        timesteps = sampler.grid(name, schedule, steps)
-    if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
-        fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
-        warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
-    return SamplingPlan(name, list(timesteps), scale, scale > 1 and not embedded, start, made)
-
-
-def _start(steps: int, strength: float) -> int:
-    """How many steps of the grid a strength skips (SDEdit, arXiv 2108.01073, counted as diffusers does)."""
-    if not 0 < strength <= 1:
-        raise UserError(
-            f"invalid strength = {strength:g} (expected above 0, at most 1)", "1 keeps nothing of the image"
-        )
-    start = steps - min(int(steps * strength), steps)
-    if start == steps:
-        raise UserError(
-            f"strength {strength:g} of {steps} steps leaves no step to run",
-            f"use a strength of at least {np.ceil(100 / steps) / 100:g}, or more steps",
-        )
-    return start
+    skip = manifest.pipeline.get("clip_skip", 0) if given is None else given
+    for name in KINDS["text_encoder"].names:
+        if skip and name in manifest.components:
+            outputs = [spec.name for spec in manifest.components[name].outputs]
+            layers = sum(output.startswith("hidden_states.") for output in outputs)
+            if skip < 0 or hidden_state(layers, skip) not in outputs:
+                known = [output.removeprefix("clip_skip.") for output in outputs if output.startswith("clip_skip.")]
+                known = ["0", *(known or map(str, range(1, layers)))]
+                raise UserError(
+                    f"invalid clip_skip: {skip} (this bundle's {name} can do: {', '.join(known)})",
+                    f"accel export MODEL OUT --clip-skip {max(1, skip)}",
+                )
+    return skip
 
 
 def images_per_run(manifest: Manifest, plan: SamplingPlan) -> int:
     """How many images the UNet and the decoder can make at once."""
     batch = manifest.components["unet"].dims["batch"]
     images = manifest.components["vae_decoder"].dims["images"]
-    doubled = 2 if plan.guided else 1
-    if batch.fixed and batch.min != images.min * doubled:
+    if batch.fixed and batch.min != images.min * plan.rows:
         raise UserError(
             f"this bundle's UNet takes a fixed batch of {batch.min}, which does not fit guidance {plan.guidance:g}",
             "export with --profile native (a range), or with the --guidance you want to run",
         )
-    return min(batch.max // doubled, images.max)
+    return min(batch.max // plan.rows, images.max)
 
 
 def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
@@ -279,14 +198,33 @@ def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
     return made
 
 
-def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
-    """Latent height and width, checked against the profile."""
+_TILES = "vae_tiling=True (accel run: --vae-tiling) decodes in tiles"
+
+
+def _limits(manifest: Manifest, side: str, tiled: bool) -> Range:
+    """Which heights or widths, in pixels, the UNet takes, and the decoder unless it sees tiles."""
+    unet = manifest.components["unet"].dims[f"latent_{side}"].scaled(manifest.pipeline["vae_scale"])
+    decoder = manifest.components["vae_decoder"].dims[side]
+    both = unet if tiled else unet.common(decoder)
+    if both is None:
+        raise UserError(f"the UNet takes a {side} of {unet}, and the VAE decoder {decoder}", _TILES)
+    return both
+
+
+def latent_size(
+    manifest: Manifest, height: int | None, width: int | None, latents: Any, *, tiled: bool = False
+) -> tuple[int, int]:
+    """Latent height and width, checked against what the networks take.
+
+    Args:
+        tiled: whether the VAE sees tiles, so that the UNet alone decides.
+    """
     profile, scale = manifest.profile, manifest.pipeline["vae_scale"]
     natives = dict(zip(("height", "width"), native_sides(manifest.pipeline["native_size"]), strict=True))
-    dims = manifest.components["vae_decoder"].dims
     sides: list[int] = []
     for name, value, axis in (("height", height, -2), ("width", width, -1)):
-        limits, own, native = dims[name], None if latents is None else latents.shape[axis] * scale, natives[name]
+        limits, native = _limits(manifest, name, tiled), natives[name]
+        own = None if latents is None else latents.shape[axis] * scale
         if None not in (value, own) and value != own:
             raise UserError(
                 f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"
@@ -294,14 +232,13 @@ def latent_size(manifest: Manifest, height: int | None, width: int | None, laten
         if value is None:
             value = own or (native if limits.admits(native) else limits.opt)
         if not limits.admits(value):
-            exported = (
-                "" if not manifest.components["unet"].graph else ", or export with another --profile (such as dynamic)"
-            )
+            ways = [f"give a {name} of {limits}"]
+            if manifest.components["unet"].graph:
+                ways.append("or export with another --profile (such as dynamic)")
+            if not tiled and _limits(manifest, name, True).admits(value):
+                ways = [_TILES, *ways]
             here = "" if own is None else f" (latents of shape {latents.shape} make it so)"
-            raise UserError(
-                f"{name} {value} is outside profile {profile.name!r} ({limits}){here}",
-                f"give a {name} of {limits}{exported}",
-            )
+            raise UserError(f"{name} {value} is outside profile {profile.name!r} ({limits}){here}", ", ".join(ways))
         sides.append(value // scale)
     return sides[0], sides[1]
 

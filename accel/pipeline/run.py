@@ -16,17 +16,20 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..progress import Report
 from ..progress import progress as show_progress
+from ..safety import COMPONENT as SAFETY_CHECKER
+from ..safety import SafetyChecker
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
+from ..text.tokenizer import ClipTokenizer
 from . import conditioning, control
 from .initial_latents import Start, unscaled
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
-from .tokenizer import ClipTokenizer
 
 StepCallback = Callable[[int, float, Any], None]
+BLACK = -1  # as a decoder leaves it
 # (i, t, latents) -> latents, of whatever kind of array.
 StepEnd = Callable[[int, float, Any], Any]
 
@@ -57,6 +60,8 @@ class Run:
             texts = [self._texts(chunk) for chunk in chunks]
             for value in texts[-1].values():
                 synchronize(value)
+        prompts = self._image_prompts()
+        texts = [text | self._image_prompt(chunk, prompts) for chunk, text in zip(chunks, texts, strict=True)]
         starts = [self._start(chunk) for chunk in chunks]
         bar = show_progress("sampling", steps=self.plan.steps * len(chunks), shown=progress)
         with bar as report, self._phase("unet", *control_components(), "unet"):
@@ -70,6 +75,14 @@ class Run:
         with self._phase("vae_decoder", "vae_decoder"):
             pixels = [self._decode(x) for x in done]
         return np.concatenate(done), np.concatenate(pixels)
+
+    def checked(self, pixels: np.ndarray, checker: SafetyChecker) -> list[bool]:
+        """Whether each image [N, 3, H, W] is rejected, chunk by chunk; a rejected one becomes black in place."""
+        with self._phase(SAFETY_CHECKER, SAFETY_CHECKER):
+            engine = self.engines[SAFETY_CHECKER]
+            found = [nsfw for chunk in self.request.chunks for nsfw in checker(engine, pixels[chunk.rows])]
+        pixels[found] = BLACK
+        return found
 
     @contextmanager
     def _phase(self, name: str, *components: str) -> Iterator[None]:
@@ -85,13 +98,36 @@ class Run:
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
         how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
-        feeds = _encode(encoders, chunk.prompts, **how)
+        feeds = _encode(encoders, chunk.prompts, clip_skip=self.request.clip_skip, **how)
         if self.plan.guided:
             without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
             if chunk.negatives is None and self.constants["zero_empty_prompt"]:
                 without = {name: value * 0 for name, value in without.items()}
-            feeds = {name: concat([without[name], value]) for name, value in feeds.items()}
+            feeds = {name: concat([without[name]] * (self.plan.rows - 1) + [value]) for name, value in feeds.items()}
         return feeds
+
+    def _image_prompts(self) -> tuple[np.ndarray, Any] | None:
+        """Embeddings of all pictures that an IP-Adapter is shown, and of none; None where there are none."""
+        pixels = self.request.images.prompt
+        if pixels is None:
+            return None
+        with self._phase("image_encoder", "image_encoder"):
+            return conditioning.image_embeddings(self.engines["image_encoder"], pixels, self.plan.rows > 1)
+
+    def _image_prompt(self, chunk: Chunk, prompts: tuple[np.ndarray, Any] | None) -> dict[str, Any]:
+        """The inputs of the UNet that are its IP-Adapter's; without pictures the adapter has no weight in the image."""
+        spec = next((s for s in self.manifest.components["unet"].inputs if s.name == "image_embeds"), None)
+        if spec is None:
+            return {}
+        rows = len(chunk.prompts) * self.plan.rows
+        if prompts is None:
+            embeds, scale = np.zeros(spec.concrete({"batch": rows, "prompt_images": 1}), np.float32), 0.0
+        else:
+            shown, none = prompts
+            parts = [none] * (self.plan.rows - 1) + [shown]  # as the texts: without, and with
+            embeds = np.concatenate([_of_chunk(part, chunk, self.request.total) for part in parts])
+            scale = self.request.images.prompt_scale
+        return {"image_embeds": embeds, "ip_adapter_scale": np.full(rows, scale, np.float32)}
 
     def _start(self, chunk: Chunk) -> Start:
         """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
@@ -127,19 +163,18 @@ class Run:
         spec = {s.name: s for s in unet.component.inputs}
         feeds = self._feeds(chunk, text, unet)
         add = control.prepare(self.request, chunk, self.manifest, self.engines)
-        extra = None if start.extra is None else unet.array(start.extra)
+        extra: list[Any] = [None if start.extra is None else unet.array(start.extra)] * plan.rows
+        if plan.rows == 3:  # the first row is shown neither prompt nor image
+            extra[0] = extra[1] * 0
         dtype = spec["sample"].dtype
         row = plan.start
 
         def model(x: Any, t: float) -> Any:
-            sample = x if extra is None else concat([x, extra], axis=1)
-            sample = cast(concat([sample, sample]) if plan.guided else sample, dtype)
+            rows = [x if more is None else concat([x, more], axis=1) for more in extra]
+            sample = cast(concat(rows) if plan.guided else rows[0], dtype)
             inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
             out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
-            if not plan.guided:
-                return out
-            without, with_prompt = out[: len(x)], out[len(x) :]
-            return without + plan.guidance * (with_prompt - without)
+            return plan.combined(out)
 
         def fresh(i: int) -> Any:
             if self.request.renoise is None:
@@ -160,7 +195,7 @@ class Run:
             return x if step_end is None else cast(unet.array(step_end(i, plan.timesteps[i], x)), "float32")
 
         x = cast(unet.array(start.x), "float32")
-        plain = not start.noised and all(hook is None for hook in (extra, keep, callback, step_end))
+        plain = not start.noised and all(hook is None for hook in (start.extra, keep, callback, step_end))
         if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
             from ..engines.fixed_loop import FixedLoop
 
@@ -183,20 +218,31 @@ class Run:
     def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
         """Everything but sample and timestep that the UNet takes, in its own dtypes."""
         feeds = dict(text)
-        batch = len(chunk.prompts) * (2 if self.plan.guided else 1)
+        batch = len(chunk.prompts) * self.plan.rows
         for spec in unet.component.inputs:
             if spec.name == "time_ids":
-                feeds["time_ids"] = conditioning.time_ids(batch, self.request.pixels, *self.request.sizes)
+                feeds["time_ids"] = self._time_ids(batch, int(spec.shape[-1]))
             elif spec.name == "timestep_cond":
                 feeds["timestep_cond"] = conditioning.guidance_embedding(batch, self.plan.guidance, int(spec.shape[-1]))
         dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         return {name: cast(unet.array(value), dtypes[name]) for name, value in feeds.items()}
 
+    def _time_ids(self, batch: int, numbers: int) -> np.ndarray:
+        request = self.request
+        if numbers == 6:
+            return conditioning.time_ids(batch, request.pixels, *request.sizes)
+        scores = request.scores[::-1] if self.plan.guided else request.scores[:1]
+        return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
+
     def _decode(self, x: np.ndarray) -> np.ndarray:
-        vae = self.engines["vae_decoder"]
-        z = unscaled(x, self.constants)
+        vae, tiling = self.engines["vae_decoder"], self.request.tiling
         (spec,) = vae.component.inputs
-        return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        def decoded(z: np.ndarray) -> np.ndarray:
+            return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        z = unscaled(x, self.constants)
+        return decoded(z) if tiling is None else tiling.decode(z, decoded)
 
 
 def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
@@ -205,6 +251,11 @@ def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> 
     found = conditioning.encode(encoders, distinct, **how)
     index = [distinct.index(prompt) for prompt in prompts]
     return {name: value[index] for name, value in found.items()}
+
+
+def _of_chunk(values: np.ndarray, chunk: Chunk, total: int) -> np.ndarray:
+    """The rows of a chunk, of values for all images: one row for each, or one for all."""
+    return np.broadcast_to(values, (total, *values.shape[1:]))[chunk.rows]
 
 
 class _Steps:

@@ -41,7 +41,7 @@ class Library:
         if self.version.startswith(self.flavour.broken_refit or ("none",)):
             raise UserError(
                 f"{self} computes refittable engines wrongly (it can drop the bias of a matrix product)",
-                "upgrade to TensorRT 11.4 or newer, or fuse the LoRA before export: accel export MODEL OUT --lora FILE",
+                "upgrade to TensorRT 11.4 or newer, or put weights in at export: accel export MODEL OUT --lora FILE",
             )
 
 

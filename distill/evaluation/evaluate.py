@@ -16,8 +16,8 @@ from accel.engines import choose
 from accel.errors import UserError
 from accel.files import digest_of, sha256, write_json
 from accel.machine import machine, version_of
-from accel.pipeline.prompt_files import read_prompts
 from accel.sampling import Sampling
+from accel.text.prompt_files import read_prompts
 
 from ..sources import digits
 from . import digits as digits_quality
@@ -59,7 +59,7 @@ def evaluate(
         limit: evaluate only the first N images; recorded in the id of every metric.
         batch: images per call; it does not change the images (beyond rounding).
         reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
-        captions: a file of captions, as `accel.pipeline.prompt_files` reads it.
+        captions: a file of captions, as `accel.text.prompt_files` reads it.
         engine, options: the engine of a bundle and its options; `dtype` overrides the protocol's.
         shard: which images this process generates. Rank 0 also waits for the others' and measures.
         patience: how many seconds rank 0 waits for the next image of another process.

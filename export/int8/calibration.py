@@ -13,7 +13,7 @@ from accel.assets import DIGITS
 from accel.errors import Notice, UserError
 from accel.files import digest_of
 from accel.pipeline import Pipeline
-from accel.pipeline.prompt_files import read_prompts
+from accel.text.prompt_files import read_prompts
 
 IMAGES = 32
 FEW = 16

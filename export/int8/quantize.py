@@ -25,14 +25,15 @@ from accel.int8.config import Int8Config, fitting
 from accel.int8.observers import observe
 from accel.models import networks
 from accel.models.networks import Network
-from accel.pipeline import Pipeline, control, load
+from accel.pipeline import Pipeline, load
+from accel.pipeline.input_images import CONTROL_INPUTS
 
 from ..graph import component, fp16, uint8
 from . import acceptance, sensitivity, speed
 from .acceptance import Decision, accept
 from .image_parity import Evaluator
 from .settings import QUANTIZED, Int8Settings
-from .unsupported import refuse_control, refuse_inpainting
+from .unsupported import refuse_control, refuse_image_prompts, refuse_inpainting, refuse_refiner
 
 Progress = Callable[[str, float], None]
 
@@ -60,7 +61,7 @@ def quantize(
     records = dict(bundle.manifest.components)
     with new_folder(out, overwrite=overwrite) as folder:
         bundle.copy(folder)
-        pipeline = load(bundle, "eager", device="cpu")
+        pipeline = load(bundle, "eager", device="cpu", safety_checker=False)  # black images calibrate nothing
         models = {name: pipeline.engines[name].module.model for name in names}
         for name in _without_layers(models, settings):
             decisions[name] = Decision(f"it has no layer of level {settings.config.level}")
@@ -121,12 +122,16 @@ def _candidates(bundle: Bundle, settings: Int8Settings) -> tuple[list[str], dict
     names = [name for name in QUANTIZED if settings.wants(name) and name in bundle.manifest.components]
     inputs = bundle.component("unet").inputs
     refuse_inpainting(inputs[0].shape[1])
-    if "unet" not in names or not any(spec.name.startswith(control.PREFIXES) for spec in inputs):
+    if bundle.manifest.refines:
+        refuse_refiner()
+    controlled = any(spec.name.startswith(CONTROL_INPUTS) for spec in inputs)
+    prompted = any(spec.name == "image_embeds" for spec in inputs)
+    if "unet" not in names or not (controlled or prompted):
         return names, {}
     if settings.requires("unet"):
-        refuse_control()
+        refuse_control() if controlled else refuse_image_prompts()
     names.remove("unet")
-    return names, {"unet": Decision("calibration has no control images")}
+    return names, {"unet": Decision(f"calibration has no {'control images' if controlled else 'image prompts'}")}
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from accel.models.source import Source
 
 from . import image_parity
 from .calibration import IMAGES, Calibration, calibration, default_prompts, read_prompts
-from .unsupported import refuse_inpainting
+from .unsupported import refuse_inpainting, refuse_refiner
 
 QUANTIZED = ("unet", "text_encoder", "text_encoder_2", "vae_decoder")
 
@@ -101,6 +101,8 @@ def complete(settings: Int8Settings, name: str, source: Source | None = None) ->
     if source is not None:
         unet = source.config("unet")
         refuse_inpainting(unet.get("in_channels", 4))
+        if source.refines:
+            refuse_refiner()
         if settings.config is not None and settings.wants("unet"):
             with torch.device("meta"):  # without its weights
                 chosen(settings.config, fake_quant.layers_of(UNet2DConditionModel.from_config(unet)))

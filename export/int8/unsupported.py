@@ -14,10 +14,25 @@ def refuse_control() -> None:
     )
 
 
+def refuse_image_prompts() -> None:
+    """Raise the UserError about a UNet with an IP-Adapter."""
+    raise UserError(
+        "a UNet with an IP-Adapter cannot be int8: calibration draws from words alone, and its ranges would be too "
+        "narrow where a picture adds to it",
+        "--int8-components text_encoder,vae_decoder; or export without the IP-Adapter",
+    )
+
+
+def refuse_refiner() -> None:
+    """Raise the UserError about SDXL's refiner."""
+    raise UserError("a refiner cannot be int8: calibration draws from prompts, without images", "--precision fp16")
+
+
 def refuse_inpainting(channels: int) -> None:
-    """Raise a UserError for a UNet whose input has the nine channels of inpainting models."""
-    if channels == 9:
+    """Raise a UserError for a UNet whose input has the nine channels of inpainting models, or the eight of those that
+    edit images."""
+    if channels in (8, 9):
+        what = "an inpainting model" if channels == 9 else "a model that edits images"
         raise UserError(
-            "an inpainting model cannot be int8: calibration draws from prompts, without images and masks",
-            "--precision fp16",
+            f"{what} cannot be int8: calibration draws from prompts, without images and masks", "--precision fp16"
         )

@@ -23,10 +23,10 @@ ACCEL = (
     ("disk",),
     ("ground",),
     ("assets",),
-    ("sampling",),
+    ("sampling", "text"),
     ("bundle",),
-    ("int8", "trt", "patching"),
-    ("models",),
+    ("int8", "trt", "patching", "safety"),
+    ("models", "providers"),
     ("engines",),
     ("pipeline",),
     ("attaching", "bench"),
@@ -316,6 +316,26 @@ assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.module
     pipe.set_loras(tmp_path / "lora.safetensors")
     drawn = pipe("the cat", seed=3, output_type="np").images
     assert np.array_equal(np.load(tmp_path / "image.npy"), drawn) and np.abs(drawn - plain).max() > 1e-5
+
+
+def test_an_embedding_is_read_without_torch(sd15_bundle, tmp_path):
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "toy.safetensors"
+    save_file({"<toy>": np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)}, file)
+    code = (
+        BLOCKED
+        + """
+import accel, numpy
+pipe = accel.load(sys.argv[1], engine="onnxruntime", threads=1, embeddings=[sys.argv[3]])
+numpy.save(sys.argv[2], pipe("the <toy> cat", seed=3, output_type="np").images)
+assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
+"""
+    )
+    python(code, str(sd15_bundle), str(tmp_path / "image.npy"), str(file))
+    pipe = accel.load(sd15_bundle, engine="onnxruntime", threads=1, embeddings=file)
+    drawn = pipe("the <toy> cat", seed=3, output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "image.npy"), drawn)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "auto"])

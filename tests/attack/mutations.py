@@ -252,8 +252,8 @@ def take_in(folder: Path) -> str:
     from accel.models import networks, source_networks
     from accel.models.config_files import clip_tokenizer
     from accel.models.source import open_source
-    from accel.pipeline.tokenizer import ClipTokenizer
     from accel.sampling.noise_schedule import NoiseSchedule
+    from accel.text.tokenizer import ClipTokenizer
 
     source, digest = open_source(folder), hashlib.sha256()
     constants, sampling = pipeline_constants(source), own_sampling(source)

@@ -25,11 +25,11 @@ from accel.distill.sources.item import BrokenItem
 from accel.distill.sources.open_data import open_data
 from accel.errors import UserError, markdown
 from accel.models.lora import LoraFile, read
-from accel.pipeline.tokenizer import ClipTokenizer
 from accel.sampling import Sampling
 from accel.sampling.noise_schedule import NoiseSchedule
 from accel.sampling.samplers import table
 from accel.sampling.scheduler_config import CLASSES
+from accel.text.tokenizer import ClipTokenizer
 
 TOKENIZER = DIGITS / "tiny-1step-int8/tokenizer"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from accel.export.pipeline_files import complete_tokenizer
-from accel.pipeline.tokenizer import ClipTokenizer
+from accel.text.tokenizer import ClipTokenizer
 
 PROMPTS = ["the cat", "A Dog, the dog's!", "", "naïve café  99", "🦊 " * 50]
 

@@ -93,12 +93,12 @@ def _note_few_steps(bundle: Bundle, files: Sequence[LoraFile]) -> None:
 def _component(
     bundle: Bundle, component: Component, files: Sequence[LoraFile], unet_config: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    weights = Weights(_own(bundle, component), component)
+    weights = Weights(own(bundle, component), component)
     made = fused_weights(component.name, weights.shapes, weights.value, files, unet_config)
     return weights.as_stored(made)
 
 
-def _own(bundle: Bundle, component: Component) -> Tensors:
+def own(bundle: Bundle, component: Component) -> Tensors:
     """The tensors of a component as the bundle has them."""
     if component.weights:
         return weight_files.stored(bundle.file(component.weights))

@@ -406,6 +406,33 @@ def test_what_cannot_be_refitted_is_refused_and_changes_nothing(bundle, tensorrt
         Refit(unet)
 
 
+@NEWEST
+def test_an_embedding_is_refitted_into_the_token_table(bundle, tensorrt, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file({"<toy>": torch.randn(2, 32)}, tmp_path / "toy.safetensors")
+    others = dict.fromkeys((UNET, VAE), "onnxruntime")
+    build(bundle, ("text_encoder",))
+    with pytest.raises(UserError, match="is not refittable") as caught:
+        accel.load(bundle, {"text_encoder": "tensorrt", **others}, embeddings=tmp_path / "toy.safetensors")
+    assert caught.value.fix.endswith("--refittable")
+    build(bundle, ("text_encoder",), options=BuildOptions(refittable=True))
+    made = {}
+    for engine in ("tensorrt", "onnxruntime"):
+        with accel.load(bundle, {"text_encoder": engine, **others}) as pipe:
+            encoder, outputs = pipe.engines["text_encoder"], []
+            for embeddings in ([], [tmp_path / "toy.safetensors"], []):
+                pipe.set_embeddings(embeddings)
+                ids = pipe.tokenizers["text_encoder"]("a <toy> cat")
+                outputs.append(np.array(encoder(input_ids=ids)["last_hidden_state"]))
+            made[engine] = outputs
+    for one, other in zip(*made.values(), strict=True):
+        assert np.allclose(one, other, atol=1e-4)
+    own, learned, back = made["tensorrt"]
+    assert np.array_equal(own, back) and np.abs(own - learned).max() > 0.01
+
+
 # What goes wrong, goes wrong with a reason
 
 

@@ -10,7 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 
+from accel.bundle import Bundle
 from accel.distill.data.encoders import Encoders
 from accel.errors import Notice, UserError
 from accel.export.pipeline import export_pipeline
@@ -128,12 +131,75 @@ def made(folder):
     return ours(folder, num_inference_steps=1, seed=1)
 
 
-@pytest.mark.parametrize(
-    "channels, name", [(8, "InstructPix2Pix"), (5, "depth-to-image"), (7, "no supported pipeline")]
-)
+@pytest.mark.parametrize("channels, name", [(5, "depth-to-image"), (7, "no supported pipeline")])
 def test_a_unet_that_no_call_can_run_is_refused_before_the_export(smallest, tmp_path, channels, name):
     with pytest.raises(UserError, match=f"takes {channels} channels.*{name}"):
         open_pipeline(edited(smallest, tmp_path / "pix2pix", "unet", in_channels=channels))
+
+
+# ------------------------------------------------------------------------------------------------ InstructPix2Pix
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def editing(request, tmp_path_factory):
+    """A pipeline whose UNet takes the latents of an image beside its own, and diffusers' class for it."""
+    source = request.getfixturevalue(request.param)
+    folder = tmp_path_factory.mktemp("editing") / "pipeline"
+    config = dict(diffusers.UNet2DConditionModel.load_config(source / "unet")) | {"in_channels": 8}
+    torch.manual_seed(2)
+    unet = diffusers.UNet2DConditionModel.from_config(config)
+    xl = request.param == "sdxl"
+    cls = diffusers.StableDiffusionXLInstructPix2PixPipeline if xl else diffusers.StableDiffusionInstructPix2PixPipeline
+    scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(source / "scheduler")
+    options = {} if xl else dict(safety_checker=None, requires_safety_checker=False)
+    cls.from_pretrained(source, unet=unet.eval(), scheduler=scheduler, **options).save_pretrained(folder)
+    return folder, cls
+
+
+@pytest.fixture(scope="module")
+def photo():
+    rows, columns = np.mgrid[0:64, 0:64]
+    return Image.fromarray(np.stack([rows * 4, columns * 4, (rows + columns) % 64 * 4], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("guidance, image_guidance", [(5.0, 1.5), (5.0, 1.0), (1.0, 1.5), (5.0, 0.5)])
+def test_a_model_that_edits_images_is_guided_by_text_and_image(editing, photo, guidance, image_guidance):
+    """Three rows for each image, in the order of the paper; one where either guidance is off, as diffusers has it."""
+    folder, cls = editing
+    latents = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
+    call = dict(num_inference_steps=2, guidance_scale=guidance, image_guidance_scale=image_guidance, image=photo)
+    expected = theirs(folder, cls, latents=latents, negative_prompt="dog", **call)
+    pipeline = load(open_pipeline(folder), "eager")
+    found = pipeline(latents=latents.numpy(), negative_prompt="dog", **CALL | call)
+    assert same(found.images, expected)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_exported_model_that_edits_images_draws_the_same_in_a_batch_of_two(editing, photo, tmp_path, engine):
+    folder, _ = editing
+    if "StableDiffusionXL" in (folder / "model_index.json").read_text():
+        pytest.skip("what differs from SDXL is what differs here from SD1.5")
+    bundle = export_pipeline(folder, tmp_path / "bundle", profile="batch=2,size=64")
+    assert bundle.component("unet").dims["batch"].max == 6
+    call = dict(prompt=["the cat", "a dog"], image=[photo, photo.rotate(90)], steps=2, seed=3, output_type="np")
+    with load(bundle, engine) as compiled, load(open_pipeline(folder), "eager") as eager:
+        assert same(compiled(**call).images, eager(**call).images)
+
+
+def test_what_an_editing_model_cannot_take_is_refused(editing, smallest, photo):
+    pipeline = load(open_pipeline(editing[0]), "eager", low_memory=True)
+    for call, words in (
+        ({}, "needs an image to edit"),
+        (dict(image=photo, mask_image=photo), "no mask"),
+        (dict(image=photo, strength=0.5), "takes all steps"),
+        (dict(image=photo, image_guidance_scale=-1), "invalid image_guidance_scale"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipeline("the cat", **call)
+    with pytest.raises(UserError, match="does not edit images"):
+        load(open_pipeline(smallest), "eager", low_memory=True)("the cat", image=photo, image_guidance_scale=1.5)
+    with pytest.raises(UserError, match="cannot be int8"):
+        export_pipeline(editing[0], "never", precision="int8")
 
 
 # ----------------------------------------------------------------------------------------------------- learned tokens
@@ -202,22 +268,135 @@ def test_what_a_bundle_leaves_out_is_said(smallest, sdxl, tmp_path, monkeypatch)
     index = json.loads((checked / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (checked / "model_index.json").write_text(json.dumps(index))
-    with pytest.warns(Notice, match="safety checker is left out"):
-        open_pipeline(checked)
+    with pytest.warns(Notice, match="safety checker is left out.* --safety-checker .*exports it"):
+        constants.note_left_out(open_source(checked), safety_checker=True)
     monkeypatch.setattr(constants, "find_spec", lambda name: name)
     with pytest.warns(Notice, match="no invisible watermark"):
-        constants.note_left_out(open_source(sdxl))
+        constants.note_left_out(open_source(sdxl), safety_checker=True)
     monkeypatch.setattr(constants, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        constants.note_left_out(open_source(sdxl))
-        constants.note_left_out(open_source(smallest))
+        constants.note_left_out(open_source(sdxl), safety_checker=True)
+        constants.note_left_out(open_source(smallest), safety_checker=True)
+        constants.note_left_out(open_source(checked), safety_checker=False)
 
 
 def test_the_export_says_what_it_leaves_out(smallest, tmp_path, monkeypatch):
-    def said(source):
+    def said(source, safety_checker):
         raise UserError(f"asked about {source.name}", "")
 
     monkeypatch.setattr("accel.export.pipeline.note_left_out", said)
     with pytest.raises(UserError, match="asked about"):
         export_pipeline(smallest, tmp_path / "bundle")
+
+
+# ------------------------------------------------------------------------------------------------- SDXL's refiner
+
+
+@pytest.fixture(scope="module")
+def refiner(sdxl, tmp_path_factory):
+    """A refiner as it is published: the second text encoder alone, and an aesthetic score in its size conditioning."""
+    folder = tmp_path_factory.mktemp("refiner") / "pipeline"
+    base = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl)
+    config = dict(base.unet.config) | {"cross_attention_dim": 32, "projection_class_embeddings_input_dim": 72}
+    torch.manual_seed(8)
+    diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer_2=base.tokenizer_2,
+        unet=diffusers.UNet2DConditionModel.from_config(config).eval(),
+        scheduler=base.scheduler,
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refiner_bundle(refiner, tmp_path_factory):
+    return export_pipeline(refiner, tmp_path_factory.mktemp("refiner-bundle") / "bundle", profile="batch=1,size=64")
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_a_refiner_goes_on_where_the_base_model_stopped(sdxl, refiner, refiner_bundle, engine):
+    """The ensemble of experts of SDXL's report: the base for 80 % of the noise, the refiner for the rest."""
+    latents = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
+    how = dict(num_inference_steps=10, guidance_scale=5.0)
+    half = theirs(sdxl, latents=latents, denoising_end=0.8, **how | {"output_type": "latent"})
+    call = dict(denoising_start=0.8, aesthetic_score=7.0, **how)
+    expected = theirs(refiner, diffusers.StableDiffusionXLImg2ImgPipeline, image=half, **call)
+    base = load(open_pipeline(sdxl), "eager")(latents=latents.numpy(), denoising_end=0.8, **CALL | how).latents
+    bundle = open_pipeline(refiner) if engine == "eager" else refiner_bundle
+    with load(bundle, engine) as pipeline:
+        assert same(pipeline(latents=base, **CALL | call).images, expected)
+
+
+def test_a_refiner_starts_from_an_image(refiner, photo, monkeypatch):
+    from diffusers.models.autoencoders import vae
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as xl
+
+    from accel.pipeline.initial_latents import _OF_IMAGE
+    from accel.sampling import noise
+
+    draws = iter((_OF_IMAGE, 0))
+    drawn = lambda shape, **_: torch.from_numpy(noise.normal([5], next(draws), tuple(shape)[1:]))  # noqa: E731
+    monkeypatch.setattr(vae, "randn_tensor", drawn)
+    monkeypatch.setattr(xl, "randn_tensor", drawn)
+    call = dict(image=photo, num_inference_steps=10, guidance_scale=5.0)
+    expected = theirs(refiner, diffusers.StableDiffusionXLImg2ImgPipeline, **call)
+    assert same(ours(refiner, seed=5, **call), expected), "with a strength of 0.3, as diffusers has it"
+
+
+def test_what_a_refiner_cannot_do_is_refused(refiner, sdxl, photo):
+    pipeline = load(open_pipeline(refiner), "eager", low_memory=True)
+    latents = np.zeros((1, 4, 16, 16), np.float32)
+    for call, words in (
+        ({}, "needs one to start from"),
+        (dict(denoising_start=0.8), "goes on with the latents of another run"),
+        (dict(denoising_start=0.8, image=photo, latents=latents), "not an image"),
+        (dict(denoising_start=0.9995, steps=5, latents=latents), "no step of 5"),
+        (dict(denoising_start=1.5, latents=latents), "invalid denoising_start"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipeline("the cat", **call)
+    with pytest.raises(UserError, match="a refiner cannot be int8"):
+        export_pipeline(refiner, "never", precision="int8")
+
+
+# ------------------------------------------------------------------------------------------------------- clip skip
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_clip_skip_counts_as_in_diffusers(family, request, monkeypatch):
+    """For prompts alone: negative ones take all layers."""
+    # diffusers asks for `text_model`, which transformers 5 has no more.
+    monkeypatch.setattr(transformers.CLIPTextModel, "text_model", property(lambda model: model), raising=False)
+    folder = request.getfixturevalue(family)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
+    call = dict(num_inference_steps=2, guidance_scale=5.0, negative_prompt="dog")
+    expected = theirs(folder, latents=latents, clip_skip=1, **call)
+    found = ours(folder, latents=latents.numpy(), clip_skip=1, **call)
+    assert same(found, expected) and not same(ours(folder, latents=latents.numpy(), **call), expected)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_a_bundle_keeps_the_clip_skip_that_it_was_exported_with(smallest, smallest_bundle, tmp_path, engine, completed):
+    made = export_pipeline(smallest, tmp_path / "bundle", clip_skip=1, components=("text_encoder", "unet"))
+    bundle = completed(made, Bundle.open(smallest_bundle))
+    call = dict(steps=2, guidance_scale=5.0, negative_prompt="dog", seed=3)
+    expected = ours(smallest, clip_skip=1, **call)
+    with load(bundle, engine) as pipeline:
+        assert same(pipeline(**CALL | call).images, expected)
+        assert same(pipeline(**CALL | call, clip_skip=0).images, ours(smallest, **call))
+
+
+def test_a_clip_skip_that_a_bundle_has_no_output_for_is_refused(smallest, smallest_bundle):
+    with load(Bundle.open(smallest_bundle), "onnxruntime", low_memory=True) as pipeline:
+        with pytest.raises(UserError, match="invalid clip_skip: 1 .this bundle's text_encoder can do: 0") as error:
+            pipeline("the cat", clip_skip=1)
+        assert error.value.fix == "accel export MODEL OUT --clip-skip 1"
+    for skip in (2, -1):
+        with pytest.raises(UserError, match=f"invalid clip_skip: {skip}"):
+            export_pipeline(smallest, "never", clip_skip=skip)

@@ -197,7 +197,7 @@ NAN = torch.full((1, 4, 16, 16), float("nan"))
         (dict(eta=0.5), "sampler dmd2 has no option eta"),
         (dict(eta="a", sampler="ddim"), "invalid eta: 'a'"),
         (dict(prompt_embeds=torch.zeros(1, 77, 64)), "only diffusers' own"),
-        (dict(clip_skip=1), "only diffusers' own"),
+        (dict(clip_skip=9), "invalid clip_skip: 9"),
         (dict(latents=NAN), "NaN"),
         (dict(latents=torch.zeros(1, 4, 16, 16, dtype=torch.int64)), "latents of int64"),
         (dict(latents=np.zeros((1, 3, 16, 16), np.float32)), "(1, 3, 16, 16)"),

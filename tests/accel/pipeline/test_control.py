@@ -278,6 +278,102 @@ def test_a_diffusers_pipeline_runs_on_the_compiled_control_network(made, edges, 
     assert np.array_equal(draw(), before)
 
 
+@pytest.fixture(scope="module")
+def several(sd15, sd15_bundle, completed, tmp_path_factory):
+    """Two ControlNets that differ in weights, the second one of those that pool what they add."""
+    from diffusers import ControlNetModel
+
+    folder = tmp_path_factory.mktemp("several")
+    first = make_controlnet(sd15)
+    second = ControlNetModel.from_config(dict(first.config) | {"global_pool_conditions": True})
+    second.load_state_dict({key: value.flip(0) for key, value in first.state_dict().items()})
+    nets = [first.eval(), second.eval()]
+    for i, net in enumerate(nets):
+        net.save_pretrained(folder / f"net{i}")
+    source = open_source(sd15, controlnet=[folder / "net0", folder / "net1"])
+    bundle = export_pipeline(
+        source,
+        folder / "bundle",
+        profile="batch=1,size=64",
+        components=("unet",),
+        sampler={"name": "dpmpp_2m", "steps": 4, "guidance": 5.0},
+    )
+    return Made(sd15, {"controlnet": nets}, completed(bundle, Bundle.open(sd15_bundle)))
+
+
+@pytest.fixture(scope="module")
+def stripes():
+    return Image.fromarray((np.mgrid[0:64, 0:64][1][..., None] // 8 % 2 * np.full(3, 255)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_several_controlnets_at_once_equal_diffusers(several, edges, stripes, engine):
+    """Each has its image, its scale, and the share of the steps that it counts for."""
+    source, parts, bundle = several
+    assert {"controlnet", "controlnet_1"} <= set(bundle.manifest.components)
+    pipe = control_pipeline("sd15", "controlnet", source, parts)
+    expected = pipe(
+        "the cat",
+        image=[edges, stripes],
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        latents=torch.from_numpy(noise.normal([5], 0, (4, 16, 16))),
+        controlnet_conditioning_scale=[0.8, 0.5],
+        control_guidance_end=[1.0, 0.5],
+        output_type="np",
+    ).images
+    pipe = accel.load(bundle, engine=engine)
+    given = dict(control_image=[edges, stripes], seed=5, output_type="np")
+    found = pipe("the cat", control_scale=[0.8, 0.5], control_end=[1.0, 0.5], **given).images
+    assert np.abs(found - expected).max() < ONE_STEP_OF_A_PIXEL
+    alone = pipe("the cat", control_scale=[0.8, 0.0], **given).images
+    assert np.abs(found - alone).max() > 3 * ONE_STEP_OF_A_PIXEL, "the second one has an effect"
+
+
+def test_a_diffusers_pipeline_runs_on_several_compiled_controlnets(several, edges, stripes):
+    source, parts, bundle = several
+    pipe = control_pipeline("sd15", "controlnet", source, parts)
+
+    def draw():
+        images = dict(image=[edges, stripes], controlnet_conditioning_scale=[0.8, 0.5], num_inference_steps=2)
+        return pipe("the cat", generator=torch.Generator().manual_seed(1), output_type="np", **images).images
+
+    before = draw()
+    with accel.attach(pipe, bundle, engine="onnxruntime") as attached:
+        assert {"controlnet", "controlnet_1"} <= set(attached.engines)
+        assert np.abs(draw() - before).max() < ONE_STEP_OF_A_PIXEL
+    assert np.array_equal(draw(), before)
+
+
+def test_a_pipeline_folder_with_several_controlnets_is_read_as_diffusers_saves_it(several, edges, stripes, tmp_path):
+    source, parts, bundle = several
+    control_pipeline("sd15", "controlnet", source, parts).save_pretrained(tmp_path / "pipeline")
+    call = dict(control_image=[edges, stripes], control_scale=[0.8, 0.5], seed=5, steps=2, output_type="np")
+    found = accel.load(tmp_path / "pipeline", engine="eager")("the cat", guidance_scale=5.0, **call).images
+    assert np.abs(found - accel.load(bundle, engine="eager")("the cat", **call).images).max() < ONE_STEP_OF_A_PIXEL
+
+
+def test_a_wrong_number_of_control_images_is_refused(several, made, edges):
+    pipe = accel.load(several.bundle, engine="onnxruntime", low_memory=True)
+    for call, words in (
+        (dict(control_image=edges), "1 control_image for 2 control networks: controlnet, controlnet_1"),
+        (dict(control_image=[edges] * 3), "3 control_image for 2"),
+        (dict(control_image=[edges] * 2, control_scale=[0.5]), "1 control_scale for 2"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            pipe("the cat", **call)
+        assert "one for each" in error.value.fix
+    one = accel.load(made("sd15", "controlnet").bundle, engine="onnxruntime", low_memory=True)
+    with pytest.raises(UserError, match="2 control_scale for 1 control network: controlnet"):
+        one("the cat", control_image=edges, control_scale=[1.0, 2.0])
+
+
+def test_more_than_three_controlnets_are_refused(sd15):
+    with pytest.raises(UserError, match="4 ControlNets at once") as error:
+        open_source(sd15, controlnet=[sd15] * 4)
+    assert "at most 3" in error.value.fix
+
+
 @pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
 def test_a_controlled_unet_on_tensorrt_runs_step_by_step(made, edges, tensorrt, with_engine_file_of_unet):
     """What is added differs from step to step, so there is no graph of the whole loop to replay."""

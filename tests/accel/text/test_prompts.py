@@ -8,9 +8,9 @@ import torch
 
 import accel
 from accel.errors import UserError
-from accel.pipeline import prompts
-from accel.pipeline.tokenizer import ClipTokenizer
 from accel.sampling import noise
+from accel.text import prompts
+from accel.text.tokenizer import ClipTokenizer
 
 LONG = "the cat and " * 30 + "a dog"
 

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from accel.errors import UserError
-from accel.pipeline.tokenizer import ClipTokenizer
+from accel.text.tokenizer import ClipTokenizer
 
 MERGES = [
     ("h", "e"),
@@ -242,7 +242,5 @@ def test_a_prompt_is_text(tmp_path):
 
 
 def test_imports_no_transformers():
-    code = (
-        "import sys, accel.pipeline.tokenizer\nassert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
-    )
+    code = "import sys, accel.text.tokenizer\nassert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

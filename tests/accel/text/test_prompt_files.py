@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accel.errors import UserError
-from accel.pipeline.prompt_files import read_prompts
+from accel.text.prompt_files import read_prompts
 
 
 @pytest.mark.parametrize(

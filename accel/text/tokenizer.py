@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,20 @@ class ClipTokenizer:
             length=_length(folder / "tokenizer_config.json", config),
             several=_several({token.content: i for i, token in backend.get_added_tokens_decoder().items()}),
         )
+
+    def with_tokens(self, rows: Mapping[str, int]) -> ClipTokenizer:
+        """A tokenizer that reads learned tokens too (textual inversion), each as a row of the text encoder's table.
+
+        Args:
+            rows: token -> its row; TOKEN, TOKEN_1, TOKEN_2, ... are the vectors of one token, as in `several`.
+        """
+        if not rows:
+            return self
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.add_tokens(list(rows))
+        several = _several(rows)
+        own = {backend.token_to_id(token): several.get(row, (row,)) for token, row in rows.items()}
+        return replace(self, backend=backend, several={**self.several, **own})
 
     def encode(self, prompt: str) -> tuple[np.ndarray, str]:
         """(ids int64 [length], the end of the prompt that did not fit). Whoever drops text should say so."""
