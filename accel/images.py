@@ -66,6 +66,11 @@ def shrunk(mask: np.ndarray, factor: int) -> np.ndarray:
     return mask[:, :, ::factor, ::factor]
 
 
+def unit_range(pixels: np.ndarray) -> np.ndarray:
+    """Float32 [N, H, W, C] in [0, 1] of a VAE decoder's output, [N, C, H, W] in about [-1, 1]."""
+    return np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+
+
 def clip_pixels(
     image: Any, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> np.ndarray:

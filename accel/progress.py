@@ -15,6 +15,7 @@ Report = Callable[[str, float], None]
 
 QUIET = "ACCEL_QUIET"  # environment variable; any value shows no progress, in child processes too
 _SECONDS_BETWEEN_LINES = 30.0
+_STEPS_BETWEEN_LINES = 50
 
 
 @contextlib.contextmanager
@@ -62,11 +63,23 @@ def progress(
 @contextlib.contextmanager
 def _bar(console: Any, title: str, steps: int | None, done: float, keep: bool) -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    counter = () if steps is None else (MofNCompleteColumn(),)
-    words = [TextColumn("{" + field + "}", markup=False) for field in ("task.description", "task.fields[text]")]
-    left = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[time]}"))
-    with Progress(words[0], BarColumn(), *counter, *left, words[1], console=console, transient=not keep) as bar:
+    def whole() -> Column:  # what stays readable in a narrow terminal
+        return Column(no_wrap=True, min_width=1, overflow="ignore")
+
+    # The text gets what the others leave of the line, and loses its end.
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    counter = () if steps is None else (MofNCompleteColumn(table_column=whole()),)
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=whole()),
+        BarColumn(bar_width=None if console.width < 40 else 10),
+        *counter,
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=whole()),
+        TextColumn("{task.fields[time]}", table_column=whole()),
+        TextColumn("{task.fields[text]}", markup=False, table_column=rest),
+    )
+    with Progress(*columns, console=console, transient=not keep, expand=True) as bar:
         total = 1.0 if steps is None else steps
         task = bar.add_task(title, total=total, completed=done, text="", time="left,")
 
@@ -93,7 +106,9 @@ def _lines(console: Any, title: str, steps: int | None, done: float) -> Iterator
         nonlocal stage, told, last, written
         now = time.monotonic()
         last = line(text, done, now - began)
-        if (name := re.sub(r"\d+", "", text)) != stage and not steps or now - told >= _SECONDS_BETWEEN_LINES:
+        name = re.sub(r"\d+", "", text)
+        due = done > first and done % _STEPS_BETWEEN_LINES == 0 if steps else name != stage
+        if due or now - told >= _SECONDS_BETWEEN_LINES:
             stage, told, written = name, now, last
             console.print(last, markup=False, highlight=False)
 

@@ -116,6 +116,11 @@ def recipe_names(verb: str | None = None) -> list[str]:
     return list(_references(verb))
 
 
+def settled(verb: str, digits: bool = False) -> list[str]:
+    """The recipes, by name, that a method's defaults do not stand for: those of published models, or of digits."""
+    return [name for name in METHODS[verb].presets.split() if name.startswith("digits") == digits]
+
+
 def recipe(name: str, verb: str | None = None) -> Recipe:
     """A recipe by name (`-` and `_` are the same), of one method or of any.
 

@@ -9,7 +9,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,8 +25,8 @@ from .data.encoders import Encoders
 from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
-from .training import checkpoints
-from .training.attention import check_attention
+from .training import checkpoints, sharding
+from .training.attention import check_attention, check_networks
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
 
@@ -70,13 +70,17 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
 
     encoders = encoders_of(recipe, device=accelerator.device, dtype=compute_dtype(recipe))
     source = encoders.source
+    recipe = with_resolution(recipe, encoders)
     check_resolution(recipe, encoders)
-    note_size(recipe, encoders)
+    if accelerator.is_main_process:
+        note_size(recipe, encoders)
     entry = entry_of(recipe)
     if entry.complete:
         recipe = load(entry.complete)(recipe, encoders)
     # Before the data, whose cache may take hours: what the method refuses is known at once.
     method: Method = load(entry.factory)(recipe, encoders)
+    check_networks(recipe.attention, method.networks.values())
+    sharding.check(method, accelerator)
     qat.attach(method, recipe)
     batches = load(entry.batches)(recipe, encoders, run, accelerator, say)
     qat.calibrate(method, recipe, accelerator.device, say)
@@ -139,6 +143,20 @@ def check_places(out: Path, run: Path, overwrite: bool) -> None:
             raise UserError(f"no permission to write {place}", f"choose another {flag}")
 
 
+def own_sizes(encoders: Encoders) -> set[int]:
+    """The width and the height, in pixels, that the model was made for, as its UNet's config says; none if not."""
+    cells = encoders.source.config("unet").get("sample_size")
+    return {side * encoders.factor for side in (cells if isinstance(cells, (list, tuple)) else [cells or 0])} - {0}
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def with_resolution(recipe: R, encoders: Encoders) -> R:
+    """The recipe with the model's own resolution, where it names none: 512 px where the model does not say."""
+    return recipe if recipe.resolution else dataclasses.replace(recipe, resolution=max(own_sizes(encoders) or {512}))
+
+
 def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
     """The UNet halves its input once per stage; what does not divide would come back one cell too small."""
     stages = len(encoders.source.config("unet")["block_out_channels"])
@@ -150,9 +168,8 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
 
 def note_size(recipe: Recipe, encoders: Encoders) -> None:
     """Say that images of another size than the model's own are made, before hours are spent on them."""
-    cells = encoders.source.config("unet").get("sample_size")
-    own = {side * encoders.factor for side in (cells if isinstance(cells, (list, tuple)) else [cells or 0])}
-    if any(own) and recipe.resolution not in own:
+    own = own_sizes(encoders)
+    if own and recipe.resolution not in own:
         warnings.warn(
             f"resolution {recipe.resolution} is not the model's own, {max(own)} px: --resolution {max(own)}",
             Notice,

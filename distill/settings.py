@@ -59,7 +59,7 @@ class Recipe:
     split: str = option("train", "split of a Hugging Face data set")
     image_column: str = option("", "column of the images (default: found)")
     caption_column: str = option("", "column of the captions (default: found)")
-    resolution: int = option(512, "width and height of the training images in pixels")
+    resolution: int = option(0, "width and height of the training images in pixels; 0: the model's own", least=0)
     center_crop: bool = option(True, "crop the middle of an image, not a random place")
     random_flip: bool = option(True, "mirror every image with probability 1/2")
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one, so that guidance works")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
-from accel.bundle.kinds import KINDS, control_components, kind_of
+from accel.bundle.kinds import KINDS, control_components, kind_of, usual_components
 from accel.bundle.shape_profiles import Profile, Range, native_sides
 from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import INT8
@@ -23,8 +23,9 @@ from accel.models.constants import check_runs, checked_sampling, edits, note_lef
 from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
-from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from accel.models.source_networks import UNetInputs, check_checker, network_of, own_tokens, unet_inputs
 from accel.pipeline.tiling import VaeTiling
+from accel.safety import COMPONENT as SAFETY_CHECKER
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
@@ -34,7 +35,7 @@ from .int8.settings import Int8Settings, complete, refuse_changes
 from .int8.unsupported import refuse_control, refuse_image_prompts
 from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
+COMPONENTS = usual_components()
 _STAGES = 4
 
 
@@ -52,6 +53,7 @@ class _Options:
     share: str | Path | None = None
     clip_skip: int = 0
     embeddings: tuple[EmbeddingSpec, ...] = ()
+    safety_checker: bool = False
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -71,6 +73,7 @@ def export_pipeline(
     controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Sequence[str | Path | LoraFile] = (),
     share: str | Path | None = None,
+    safety_checker: bool = False,
     clip_skip: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
@@ -92,6 +95,8 @@ def export_pipeline(
         controlnet: folder of a ControlNet to export with it, or a list of up to three.
         loras: LoRA files to fuse into the weights, each as FILE or FILE=SCALE.
         share: another bundle, such as that of the model without the LoRA: files that are equal become hard links.
+        safety_checker: export the safety checker of the model's folder too, in float32 whatever the precision: a
+            pipeline of the bundle blackens the images that it rejects. Without it a note says that it is left out.
         clip_skip: how many of the text encoder's last layers prompts do without, unless a call says otherwise;
             diffusers' `clip_skip`.
         overwrite: replace a bundle that is already there.
@@ -104,7 +109,7 @@ def export_pipeline(
     """
     check_precision(precision)
     trace.check_opset(opset)
-    parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings)
+    parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings), safety_checker
     options = _Options(profile, opset, tuple(components), sampler, *parts)
     if precision in INT8:
         settings = replace(int8 or Int8Settings(), precision=precision)
@@ -120,8 +125,8 @@ def _open(model: str | Path | Source, options: _Options) -> Source:
             raise UserError("a source that is open already takes no more LoRA files and embeddings", fix)
         return model
     adapter = None if isinstance(options.adapter, bool) else options.adapter
-    loras, embeddings = options.loras, options.embeddings
-    return open_source(model, loras, adapter=adapter, controlnet=options.controlnet, embeddings=embeddings)
+    more: dict[str, Any] = dict(adapter=adapter, controlnet=options.controlnet, embeddings=options.embeddings)
+    return open_source(model, options.loras, safety_checker=options.safety_checker, **more)
 
 
 def _export_int8(
@@ -159,11 +164,14 @@ def _export_float(
 ) -> Bundle:
     base = None if options.share is None else Bundle.open(options.share)
     names = _component_names(source, options.components)
+    if options.safety_checker:
+        check_checker(source)
+        names.append(SAFETY_CHECKER)
     source = _with_clip_skip(source, options.clip_skip)
     pipeline = pipeline_constants(source) | ({"clip_skip": options.clip_skip} if options.clip_skip else {})
     sampling = checked_sampling(options.sampler) if options.sampler else own_sampling(source)
     check_runs(source, sampling)
-    note_left_out(source)
+    note_left_out(source, safety_checker=not options.safety_checker)
     shapes = parse_profile(options.profile, native=pipeline["native_size"])
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
@@ -188,7 +196,7 @@ def _export_float(
             records[name] = _export_component(
                 source, name, folder / name, dims[name], precision, options.opset, inputs, step
             )
-        copy_pipeline_files(source, folder, sampling)
+        copy_pipeline_files(source, folder, sampling, feature_extractor=options.safety_checker)
         manifest = Manifest(
             family=source.family,
             topology=source.topology,
@@ -273,7 +281,7 @@ def _note_size(shapes: Profile, native: int | list[int]) -> None:
 
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
     """All components to export: those of the source that add to the UNet, and what is wanted."""
-    choices = [name for name, kind in KINDS.items() if not kind.adds]
+    choices = usual_components()
     if strange := [name for name in wanted if name not in choices]:
         raise unknown("component", strange[0], choices)
     if not wanted:

@@ -9,16 +9,24 @@ from pathlib import Path
 
 from accel.bundle.kinds import KINDS
 from accel.files import read_json, write_json
-from accel.models.config_files import clip_tokenizer
+from accel.models.config_files import clip_tokenizer, stripped
 from accel.models.source import Source
+from accel.safety.preprocessing import FILE as FEATURE_EXTRACTOR
 from accel.sampling import Sampling
 
 
-def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> None:
+def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling, *, feature_extractor: bool = False) -> None:
     """Copy them from the source, tokenizers with its learned tokens and in both of the forms that other libraries read.
 
     The scheduler of a few-step model becomes the one with which diffusers draws the same (`Source.scheduler_for`).
+
+    Args:
+        feature_extractor: whether what the safety checker is shown is copied too.
     """
+    if feature_extractor:
+        (folder / FEATURE_EXTRACTOR).parent.mkdir()
+        config, _ = stripped(read_json(source.path / FEATURE_EXTRACTOR, "the feature extractor's config"))
+        write_json(folder / FEATURE_EXTRACTOR, config)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         if source.has(name):
             source.copy(name, folder / name)

@@ -67,7 +67,7 @@ def measure(
     Raises:
         UserError: for a damaged bundle, or a size or batch outside its profile.
     """
-    bundle = opened(bundle)
+    bundle = opened(bundle, safety_checker=False)
     settings = settings or BenchSettings()
     names = component_names(bundle)
     work.check_batch(bundle, settings)

@@ -18,13 +18,18 @@ class Kind:
         network: (source, name, `UNetInputs`) -> the `Network` to export; "" for the function of the kind's name in
             `accel.models.source_networks`.
         classes: classes that the model may have; the first one where its config names none.
-        library: the package of these classes, diffusers or transformers.
+        library: the package of these classes, as model_index.json calls it: diffusers, transformers, or the name of
+            a pipeline of diffusers.
+        module: where they are, if not at the top of that package.
         part: the part of a diffusers pipeline that the model is; "" for the one of the component's own name.
         unused: submodules of that part which this component does without.
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
-            bundle has it), or "on demand" (loaded when it is first used).
+            bundle has it), "afterwards" (on every image, where the bundle has it and nobody switched it off), or "on
+            demand" (loaded when it is first used).
         adds: what it adds to the UNet, "control" or "image prompt"; such a component is exported, unasked, wherever the
             source has it.
+        on_request: whether it is exported only where it is asked for by an option of its own.
+        float32: whether it stays float32, whatever the precision of the others.
         slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`; or one that
             holds several networks (a MultiControlNetModel).
         stand_in: what replaces them, made as (original module, engine).
@@ -35,10 +40,13 @@ class Kind:
     classes: tuple[str, ...]
     network: str = ""
     library: str = "diffusers"
+    module: str = ""
     part: str = ""
     unused: tuple[str, ...] = ()
     use: str = "on demand"
     adds: str = ""
+    on_request: bool = False
+    float32: bool = False
     slots: tuple[str, ...] = ()
     stand_in: str = ""
 
@@ -102,6 +110,16 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledVae",
     ),
     Kind(
+        names=("safety_checker",),
+        wrapper="accel.safety.network:SafetyChecker",
+        classes=("StableDiffusionSafetyChecker",),
+        library="stable_diffusion",
+        module="diffusers.pipelines.stable_diffusion.safety_checker",
+        use="afterwards",
+        on_request=True,
+        float32=True,
+    ),
+    Kind(
         names=("vae_encoder",),
         wrapper=f"{_MODELS}.networks:VaeEncoder",
         classes=_VAES,
@@ -115,6 +133,11 @@ KINDS: dict[str, Kind] = {kind.names[0]: kind for kind in _KINDS}
 def kind_of(component: str) -> Kind:
     """The kind of a component of this name."""
     return next(kind for kind in KINDS.values() if component in kind.names)
+
+
+def usual_components() -> tuple[str, ...]:
+    """The kinds that an export writes by default, where the model has them."""
+    return tuple(name for name, kind in KINDS.items() if not (kind.adds or kind.on_request))
 
 
 def control_components() -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
     from ..bench.work import PROMPTS
     from ..pipeline import opened
 
-    bundle = opened(args.bundle, few_step=args.few_step)
+    bundle = opened(args.bundle, few_step=args.few_step, safety_checker=False)
     usual = DIGITS_PROMPTS if knows_only_digits(str(bundle.manifest.source["name"])) else PROMPTS
     settings = bench.BenchSettings(
         prompts=tuple(prompts_of(args) or usual),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.errors import UserError
+from accel.errors import Notice, UserError
 
 from ..command_line.options import add_general
 from ..command_line.parser import Parser, one_of, renamed
@@ -93,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(args.threads)
     settings = registry.recipe(args.recipe or args.method, args.method)
+    named = registry.settled(args.method, (args.model or "").partition("/")[0] == "digits")
+    if not args.recipe and named:
+        text = f"accel distill {args.method} alone is a short run to try things with, not the published setting"
+        warnings.warn(Notice(f"{text}: --recipe {' or '.join(named)}"), stacklevel=2)
     given = {
         field.name: value
         for field in dataclasses.fields(settings)
@@ -105,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no --out given", "--out FOLDER, or --memory-estimate to see what the run needs")
     outcome = execute(settings, args.out, args.run, overwrite=args.overwrite)
     if outcome.stopped:
-        print(f"stopped after step {outcome.steps}; the same command goes on from there", file=sys.stderr)
-        return 130
+        return 130  # `execute` has said so
     if args.json:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
@@ -125,11 +128,13 @@ def _next_command(out: Path, model: str) -> str:
 
 def _print_memory_estimate(settings: Recipe, args: argparse.Namespace) -> int:
     from accel.distill.registry import entry_of, load
-    from accel.distill.run import encoders_of
+    from accel.distill.run import encoders_of, with_resolution
 
     if args.processes < 1:
         raise UserError(f"invalid processes: {args.processes} (expected an integer >= 1)", "--processes 1, or more")
-    memory = load(entry_of(settings).memory_estimate)(settings, encoders_of(settings), shards=args.processes)
+    encoders = encoders_of(settings)
+    settings = with_resolution(settings, encoders)
+    memory = load(entry_of(settings).memory_estimate)(settings, encoders, shards=args.processes)
     if args.json:
         parts, parameters = dict(memory.parts), dict(memory.parameters)
         print(json.dumps({"peak_bytes": memory.peak, "parts": parts, "parameters": parameters}))

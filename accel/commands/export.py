@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import is_bundle
-from ..bundle.kinds import KINDS
+from ..bundle.kinds import usual_components
 from ..command_line.options import (
     add_build,
     add_few_step,
@@ -28,10 +28,11 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
+COMPONENTS = usual_components()
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift ip_adapter image_encoder".split()
+_OF_PIPELINES.append("safety_checker")
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -65,6 +66,12 @@ def add_arguments(parser: Any) -> None:
         type=several("component", COMPONENTS),
         metavar="NAMES",
         help=f"with commas between them: {','.join(COMPONENTS)} (default: all that the model has)",
+    )
+    parser.add_argument(
+        "--safety-checker",
+        action="store_true",
+        default=None,  # not given
+        help="export the model's safety checker too: images that it rejects become black (default: left out)",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 24 (default: 20)")
     text = "threads of torch while it traces and compares (default: one for each core)"
@@ -264,6 +271,7 @@ def _bundle(args: argparse.Namespace) -> int:
             ip_adapter=args.ip_adapter,
             image_encoder=args.image_encoder,
             few_step=args.few_step,
+            safety_checker=bool(args.safety_checker),
             embeddings=args.embedding,
         )
     )
@@ -278,6 +286,7 @@ def _bundle(args: argparse.Namespace) -> int:
             sampler=_sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
+            safety_checker=bool(args.safety_checker),
             clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,

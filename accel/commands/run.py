@@ -48,6 +48,8 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--clip-skip", type=int, metavar="N", help=text)
     text = "LoRA file to run with, fused into the weights in memory; repeat for several"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=text)
+    text = "leave out the model's safety checker: no image becomes black"
+    parser.add_argument("--no-safety-checker", action="store_true", help=text)
     text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
@@ -140,7 +142,8 @@ def run(args: argparse.Namespace) -> int:
         **sampler_options(args),
     )
     engine, options = engine_of(args)
-    bundle = opened(args.bundle, engine, few_step=args.few_step)
+    options["safety_checker"] = not args.no_safety_checker
+    bundle = opened(args.bundle, engine, few_step=args.few_step, safety_checker=options["safety_checker"])
     tiling = dict(vae_tiling=args.vae_tiling, vae_tile=args.vae_tile)
     check_call(bundle, **tiling, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
@@ -160,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = {key: round(value, 4) for key, value in result.seconds.items()}
     if args.json:
         record = {"images": [str(name) for name in names], "seeds": result.seeds, "seconds": seconds}
+        record |= {"nsfw_content_detected": result.nsfw_content_detected}
         record |= {"loras": [str(file) for file in pipeline.loras]} if pipeline.loras else {}
         learned = [embedding.token for embedding in pipeline.embeddings]
         record |= {"embeddings": learned} if learned else {}

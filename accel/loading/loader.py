@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, is_bundle
+from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.shape_profiles import profile as parse_profile
 from ..engines import choose
 from ..engines.select import facts
@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..pipeline import Pipeline, read_embeddings
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
+from ..safety import COMPONENT as SAFETY_CHECKER
 from .compiled import compiled, profile_around
 
 
@@ -27,6 +28,7 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Any = None,
+    safety_checker: bool | None = True,
     embeddings: Any = None,
     vae_tiling: bool | None = None,
     vae_tile: int | None = None,
@@ -52,6 +54,8 @@ def load(
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
+        safety_checker: False or None leaves out the safety checker, where the model has one: images that it would
+            reject are not blackened. It always computes in float32.
         embeddings: files of textual inversion, whose tokens prompts may use, as `Pipeline.set_embeddings` takes them.
         vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
             for yes where the bundle was exported for tiles.
@@ -66,11 +70,12 @@ def load(
     """
     ready: str | Path | Bundle = bundle
     if not _is_bundle(bundle, export=export, few_step=few_step):
-        ready = opened(bundle, engine, export=export, few_step=few_step)
+        ready = opened(bundle, engine, export=export, few_step=few_step, safety_checker=safety_checker)
     if _is_pipeline(ready) and _wants_graphs(engine):
         read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
-        ready = compiled(ready, {"profile": ready.manifest.profile.name, **(export or {})})
-    changed = dict(loras=loras, embeddings=embeddings)
+        checked = {SAFETY_CHECKER: True} if SAFETY_CHECKER in ready.manifest.components else {}
+        ready = compiled(ready, {"profile": ready.manifest.profile.name, **checked, **(export or {})})
+    changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
     tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
     return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
 
@@ -81,13 +86,14 @@ def opened(
     *,
     export: Mapping[str, Any] | None = None,
     few_step: str | None = None,
+    safety_checker: bool | None = True,
 ) -> Bundle:
     """A model before it is loaded: a pipeline that is to be compiled says what the compiled one will accept.
 
     Raises:
         UserError: for an engine that cannot run here, and options that change nothing.
     """
-    bundle = opened_as_it_is(model, few_step=few_step)
+    bundle = opened_as_it_is(model, few_step=few_step, safety_checker=safety_checker)
     if _is_bundle(model, export=export, few_step=few_step) or not _is_pipeline(bundle):
         return bundle
     if not _wants_graphs(engine):
@@ -96,8 +102,24 @@ def opened(
             raise UserError(f"engine {engine} runs a pipeline as it is, so nothing is exported", fix)
         return bundle
     name = (export or {}).get("profile") or profile_around(bundle)
-    native = bundle.manifest.pipeline["native_size"]
-    return replace(bundle, manifest=replace(bundle.manifest, profile=parse_profile(name, native=native)))
+    return replace(bundle, manifest=_within(bundle.manifest, name))
+
+
+def _within(manifest: Manifest, name: str) -> Manifest:
+    """The manifest of a pipeline, with the shapes of a profile instead of those that torch takes.
+
+    Raises:
+        UserError: for a profile that the networks cannot have.
+    """
+    constants = manifest.pipeline
+    chosen = parse_profile(name, native=constants["native_size"])
+    how = {key: constants[key] for key in ("vae_scale", "latent_multiple")}
+    how |= dict(guidance=float(manifest.sampler["guidance"]) > 1, edits=manifest.edits)
+    components = {}
+    for part, component in manifest.components.items():
+        wanted = chosen.dims(**how, component=part)
+        components[part] = replace(component, dims={dim: wanted.get(dim, own) for dim, own in component.dims.items()})
+    return replace(manifest, profile=chosen, components=components)
 
 
 def _is_bundle(model: Any, **of_a_pipeline: Any) -> bool:

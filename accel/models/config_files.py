@@ -46,14 +46,15 @@ def network_class(component: str, library: str, class_name: str, more: tuple[str
     Raises:
         UserError: for any other class, or one that the installed library does not have.
     """
-    if library not in ("diffusers", "transformers"):
-        raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", SUPPORTED)
     kinds = [kind for kind in KINDS.values() if component in (*kind.names, kind.part) and kind.library == library]
+    if library not in ("diffusers", "transformers") and not kinds:
+        raise UserError(f"{component} is a {library}.{class_name}, which needs that package's code", SUPPORTED)
     known = list(dict.fromkeys([name for kind in kinds for name in kind.classes] + list(more)))
     if class_name not in known:
         fix = f"supported: {', '.join(known)}" if known else SUPPORTED
         raise UserError(f"{component} is a {class_name} of {library}, which is not supported", fix)
-    found = getattr(import_module(library), class_name, None)
+    module = next((kind.module for kind in kinds if kind.module), library)
+    found = getattr(import_module(module), class_name, None)
     if found is None:
         raise UserError(f"{component}: the installed {library} has no {class_name}", f"pip install -U {library}")
     return found

@@ -54,11 +54,19 @@ def pipeline_constants(source: Source) -> dict[str, Any]:
     return made
 
 
-def note_left_out(source: Source) -> None:
-    """Say which parts of diffusers' pipeline change its images and are not in a bundle: its checker and watermark."""
-    if source.has("safety_checker"):
-        text = f"{source.name}: the safety checker is left out; diffusers blackens the images that it rejects"
-        warnings.warn(f"{text}. Check images before you publish them", Notice, stacklevel=3)
+def note_left_out(source: Source, *, safety_checker: bool) -> None:
+    """Say which parts of diffusers' pipeline change its images and are left out: its checker and watermark.
+
+    Args:
+        safety_checker: whether the checker is left out, where the source has one, without having been asked to.
+    """
+    if safety_checker and source.has("safety_checker"):
+        text = (
+            f"{source.name}: the safety checker is left out; diffusers blackens the images that it rejects. "
+            "--safety-checker (export_pipeline(..., safety_checker=True)) exports it; without it, check images before "
+            "you publish them"
+        )
+        warnings.warn(text, Notice, stacklevel=3)
     if source.family == "sdxl" and find_spec("imwatermark") is not None:
         text = (
             f"{source.name}: no invisible watermark is added; diffusers adds one where invisible-watermark is installed"

@@ -300,8 +300,8 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     name = config.get("_class_name") or (named[0] if isinstance(named, (list, tuple)) else named)
     if name not in row.classes:
         raise UserError(f"a {kind} of class {name} is not supported", f"one of: {', '.join(row.classes)}")
-    cls = getattr(import_module(row.library), name)
-    if row.library == "transformers":
+    cls = getattr(import_module(row.module or row.library), name)
+    if not hasattr(cls, "from_config"):  # transformers'
         return built(path, name, lambda: cls(cls.config_class.from_dict(dict(config))))
     # What only our own configs have, and diffusers would not know.
     own = {key: value for key, value in config.items() if key != ip_adapter.KEY}

@@ -14,12 +14,13 @@ from ..bundle.kinds import KINDS, kind_of
 from ..bundle.shape_profiles import Profile, Range, native_sides, round_to
 from ..errors import UserError
 from ..files import digest_of
+from ..safety import COMPONENT as SAFETY_CHECKER
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import edits, note_left_out, own_sampling, pipeline_constants
 from .ip_adapter.into_source import completed
 from .source import Source, open_source
-from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
+from .source_networks import UNetInputs, check_checker, clip_skips, has_checker, network_of, own_tokens, unet_inputs
 
 _IMAGES, _PIXELS = 8, 8192  # at most in one call of a network, and along one side
 
@@ -61,16 +62,20 @@ class PipelineBundle(Bundle):
         return digest_of([self.manifest.as_dict(), self.source.digest(parts)])
 
 
-def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) -> PipelineBundle:
+def open_pipeline(
+    model: str | Path | Source, *, few_step: str | None = None, safety_checker: bool = True
+) -> PipelineBundle:
     """Open a pipeline folder, a hub id, or one that ships (`digits`, `digits/NAME`); no weights are loaded yet.
 
     Args:
         few_step: see `accel.models.source.open_source`.
+        safety_checker: whether the folder's safety checker, where it has one, is one of the components.
 
     Raises:
         UserError: for a folder that is not a pipeline, or whose networks do not fit each other.
     """
-    source = model if isinstance(model, Source) else open_source(model, few_step=few_step)
+    how: dict[str, Any] = dict(few_step=few_step, safety_checker=safety_checker)
+    source = model if isinstance(model, Source) else open_source(model, **how)
     if source.embeddings:
         fix = (
             "accel.load(MODEL, embeddings=[...]) runs with them, accel.export.export_pipeline writes them into a bundle"
@@ -78,7 +83,9 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
         raise UserError("a source with embeddings is for an export: its folder has none of their tokens", fix)
     source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
-    note_left_out(source)
+    note_left_out(source, safety_checker=False)  # whoever switches it off knows
+    if checked := safety_checker and has_checker(source):
+        check_checker(source)
     step = constants["vae_scale"]  # torch takes any latents: the UNet is told which sizes to go back up to
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
@@ -94,6 +101,7 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     )
     shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
+    names = [name for name in names if name != SAFETY_CHECKER or checked]
     return PipelineBundle(
         path=source.path,
         manifest=Manifest(

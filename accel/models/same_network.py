@@ -116,7 +116,7 @@ def _check_plain(module: nn.Module, component: str) -> None:
         if "Attn" in processor.__name__ and processor.__name__ not in (*_PLAIN_ATTENTION, *_IP_ADAPTERS):
             raise UserError(
                 f"{where} has an attention processor that the compiled network has not: {processor.__name__}",
-                f"pipeline.{component}.set_default_attn_processor() first, or unload what set it ",
+                f"pipeline.{component}.set_default_attn_processor() first, or unload what set it",
             )
 
 

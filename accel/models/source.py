@@ -231,6 +231,7 @@ def open_source(
     image_encoder: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
+    safety_checker: bool = False,
     embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Source:
     """Open a diffusers pipeline folder, fetch one from the hub, take the shipped one (`digits`), or a single file.
@@ -247,6 +248,7 @@ def open_source(
         image_encoder: folder of its image encoder; None for the pipeline's own `image_encoder`.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
+        safety_checker: whether the weights of its safety checker are fetched too, where it is a hub id.
         embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
 
     Raises:
@@ -262,12 +264,15 @@ def open_source(
     elif base is not None:
         raise UserError(f"--base {base} belongs to a single file, and {model} is not one", "leave --base out")
     else:
-        path = _folder(model, variant)
+        path = _folder(model, variant, safety_checker)
     local = Path(model).stem if files else path.resolve().name
     if few_step is not None:
         families.check(few_step)
     name = printable(local if Path(given).exists() else given)
-    source = Source(path, name, _index(path), loras, variant=variant, few_step=few_step)
+    index = _index(path)
+    if files:  # diffusers' from_single_file, too, leaves out the checker of the folder beside
+        index.pop("safety_checker", None)
+    source = Source(path, name, index, loras, variant=variant, few_step=few_step)
     if unet is not None:
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
@@ -306,18 +311,16 @@ def _check_variant(source: Source, variant: str) -> None:
 
 def _index(path: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline that has all parts which a Stable Diffusion needs."""
-    index = read_json(path / "model_index.json", "model_index.json")
+    file = path / "model_index.json"
+    index = read_json(file, "model_index.json")
     if not isinstance(index, dict):
-        fix = "save it with pipeline.save_pretrained(FOLDER)"
-        raise UserError(f"{path / 'model_index.json'} is not a JSON object", fix)
+        raise UserError(f"{file} is not a JSON object", "save it with pipeline.save_pretrained(FOLDER)")
     names = [name for name, entry in index.items() if isinstance(entry, list)]
     if odd := [name for name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name)]:
-        raise UserError(
-            f"{path / 'model_index.json'}: {odd[0]!r:.80} cannot be the name of a part", "get the file again"
-        )
+        raise UserError(f"{file}: {odd[0]!r:.80} cannot be the name of a part", "get the file again")
     index, removed = stripped(index)
     if removed:
-        note(path / "model_index.json", removed)
+        note(file, removed)
     index = parts.each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -329,14 +332,14 @@ def _index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _folder(model: str | Path, variant: str | None) -> Path:
+def _folder(model: str | Path, variant: str | None, safety_checker: bool = False) -> Path:
     """The pipeline folder of a path or hub id."""
     path = Path(model)
     settle(path)
     if not path.exists():
         if not is_hub_id(model):
             raise UserError(f"no such folder: {model}", "give a diffusers pipeline folder or a hub id such as org/name")
-        path = hub.download(str(model), variant)
+        path = hub.download(str(model), variant, safety_checker=safety_checker)
     if (path / "accel.json").is_file():
         raise UserError(f"{path} is a bundle already", f"accel run {path} --prompt ...")
     if not (path / "model_index.json").is_file():

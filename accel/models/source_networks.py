@@ -12,12 +12,19 @@ from typing import Any
 import torch
 
 from ..bundle.kinds import KINDS, kind_of
+from ..bundle.tensor_spec import TensorSpec
+from ..errors import UserError
+from ..files import read_json
+from ..safety import checker, preprocessing
+from ..safety.network import SafetyChecker
 from . import control_networks, networks
 from .constants import pipeline_constants
 from .ip_adapter import files as ip_adapter_files
 from .ip_adapter import image_encoder as image_encoders
 from .networks import Network
 from .source import Source
+
+_WITHOUT_CHECKER = "accel.load(MODEL, safety_checker=False) and accel run --no-safety-checker run it without"
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,46 @@ def _shape_of_unet(source: Source) -> Any:
 def _config_of_image_encoder(source: Source) -> Any:
     path = source.folder("image_encoder") / "config.json"
     return image_encoders.shape_of(source.config("image_encoder"), path).config
+
+
+def safety_checker(source: Source, name: str, inputs: UNetInputs) -> Network:
+    model = source.load(name)
+    side = model.config.vision_config.image_size
+    outputs = (
+        TensorSpec(checker.SPECIAL_CARE, networks.FLOAT, ("images", len(model.special_care_embeds))),
+        TensorSpec(checker.CONCEPTS, networks.FLOAT, ("images", len(model.concept_embeds))),
+    )
+    shown = TensorSpec(checker.INPUT, networks.FLOAT, ("images", 3, side, side))
+    return Network(name, name, SafetyChecker(model), (shown,), outputs)
+
+
+def has_checker(source: Source) -> bool:
+    """Whether diffusers' pipeline of this model has one: SDXL's never asks for it."""
+    return source.has(checker.COMPONENT) and source.family != "sdxl"
+
+
+def check_checker(source: Source) -> None:
+    """Refuse a checker that cannot be run as diffusers runs it, before work is spent on it.
+
+    Raises:
+        UserError: for a source without one, one of another class, one without files or feature extractor, and
+            preprocessing that is not supported or does not fit it.
+    """
+    if not has_checker(source):
+        raise UserError(f"{source.name} has no safety checker", "leave --safety-checker out")
+    try:
+        source.network_class(checker.COMPONENT)
+        vision = source.config(checker.COMPONENT).get("vision_config")
+        side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+        if not source.weight_files(checker.COMPONENT):
+            raise UserError(f"{source.folder(checker.COMPONENT)} holds no weights", "get the folder again")
+        if not source.has("feature_extractor"):
+            raise UserError(f"{source.path} has a safety checker and no feature extractor", "get the folder again")
+        path = source.path / preprocessing.FILE
+        made = preprocessing.read(read_json(path, "the feature extractor's config"), str(path))
+        preprocessing.check_size(made, side, str(path))
+    except UserError as error:
+        raise UserError(error.message, f"{error.fix}; {_WITHOUT_CHECKER}") from None
 
 
 def own_tokens(source: Source) -> int:

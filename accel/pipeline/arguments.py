@@ -206,6 +206,12 @@ def check(values: Mapping[str, Any]) -> None:
             )
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false; None is diffusers' word for off."""
+    if not (value is None or _flag(value)):
+        raise UserError(f"invalid {name}: {short(value)} (expected True or False)", f"such as {name}=False")
+
+
 def short(value: Any) -> str:
     """A value in few words: never the numbers of an array."""
     if _array(value):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..assets import is_hub_id, resolve
 from ..bundle import Bundle, is_bundle
+from ..bundle.kinds import kind_of
 from ..bundle.manifest import steadily
 from ..engines import choose, load_engine
 from ..errors import Notice, UserError
@@ -17,21 +18,25 @@ from ..models.embeddings import files as embedding_files
 from ..models.embeddings.for_bundle import Placed, placed
 from ..models.lora import for_bundle
 from ..models.lora.files import Spec
+from ..safety import COMPONENT as SAFETY_CHECKER
+from ..safety import SafetyChecker
 from . import arguments
 from .lazy_engines import LazyEngines, component_names, present
 from .pipeline import Pipeline, default_call, tokenizers_of
 
 
-def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle:
+def opened(model: str | Path | Bundle, *, few_step: str | None = None, safety_checker: bool | None = True) -> Bundle:
     """A bundle by its folder; or a diffusers pipeline folder, read like a bundle that has no graphs.
 
     Args:
         model: either folder, a hub id, or the name of one that ships: `digits`, `digits/4step`, `digits/4step-int8`.
         few_step: the few-step family that a pipeline is of, or "none", where its names do not say it.
+        safety_checker: whether the safety checker of a pipeline folder is opened with it.
 
     Raises:
         UserError: for anything else.
     """
+    arguments.check_switch("safety_checker", safety_checker)
     if isinstance(model, Bundle):
         return model
     if not isinstance(model, (str, Path)):
@@ -43,7 +48,7 @@ def opened(model: str | Path | Bundle, *, few_step: str | None = None) -> Bundle
         choose("eager")  # says what is missing where there is no torch
         from ..models.pipeline_bundle import open_pipeline
 
-        return open_pipeline(model, few_step=few_step)
+        return open_pipeline(model, few_step=few_step, safety_checker=bool(safety_checker))
     return Bundle.open(model)
 
 
@@ -59,6 +64,7 @@ def load(
     verify: bool = True,
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
+    safety_checker: bool | None = True,
     embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
     vae_tiling: bool | None = None,
     vae_tile: int | None = None,
@@ -71,12 +77,12 @@ def load(
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
         how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options)
-        how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+        how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile, safety_checker=safety_checker)
         return steadily(bundle, lambda found: load(found, engine, **how))
-    given, bundle = bundle, opened(bundle)
+    given, bundle = bundle, opened(bundle, safety_checker=safety_checker)
     if not isinstance(engine, (str, Mapping)):
         raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
-    wanted = component_names(bundle)
+    wanted = component_names(bundle) + (present(bundle, "afterwards") if safety_checker else [])
     if engine == "auto" and not bundle.component("unet").graph:
         name = given if isinstance(given, (str, Path)) else bundle.manifest.source["name"]
         warnings.warn(
@@ -91,12 +97,23 @@ def load(
     if unknown and isinstance(engine, Mapping):
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
-        bundle.verify([*(bundle.component(name).folder for name in wanted), "tokenizer", "tokenizer_2", "scheduler"])
+        files = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
+        bundle.verify([*(bundle.component(name).folder for name in wanted), *files])
     # These say what does not fit, before any engine is loaded.
+    if SAFETY_CHECKER in wanted:
+        SafetyChecker.of(bundle)
     learned = read_embeddings(bundle, embeddings)
     fused = for_bundle.fused(bundle, loras)
+    exact = {name: value for name, value in options.items() if name != "dtype"}
     loaders = {
-        name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options)
+        name: partial(
+            load_engine,
+            bundle,
+            name,
+            by_component.get(name, "auto"),
+            verify=verify,
+            **(exact if kind_of(name).float32 else options),
+        )
         for name in [*wanted, *later]
     }
     engines = LazyEngines(loaders, offload=low_memory, weights=learned.tensors(bundle, fused.tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Manifest
-from ..errors import UserError
-from ..images import to_pil
+from ..errors import Notice, UserError
+from ..images import to_pil, unit_range
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _SHOWN = 16  # images in a notebook
@@ -29,13 +30,16 @@ class Output:
         latents: float32 numpy [N, C, h, w], as the sampler left them.
         seeds: the seed of each image, drawn where none was given; empty where a generator made the noise.
         seconds: wall time of `text_encoder`, `unet` (all steps), `vae_decoder` and `total`; with an image to start
-            from also `vae_encoder`.
+            from also `vae_encoder`, with a safety checker also `safety_checker`.
+        nsfw_content_detected: whether each image was rejected by the safety checker and is black; None where none
+            looked at them: without a checker, and for "latent".
     """
 
     images: Any
     latents: np.ndarray
     seeds: list[int]
     seconds: dict[str, float]
+    nsfw_content_detected: list[bool] | None = None
 
     @property
     def seed(self) -> int | None:
@@ -48,7 +52,14 @@ class Output:
         what = "latents" if self.images is self.latents else "image" if len(self.images) == 1 else "images"
         unit = "" if what == "latents" else " px"
         seeds = f", {_listed('seed', self.seeds)}" if self.seeds else ""
-        return f"<Output: {len(self.images)} {what} of {height} x {width}{unit}{seeds}, {self.seconds['total']:.2f} s>"
+        black = f", {count} of them black (rejected by the safety checker)" if (count := self.rejected) else ""
+        seconds = f"{self.seconds['total']:.2f} s"
+        return f"<Output: {len(self.images)} {what} of {height} x {width}{unit}{seeds}{black}, {seconds}>"
+
+    @property
+    def rejected(self) -> int:
+        """How many images the safety checker rejected."""
+        return sum(self.nsfw_content_detected or ())
 
     def _sides(self, first: Any) -> tuple[int, int]:
         channels_last = isinstance(first, np.ndarray) and self.images is not self.latents
@@ -72,7 +83,7 @@ def of_type(kind: str, pixels: np.ndarray | None, latents: np.ndarray) -> Any:
     """
     if pixels is None:
         return latents
-    pixels = np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+    pixels = unit_range(pixels)
     if kind == "pt":
         import torch
 
@@ -95,6 +106,16 @@ def _png(image: Any) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def note_rejected(nsfw: Sequence[bool]) -> None:
+    """Say which images are black, and why."""
+    found = [number for number, one in enumerate(nsfw, 1) if one]
+    if found:
+        which = "the image is" if len(nsfw) == 1 else f"{_listed('image', found)} of {len(nsfw)}"
+        which += "" if len(nsfw) == 1 else " is" if len(found) == 1 else " are"
+        text = f"{which} black: the safety checker rejected what was drawn. Try another prompt or seed"
+        warnings.warn(text, Notice, stacklevel=4)
 
 
 def not_finite(manifest: Manifest, descriptions: Mapping[str, str]) -> UserError:

@@ -24,13 +24,15 @@ from ..models.embeddings.for_bundle import Placed, placed
 from ..models.lora import LoraFile
 from ..models.lora.files import Spec
 from ..models.lora.for_bundle import Fused, fused
+from ..safety import COMPONENT as SAFETY_CHECKER
+from ..safety import SafetyChecker
 from ..sampling.constants import OPTIONS
 from ..text.tokenizer import ClipTokenizer
 from . import arguments, request
 from .generator_noise import GeneratorNoise
 from .input_images import InputImages, shown
 from .lazy_engines import LazyEngines, component_names
-from .output import Output, not_finite, of_type, table
+from .output import Output, not_finite, note_rejected, of_type, table
 from .request import Request
 from .run import Run, StepCallback, StepEnd
 from .sampling_plan import plan as plan_of
@@ -46,6 +48,8 @@ class Pipeline(Resource):
         bundle: where it came from; `bundle.manifest.sampler` holds the default steps and guidance.
         engines: the components by name.
         loras: the LoRA files that it runs with.
+        safety_checker: what looks at its images and lets the rejected ones become black; None where there is none,
+            and it may be set to None, as in diffusers.
         embeddings: the learned tokens that it runs with.
         tiling: how the VAE sees images (`enable_vae_tiling`); None for whole ones.
     """
@@ -62,6 +66,7 @@ class Pipeline(Resource):
         self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
         self.schedule = bundle.noise_schedule()
+        self.safety_checker = SafetyChecker.of(bundle) if SAFETY_CHECKER in self.engines else None
         self._tokenizers = tokenizers_of(bundle, engines)
         self._use(lora, learned)
         self.tiling: VaeTiling | None = None
@@ -181,14 +186,19 @@ class Pipeline(Resource):
         run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
         step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, made.plan.start)
         decode = call["output_type"] != "latent"
+        nsfw = None
         with self.engines.turn():
             latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
-        if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
-            raise not_finite(self.bundle.manifest, self.engines.descriptions)
+            if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
+                raise not_finite(self.bundle.manifest, self.engines.descriptions)
+            if self.safety_checker is not None and pixels is not None:
+                nsfw = run.checked(pixels, self.safety_checker)
+        if nsfw:
+            note_rejected(nsfw)
         images_made = of_type(call["output_type"], pixels, latents)
         if not return_dict:  # diffusers' own tuples: those of SD also hold the safety checker's findings
-            return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, None)
-        return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds)
+            return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, nsfw)
+        return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds, nsfw)
 
     def _request(self, call: Mapping[str, Any]) -> Request:
         """The call as a request, refused if it does not fit the bundle; runs nothing."""

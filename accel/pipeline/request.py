@@ -198,16 +198,16 @@ def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
     return made
 
 
+_TILES = "vae_tiling=True (accel run: --vae-tiling) decodes in tiles"
+
+
 def _limits(manifest: Manifest, side: str, tiled: bool) -> Range:
     """Which heights or widths, in pixels, the UNet takes, and the decoder unless it sees tiles."""
     unet = manifest.components["unet"].dims[f"latent_{side}"].scaled(manifest.pipeline["vae_scale"])
     decoder = manifest.components["vae_decoder"].dims[side]
     both = unet if tiled else unet.common(decoder)
     if both is None:
-        raise UserError(
-            f"the UNet takes a {side} of {unet}, and the VAE decoder {decoder}",
-            "vae_tiling=True (accel run: --vae-tiling) decodes in tiles",
-        )
+        raise UserError(f"the UNet takes a {side} of {unet}, and the VAE decoder {decoder}", _TILES)
     return both
 
 
@@ -223,11 +223,8 @@ def latent_size(
     natives = dict(zip(("height", "width"), native_sides(manifest.pipeline["native_size"]), strict=True))
     sides: list[int] = []
     for name, value, axis in (("height", height, -2), ("width", width, -1)):
-        limits, own, native = (
-            _limits(manifest, name, tiled),
-            None if latents is None else latents.shape[axis] * scale,
-            natives[name],
-        )
+        limits, native = _limits(manifest, name, tiled), natives[name]
+        own = None if latents is None else latents.shape[axis] * scale
         if None not in (value, own) and value != own:
             raise UserError(
                 f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"
@@ -235,14 +232,13 @@ def latent_size(
         if value is None:
             value = own or (native if limits.admits(native) else limits.opt)
         if not limits.admits(value):
-            exported = (
-                "" if not manifest.components["unet"].graph else ", or export with another --profile (such as dynamic)"
-            )
+            ways = [f"give a {name} of {limits}"]
+            if manifest.components["unet"].graph:
+                ways.append("or export with another --profile (such as dynamic)")
+            if not tiled and _limits(manifest, name, True).admits(value):
+                ways = [_TILES, *ways]
             here = "" if own is None else f" (latents of shape {latents.shape} make it so)"
-            raise UserError(
-                f"{name} {value} is outside profile {profile.name!r} ({limits}){here}",
-                f"give a {name} of {limits}{exported}",
-            )
+            raise UserError(f"{name} {value} is outside profile {profile.name!r} ({limits}){here}", ", ".join(ways))
         sides.append(value // scale)
     return sides[0], sides[1]
 

@@ -16,6 +16,8 @@ from ..engines import Engine
 from ..engines.base import to_numpy
 from ..progress import Report
 from ..progress import progress as show_progress
+from ..safety import COMPONENT as SAFETY_CHECKER
+from ..safety import SafetyChecker
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
@@ -27,6 +29,7 @@ from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
 
 StepCallback = Callable[[int, float, Any], None]
+BLACK = -1  # as a decoder leaves it
 # (i, t, latents) -> latents, of whatever kind of array.
 StepEnd = Callable[[int, float, Any], Any]
 
@@ -72,6 +75,14 @@ class Run:
         with self._phase("vae_decoder", "vae_decoder"):
             pixels = [self._decode(x) for x in done]
         return np.concatenate(done), np.concatenate(pixels)
+
+    def checked(self, pixels: np.ndarray, checker: SafetyChecker) -> list[bool]:
+        """Whether each image [N, 3, H, W] is rejected, chunk by chunk; a rejected one becomes black in place."""
+        with self._phase(SAFETY_CHECKER, SAFETY_CHECKER):
+            engine = self.engines[SAFETY_CHECKER]
+            found = [nsfw for chunk in self.request.chunks for nsfw in checker(engine, pixels[chunk.rows])]
+        pixels[found] = BLACK
+        return found
 
     @contextmanager
     def _phase(self, name: str, *components: str) -> Iterator[None]:

@@ -129,6 +129,17 @@ class NoiseSchedule:
         return made
 
     @classmethod
+    def of_training(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The forward process and the prediction type of a scheduler's config: what training reads of it.
+
+        Fields that samplers alone read (Karras sigmas, algorithm types, clipping and others) do not matter here.
+
+        Raises:
+            UserError: for betas or a prediction type that are not known.
+        """
+        return cls.from_scheduler({name: config[name] for name in scheduler_config.FORWARD if name in config})
+
+    @classmethod
     def from_folder(cls, path: str | Path) -> NoiseSchedule:
         """Reads `scheduler_config.json` from a diffusers `scheduler/` folder, as `from_scheduler` does."""
         file = Path(path) / "scheduler_config.json"

@@ -35,6 +35,8 @@ _DISTILLED = _DISCRETE | dict(
     timestep_scaling=10.0,
 )
 
+FORWARD = (*_BETAS, "rescale_betas_zero_snr", "prediction_type", "_class_name")  # what training reads of a config
+
 # Scheduler class -> the fields that it reads, with the values that absent ones have.
 CLASSES: dict[str, dict[str, Any]] = {
     "DDIMScheduler": _DISCRETE | dict(set_alpha_to_one=True),

@@ -34,9 +34,18 @@ class Placement:
 
 
 def place(
-    size: tuple[int, int], resolution: int, *, center_crop: bool, random_flip: bool, rng: np.random.Generator
+    size: tuple[int, int],
+    resolution: int,
+    *,
+    center_crop: bool,
+    random_flip: bool,
+    rng: np.random.Generator,
+    epoch: int = 0,
 ) -> Placement:
     """Draw the placement of an image of (width, height) for a square of `resolution` pixels.
+
+    `epoch` counts the times the image is shown. Of one square in the middle there are two views, the image and its
+    mirror image, so these take turns, and the draw says which comes first.
 
     The short side becomes `resolution`. Three numbers are drawn whatever the options are, so that switching one of
     them does not move the others.
@@ -53,7 +62,8 @@ def place(
         left, top = int(round((width - resolution) / 2.0)), int(round((height - resolution) / 2.0))
     else:
         left, top = int(across * (width - resolution + 1)), int(down * (height - resolution + 1))
-    return Placement((width, height), left, top, bool(random_flip and flip < 0.5))
+    mirrored = (flip < 0.5) != bool(center_crop and epoch % 2)
+    return Placement((width, height), left, top, bool(random_flip and mirrored))
 
 
 def pixels(image: Image.Image, placement: Placement, resolution: int) -> torch.Tensor:

@@ -52,6 +52,11 @@ class Encoders:
             for name in names
         ]
 
+    def autocast(self) -> Any:
+        """What a pipeline samples in: its text encoders' dtype, which networks in float32 do not take without it."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
+
     @property
     def sdxl(self) -> bool:
         return self.source.family == "sdxl"

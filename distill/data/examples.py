@@ -191,9 +191,11 @@ def placement_of(
     Raises:
         BrokenItem: when the image is too narrow.
     """
-    numbers = rng.generator(seed, epoch * count + row, "placement")
+    # A crop in the middle draws once and then takes turns, see `place`.
+    numbers = rng.generator(seed, (0 if center_crop else epoch) * count + row, "placement")
+    options = dict(center_crop=center_crop, random_flip=random_flip, epoch=epoch)
     try:
-        return place(item.image.size, resolution, center_crop=center_crop, random_flip=random_flip, rng=numbers)
+        return place(item.image.size, resolution, rng=numbers, **options)
     except ValueError as error:
         raise BrokenItem(item.name, str(error)) from None
 

@@ -95,6 +95,7 @@ def build(
         **placement,
     )
     folder = Path(folder) if folder is not None else cache_dir() / "latents" / digest_of(key)[:20]
+    key = _as_finished(folder, key)
     _claim(folder, key)
     maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
     with _disk(folder):
@@ -112,6 +113,15 @@ def build(
             maker.finish()
         distributed.barrier()
     return open_cache(folder)
+
+
+def _as_finished(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """The key, in float32 where the folder holds a cache that is finished and in float32: it serves every precision."""
+    if not ((folder / "index.json").is_file() and (folder / "key.json").is_file()):
+        return key
+    had = read_json(folder / "key.json", "the cache's key.json")
+    exact = {"dtype": "float32", "text_dtype": "torch.float32"}
+    return key | {name: value for name, value in exact.items() if isinstance(had, dict) and had.get(name) == value}
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:
@@ -220,6 +230,11 @@ class _Maker:
             put(self.folder, name, _lines(self.texts))
 
     def _text_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
+        if self.key["text_dtype"] != str(self.encoders.dtype):  # a part of a finished cache that was lost
+            raise UserError(
+                f"{self.folder / name} is missing or damaged, and was made in {self.key['text_dtype']}",
+                "--mixed-precision no makes it again, or choose another folder for the cache",
+            )
         texts = list(self.texts)[rows.start : rows.stop]
         made = []
         for start in range(0, len(texts), self.batch):

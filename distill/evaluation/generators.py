@@ -220,7 +220,7 @@ def _bundle_maker(
     engine = choose(engine, bundle.component("unet"))
     if engine in ("eager", "compile") and torch.cuda.is_available():
         options["device"] = torch_device(options.get("device"), local_rank)
-    pipeline = load(bundle, engine, **options)
+    pipeline = load(bundle, engine, safety_checker=False, **options)  # whose black images would be measured
     constants = bundle.manifest.pipeline
     side = size // constants["vae_scale"]
     shape = (constants["latent_channels"], side, side)

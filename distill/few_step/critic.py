@@ -11,6 +11,8 @@ from torch import nn
 
 from accel.errors import UserError
 
+from ..training import sharding
+
 
 def head(channels: int, size: int) -> nn.Sequential:
     """Bottleneck [b, channels, size, size] to one logit [b, 1, 1, 1].
@@ -77,20 +79,31 @@ class Critic(nn.Module):
             embedding that is added to the conditions (zero at first); 1 for no conditioning. Without it the scores are
             those of the mixture of all steps, which can be right while none of them is, and only the last step's
             images are used.
+        adversarial: whether the discriminator learns.
+
+    Every use is a call of the module itself: FSDP2 gathers the weights around it and nowhere else.
     """
 
-    def __init__(self, network: nn.Module, family: Any, seed: int = 0, steps: int = 1):
+    def __init__(self, network: nn.Module, family: Any, seed: int = 0, steps: int = 1, adversarial: bool = True):
         super().__init__()
         self.network = network
         self._family = family
         self.step_embedding = nn.Parameter(torch.zeros(steps, family.width)) if steps > 1 else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = head(*family.bottleneck_shape())
+            self.head = head(*family.bottleneck_shape()).requires_grad_(adversarial)
+        self._adversarial = adversarial
 
     @property
     def core(self) -> nn.Module:
         return self.network
+
+    def learn(self, wanted: bool) -> None:
+        """Whether a backward pass reaches the critic's weights. They are listed anew, FSDP2 has replaced them."""
+        sharding.reshard(self)
+        idle = set() if self._adversarial else set(self.head.parameters())
+        for parameter in self.parameters():
+            parameter.requires_grad_(wanted and parameter not in idle)
 
     def condition_on_step(self, conditions: Any, steps: list[int] | None) -> Any:
         return (
@@ -108,17 +121,18 @@ class Critic(nn.Module):
         conditions = self.condition_on_step(conditions, steps)
         return self.head(self._family.bottleneck(self.network, x_t, t, conditions)).flatten(1).mean(1)
 
-    def forward(self, score: tuple, fake: tuple | None = None, real: tuple | None = None):
-        """Everything of one critic phase in one call, as wrappers of several processes need it.
+    def forward(self, score: tuple | None = None, fake: tuple | None = None, real: tuple | None = None):
+        """Whatever is asked for in one call: all of a critic phase, or a part of it for the generator's.
 
         Args:
-            score: arguments of `score`.
-            fake, real: arguments of `logits`, or None without a discriminator.
+            score: arguments of `score`, or None.
+            fake, real: arguments of `logits`, or None.
 
         Returns:
-            prediction, logits of the fake ones or None, logits of the real ones or None.
+            prediction, logits of the fake ones, logits of the real ones; None for what was not asked for.
         """
-        return self.score(*score), *(None if given is None else self.logits(*given) for given in (fake, real))
+        said = None if score is None else self.score(*score)
+        return said, *(None if given is None else self.logits(*given) for given in (fake, real))
 
 
 def generator_loss(logits: torch.Tensor) -> torch.Tensor:

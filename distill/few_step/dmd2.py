@@ -69,10 +69,7 @@ class DMD2:
         self.timesteps = timesteps_of(recipe, self.process.levels)
         self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
         steps = len(self.timesteps) if recipe.step_aware and family.guides else 1
-        self.critic = critic.Critic(fake, family, recipe.seed, steps)
-        if not recipe.adversarial_weight:
-            self.critic.head.requires_grad_(False)
-        self._critics = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        self.critic = critic.Critic(fake, family, recipe.seed, steps, adversarial=bool(recipe.adversarial_weight))
         self.networks = {
             "generator": TrainedNetwork(
                 self.generator, self.generator, shardable=not shared_lora.is_shared(self.generator)
@@ -102,8 +99,8 @@ class DMD2:
 
     def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         first = batch["index"][0]
-        for parameter in self._critics:  # until the backward pass is done: it may compute parts of the critic anew
-            parameter.requires_grad_(phase.name == "critic")
+        # Until the backward pass is done: it may compute parts of the critic anew.
+        self.critic.learn(phase.name == "critic")
         last = self.last(batch, step)
         if phase.name == "generator":
             x = self.draw(batch, last)
@@ -135,7 +132,8 @@ class DMD2:
             t, eps = self.noise_level(batch, "fake", x, draw=2)
             with self.autocast():
                 x_t = self.process.add_noise(x, eps, t)
-                logits = self.critic.logits(x_t, t, self.family.conditions(batch), last)
+                # Not through DDP, which would wait for gradients of the critic's weights.
+                logits = self.critic(fake=(x_t, t, self.family.conditions(batch), last))[1]
             terms["adversarial"] = critic.generator_loss(logits)
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
@@ -219,7 +217,8 @@ class DMD2:
         t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
         x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
         with self.autocast():
-            fake = self.process.x0(self.critic.score(x_t, t, self.family.conditions(batch), last), x_t, t)
+            said, *_ = self.critic(score=(x_t, t, self.family.conditions(batch), last))
+            fake = self.process.x0(said, x_t, t)
         real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()

@@ -26,7 +26,7 @@ from ..edm.preconditioning import SIGMA_DATA, Preconditioned
 from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
 from ..settings import DMD2Recipe
-from ..training.method import refused_sharding
+from ..training import sharding
 from .dmd2 import DMD2
 from .shared_lora import Adapted
 
@@ -138,7 +138,7 @@ def predict(
     from ..training.loop import compute_dtype
 
     if shards > 1 and (recipe.rank or recipe.critic_rank):
-        raise refused_sharding()
+        raise sharding.refused()
     dtype = compute_dtype(recipe)
     with torch.device("meta"):
         method = DMD2(recipe, fake_encoders(encoders))
@@ -192,7 +192,6 @@ def fake(method: DMD2) -> None:
         for name, old in module._buffers.items():
             if old is not None and old.is_meta:
                 module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
-    method._critics = learning(method.critic)
     method.device = torch.device("cpu")
     method.family.ready()
 

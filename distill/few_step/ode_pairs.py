@@ -95,9 +95,11 @@ def make(
         "data": source.identity,
         "model": teacher.digest([name for name in ("unet", "text_encoder", "text_encoder_2") if teacher.has(name)]),
     }
+    if recipe.mixed_precision != "no":
+        settings["mixed_precision"] = recipe.mixed_precision
     record = folder / "pairs.json"
     if record.is_file() and (kept := read_json(record, "pairs.json")) != settings:
-        other = ", ".join(name for name in settings if kept.get(name) != settings[name])
+        other = ", ".join(name for name in sorted({*settings, *kept}) if kept.get(name) != settings.get(name))
         raise UserError(f"the pairs in {folder} were made with another {other}", "another --pairs folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -142,8 +144,8 @@ def solve(
     for start in range(0, len(numbers), recipe.batch):
         part = slice(start, start + recipe.batch)
         z = noise(recipe.seed, numbers[part], shape).to(encoders.device)
-        made.append(
-            pipeline(
+        with encoders.autocast():
+            x0 = pipeline(
                 captions[part],
                 latents=z,
                 height=recipe.resolution,
@@ -151,10 +153,8 @@ def solve(
                 output_type="latent",
                 num_inference_steps=recipe.pair_steps,
                 guidance_scale=recipe.pair_guidance,
-            )
-            .images.float()
-            .cpu()
-        )
+            ).images
+        made.append(x0.float().cpu())
     return torch.cat(made)
 
 

@@ -46,7 +46,7 @@ class TextToImage:
             raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
         self.recipe, self.encoders = recipe, encoders
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
-        self.process = Diffusion(NoiseSchedule.from_scheduler(encoders.source.config("scheduler")))
+        self.process = Diffusion(NoiseSchedule.of_training(encoders.source.config("scheduler")))
         check_teacher(encoders.source, self.teacher, self.process)
         self._pipeline: Any = None
 
@@ -58,7 +58,14 @@ class TextToImage:
         self.empty = self.encoders.prompts([""])
 
     def conditions(self, batch: Mapping[str, Any]) -> Conditions:
-        return batch["context"], added_conditions(batch)
+        """SDXL's sizes are those of inference, a whole image of the recipe's resolution, as DMD2 was published: the
+        student makes no others, whatever the sizes and crops of the real images are."""
+        added = added_conditions(batch)
+        if added:
+            side = self.recipe.resolution
+            sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=batch["context"].device)
+            added = added | {"time_ids": sizes.expand(len(batch["context"]), -1)}
+        return batch["context"], added
 
     @property
     def width(self) -> int:
@@ -121,7 +128,7 @@ class TextToImage:
 
 def check_teacher(source: Source, teacher: Source, process: Diffusion) -> None:
     """Raises UserError where the networks have different noise schedules or prediction types."""
-    ours, theirs = process.schedule, NoiseSchedule.from_scheduler(teacher.config("scheduler"))
+    ours, theirs = process.schedule, NoiseSchedule.of_training(teacher.config("scheduler"))
     if ours.prediction_type != theirs.prediction_type or (ours.alphas_cumprod != theirs.alphas_cumprod).any():
         raise UserError(
             f"{source.name} and the teacher have different noise schedules or prediction types "

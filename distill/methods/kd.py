@@ -42,7 +42,7 @@ class Denoising:
     def __init__(self, recipe: FinetuneRecipe | DistillationRecipe, encoders: Encoders):
         self.recipe, self.encoders = recipe, encoders
         inpainting.check(recipe, encoders)
-        self.schedule = NoiseSchedule.from_scheduler(encoders.source.config("scheduler"))
+        self.schedule = NoiseSchedule.of_training(encoders.source.config("scheduler"))
         unet, tapped = self.trained_unet(encoders.source.load("unet"))
         self.unet = unet.requires_grad_(True).train()
         self.networks = {"unet": TrainedNetwork(Tapped(self.unet, tapped), self.unet)}

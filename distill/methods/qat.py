@@ -22,6 +22,7 @@ from accel.int8.observers import observe
 from accel.int8.trained_scales import Trained
 
 from ..settings import Recipe
+from ..training.loop import compute_dtype
 from ..training.method import Method, TrainedNetwork
 
 
@@ -55,11 +56,12 @@ def calibrate(
     a run that goes on replaces them by its checkpoint's."""
     if not recipe.qat:
         return
-    model = network_of(method).model.to(device)
+    model, dtype = network_of(method).model.to(device), compute_dtype(recipe)
     # The sampler of few steps draws from the global state, which belongs to the training.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        (dead,) = observe([model], recipe_of(recipe), method.samples)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            (dead,) = observe([model], recipe_of(recipe), method.samples)
     count = sum(1 for _ in fake_quant.fake_layers(model))
     say(
         f"int8: {count} layers round, their ranges are {recipe.qat_ranges}"

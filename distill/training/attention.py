@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from accel.errors import MissingPackage, UserError, unknown
 
 from ..settings import ATTENTIONS
+from .method import TrainedNetwork
 
 
 def set_attention(unet: Any, name: str, *, device: torch.device, half: bool) -> None:
@@ -48,6 +50,17 @@ def check_attention(name: str, *, device: torch.device, half: bool) -> None:
         raise UserError(f"--attention {name} needs a CUDA device, this run is on {device.type}", "--attention sdpa")
     if name == "flash-attn" and not half:
         raise UserError("--attention flash-attn computes in half precision only", "add --mixed-precision bf16")
+
+
+def check_networks(name: str, networks: Collection[TrainedNetwork]) -> None:
+    """Refuse a kernel that no network of a run can be given.
+
+    Raises:
+        UserError: for any choice but `auto`.
+    """
+    kinds = [type(network.core).__name__ for network in networks if not hasattr(network.core, "set_attn_processor")]
+    if name != "auto" and len(kinds) == len(networks):
+        raise UserError(f"--attention {name} has no effect on {' and '.join(kinds)}", "leave it out")
 
 
 class FlashAttention:

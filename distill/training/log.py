@@ -19,11 +19,13 @@ class Log:
 
     def __init__(self, run: Path, first: int, accelerator: Any, recipe: Recipe):
         self.accelerator, self.path = accelerator, run / "losses.jsonl"
-        self.began = time.perf_counter()
+        before = 0.0  # seconds of the runs that this one goes on from
         if accelerator.is_main_process:
             lines = self.path.read_text(errors="replace").splitlines() if first and self.path.is_file() else []
             kept = [line for line in lines if _step_of(line) <= first]
             write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
+            before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
+        self.began = time.perf_counter() - before
         if accelerator.log_with:
             plain = {name: value for name, value in vars(recipe).items() if isinstance(value, (int, float, str, bool))}
             accelerator.init_trackers("accel", config=plain)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.nn.utils import clip_grad_norm_
 
 from accel._version import __version__
 from accel.dtypes import torch_dtype
@@ -28,9 +29,9 @@ from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
-from . import checkpoints
+from . import checkpoints, sharding
 from .log import Log
-from .method import Method, OptimizerPhase, TrainedNetwork, refused_sharding
+from .method import Method, OptimizerPhase, TrainedNetwork
 from .monitors import Watch
 from .stop import Stop
 
@@ -63,9 +64,14 @@ def accelerator_for(recipe: Recipe, run: Path) -> Any:
     if AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision) != recipe.mixed_precision:
         AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
+        made = Accelerator(mixed_precision=recipe.mixed_precision, log_with=names or None, project_dir=str(run))
     except ValueError as error:
         raise UserError(f"--mixed-precision {recipe.mixed_precision} is not possible here: {error}", "use no") from None
+    if recipe.mixed_precision == "fp16" and made.device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU: on a CPU nothing scales the loss", "use bf16, or no")
+    if sharding.is_sharding(made):
+        sharding.set_up(made, compute_dtype(recipe))
+    return made
 
 
 def train(
@@ -118,7 +124,7 @@ class Loop:
             _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
         self.optimizers = {
             phase.name: _optimizer(
-                recipe, _parameters(method.networks[name] for name in phase.networks), phase.learning_rate
+                recipe, sharding.parameters_of(method.networks[name] for name in phase.networks), phase.learning_rate
             )
             for phase in method.phases
         }
@@ -136,22 +142,20 @@ class Loop:
 
     def prepare(self) -> None:
         """Hand networks and optimizers to accelerate: with FSDP2 it takes one network at a time, with its optimizer."""
-        from accelerate.utils import DistributedType
-
-        sharded = self.accelerator.state.distributed_type == DistributedType.FSDP
-        if sharded and not all(network.shardable for network in self.method.networks.values()):
-            raise refused_sharding()
+        dtype = compute_dtype(self.recipe)
+        sharded = sharding.is_sharding(self.accelerator)
         for phase in self.method.phases:
             networks = [self.method.networks[name] for name in phase.networks]
-            if sharded and len(networks) > 1:
-                raise UserError(
-                    f"FSDP takes one network per optimizer, this run trains {' and '.join(phase.networks)} together",
-                    "launch without FSDP, or train one of them",
-                )
             modules = [network.module for network in networks]
+            if sharded:
+                sharding.choose_blocks(self.accelerator, modules[0])
             *prepared, self.optimizers[phase.name] = self.accelerator.prepare(*modules, self.optimizers[phase.name])
             for network, module in zip(networks, prepared, strict=True):
                 network.module = module
+                if sharded:
+                    sharding.begin(module)
+                if sharded and dtype != torch.float32:  # of other wrappers accelerate does it
+                    module.forward = torch.autocast(self.accelerator.device.type, dtype)(module.forward)
 
     def make_averages(self) -> dict[str, Any]:
         from diffusers.training_utils import EMAModel
@@ -159,7 +163,7 @@ class Loop:
         if not self.recipe.ema:
             return {}
         return {
-            name: EMAModel(_parameters([network]), decay=self.recipe.ema)
+            name: EMAModel(sharding.parameters_of([network]), decay=self.recipe.ema)
             for name, network in self.method.networks.items()
             if network.averaged
         }
@@ -232,8 +236,9 @@ class Loop:
             values = self.reduced(sums)
             if not all(math.isfinite(value) for value in values.values()):
                 raise self.not_finite("loss", step, phase.name, values, micro)
-            norm = self.accelerator.clip_grad_norm_(_parameters(networks), self.recipe.max_grad_norm)
-            values["grad_norm"] = float(checkpoints.whole(norm)) if isinstance(norm, torch.Tensor) else float(norm)
+            self.accelerator.unscale_gradients(optimizer)
+            norm = clip_grad_norm_(sharding.parameters_of(networks), self.recipe.max_grad_norm)
+            values["grad_norm"] = float(checkpoints.whole(norm))
             scaler = self.accelerator.scaler
             # A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint.
             if not math.isfinite(values["grad_norm"]) and (scaler is None or scaler.get_scale() < 1):
@@ -244,7 +249,7 @@ class Loop:
             self.schedulers[phase.name].step()
             for name in phase.networks:
                 if name in self.averages:
-                    self.averages[name].step(_parameters([self.method.networks[name]]))
+                    self.averages[name].step(sharding.parameters_of([self.method.networks[name]]))
             prefix = f"{phase.name}/" if len(self.method.phases) > 1 else ""
             figures |= {prefix + name: value for name, value in values.items()}
         return figures
@@ -286,9 +291,9 @@ class Loop:
             )
         for name, average in self.averages.items():
             average.optimization_step = sum(phase.count(step) for phase in self.method.phases if name in phase.networks)
-        self.console.print(
-            f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}", soft_wrap=True, markup=False
-        )
+        if self.accelerator.is_main_process:
+            said = f"goes on at step {step} of {self.recipe.steps}, from {found[-1]}"
+            self.console.print(said, soft_wrap=True, markup=False)
         return step
 
     def checkpoint(self, step: int) -> None:
@@ -300,36 +305,26 @@ class Loop:
     def averaged(self) -> Iterator[None]:
         """Inside, the networks hold their averages."""
         for name, average in self.averages.items():
-            average.store(_parameters([self.method.networks[name]]))
+            average.store(sharding.parameters_of([self.method.networks[name]]))
         self.use_averages()
         try:
             yield
         finally:
             for name, average in self.averages.items():
-                average.restore(_parameters([self.method.networks[name]]))
+                average.restore(sharding.parameters_of([self.method.networks[name]]))
 
     def use_averages(self) -> None:
         for name, average in self.averages.items():
-            average.copy_to(_parameters([self.method.networks[name]]))
-
-    def shards(self) -> list[Any]:
-        """FSDP2's units; none without it."""
-        from torch.distributed.fsdp import FSDPModule
-
-        modules = (module for network in self.method.networks.values() for module in network.module.modules())
-        return [module for module in modules if isinstance(module, FSDPModule)]
-
-    def unshard(self) -> None:
-        """Every process holds the whole networks, until they are sharded again: so that parts of them can be called."""
-        for unit in self.shards():
-            unit.unshard()
+            average.copy_to(sharding.parameters_of([self.method.networks[name]]))
 
     def sample(self, step: int) -> None:
         with self.averaged(), self.accelerator.autocast():
-            self.unshard()
+            for network in self.method.networks.values():
+                for unit in sharding.units(network.module):  # so that parts of a network can be called
+                    unit.unshard()
             image = self.method.samples()
-            for unit in self.shards():
-                unit.reshard()
+            for network in self.method.networks.values():
+                sharding.reshard(network.module)
         if self.accelerator.is_main_process:
             path = self.run / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
@@ -337,10 +332,6 @@ class Loop:
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
-
-
-def _parameters(networks: Any) -> list[torch.nn.Parameter]:
-    return [value for network in networks for value in network.model.parameters() if value.requires_grad]
 
 
 def _configure(network: TrainedNetwork, recipe: Recipe, device: torch.device, *, half: bool) -> None:

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from accel.errors import UserError
-
 Terms = dict[str, torch.Tensor]
 
 
@@ -85,10 +83,3 @@ class Method(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what a user loads: a pipeline folder or a LoRA. The networks hold the weights to be saved."""
-
-
-def refused_sharding() -> UserError:
-    return UserError(
-        "FSDP cannot shard a network that several updates share",
-        "launch without FSDP (--processes 1), or leave out --rank and --critic-rank",
-    )

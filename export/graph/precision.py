@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from accel.bundle.kinds import KINDS
 from accel.bundle.tensor_spec import TensorSpec
 from accel.dtypes import ALWAYS_FLOAT32, INT8, PRECISIONS
 from accel.errors import UserError, unknown
@@ -95,6 +96,8 @@ def choose(network: Network, precision: str, peaks: Mapping[str, Peak], *, force
     check_name(precision)
     if precision == "fp32":
         return DtypePolicy("float32")
+    if KINDS[network.kind].float32:
+        return DtypePolicy("float32", reason="it is small, and its verdict depends on thousandths")
     large = {name: peak.outputs for name, peak in peaks.items() if not peak.outputs < FP16_SAFE}
     reason = ""
     if large:

@@ -25,7 +25,7 @@ ACCEL = (
     ("assets",),
     ("sampling", "text"),
     ("bundle",),
-    ("int8", "trt", "patching"),
+    ("int8", "trt", "patching", "safety"),
     ("models", "providers"),
     ("engines",),
     ("pipeline",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -63,3 +64,23 @@ def test_a_lost_interrupt_is_raised_at_the_next_report(monkeypatch):
     monkeypatch.setattr(interrupt, "_requested", True)
     with pytest.raises(KeyboardInterrupt), progress(console=screen()) as report:
         report("unet", 0.5)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_step_and_time_left_are_whole_in_a_narrow_terminal(width):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, legacy_windows=False)
+    long = "generator/loss 0.0791 generator/matching 0.0077 generator/adversarial 0.7138 critic/loss 1.1865"
+    with progress("training", steps=390_000, done=0, keep=True, console=console) as report:
+        report(long, 12_345)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).rsplit("\r")[-1].rstrip("\n").split("\n")[-1]
+    assert "training" in last and "12345/390000" in last and "left," in last and "generator/l" in last
+    assert re.search(r"\d:\d\d|-:--", last) and len(last) <= width
+
+
+def test_counted_work_gets_a_line_every_fifty_steps_in_a_log():
+    out = io.StringIO()
+    with progress("training", steps=120, console=Console(file=out, width=200)) as report:
+        for step in range(1, 121):
+            report(f"loss {1 / step:.4f}", step)
+    assert [line.split()[1].rstrip(":") for line in out.getvalue().splitlines()] == ["50/120", "100/120", "120/120"]

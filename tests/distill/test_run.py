@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from accel.cli import main
-from accel.distill import recipes
+from accel.distill import recipes, run, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.run import note_size
-from accel.errors import Notice
+from accel.errors import Notice, UserError
 from accel.models.source import open_source
+from accel.sampling.noise_schedule import NoiseSchedule
 
 
 def test_a_resolution_that_is_not_the_models_own_is_said(smallest, recwarn):
@@ -26,3 +30,44 @@ def test_a_training_says_once_that_it_is_ready_and_nothing_unlabelled(smallest, 
     assert main(["distill", *words.split(), "--batch", "1", "--sample-every", "0", "--log", "none"]) == 0
     printed = "".join(capsys.readouterr())
     assert printed.count("is ready") == 1 and "0:00:00 0:00:00" not in printed
+
+
+def test_the_resolution_is_the_models_own_where_none_is_given(sd15):
+    recipe = settings.FinetuneRecipe(model=str(sd15))
+    assert run.with_resolution(recipe, run.encoders_of(recipe)).resolution == 64
+    given = settings.FinetuneRecipe(model=str(sd15), resolution=32)
+    assert run.with_resolution(given, run.encoders_of(given)).resolution == 32
+
+
+def test_an_attention_that_nothing_takes_is_refused(sd15, tmp_path):
+    recipe = settings.TinyVaeRecipe(model=str(sd15), data="digits", attention="sdpa", log="none")
+    with pytest.raises(UserError, match="--attention sdpa has no effect on AutoencoderTiny"):
+        run.execute(recipe, tmp_path / "out")
+    assert not (tmp_path / "out-run").exists()
+
+
+def test_fields_that_samplers_alone_read_do_not_refuse_training(sd15, tmp_path):
+    source = shutil.copytree(sd15, tmp_path / "model")
+    path = source / "scheduler/scheduler_config.json"
+    plain = NoiseSchedule.of_training(json.loads(path.read_text()))
+    odd = dict(use_karras_sigmas=True, algorithm_type="sde-dpmsolver++", clip_sample=True, nobody_knows_this=3)
+    config = json.loads(path.read_text()) | odd
+    schedule = NoiseSchedule.of_training(config)
+    assert (schedule.alphas_cumprod == plain.alphas_cumprod).all()
+    with pytest.raises(UserError):
+        NoiseSchedule.of_training(config | {"prediction_type": "none"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny", "--model", "x"], "--recipe sd15_tiny or segmind_tiny"),
+        (["tiny", "--model", "digits"], "--recipe digits_tiny"),
+        (["tiny", "--model", "x", "--recipe", "sd15_tiny"], ""),
+        (["ssd-1b", "--model", "x"], ""),
+    ],
+)
+def test_defaults_that_are_not_published_say_so(arguments, said, tmp_path, capfd):
+    main(["distill", *arguments, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    error = capfd.readouterr().err
+    assert ("not the published setting" in error) == bool(said) and said in error

@@ -102,7 +102,7 @@ def rebuild(unet: nn.Module, record: Any) -> None:
         ValueError: for a record that describes none.
     """
     kind = record.get("projection") if isinstance(record, dict) else None
-    if kind not in PROJECTIONS:
+    if not isinstance(kind, str) or kind not in PROJECTIONS:
         raise ValueError(f"{KEY} names no image projection (one of: {', '.join(PROJECTIONS)})")
     values = {key: value for key, value in record.items() if key != "projection"}
     if set(values) != set(PROJECTIONS[kind]):

@@ -268,20 +268,21 @@ def test_what_a_bundle_leaves_out_is_said(smallest, sdxl, tmp_path, monkeypatch)
     index = json.loads((checked / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (checked / "model_index.json").write_text(json.dumps(index))
-    with pytest.warns(Notice, match="safety checker is left out"):
-        open_pipeline(checked)
+    with pytest.warns(Notice, match="safety checker is left out.* --safety-checker .*exports it"):
+        constants.note_left_out(open_source(checked), safety_checker=True)
     monkeypatch.setattr(constants, "find_spec", lambda name: name)
     with pytest.warns(Notice, match="no invisible watermark"):
-        constants.note_left_out(open_source(sdxl))
+        constants.note_left_out(open_source(sdxl), safety_checker=True)
     monkeypatch.setattr(constants, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        constants.note_left_out(open_source(sdxl))
-        constants.note_left_out(open_source(smallest))
+        constants.note_left_out(open_source(sdxl), safety_checker=True)
+        constants.note_left_out(open_source(smallest), safety_checker=True)
+        constants.note_left_out(open_source(checked), safety_checker=False)
 
 
 def test_the_export_says_what_it_leaves_out(smallest, tmp_path, monkeypatch):
-    def said(source):
+    def said(source, safety_checker):
         raise UserError(f"asked about {source.name}", "")
 
     monkeypatch.setattr("accel.export.pipeline.note_left_out", said)

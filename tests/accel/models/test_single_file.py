@@ -208,6 +208,17 @@ def test_a_single_file_is_exported_and_says_what_it_was_made_of(sd15, tmp_path, 
     assert torch.equal(stored["decoder.conv_out.weight"], vae["decoder.conv_out.weight"].float())
 
 
+def test_a_single_file_has_no_safety_checker_as_in_diffusers(sd15, tmp_path):
+    """`from_single_file` leaves out the checker of the folder that the configs come from."""
+    base = Path(shutil.copytree(sd15, tmp_path / "base"))
+    index = json.loads((base / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    assert open_source(base).has("safety_checker")
+    file = single_file(sd15, tmp_path / "one.safetensors")
+    assert not open_source(file, base=base).has("safety_checker")
+
+
 def test_a_student_is_recognised_on_the_base_of_its_teacher(tmp_path):
     """SSD-1B as a single file comes without a config; the one of its family that fits is taken."""
     from diffusers import UNet2DConditionModel

@@ -165,11 +165,12 @@ def test_a_decoder_of_one_size_takes_no_tiles(one_size):
         pipe("the cat", height=72, width=88)
 
 
-def test_the_command_line_draws_in_tiles(any_size, sd15_tiny, tmp_path, refused):
+def test_the_command_line_draws_in_tiles(any_size, tmp_path, refused, capsys):
     out = tmp_path / "cat.png"
     run = ["run", str(any_size.path), "-p", "the cat", "--engine", "onnxruntime", "--height", "60", "--width", "40"]
     assert main([*run, "--vae-tiling", "--vae-tile", "16", "--out", str(out)]) == 0
     assert Image.open(out).size == (40, 60)
+    capsys.readouterr()
     assert "vae_tile is 30" in refused(*run, "--vae-tile", "30", "--out", tmp_path / "no.png")
 
 

@@ -506,3 +506,30 @@ def test_latents_that_are_not_finite_are_a_broken_row(data, encoders, tmp_path):
     whole = build(data, encoders, tmp_path / "whole", **PLAIN)
     for row in (0, 2, 3, 10):
         assert torch.equal(cache.latents(row)["latent_mean"], whole.latents(row)["latent_mean"])
+
+
+def test_a_finished_cache_in_float32_serves_every_precision(data, sd15, made):
+    half = Counted(Encoders(open_source(sd15), dtype=torch.bfloat16))
+    again = build(data, half, made.folder, dtype="float16", **DRAWN)
+    assert again.key == made.key and again.key["dtype"] == "float32"
+
+
+def test_a_cache_in_half_precision_does_not_serve_float32(data, sd15, encoders, tmp_path):
+    build(data, Encoders(open_source(sd15), dtype=torch.bfloat16), tmp_path / "cache", dtype="float32", **PLAIN)
+    with pytest.raises(UserError, match="text_dtype torch.bfloat16"):
+        build(data, encoders, tmp_path / "cache", dtype="float32", **PLAIN)
+
+
+def test_a_lost_part_of_it_is_not_made_in_another_precision(data, sd15, encoders, tmp_path):
+    build(data, encoders, tmp_path / "cache", dtype="float32", **PLAIN)
+    (tmp_path / "cache/text-00000.safetensors").unlink()
+    with pytest.raises(UserError, match="text-00000.safetensors is missing or damaged"):
+        build(data, Encoders(open_source(sd15), dtype=torch.bfloat16), tmp_path / "cache", dtype="float32", **PLAIN)
+
+
+def test_two_variants_of_a_centre_crop_are_mirror_images(data, encoders, tmp_path):
+    options = PLAIN | dict(random_flip=True, variants=2)
+    examples = Examples(data, **{key: options[key] for key in ("seed", "resolution", "center_crop", "random_flip")})
+    for row in range(ROWS):
+        first, second = (examples._decoded(0, row, epoch)["pixels"] for epoch in (0, 1))
+        assert torch.equal(first.flip(-1), second)

@@ -83,3 +83,21 @@ def test_black_and_white_are_the_ends_of_the_range():
     values = pixels(image, Placement((4, 4), 0, 0, True), 4)
     assert values.dtype == torch.float32 and values.shape == (3, 4, 4)
     assert values[:, :, :2].eq(1).all() and values[:, :, 2:].eq(-1).all()
+
+
+def test_the_two_views_of_a_centre_crop_take_turns():
+    """Two variants were the same flip for half of all images: each was drawn anew."""
+    firsts = set()
+    for row in range(20):
+        flips = []
+        for epoch in range(4):
+            numbers = np.random.default_rng(row)
+            made = place((64, 48), 32, center_crop=True, random_flip=True, rng=numbers, epoch=epoch)
+            flips.append(made.flipped)
+        assert flips == [flips[0], not flips[0]] * 2
+        firsts.add(flips[0])
+    assert firsts == {False, True}
+    still = [
+        place((64, 48), 32, center_crop=True, random_flip=False, rng=np.random.default_rng(0), epoch=e) for e in (0, 1)
+    ]
+    assert not any(one.flipped for one in still)

@@ -377,34 +377,6 @@ def test_the_result_draws_in_its_own_steps_on_a_bundle(sd15, tmp_path):
     assert (tmp_path / "one-run/samples/step-000002.png").is_file()
 
 
-PROCESSES = """
-import sys, torch
-from pathlib import Path
-from accel.distill import recipes, registry, run, settings
-torch.set_num_threads(1)
-run.execute(recipes.changed(settings.DMD2Recipe(), **eval(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("mixed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_with_the_joint_batch(sd15, tmp_path, torchrun, sharded, mixed):
-    """Several steps call the generator several times before one backward pass, and both phases need gradients reduced.
-
-    Losses and gradient norms of a step follow from all weights before it, so they are what is compared: AdamW's first
-    updates are as large as the learning rate however small the gradient, and make much of rounding.
-    """
-    fields = dict(few_steps=2, mixed_steps=mixed, steps=4, adversarial_weight=0.1, discriminator_weight=0.1)
-    asked = dataclasses.asdict(recipe(sd15, **fields, batch=2))
-    torchrun(PROCESSES, repr(asked), tmp_path / "two", sharded=sharded)
-    execute(recipe(sd15, **fields, batch=4), tmp_path / "one")
-    logs = [(tmp_path / f"{name}-run/losses.jsonl").read_text().splitlines() for name in ("two", "one")]
-    for our, their in zip(*([json.loads(line) for line in log] for log in logs), strict=True):
-        assert set(our) == set(their)
-        for name in set(their) - {"seconds", "generator/lag"}:  # the lag is a ratio of a batch's means
-            assert our[name] == pytest.approx(their[name], rel=2e-3, abs=1e-6), name
-
-
 def test_the_critic_may_learn_alone_first(sd15, tmp_path):
     execute(recipe(sd15, critic_warmup=3, ratio=2, steps=6), tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out-run/losses.jsonl").read_text().splitlines()]

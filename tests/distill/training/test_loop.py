@@ -166,55 +166,11 @@ def test_accumulation_gives_the_gradients_of_the_joint_batch(straight, sd15, ima
         assert first[name] == pytest.approx(wanted[name], rel=1e-5), name
 
 
-TWO = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from accel.distill import recipes, run, settings
-from accel.distill.training import loop as train
-torch.set_num_threads(1)
-recipe = recipes.changed(recipes.tiny(), **eval(sys.argv[1]))
-real = train.Loop.one_step
-def one_step(self, step, stream):
-    self.accelerator.clip_grad_norm_ = lambda parameters, norm: (
-        save_file({str(i): p.grad.clone() for i, p in enumerate(parameters)},
-                  f"{sys.argv[2]}-{self.accelerator.num_processes}-{self.accelerator.process_index}.safetensors"),
-        torch.zeros(()),
-    )[1]
-    return real(self, step, stream)
-train.Loop.one_step = one_step
-run.execute(recipe, Path(sys.argv[2]))
-"""
-
-
-def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(sd15, images, tmp_path, torchrun):
-    def gradients(world: int, batch: int) -> list[dict[str, torch.Tensor]]:
-        recipe = tiny(sd15, images, steps=1, batch=batch, caption_dropout=0.5)
-        out = tmp_path / f"{world}"
-        torchrun(TWO, repr(dataclasses.asdict(recipe)), out, world=world, forked=world == 1)
-        assert (out / UNET).is_file()
-        return [load_file(f"{out}-{world}-{rank}.safetensors") for rank in range(world)]
-
-    (joint,), (first, second) = gradients(1, 4), gradients(2, 2)
-    scale = torch.cat([value.flatten() for value in joint.values()]).norm()
-    for name, value in joint.items():
-        assert torch.equal(first[name], second[name])
-        assert (first[name] - value).norm() <= 1e-5 * scale
-    assert scale > 0
-
-
 SHARDED = """
 import sys, torch
 from pathlib import Path
-from torch.distributed.tensor import DTensor
 from accel.distill import recipes, run, settings
-from accel.distill.training import loop as train
 torch.set_num_threads(1)
-real = train.Loop.run_all
-def run_all(self, batches):
-    assert all(isinstance(p, DTensor) for p in self.method.networks["unet"].model.parameters())
-    return real(self, batches)
-train.Loop.run_all = run_all
 run.execute(recipes.changed(recipes.tiny(), **eval(sys.argv[1])), Path(sys.argv[2]), overwrite=True)
 """
 
