@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from ..assets import is_hub_id, resolve
-from ..bundle.kinds import KINDS
 from ..errors import Notice, UserError, printable
 from ..files import digest_of, read_json, settle, sha256
 from ..sampling.samplers import own_sampler
 from . import few_step as families
-from . import hub, single_file
+from . import hub, parts, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .embeddings import Embedding, EmbeddingSpec
@@ -264,16 +263,16 @@ def open_source(
         files["unet"] = Path(unet)
     source = replace(source, files={name: file for name, file in files.items() if source.has(name)})
     if vae is not None:
-        source = _with_vae(source, Path(resolve(vae)))
+        source = parts.with_vae(source, Path(resolve(vae)))
     if variant is not None:
         _check_variant(source, variant)
     nets = [controlnet] if isinstance(controlnet, (str, Path)) else list(controlnet or ())
     if adapter is not None and nets:
         raise UserError("an adapter and a ControlNet at once are not supported", "choose one of them")
     if adapter is not None:
-        source = _with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
+        source = parts.with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
     if nets:
-        source = _with_controlnets(source, nets)
+        source = parts.with_controlnets(source, nets)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit
@@ -309,7 +308,7 @@ def _index(path: Path) -> dict[str, Any]:
     index, removed = stripped(index)
     if removed:
         note(path / "model_index.json", removed)
-    index = _each_controlnet(index, path)
+    index = parts.each_controlnet(index, path)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone
@@ -318,17 +317,6 @@ def _index(path: Path) -> dict[str, Any]:
             fix = single_file.ELSEWHERE if other else SUPPORTED
             raise UserError(f"{path} is a {kind} without {needed}", fix)
     return index
-
-
-def _each_controlnet(index: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The index with an entry for each network of a MultiControlNetModel: diffusers lists them as one part."""
-    if list(index.get("controlnet") or ())[-1:] != ["MultiControlNetModel"]:
-        return index
-    names = KINDS["controlnet"].names
-    found = [name for i in range(99) if (path / (name := f"controlnet{f'_{i}' * bool(i)}")).is_dir()]
-    if not found or len(found) > len(names):
-        raise UserError(f"{path} has {len(found)} ControlNets at once", f"save it with 1 to {len(names)} of them")
-    return index | {name: ["diffusers", "ControlNetModel"] for name in names[: len(found)]}
 
 
 def _folder(model: str | Path, variant: str | None) -> Path:
@@ -367,33 +355,3 @@ def _base_of(file: Path, base: str | Path | None) -> Path:
     if own != family:
         raise UserError(f"{file} is of family {family}, and {folder} of {own}", "--base FOLDER of the same family")
     return folder
-
-
-def _with_vae(source: Source, path: Path) -> Source:
-    """The source with the VAE of a folder (its own, or a pipeline's), or of a weight file in its own VAE's shape."""
-    if path.is_file():
-        return replace(source, files={**source.files, "vae": path})
-    return _with_part(source, "vae", path, ("AutoencoderKL", "AutoencoderTiny"))
-
-
-def _with_controlnets(source: Source, folders: Sequence[str | Path]) -> Source:
-    """The source with these ControlNets, instead of any of its own."""
-    names = KINDS["controlnet"].names
-    if len(folders) > len(names):
-        raise UserError(f"{len(folders)} ControlNets at once are too many", f"give at most {len(names)}")
-    source = replace(source, index={name: entry for name, entry in source.index.items() if name not in names})
-    for name, folder in zip(names, folders, strict=False):
-        source = _with_part(source, name, Path(folder), ("ControlNetModel",), inner="controlnet")
-    return source
-
-
-def _with_part(source: Source, name: str, path: Path, kinds: tuple[str, ...], inner: str = "") -> Source:
-    """The source with one part out of a folder: the part's own, or a pipeline's that has one, called `inner`."""
-    inner = inner or name
-    folder = path / inner if (path / inner / "config.json").is_file() else path
-    kind = read_config(folder / "config.json", f"the config of the {name}").get("_class_name")
-    if kind not in kinds:
-        raise UserError(f"{folder} is a {kind}", f"give a folder with one of: {', '.join(kinds)}")
-    files = {part: file for part, file in source.files.items() if part != name}
-    index = dict(source.index) | {name: ["diffusers", kind]}
-    return replace(source, index=index, files=files, folders={**source.folders, name: folder})
