@@ -15,7 +15,8 @@ from importlib.machinery import ModuleSpec
 _MOVED = """
 accel > accel.bench: sheet=contact_sheet report report_html floor=roofline
 accel > accel.bundle: profiles=shape_profiles tensors=tensor_spec graph=graph_file
-accel.engines > accel.engines: providers=onnxruntime_providers loop=fixed_loop
+accel.engines > accel.engines: loop=fixed_loop
+accel.engines > accel.providers: providers=built_in
 accel.engines > accel.trt: workspace captured=cuda_graphs
 accel > accel.int8: int8_attention=attention int8_file=trained_scales int8_packed=packed int8_ranges=observers
 accel > accel.int8: int8_recipe=config int8_verdict=summary

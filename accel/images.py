@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .errors import UserError
 from .files import read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # what decodes pixels and runs nothing
+# Of the pictures that CLIP was trained on (arXiv 2103.00020), red, green and blue in [0, 1].
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PIXELS, _BYTES = 1 << 26, 1 << 28
 
 
@@ -61,6 +64,33 @@ def masks(images: Any, count: int, size: tuple[int, int]) -> np.ndarray:
 def shrunk(mask: np.ndarray, factor: int) -> np.ndarray:
     """A mask in latent pixels: the upper left of each square, as nearest-neighbour interpolation takes it."""
     return mask[:, :, ::factor, ::factor]
+
+
+def clip_pixels(
+    image: Any, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> np.ndarray:
+    """Float32 [3, size, size]: one image as CLIP's vision tower is shown it, equal to transformers' CLIPImageProcessor.
+
+    What is transparent becomes white; the shorter side is resized to `size` (bicubic, in 8 bits), and the middle is cut
+    out and normalised.
+
+    Args:
+        image: as in `batch`, one image.
+        mean, std: of red, green and blue in [0, 1].
+    """
+    from PIL import Image
+
+    picture = _opened(_channels_last(image))
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    picture = picture.convert("RGB")
+    short, long = sorted(picture.size)
+    sides = [size if side == short else int(size * long / short) for side in picture.size]
+    pixels = np.asarray(picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    middle = (pixels[top : top + size, left : left + size] * (1 / 255)).astype(np.float32)
+    return ((middle - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:

@@ -5,20 +5,21 @@
 
 Every cell is one image of 64 x 64 px in float32 with guidance, made twice from the same noise: by diffusers and by a
 bundle. Numbers are in units of 1/255; the promise is below one. A cell without a number says why. Cells are kept in
-benchmarks/family-matrix.json, so that the table can be measured in pieces, on one machine. Exit code 1 where a number
-is one or more, or an engine failed.
+benchmarks/family-matrix.json with their processor, so that the table can be measured in pieces. Exit code 1 where a
+number is one or more, or an engine failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ from accel.sampling import noise
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "family-matrix.json"
-SEED, STEPS, GUIDANCE, SIZE = 7, 4, 5.0, 64
+SEED, STEPS, GUIDANCE, SIZE, TILE = 7, 4, 5.0, 64, 32
 FAMILIES = ("sd1", "sdxl", "ssd-1b")
-TASKS = ("txt2img", "img2img", "inpaint", "T2I-Adapter", "ControlNet", "MultiControlNet", "LoRA", "LoRA at run time")
+TASKS = ("txt2img", "img2img", "inpaint", "VAE tiling", "T2I-Adapter", "ControlNet", "MultiControlNet", "IP-Adapter")
+TASKS += ("LoRA", "LoRA at run time")
 COLUMNS = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
 # One shape: symbolic sizes take most of the time of tracing, and the tests export with them.
 PROFILE = f"batch=1,size={SIZE}"
@@ -58,7 +60,7 @@ class Case:
     ours: dict[str, Any]
     bundle: Any
     draws: tuple[int, ...] = (0,)
-    loras: tuple[str, ...] = ()
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def image() -> Image.Image:
@@ -93,11 +95,11 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
     name = "euler" if xl else "ddim"
     made: dict[str, Any] = {}
 
-    def exported(kind: str, components: tuple[str, ...], **parts: Any) -> Any:
+    def exported(kind: str, components: tuple[str, ...], *, profile: str = PROFILE, **parts: Any) -> Any:
         return export_pipeline(
             open_source(source, **parts),
             folder / kind,
-            profile=PROFILE,
+            profile=profile,
             components=components,
             sampler={"name": name, "steps": STEPS, "guidance": GUIDANCE},
         )
@@ -161,7 +163,22 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
         save_file(state, folder / "lora.safetensors")
         files = (f"{folder / 'lora.safetensors'}=0.7",)
         called = (f"{prefix}Pipeline", {"lora": folder / "lora.safetensors"}, {}, {})
-        return Case(*called, plain(), loras=files) if at_run_time else Case(*called, bundle("lora", loras=files))
+        return (
+            Case(*called, plain(), loading={"loras": files})
+            if at_run_time
+            else Case(*called, bundle("lora", loras=files))
+        )
+
+    def tiling() -> Case:
+        made = make.completed(exported("tiled", ("vae_decoder",), profile=f"{PROFILE},vae_tile={TILE}"), plain())
+        loading = {"vae_tiling": True, "vae_tile": TILE}
+        return Case(f"{prefix}Pipeline", {"tile": TILE}, {}, {}, made, loading=loading)
+
+    def ip_adapter() -> Case:
+        file = _module(ROOT / "tests" / "accel" / "conftest.py").make_ip_adapter(source, folder / "ip")
+        made = bundle("ip-adapter", ip_adapter=file, image_encoder=file.parent / "image_encoder")
+        shown = {"ip_adapter_image": image()}
+        return Case(f"{prefix}Pipeline", {"ip_adapter": file}, shown, shown | {"ip_adapter_scale": 0.6}, made)
 
     start = {"image": image(), "strength": 0.6}
     hole = {"image": image(), "mask_image": mask(), "strength": 0.6}
@@ -169,11 +186,22 @@ def cases(family: str, folder: Path) -> Iterator[tuple[str, Callable[[], Case]]]
     yield "img2img", lambda: Case(f"{prefix}Img2ImgPipeline", {}, start, start, plain(), (_OF_IMAGE, 0))
     drawn = (_OF_IMAGE, 0, _OF_MASKED)
     yield "inpaint", lambda: Case(f"{prefix}InpaintPipeline", {}, hole, hole, plain(), drawn)
+    yield "VAE tiling", tiling
     yield "T2I-Adapter", adapter
     yield "ControlNet", lambda: controlnet(False)
     yield "MultiControlNet", lambda: controlnet(True)
+    yield "IP-Adapter", ip_adapter
     yield "LoRA", lambda: lora(False)
     yield "LoRA at run time", lambda: lora(True)
+
+
+def _module(path: Path) -> Any:
+    """A Python file as a module, whatever others are called."""
+    spec = importlib.util.spec_from_file_location(f"of_{path.parent.name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager
@@ -201,7 +229,7 @@ def our_noise(draws: tuple[int, ...]) -> Iterator[None]:
 def reference(case: Case, source: Path) -> np.ndarray:
     import diffusers
 
-    parts = {key: value for key, value in case.parts.items() if key != "lora"}
+    parts = {key: value for key, value in case.parts.items() if key not in ("lora", "tile", "ip_adapter")}
     pipe = getattr(diffusers, case.pipeline).from_pretrained(source, **parts)
     if "XL" not in case.pipeline:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -209,6 +237,18 @@ def reference(case: Case, source: Path) -> np.ndarray:
         file = case.parts["lora"]
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         pipe.fuse_lora(lora_scale=0.7)
+    if "tile" in case.parts:
+        pipe.vae.enable_tiling()
+        pipe.vae.tile_sample_min_size = case.parts["tile"]
+        pipe.vae.tile_latent_min_size = case.parts["tile"] // pipe.vae_scale_factor
+    if "ip_adapter" in case.parts:
+        from transformers import CLIPVisionModelWithProjection
+
+        file = case.parts["ip_adapter"]
+        encoder = CLIPVisionModelWithProjection.from_pretrained(file.parent / "image_encoder").eval()
+        pipe.register_modules(image_encoder=encoder)
+        pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
+        pipe.set_ip_adapter_scale(0.6)
     pipe.set_progress_bar_config(disable=True)
     size = {} if case.pipeline.endswith("Img2ImgPipeline") else {"height": SIZE, "width": SIZE}
     with our_noise(case.draws):
@@ -221,7 +261,7 @@ def cell(case: Case, expected: np.ndarray, engine: str) -> float | str:
     if engine not in ENGINES or not status(engine).ok:
         return "not run: needs a GPU" if engine == "tensorrt" else "not run: not installed"
     try:
-        pipe = accel.load(case.bundle, engine=engine, loras=case.loras)
+        pipe = accel.load(case.bundle, engine=engine, **case.loading)
         found = pipe("the cat", seed=SEED, output_type="np", **case.ours).images
     except Exception as error:  # of whatever library; the other cells are still worth having
         return failure("", error)
@@ -249,9 +289,14 @@ def measured(family: str, tasks: list[str], engines: list[str]) -> Iterator[tupl
 
 
 def kept(file: Path, document: dict[str, Any]) -> dict[str, dict[str, dict[str, float | str]]]:
-    """The cells of an earlier run on the same machine with the same versions."""
+    """The cells of earlier runs with the same versions, each row with its processor."""
     old = json.loads(file.read_text()) if file.is_file() else {}
-    return old["cells"] if old and all(old[key] == document[key] for key in ("cpu", "versions")) else {}
+    if not old or old["versions"] != document["versions"]:
+        return {}
+    return {
+        family: {task: {"cpu": old.get("cpu", ""), **row} for task, row in rows.items()}
+        for family, rows in old["cells"].items()
+    }
 
 
 def table(cells: dict[str, dict[str, dict[str, float | str]]]) -> str:
@@ -266,7 +311,13 @@ def table(cells: dict[str, dict[str, dict[str, float | str]]]) -> str:
 
 def into_readme(readme: Path, document: dict[str, Any]) -> None:
     words = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    pages.put(readme, "matrix", f"{table(document['cells'])}\n\n{document['cpu']}; {words}.")
+    tasks: dict[str, set[str]] = {}
+    for rows in document["cells"].values():
+        for task, row in rows.items():
+            tasks.setdefault(row["cpu"], set()).add(task)
+    cpus = "; ".join(f"{cpu} ({', '.join(t for t in TASKS if t in those)})" for cpu, those in sorted(tasks.items()))
+    cpus = next(iter(tasks)) if len(tasks) == 1 else cpus
+    pages.put(readme, "matrix", f"{table(document['cells'])}\n\n{cpus}; {words}.")
 
 
 def several(known: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -288,19 +339,18 @@ def main() -> int:
     names = ("torch", "diffusers", "onnxruntime", "openvino")
     document = {
         "unit": "1/255, largest difference of a pixel from diffusers",
-        "cpu": machine().cpu,
         "versions": {name: version(name) for name in names},
     }
     document["cells"] = cells = kept(args.json, document)
     for family in args.families:
         for task, row in measured(family, args.tasks, args.engines):
-            cells.setdefault(family, {}).setdefault(task, {}).update(row)
+            cells.setdefault(family, {}).setdefault(task, {}).update(row, cpu=machine().cpu)
             print(family, task, row, flush=True)
             write_json(args.json, document)
     print(table(cells))
     if args.readme:
         into_readme(args.readme, document)
-    values = [value for rows in cells.values() for row in rows.values() for value in row.values()]
+    values = [row[key] for rows in cells.values() for row in rows.values() for key in row if key != "cpu"]
     return int(any(value.startswith("failed") if isinstance(value, str) else value >= 1 for value in values))
 
 

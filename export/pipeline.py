@@ -24,16 +24,17 @@ from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
 from accel.models.source import Source, open_source
 from accel.models.source_networks import UNetInputs, network_of, own_tokens, unet_inputs
+from accel.pipeline.tiling import VaeTiling
 
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
 from .int8.quantize import Progress, quantize
 from .int8.settings import Int8Settings, complete, refuse_changes
-from .int8.unsupported import refuse_control
+from .int8.unsupported import refuse_control, refuse_image_prompts
 from .pipeline_files import copy_pipeline_files
 
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
 _STAGES = 4
 
 
@@ -167,12 +168,13 @@ def _export_float(
     _note_size(shapes, pipeline["native_size"])
     _check_tokens(source, shapes.tokens)
     inputs = unet_inputs(source, shapes.tokens, options.adapter is True)
-    dims = shapes.dims(
-        vae_scale=pipeline["vae_scale"],
-        latent_multiple=pipeline["latent_multiple"],
-        guidance=sampling.guidance > 1,
-        edits=edits(source),
-    )
+    if shapes.vae_tile and "vae_decoder" in names:  # else there is none that would see tiles
+        VaeTiling.of(source.config("vae"), pipeline["vae_scale"], shapes.vae_tile)
+    sizes = {key: pipeline[key] for key in ("vae_scale", "latent_multiple")}
+    sizes |= dict(guidance=sampling.guidance > 1, edits=edits(source))
+    dims = {name: shapes.dims(**sizes, component=name) for name in names}
+    if inputs.adapter or inputs.control:
+        _check_halves(shapes, dims["unet"], pipeline["latent_multiple"])
     parts = sorted({kind_of(name).part or name for name in names})
     stored = sum(path.stat().st_size for part in parts for path in source.weight_files(part))
     require_space(out.absolute().parent, int(stored * (0.6 if precision == "fp16" else 1.2)))
@@ -183,7 +185,9 @@ def _export_float(
             def step(stage: str, done: int, name: str = name, i: int = i) -> None:
                 progress(f"{name}: {stage}", (i + done / _STAGES) / len(names))
 
-            records[name] = _export_component(source, name, folder / name, dims, precision, options.opset, inputs, step)
+            records[name] = _export_component(
+                source, name, folder / name, dims[name], precision, options.opset, inputs, step
+            )
         copy_pipeline_files(source, folder, sampling)
         manifest = Manifest(
             family=source.family,
@@ -226,6 +230,8 @@ def _check_int8(model: str | Path | Source, options: _Options, settings: Int8Set
     controlled = isinstance(model, Source) and any(map(model.has, control_components()))
     if settings.requires("unet") and (options.adapter or options.controlnet or controlled):
         refuse_control()
+    if settings.requires("unet") and isinstance(model, Source) and model.ip_adapter is not None:
+        refuse_image_prompts()
 
 
 def _check_tokens(source: Source, tokens: int) -> None:
@@ -235,6 +241,22 @@ def _check_tokens(source: Source, tokens: int) -> None:
         raise UserError(
             f"a context of {tokens} tokens does not fit this text encoder", f"use tokens={own}, or a multiple of it"
         )
+
+
+def _check_halves(shapes: Profile, dims: Mapping[str, Range], multiple: int) -> None:
+    """Refuse control inputs in steps of latents that the UNet does not halve exactly.
+
+    `torch.export` declares the sides of an input as multiples of one symbol, which the rounded halves of it are not.
+    """
+    for side in ("height", "width"):
+        limits = dims[f"latent_{side}"]
+        if not limits.fixed and limits.multiple % multiple:
+            raise UserError(
+                f"profile {shapes.name!r}: with an adapter or a ControlNet a range of sizes cannot go in steps of "
+                f"{dims[side].multiple} px",
+                f"one size, such as {side}={shapes.height.max if side == 'height' else shapes.width.max}, which may be "
+                f"odd; or leave step out",
+            )
 
 
 def _note_size(shapes: Profile, native: int | list[int]) -> None:
@@ -250,13 +272,13 @@ def _note_size(shapes: Profile, native: int | list[int]) -> None:
 
 
 def _component_names(source: Source, wanted: Sequence[str]) -> list[str]:
-    """All components to export: the control networks that the source has, and what is wanted."""
-    choices = [name for name, kind in KINDS.items() if not kind.control]
+    """All components to export: those of the source that add to the UNet, and what is wanted."""
+    choices = [name for name, kind in KINDS.items() if not kind.adds]
     if strange := [name for name in wanted if name not in choices]:
         raise unknown("component", strange[0], choices)
     if not wanted:
         raise UserError("no component is to be exported", f"choose from: {', '.join(choices)}")
-    more = [name for name in control_components() if source.has(name)]
+    more = [name for kind in KINDS.values() if kind.adds for name in kind.names if source.has(name)]
     return more + [
         name
         for kind in dict.fromkeys(wanted)

@@ -7,7 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
-from accel.bundle.kinds import control_components
+from accel.bundle.kinds import KINDS
 from accel.files import read_json, write_json
 from accel.models.config_files import clip_tokenizer
 from accel.models.source import Source
@@ -33,7 +33,7 @@ def copy_pipeline_files(source: Source, folder: Path, sampling: Sampling) -> Non
     index = dict(source.index) | {"scheduler": ["diffusers", config["_class_name"]]}
     kept = source.path / "model_index.json"
     if source.folders or index != read_json(kept, "model_index.json"):
-        others = control_components()  # diffusers has no place for a control network
+        others = [name for name, kind in KINDS.items() if kind.adds]  # optimum has no place for them
         write_json(folder / "model_index.json", {k: v for k, v in index.items() if k not in others})
     else:
         shutil.copyfile(kept, folder / "model_index.json")

@@ -63,7 +63,16 @@ def test_programs_compile_and_import_what_is_there(page):
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield lambda name: importlib.import_module(name)
-    for name in ("pages", "readme_table", "whole_image", "family_matrix", "kernels", "lora_switch", "sd_tiny_int8"):
+    for name in (
+        "pages",
+        "readme_table",
+        "whole_image",
+        "family_matrix",
+        "kernels",
+        "lora_switch",
+        "sd_tiny_int8",
+        "vae_tiling",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -81,6 +90,13 @@ def test_the_table_of_lora_switches_is_what_its_script_makes(benchmarks):
     kept = json.loads((ROOT / "benchmarks/lora-switch.json").read_text())
     assert benchmarks("pages").between(ROOT / "docs/lora.md", "lora switch") == benchmarks("lora_switch").table(
         kept["models"]
+    )
+
+
+def test_the_table_of_vae_tiling_is_what_its_script_makes(benchmarks):
+    kept = json.loads((ROOT / "benchmarks/vae-tiling.json").read_text())
+    assert benchmarks("pages").between(ROOT / "docs/python.md", "vae tiling") == benchmarks("vae_tiling").table(
+        kept["rows"]
     )
 
 

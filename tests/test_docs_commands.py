@@ -60,6 +60,8 @@ NEEDS = {
     "--engine tensorrt --prompt": "an NVIDIA GPU",
     "--adapter": "an adapter from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
     "--controlnet": "a ControlNet from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
+    "--ip-adapter": "an IP-Adapter from the hub; tests/accel/pipeline/test_image_prompts.py exports one of its layout",
+    "--image-prompt": "an IP-Adapter from the hub; tests/accel/pipeline/test_image_prompts.py draws with one",
     "--control ": "a ControlNet from the hub; tests/accel/pipeline/test_control.py draws with one of its layout",
 }
 SLOW = ("--precision int8", "--precision auto", "--engine tensorrt-rtx --build", "fp16 --engine tensorrt-rtx")
@@ -71,6 +73,8 @@ def _marks(command: str) -> list[pytest.MarkDecorator]:
 
 def _needs(command: str) -> str | None:
     """What a command needs that is not here; None where it runs."""
+    if "--provider tensorrt-rtx" in command:
+        return "an RTX card"
     if "--engine tensorrt-rtx" in command:  # builds without a GPU
         if command.startswith("run "):
             return "an RTX card"

@@ -29,6 +29,7 @@ _REFUSED = {
     "load_textual_inversion": _EXPORT,
     "unload_textual_inversion": _EXPORT,
     "load_ip_adapter": "detach() first",
+    "unload_ip_adapter": "detach() first; without ip_adapter_image the adapter has no part in an image",
     "enable_freeu": "detach() first: FreeU works inside the UNet, which was compiled without it",
     "enable_vae_tiling": "detach() first",
     "fuse_qkv_projections": "detach() first",

@@ -112,7 +112,9 @@ class CompiledUNet(Compiled):
         names = {spec.name for spec in self._hidden.engine.component.inputs}
         if timestep_cond is not None:
             feeds["timestep_cond"] = timestep_cond
-        feeds |= {k: v for k, v in (added_cond_kwargs or {}).items() if k in names}
+        added = dict(added_cond_kwargs or {})
+        feeds |= self._image_prompt(added.pop("image_embeds", None), len(sample), sample.device)
+        feeds |= {k: v for k, v in added.items() if k in names}
         for i, feature in enumerate(down_intrablock_additional_residuals or []):
             feeds[f"adapter_features_{i}"] = feature
         for i, residual in enumerate(down_block_additional_residuals or []):
@@ -126,6 +128,34 @@ class CompiledUNet(Compiled):
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=out)
+
+    def _image_prompt(self, embeds: Any, rows: int, device: Any) -> dict[str, torch.Tensor]:
+        """The inputs of the IP-Adapter: what the pipeline made of its pictures, and the scale that it has now.
+
+        Args:
+            embeds: a list with a tensor [batch, pictures, ...] for each adapter; None where no picture was given.
+        """
+        spec = next((s for s in self._hidden.engine.component.inputs if s.name == "image_embeds"), None)
+        if spec is None:
+            if embeds is not None:
+                fix = "detach() first, or export again with --ip-adapter FILE --image-encoder FOLDER"
+                raise UserError("the compiled UNet has no input for image_embeds", fix)
+            return {}
+        if embeds is None:
+            zeros = torch.zeros(spec.concrete({"batch": rows, "prompt_images": 1}), device=device)
+            return {"image_embeds": zeros, "ip_adapter_scale": torch.zeros(rows, device=device)}
+        (embed,) = embeds if isinstance(embeds, (list, tuple)) else [embeds.unsqueeze(1)]
+        scales = {
+            scale if isinstance(scale, (int, float)) else None
+            for processor in self._hidden.original.attn_processors.values()
+            for scale in getattr(processor, "scale", ())
+        }
+        if len(scales) != 1 or None in scales:
+            raise UserError(
+                "the IP-Adapter has other scales in some blocks than in others, and the compiled UNet takes one",
+                "pipeline.set_ip_adapter_scale(0.6): one number; or detach() first",
+            )
+        return {"image_embeds": embed, "ip_adapter_scale": torch.full((rows,), float(scales.pop()), device=device)}
 
     def _zeros(self, sample: torch.Tensor, feeds: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Zeros for the control inputs that this pipeline does not feed."""
@@ -194,6 +224,21 @@ class CompiledVae(Compiled):
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         return DecoderOutput(sample=out)
+
+
+class CompiledImageEncoder(Compiled):
+    keeps_class = True  # diffusers reads the dtype of its parameters
+
+    def forward(self, pixel_values, output_hidden_states=None, return_dict=True, **_):
+        ((name, value),) = self.call(pixel_values=pixel_values).items()
+        if bool(output_hidden_states) != name.startswith("hidden_states."):
+            what = "hidden states" if output_hidden_states else "embedding"
+            raise UserError(
+                f"this bundle's image encoder gives no {what}: its IP-Adapter is of another kind", "detach()"
+            )
+        if output_hidden_states:  # of which diffusers reads the last but one
+            return SimpleNamespace(hidden_states=(value, None))
+        return SimpleNamespace(image_embeds=value)
 
 
 class CompiledTextEncoder(Compiled):

@@ -23,7 +23,8 @@ class Kind:
         unused: submodules of that part which this component does without.
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
             bundle has it), or "on demand" (loaded when it is first used).
-        control: whether it adds to the UNet; such a component is exported wherever the source has it.
+        adds: what it adds to the UNet, "control" or "image prompt"; such a component is exported, unasked, wherever the
+            source has it.
         slots: attributes of a diffusers pipeline that `accel.attach` replaces, one for each of `names`; or one that
             holds several networks (a MultiControlNetModel).
         stand_in: what replaces them, made as (original module, engine).
@@ -37,7 +38,7 @@ class Kind:
     part: str = ""
     unused: tuple[str, ...] = ()
     use: str = "on demand"
-    control: bool = False
+    adds: str = ""
     slots: tuple[str, ...] = ()
     stand_in: str = ""
 
@@ -56,11 +57,20 @@ _KINDS = (
         stand_in=f"{_ATTACH}:CompiledTextEncoder",
     ),
     Kind(
+        names=("image_encoder",),
+        wrapper=f"{_MODELS}.ip_adapter.image_encoder:ImageEncoder",
+        classes=("CLIPVisionModelWithProjection",),
+        library="transformers",
+        adds="image prompt",
+        slots=("image_encoder",),
+        stand_in=f"{_ATTACH}:CompiledImageEncoder",
+    ),
+    Kind(
         names=("t2i_adapter",),
         wrapper=f"{_MODELS}.control_networks:T2IAdapter",
         classes=("T2IAdapter",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("adapter",),
         stand_in=f"{_ATTACH}:CompiledAdapter",
     ),
@@ -69,7 +79,7 @@ _KINDS = (
         wrapper=f"{_MODELS}.control_networks:ControlNet",
         classes=("ControlNetModel",),
         use="if present",
-        control=True,
+        adds="control",
         slots=("controlnet",),
         stand_in=f"{_ATTACH}:CompiledControlNet",
     ),
@@ -109,4 +119,4 @@ def kind_of(component: str) -> Kind:
 
 def control_components() -> tuple[str, ...]:
     """The components that add to the UNet: `t2i_adapter`, `controlnet`, `controlnet_1`, ..."""
-    return tuple(name for kind in KINDS.values() if kind.control for name in kind.names)
+    return tuple(name for kind in KINDS.values() if kind.adds == "control" for name in kind.names)

@@ -42,6 +42,9 @@ def _problems(manifest: Any) -> Iterator[str]:
         yield from _range(f"profile.{side}", getattr(profile, side))
     if not 1 <= profile.tokens <= LARGEST:
         yield f"profile.tokens: {profile.tokens!r:.40} is not between 1 and {LARGEST}"
+    for name in ("step", "vae_tile"):
+        if not 0 <= getattr(profile, name) <= LARGEST:
+            yield f"profile.{name}: {getattr(profile, name)!r:.40} is not between 0 and {LARGEST}"
     for entry, record in manifest.files.items():
         if not _SHA256.fullmatch(record["sha256"]) or record["bytes"] < 0:
             yield f"files.{entry!r:.80}: {dict(record)!r:.120} is not a sha256 and a size"

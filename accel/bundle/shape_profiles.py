@@ -6,9 +6,10 @@ the tensors, which is what the exporter, the engines and TensorRT's optimization
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +41,22 @@ class Range:
         low, opt, high = (v * numerator // denominator for v in (self.min, self.opt, self.max))
         return Range(low, opt, high, max(1, self.multiple * numerator // denominator))
 
+    def shrunk(self, stride: int) -> Range:
+        """The range of `value / stride`, rounded up: what convolutions of stride 2 leave of a side."""
+        low, opt, high = (-(-value // stride) for value in (self.min, self.opt, self.max))
+        return Range(low, opt, high, max(1, self.multiple // stride))
+
+    def common(self, other: Range) -> Range | None:
+        """The values that both admit; None where there are none."""
+        step = math.lcm(self.multiple, other.multiple)
+        low, high = -(-max(self.min, other.min) // step) * step, min(self.max, other.max) // step * step
+        if low > high:
+            return None
+        return Range(low, min(max(round_to(self.opt, step), low), high), high, step)
+
+
+MOST_PROMPT_IMAGES = 4
+
 
 def fixed(value: int) -> Range:
     return Range(value, value, value)
@@ -54,6 +71,9 @@ class Profile:
         batch: images per call (guidance doubles the UNet's batch on top of this).
         height, width: pixels; the network decides in which steps (see `dims`).
         tokens: length of the text context.
+        step: pixels between one size and the next of a range; 0 for what the UNet halves exactly, see `dims`.
+        vae_tile: largest side that the VAE takes, in pixels: it sees tiles of larger images (`accel.pipeline.tiling`).
+            0 for a VAE that takes what the UNet takes.
     """
 
     name: str
@@ -61,42 +81,77 @@ class Profile:
     height: Range
     width: Range
     tokens: int = 77
+    step: int = 0
+    vae_tile: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)  # digests of bundles without the younger fields stay what they were
+        return {key: value for key, value in found.items() if value or key not in ("step", "vae_tile")}
 
-    def dims(self, *, vae_scale: int, latent_multiple: int, guidance: bool, edits: bool = False) -> dict[str, Range]:
-        """The symbolic dimensions of a pipeline's tensors.
+    def dims(
+        self, *, vae_scale: int, latent_multiple: int, guidance: bool, edits: bool = False, component: str = "unet"
+    ) -> dict[str, Range]:
+        """The symbolic dimensions of the tensors of a component.
+
+        A fixed side may be any multiple of `vae_scale`. A range goes by default in steps that the UNet halves exactly,
+        which keeps the graph simple; where it does not, an inner side is rounded up, as a convolution of stride 2 does.
 
         Args:
             vae_scale: pixels per latent pixel along one side (8 for Stable Diffusion).
-            latent_multiple: what a latent side must be a multiple of (2 ** number of UNet downsamplers).
+            latent_multiple: the latent sides that the UNet halves exactly are its multiples (2 ** number of
+                downsamplers).
             guidance: whether the pipeline uses classifier-free guidance, which doubles the UNet's batch. A batch range
                 always leaves room for it; a fixed batch is fixed to one or the other.
             edits: whether it is guided by an image too (InstructPix2Pix), which makes it three times the batch.
+            component: its name; a VAE's can take any multiple of `vae_scale`, and only tiles.
 
         Raises:
             UserError: when a size of the profile is not a multiple of what the network can represent.
         """
-        step = vae_scale * latent_multiple
+        of_vae = component.startswith("vae_")
+        step = self._step(vae_scale, latent_multiple)
         guided = 3 if edits else 2
         batch = self.batch.scaled(guided if guidance else 1)
         if not self.batch.fixed:
             batch = Range(self.batch.min, batch.opt, self.batch.max * guided)
         dims = {"images": self.batch, "batch": batch}
+        # Pictures that an IP-Adapter is shown for one image.
+        dims["prompt_images"] = _ONE if self.batch.fixed else Range(1, 1, MOST_PROMPT_IMAGES)
         for side, pixels in (("height", self.height), ("width", self.width)):
-            if pixels.min % step or pixels.max % step:
-                raise UserError(
-                    f"profile {self.name!r}: {side} {pixels} is not a multiple of {step} px, which this model needs",
-                    f"use multiples of {step}, for example {side}={round_to(pixels.opt, step)}",
-                )
-            snapped = Range(pixels.min, round_to(pixels.opt, step), pixels.max, 1 if pixels.fixed else step)
+            self._check(side, pixels, vae_scale if pixels.fixed else step, vae_scale)
+            if of_vae and self.vae_tile:
+                snapped = Range(vae_scale, self.vae_tile, self.vae_tile, vae_scale)
+            elif pixels.fixed:
+                snapped = pixels
+            else:
+                opt = min(max(round_to(pixels.opt, step), pixels.min), pixels.max)
+                snapped = Range(pixels.min, opt, pixels.max, vae_scale if of_vae else step)
             dims[side] = snapped
             dims[f"latent_{side}"] = snapped.scaled(1, vae_scale)
             for stride in (2, 4, 8):  # the inner resolutions, where adapters add their features
                 if latent_multiple % stride == 0:
-                    dims[f"latent_{side}_{stride}"] = dims[f"latent_{side}"].scaled(1, stride)
+                    dims[f"latent_{side}_{stride}"] = dims[f"latent_{side}"].shrunk(stride)
         return dims
+
+    def _step(self, vae_scale: int, latent_multiple: int) -> int:
+        """Pixels from one size of a range to the next."""
+        if self.step % vae_scale:
+            fix = f"step={vae_scale}, or a multiple of it; without it the step is {vae_scale * latent_multiple}"
+            raise UserError(f"profile {self.name!r}: step={self.step} is no multiple of {vae_scale} px", fix)
+        if self.vae_tile % (4 * vae_scale):
+            fix = f"use a multiple of {4 * vae_scale}, for example vae_tile={64 * vae_scale}"
+            raise UserError(f"profile {self.name!r}: vae_tile={self.vae_tile} makes no tiles that overlap", fix)
+        return self.step or vae_scale * latent_multiple
+
+    def _check(self, side: str, pixels: Range, step: int, vae_scale: int) -> None:
+        """Refuse a side that the network cannot represent."""
+        if not pixels.min % step and not pixels.max % step:
+            return
+        finer = f"; or add step={vae_scale} to allow all multiples of {vae_scale}" if step > vae_scale else ""
+        raise UserError(
+            f"profile {self.name!r}: {side} {pixels} is not a multiple of {step} px, which this model needs",
+            f"use multiples of {step}, for example {side}={round_to(pixels.opt, step)}{finer}",
+        )
 
 
 def round_to(value: int, step: int) -> int:
@@ -137,7 +192,8 @@ _PROFILES = (
 )
 PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for profile in _PROFILES})
 
-_FIELD = re.compile(r"^(batch|height|width|size|tokens)=(\d+)(?:-(\d+))?$")
+_FIELD = re.compile(r"^(batch|height|width|size|tokens|step|vae_tile)=(\d+)(?:-(\d+))?$")
+_NUMBERS = ("tokens", "step", "vae_tile")
 
 
 def native_sides(native: int | Sequence[int]) -> tuple[int, int]:
@@ -151,7 +207,8 @@ def profile(text: str, *, native: int | Sequence[int] | None = None) -> Profile:
 
     Args:
         text: a name from `PROFILES`; `native` (batch 1-4 at the model's own size); `static` (batch 1 at that size);
-            or `batch=1-4,height=256-768,width=512[,tokens=77]` with `size=` for both sides at once.
+            or `batch=1-4,height=256-768,width=512[,tokens=77][,step=8][,vae_tile=512]` with `size=` for both sides at
+            once. `step` and `vae_tile` may follow a name as well.
         native: the model's own image size in pixels, or (height, width), needed by `native` and `static`.
 
     Raises:
@@ -163,8 +220,32 @@ def profile(text: str, *, native: int | Sequence[int] | None = None) -> Profile:
         assert native is not None, "the caller knows the model's own size"
         height, width = map(fixed, native_sides(native))
         return Profile(text, _ONE if text == "static" else _TO_4, height, width)
+    first, _, rest = text.partition(",")
+    if first in PROFILES or first in ("static", "native"):
+        more = _fields(text, rest)
+        if others := set(more) - {"step", "vae_tile"}:
+            fix = f"spell it out, such as batch=1-4,{others.pop()}=..., or leave that out"
+            raise UserError(f"profile {text!r}: only step and vae_tile may follow a name", fix)
+        step, vae_tile = (more[key].max if key in more else 0 for key in ("step", "vae_tile"))
+        return replace(profile(first, native=native), name=text, step=step, vae_tile=vae_tile)
+    fields = _fields(text, text)
+    if native is not None:
+        fields = dict(zip(("height", "width"), map(fixed, native_sides(native)), strict=True)) | fields
+    if not {"height", "width"} <= set(fields):
+        raise UserError(f"profile {text!r} names no height and width", "add size=512 or height=...,width=...")
+    numbers = {key: fields[key].max for key in _NUMBERS if key in fields}
+    return Profile(text, fields.get("batch", _ONE), fields["height"], fields["width"], **numbers)
+
+
+def _fields(text: str, parts: str) -> dict[str, Range]:
+    """The fields of a profile that is spelled out, `size` as both sides.
+
+    Args:
+        text: the whole profile, for the errors.
+        parts: the part of it that has fields.
+    """
     fields: dict[str, Range] = {}
-    for part in text.split(","):
+    for part in parts.split(","):
         match = _FIELD.match(part.strip())
         if not match:
             error = unknown("profile", text, [*PROFILES, "native", "static"])
@@ -173,16 +254,12 @@ def profile(text: str, *, native: int | Sequence[int] | None = None) -> Profile:
         key, low, high = match[1], int(match[2]), int(match[3] or match[2])
         if not 1 <= low <= high:
             raise UserError(f"profile {text!r}: {part.strip()!r} is an empty range", "write low-high: batch=1-4")
-        if key == "tokens" and low != high:
-            raise UserError(f"profile {text!r}: tokens is one number, not a range", "leave it out, or write tokens=77")
+        if key in _NUMBERS and low != high:
+            raise UserError(
+                f"profile {text!r}: {key} is one number, not a range", f"leave it out, or write {key}={high}"
+            )
         for name in ("height", "width") if key == "size" else (key,):
             if name in fields:
                 raise UserError(f"profile {text!r} gives {name} twice", "size= is height= and width= at once")
             fields[name] = Range(low, low if key == "batch" else high, high)
-    if native is not None:
-        fields = dict(zip(("height", "width"), map(fixed, native_sides(native)), strict=True)) | fields
-    if not {"height", "width"} <= set(fields):
-        raise UserError(f"profile {text!r} names no height and width", "add size=512 or height=...,width=...")
-    return Profile(
-        text, fields.get("batch", _ONE), fields["height"], fields["width"], fields.get("tokens", fixed(77)).max
-    )
+    return fields

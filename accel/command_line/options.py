@@ -133,7 +133,7 @@ def add_engine(parser: Any) -> None:
     add("--device", "where to run: cpu, cuda or cuda:1; for openvino one of its own devices, such as GPU")
     add("--precision", "what to compute in, instead of the bundle's own", "dtype", choices=tuple(SHORT))
     renamed(group, "--dtype", "--precision")
-    add("--provider", "execution provider: cpu, cuda or tensorrt", metavar="NAME")
+    add("--provider", "execution provider: cpu, cuda, tensorrt, tensorrt-rtx, or NAME=PATH of a plugin", metavar="NAME")
     add("--cuda-graph", "replay captured CUDA graphs, of one step or of all steps", choices=("off", "step", "loop"))
     add("--engine-file", "key of the engine file to use, instead of the newest that fits", metavar="KEY")
     renamed(group, "--plan", "--engine-file")

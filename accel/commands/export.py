@@ -28,10 +28,10 @@ from ..int8 import summary
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
-COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.control)
+COMPONENTS = tuple(name for name, kind in KINDS.items() if not kind.adds)
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
-_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift ip_adapter image_encoder".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -128,6 +128,12 @@ def _add_parts(group: Any) -> None:
     )
     text = "ControlNet to export with it (repeatable: up to three, whose residuals are added)"
     group.add_argument("--controlnet", action="append", default=[], metavar="FOLDER", help=text)
+    group.add_argument(
+        "--ip-adapter", metavar="FILE", help="IP-Adapter to put into the UNet, such as ip-adapter_sd15.safetensors"
+    )
+    group.add_argument(
+        "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: the pipeline's own)"
+    )
     group.add_argument(
         "--base", metavar="FOLDER", help="for a single file: pipeline folder or hub id with tokenizers and configs"
     )
@@ -255,6 +261,8 @@ def _bundle(args: argparse.Namespace) -> int:
             variant=args.variant,
             adapter=None if args.adapter is True else args.adapter,
             controlnet=args.controlnet,
+            ip_adapter=args.ip_adapter,
+            image_encoder=args.image_encoder,
             few_step=args.few_step,
             embeddings=args.embedding,
         )

@@ -158,7 +158,7 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
     profile = manifest.profile
     print(
         f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
-        f"{profile.tokens} tokens"
+        f"{profile.tokens} tokens" + (f", VAE in tiles of {profile.vae_tile} px" if profile.vae_tile else "")
     )
     for component in manifest.components.values():
         _print_component(component)

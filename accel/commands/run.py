@@ -51,6 +51,10 @@ def add_arguments(parser: Any) -> None:
     text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
+    text = "decode and encode in overlapping tiles: large images in the memory of a tile"
+    parser.add_argument("--vae-tiling", action="store_true", default=None, help=text)
+    text = "side of a tile, which enables tiling too (default: the VAE's own size)"
+    parser.add_argument("--vae-tile", type=int, metavar="PX", help=text)
     group = parser.add_argument_group("images to start from and to be guided by")
     group.add_argument("--image", metavar="FILE", help="start from this image (image-to-image)")
     group.add_argument("--mask", metavar="FILE", help="with --image: repaint only where this is white")
@@ -65,6 +69,10 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--control-scale", action="append", type=float, metavar="SCALE", help=text)
     text = "share of the steps, from the first, that --control guides (default: 1); repeat for several"
     group.add_argument("--control-end", action="append", type=float, metavar="SHARE", help=text)
+    text = "picture that the bundle's IP-Adapter is shown as a prompt; repeat to show several together"
+    group.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=text)
+    text = "strength of --image-prompt (default: 1)"
+    group.add_argument("--image-prompt-scale", type=float, default=1.0, metavar="SCALE", help=text)
     group = parser.add_argument_group("SDXL's size conditioning")
     text = "original size (default: the image's)"
     group.add_argument("--original-size", type=_pair, metavar="HxW", help=text)
@@ -95,11 +103,12 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
-    for option in ("image", "mask", "control"):
+    for option in ("image", "mask", "control", "image_prompt"):
         given = getattr(args, option) or []
         for file in [given] if isinstance(given, str) else given:
             if not Path(file).is_file():
-                raise UserError(f"--{option} {file}: there is no such file", "name an image file")
+                text = f"--{option.replace('_', '-')} {file}: there is no such file"
+                raise UserError(text, "name an image file")
     if args.canny and args.control is None:
         raise UserError("--canny needs an image", "add --control FILE")
     call = dict(
@@ -119,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         control_image=_one_or_all(args.control),
         control_scale=_one_or_all(args.control_scale or [1.0]),
         control_end=_one_or_all(args.control_end or [1.0]),
+        ip_adapter_image=[args.image_prompt] if args.image_prompt else None,
+        ip_adapter_scale=args.image_prompt_scale,
         original_size=args.original_size,
         crop=args.crop,
         target_size=args.target_size,
@@ -130,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     )
     engine, options = engine_of(args)
     bundle = opened(args.bundle, engine, few_step=args.few_step)
-    check_call(bundle, **call)
+    tiling = dict(vae_tiling=args.vae_tiling, vae_tile=args.vae_tile)
+    check_call(bundle, **tiling, **call)
     if knows_only_digits(str(bundle.manifest.source["name"])) and not all(map(names_a_digit, prompts)):
         warnings.warn(
             f"this model draws handwritten digits alone: --prompt {DIGITS_PROMPTS[0]!r}", Notice, stacklevel=1
@@ -138,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     if args.canny:
         call["control_image"] = _one_or_all([canny(file) for file in args.control])
     changed = dict(loras=args.lora, embeddings=args.embedding)
-    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **options)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **tiling, **options)
     if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
         unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)

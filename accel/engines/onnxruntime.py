@@ -1,12 +1,11 @@
-"""ONNX Runtime: CPU everywhere; CUDA and TensorRT providers where onnxruntime-gpu is installed.
+"""ONNX Runtime: CPU everywhere, CUDA and TensorRT where onnxruntime-gpu is installed, and plugin providers.
 
-Needs neither torch nor diffusers. With a GPU provider and torch present, tensors stay on the GPU between calls.
+Needs neither torch nor diffusers. With CUDA or TensorRT and torch present, tensors stay on the GPU between calls.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,13 +15,14 @@ import numpy as np
 from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph
 from ..dtypes import torch_dtype
-from ..errors import MissingPackage, Notice, UserError, unknown
-from ..trt.cuda import index_of
+from ..errors import MissingPackage, UserError
+from ..providers import plugins
+from ..providers.built_in import PROVIDERS
+from ..providers.route import NAMES, NO_EP_CONTEXT, Route, find
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
-from .onnxruntime_providers import PROVIDERS, chain, without_engine_cache
 
 FACTS = Facts(
-    devices={name: {"provider": name} for name in PROVIDERS},
+    devices={name: {"provider": name} for name in NAMES},
     libraries=("onnx", "onnxruntime"),
     options=("device", "provider", "threads"),
     int8=True,
@@ -37,7 +37,8 @@ def status() -> Status:
     import onnxruntime
 
     names = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
-    return Status(True, f"onnxruntime {onnxruntime.__version__} ({', '.join(names)})")
+    states = "".join(f"; provider {state}" for name in plugins.PACKAGED if (state := plugins.state(name)))
+    return Status(True, f"onnxruntime {onnxruntime.__version__} ({', '.join(names)}){states}")
 
 
 def attempt() -> str:
@@ -46,18 +47,28 @@ def attempt() -> str:
 
     from .attempt import product_graph
 
+    def runs(options: Any, provider: str, **more: Any) -> bool:
+        options.log_severity_level = 4
+        session = ort.InferenceSession(product_graph(), options, **more)
+        session.run(None, {"x": np.ones((2, 2), np.float32)})
+        return provider in session.get_providers()
+
     found = []
     for name, provider in PROVIDERS.items():
-        if provider not in ort.get_available_providers():
-            continue
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        session = ort.InferenceSession(product_graph(), options, providers=[provider])
-        session.run(None, {"x": np.ones((2, 2), np.float32)})
-        ran = provider in session.get_providers()
-        found.append(
-            name if ran else f"{name} does not load (its CUDA or TensorRT libraries are missing or do not fit)"
-        )
+        if provider in ort.get_available_providers():
+            ran = runs(ort.SessionOptions(), provider, providers=[provider])
+            found.append(
+                name if ran else f"{name} does not load (its CUDA or TensorRT libraries are missing or do not fit)"
+            )
+    for name in plugins.PACKAGED:
+        if plugins.state(name):
+            try:
+                plugin, options = plugins.named(name), ort.SessionOptions()
+                device = plugins.devices(plugin)[0]
+                options.add_provider_for_devices([device], {})
+                found.append(name if runs(options, device.ep_name) else f"{name} does not load")
+            except UserError as error:
+                found.append(f"{name} does not run: {error.message.partition(': ')[2] or error.message}")
     return ", ".join(found)
 
 
@@ -65,15 +76,15 @@ class OnnxRuntime(Engine):
     """The component's ONNX graph on ONNX Runtime.
 
     Args:
-        provider: "auto" (cuda where present, else cpu), "cpu", "cuda" or "tensorrt".
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        provider: "auto" (cuda where present, else cpu), "cpu", "cuda", "tensorrt"; or a plugin provider:
+            "tensorrt-rtx" (NVIDIA's package), or "NAME=PATH" of any library of providers. `auto` takes no plugin.
+        device: "auto", "cpu", "cuda", "cuda:1", ...; for a plugin also "gpu" and "npu".
         threads: CPU threads; 0 lets ONNX Runtime choose.
-        io_binding: bind torch tensors by address instead of passing numpy arrays; None turns it on for GPU providers
-            when torch is installed. Outputs are always fresh tensors: an output bound over an input would overwrite
-            the latents that the sampler still needs.
+        io_binding: bind torch tensors by address instead of passing numpy arrays; None turns it on for CUDA and
+            TensorRT when torch is installed. Plugin providers take numpy arrays. Outputs are always
+            fresh tensors: an output bound over an input would overwrite the latents that the sampler still needs.
         session: further session config entries.
-        provider_options: options of the GPU provider by ONNX Runtime's names, over ours (see
-            `onnxruntime_providers`).
+        provider_options: options of the provider by ONNX Runtime's names, over ours (see `accel.providers`).
         weights: as `set_weights` takes them.
     """
 
@@ -98,57 +109,25 @@ class OnnxRuntime(Engine):
             import onnxruntime as ort
         except ImportError:
             raise MissingPackage("onnxruntime", "the onnxruntime engine", "cpu") from None
-        available = ort.get_available_providers()
-        index = index_of(device)
-        if index is None and device != "cpu":
-            raise UserError(f"unknown device {device!r}", "--device cpu, cuda or cuda:1")
-        if provider != "auto" and device != "auto" and (provider == "cpu") != (device == "cpu"):
-            raise UserError(f"the {provider} provider does not run on {device}", "leave out --device or --provider")
-        slow = f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
-        if provider == "auto":
-            gpu = device.startswith("cuda") or index is not None and PROVIDERS["cuda"] in available
-            provider = "cuda" if gpu and (device != "auto" or not component.int8) else "cpu"
-            if gpu and provider == "cpu":
-                warnings.warn(
-                    f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT engine files for the GPU",
-                    Notice,
-                    stacklevel=3,
-                )
-        if provider == "cuda" and component.int8:
-            raise UserError(f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16")
-        if provider not in PROVIDERS:
-            raise unknown("provider", provider, ["auto", *PROVIDERS])
-        if PROVIDERS[provider] not in available:
-            raise UserError(
-                f"this onnxruntime has no {provider} provider (it has {', '.join(available)})",
-                "pip uninstall onnxruntime; pip install onnxruntime-gpu",
-            )
-        if component.int8 and provider == "cpu":
+        if any(key.startswith("ep.context") for key in session or ()):
+            raise UserError(*NO_EP_CONTEXT)
+        route = find(provider, device, bundle, component, provider_options)
+        if route.plugin and io_binding:
+            raise UserError(f"provider {route.name} takes no io_binding: its tensors are numpy arrays", "leave it out")
+        if component.int8 and route.name == "cpu":
             note_saturation()
-        self._open = partial(
-            self._session,
-            bundle,
-            provider,
-            threads,
-            session or {},
-            chain(provider, index or 0, bundle, component, provider_options),
-        )
+        self._open = partial(self._session, bundle, route, threads, session or {})
         self.set_weights(weights or {})
-        self.on_gpu = provider != "cpu"
+        self.on_gpu = route.place.startswith("cuda")
         self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
         self.native = "torch" if self.binding else "numpy"
-        self.device_id = index or 0
-        self.device = f"cuda:{self.device_id}" if self.on_gpu else "cpu"
-        self.description = f"onnxruntime {ort.__version__}, {provider}" + (", int8" if component.int8 else "")
+        self.device = route.place if self.on_gpu else "cpu"  # where its tensors are
+        self.device_id = int(self.device.partition(":")[2] or 0)
+        where = f" on {route.place}" if route.plugin else ""
+        self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (", int8" if component.int8 else "")
 
     def _session(
-        self,
-        bundle: Bundle,
-        provider: str,
-        threads: int,
-        entries: Mapping[str, str],
-        providers: Sequence[Any],
-        weights: Mapping[str, np.ndarray],
+        self, bundle: Bundle, route: Route, threads: int, entries: Mapping[str, str], weights: Mapping[str, np.ndarray]
     ) -> tuple[Any, list[Any]]:
         """A session with these weights instead of the graph's own, and what it needs to be held for them."""
         import onnxruntime as ort
@@ -158,7 +137,7 @@ class OnnxRuntime(Engine):
         options.intra_op_num_threads = threads
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        own = "onnxruntime" if provider == "cpu" else ""
+        own = "onnxruntime" if route.name == "cpu" else ""
         file = graph_file(bundle, self.component, own)
         held = {}
         if weights:
@@ -170,24 +149,17 @@ class OnnxRuntime(Engine):
             }
             # `add_initializer` is ignored where a tensor's data lies in a file beside the graph.
             options.add_external_initializers(list(held), list(held.values()))
-            providers = without_engine_cache(providers)
+            route = route.without_caches()
         try:
-            session = ort.InferenceSession(
-                str(file),
-                options,
-                providers=providers,
-                disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None,
-            )
+            session = route.open(str(file), options, disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None)
         except Exception as error:
             raise UserError(
-                f"ONNX Runtime cannot load {self.component.graph}: {str(error).splitlines()[0][:300]}",
-                "export the model again, or try another engine",
+                f"ONNX Runtime cannot load {self.component.graph} on {route.name}: {plugins.cause(error)}",
+                "--provider cpu, or another engine"
+                if route.plugin
+                else "export the model again, or try another engine",
             ) from None
-        if PROVIDERS[provider] not in session.get_providers():
-            raise UserError(
-                f"ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}",
-                "check that the CUDA / TensorRT libraries match this onnxruntime-gpu, or use --provider cpu",
-            )
+        route.check(session, self.component)
         return session, list(held.values())
 
     def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:

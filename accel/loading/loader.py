@@ -28,6 +28,8 @@ def load(
     low_memory: bool = False,
     loras: Any = None,
     embeddings: Any = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -51,6 +53,9 @@ def load(
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
         embeddings: files of textual inversion, whose tokens prompts may use, as `Pipeline.set_embeddings` takes them.
+        vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
+            for yes where the bundle was exported for tiles.
+        vae_tile: side of a tile in pixels, which enables tiling too; None for diffusers' own, or the bundle's.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -65,9 +70,9 @@ def load(
     if _is_pipeline(ready) and _wants_graphs(engine):
         read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **(export or {})})
-    return load_opened(
-        ready, engine, verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options
-    )
+    changed = dict(loras=loras, embeddings=embeddings)
+    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
 
 
 def opened(

@@ -66,7 +66,7 @@ class ControlNet(nn.Module):
         # One value for each channel of each image, which holds at every pixel.
         height, width = sample.shape[2:]
         each = zip(outputs, self.strides, strict=True)
-        return tuple(out.expand(-1, -1, height // stride, width // stride) for out, stride in each)
+        return tuple(out.expand(-1, -1, -(-height // stride), -(-width // stride)) for out, stride in each)
 
 
 def unet_adapter_shapes(config: Any) -> list[Shape]:

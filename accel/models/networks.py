@@ -21,10 +21,12 @@ from torch import nn
 from ..bundle.kinds import KINDS
 from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
+from ..files import write_json
 from ..int8 import packed
 from . import weight_files
 from .config_files import built, read_config
 from .control_networks import feature_specs, residual_shapes, residual_specs, unet_adapter_shapes
+from .ip_adapter import unet as ip_adapter
 
 FLOAT = "float32"
 CLIP_SKIP = "clip_skip."  # and a number: outputs of a text encoder
@@ -102,20 +104,24 @@ class UNet(nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        ip_adapter_scale: torch.Tensor | None = None,
         **control: torch.Tensor | None,
     ) -> tuple[torch.Tensor]:
         features = [control[name] for name in _FEATURES if control.get(name) is not None]
         residuals = tuple(control[name] for name in _RESIDUALS if control.get(name) is not None)
-        added = None
+        added: dict[str, Any] = {}
         if text_embeds is not None:
             # diffusers concatenates it with the float32 sinusoids of the sizes; ONNX does not promote, torch does.
-            added = {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
+            added |= {"text_embeds": text_embeds.to(time_ids.dtype), "time_ids": time_ids}
+        if image_embeds is not None:
+            added["image_embeds"] = (image_embeds, ip_adapter_scale)
         return self.model(
             sample,
             timestep,
             encoder_hidden_states,
             timestep_cond=timestep_cond,
-            added_cond_kwargs=added,
+            added_cond_kwargs=added or None,
             down_intrablock_additional_residuals=features or None,
             down_block_additional_residuals=residuals or None,
             mid_block_additional_residual=control.get("mid_residual"),
@@ -176,7 +182,15 @@ def text_encoder(
     return Network(name, "text_encoder", TextEncoder(model, outputs), inputs, tuple(outputs))
 
 
-def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool = False, time_ids: int = 6) -> Network:
+def unet(
+    model: nn.Module,
+    *,
+    tokens: int = 77,
+    adapter: int = 0,
+    control: bool = False,
+    time_ids: int = 6,
+    image_tokens: int = 0,
+) -> Network:
     """The network of a UNet2DConditionModel, with whatever extra conditioning its config asks for.
 
     Args:
@@ -184,6 +198,7 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool 
         control: whether it takes a ControlNet's residuals.
         time_ids: how many numbers SDXL's size conditioning has (arXiv 2307.01952, section 2.2): original size, crop
             corner and target size, two each; a refiner's has an aesthetic score in place of the target size.
+        image_tokens: of the image encoder's hidden states, where the model has an IP-Adapter that takes those.
     """
     config = model.config
     latent = ("batch", config.in_channels, "latent_height", "latent_width")
@@ -205,6 +220,7 @@ def unet(model: nn.Module, *, tokens: int = 77, adapter: int = 0, control: bool 
         )
     if config.time_cond_proj_dim is not None:
         inputs.append(TensorSpec("timestep_cond", FLOAT, ("batch", config.time_cond_proj_dim)))
+    inputs += ip_adapter.specs(model, image_tokens)
     inputs += feature_specs(unet_adapter_shapes(config)[:adapter], "batch")
     if control:
         inputs += residual_specs(residual_shapes(config), "batch")
@@ -287,7 +303,16 @@ def _build(kind: str, config: Mapping[str, Any], path: Path) -> nn.Module:
     cls = getattr(import_module(row.library), name)
     if row.library == "transformers":
         return built(path, name, lambda: cls(cls.config_class.from_dict(dict(config))))
-    return built(path, name, lambda: _only(cls.from_config(dict(config)), kind))
+    # What only our own configs have, and diffusers would not know.
+    own = {key: value for key, value in config.items() if key != ip_adapter.KEY}
+
+    def build() -> nn.Module:
+        model = _only(cls.from_config(own), kind)
+        if kind == "unet" and ip_adapter.KEY in config:
+            ip_adapter.rebuild(model, config[ip_adapter.KEY])
+        return model
+
+    return built(path, name, build)
 
 
 def save_config(network: Network, folder: Path) -> None:
@@ -295,6 +320,9 @@ def save_config(network: Network, folder: Path) -> None:
     model = network.module.model
     if hasattr(model, "save_config"):
         model.save_config(folder)
+        if ip_adapter.has(model):
+            path = folder / "config.json"
+            write_json(path, read_config(path, "the config") | {ip_adapter.KEY: ip_adapter.described(model)})
     else:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -17,6 +17,7 @@ from ..files import digest_of
 from ..sampling.noise_schedule import NoiseSchedule
 from .config_files import built
 from .constants import edits, note_left_out, own_sampling, pipeline_constants
+from .ip_adapter.into_source import completed
 from .source import Source, open_source
 from .source_networks import UNetInputs, clip_skips, network_of, own_tokens, unet_inputs
 
@@ -40,7 +41,10 @@ class PipelineBundle(Bundle):
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
     def file(self, entry: str) -> Path:
-        """The path of a file of the folder, which has no manifest to list it."""
+        """The path of a file of the folder, which has no manifest to list it, by its place in a bundle."""
+        folder, _, name = entry.partition("/")
+        if folder in self.manifest.components:
+            return self.source.folder(kind_of(folder).part or folder) / name
         return self.path / entry
 
     def listed(self, folder: str) -> frozenset[str]:
@@ -75,12 +79,12 @@ def open_pipeline(model: str | Path | Source, *, few_step: str | None = None) ->
     source = replace(source, clip_skips=tuple(clip_skips(source)))
     constants, sampling = pipeline_constants(source), own_sampling(source)
     note_left_out(source)
-    step = constants["vae_scale"] * constants["latent_multiple"]
+    step = constants["vae_scale"]  # torch takes any latents: the UNet is told which sizes to go back up to
     height, width = (
         Range(step, round_to(native, step), _PIXELS // step * step, step)
         for native in native_sides(constants["native_size"])
     )
-    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source))
+    profile = Profile("any", Range(1, 1, _IMAGES), height, width, own_tokens(source), step)
     inputs = unet_inputs(source, profile.tokens)
     dims = profile.dims(
         vae_scale=constants["vae_scale"],
@@ -131,5 +135,7 @@ class _Shapes(Source):
         path = self.folder(component) / "config.json"
         with torch.device("meta"):
             if hasattr(cls, "from_config"):
-                return built(path, cls.__name__, lambda: cls.from_config(config)).eval()
-            return built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config))).eval()
+                model = built(path, cls.__name__, lambda: cls.from_config(config))
+            else:
+                model = built(path, cls.__name__, lambda: cls(cls.config_class.from_dict(config)))
+        return completed(self, component, model).eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 from ..bundle import Bundle
 from ..errors import UserError
 from ..files import read_json
+from .ip_adapter import unet as ip_adapter
 from .weight_files import aliases
 
 # What decides the shapes.
@@ -39,6 +43,8 @@ _PLAIN_ATTENTION = {
     "XFormersAttnProcessor",
     "XLAFlashAttnProcessor2_0",
 }
+# Whose weights are compared like others.
+_IP_ADAPTERS = {"IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor"}
 
 
 def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> None:
@@ -61,6 +67,7 @@ def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> Non
                 f"{component}: the pipeline has {key} {a}, the bundle {b}: they are different models",
                 "attach a bundle that was exported from this pipeline",
             )
+    _check_ip_adapter(module, theirs)
     _check_plain(module, component)
     if name := _other_weight(module, bundle, component):
         if "token_embedding" in name:
@@ -74,6 +81,18 @@ def check_same_network(module: nn.Module, bundle: Bundle, component: str) -> Non
             f"{component}: the pipeline and {bundle.path} have different weights, {name} for one",
             "pipeline.unfuse_lora() first: adapters are followed as they are" if merged else fix,
         )
+
+
+def _check_ip_adapter(module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse a UNet whose IP-Adapters are not the one of the bundle; one without is drawn with as it is."""
+    count = len(getattr(getattr(module, "encoder_hid_proj", None), "image_projection_layers", ()))
+    if count and ip_adapter.KEY not in config:
+        raise UserError(
+            "the pipeline has an IP-Adapter, and the bundle was exported without one",
+            "pipeline.unload_ip_adapter() first; or export again with --ip-adapter FILE --image-encoder FOLDER",
+        )
+    if count > 1:
+        raise UserError(f"the pipeline has {count} IP-Adapters, and a bundle has one", "load the bundle's own alone")
 
 
 def _check_plain(module: nn.Module, component: str) -> None:
@@ -94,10 +113,10 @@ def _check_plain(module: nn.Module, component: str) -> None:
         if "forward" in part.__dict__:
             raise UserError(f"{where} has a forward of its own, which would not be called", "load the pipeline anew")
         processor = type(getattr(part, "processor", None))
-        if "Attn" in processor.__name__ and processor.__name__ not in _PLAIN_ATTENTION:
+        if "Attn" in processor.__name__ and processor.__name__ not in (*_PLAIN_ATTENTION, *_IP_ADAPTERS):
             raise UserError(
                 f"{where} has an attention processor that the compiled network has not: {processor.__name__}",
-                f"pipeline.{component}.set_default_attn_processor() first, or unload what set it (an IP-Adapter)",
+                f"pipeline.{component}.set_default_attn_processor() first, or unload what set it ",
             )
 
 
@@ -106,9 +125,10 @@ def _other_weight(module: nn.Module, bundle: Bundle, component: str) -> str:
     record = bundle.component(component)
     packed = tuple(f"{name}." for name in record.int8.get("layers", {}))
     own = {name.replace(".base_layer.", "."): value for name, value in module.state_dict().items()}
+    unused = () if getattr(module, "encoder_hid_proj", None) else ip_adapter.WEIGHTS
     with safe_open(bundle.file(record.weights), "pt") as file:
         for name in file.keys():
-            if name.startswith(packed or ("\0",)):
+            if name.startswith(packed or ("\0",)) or any(part in name for part in unused):
                 continue
             found = next((own[alias] for alias in aliases(name) if alias in own), None)
             if found is None or not found.is_meta and not _same(found, file.get_tensor(name)):

@@ -23,6 +23,7 @@ from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
 from .embeddings import Embedding, EmbeddingSpec
 from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
+from .ip_adapter.into_source import completed, note_left_out, with_ip_adapter
 from .lora import COMPONENTS, LoraFile, check_components, fuse, lora_file
 from .topology import identify
 
@@ -42,6 +43,7 @@ class Source:
         folders: component -> folder to load instead.
         variant: of the weight files, such as "fp16"; None for the plain ones, or the only one there is.
         few_step: which few-step family it is of, or "none", where the caller says so (`accel.models.few_step`).
+        ip_adapter: file of an IP-Adapter that `load` puts into the UNet.
         embeddings: learned tokens that `copy` adds to the tokenizers, and `load` to the text encoders.
         clip_skips: how many layers before the last one the text encoder has further outputs.
     """
@@ -54,6 +56,7 @@ class Source:
     folders: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
     few_step: str | None = None
+    ip_adapter: Path | None = None
     embeddings: tuple[Embedding, ...] = ()
     clip_skips: tuple[int, ...] = ()
 
@@ -133,7 +136,7 @@ class Source:
             fuse(model, component, self.loras, unet_config=self.config("unet"))
         if self.embeddings and component in TEXT_ENCODERS:
             add_vectors(model, component, self.embeddings, self.folder(tokenizer_of(component)))
-        return model.eval()
+        return completed(self, component, model).eval()
 
     def network_class(self, component: str) -> Any:
         """The class that model_index.json names for a network; raises a UserError for one that is not supported."""
@@ -158,6 +161,7 @@ class Source:
                 f"{folder}: {len(lost)} weights are missing, the first one is {lost[0]}",
                 "the files may be damaged, or of another model; get them again",
             )
+        note_left_out(folder, info["unexpected_keys"])
         return model
 
     def copy(self, component: str, to: Path) -> None:
@@ -171,9 +175,8 @@ class Source:
                 add_tokens(to, self.embeddings)
 
     def weight_files(self, component: str) -> list[Path]:
-        if component in self.files:
-            return [self.files[component]]
-        return self._chosen_files(self.folder(component))[0]
+        own = [self.files[component]] if component in self.files else self._chosen_files(self.folder(component))[0]
+        return own + [self.ip_adapter] * (component == "unet" and self.ip_adapter is not None)
 
     def _chosen_files(self, folder: Path) -> tuple[list[Path], str | None]:
         """Of the variant that was asked for, where this part has it; `open_source` has said where not."""
@@ -189,6 +192,8 @@ class Source:
         """What a manifest keeps of where the parts came from, beside the name and the digest."""
         parts = {name: {"name": path.name, "sha256": sha256(path)} for name, path in self.files.items()}
         parts |= {name: {"name": path.name} for name, path in self.folders.items()}
+        if self.ip_adapter is not None:
+            parts["ip_adapter"] = {"name": self.ip_adapter.name, "sha256": sha256(self.ip_adapter)}
         return self._added() | ({"parts": parts} if parts else {}) | ({"variant": self.variant} if self.variant else {})
 
     def _added(self) -> dict[str, Any]:
@@ -222,6 +227,8 @@ def open_source(
     vae: str | Path | None = None,
     adapter: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     variant: str | None = None,
     few_step: str | None = None,
     embeddings: Sequence[EmbeddingSpec] = (),
@@ -236,6 +243,8 @@ def open_source(
         vae: folder or file of a VAE, full or tiny, instead of the model's own.
         adapter, controlnet: folder of a T2I-Adapter or a ControlNet that goes with it; or a list of up to three
             ControlNets, whose residuals are added.
+        ip_adapter: file of an IP-Adapter that goes with it, as its authors publish it.
+        image_encoder: folder of its image encoder; None for the pipeline's own `image_encoder`.
         variant: of the folder's weight files, such as "fp16".
         few_step: the few-step family that it is of, or "none", where its names do not say it (`accel.models.few_step`).
         embeddings: files of textual inversion to add, each as FILE or FILE=TOKEN (`accel.models.embeddings`).
@@ -273,6 +282,7 @@ def open_source(
         source = parts.with_part(source, "t2i_adapter", Path(adapter), ("T2IAdapter",))
     if nets:
         source = parts.with_controlnets(source, nets)
+    source = with_ip_adapter(source, ip_adapter, image_encoder)
     if "unet" in source.files:
         single_file.refuse_others(weights.read(source.files["unet"]), source.files["unet"].name)
         source.config("unet")  # says now what does not fit

@@ -14,6 +14,8 @@ import torch
 from ..bundle.kinds import KINDS, kind_of
 from . import control_networks, networks
 from .constants import pipeline_constants
+from .ip_adapter import files as ip_adapter_files
+from .ip_adapter import image_encoder as image_encoders
 from .networks import Network
 from .source import Source
 
@@ -27,12 +29,15 @@ class UNetInputs:
         adapter: number of T2I-Adapter features.
         control: whether it takes the residuals of ControlNets, summed.
         time_ids: how many numbers SDXL's size conditioning has; a refiner's has five.
+        image_tokens: length of the image encoder's hidden states that its IP-Adapter takes; 0 for one that takes the
+            embedding, and without an IP-Adapter.
     """
 
     tokens: int = 77
     adapter: int = 0
     control: bool = False
     time_ids: int = 6
+    image_tokens: int = 0
 
 
 def clip_skips(source: Source) -> range:
@@ -53,7 +58,7 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
         adapter: whether it gets those of a T2I-Adapter although the source has none.
 
     Raises:
-        UserError: for a control network that does not fit the UNet.
+        UserError: for a control network or an IP-Adapter that does not fit the UNet.
     """
     unet = unet_config(source)
     features = len(unet["block_out_channels"]) if adapter else 0
@@ -63,7 +68,12 @@ def unet_inputs(source: Source, tokens: int, adapter: bool = False) -> UNetInput
     nets = [name for name in KINDS["controlnet"].names if source.has(name)]
     for name in nets:
         control_networks.match_controlnet({"addition_embed_type": None} | source.config(name), unet)
-    return UNetInputs(tokens, features, bool(nets), 5 if source.refines else 6)
+    image_tokens = 0
+    if source.ip_adapter is not None:
+        state, encoder = ip_adapter_files.read(source.ip_adapter), _config_of_image_encoder(source)
+        kind = ip_adapter_files.match(state, source.ip_adapter.name, _shape_of_unet(source), encoder)
+        image_tokens = image_encoders.tokens_of(encoder) if kind.hidden_states else 0
+    return UNetInputs(tokens, features, bool(nets), 5 if source.refines else 6, image_tokens)
 
 
 def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -75,6 +85,10 @@ def text_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
 
 def unet(source: Source, name: str, inputs: UNetInputs) -> Network:
     return networks.unet(source.load(name), **vars(inputs))
+
+
+def image_encoder(source: Source, name: str, inputs: UNetInputs) -> Network:
+    return Network(name, name, *image_encoders.parts(source.load(name), bool(inputs.image_tokens)))
 
 
 def vae_decoder(source: Source, name: str, inputs: UNetInputs) -> Network:
@@ -91,12 +105,21 @@ def t2i_adapter(source: Source, name: str, inputs: UNetInputs) -> Network:
 
 
 def controlnet(source: Source, name: str, inputs: UNetInputs) -> Network:
+    shared = networks.unet(_shape_of_unet(source), tokens=inputs.tokens, time_ids=inputs.time_ids).inputs
+    return Network(name, "controlnet", *control_networks.controlnet(source.load(name), shared))
+
+
+def _shape_of_unet(source: Source) -> Any:
+    """The UNet without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(source.config("unet"))
-    shared = networks.unet(model, tokens=inputs.tokens, time_ids=inputs.time_ids).inputs
-    return Network(name, "controlnet", *control_networks.controlnet(source.load(name), shared))
+        return UNet2DConditionModel.from_config(source.config("unet"))
+
+
+def _config_of_image_encoder(source: Source) -> Any:
+    path = source.folder("image_encoder") / "config.json"
+    return image_encoders.shape_of(source.config("image_encoder"), path).config
 
 
 def own_tokens(source: Source) -> int:

@@ -52,6 +52,26 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def read_groups(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file whose weights are in groups, as "GROUP.name"; a pickle has a dictionary for each group.
+
+    Raises:
+        UserError: as `read`.
+    """
+    import torch
+
+    _check_name(path)
+    state = _read_safetensors(path) if path.suffix == SAFETENSORS else read_pickle(path)
+    tensors = {}
+    for key, value in state.items():
+        for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(tensor, torch.Tensor):
+                tensors[f"{key}.{name}" if name else str(key)] = tensor
+    if not tensors:
+        raise UserError(f"{path} holds no weights", "give another file")
+    return tensors
+
+
 def arrays(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a file in float32, as numpy's arrays; torch is needed for pickles and rare dtypes alone.
 

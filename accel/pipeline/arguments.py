@@ -81,6 +81,11 @@ _TEXTS = "a text, or a list of texts"
 _IMAGE = Argument(
     _or_list_of(_image), "a PIL image, a file name, an array [height, width, 3], or a list of them", "'photo.png'"
 )
+_IMAGE_PROMPT = Argument(
+    _or_list_of(_or_list_of(_image)),
+    "an image, a list with one for each image to make, or a list of lists for several together",
+    "'style.png'",
+)
 _SIDE = Argument(_whole, "a whole number of pixels", "512")
 _SWITCH = Argument(_flag, "True or False", "True", optional=False)
 _PAIR = Argument(_list_of(_whole, 2), "two whole numbers", "(512, 768)")
@@ -103,6 +108,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     "control_image": replace(_IMAGE, fits=_or_list_of(_or_list_of(_image))),
     "control_scale": Argument(_or_list_of(_number), "a number, or one for each ControlNet", "0.8", optional=False),
     "control_end": Argument(_or_list_of(_number), "a number from 0 to 1, or one for each", "0.5", optional=False),
+    "ip_adapter_image": _IMAGE_PROMPT,
+    "ip_adapter_scale": Argument(_number, "a number", "0.6", optional=False),
     "original_size": _PAIR,
     "crop": Argument(_list_of(_whole, 2), "two whole numbers", "(0, 0)", optional=False),
     "target_size": _PAIR,
@@ -141,7 +148,7 @@ RENAMED = {
 _OF_DIFFUSERS: Mapping[str, Any] = {
     **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds")),
     **dict.fromkeys(("negative_pooled_prompt_embeds", "prompt_2", "negative_prompt_2")),
-    **dict.fromkeys(("padding_mask_crop", "negative_target_size")),
+    **dict.fromkeys(("ip_adapter_image_embeds", "padding_mask_crop", "negative_target_size")),
     "negative_original_size": None,
     "negative_crops_coords_top_left": (0, 0),
     "guidance_rescale": 0.0,
@@ -149,10 +156,7 @@ _OF_DIFFUSERS: Mapping[str, Any] = {
     "callback_steps": 1,
 }
 # What no compiled network has an input for, so that `accel.attach` is no way out either.
-_OF_NETWORKS: Mapping[str, Any] = {
-    **dict.fromkeys(("cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds")),
-    "guess_mode": False,
-}
+_OF_NETWORKS: Mapping[str, Any] = {"cross_attention_kwargs": None, "guess_mode": False}
 
 
 def read(given: Mapping[str, Any], defaults: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

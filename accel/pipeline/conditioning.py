@@ -1,15 +1,19 @@
-"""Conditioning of the UNet: prompts to token ids and text embeddings, SDXL's pooled embedding and sizes."""
+"""Conditioning of the UNet: prompts to embeddings, SDXL's pooled embedding and sizes, pictures as prompts."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..arrays import concat
+from .. import images
+from ..arrays import cast, concat
+from ..bundle import Manifest
+from ..bundle.shape_profiles import Range
 from ..engines import Engine
+from ..engines.base import to_numpy
 from ..errors import Notice, UserError
 from ..text.prompts import tokens
 from ..text.tokenizer import ClipTokenizer
@@ -137,3 +141,82 @@ def guidance_embedding(images: int, guidance: float, width: int) -> np.ndarray:
     embedding = np.concatenate([np.sin(angles), np.cos(angles)])
     embedding = np.pad(embedding, (0, width - len(embedding)))
     return np.tile(embedding.astype(np.float32), (images, 1))
+
+
+def image_prompts(manifest: Manifest, given: Any, count: int) -> np.ndarray:
+    """Pictures for an IP-Adapter (arXiv 2308.06721) as its image encoder is shown them.
+
+    Args:
+        given: a picture; a list with one for each of `count` images; or a list of lists of pictures that are shown
+            together, one for all images or one for each.
+
+    Returns:
+        Float32 [1 or count, pictures, 3, S, S].
+
+    Raises:
+        UserError: for a bundle without an IP-Adapter, a wrong number of pictures, or a file that is no image.
+    """
+    name = manifest.source["name"]
+    unet = manifest.components["unet"]
+    embeds = next((spec for spec in unet.inputs if spec.name == "image_embeds"), None)
+    if embeds is None or "image_encoder" not in manifest.components:
+        raise UserError(
+            f"{name} was exported without IP-Adapter: an image prompt has no effect",
+            "export again with --ip-adapter FILE --image-encoder FOLDER",
+        )
+    rows = list(given) if isinstance(given, (list, tuple)) else [given]
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+    if len(rows) not in (1, count):
+        raise UserError(
+            f"{len(rows)} image prompts for {count} images to make",
+            "give one, or one for each; several that are shown together are a list of their own: [[a, b]]",
+        )
+    limits = unet.dims[str(embeds.shape[1])]
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1 or not all(map(limits.admits, lengths)):
+        raise UserError(
+            f"{' and '.join(map(str, sorted(lengths)))} image prompts together, where {name} takes {limits}",
+            "give every image equally many" if len(lengths) > 1 else "give as many as that (a profile of one batch: 1)",
+        )
+    side = int(manifest.components["image_encoder"].inputs[0].shape[-1])
+    return np.stack([np.stack([images.clip_pixels(picture, side) for picture in row]) for row in rows])
+
+
+def image_embeddings(engine: Engine, pixels: np.ndarray, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a UNet's IP-Adapter is given of pictures, and of none.
+
+    Args:
+        engine: the image encoder.
+        pixels: float32 [rows, pictures, 3, S, S].
+        guided: whether the half without a prompt is needed: zeros, or the hidden states of zeros, as in diffusers.
+
+    Returns:
+        [rows, pictures, width] or [rows, pictures, tokens, width], and the same of no picture.
+    """
+    (spec,), (output,) = engine.component.inputs, engine.component.outputs
+    limit = engine.component.dims["images"]
+
+    def run(values: np.ndarray) -> np.ndarray:
+        """In as many calls as the encoder's own batch limits ask for."""
+        made = [
+            to_numpy(engine(pixel_values=cast(engine.array(part), spec.dtype))[output.name])
+            for part in _parts(values, limit)
+        ]
+        return np.concatenate(made)[: len(values)]
+
+    flat = run(pixels.reshape(-1, *pixels.shape[2:]))
+    shown = flat.reshape(*pixels.shape[:2], *flat.shape[1:])
+    if not guided:
+        return shown, None
+    if output.name == "image_embeds":
+        return shown, np.zeros_like(shown)
+    none = run(np.zeros_like(pixels[0, :1]))
+    return shown, np.broadcast_to(none, shown.shape)
+
+
+def _parts(values: np.ndarray, limits: Range) -> Iterator[np.ndarray]:
+    """Batches within the limits; the last one is filled up with its last row."""
+    for start in range(0, len(values), limits.max):
+        part = values[start : start + limits.max]
+        lacking = max(limits.min - len(part), 0)
+        yield np.concatenate([part, np.repeat(part[-1:], lacking, axis=0)])

@@ -82,9 +82,12 @@ def _network(
 
 
 def inner_sizes(latent: Sequence[int]) -> dict[str, int]:
-    """The value of every latent dimension, inner resolutions included, for latents of (height, width)."""
+    """The value of every latent dimension, inner resolutions included, for latents of (height, width).
+
+    A convolution of stride 2 rounds half a side up, and so do the poolings of adapters.
+    """
     sizes = {}
     for side, cells in zip(("height", "width"), latent, strict=True):
         sizes[f"latent_{side}"] = cells
-        sizes |= {f"latent_{side}_{stride}": cells // stride for stride in (2, 4, 8)}
+        sizes |= {f"latent_{side}_{stride}": -(-cells // stride) for stride in (2, 4, 8)}
     return sizes

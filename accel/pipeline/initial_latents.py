@@ -19,6 +19,7 @@ from ..engines.base import to_numpy
 from ..errors import UserError
 from ..sampling import noise, samplers
 from .request import Chunk, Request
+from .tiling import VaeTiling
 
 # Draws of the noise that the VAE's posterior is sampled with; the sampler's own end at its number of steps.
 _OF_IMAGE, _OF_MASKED = 1_000_001, 1_000_002
@@ -42,7 +43,12 @@ class Start:
 
 
 def encode(
-    encoder: Engine, pixels: np.ndarray, constants: Mapping[str, Any], seeds: list[int], draw: int | None
+    encoder: Engine,
+    pixels: np.ndarray,
+    constants: Mapping[str, Any],
+    seeds: list[int],
+    draw: int | None,
+    tiling: VaeTiling | None = None,
 ) -> np.ndarray:
     """Latents float32 [N, C, h, w] of pixels in [-1, 1]: a sample of the posterior, or a tiny VAE's latents.
 
@@ -51,15 +57,12 @@ def encode(
     """
     (spec,) = encoder.component.inputs
     limit = encoder.component.dims["images"].max
-    latents = concat(
-        [
-            cast(
-                to_numpy(encoder(sample=cast(encoder.array(pixels[i : i + limit]), spec.dtype))["latent_parameters"]),
-                "float32",
-            )
-            for i in range(0, len(pixels), limit)
-        ]
-    )
+
+    def encoded(part: np.ndarray) -> np.ndarray:
+        return cast(to_numpy(encoder(sample=cast(encoder.array(part), spec.dtype))["latent_parameters"]), "float32")
+
+    parts = [pixels[i : i + limit] for i in range(0, len(pixels), limit)]
+    latents = concat([encoded(part) if tiling is None else tiling.encode(part, encoded) for part in parts])
     channels = constants["latent_channels"]
     if latents.shape[1] == 2 * channels:
         mean, log_variance = latents[:, :channels], np.clip(latents[:, channels:], -30, 20)
@@ -103,7 +106,7 @@ def start(
     Raises:
         UserError: when the UNet and the images do not fit each other.
     """
-    given, plan = request.images, request.plan
+    given, plan, tiling = request.images, request.plan, request.tiling
     latent = constants["latent_channels"]
     inpaints, edits = channels == 2 * latent + 1, channels == 2 * latent
     if not inpaints and not edits and channels != latent:
@@ -117,17 +120,18 @@ def start(
         return Start(first, noised=plan.resumes)
     pixels = images.batch(given.image, request.total, request.pixels)[chunk.rows] * 2 - 1
     if edits:
-        return Start(first, extra=np.asarray(encode(encoder(), pixels, constants, chunk.seeds, None), np.float32))
+        seen = encode(encoder(), pixels, constants, chunk.seeds, None, tiling)
+        return Start(first, extra=np.asarray(seen, np.float32))
     mask = None if given.mask is None else images.masks(given.mask, request.total, request.pixels)[chunk.rows]
     fresh = mask is not None and plan.start == 0
-    known = None if fresh and inpaints else encode(encoder(), pixels, constants, chunk.seeds, _OF_IMAGE)
+    known = None if fresh and inpaints else encode(encoder(), pixels, constants, chunk.seeds, _OF_IMAGE, tiling)
     x = first if fresh else plan.noised(schedule, known, first, plan.start)
     x = np.asarray(x, np.float32)
     if mask is None:
         return Start(x, noised=True)
     small = images.shrunk(mask, constants["vae_scale"])
     if inpaints:
-        seen = encode(encoder(), pixels * (mask < 0.5), constants, chunk.seeds, _OF_MASKED)
+        seen = encode(encoder(), pixels * (mask < 0.5), constants, chunk.seeds, _OF_MASKED, tiling)
         return Start(x, not fresh, extra=np.concatenate([small, seen], axis=1).astype(np.float32))
 
     def constrain(i: int, x: Any, array: Callable) -> Any:

@@ -83,6 +83,8 @@ class InputImages:
         shown: what each control network is shown, by its name; empty for nothing.
         edited: whether the image is shown to the UNet (InstructPix2Pix) instead of being noised.
         usual_strength: where neither strength nor mask is given.
+        prompt: what an IP-Adapter is shown (`accel.pipeline.conditioning.image_prompts`).
+        prompt_scale: how strongly it counts.
     """
 
     image: Any = None
@@ -92,8 +94,12 @@ class InputImages:
 
     edited: bool = False
     usual_strength: float = 0.8
+    prompt: Any = None
+    prompt_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.prompt_scale):
+            raise UserError(f"invalid ip_adapter_scale = {self.prompt_scale} (expected a number)", "such as 0.6")
         if self.edited:
             if self.strength is not None:
                 text = f"strength {self.strength:g}: this model edits images, and takes all steps"

@@ -60,6 +60,8 @@ def load(
     low_memory: bool = False,
     loras: Spec | Sequence[Spec] | None = None,
     embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
+    vae_tiling: bool | None = None,
+    vae_tile: int | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
@@ -69,6 +71,7 @@ def load(
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
         how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options)
+        how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle)
     if not isinstance(engine, (str, Mapping)):
@@ -100,7 +103,9 @@ def load(
     if not low_memory:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    return Pipeline(bundle, engines, fused, learned)
+    pipeline = Pipeline(bundle, engines, fused, learned)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    return pipeline
 
 
 def read_embeddings(bundle: Bundle, embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None) -> Placed:
@@ -112,12 +117,32 @@ def read_embeddings(bundle: Bundle, embeddings: embedding_files.Spec | Sequence[
     return placed(bundle, embeddings, tokenizers_of(bundle, component_names(bundle)) if embeddings else {})
 
 
-def check_call(bundle: Bundle, **call: Any) -> None:
+def set_tiling(pipeline: Pipeline, vae_tiling: bool | None, vae_tile: int | None) -> None:
+    """Let the VAE of a pipeline see tiles or whole images, where either is asked for.
+
+    Raises:
+        UserError: for a side of tiles where there are to be none.
+    """
+    if vae_tiling or vae_tiling is None and vae_tile is not None:
+        pipeline.enable_vae_tiling(vae_tile)
+    elif vae_tile is not None:
+        raise UserError(f"vae_tile = {vae_tile} without tiling", "leave vae_tile out, or vae_tiling=True")
+    elif vae_tiling is False:
+        pipeline.disable_vae_tiling()
+
+
+def check_call(bundle: Bundle, *, vae_tiling: bool | None = None, vae_tile: int | None = None, **call: Any) -> None:
     """Refuse a call of `Pipeline` that this bundle cannot meet, before any engine is loaded.
+
+    Args:
+        vae_tiling, vae_tile: as of `load`.
+        call: the arguments of the call.
 
     Raises:
         UserError: as the call itself would, but for what only an engine or an image file can tell.
     """
     unloaded = LazyEngines({name: partial(load_engine, bundle, name) for name in component_names(bundle)}, offload=True)
     given = arguments.read(default_call | call, default_call, {})
-    Pipeline(bundle, unloaded)._request(given)
+    pipeline = Pipeline(bundle, unloaded)
+    set_tiling(pipeline, vae_tiling, vae_tile)
+    pipeline._request(given)

@@ -17,6 +17,7 @@ from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import UserError
+from ..files import read_json
 from ..models.embeddings import Embedding
 from ..models.embeddings import files as embedding_files
 from ..models.embeddings.for_bundle import Placed, placed
@@ -33,6 +34,7 @@ from .output import Output, not_finite, of_type, table
 from .request import Request
 from .run import Run, StepCallback, StepEnd
 from .sampling_plan import plan as plan_of
+from .tiling import VaeTiling
 
 TEXT_ENCODERS = KINDS["text_encoder"].names
 
@@ -45,6 +47,7 @@ class Pipeline(Resource):
         engines: the components by name.
         loras: the LoRA files that it runs with.
         embeddings: the learned tokens that it runs with.
+        tiling: how the VAE sees images (`enable_vae_tiling`); None for whole ones.
     """
 
     what, again = "pipeline", "accel.load(BUNDLE) loads one"
@@ -61,6 +64,9 @@ class Pipeline(Resource):
         self.schedule = bundle.noise_schedule()
         self._tokenizers = tokenizers_of(bundle, engines)
         self._use(lora, learned)
+        self.tiling: VaeTiling | None = None
+        if bundle.manifest.profile.vae_tile:
+            self.enable_vae_tiling()
 
     def __call__(
         self,
@@ -86,6 +92,8 @@ class Pipeline(Resource):
         control_image: Any = None,
         control_scale: float | Sequence[float] = 1.0,
         control_end: float | Sequence[float] = 1.0,
+        ip_adapter_image: Any = None,
+        ip_adapter_scale: float = 1.0,
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
         target_size: Sequence[int] | None = None,
@@ -125,6 +133,9 @@ class Pipeline(Resource):
             control_scale: how strongly it counts (0.8 for DMD2 with a canny adapter); a number, or one for each.
             control_end: share of the steps that it counts for (an adapter's conditioning factor; 0.5 for DMD2); a
                 number, or one for each.
+            ip_adapter_image: what the bundle's IP-Adapter is shown: one image for all, or a list of one per image to
+                make; a list of lists shows several together, as in diffusers (`[[a, b]]`: both, for every image).
+            ip_adapter_scale: how strongly it counts, as diffusers' `set_ip_adapter_scale` says it.
             original_size, crop, target_size: SDXL's size conditioning in pixels, (height, width) and (top, left);
                 None for the image's own size.
             aesthetic_score, negative_aesthetic_score: what an SDXL refiner is told of its images, 1 to 10, with and
@@ -191,6 +202,8 @@ class Pipeline(Resource):
             seen,
             edited=manifest.edits,
             usual_strength=0.3 if manifest.refines else 0.8,
+            prompt=call["ip_adapter_image"],
+            prompt_scale=call["ip_adapter_scale"],
         )
         plan = plan_of(
             self.bundle.manifest,
@@ -219,6 +232,7 @@ class Pipeline(Resource):
             sizes=(call["original_size"], call["crop"], call["target_size"]),
             renoise=call["renoise"],
             weighted=call["prompt_weights"],
+            tiling=self.tiling,
             clip_skip=request.clip_skip(manifest, call["clip_skip"]),
         )
 
@@ -294,6 +308,28 @@ class Pipeline(Resource):
             name: tokenizer.with_tokens(learned.rows.get(name, {})) for name, tokenizer in self._tokenizers.items()
         }
 
+    def enable_vae_tiling(self, tile: int | None = None) -> None:
+        """Decode and encode images in overlapping tiles that are blended, as diffusers' method of this name does.
+
+        Memory is then that of a tile, and the sizes of images are limited by the UNet alone. An image differs a little
+        from the one that is decoded whole: the VAE's attention and group norms see a tile.
+
+        Args:
+            tile: side of a tile in pixels; None for the one that the bundle was exported for, else for diffusers' own
+                (`accel.pipeline.tiling.VaeTiling.of`).
+
+        Raises:
+            UserError: for a side that makes no tiles.
+        """
+        self.check_open()
+        manifest = self.bundle.manifest
+        config = read_json(self.bundle.file("vae_decoder/config.json"), "the VAE's config")
+        self.tiling = VaeTiling.of(config, manifest.pipeline["vae_scale"], tile or manifest.profile.vae_tile or None)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode and encode whole images again."""
+        self.tiling = None
+
     def to(self, *args: Any, **kwargs: Any) -> Pipeline:
         """The pipeline itself, where it is there already: a loaded engine cannot be moved.
 
@@ -323,7 +359,8 @@ class Pipeline(Resource):
         later = "loaded in its phase" if self.engines.offload else "loaded when it is first used"
         parts = {name: self.engines.descriptions.get(name, later) for name in self.engines}
         more = {"loras": self.loras, "embeddings": self.embeddings}
-        return parts | {name: ", ".join(map(str, files)) for name, files in more.items() if files}
+        tiles = {} if self.tiling is None else {"vae tiling": f"{self.tiling.tile} px"}
+        return parts | tiles | {name: ", ".join(map(str, files)) for name, files in more.items() if files}
 
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from .. import images
 from ..arrays import is_torch
 from ..bundle import Manifest
 from ..bundle.kinds import KINDS
-from ..bundle.shape_profiles import native_sides
+from ..bundle.shape_profiles import Range, native_sides
 from ..engines.base import to_numpy
 from ..errors import Notice, UserError
-from .conditioning import hidden_state
+from .conditioning import hidden_state, image_prompts
 from .input_images import InputImages
 from .sampling_plan import SamplingPlan
+from .tiling import VaeTiling
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Request:
         renoise: i -> noise [N, C, h, w] that a stochastic sampler adds after step i; None for the seeds'.
         weighted: whether `(words:1.3)` in a prompt counts by that factor.
         clip_skip: how many of the text encoder's last layers prompts do without; negative prompts take all.
+        tiling: how the VAE sees images; None for whole ones.
     """
 
     plan: SamplingPlan
@@ -60,6 +62,7 @@ class Request:
     renoise: Callable[[int], Any] | None = None
     weighted: bool = False
     clip_skip: int = 0
+    tiling: VaeTiling | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -83,12 +86,14 @@ def complete(
     width: int | None,
     latents: Any,
     inputs: InputImages,
+    tiling: VaeTiling | None = None,
     **kept: Any,
 ) -> Request:
     """The request of a call, split into what this bundle makes at once.
 
     Args:
         manifest: with the shapes that the engines take.
+        tiling: how the VAE sees images; None for whole ones, which its networks have to take.
         kept: further fields of the request.
 
     Raises:
@@ -110,12 +115,18 @@ def complete(
     if latents is not None:
         latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))
-    size = latent_size(manifest, height, width, latents)
+    size = latent_size(manifest, height, width, latents, tiled=tiling is not None)
     limit = images_per_run(manifest, plan)
     pixels = tuple(side * manifest.pipeline["vae_scale"] for side in size)
+    if tiling is not None:
+        used = ["vae_decoder"] + ["vae_encoder"] * (inputs.image is not None and "vae_encoder" in manifest.components)
+        for name in used:
+            tiling.check(manifest.components[name], *pixels)
     for given in (inputs.image, inputs.mask, *(each.image for each in inputs.shown.values())):
         if given is not None:
             images.batch(given, len(texts), pixels)  # before any network runs
+    if inputs.prompt is not None:
+        inputs = replace(inputs, prompt=image_prompts(manifest, inputs.prompt, len(texts)))
     return Request(
         plan=plan,
         chunks=[
@@ -126,6 +137,7 @@ def complete(
         pixels=pixels,
         images=inputs,
         latents=latents,
+        tiling=tiling,
         **kept,
     )
 
@@ -186,14 +198,36 @@ def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
     return made
 
 
-def latent_size(manifest: Manifest, height: int | None, width: int | None, latents: Any) -> tuple[int, int]:
-    """Latent height and width, checked against the profile."""
+def _limits(manifest: Manifest, side: str, tiled: bool) -> Range:
+    """Which heights or widths, in pixels, the UNet takes, and the decoder unless it sees tiles."""
+    unet = manifest.components["unet"].dims[f"latent_{side}"].scaled(manifest.pipeline["vae_scale"])
+    decoder = manifest.components["vae_decoder"].dims[side]
+    both = unet if tiled else unet.common(decoder)
+    if both is None:
+        raise UserError(
+            f"the UNet takes a {side} of {unet}, and the VAE decoder {decoder}",
+            "vae_tiling=True (accel run: --vae-tiling) decodes in tiles",
+        )
+    return both
+
+
+def latent_size(
+    manifest: Manifest, height: int | None, width: int | None, latents: Any, *, tiled: bool = False
+) -> tuple[int, int]:
+    """Latent height and width, checked against what the networks take.
+
+    Args:
+        tiled: whether the VAE sees tiles, so that the UNet alone decides.
+    """
     profile, scale = manifest.profile, manifest.pipeline["vae_scale"]
     natives = dict(zip(("height", "width"), native_sides(manifest.pipeline["native_size"]), strict=True))
-    dims = manifest.components["vae_decoder"].dims
     sides: list[int] = []
     for name, value, axis in (("height", height, -2), ("width", width, -1)):
-        limits, own, native = dims[name], None if latents is None else latents.shape[axis] * scale, natives[name]
+        limits, own, native = (
+            _limits(manifest, name, tiled),
+            None if latents is None else latents.shape[axis] * scale,
+            natives[name],
+        )
         if None not in (value, own) and value != own:
             raise UserError(
                 f"{name} is {value}, and the latents of shape {latents.shape} make it {own}", f"leave {name} out"

@@ -57,6 +57,8 @@ class Run:
             texts = [self._texts(chunk) for chunk in chunks]
             for value in texts[-1].values():
                 synchronize(value)
+        prompts = self._image_prompts()
+        texts = [text | self._image_prompt(chunk, prompts) for chunk, text in zip(chunks, texts, strict=True)]
         starts = [self._start(chunk) for chunk in chunks]
         bar = show_progress("sampling", steps=self.plan.steps * len(chunks), shown=progress)
         with bar as report, self._phase("unet", *control_components(), "unet"):
@@ -92,6 +94,29 @@ class Run:
                 without = {name: value * 0 for name, value in without.items()}
             feeds = {name: concat([without[name]] * (self.plan.rows - 1) + [value]) for name, value in feeds.items()}
         return feeds
+
+    def _image_prompts(self) -> tuple[np.ndarray, Any] | None:
+        """Embeddings of all pictures that an IP-Adapter is shown, and of none; None where there are none."""
+        pixels = self.request.images.prompt
+        if pixels is None:
+            return None
+        with self._phase("image_encoder", "image_encoder"):
+            return conditioning.image_embeddings(self.engines["image_encoder"], pixels, self.plan.rows > 1)
+
+    def _image_prompt(self, chunk: Chunk, prompts: tuple[np.ndarray, Any] | None) -> dict[str, Any]:
+        """The inputs of the UNet that are its IP-Adapter's; without pictures the adapter has no weight in the image."""
+        spec = next((s for s in self.manifest.components["unet"].inputs if s.name == "image_embeds"), None)
+        if spec is None:
+            return {}
+        rows = len(chunk.prompts) * self.plan.rows
+        if prompts is None:
+            embeds, scale = np.zeros(spec.concrete({"batch": rows, "prompt_images": 1}), np.float32), 0.0
+        else:
+            shown, none = prompts
+            parts = [none] * (self.plan.rows - 1) + [shown]  # as the texts: without, and with
+            embeds = np.concatenate([_of_chunk(part, chunk, self.request.total) for part in parts])
+            scale = self.request.images.prompt_scale
+        return {"image_embeds": embeds, "ip_adapter_scale": np.full(rows, scale, np.float32)}
 
     def _start(self, chunk: Chunk) -> Start:
         """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
@@ -199,10 +224,14 @@ class Run:
         return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
     def _decode(self, x: np.ndarray) -> np.ndarray:
-        vae = self.engines["vae_decoder"]
-        z = unscaled(x, self.constants)
+        vae, tiling = self.engines["vae_decoder"], self.request.tiling
         (spec,) = vae.component.inputs
-        return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        def decoded(z: np.ndarray) -> np.ndarray:
+            return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+
+        z = unscaled(x, self.constants)
+        return decoded(z) if tiling is None else tiling.decode(z, decoded)
 
 
 def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
@@ -211,6 +240,11 @@ def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> 
     found = conditioning.encode(encoders, distinct, **how)
     index = [distinct.index(prompt) for prompt in prompts]
     return {name: value[index] for name, value in found.items()}
+
+
+def _of_chunk(values: np.ndarray, chunk: Chunk, total: int) -> np.ndarray:
+    """The rows of a chunk, of values for all images: one row for each, or one for all."""
+    return np.broadcast_to(values, (total, *values.shape[1:]))[chunk.rows]
 
 
 class _Steps:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,7 +26,11 @@ from accel.models.networks import Network
 from accel.models.weight_files import read_header
 
 GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
-_MOST_UNITS = 3  # along one side of the example that is traced; a profile of one or two sizes must let it pass
+# Height and width of the example that is traced, in units: of sides that halve exactly, and of others. No side may be
+# one pixel, nor what a UNet halves it to.
+_EXACT, _ROUNDED = {"height": 2, "width": 3}, {"height": 18, "width": 22}
+# A power of two that no side is a multiple of, see `_sizes_forwarded`.
+_NEVER = 60
 DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
 
@@ -88,14 +93,16 @@ def example(
 def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onnx.ONNXProgram:
     used = {dim for spec in network.inputs for dim in spec.shape if isinstance(dim, str)}
     # torch.export specialises sizes 0 and 1, and merges dimensions that share a size, so the example has neither.
-    sizes = {dim: dims[dim].min if dims[dim].fixed else _tracing_size(dim, dims[dim]) for dim in used}
+    rounded = _rounded(network, dims)
+    sizes = {dim: dims[dim].min if dims[dim].fixed else _tracing_size(dim, dims[dim], rounded) for dim in used}
     feeds = example(network.inputs, sizes, vocabulary=vocabulary_of(network))
-    symbols = _symbols(used, dims)
+    symbols = _symbols(used, dims, rounded)
     shapes = {
         spec.name: {axis: symbols[dim] for axis, dim in enumerate(spec.shape) if dim in symbols} or None
         for spec in network.inputs
     }
-    with warnings.catch_warnings(), _quiet("torch.onnx", "torch.export", "onnxscript", "torch.fx"):
+    quiet = _quiet("torch.onnx", "torch.export", "onnxscript", "torch.fx")
+    with warnings.catch_warnings(), quiet, _sizes_forwarded(network, rounded):
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             network.module.eval(), (), feeds, dynamic_shapes=shapes if symbols else None, strict=False
@@ -111,12 +118,41 @@ def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onn
         )
 
 
-def _tracing_size(dim: str, limits: Range) -> int:
-    units = {"batch": 2, "images": 2, "latent_height": 2, "height": 2}.get(dim.rstrip("_248"), _MOST_UNITS)
+def _rounded(network: Network, dims: Mapping[str, Range]) -> bool:
+    """Whether the sides of a network go in steps that it does not halve exactly."""
+    factor = 2 ** getattr(network.module.model, "num_upsamplers", 0)
+    sides = [limits for dim, limits in dims.items() if dim in ("latent_height", "latent_width") and not limits.fixed]
+    return any(limits.multiple % factor or limits.multiple == 1 for limits in sides)
+
+
+@contextmanager
+def _sizes_forwarded(network: Network, rounded: bool) -> Iterator[None]:
+    """Let a UNet go back up to the very sizes that it came down from, for all sides of a range.
+
+    diffusers' `forward` decides that by whether a side is a multiple of 2 ** `num_upsamplers`, which is for one side or
+    the other and would be burnt into the graph. Going up to twice a side is the same either way.
+    """
+    model = network.module.model
+    own = getattr(model, "num_upsamplers", None)
+    if not rounded or own is None:
+        yield
+        return
+    model.num_upsamplers = _NEVER
+    try:
+        yield
+    finally:
+        model.num_upsamplers = own
+
+
+def _tracing_size(dim: str, limits: Range, rounded: bool) -> int:
+    if dim in ("batch", "images"):
+        return max(2, limits.min)
+    side = next((side for side in _EXACT if side in dim), None)
+    units = 3 if side is None else (_ROUNDED if rounded else _EXACT)[side]
     return max(units * limits.multiple, limits.min)
 
 
-def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
+def _symbols(used: set[str], dims: Mapping[str, Range], rounded: bool) -> dict[str, object]:
     """torch.export dimensions: sides are multiples of one unit, so that halving and doubling stay exact."""
     symbols: dict[str, object] = {}
     for dim in sorted(used):
@@ -126,7 +162,10 @@ def _symbols(used: set[str], dims: Mapping[str, Range]) -> dict[str, object]:
         root = base if stride.isdigit() else dim
         root = f"latent_{dim}" if f"latent_{dim}" in used else root  # an image beside its latents
         unit = dims[root].multiple
-        symbol = torch.export.Dim(f"{root}_unit", min=1, max=max(_MOST_UNITS, dims[root].max // unit))
+        # The range must let the example pass, and no side of a UNet become one pixel: only the trace asks for that.
+        of_side = rounded and any(side in root for side in _EXACT)
+        least, most = (9, _ROUNDED["width"]) if of_side else (1, _EXACT["width"])
+        symbol = torch.export.Dim(f"{root}_unit", min=-(-least // unit), max=max(most, dims[root].max // unit))
         multiple = dims[dim].multiple
         symbols[dim] = symbol if multiple == 1 else multiple * symbol
     return symbols

@@ -33,7 +33,7 @@ from . import acceptance, sensitivity, speed
 from .acceptance import Decision, accept
 from .image_parity import Evaluator
 from .settings import QUANTIZED, Int8Settings
-from .unsupported import refuse_control, refuse_inpainting, refuse_refiner
+from .unsupported import refuse_control, refuse_image_prompts, refuse_inpainting, refuse_refiner
 
 Progress = Callable[[str, float], None]
 
@@ -124,12 +124,14 @@ def _candidates(bundle: Bundle, settings: Int8Settings) -> tuple[list[str], dict
     refuse_inpainting(inputs[0].shape[1])
     if bundle.manifest.refines:
         refuse_refiner()
-    if "unet" not in names or not any(spec.name.startswith(CONTROL_INPUTS) for spec in inputs):
+    controlled = any(spec.name.startswith(CONTROL_INPUTS) for spec in inputs)
+    prompted = any(spec.name == "image_embeds" for spec in inputs)
+    if "unet" not in names or not (controlled or prompted):
         return names, {}
     if settings.requires("unet"):
-        refuse_control()
+        refuse_control() if controlled else refuse_image_prompts()
     names.remove("unet")
-    return names, {"unet": Decision("calibration has no control images")}
+    return names, {"unet": Decision(f"calibration has no {'control images' if controlled else 'image prompts'}")}
 
 
 def calibrate(

@@ -14,6 +14,15 @@ def refuse_control() -> None:
     )
 
 
+def refuse_image_prompts() -> None:
+    """Raise the UserError about a UNet with an IP-Adapter."""
+    raise UserError(
+        "a UNet with an IP-Adapter cannot be int8: calibration draws from words alone, and its ranges would be too "
+        "narrow where a picture adds to it",
+        "--int8-components text_encoder,vae_decoder; or export without the IP-Adapter",
+    )
+
+
 def refuse_refiner() -> None:
     """Raise the UserError about SDXL's refiner."""
     raise UserError("a refiner cannot be int8: calibration draws from prompts, without images", "--precision fp16")

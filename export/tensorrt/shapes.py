@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accel.bundle import Bundle, Component
@@ -14,15 +15,16 @@ ENDS = ("min", "opt", "max")
 
 
 def profiles_of(bundle: Bundle, names: Sequence[str]) -> list[Profile]:
-    """The bundle's own profile, or the named ones.
+    """The bundle's own profile, or the named ones, in the bundle's own steps and with its tiles where they say nothing.
 
     Raises:
         UserError: for an unknown name, or one that is given twice.
     """
     if not names:
         return [bundle.manifest.profile]
-    native = bundle.manifest.pipeline["native_size"]
-    chosen = [parse_profile(name, native=native) for name in names]
+    native, own = bundle.manifest.pipeline["native_size"], bundle.manifest.profile
+    named = [parse_profile(name, native=native) for name in names]
+    chosen = [replace(p, step=p.step or own.step, vae_tile=p.vae_tile or own.vae_tile) for p in named]
     repeated = {p.name for p in chosen if [q.name for q in chosen].count(p.name) > 1}
     if repeated:
         raise UserError(f"profile {repeated.pop()!r} is given twice", "name each profile once")
@@ -45,6 +47,7 @@ def described(bundle: Bundle, component: Component, profile: Profile) -> dict[st
         latent_multiple=manifest.pipeline["latent_multiple"],
         guidance=float(manifest.sampler["guidance"]) > 1,
         edits=manifest.edits,
+        component=component.name,
     )
     dims = {name: wanted.get(name, limits) for name, limits in component.dims.items()}
     for name, limits in component.dims.items():

@@ -26,7 +26,7 @@ ACCEL = (
     ("sampling", "text"),
     ("bundle",),
     ("int8", "trt", "patching"),
-    ("models",),
+    ("models", "providers"),
     ("engines",),
     ("pipeline",),
     ("attaching", "bench"),

@@ -102,6 +102,8 @@ def test_words_that_would_steer_a_terminal_are_no_words(bundle, edit_manifest, p
         lambda data: data["components"]["unet"]["dims"]["batch"].update(min=9, max=2),
         lambda data: data["profile"]["height"].update(min=-64),
         lambda data: data["profile"].update(tokens=0),
+        lambda data: data["profile"].update(step=-8),
+        lambda data: data["profile"].update(vae_tile=1 << 40),
         lambda data: data["pipeline"].update(scaling_factor=0),
         lambda data: data["pipeline"].update(scaling_factor=float("nan")),
         lambda data: data["pipeline"].update(vae_scale=0),

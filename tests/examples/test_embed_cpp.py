@@ -94,10 +94,11 @@ def test_changed_files_are_refused(program, bundle_copy, tmp_path):
     assert embed(program).returncode == 2
 
 
-def test_the_tensorrt_variant_compiles():
-    """Against the public headers, where they are installed; it is linked and run by nobody here."""
+@pytest.mark.parametrize("root, defined", [("TENSORRT_ROOT", []), ("TENSORRT_RTX_ROOT", ["-DACCEL_RTX"])])
+def test_the_tensorrt_variants_compile(root, defined):
+    """Against the public headers, where they are installed; they are linked and run by nobody here."""
     roots = {
-        "NvInfer.h": ("TENSORRT_ROOT", "/usr", "/usr/local/tensorrt"),
+        "NvInfer.h": (root, *(() if defined else ("/usr", "/usr/local/tensorrt"))),
         "cuda_runtime_api.h": ("CUDA_HOME", "/usr/local/cuda", "/usr"),
     }
     flags = []
@@ -109,7 +110,7 @@ def test_the_tensorrt_variant_compiles():
         flags.append(f"-I{found}")
     compiler = shutil.which("c++") or shutil.which("g++")
     source = FOLDER / "src" / "engine_tensorrt.cpp"
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", *flags, source]
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", *defined, *flags, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

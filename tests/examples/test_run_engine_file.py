@@ -1,9 +1,12 @@
-"""The runner that apps copy, on the fake `tensorrt` module and memory of the CPU."""
+"""The runner that apps copy, on the fake `tensorrt` and `tensorrt_rtx` modules and memory of the CPU."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.export.tensorrt.build import build
-from accel.trt import trust
+from accel.trt import library, trust
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "run_engine_file.py"
 
@@ -20,7 +23,7 @@ PROGRAM = Path(__file__).parents[2] / "examples" / "run_engine_file.py"
 class Memory:
     """What `Torch` and `CudaPython` are to the program, on the CPU."""
 
-    handle, gpu = 7, "Fake GPU"
+    handle, gpu, capability = 7, "Fake GPU", (8, 9)
 
     def __init__(self):
         self.held = {}
@@ -41,7 +44,7 @@ class Memory:
 
 
 @pytest.fixture
-def program(tensorrt):
+def program():
     spec = importlib.util.spec_from_file_location("run_engine_file", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,6 +80,60 @@ def test_it_computes_what_accel_computes_and_refuses_what_accel_refuses(program,
         program.EngineFile(bundle_copy, "vae_decoder", Memory())
 
 
+def test_it_runs_engine_files_of_tensorrt_rtx_on_the_cards_they_are_for(program, bundle_copy, tensorrt_rtx, tmp_path):
+    bundle = Bundle.open(bundle_copy)
+    (file,) = build(bundle, ("vae_decoder",), engine="tensorrt-rtx", targets=["sm86", "sm89"])
+    latents = np.random.default_rng(0).standard_normal((2, 4, 16, 16), np.float32)
+    wanted = accel.load_engine(bundle, "vae_decoder", "tensorrt-rtx")(latent_sample=latents)["sample"].numpy()
+    calls = tensorrt_rtx._world.calls
+    for compiled_before in (0, 1):  # what was compiled is kept for the next start
+        calls.clear()
+        runner = program.EngineFile(bundle_copy, "vae_decoder", Memory())
+        assert np.array_equal(runner(latent_sample=latents)["sample"], wanted)
+        assert calls.count("runtime cache") == compiled_before
+    (kept,) = (tmp_path / "cache").rglob("run_engine_file/*.runtime")
+    assert kept.stat().st_mode & 0o077 == 0 and file.key in kept.name
+    for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:-1]), lambda: kept.chmod(0o666)):
+        spoil()  # damaged, or anybody's: counts as empty
+        calls.clear()
+        program.EngineFile(bundle_copy, "vae_decoder", Memory())
+        assert "runtime cache" not in calls
+
+    other = Memory()
+    other.capability = (12, 0)
+    with pytest.raises(SystemExit, match="built for sm86, sm89, here is Fake GPU"):
+        program.EngineFile(bundle_copy, "vae_decoder", other)
+    program.load_library = lambda engine: None
+    with pytest.raises(SystemExit, match="needs TensorRT-RTX, which is not installed: pip install tensorrt-rtx"):
+        program.EngineFile(bundle_copy, "vae_decoder", Memory())
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "runs"), [([], (8, 0), True), ([], (7, 5), False), ([], (12, 1), True)]
+)
+def test_without_targets_an_engine_file_is_for_ampere_and_newer(program, targets, capability, runs):
+    assert program.runs_on(targets, capability) == runs
+
+
+@pytest.mark.skipif(library.installed("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed")
+def test_the_real_library_is_asked_and_says_what_is_missing(program, bundle_copy):
+    """A real engine file, NVIDIA's real libraries: without a driver, that is where it ends, with a sentence."""
+    bundle = Bundle.open(bundle_copy)
+    build(bundle, ("text_encoder",), engine="tensorrt-rtx", targets=["sm89"])
+    assert program.load_library("tensorrt-rtx").__version__ == library.installed("tensorrt-rtx")
+    if library.has_driver():
+        pytest.skip("there is a driver here")
+    with pytest.raises(SystemExit) as caught:
+        program.EngineFile(bundle_copy, "text_encoder", Memory())
+    assert re.search("TensorRT-RTX .*(CUDA|driver)", str(caught.value)), caught.value
+    done = subprocess.run(
+        [sys.executable, PROGRAM, bundle_copy, "text_encoder", "in", "out"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1 and "needs an NVIDIA GPU and its driver" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
 def test_it_needs_only_what_it_says():
     imported = set()
     for node in ast.walk(ast.parse(PROGRAM.read_text())):
@@ -84,5 +141,5 @@ def test_it_needs_only_what_it_says():
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
-    standard = {"hashlib", "hmac", "json", "os", "pathlib", "sys"}
-    assert imported - standard == {"numpy", "tensorrt", "torch", "cuda"}
+    assert imported - sys.stdlib_module_names == {"numpy", "torch", "cuda"}
+    assert "tensorrt" in PROGRAM.read_text() and "accel" not in imported

@@ -416,7 +416,7 @@ def never_load(monkeypatch):
         ({"precision": "fp8"}, "fp8"),
         ({"components": ("unet", "decoder")}, "decoder"),
         ({"components": ()}, "no component"),
-        ({"profile": "size=100"}, "multiple"),
+        ({"profile": "size=102"}, "multiple"),
         ({"profile": "huge"}, "huge"),
         ({"sampler": {"name": "plms", "steps": 4, "guidance": 1}}, "plms"),
         ({"sampler": {"name": "ddim", "steps": 0, "guidance": 1}}, "invalid steps: 0"),

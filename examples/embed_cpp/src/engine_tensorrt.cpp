@@ -1,4 +1,5 @@
 // Runs an engine file that `accel build` made: pre-flight, deserialize, run on a stream of its own.
+// With ACCEL_RTX it is a program for TensorRT-RTX, whose headers and library have the same classes.
 #include <NvInfer.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -26,6 +27,12 @@ public:
 };
 Log logger;
 
+#ifdef ACCEL_RTX
+const std::string kEngine = "tensorrt-rtx", kTitle = "TensorRT-RTX";
+#else
+const std::string kEngine = "tensorrt", kTitle = "TensorRT";
+#endif
+
 std::string version() {
     return std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + "." +
            std::to_string(NV_TENSORRT_PATCH) + "." + std::to_string(NV_TENSORRT_BUILD);
@@ -52,13 +59,23 @@ std::string preflight(const Bundle& bundle, const std::string& name, const Json&
         return "it was built from another ONNX graph";
     if (files[component["weights"].string]["sha256"].string != identity["weights_sha256"].string)
         return "it was built from other weights";
+    if ((identity.has("engine") ? identity["engine"].string : "tensorrt") != kEngine) return "it is not for " + kTitle;
     if (identity["tensorrt"].string != version())
-        return "it was built with TensorRT " + identity["tensorrt"].string + ", this program has " + version();
+        return "it was built with " + kTitle + " " + identity["tensorrt"].string + ", this program has " + version();
     int device = 0;
     cudaDeviceProp gpu{};
     check(cudaGetDevice(&device));
     check(cudaGetDeviceProperties(&gpu, device));
+#ifdef ACCEL_RTX
+    // For the compute capabilities of its targets; without any, for Ampere and newer.
+    const auto& targets = identity["targets"].array;
+    bool fits = targets.empty() && gpu.major >= 8;
+    for (const auto& target : targets)
+        fits = fits || target.string == "sm" + std::to_string(gpu.major) + std::to_string(gpu.minor);
+    if (!fits) return std::string("it was built for other cards than ") + gpu.name;
+#else
     if (identity["gpu"].string != gpu.name) return "it was built for " + identity["gpu"].string;
+#endif
     if (identity["options"]["version_compatible"].boolean || identity["options"]["strip_plan"].boolean)
         return "this example loads neither version-compatible nor stripped engines";
     return "";
@@ -96,12 +113,12 @@ public:
         }
         if (!reason.empty())
             throw Error("no engine file of " + component + " can be used: " + reason + "\n  fix: accel build " + bundle.path +
-                        " --components " + component);
+                        " --engine " + kEngine + " --components " + component);
         runtime_.reset(nvinfer1::createInferRuntime(logger));
         engine_.reset(runtime_->deserializeCudaEngine(data.data(), data.size()));
-        if (!engine_) throw Error("TensorRT cannot deserialize the engine of " + component + ": " + logger.last);
+        if (!engine_) throw Error(kTitle + " cannot deserialize the engine of " + component + ": " + logger.last);
         context_.reset(engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-        if (!context_) throw Error("TensorRT gives no execution context: " + logger.last);
+        if (!context_) throw Error(kTitle + " gives no execution context: " + logger.last);
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     }
     ~TensorRt() override { cudaStreamDestroy(stream_); }

@@ -111,14 +111,58 @@ def test_the_text_length_is_one_number(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "side"), [("size=65", "height"), ("size=64-100", "height"), ("height=64,width=96-128", "width")]
+    ("text", "side"), [("size=56-128", "height"), ("size=64-100", "height"), ("height=64,width=96-128", "width")]
 )
 def test_a_size_that_the_network_cannot_halve_is_refused_with_one_that_it_can(text, side):
     with pytest.raises(UserError, match=side) as caught:
         profile(text).dims(**SD1, guidance=False)
     assert "64 px" in caught.value.message
-    suggestion = int(caught.value.fix.rpartition("=")[2])
+    suggestion = int(caught.value.fix.partition("=")[2].partition(";")[0])
     assert suggestion > 0 and suggestion % 64 == 0
+    assert caught.value.fix.endswith("; or add step=8 to allow all multiples of 8")
+
+
+def test_a_fixed_size_is_any_multiple_of_what_the_vae_enlarges_by():
+    dims = profile("height=72,width=88").dims(**SD1, guidance=False)
+    assert (dims["latent_height"], dims["latent_width"]) == (fixed(9), fixed(11))
+    assert [dims[f"latent_height_{stride}"].max for stride in (2, 4, 8)] == [5, 3, 2]  # rounded up, as a UNet does
+    with pytest.raises(UserError, match="height 65 is not a multiple of 8 px") as caught:
+        profile("size=65").dims(**SD1, guidance=False)
+    assert caught.value.fix == "use multiples of 8, for example height=64"
+
+
+def test_a_range_goes_in_steps_that_are_asked_for():
+    made = profile("size=72-200,step=16", native=512)
+    with pytest.raises(UserError, match="height 72 to 200 is not a multiple of 16"):
+        made.dims(**SD1, guidance=False)
+    dims = profile("size=72-200,step=8").dims(**SD1, guidance=False)
+    assert dims["height"] == Range(72, 200, 200, 8) and dims["latent_height"] == Range(9, 25, 25, 1)
+    assert dims["latent_height_4"] == Range(3, 7, 7, 1)
+    with pytest.raises(UserError, match="step=12 is no multiple of 8 px"):
+        profile("size=72-96,step=12").dims(**SD1, guidance=False)
+
+
+def test_a_vae_takes_all_multiples_of_what_it_enlarges_by():
+    dims = profile("size=64-128").dims(**SD1, guidance=False, component="vae_decoder")
+    assert dims["height"] == Range(64, 128, 128, 8) and dims["latent_height"] == Range(8, 16, 16, 1)
+
+
+def test_a_vae_for_tiles_takes_them_and_the_unet_the_whole():
+    made = profile("sdxl-1024,vae_tile=512")
+    assert made.name == "sdxl-1024,vae_tile=512" and made.batch == Range(1, 1, 4)
+    assert made.dims(**SD1, guidance=False)["height"] == fixed(1024)
+    tiles = made.dims(**SD1, guidance=False, component="vae_encoder")
+    assert tiles["height"] == tiles["width"] == Range(8, 512, 512, 8)
+    assert tiles["latent_height"] == Range(1, 64, 64, 1)
+    with pytest.raises(UserError, match="vae_tile=100 makes no tiles"):
+        profile("sd-512,vae_tile=100").dims(**SD1, guidance=False)
+    with pytest.raises(UserError, match="only step and vae_tile may follow a name"):
+        profile("sd-512,batch=2")
+
+
+def test_the_younger_fields_are_stored_where_they_are_given():
+    assert not {"step", "vae_tile"} & set(profile("sd-512").as_dict())
+    assert profile("native,vae_tile=64", native=64).as_dict()["vae_tile"] == 64
 
 
 def test_a_size_is_judged_by_the_networks_own_step():

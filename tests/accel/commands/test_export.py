@@ -19,7 +19,7 @@ import pytest
         (["--opset", "7"], "opset 7"),
         (["--precision", "fp8"], "fp8"),
         (["--profile", "huge"], "huge"),
-        (["--profile", "size=100"], "multiple"),
+        (["--profile", "size=102"], "multiple"),
         (["--components", "unet,brain"], "brain"),
         (["--steps", "0"], "steps"),
         (["--guidance", "nan"], "guidance"),

@@ -1,8 +1,10 @@
-"""What ONNX Runtime's GPU providers are told: where they cache, which shapes to expect, how exact to be."""
+"""The providers inside ONNX Runtime, and what the GPU ones are told: where to cache, which shapes to expect, how exact
+to be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def chain(
 
 def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, Any]:
     """Options of the TensorRT provider: engine and timing cache, the profile's shapes, the graph's precision."""
-    cache = cache_for(bundle, device_id)
+    cache = cache_for(bundle, "onnxruntime-tensorrt", {"tensorrt": library.installed()}, gpu=device_id)
     return {
         "device_id": device_id,
         "trt_engine_cache_enable": True,
@@ -53,41 +55,46 @@ def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, 
     }
 
 
-def without_engine_cache(providers: Sequence[Any]) -> list[Any]:
-    """The same providers for other weights than the bundle's: an engine is found again by its graph alone."""
-    name = PROVIDERS["tensorrt"]
-    return [
-        (name, {**entry[1], "trt_engine_cache_enable": False}) if entry[0] == name else entry for entry in providers
-    ]
+def shapes(component: Component, prefix: str = "trt_profile") -> dict[str, str]:
+    """The three profile options, so that one engine takes every shape instead of one being built for each.
 
-
-def shapes(component: Component) -> dict[str, str]:
-    """The three profile options, so that one engine takes every shape instead of one being built for each."""
+    Args:
+        prefix: how the provider's names of these options begin.
+    """
     ends = {}
     for end in ("min", "opt", "max"):
         sizes = {name: getattr(limits, end) for name, limits in component.dims.items()}
         free = [s for s in component.inputs if any(isinstance(d, str) and not component.dims[d].fixed for d in s.shape)]
         text = ",".join(f"{s.name}:{'x'.join(map(str, s.concrete(sizes)))}" for s in free)
         if text:
-            ends[f"trt_profile_{end}_shapes"] = text
+            ends[f"{prefix}_{end}_shapes"] = text
     return ends
 
 
-def cache_for(bundle: Bundle, device_id: int) -> Path:
+def cache_for(
+    bundle: Bundle, room: str, versions: Mapping[str, str | None], component: str = "", *, gpu: int = 0
+) -> Path:
     """A folder that only this user can write, for this bundle, these versions and this GPU.
 
     ONNX Runtime names its engines after graph and GPU generation, and loads whatever lies there: an engine file of
     another TensorRT version, or of somebody else, must not be found in it.
+
+    Args:
+        room: the provider's folder in the cache.
+        versions: of the libraries that the provider uses.
+        component: where the provider would use the same names for two components.
+        gpu: its index.
     """
     gpus = machine().gpus
     made_for = {
         "bundle": bundle.digest,
-        "tensorrt": library.installed(),
-        "gpu": gpus[device_id].name if device_id < len(gpus) else None,
+        **versions,
+        "gpu": gpus[gpu].name if gpu < len(gpus) else None,
         "onnxruntime": version_of("onnxruntime-gpu") or version_of("onnxruntime"),
     }
-    folder = cache_dir() / "onnxruntime-tensorrt" / bundle.digest[:32] / digest_of(made_for)[:16]
-    for place in (folder.parent, folder):  # with parents=True only the last one gets the mode
+    folder = cache_dir() / room / bundle.digest[:32] / digest_of(made_for)[:16] / component
+    # One by one: with parents=True only the last one gets the mode.
+    for place in (cache_dir() / room / bundle.digest[:32], folder.parent, folder):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not trust.private(folder):
         raise UserError(

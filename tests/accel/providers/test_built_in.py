@@ -8,8 +8,8 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.engines import load_engine
-from accel.engines.onnxruntime_providers import cache_for, chain, shapes
 from accel.errors import UserError
+from accel.providers.built_in import cache_for, chain, shapes
 
 
 @pytest.fixture
@@ -41,13 +41,14 @@ def test_the_cache_is_private_and_changes_with_the_versions(bundle, monkeypatch,
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
     before = os.umask(0o002)  # new folders are open to the user's group
     try:
-        first = cache_for(bundle, 0)
+        first = cache_for(bundle, "room", {"tensorrt": "11.3.0"})
     finally:
         os.umask(before)
-    assert first.stat().st_mode & 0o077 == 0 and first == cache_for(bundle, 0)
-    monkeypatch.setattr("accel.trt.library.installed", lambda: "11.4.0")
-    second = cache_for(bundle, 0)
+    assert first.stat().st_mode & 0o077 == 0 and first == cache_for(bundle, "room", {"tensorrt": "11.3.0"})
+    second = cache_for(bundle, "room", {"tensorrt": "11.4.0"})
     assert second != first
+    assert cache_for(bundle, "room", {"tensorrt": "11.4.0"}, "unet") == second / "unet"
     second.chmod(0o777)
-    with pytest.raises(UserError, match="written by others"):
-        cache_for(bundle, 0)
+    for component in ("", "unet"):
+        with pytest.raises(UserError, match="written by others"):
+            cache_for(bundle, "room", {"tensorrt": "11.4.0"}, component)
