@@ -76,8 +76,17 @@ def note_left_out(source: Source, *, safety_checker: bool) -> None:
 
 def _check_channels(channels: Any, latent: int, source: Source) -> None:
     """Refuse before an export a UNet that no call can run: it takes latents, and for inpainting mask and image."""
-    if channels in (latent, 2 * latent, 2 * latent + 1):
+    if channels in (latent, 2 * latent + 1):
         return
+    pipeline = str(source.index.get("_class_name"))
+    if channels == 2 * latent:
+        if "InstructPix2Pix" in pipeline or "unet" in source.files:
+            return
+        raise UserError(
+            f"{source.path}: the UNet takes {channels} channels, as InstructPix2Pix does, and {pipeline} of "
+            "model_index.json cannot run it",
+            "if the model edits images: save it as a StableDiffusionInstructPix2PixPipeline",
+        )
     kind = {latent + 1: "as a depth-to-image or upscaling model does"}
     what = kind.get(channels, "which no supported pipeline does") if isinstance(channels, int) else "no number"
     raise UserError(

@@ -131,7 +131,9 @@ def made(folder):
     return ours(folder, num_inference_steps=1, seed=1)
 
 
-@pytest.mark.parametrize("channels, name", [(5, "depth-to-image"), (7, "no supported pipeline")])
+@pytest.mark.parametrize(
+    "channels, name", [(8, "InstructPix2Pix"), (5, "depth-to-image"), (7, "no supported pipeline")]
+)
 def test_a_unet_that_no_call_can_run_is_refused_before_the_export(smallest, tmp_path, channels, name):
     with pytest.raises(UserError, match=f"takes {channels} channels.*{name}"):
         open_pipeline(edited(smallest, tmp_path / "pix2pix", "unet", in_channels=channels))
