@@ -406,7 +406,6 @@ def test_a_process_that_waits_in_vain_says_for_what(data, encoders, tmp_path, mo
         (dict(random_flip=False), "random_flip True, where False"),
         (dict(seed=4), "seed 3, where 4"),
         (dict(variants=2), "variants 3, where 2"),
-        (dict(dtype="float16"), "dtype float32, where float16"),
         (dict(shard=8), "shard 4, where 8"),
     ],
 )
