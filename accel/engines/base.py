@@ -153,7 +153,10 @@ class Engine(Resource, ABC):
             known = next((dim for dim in same if dim in sizes), None)
             if known is not None:
                 for dim in same:
-                    sizes.setdefault(dim, sizes[known] * dims[dim].min // dims[known].min)
+                    root, _, stride = dim.rpartition("_")
+                    inner = root == known and stride.isdigit()  # what convolutions of stride 2 leave, rounded up
+                    scaled = sizes[known] * dims[dim].max // dims[known].max
+                    sizes.setdefault(dim, -(-sizes[known] // int(stride)) if inner else scaled)
         return sizes
 
     def __repr__(self) -> str:

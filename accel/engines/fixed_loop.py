@@ -55,7 +55,8 @@ class FixedLoop:
         cuda = self.unet.cuda
         cuda.activate()
         # The graph keeps the schedule alive, so no other schedule has its id as long as the graph exists.
-        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), self.table, tuple(x.shape))
+        shapes = tuple(tuple(value.shape) for value in (x, *conditioning.values()))
+        key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), self.table, shapes)
         graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
         result = cuda.empty(tuple(x.shape), "float32")
         with cuda.on(graph.bound.workspace.stream):

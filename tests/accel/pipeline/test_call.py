@@ -202,7 +202,6 @@ NAN = torch.full((1, 4, 16, 16), float("nan"))
         (dict(latents=torch.zeros(1, 4, 16, 16, dtype=torch.int64)), "latents of int64"),
         (dict(latents=np.zeros((1, 3, 16, 16), np.float32)), "(1, 3, 16, 16)"),
         (dict(latents=np.zeros((4, 16, 16), np.float32)), "(4, 16, 16)"),
-        (dict(latents=np.zeros((1, 4, 15, 16), np.float32)), "latents of shape (1, 4, 15, 16)"),
         (dict(latents=np.zeros((1, 4, 16, 16), np.float32), height=128), "leave height out"),
         (dict(image=np.zeros((2, 64, 64, 3))), "2 images for 1"),
         (dict(image=[np.zeros((1, 64, 64, 3, 1))]), "(1, 64, 64, 3, 1)"),
@@ -268,7 +267,7 @@ def test_copies_are_refused_with_the_way_out(way, pipe):
 
 def test_reprs_are_short_and_say_what_counts(pipe):
     assert len(repr(pipe).splitlines()) <= 8 and "digits/4step" in repr(pipe) and "dmd2 in 4 steps" in repr(pipe)
-    assert "unet" in repr(pipe) and "torch" in repr(pipe) and "64 x 64 px (32 to 8192" in repr(pipe.bundle)
+    assert "unet" in repr(pipe) and "torch" in repr(pipe) and "64 x 64 px (4 to 8192" in repr(pipe.bundle)
     html = pipe._repr_html_()
     assert html.count("<tr>") == 4 and "dmd2 in 4 steps" in html
     bundle = Bundle.open("digits/4step-int8")

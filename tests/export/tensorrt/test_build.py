@@ -44,7 +44,7 @@ def test_several_profiles_go_into_one_engine(bundle, tensorrt):
     [
         (["batch=1-9,size=64"], "batch"),
         (["batch=1,size=256"], "256"),
-        (["batch=1,size=80"], "not a multiple"),
+        (["batch=1,size=81"], "not a multiple"),
         (["nonsense"], "unknown profile"),
         (["batch=1,size=64", "batch=1,size=64"], "twice"),
     ],
