@@ -84,7 +84,7 @@ def theirs(made, *, adapter=True, **parts):
     return pipe
 
 
-def draw(pipe, image=None, scale=None, guidance=5.0, prompts=1, **more):
+def draw(pipe, image=None, scale=None, /, guidance=5.0, prompts=1, **more):
     """What diffusers draws from our noise of seeds 5, 6, ..."""
     if scale is not None:
         pipe.set_ip_adapter_scale(scale)
