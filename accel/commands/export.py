@@ -31,8 +31,8 @@ EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits
 COMPONENTS = usual_components()
 # Options that export a pipeline, and options of int8. Those that are not given are None or empty.
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
-_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift ip_adapter image_encoder".split()
-_OF_PIPELINES.append("safety_checker")
+_OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
+_OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 

@@ -158,7 +158,10 @@ def clip_skip(manifest: Manifest, given: int | None) -> int:
                 known = ["0", *(known or map(str, range(1, layers)))]
                 raise UserError(
                     f"invalid clip_skip: {skip} (this bundle's {name} can do: {', '.join(known)})",
-                    f"accel export MODEL OUT --clip-skip {max(1, skip)}",
+                    # All layers are there already, or the export says how many there are.
+                    "give one of these"
+                    if layers or skip < 0 or not manifest.components[name].graph
+                    else f"accel export MODEL OUT --clip-skip {skip}",
                 )
     return skip
 
