@@ -33,13 +33,3 @@ def attempt(name: str, *, seconds: float = 180) -> Status:
         return Status(False, detail, "install its package again, or name another engine")
     ran = [line.removeprefix("ran: ") for line in done.stdout.splitlines() if line.startswith("ran: ")]
     return Status(True, f"{state.detail}; tried: {ran[-1]}")
-
-
-def product_graph() -> bytes:
-    """An ONNX graph: y = x x for x [2, 2] in float32."""
-    from onnx import TensorProto, helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "product", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return model.SerializeToString()

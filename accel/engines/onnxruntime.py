@@ -16,7 +16,7 @@ from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, UserError
-from ..providers import plugins
+from ..providers import gpu, plugins
 from ..providers.built_in import PROVIDERS
 from ..providers.route import NAMES, NO_EP_CONTEXT, Route, find
 from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
@@ -36,7 +36,7 @@ def status() -> Status:
         return Status(False, "onnxruntime is not installed", 'pip install "accel-diffusion[cpu]" (or [cuda])')
     import onnxruntime
 
-    names = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
+    names = list(filter(gpu.listed, PROVIDERS))
     states = "".join(f"; provider {state}" for name in plugins.PACKAGED if (state := plugins.state(name)))
     return Status(True, f"onnxruntime {onnxruntime.__version__} ({', '.join(names)}){states}")
 
@@ -45,28 +45,20 @@ def attempt() -> str:
     """A small product on every provider that this build lists, which may still lack its libraries."""
     import onnxruntime as ort
 
-    from .attempt import product_graph
-
-    def runs(options: Any, provider: str, **more: Any) -> bool:
-        options.log_severity_level = 4
-        session = ort.InferenceSession(product_graph(), options, **more)
-        session.run(None, {"x": np.ones((2, 2), np.float32)})
-        return provider in session.get_providers()
-
     found = []
-    for name, provider in PROVIDERS.items():
-        if provider in ort.get_available_providers():
-            ran = runs(ort.SessionOptions(), provider, providers=[provider])
-            found.append(
-                name if ran else f"{name} does not load (its CUDA or TensorRT libraries are missing or do not fit)"
-            )
+    for name in filter(gpu.listed, PROVIDERS):
+        trouble = gpu.trouble(name)
+        found.append(name if trouble is None else f"{name} does not run: {trouble[0]} ({trouble[1]})")
     for name in plugins.PACKAGED:
         if plugins.state(name):
             try:
                 plugin, options = plugins.named(name), ort.SessionOptions()
                 device = plugins.devices(plugin)[0]
+                options.log_severity_level = 4
                 options.add_provider_for_devices([device], {})
-                found.append(name if runs(options, device.ep_name) else f"{name} does not load")
+                session = ort.InferenceSession(gpu.PRODUCT, options)
+                session.run(None, {"x": np.ones((2, 2), np.float32)})
+                found.append(name if device.ep_name in session.get_providers() else f"{name} does not load")
             except UserError as error:
                 found.append(f"{name} does not run: {error.message.partition(': ')[2] or error.message}")
     return ", ".join(found)

@@ -40,10 +40,10 @@ def attempt() -> str:
     """A small product on every device that OpenVINO lists."""
     import openvino
 
-    from .attempt import product_graph
+    from ..providers.gpu import PRODUCT
 
     core = openvino.Core()
-    model = core.read_model(product_graph())
+    model = core.read_model(PRODUCT)
     for device in core.available_devices:
         core.compile_model(model, device)({"x": np.ones((2, 2), np.float32)})
     return ", ".join(core.available_devices)

@@ -14,6 +14,7 @@ from ..bundle import Bundle, Component
 from ..bundle.manifest import steadily
 from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
+from ..providers.route import usable_cuda
 from ..trt.preflight import NoEngineFile
 from .base import Engine, Facts, Status
 
@@ -122,8 +123,7 @@ def choose(
         return _choose_int8(component, engine_file, fits)
     if engine_file is not None:
         return engine_file.engine
-    ort = status("onnxruntime")
-    if ort.ok and "cuda" in ort.detail and device != "cpu" and "onnxruntime" in fits:
+    if device != "cpu" and "onnxruntime" in fits and status("onnxruntime").ok and usable_cuda():
         return "onnxruntime"
     place = "cuda" if device.startswith("cuda") else "cpu"
     for candidate in fits:

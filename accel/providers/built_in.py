@@ -48,6 +48,8 @@ def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, 
         "trt_timing_cache_enable": True,
         "trt_timing_cache_path": str(cache.parent.parent),
         "trt_context_memory_sharing_enable": True,
+        # ONNX Runtime hands over the weights: copied into the graph they may exceed the 2 GB of a protobuf.
+        "trt_load_user_initializer": True,
         # TensorRT 10 reads these on weakly typed networks; for 11 the graph alone decides.
         "trt_fp16_enable": component.dtype == "float16",
         "trt_int8_enable": bool(component.int8),

@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle import Bundle, Component
 from ..errors import Notice, UserError, unknown
 from ..trt.cuda import index_of
-from . import plugins, tensorrt_rtx
+from . import gpu, plugins, tensorrt_rtx
 from .built_in import PROVIDERS, chain
 
 NAMES = (*PROVIDERS, *plugins.PACKAGED)
@@ -130,17 +130,16 @@ def find(
 def _built_in(provider: str, device: str, bundle: Bundle, component: Component, own: Mapping[str, Any] | None) -> Route:
     import onnxruntime as ort
 
-    available = ort.get_available_providers()
-    index = index_of(device)
+    available, index = ort.get_available_providers(), index_of(device)
     if index is None and device != "cpu":
         raise UserError(f"unknown device {device!r}", "--device cpu, cuda or cuda:1")
     if provider != "auto" and device != "auto" and (provider == "cpu") != (device == "cpu"):
         raise UserError(f"the {provider} provider does not run on {device}", "leave out --device or --provider")
     slow = f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
     if provider == "auto":
-        gpu = device.startswith("cuda") or index is not None and PROVIDERS["cuda"] in available
-        provider = "cuda" if gpu and (device != "auto" or not component.int8) else "cpu"
-        if gpu and provider == "cpu":
+        on_gpu = device.startswith("cuda") or index is not None and usable_cuda()
+        provider = "cuda" if on_gpu and (device != "auto" or not component.int8) else "cpu"
+        if on_gpu and provider == "cpu":
             warnings.warn(
                 f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT engine files for the GPU",
                 Notice,
@@ -153,7 +152,19 @@ def _built_in(provider: str, device: str, bundle: Bundle, component: Component, 
     if PROVIDERS[provider] not in available:
         raise UserError(
             f"this onnxruntime has no {provider} provider (it has {', '.join(available)})",
-            "pip uninstall onnxruntime; pip install onnxruntime-gpu",
+            'pip uninstall onnxruntime; pip install "accel-diffusion[cuda]"',
         )
+    if provider != "cpu" and (trouble := gpu.trouble(provider, index or 0)):
+        raise UserError(f"ONNX Runtime's {provider} provider does not run here: {trouble[0]}", trouble[1])
     place = "cpu" if provider == "cpu" else f"cuda:{index or 0}"
     return Route(provider, PROVIDERS[provider], place, tuple(chain(provider, index or 0, bundle, component, own)))
+
+
+def usable_cuda() -> bool:
+    """Whether `auto` may take ONNX Runtime's CUDA provider; says why not where this build has one that does not run."""
+    if not gpu.listed("cuda"):
+        return False
+    if trouble := gpu.trouble("cuda"):
+        text = f"ONNX Runtime's CUDA provider does not run here, so it is left out: {trouble[0]}. {trouble[1]}"
+        warnings.warn(text, Notice, stacklevel=6)
+    return trouble is None

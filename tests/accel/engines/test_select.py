@@ -184,6 +184,7 @@ def test_auto_goes_where_the_device_says(sd15_bundle, monkeypatch):
     real = engines.status
     gpu = engines.Status(True, "onnxruntime 1.0 (cuda, cpu)")
     monkeypatch.setattr(engines.select, "status", lambda name: gpu if name == "onnxruntime" else real(name))
+    monkeypatch.setattr(engines.select, "usable_cuda", lambda: True)
     assert engines.choose("auto", device="cuda:1") == engines.choose("auto") == "onnxruntime"
     assert engines.choose("auto", device="cpu") == "openvino"
     assert accel.load_engine(sd15_bundle, "vae_decoder", device="cpu").name == "openvino"

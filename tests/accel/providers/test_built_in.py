@@ -30,6 +30,7 @@ def test_the_chain_falls_to_cuda_and_cpu_and_own_options_win(bundle):
     (first, options), (second, cuda), third = chain("tensorrt", 1, bundle, component, {"trt_fp16_enable": True})
     assert (first, second, third) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
     assert options["device_id"] == cuda["device_id"] == 1 and options["trt_fp16_enable"] is True
+    assert options["trt_load_user_initializer"] is True  # without it graphs over 2 GB fail
     assert options["trt_engine_cache_path"].startswith(options["trt_timing_cache_path"])
     assert cuda["use_tf32"] == "0" and chain("cuda", 0, bundle, component, {"use_tf32": "1"})[0][1]["use_tf32"] == "1"
     assert chain("cpu", 0, bundle, component) == ["CPUExecutionProvider"]
