@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from accel._version import __version__
+from accel.attention import check as check_attention
 from accel.errors import Notice, UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.int8 import trained_scales
@@ -26,7 +27,7 @@ from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
 from .training import checkpoints, sharding
-from .training.attention import check_attention, check_networks
+from .training.attention import check_networks
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
 

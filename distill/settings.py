@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accel import attention
 from accel.errors import MissingPackage, UserError
 from accel.int8.config import LEVELS
 
-ATTENTIONS = ("auto", "sdpa", "flash-attn", "xformers")
+ATTENTIONS = attention.NAMES
 _HALF = ("float32", "float16")
 _TEACHER = ("auto", "float32", "bfloat16", "float16")
 _SCHEDULES = ("constant", "linear", "cosine", "polynomial")

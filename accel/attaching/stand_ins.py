@@ -33,10 +33,17 @@ class Compiled(nn.Module):
     def __init__(self, original: nn.Module, engine: Engine):
         super().__init__()
         self.config = original.config
-        self.dtype = original.dtype
-        self.device = original.device
         # Kept out of the module tree: its weights are not this module's, and must not be moved or saved with it.
         self._hidden = SimpleNamespace(original=original, engine=engine, changed=False, refusal=None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the original is now, and outputs are put."""
+        return self._hidden.original.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._hidden.original.dtype
 
     def __getattr__(self, name: str) -> Any:
         if name == "_hidden":

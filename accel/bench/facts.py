@@ -181,7 +181,7 @@ def _row(state: State, variant: Variant) -> Row:
     name = variant.name
     stored = state.bundle.component("unet").dtype
     scopes = {scope: _scope(state, variant, scope) for scope in (*component_names(state.bundle), IMAGE)}
-    reason = state.reasons.get(name, "")
+    reason = state.reasons.get(name, "") or state.partly.get(name, "")
     samples = [len(state.samples.get(scope, {}).get(name, ())) for scope in scopes]
     if not any(samples):
         outcome = UNMEASURED
@@ -219,7 +219,7 @@ def _scope(state: State, variant: Variant, scope: str) -> Scope:
     flops = state.flops.get(scope, {}).get("total")
     rate = flops / clock.p50_s if flops else None
     # The peak was measured on one device; a variant on another has no business with it.
-    here = state.environment.get("device") == "cpu" or "cuda" in state.descriptions.get(variant.name, "")
+    here = state.environment.get("device") == state.devices.get(variant.name)
     peak = state.environment.get("peak_flop_per_s", {}).get(variant.compute(component.dtype)) if here else None
     return Scope(
         timing=clock,

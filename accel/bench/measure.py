@@ -16,7 +16,7 @@ from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names, opened
-from . import facts, quality, timing, variants, work
+from . import facts, quality, room, timing, variants, work
 from .document import Document
 from .probe import probe
 from .state import State, temporary_caches
@@ -54,7 +54,8 @@ def measure(
 ) -> Result:
     """Measure variants of one bundle against each other. An interrupt returns what was measured so far.
 
-    All variants stay loaded until the end, because they take turns: memory must hold them together.
+    All variants stay loaded until the end, because they take turns. Where memory does not hold them together they are
+    loaded and timed one after another, and the document says so.
 
     Args:
         bundle: a bundle or its folder; or a pipeline folder, which only torch can run.
@@ -73,17 +74,23 @@ def measure(
     work.check_batch(bundle, settings)
     bundle.verify([bundle.component(name).folder for name in names])
     wanted = chosen if chosen is not None else variants.chosen(None)
-    state = State(bundle, [replace(variant, threads=settings.threads) for variant in wanted], settings)
+    same = dict(threads=settings.threads, attention=settings.attention)
+    state = State(bundle, [replace(variant, **same) for variant in wanted], settings)
     try:
         with tempfile.TemporaryDirectory(prefix="accel-bench-") as folder, temporary_caches() as caches:
             state.settings = work.with_images(settings, bundle, Path(folder))
             state.environment = facts.environment(state)
             _probe(state, caches, progress)
             _reference(state, load, progress)
-            _warm_up(state, load, progress)
-            _floors(state, load, progress)
-            facts.count(state)
-            _time(state, progress)
+            if room.holds_all(state):
+                _warm_up(state, state.live, load, progress)
+                _floors(state, load, progress)
+                facts.count(state)
+                _time(state, state.live, progress)
+            else:
+                _apart(state, load, progress)
+                _floors(state, load, progress)
+                facts.count(state)
     except KeyboardInterrupt:
         state.interrupted = True
     document = facts.document(state, command)
@@ -123,11 +130,29 @@ def _reference(state: State, load: Load, progress: Progress) -> None:
         state.pipelines[REFERENCE] = pipeline
 
 
-def _warm_up(state: State, load: Load, progress: Progress) -> None:
-    call = state.settings.call()
-    for i, variant in enumerate(state.live):
+def _apart(state: State, load: Load, progress: Progress) -> None:
+    """One variant after another, each alone in memory, the reference first."""
+    state.notes.append(
+        "memory does not hold all variants at once: each was loaded and timed by itself, so that clocks and heat may "
+        "differ between them, and the intervals of the ratios mean less"
+    )
+    done, full = 0, state.settings.rounds
+    for variant in sorted(state.live, key=lambda one: one.name != REFERENCE):
+        _warm_up(state, [variant], load, progress)
+        _time(state, [variant], progress)
+        done = min(done or full, state.rounds_done)
+        pipeline = state.pipelines.pop(variant.name, None)
+        state.calls.clear()
+        if pipeline is not None:
+            pipeline.close()
+    state.rounds_done = done
+
+
+def _warm_up(state: State, group: Sequence[Variant], load: Load, progress: Progress) -> None:
+    call, partial = state.settings.call(), dict[str, str]()
+    for i, variant in enumerate(group):
         name = variant.name
-        progress(f"{name}: warm-up", 0.35 + 0.25 * i / len(state.live))
+        progress(f"{name}: warm-up", 0.35 + 0.25 * i / len(group))
         try:
             pipeline = state.pipelines.get(name) or load(state.bundle, variant)
             if not state.recordings:
@@ -135,23 +160,34 @@ def _warm_up(state: State, load: Load, progress: Progress) -> None:
             scopes = work.calls(pipeline, state.recordings, call)
             first: dict[str, float] = {}
             outputs: dict[str, Any] = {}
+            failed = ""
             for scope, function in scopes.items():
-                first[scope] = timing.timed(function)
-                for _ in range(max(2, state.settings.warmup) - 1):
-                    started = time.perf_counter()
-                    outputs[scope] = function()
-                    state.warm.setdefault(scope, []).append(time.perf_counter() - started)
-            state.samples_of[name] = quality.sample(outputs["unet"], outputs[IMAGE])
+                try:
+                    first[scope] = timing.timed(function)
+                    for _ in range(max(2, state.settings.warmup) - 1):
+                        started = time.perf_counter()
+                        outputs[scope] = function()
+                        state.warm.setdefault(scope, []).append(time.perf_counter() - started)
+                except UserError as error:  # such as a VAE that overflows in float16: the UNet is still worth a row
+                    failed = f"{scope}: {error.message}"
+            if not outputs:
+                raise UserError(failed, "see accel doctor")
+            if failed:
+                partial[name] = failed
+            else:
+                state.samples_of[name] = quality.sample(outputs["unet"], outputs[IMAGE])
         except Exception as error:
             state.reasons[name] = _why(error)
             state.pipelines.pop(name, None)
             continue
         state.pipelines[name] = pipeline
         state.first_calls[name] = first
-        state.descriptions[name] = pipeline.engines["unet"].description
-        for scope, function in scopes.items():
-            state.calls.setdefault(scope, {})[name] = function
+        unet = pipeline.engines["unet"]
+        state.descriptions[name], state.devices[name] = unet.description, unet.runs_on
+        for scope in outputs:
+            state.calls.setdefault(scope, {})[name] = scopes[scope]
             state.samples.setdefault(scope, {})[name] = []
+    state.partly |= partial
 
 
 def _floors(state: State, load: Load, progress: Progress) -> None:
@@ -175,8 +211,9 @@ def _floors(state: State, load: Load, progress: Progress) -> None:
             state.floors[name] = _why(error)
 
 
-def _time(state: State, progress: Progress) -> None:
-    rounds = state.settings.rounds
+def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
+    rounds, names = state.settings.rounds, {variant.name for variant in group}
+    calls = {scope: {n: call for n, call in own.items() if n in names} for scope, own in state.calls.items()}
 
     def after(done: int) -> None:
         state.rounds_done = done
@@ -187,11 +224,11 @@ def _time(state: State, progress: Progress) -> None:
 
     progress("rounds", 0.65)
     timing.interleave(
-        state.calls,
+        calls,
         state.samples,
         rounds=rounds,
         seconds=state.settings.seconds,
-        lead_in={scope: min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in state.calls},
+        lead_in={scope: min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in calls},
         failed=failed,
         after=after,
     )

@@ -28,9 +28,11 @@ class State:
     started: float = field(default_factory=time.time)
     environment: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    partly: dict[str, str] = field(default_factory=dict)  # variant -> the scope that failed, and why
     processes: dict[str, Process] = field(default_factory=dict)
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
     descriptions: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)  # kind of device that a variant's UNet runs on
     reference: Sample | None = None
     again: Sample | None = None
     samples_of: dict[str, Sample] = field(default_factory=dict)

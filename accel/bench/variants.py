@@ -25,9 +25,10 @@ class Variant:
     Attributes:
         engine: a name out of `accel.engines.ENGINES`.
         dtype: "fp32", "bf16" or "fp16"; "" for an engine that computes in the bundle's own dtypes.
-        device: suffix that names the device, the provider, or what is captured as a CUDA graph; "" for the engine's own
-            choice.
+        device: suffixes that name the device, the provider, what is captured as a CUDA graph or how torch compiles,
+            with colons between them; "" for the engine's own choice.
         threads: number of CPU threads; None for the engine's own choice.
+        attention: kernel of the attention layers (`accel.attention.NAMES`), for engines that have a choice.
         requested: whether the user named it, so that not being able to run it is a failure.
     """
 
@@ -36,6 +37,7 @@ class Variant:
     device: str = ""
     requested: bool = True
     threads: int | None = None
+    attention: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +51,11 @@ class Variant:
         given = {"dtype": self.dtype} if self.dtype else {}
         if self.threads is not None and "threads" in facts(self.engine).options:
             given["threads"] = self.threads
-        return given | dict(facts(self.engine).devices[self.device] if self.device else {})
+        if self.attention is not None and "attention" in facts(self.engine).options:
+            given["attention"] = self.attention
+        for suffix in filter(None, self.device.split(":")):
+            given |= facts(self.engine).devices[suffix]
+        return given
 
     def compute(self, stored: str) -> str:
         """Numpy-style name of the dtype it computes in, for weights stored as `stored`."""
@@ -66,16 +72,19 @@ def parse(text: str, *, requested: bool = True) -> Variant:
     if engine not in ENGINES:
         raise unknown("engine", engine, reversed(ENGINES))
     dtypes, devices = facts(engine).dtypes, facts(engine).devices
-    dtype, device = "fp32" if dtypes else "", ""
+    dtype, device, given = "fp32" if dtypes else "", [], set()
     for suffix in suffixes:
         if suffix in dtypes:
             dtype = suffix
         elif suffix in devices:
-            device = suffix
+            if given & set(devices[suffix]):
+                raise UserError(f"{text} says {', '.join(devices[suffix])} twice", f"leave {suffix} or the other out")
+            device.append(suffix)
+            given |= set(devices[suffix])
         else:
             choices = [f"{engine}:{value}" for value in (*dtypes, *devices)]
             raise unknown("variant", f"{engine}:{suffix}", [engine, *choices])
-    return Variant(engine, dtype, device, requested)
+    return Variant(engine, dtype, ":".join(device), requested)
 
 
 def chosen(text: str | None) -> list[Variant]:

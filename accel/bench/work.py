@@ -42,6 +42,7 @@ class BenchSettings:
         warmup: untimed calls of each scope, at least two.
         memory: measure each variant in a process of its own as well.
         threads: CPU threads of every engine; None for each engine's own choice.
+        attention: kernel of the attention layers, for engines that have a choice; None for their own.
         control: image file for the bundle's T2I-Adapter or ControlNet; "" for a drawing.
         shown: the images of the call by argument, as `with_images` chooses them.
     """
@@ -60,6 +61,7 @@ class BenchSettings:
     warmup: int = 2
     memory: bool = True
     threads: int | None = None
+    attention: str | None = None
     control: str = ""
     shown: Mapping[str, Any] = field(default_factory=dict)
 

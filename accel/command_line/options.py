@@ -133,6 +133,11 @@ def add_engine(parser: Any) -> None:
     add("--device", "where to run: cpu, cuda or cuda:1; for openvino one of its own devices, such as GPU")
     add("--precision", "what to compute in, instead of the bundle's own", "dtype", choices=tuple(SHORT))
     renamed(group, "--dtype", "--precision")
+    from ..attention import NAMES
+
+    names = ", ".join(NAMES)
+    add("--attention", f"kernel of the attention layers: {names}", type=one_of("attention", NAMES), metavar="NAME")
+    add("--tf32", "let float32 compute in TF32 on a GPU", action="store_true", default=None)
     add("--provider", "execution provider: cpu, cuda, tensorrt, tensorrt-rtx, or NAME=PATH of a plugin", metavar="NAME")
     add("--cuda-graph", "replay captured CUDA graphs, of one step or of all steps", choices=("off", "step", "loop"))
     add("--engine-file", "key of the engine file to use, instead of the newest that fits", metavar="KEY")
@@ -158,7 +163,8 @@ def engine_of(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The engine's name, and the options that were given, by the names the engines use."""
     from ..bench.variants import parse
 
-    names = ("device", "dtype", "provider", "threads", "cuda_graph", "engine_file", "allow_host_code", "specialization")
+    torch = ("device", "dtype", "attention", "tf32")
+    names = (*torch, "provider", "threads", "cuda_graph", "engine_file", "allow_host_code", "specialization")
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     name, _, suffix = args.engine.partition(":")
     return name, (parse(args.engine).options if suffix else {}) | given

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .. import attention
 from ..assets import DIGITS_PROMPTS, knows_only_digits
 from ..command_line.options import (
     add_few_step,
@@ -20,7 +21,7 @@ from ..command_line.options import (
     prompts_of,
     sampler_options,
 )
-from ..command_line.parser import WrongUse, renamed
+from ..command_line.parser import WrongUse, one_of, renamed
 from ..errors import Notice, UserError
 from ..progress import progress
 
@@ -55,6 +56,9 @@ def add_arguments(parser: Any) -> None:
     text = "stop after this many seconds, but not before five rounds"
     group.add_argument("--seconds", type=float, metavar="S", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads of every engine")
+    text = f"kernel of the attention layers on eager and compile: {', '.join(attention.NAMES)}"
+    kind = one_of("attention", attention.NAMES)
+    group.add_argument("--attention", type=kind, metavar="NAME", help=text)
     group.add_argument("--no-memory", action="store_true", help="do not measure memory and load times")
     group = parser.add_argument_group("result")
     group.add_argument("--full", action="store_true", help="print every column, not the short table")
@@ -124,6 +128,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], 
         seconds=args.seconds,
         memory=not args.no_memory,
         threads=args.threads,
+        attention=args.attention,
         control=args.control or "",
     )
     if args.threads:
@@ -146,7 +151,7 @@ def _command(args: argparse.Namespace) -> str:
     from ..sampling.constants import OPTIONS
 
     words = ["accel bench", Path(args.bundle).resolve().name]
-    named = "engine seed batch height width sampler steps guidance rounds seconds threads".split()
+    named = "engine seed batch height width sampler steps guidance rounds seconds threads attention".split()
     for name in (*named, *OPTIONS):
         value = getattr(args, name)
         if value not in (None, {"seed": 0, "batch": 1, "rounds": 10}.get(name)):

@@ -159,6 +159,11 @@ class Engine(Resource, ABC):
                     sizes.setdefault(dim, -(-sizes[known] // int(stride)) if inner else scaled)
         return sizes
 
+    @property
+    def runs_on(self) -> str:
+        """The kind of device that computes: "cpu", "cuda", or a plugin's kind such as "gpu"."""
+        return str(getattr(self, "device", "cpu")).partition(":")[0]
+
     def __repr__(self) -> str:
         shapes = ", ".join(
             f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in self.component.inputs

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import sysconfig
 import threading
 import warnings
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, Component
@@ -14,10 +17,16 @@ from ..errors import Notice, UserError
 from . import eager
 from .base import Status
 
-FACTS = replace(eager.FACTS, auto=())  # never by itself: its first call takes minutes
 # torch's compiler keeps state for the whole process: a second thread that enters it fails, or compiles again.
 _TURN = threading.Lock()
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CAPTURING = ("reduce-overhead", "max-autotune")  # with CUDA graphs of torch's own, on a GPU
+FACTS = replace(
+    eager.FACTS,
+    auto=(),  # never by itself: its first call takes minutes
+    devices=eager.FACTS.devices | {mode: {"mode": mode} for mode in MODES[1:]} | {"regional": {"regional": True}},
+    gpu_variants=("fp16", "fp16:loop", "fp16:max-autotune"),
+)
 
 
 def status() -> Status:
@@ -26,6 +35,10 @@ def status() -> Status:
         return base
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return Status(False, "torch.compile needs a C++ compiler", "apt-get install g++")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        fix = f"apt-get install python3-dev (of Python {version})"
+        return Status(False, "torch.compile needs Python's header files (Python.h)", fix)
     return base
 
 
@@ -51,21 +64,37 @@ class Compile(eager.Eager):
     Args:
         mode: as in torch.compile.
         dynamic: compile once for all sizes instead of once per size.
+        regional: compile a transformer block once and use it for all that are alike, and leave the rest to eager torch:
+            a fraction of the time of the first call. Networks without such blocks are compiled whole.
     """
 
     name = "compile"
 
     def __init__(
-        self, bundle: Bundle, component: Component, *, mode: str = "default", dynamic: bool = False, **options: Any
+        self,
+        bundle: Bundle,
+        component: Component,
+        *,
+        mode: str = "default",
+        dynamic: bool = False,
+        regional: bool = False,
+        **options: Any,
     ):
         if mode not in MODES:
             raise UserError(f"unknown torch.compile mode {mode!r}", f"one of: {', '.join(MODES)}")
+        if mode in _CAPTURING and options.get("cuda_graph", "off") != "off":
+            raise UserError(f"torch.compile's mode {mode} captures CUDA graphs itself", "leave --cuda-graph out")
         super().__init__(bundle, component, **options)
         import torch
 
-        self.module = torch.compile(self.module, mode=mode, dynamic=dynamic)
-        self.description += f", torch.compile {mode}"
-        self._called = False
+        how, model = dict(mode=mode, dynamic=dynamic), self.module.model
+        regional = regional and bool(getattr(model, "_repeated_blocks", None))
+        if regional:
+            model.compile_repeated_blocks(**how)
+        else:
+            self.module = torch.compile(self.module, **how)
+        self.description += f", torch.compile {mode}" + (" of repeated blocks" if regional else "")
+        self._called, self._captures = False, mode in _CAPTURING and self.device.startswith("cuda")
 
     def run(self, feeds):
         if not self._called:
@@ -73,10 +102,8 @@ class Compile(eager.Eager):
             _note_compiling()
         with _TURN:
             outputs = super().run(feeds)
-            if not self.device.startswith("cuda"):
-                return outputs
-            # With CUDA graphs the next call overwrites what this one returned.
-            return {name: value.clone() for name, value in outputs.items()}
+            # With torch's CUDA graphs the next call overwrites what this one returned.
+            return {name: value.clone() for name, value in outputs.items()} if self._captures else outputs
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> Compile:

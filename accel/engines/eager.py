@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from .. import attention as attention_table
 from ..bundle import Bundle, Component
 from ..dtypes import SHORT, check_dtype, torch_dtype
+from ..errors import UserError
 from ..machine import version_of
+from ..tf32 import float32_as
+from ..trt.cuda import Cuda, index_of
+from ..trt.cuda_graphs import Captures, Graph, replay
+from . import torch_graphs
 from .base import Engine, Facts, Status, check_device, to_torch
+from .torch_graphs import CUDA_GRAPHS
+
+# Kinds of components whose attention layers a kernel of the table can compute: their heads are narrow.
+_ATTENDING = ("unet", "controlnet")
 
 FACTS = Facts(
     dtypes=tuple(SHORT),
-    devices={"cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}},
+    devices={
+        "cpu": {"device": "cpu"},
+        "cuda": {"device": "cuda"},
+        **{mode: {"cuda_graph": mode} for mode in CUDA_GRAPHS[1:]},
+    },
     # diffusers and transformers load lazily, so the modules of the networks are named.
     libraries=(
         "torch",
@@ -23,11 +40,11 @@ FACTS = Facts(
         "diffusers.models.autoencoders.autoencoder_kl",
         "transformers.models.clip.modeling_clip",
     ),
-    options=("device", "dtype"),
+    options=("device", "dtype", "attention", "tf32", "cuda_graph"),
     reads_graph=False,
     auto=("cpu", "cuda"),
     variants=("", "bf16"),
-    gpu_variants=("fp16",),
+    gpu_variants=("fp16", "fp16:loop"),
 )
 
 
@@ -56,6 +73,12 @@ class Eager(Engine):
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: dtype to compute in: "auto" (as stored), "fp32", "bf16" or "fp16". Inputs and outputs keep the dtypes of
             the manifest.
+        attention: the kernel of the UNet's and the ControlNets' attention layers (`accel.attention.NAMES`); "auto" is
+            torch's own choice.
+        tf32: let float32 products and convolutions compute in TF32 (10-bit mantissa) on a GPU. Off: this engine is the
+            reference, and cuDNN's default is on.
+        cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
+            lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
         weights: as `set_weights` takes them.
     """
 
@@ -69,6 +92,9 @@ class Eager(Engine):
         *,
         device: str = "auto",
         dtype: str = "auto",
+        attention: str = "auto",
+        tf32: bool = False,
+        cuda_graph: str = "off",
         weights: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
@@ -77,7 +103,12 @@ class Eager(Engine):
         from ..models import networks
         from ..models.pipeline_bundle import PipelineBundle
 
-        if device == "auto":
+        torch_graphs.check(cuda_graph)
+        self.cuda_graph = cuda_graph if component.kind in torch_graphs.CAPTURED else "off"
+        self.epoch, self._local = 0, threading.local()
+        if cuda_graph != "off":
+            device = self._device(device)
+        elif device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(device)
         check_dtype(dtype, ("auto", *FACTS.dtypes))
@@ -99,13 +130,36 @@ class Eager(Engine):
             networks.keep_float32(module.model, component.float32, component.fp32_output)
         self.module = module.to(device)
         self.device = device
-        self.compute = torch_dtype(compute)
+        self.dtype = torch_dtype(compute)
+        self._math = partial(float32_as, "tf32" if tf32 else "ieee") if device.startswith("cuda") else nullcontext
+        took = self._attend(attention, device, compute != "float32")
         self._own: dict[str, torch.Tensor] = {}
         self.set_weights(weights or {})
         note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
-        self.description = f"torch {torch.__version__}, {device}, {compute}{note}"
+        self.description = f"torch {torch.__version__}, {device}, {compute}{', tf32' if tf32 else ''}{took}{note}"
+        self.description += f", CUDA graph of the {self.cuda_graph}" if self.cuda_graph != "off" else ""
+
+    def _device(self, device: str) -> str:
+        """Where graphs can be captured."""
+        index = index_of(device)
+        if index is None:
+            raise UserError(f"CUDA graphs are not captured on {device!r}", "--device cuda, or leave --cuda-graph out")
+        self.cuda = Cuda(index)
+        return self.cuda.device
+
+    def _attend(self, name: str, device: str, half: bool) -> str:
+        """Choose the attention kernel where the component has a choice; what it took, for people."""
+        if self.component.kind not in _ATTENDING and name in attention_table.NAMES:
+            return ""
+        kernel = attention_table.check(name, device=device, half=half)
+        if name != "auto":
+            from ..attention.processor import set_attention
+
+            set_attention(self.module.model, kernel)
+        return f", attention {kernel}" if name != "auto" or device.startswith("cuda") else ""
 
     def set_weights(self, tensors: Mapping[str, Any]) -> None:
+        self.epoch += 1
         state = self.module.model.state_dict(keep_vars=True)
         for name, own in self._own.items():
             state[name].data = own
@@ -119,15 +173,48 @@ class Eager(Engine):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         import torch
 
-        compute = {s.name: self.compute if s.is_activation else None for s in self.component.inputs}
+        if self.cuda_graph != "off":
+            return self._replayed(feeds)
         with torch.inference_mode():
-            outputs = self.module(**{k: v if compute[k] is None else v.to(compute[k]) for k, v in feeds.items()})
+            return self.compute(feeds)
+
+    def compute(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Queue the module's work; it waits for nothing."""
+        cast = {s.name: self.dtype if s.is_activation else None for s in self.component.inputs}
+        with self._math():
+            outputs = self.module(**{k: v if cast[k] is None else v.to(cast[k]) for k, v in feeds.items()})
         return {
             spec.name: value.to(torch_dtype(spec.dtype))
             for spec, value in zip(self.component.outputs, outputs, strict=True)
         }
 
+    @property
+    def graphs(self) -> Captures:
+        """The calling thread's captured graphs."""
+        if not hasattr(self._local, "graphs"):
+            self._local.graphs = Captures()
+        return self._local.graphs
+
+    def bound(self, sizes: Mapping[str, int]) -> torch_graphs.BoundModule:
+        """The module on buffers of its own, of one shape."""
+        return torch_graphs.BoundModule(self, sizes)
+
+    def _replayed(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        sizes = self.sizes(feeds)
+        with self.cuda.active():
+            outputs = {s.name: self.cuda.empty(s.concrete(sizes), s.dtype) for s in self.component.outputs}
+
+            def make() -> Graph:
+                bound = self.bound(sizes)
+                return Graph(bound, bound.enqueue)
+
+            graph = self.graphs.get(tuple(sorted(sizes.items())), make)
+            with self.cuda.on(graph.bound.workspace.stream):
+                replay(graph, feeds, outputs)
+        return outputs
+
     def release(self) -> None:
+        self._local = threading.local()
         del self.module, self._own
 
 

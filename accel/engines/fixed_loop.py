@@ -15,15 +15,14 @@ from typing import Any
 from ..sampling import samplers
 from ..sampling.linear import Table, run
 from ..sampling.noise_schedule import NoiseSchedule
-from ..trt.cuda_graphs import Bound, Graph
-from .tensorrt import TensorRT
+from ..trt.cuda_graphs import Graph
 
 
 class FixedLoop:
     """All steps of one timestep grid on one UNet. The engine keeps the graphs, one for each thread, shape and grid.
 
     Args:
-        unet: a loaded TensorRT UNet.
+        unet: a loaded UNet whose `cuda_graph` is "loop": on TensorRT, eager or compile.
         name, schedule, timesteps: as in `accel.sampling.samplers.sample`.
         guidance: classifier-free guidance scale; above 1 the UNet runs on [without prompt, with prompt].
         table: the sampler's own where that has options; None for what name and timesteps say.
@@ -31,7 +30,7 @@ class FixedLoop:
 
     def __init__(
         self,
-        unet: TensorRT,
+        unet: Any,
         name: str,
         schedule: NoiseSchedule,
         timesteps: Sequence[float],
@@ -53,19 +52,19 @@ class FixedLoop:
             float32 latents like x, in memory of their own.
         """
         cuda = self.unet.cuda
-        cuda.activate()
         # The graph keeps the schedule alive, so no other schedule has its id as long as the graph exists.
         shapes = tuple(tuple(value.shape) for value in (x, *conditioning.values()))
         key = ("loop", self.name, self.timesteps, self.guidance, id(self.schedule), self.table, shapes)
-        graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
-        result = cuda.empty(tuple(x.shape), "float32")
-        with cuda.on(graph.bound.workspace.stream):
-            for name, value in conditioning.items():
-                graph.bound.inputs[name].copy_(value)
-            for buffer, value in zip((graph.x, *graph.noise), (x, *noise), strict=True):
-                buffer.copy_(value)
-            graph.run()
-            result.copy_(graph.result)
+        with cuda.active():
+            graph = self.unet.graphs.get(key, lambda: _Loop(self, x, self._sizes(x, conditioning), len(noise)))
+            result = cuda.empty(tuple(x.shape), "float32")
+            with cuda.on(graph.bound.workspace.stream):
+                for name, value in conditioning.items():
+                    graph.bound.inputs[name].copy_(value)
+                for buffer, value in zip((graph.x, *graph.noise), (x, *noise), strict=True):
+                    buffer.copy_(value)
+                graph.run()
+                result.copy_(graph.result)
         return result
 
     @property
@@ -84,7 +83,7 @@ class _Loop(Graph):
     def __init__(self, loop: FixedLoop, x: Any, sizes: Mapping[str, int], draws: int):
         import torch
 
-        super().__init__(Bound(loop.unet, sizes), self.sample)
+        super().__init__(loop.unet.bound(sizes), self.sample)
         self.loop, self.result = loop, None
         self.x, *self.noise = (loop.unet.cuda.empty(tuple(x.shape), "float32") for _ in range(1 + draws))
         # Made in the ordinary run before the capture: a sampler may call the UNet between the timesteps of its grid.

@@ -110,6 +110,7 @@ class OnnxRuntime(Engine):
             note_saturation()
         self._open = partial(self._session, bundle, route, threads, session or {})
         self.set_weights(weights or {})
+        self.place = route.place
         self.on_gpu = route.place.startswith("cuda")
         self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
         self.native = "torch" if self.binding else "numpy"
@@ -189,6 +190,10 @@ class OnnxRuntime(Engine):
             torch.cuda.current_stream(self.device).synchronize()
         self.session.run_with_iobinding(binding)
         return outputs
+
+    @property
+    def runs_on(self) -> str:
+        return self.place.partition(":")[0]
 
     def release(self) -> None:
         del self.session, self._held, self._open

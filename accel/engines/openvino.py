@@ -97,6 +97,7 @@ class OpenVino(Engine):
             config["INFERENCE_NUM_THREADS"] = str(threads)
         self._compile = partial(self._compiled, bundle, device, config)
         self.turn = threading.Lock()
+        self.place = device.split(".")[0].lower()
         self.set_weights(weights or {})
         precision = f"int8 + {dtype}" if component.int8 else dtype
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
@@ -157,6 +158,10 @@ class OpenVino(Engine):
             results = self.request.infer(dict(feeds), share_inputs=True)
             # The request reuses its output memory on the next call, so the caller gets a copy.
             return {spec.name: np.array(results[spec.name]) for spec in self.component.outputs}
+
+    @property
+    def runs_on(self) -> str:
+        return self.place
 
     def release(self) -> None:
         del self.request, self.model

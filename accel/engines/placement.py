@@ -20,7 +20,7 @@ class Place:
 
     @classmethod
     def of(cls, engine: Engine) -> Place:
-        compute = getattr(engine, "compute", engine.component.dtype)
+        compute = getattr(engine, "dtype", engine.component.dtype)
         return cls(_device(getattr(engine, "device", "cpu")), _dtype(compute))
 
     @classmethod

@@ -15,7 +15,7 @@ from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
-from ..trt.cuda_graphs import Bound, Captures, Graph
+from ..trt.cuda_graphs import Bound, Captures, Graph, replay
 from ..trt.engine_files import EngineFile, Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Facts, Status, to_torch
@@ -92,9 +92,17 @@ class TensorRT(Engine):
         self.device = self.cuda.device
         here = Here.of(self.library, self.cuda)
         self.engine_file, data = preflight.choose(bundle, component.name, here, engine_file, self.name)
-        self.cuda.activate()
+        with self.cuda.active():
+            self._open(data, allow_host_code, streaming_budget, weights or {})
+        self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
+        self.description = f"{self.name} {self.library.version}, {self.cuda.gpu.name}, profiles {self.profile}"
+
+    def _open(
+        self, data: bytes, allow_host_code: bool, streaming_budget: int | None, weights: Mapping[str, Any]
+    ) -> None:
+        """Load an engine file's bytes on the current device."""
         self.engine = self._deserialize(data, allow_host_code)
-        self.component = replace(component, dims=_hull(component, self.engine_file))
+        self.component = replace(self.component, dims=_hull(self.component, self.engine_file))
         self._check_tensors()
         options = self.engine_file.identity["options"]
         if options["weight_streaming"]:
@@ -107,8 +115,6 @@ class TensorRT(Engine):
             self._refit_stripped()
         if weights:
             self.set_weights(weights)
-        self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
-        self.description = f"{self.name} {self.library.version}, {self.cuda.gpu.name}, profiles {self.profile}"
 
     def _deserialize(self, data: bytes, allow_host_code: bool) -> Any:
         """The engine of an engine file whose bytes have passed the pre-flight."""
@@ -241,7 +247,10 @@ class TensorRT(Engine):
                 raise UserError(f"TensorRT could not run {self.component.name}: {messages.last()}", "see accel doctor")
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        self.cuda.activate()
+        with self.cuda.active():
+            return self._run(feeds)
+
+    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         sizes, local, work = self.sizes(feeds), self._local, workspace(self.cuda)
         local.workspace = work  # keeps it alive
         profile = self.nearest({name: tuple(value.shape) for name, value in feeds.items()})
@@ -267,15 +276,12 @@ class TensorRT(Engine):
     def _replay(self, sizes: Mapping[str, int], feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Copy in, replay this shape's graph, copy out."""
 
-        def make() -> Graph:
-            return self._graph(Bound(self, sizes))
+        graph = self.graphs.get(tuple(sorted(sizes.items())), lambda: self._graph(self.bound(sizes)))
+        replay(graph, feeds, outputs)
 
-        graph = self.graphs.get(tuple(sorted(sizes.items())), make)
-        for name, value in feeds.items():
-            graph.bound.inputs[name].copy_(value)
-        graph.run()
-        for name, value in outputs.items():
-            value.copy_(graph.bound.outputs[name])
+    def bound(self, sizes: Mapping[str, int]) -> Bound:
+        """A context on buffers of its own, of one shape."""
+        return Bound(self, sizes)
 
     def _graph(self, bound: Bound) -> Any:
         """What replays the work of buffers that stay where they are."""

@@ -200,8 +200,7 @@ class Run:
             from ..engines.fixed_loop import FixedLoop
 
             guidance = plan.guidance if plan.guided else 0.0
-            # Only TensorRT's engine has a cuda_graph.
-            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance, plan.table)  # type: ignore[arg-type]
+            loop = FixedLoop(unet, plan.sampler, self.schedule, plan.timesteps, guidance, plan.table)
             draws = max(plan.table.draws, default=-1) + 1 if plan.table else 0
             x = loop(x, feeds, [fresh(i) for i in range(draws)])
             for _ in range(plan.steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ..errors import MissingPackage, UserError
@@ -50,11 +50,11 @@ class Cuda:
             name=found.name, memory=found.total_memory, compute_capability=f"{found.major}.{found.minor}", driver=None
         )
 
-    def activate(self) -> None:
-        """Make it the calling thread's current device, which is the one TensorRT uses."""
+    def active(self) -> AbstractContextManager[Any]:
+        """It is the calling thread's current device, which is the one TensorRT uses, until the end of a `with`."""
         import torch
 
-        torch.cuda.set_device(self.index)
+        return torch.cuda.device(self.index)
 
     def free(self) -> int:
         """Free memory of the device in bytes."""

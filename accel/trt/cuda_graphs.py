@@ -1,4 +1,4 @@
-"""TensorRT inference as CUDA graphs: captured once per shape, and again when weights or scratch memory have changed."""
+"""Inference as CUDA graphs: captured once per shape, and again when weights or scratch memory have changed."""
 
 from __future__ import annotations
 
@@ -78,6 +78,15 @@ class Graph:
             self.work()  # TensorRT and torch need one ordinary run before a capture
             self.replay = self.bound.engine.cuda.capture(self.bound.workspace.stream, self.work)
         self.replay()
+
+
+def replay(graph: Graph, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """Copy in, run, copy out; on the graph's stream."""
+    for name, value in feeds.items():
+        graph.bound.inputs[name].copy_(value)
+    graph.run()
+    for name, value in outputs.items():
+        value.copy_(graph.bound.outputs[name])
 
 
 class Captures:

@@ -116,9 +116,6 @@ class Adapted(nn.Module):
     def set_attn_processor(self, processor: Any) -> None:
         self.network.set_attn_processor(processor)
 
-    def enable_xformers_memory_efficient_attention(self) -> None:
-        self.network.enable_xformers_memory_efficient_attention()
-
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self._shared.network.parameters() if not p.requires_grad)

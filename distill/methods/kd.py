@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.attention import KERNELS
 from accel.dtypes import torch_dtype
 from accel.errors import UserError
 from accel.sampling.noise_schedule import NoiseSchedule
@@ -111,7 +112,8 @@ class Distillation(Denoising):
         chosen = self.recipe.teacher_dtype
         dtype = dtype if chosen == "auto" else torch_dtype(chosen)
         self.teacher.to(device, dtype)
-        exact = dtype == torch.float32 and self.recipe.attention == "flash-attn"  # which has no float32
+        row = KERNELS.get(self.recipe.attention)
+        exact = dtype == torch.float32 and row is not None and row.half  # which has no float32
         attention = "sdpa" if exact else self.recipe.attention
         set_attention(self.teacher.unet, attention, device=device, half=dtype != torch.float32)
         if self.recipe.compile:

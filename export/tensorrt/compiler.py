@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,9 @@ def compile_graph(job: Job, progress: Progress) -> Compiled:
         UserError: when the library is missing, rejects the graph or fails.
     """
     found = library.load(job.engine)
-    if found.flavour.gpu_to_build:
-        Cuda(job.device).activate()
     progress("reading the graph", 0.0)
-    with library.collect(everything=found.flavour.layers == "log") as messages:
+    there = Cuda(job.device).active() if found.flavour.gpu_to_build else nullcontext()
+    with there, library.collect(everything=found.flavour.layers == "log") as messages:
         return (_parse if job.what == "parse" else _build)(found, job, progress, messages)
 
 

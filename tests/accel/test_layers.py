@@ -22,7 +22,7 @@ FOLDERS = {"accel": "accel", "export": "accel.export", "distill": "accel.distill
 ACCEL = (
     ("disk",),
     ("ground",),
-    ("assets",),
+    ("assets", "attention"),
     ("sampling", "text"),
     ("bundle",),
     ("int8", "trt", "patching", "safety"),

@@ -28,6 +28,8 @@ class Cuda:
     current: list[Stream] = []
     captures: dict[int, list] = {}
     made = 0
+    active_index = 0
+    launches = 0  # operations that were recorded, of all captures
     free_bytes = 6 << 30
 
     def __init__(self, index: int = 0):
@@ -37,8 +39,13 @@ class Cuda:
         self.index, self.device = index, "cpu"
         self.gpu = Gpu(name=self.names[index], memory=8 << 30, compute_capability=self.capability, driver=None)
 
-    def activate(self) -> None:
-        pass
+    @contextmanager
+    def active(self):
+        before, Cuda.active_index = Cuda.active_index, self.index
+        try:
+            yield
+        finally:
+            Cuda.active_index = before
 
     def free(self) -> int:
         return self.free_bytes
@@ -106,11 +113,14 @@ class _Record(TorchDispatchMode):
         aliases = [r.alias_info for r in func._schema.returns]
         if any(a is not None and not a.is_write for a in aliases):
             return out  # a view: the same memory under another shape
+        Cuda.launches += 1
+        outs = out if isinstance(out, (tuple, list)) else [out]
 
         def again():
             new = func(*args, **kwargs)
-            if isinstance(out, torch.Tensor) and new.data_ptr() != out.data_ptr():
-                out.copy_(new)
+            for old, made in zip(outs, new if isinstance(new, (tuple, list)) else [new], strict=True):
+                if isinstance(old, torch.Tensor) and made.data_ptr() != old.data_ptr():
+                    old.copy_(made)
 
         self.recorded.append(again)
         return out
