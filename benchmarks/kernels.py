@@ -32,6 +32,7 @@ NORMS = [
     (128, 32, (17, 13)),
     (40, 8, (13, 17)),
 ]
+ROWS = [(5, 37), (3, 320), (2, 1280), (1, 2560)]
 GATES = [(7, 11, 37), (1, 3, 1280), (2, 5, 2560)]
 DTYPES = ("float16", "float32")  # the interpreter truncates to bfloat16, where GPUs round
 # Where the bytes are counted: channels, side of the image, image's elements for the gate.
@@ -49,6 +50,9 @@ def errors() -> list[dict[str, Any]]:
                 rows += _norm(torch, getattr(torch, dtype), channels, groups, size, shifted)
         for shape in GATES:
             rows += _gate(torch, getattr(torch, dtype), shape)
+        for shape in ROWS:
+            for rounded in ("int8", "float8_e4m3fn"):
+                rows += _rounded(torch, getattr(torch, dtype), shape, getattr(torch, rounded))
     return rows
 
 
@@ -94,6 +98,21 @@ def _gate(torch: Any, dtype: Any, shape: Any) -> list[dict[str, Any]]:
     return _rows(what, ("y", "dx"), ours, plain(dtype), plain(torch.float64))
 
 
+def _rounded(torch: Any, dtype: Any, shape: Any, to: Any) -> list[dict[str, Any]]:
+    """What is left of x after rounding, against x itself: torch's own rounds in float64."""
+    op = import_module("accel.kernels.quant_rowwise")
+    torch.manual_seed(0)
+    x = torch.randn(*shape).to(dtype)
+    x[0] *= 100
+
+    def back(made: Any) -> list[Any]:
+        return [made[0].double() * made[1].double()[..., None], made[1]]
+
+    exact = [x.double(), x.double().abs().amax(-1) / op.LIMITS[to]]
+    what = dict(op="quant_rowwise", dtype=str(dtype)[6:], shape=list(shape), to=str(to)[6:])
+    return _rows(what, ("y", "scale"), back(op.launch(x, to)), back(op.reference(x.double(), to)), exact)
+
+
 def _rows(what: dict[str, Any], names: Any, ours: Any, theirs: Any, exact: Any) -> list[dict[str, Any]]:
     def error(made: Any, wanted: Any) -> float:
         return float((made.double() - wanted).abs().max())
@@ -108,10 +127,13 @@ def cubins(architectures: Any = ARCHITECTURES) -> list[dict[str, Any]]:
     """What Triton compiles for each architecture; must not run under the interpreter."""
     half, single = "*fp16", "*fp32"
     norm, gate = import_module("accel.kernels.group_norm_silu"), import_module("accel.kernels.geglu")
+    quant = import_module("accel.kernels.quant_rowwise")
     rows, columns = norm.tile_of(320)
     tile = dict(ROWS=rows, COLUMNS=columns, SHIFT=True)
     halves = dict.fromkeys(("x", "shift", "weight", "bias", "y", "grad", "dx"), half)
     singles = dict.fromkeys(("mean", "rstd", "partial", "a", "b"), single)
+    bits = dict(x=half, scale="*fp32")
+    rounding = dict(BLOCK=2048)
     kernels = [
         ("group_norm_silu", norm._sums, tile),
         ("group_norm_silu", norm._statistics, dict(EACH=16)),
@@ -121,11 +143,17 @@ def cubins(architectures: Any = ARCHITECTURES) -> list[dict[str, Any]]:
         ("geglu", gate._forward, dict(BLOCK=gate.BLOCK)),
         ("geglu", gate._backward, dict(BLOCK=gate.BLOCK)),
     ]
-    return [
+    made = [
         {"op": op, "kernel": kernel.__name__, "sm": sm} | _compiled(kernel, halves | singles, constants, sm)
         for sm in architectures
         for op, kernel, constants in kernels
     ]
+    for sm in architectures:
+        for kernel, q in ((quant._round_int8, "*i8"), (quant._round_fp8, "*fp8e4nv")):
+            if q == "*i8" or sm >= 89:  # what has products in fp8
+                row = {"op": "quant_rowwise", "kernel": kernel.__name__, "sm": sm}
+                made.append(row | _compiled(kernel, bits | {"q": q}, rounding, sm))
+    return made
 
 
 def _compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], sm: int) -> dict[str, Any]:
@@ -178,6 +206,10 @@ def counted() -> list[dict[str, Any]]:
         rows.append(dict(op="group_norm_silu", where=name, moved=moved, least=least, eager=eager))
     for name, elements in {"SD1.5 64 x 64": 4096 * 1280, "SDXL 64 x 64": 4096 * 2560}.items():
         rows.append(dict(op="geglu", where=name, moved=6 * elements, least=6 * elements, eager=10 * elements))
+    # abs, max, quotient, rounding and conversion, each a pass in eager torch
+    for name, (tokens, width) in {"SD1.5 64 x 64": (4096, 320), "SDXL 64 x 64": (4096, 640)}.items():
+        moved, elements = tokens * (3 * width + 4), tokens * width
+        rows.append(dict(op="quant_rowwise", where=name, moved=moved, least=3 * elements, eager=17 * elements))
     return rows
 
 
@@ -211,7 +243,8 @@ def tables(document: dict[str, Any]) -> str:
     names = dict.fromkeys((row["op"], row["kernel"]) for row in document["cubins"])
     for op, kernel in names:
         own = [row for row in document["cubins"] if (row["op"], row["kernel"]) == (op, kernel)]
-        registers = " | ".join(str(row["registers"]) for row in own)
+        by_sm = {row["sm"]: row["registers"] for row in own}
+        registers = " | ".join(str(by_sm.get(sm, "-")) for sm in ARCHITECTURES)
         spills, bits = max(row["stack"] + row["local"] for row in own), min(row["load_bits"] for row in own)
         lines.append(f"| `{op}` | `{kernel}` | {registers} | {spills} bytes | {bits} bits |")
     lines += ["", "| op | where | least | moved | of the roofline | eager torch moves |", "|---|---|---|---|---|---|"]

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from accel.kernels import geglu, group_norm_silu
+from accel.kernels import geglu, group_norm_silu, quant_rowwise, w8a8_linear
 
 
 def _norm(layer: nn.GroupNorm, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,6 +49,47 @@ class ActivatedBefore(nn.SiLU):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input
+
+
+class W8A8Linear(nn.Linear):
+    """A linear layer that rounds its inputs row by row and multiplies them with a copy of its weight in eight bits."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            raise ValueError("a W8A8 linear layer trains no weights: use torch.no_grad(), or requires_grad_(False)")
+        return w8a8_linear(input, self.weight_in_8_bits, self.scale_bits.view(torch.float32), self.bias)
+
+
+ROUNDED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_COPIES = ("weight_in_8_bits", "scale_bits")
+_MULTIPLE = 16  # of rows and columns, which `torch._scaled_mm` and `torch._int_mm` take
+
+
+def round_weight(layer: nn.Linear, dtype: torch.dtype) -> None:
+    """Give a layer a rounded copy of its weight, which moves with it and is not saved."""
+    q, scale = quant_rowwise(layer.weight.detach(), dtype)
+    # The scale as bits: a cast of the model to half precision passes integers over.
+    for name, value in zip(_COPIES, (q, scale.view(torch.int32)), strict=True):
+        layer.register_buffer(name, value, persistent=False)
+
+
+def forget(layer: nn.Module) -> None:
+    """Take the rounded copy away again."""
+    for name in _COPIES:
+        if name in layer._buffers:
+            delattr(layer, name)
+
+
+def linears(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
+    """The linear layers of a model's transformer blocks that can be multiplied in eight bits: where its time goes."""
+    found = {
+        layer: W8A8Linear
+        for block in model.modules()
+        if isinstance(block, BasicTransformerBlock)
+        for layer in block.modules()
+        if type(layer) is nn.Linear and not (layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE)
+    }
+    return dict(found)
 
 
 def replacements(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:

@@ -78,6 +78,32 @@ def test_it_compiles_as_one_graph(unet, inputs):
         assert torch.allclose(compiled(*inputs)[0], before, atol=1e-5)
 
 
+@pytest.mark.parametrize(("linear", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+@torch.no_grad()
+def test_linear_layers_in_eight_bits(unet, inputs, linear, dtype):
+    before, names = unet(*inputs)[0], list(unet.state_dict())
+    with accel.patch(unet, linear=linear) as patched:
+        after = unet(*inputs)[0]
+        layer = next(one for one in unet.modules() if type(one).__name__ == "W8A8Linear")
+        assert patched.layers["Linear"] > 100 and list(unet.state_dict()) == names
+        assert layer.weight_in_8_bits.dtype == dtype
+        assert 1e-5 < (after - before).norm() / before.norm() < 0.1
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(*inputs)[0], after, atol=1e-3)
+        with torch.enable_grad(), pytest.raises(ValueError, match="trains no weights"):
+            unet(*inputs)
+        unet.half().float()  # scales are as exact as before
+        assert (unet(*inputs)[0] - after).norm() < 0.02 * after.norm()
+    assert "weight_in_8_bits" not in dict(layer.named_buffers()) and type(layer) is torch.nn.Linear
+
+
+def test_an_unknown_precision_of_linear_layers_is_refused(unet, monkeypatch):
+    with pytest.raises(UserError, match="unknown linear 'int4'"):
+        accel.patch(unet, linear="int4")
+    with pytest.raises(UserError, match="no linear layer"):
+        accel.patch(torch.nn.Sequential(torch.nn.Linear(2, 2)), linear="int8")
+
+
 def test_an_activation_that_others_share_stays(unet):
     unet.conv_act = unet.down_blocks[0].resnets[0].nonlinearity
     with accel.patch(unet) as patched:
