@@ -113,21 +113,20 @@ def _product_backward(grad: torch.Tensor, weight: torch.Tensor, weight_scale: to
 
 _linear = torch.library.custom_op("accel::w8a8_linear", _product, mutates_args=(), device_types=("cuda", "cpu"))
 _linear.register_fake(lambda x, weight, weight_scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
-_linear.register_autograd(
-    lambda ctx, grad: (
-        _product_backward(grad, *ctx.saved_tensors),
-        None,
-        None,
-        ctx.bias and grad.flatten(0, -2).sum(0),
-    ),
-    setup_context=lambda ctx, inputs, output: _save(ctx, inputs),
-)
 
 
-def _save(ctx, inputs) -> None:
+def _setup(ctx, inputs, output) -> None:
     _, weight, scale, bias = inputs
     ctx.save_for_backward(weight, scale)
-    ctx.bias = bias is not None or None
+    ctx.biased = bias is not None
+
+
+def _differentiate(ctx, grad):
+    dbias = grad.flatten(0, -2).sum(0) if ctx.biased else None
+    return _product_backward(grad, *ctx.saved_tensors), None, None, dbias
+
+
+_linear.register_autograd(_differentiate, setup_context=_setup)
 
 
 def quant_rowwise(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> Rounded:
