@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import is_torch
+from .arrays import is_torch, to_host
 from .errors import UserError
 from .files import read_bytes
 
@@ -66,8 +66,12 @@ def shrunk(mask: np.ndarray, factor: int) -> np.ndarray:
     return mask[:, :, ::factor, ::factor]
 
 
-def unit_range(pixels: np.ndarray) -> np.ndarray:
-    """Float32 [N, H, W, C] in [0, 1] of a VAE decoder's output, [N, C, H, W] in about [-1, 1]."""
+def unit_range(pixels: Any) -> Any:
+    """Float32 [N, H, W, C] in [0, 1] of a VAE decoder's output, [N, C, H, W] in about [-1, 1]; numpy, or torch on the
+    device of the output.
+    """
+    if is_torch(pixels):
+        return (pixels.permute(0, 2, 3, 1).float() / 2 + 0.5).clamp(0, 1)
     return np.clip(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
 
 
@@ -98,11 +102,20 @@ def clip_pixels(
     return ((middle - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)
 
 
-def to_pil(pixels: np.ndarray) -> list[Any]:
-    """PIL images of float pixels [N, H, W, 3] in [0, 1]."""
+def to_pil(pixels: Any) -> list[Any]:
+    """PIL images of float pixels [N, H, W, 3] in [0, 1], numpy or torch; bytes are made where the pixels lie."""
     from PIL import Image
 
-    return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
+    return [Image.fromarray(image) for image in to_host(_bytes(pixels))]
+
+
+def _bytes(pixels: Any) -> Any:
+    """uint8 of floats in [0, 1]."""
+    if is_torch(pixels):
+        import torch
+
+        return (pixels * 255).round().to(torch.uint8).contiguous()
+    return (pixels * 255).round().astype(np.uint8)
 
 
 def canny(image: Any, low: float = 100, high: float = 200) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import to_host
 from ..bundle import Manifest
 from ..errors import Notice, UserError
 from ..images import to_pil, unit_range
@@ -74,21 +75,24 @@ class Output:
         return f"<div>{shown}</div><small>{escape(repr(self))}</small>"
 
 
-def of_type(kind: str, pixels: np.ndarray | None, latents: np.ndarray) -> Any:
+def of_type(kind: str, pixels: Any, latents: np.ndarray) -> Any:
     """The images of an output type.
 
     Args:
         kind: one of `OUTPUT_TYPES`.
-        pixels: [N, 3, H, W] in about [-1, 1]; None for "latent".
+        pixels: [N, 3, H, W] in about [-1, 1], numpy or torch on any device; None for "latent".
     """
     if pixels is None:
         return latents
     pixels = unit_range(pixels)
-    if kind == "pt":
-        import torch
+    if kind == "pil":
+        return to_pil(pixels)
+    host = np.ascontiguousarray(to_host(pixels))
+    if kind == "np":
+        return host
+    import torch
 
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    return pixels if kind == "np" else to_pil(pixels)
+    return torch.from_numpy(np.ascontiguousarray(host.transpose(0, 3, 1, 2)))
 
 
 def table(title: str, rows: Mapping[str, str]) -> str:

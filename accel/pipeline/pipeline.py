@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from ..arrays import all_finite, to_host
 from ..bundle import Bundle, Manifest
 from ..bundle.kinds import KINDS
 from ..engines import Engine
@@ -189,9 +188,10 @@ class Pipeline(Resource):
         nsfw = None
         with self.engines.turn():
             latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
-            if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
+            if not all_finite(latents) or pixels is not None and not all_finite(pixels):
                 raise not_finite(self.bundle.manifest, self.engines.descriptions)
             if self.safety_checker is not None and pixels is not None:
+                pixels = to_host(pixels)
                 nsfw = run.checked(pixels, self.safety_checker)
         if nsfw:
             note_rejected(nsfw)

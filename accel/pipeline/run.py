@@ -53,8 +53,8 @@ class Run:
 
     def __call__(
         self, callback: StepCallback | None, step_end: StepEnd | None, progress: bool, *, decode: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
+    ) -> tuple[np.ndarray, Any]:
+        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]: the decoder's own arrays, on its device."""
         chunks = self.request.chunks
         with self._phase("text_encoder", *self.tokenizers):
             texts = [self._texts(chunk) for chunk in chunks]
@@ -73,8 +73,9 @@ class Run:
         if not decode:
             return np.concatenate(done), None
         with self._phase("vae_decoder", "vae_decoder"):
-            pixels = [self._decode(x) for x in done]
-        return np.concatenate(done), np.concatenate(pixels)
+            pixels = concat([self._decode(x) for x in done])
+            synchronize(pixels)
+        return np.concatenate(done), pixels
 
     def checked(self, pixels: np.ndarray, checker: SafetyChecker) -> list[bool]:
         """Whether each image [N, 3, H, W] is rejected, chunk by chunk; a rejected one becomes black in place."""
@@ -233,15 +234,15 @@ class Run:
         scores = request.scores[::-1] if self.plan.guided else request.scores[:1]
         return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
-    def _decode(self, x: np.ndarray) -> np.ndarray:
+    def _decode(self, x: np.ndarray) -> Any:
         vae, tiling = self.engines["vae_decoder"], self.request.tiling
         (spec,) = vae.component.inputs
 
-        def decoded(z: np.ndarray) -> np.ndarray:
-            return to_numpy(vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"])
+        def decoded(z: np.ndarray) -> Any:
+            return vae(latent_sample=cast(vae.array(z), spec.dtype))["sample"]
 
         z = unscaled(x, self.constants)
-        return decoded(z) if tiling is None else tiling.decode(z, decoded)
+        return decoded(z) if tiling is None else tiling.decode(z, lambda tile: to_numpy(decoded(tile)))
 
 
 def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
