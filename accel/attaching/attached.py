@@ -58,9 +58,13 @@ class Attached(Resource):
         originals: dict[str, Any],
         compiled: dict[str, Compiled],
         engines: dict[str, Engine],
+        offload: bool = False,
     ):
         self._pipeline, self._bundle, self._originals, self._compiled = pipeline, bundle, originals, compiled
         self.engines, self._within = engines, False
+        self._offloaded = [slot for slot, stand_in in compiled.items() if offload and stand_in.alone]
+        for slot in self._offloaded:
+            compiled[slot].offload()
         self._put(compiled)
         guards = {"to": self._to, "save_pretrained": self._save_pretrained}
         guards |= {name: partial(_refuse, name) for name in _REFUSED if hasattr(pipeline, name)}
@@ -73,6 +77,8 @@ class Attached(Resource):
         self.close()
 
     def release(self) -> None:
+        for slot in self._offloaded:
+            self._compiled[slot].bring_back()
         self._put(self._originals)
         for name in self._guards:
             self._pipeline.__dict__.pop(name, None)
@@ -97,7 +103,7 @@ class Attached(Resource):
                 original.__dict__["forward"] = module.forward
 
     def _to(self, *args: Any, **kwargs: Any) -> Any:
-        places = {name: Place.of_module(module) for name, module in self._originals.items()}
+        places = {name: Place.of_module(module) for name, module in self._compiled.items()}
         check_move("a pipeline with compiled networks", places, args, kwargs, MOVE)
         return self._pipeline
 
@@ -150,7 +156,9 @@ def _networks(pipeline: Any, bundle: Bundle) -> tuple[dict[str, Any], dict[str, 
     return originals, slots
 
 
-def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **options: Any) -> Attached:
+def attach(
+    pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", *, offload: bool = False, **options: Any
+) -> Attached:
     """Let a diffusers pipeline run on a bundle's compiled networks. Everything else of the pipeline stays as it is.
 
     Active adapters of the pipeline (LoRA and what else peft merges) are fused for the engines.
@@ -159,6 +167,8 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
         pipeline: a Stable Diffusion or SDXL pipeline of diffusers.
         bundle: a bundle, or its folder, exported from the same model.
         engine, options: as in `accel.load`.
+        offload: keep the weights of the networks that engines replace whole (UNet, text encoders) in main memory until
+            `detach()`: on a GPU they would lie there twice.
 
     Returns:
         A handle whose `detach()` undoes it.
@@ -191,4 +201,4 @@ def attach(pipeline: Any, bundle: str | Path | Bundle, engine: str = "auto", **o
     }
     for component, stand_in in zip(slots.values(), compiled.values(), strict=True):
         stand_in._hidden.changed = bool(changed[component])
-    return Attached(pipeline, bundle, originals, compiled, engines)
+    return Attached(pipeline, bundle, originals, compiled, engines, offload)

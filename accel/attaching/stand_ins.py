@@ -29,17 +29,28 @@ class Compiled(nn.Module):
     """A stand-in for a module: same config, dtype and device as the original, computed by an engine."""
 
     keeps_class = False
+    alone = True  # nothing of the original's own is computed while it stands in
 
     def __init__(self, original: nn.Module, engine: Engine):
         super().__init__()
         self.config = original.config
         # Kept out of the module tree: its weights are not this module's, and must not be moved or saved with it.
-        self._hidden = SimpleNamespace(original=original, engine=engine, changed=False, refusal=None)
+        self._hidden = SimpleNamespace(original=original, engine=engine, changed=False, refusal=None, place=None)
 
     @property
     def device(self) -> torch.device:
-        """Where the original is now, and outputs are put."""
-        return self._hidden.original.device
+        """Where the original is now, or was before `offload`; outputs are put there."""
+        return self._hidden.place or self._hidden.original.device
+
+    def offload(self) -> None:
+        """Put the original's weights into main memory."""
+        self._hidden.place = self._hidden.original.device
+        self._hidden.original.to("cpu")
+
+    def bring_back(self) -> None:
+        """Put the original's weights back where they were."""
+        self._hidden.original.to(self._hidden.place)
+        self._hidden.place = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,6 +192,7 @@ class CompiledAdapter(Compiled):
 
 
 class CompiledControlNet(Compiled):
+    alone = False
     keeps_class = True  # diffusers asks for the class by name: the module stays, and only its `forward` is replaced
 
     def forward(
@@ -219,6 +231,8 @@ class CompiledControlNet(Compiled):
 class CompiledVae(Compiled):
     """Decodes on the engine; encoding stays with the original."""
 
+    alone = False
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Any dtype will do: SDXL's pipelines ask for float32 around the decoding, which keeps to the engine's own."""
         others = {name: value for name, value in kwargs.items() if name != "dtype"}
@@ -234,6 +248,7 @@ class CompiledVae(Compiled):
 
 
 class CompiledImageEncoder(Compiled):
+    alone = False
     keeps_class = True  # diffusers reads the dtype of its parameters
 
     def forward(self, pixel_values, output_hidden_states=None, return_dict=True, **_):

@@ -258,6 +258,26 @@ def test_an_attached_pipeline_saves_its_own_networks(smallest_pipe, smallest_bun
     assert np.array_equal(image(saved), expected)
 
 
+def test_a_stand_in_is_where_its_original_is_now(smallest_pipe, smallest_bundle):
+    unet = smallest_pipe.unet
+    with accel.attach(smallest_pipe, smallest_bundle, engine="onnxruntime"):
+        unet.to(torch.float64)
+        assert smallest_pipe.unet.dtype == torch.float64, "frozen when it was attached, it would mix dtypes and devices"
+
+
+def test_originals_leave_the_gpu_when_asked_and_come_back(smallest_pipe, smallest_bundle):
+    """`to` is recorded: on a CPU there is nowhere else to go."""
+    pipe, moves = smallest_pipe, []
+    expected = image(pipe)
+    for name in ("unet", "text_encoder", "vae"):
+        getattr(pipe, name).to = lambda *where, name=name: moves.append((name, str(*where)))
+    attached = accel.attach(pipe, smallest_bundle, engine="onnxruntime", offload=True)
+    assert sorted(moves) == [("text_encoder", "cpu"), ("unet", "cpu")], "the VAE still encodes"
+    assert abs(image(pipe) - expected).max() < 1 / 255 and pipe.to("cpu") is pipe
+    attached.detach()
+    assert sorted(moves[2:]) == [("text_encoder", "cpu"), ("unet", "cpu")] and np.array_equal(image(pipe), expected)
+
+
 def test_an_attached_pipeline_stays_where_it_is(smallest_pipe, smallest_bundle):
     pipe = smallest_pipe
     with accel.attach(pipe, smallest_bundle, engine="onnxruntime"):

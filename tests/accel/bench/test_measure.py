@@ -13,7 +13,7 @@ from rich.console import Console
 
 from accel import bench
 from accel.bench import document as documents
-from accel.bench import facts, quality, report, report_html, variants, work
+from accel.bench import facts, quality, report, report_html, room, variants, work
 from accel.bench import probe as probing
 from accel.bundle import Bundle
 from accel.engines.base import Status
@@ -126,6 +126,68 @@ def test_a_difference_in_the_image_is_seen_in_steps_of_1_255():
     near = quality.Sample(np.ones((1, 4)), image + 2 / 255)
     found = quality.parity(near, quality.Sample(np.ones((1, 4)), image))
     assert found["image"]["max_abs"] == pytest.approx(2)
+
+
+def test_variants_that_do_not_fit_together_are_loaded_one_after_another(smallest_bundle, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda: 1)
+    loaded, most = set(), []
+
+    def load(bundle, variant):
+        made = variants.load(bundle, variant)
+        close = made.close
+        made.close = lambda: (loaded.discard(made), close())
+        loaded.add(made)
+        most.append(len(loaded))
+        return made
+
+    chosen = [bench.parse("onnxruntime"), bench.parse("eager")]
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=load).document.as_dict()
+    assert max(most) == 1 and not loaded, "the next one is loaded when the last one is closed"
+    assert any("each was loaded and timed by itself" in note for note in found["notes"])
+    for name in ("eager", "onnxruntime"):
+        assert row(found, name)["status"] == "measured" and row(found, name)["scopes"]["image"]["timing"]["n"] == 1
+    assert row(found, "onnxruntime")["scopes"]["unet"]["speedup"]["eager"]["ratio"] > 0
+
+
+def test_variants_that_fit_are_held_together(smallest_bundle, monkeypatch):
+    state = measuring.State(Bundle.open(smallest_bundle), [bench.parse(n) for n in ("eager", "eager:fp16")], QUICK)
+    full, half = (room.weight_bytes(state, dtype) for dtype in ("fp32", "fp16"))
+    assert full == 2 * half > 0
+    for free, held in ((10 * full, True), (1.5 * full, False)):
+        monkeypatch.setattr(room, "free_bytes", lambda free=free: free)
+        assert room.holds_all(state) is held
+
+
+def test_a_decoder_that_overflows_costs_its_own_scopes_and_not_the_row(smallest_bundle):
+    class Overflows:
+        def __init__(self, pipeline):
+            self._pipeline = pipeline
+
+        def __call__(self, **call):
+            raise UserError("the image is NaN or infinite (vae_decoder: float16)", "dtype fp32")
+
+        def __getattr__(self, name):
+            return getattr(self._pipeline, name)
+
+    def load(bundle, variant):
+        made = loader({})(bundle, variant)
+        return Overflows(made) if variant.dtype == "fp16" else made
+
+    chosen = [bench.parse("eager"), bench.parse("eager:fp16")]
+    found = bench.measure(smallest_bundle, chosen, QUICK, load=load)
+    broken = row(found.document.as_dict(), "eager:fp16")
+    assert broken["reason"].startswith("image: the image is NaN") and broken["status"] == "partly measured"
+    assert broken["scopes"]["unet"]["timing"]["n"] == 1 and broken["scopes"]["image"]["timing"] is None
+
+
+@pytest.mark.parametrize(("kind", "share"), [("cuda", 0.5), ("cpu", None)])
+def test_the_share_of_the_peak_goes_by_the_device_and_not_by_its_description(smallest_bundle, kind, share):
+    """TensorRT's description names the GPU and no "cuda"."""
+    state = measuring.State(Bundle.open(smallest_bundle), [bench.parse("tensorrt")], QUICK)
+    state.environment = {"device": "cuda", "peak_flop_per_s": {"float32": 1e12}}
+    state.descriptions["tensorrt"], state.devices["tensorrt"] = "tensorrt 10.16, NVIDIA H200, profiles 512px", kind
+    state.samples, state.flops = {"unet": {"tensorrt": [1.0]}}, {"unet": {"total": int(5e11)}}
+    assert facts._scope(state, state.variants[0], "unet").peak_fraction == share
 
 
 def test_what_failed_by_itself_says_why_and_does_not_fail_the_run(result, saved):

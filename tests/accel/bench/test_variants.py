@@ -19,6 +19,9 @@ from accel.errors import UserError
         ("eager:fp32", "eager", {"dtype": "fp32"}),
         ("compile:bf16:cpu", "compile:bf16:cpu", {"dtype": "bf16", "device": "cpu"}),
         ("onnxruntime:cuda", "onnxruntime:cuda", {"provider": "cuda"}),
+        ("compile:bf16:max-autotune", "compile:bf16:max-autotune", {"dtype": "bf16", "mode": "max-autotune"}),
+        ("compile:regional", "compile:regional", {"dtype": "fp32", "regional": True}),
+        ("eager:fp16:cuda:loop", "eager:fp16:cuda:loop", {"dtype": "fp16", "device": "cuda", "cuda_graph": "loop"}),
         ("openvino:gpu", "openvino:gpu", {"dtype": "fp32", "device": "GPU"}),
     ],
 )
@@ -27,7 +30,9 @@ def test_variant_names(text, name, options):
     assert (variant.name, variant.options) == (name, options)
 
 
-@pytest.mark.parametrize("text", ["warp", "eager:int4", "onnxruntime:bf16", "openvino:cuda", "eager,eager:fp32", " , "])
+@pytest.mark.parametrize(
+    "text", ["warp", "eager:int4", "onnxruntime:bf16", "openvino:cuda", "eager,eager:fp32", " , ", "eager:step:loop"]
+)
 def test_wrong_variants_are_refused(text):
     with pytest.raises(UserError) as error:
         bench.chosen(text)
