@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import cast, concat, synchronize
+from ..arrays import cast, concat, is_torch, synchronize
 from ..bundle import Bundle
 from ..bundle.kinds import control_components
 from ..engines import Engine
@@ -168,12 +168,13 @@ class Run:
         if plan.rows == 3:  # the first row is shown neither prompt nor image
             extra[0] = extra[1] * 0
         dtype = spec["sample"].dtype
+        times = _Times(unet, spec["timestep"].dtype, plan.timesteps)
         row = plan.start
 
         def model(x: Any, t: float) -> Any:
             rows = [x if more is None else concat([x, more], axis=1) for more in extra]
             sample = cast(concat(rows) if plan.guided else rows[0], dtype)
-            inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
+            inputs = dict(sample=sample, timestep=times(t), **feeds)
             out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
             return plan.combined(out)
 
@@ -256,6 +257,25 @@ def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> 
 def _of_chunk(values: np.ndarray, chunk: Chunk, total: int) -> np.ndarray:
     """The rows of a chunk, of values for all images: one row for each, or one for all."""
     return np.broadcast_to(values, (total, *values.shape[1:]))[chunk.rows]
+
+
+class _Times:
+    """Timesteps as scalars of an engine's own kind, on its device: all of them in one upload before the first step.
+
+    An upload in every step would wait for the step before, because it copies from ordinary memory.
+    """
+
+    def __init__(self, engine: Engine, dtype: str, timesteps: Sequence[float]):
+        self.engine, self.dtype = engine, dtype
+        known = list(dict.fromkeys(float(t) for t in timesteps))
+        made = engine.array(np.asarray(known, dtype))
+        # Each in memory of its own: engines that take addresses want them aligned.
+        self.known = dict(zip(known, [t.clone() for t in made] if is_torch(made) else made, strict=True))
+
+    def __call__(self, t: float) -> Any:
+        if t not in self.known:  # a sampler may call the UNet between the timesteps of its grid
+            self.known[t] = self.engine.array(np.asarray(t, self.dtype))
+        return self.known[t]
 
 
 class _Steps:

@@ -13,6 +13,7 @@ from accel.sampling.noise_schedule import NoiseSchedule
 from ..data import rng
 from ..settings import Recipe
 from . import losses
+from .process import alphas_on
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def noised(batch: Mapping[str, Any], recipe: Recipe, schedule: NoiseSchedule) ->
     x0, index, seed = clean(batch, recipe.seed), batch["index"], recipe.seed
     shape = tuple(x0.shape[1:])
     t = rng.integers(seed, index, "timestep", 0, schedule.T).to(x0.device)
-    alpha_bar = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32, device=x0.device)[t]
+    alpha_bar = alphas_on(schedule, x0.device, torch.float32)[t]
     eps = rng.normal(seed, index, "noise", shape).to(x0.device)
     if recipe.offset_noise:
         offset = rng.normal(seed, index, "offset", shape[:1]).to(x0.device)

@@ -16,6 +16,18 @@ from accel.sampling.noise_schedule import NoiseSchedule
 
 from . import losses
 
+# Uploaded once: a copy from pageable memory waits for everything that the device has queued. The schedule is held, so
+# that no other one gets its id.
+_uploaded: dict[tuple[int, torch.device, torch.dtype], tuple[NoiseSchedule, torch.Tensor]] = {}
+
+
+def alphas_on(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """alpha_bar of every timestep [T], on a device."""
+    key = (id(schedule), device, dtype)
+    if key not in _uploaded:
+        _uploaded[key] = schedule, torch.tensor(schedule.alphas_cumprod, dtype=dtype, device=device)
+    return _uploaded[key][1]
+
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -37,7 +49,7 @@ class Diffusion:
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
         """float64 [b], on the device of t."""
-        return torch.tensor(self.schedule.alphas_cumprod, device=t.device)[t]
+        return alphas_on(self.schedule, t.device, torch.float64)[t]
 
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t, in the dtype of x0."""

@@ -76,3 +76,19 @@ def test_a_copy_from_a_gpu_is_one_into_page_locked_memory_and_waits_for_it(monke
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     to_host(Cuda())
     assert did == [True, ("copy", True), "synchronize", "numpy"]
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_timesteps_are_uploaded_once_before_the_first_step(engine, smallest_bundle, monkeypatch):
+    """From pageable memory an upload waits for the device: one for each step was a wait for each step."""
+    pipe = accel.load(smallest_bundle, engine, **({"device": "cpu"} if engine == "eager" else {}))
+    unet, events = pipe.engines["unet"], []
+    array, run = unet.array, unet.run
+    monkeypatch.setattr(unet, "array", lambda value: (events.append(type(value).__name__), array(value))[1])
+    monkeypatch.setattr(unet, "run", lambda feeds: (events.append("run"), run(feeds))[1])
+    pipe("the cat", seed=1, steps=3)
+    first = events.index("run")
+    steps = [event for event in events[first:] if event == "run"]
+    assert len(steps) == 3
+    if engine == "eager":
+        assert "ndarray" not in events[first:], "what a step needs is on the device already"
