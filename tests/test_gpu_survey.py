@@ -22,7 +22,11 @@ def script():
 
 @pytest.fixture(scope="module")
 def cases(script):
-    return list(script.Survey("cpu", script.tiny()).cases())
+    """One of each kind: compiling every combination would take minutes."""
+    every = script.Survey("cpu", script.tiny()).cases()
+    slow = ("compile", "max-autotune")
+    kept = ("16 px, nhwc, patched, compile", "small, batch 1, nhwc max-autotune", "small, compile")
+    return [case for case in every if case.key in kept or not any(word in case.key for word in slow)]
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,9 @@ class W8A8Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             raise ValueError("a W8A8 linear layer trains no weights: use torch.no_grad(), or requires_grad_(False)")
-        return w8a8_linear(input, self.weight_in_8_bits, self.scale_bits.view(torch.float32), self.bias)
+        stored, scale = self.weight_in_8_bits, self.scale_bits.view(torch.float32)
+        weight = stored.view(torch.float8_e4m3fn) if stored.dtype == torch.uint8 else stored
+        return w8a8_linear(input, weight, scale, self.bias)
 
 
 ROUNDED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -68,8 +70,9 @@ _MULTIPLE = 16  # of rows and columns, which `torch._scaled_mm` and `torch._int_
 def round_weight(layer: nn.Linear, dtype: torch.dtype) -> None:
     """Give a layer a rounded copy of its weight, which moves with it and is not saved."""
     q, scale = quant_rowwise(layer.weight.detach(), dtype)
-    # The scale as bits: a cast of the model to half precision passes integers over.
-    for name, value in zip(_COPIES, (q, scale.view(torch.int32)), strict=True):
+    # fp8 and scales as bits: a cast of the model to half precision passes integers over.
+    bits = q.view(torch.uint8) if q.is_floating_point() else q, scale.view(torch.int32)
+    for name, value in zip(_COPIES, bits, strict=True):
         layer.register_buffer(name, value, persistent=False)
 
 
