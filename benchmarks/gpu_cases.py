@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gpu_measures import WAYS, Measures, Sizes
+from gpu_measures import WAYS, Sizes
+from gpu_programs import Programs
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class Case:
     run: Callable[[], dict[str, Any]]
 
 
+# What `auto` may take, on one bundle that is exported for it: engine, options of `accel.load_engine`.
+ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("eager", {}),
+    ("eager", {"cuda_graph": "step"}),
+    ("compile", {}),
+    ("compile", {"mode": "reduce-overhead"}),
+    ("onnxruntime", {"provider": "cuda"}),
+    ("onnxruntime", {"provider": "cuda", "provider_options": {"prefer_nhwc": "1"}}),
+)
 _VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)
 
 
@@ -79,7 +89,7 @@ def tiny() -> Sizes:
 
 
 @dataclass
-class Survey(Measures):
+class Survey(Programs):
     """The cases for a device.
 
     Attributes:
@@ -123,6 +133,9 @@ class Survey(Measures):
         for way in ("plain", "patched nhwc", "fused adamw", "compile"):
             yield Case("training step", f"{name}, {way}", 90, partial(self.training, config, side, way))
         if self.whole:
+            for engine, options in ENGINES:
+                said = ", ".join(f"{name}={value}" for name, value in options.items())
+                yield Case("engine", f"digits UNet fp16, {engine} {said}", 240, partial(self.engine, engine, options))
             variants = "eager,eager:fp16,eager:fp16:loop,compile:fp16,compile:fp16:loop"
             yield Case("program", f"accel bench digits/4step --engine {variants}", 240, partial(self.bench, variants))
             yield Case("program", "make test-gpu", 300, self.tests)

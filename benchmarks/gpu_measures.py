@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -315,17 +313,6 @@ class Measures:
         seconds = self.time(step)
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else None
         return {"ms": 1e3 * seconds, "images_per_s": batch / seconds, "first_s": first, "peak_mib": peak}
-
-    def bench(self, variants: str) -> dict[str, Any]:
-        command = ["-m", "accel", "bench", "digits/4step", "--engine", variants, "--seconds", "30", "--json"]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=230)
-        rows = json.loads(done.stdout)["rows"]
-        return {row["variant"]: (row["scopes"]["image"]["timing"] or {}).get("p50_s") for row in rows}
-
-    def tests(self) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cacheprovider"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=290, cwd=HERE.parent)
-        return {"code": done.returncode, "said": done.stdout.strip().splitlines()[-12:]}
 
     def time(self, call: Callable) -> float:
         """Median seconds of a call, after a warm-up; events on a GPU, the clock on a CPU."""

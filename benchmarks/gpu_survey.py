@@ -124,6 +124,9 @@ def decisions(rows: list[dict[str, Any]]) -> list[str]:
             if key.endswith(before) and (b := own.get(what + after)) is not None:
                 said.append(f"{what.rstrip(', ')}: {a:.3g} -> {b:.3g} ms ({a / b:.2f}x)")
         out.append(f"* {question}: {'; '.join(said) or 'not measured'}.")
+    engines = sorted((value, key) for key, value in by_step.get("engine", {}).items())
+    said = "; ".join(f"{key}: {value:.3g} ms" for value, key in engines)
+    out.append(f"* Engines on one UNet, fastest first: {said or 'not measured'}.")
     fastest: dict[str, tuple[float, str]] = {}
     for key, value in by_step.get("attention", {}).items():
         shape, _, kernel = key.rpartition(", ")
