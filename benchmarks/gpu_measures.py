@@ -73,12 +73,12 @@ class Measures:
         import torch
 
         from accel.bench.roofline import measure_peak
-        from accel.tf32 import float32_as
+        from accel.tf32 import float32_in_tf32
 
         if dtype in ("int8", "fp8"):
             n = self.sizes.matrix
             return {"tflop_per_s": 2 * n**3 / self.time(_products_in_8_bits(torch, n, dtype, self.device)) / 1e12}
-        with float32_as("tf32" if dtype == "tf32" else "ieee"):
+        with float32_in_tf32(dtype == "tf32"):
             real = "float32" if dtype == "tf32" else dtype
             return {"tflop_per_s": measure_peak(real, self.device, seconds=self.sizes.seconds * 2) / 1e12}
 
@@ -92,14 +92,14 @@ class Measures:
         """The error of a convolution in float32 with TF32 on and off, against float64."""
         import torch
 
-        from accel.tf32 import float32_as
+        from accel.tf32 import float32_in_tf32
 
         torch.manual_seed(0)
         x, w = torch.randn(1, 64, 32, 32, device=self.device), torch.randn(64, 64, 3, 3, device=self.device)
         exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
         out = {}
         for name in ("ieee", "tf32"):
-            with float32_as(name):
+            with float32_in_tf32(name == "tf32"):
                 made = torch.nn.functional.conv2d(x, w, padding=1).double()
             out[f"relative_error_{name}"] = float((made - exact).norm() / exact.norm())
         return out

@@ -14,7 +14,7 @@ from ..bundle import Bundle, Component
 from ..dtypes import SHORT, check_dtype, torch_dtype
 from ..errors import UserError
 from ..machine import version_of
-from ..tf32 import float32_as
+from ..tf32 import float32_in_tf32
 from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Captures, Graph, replay
 from . import torch_graphs
@@ -131,7 +131,7 @@ class Eager(Engine):
         self.module = module.to(device)
         self.device = device
         self.dtype = torch_dtype(compute)
-        self._math = partial(float32_as, "tf32" if tf32 else "ieee") if device.startswith("cuda") else nullcontext
+        self._math = partial(float32_in_tf32, tf32) if device.startswith("cuda") else nullcontext
         took = self._attend(attention, device, compute != "float32")
         self._own: dict[str, torch.Tensor] = {}
         self.set_weights(weights or {})
