@@ -89,8 +89,8 @@ def test_linear_layers_in_eight_bits(unet, inputs, linear, dtype):
         stored = layer.weight_in_8_bits
         assert stored.dtype == {torch.int8: torch.int8, torch.float8_e4m3fn: torch.uint8}[dtype]
         assert 1e-5 < (after - before).norm() / before.norm() < 0.1
-        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(compiled(*inputs)[0], after, atol=1e-3)
+        x = torch.randn(2, 5, layer.in_features)
+        assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-5)
         with torch.enable_grad(), pytest.raises(ValueError, match="trains no weights"):
             unet(*inputs)
         unet.half().float()  # scales are as exact as before
