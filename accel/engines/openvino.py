@@ -20,7 +20,7 @@ from ..errors import MissingPackage, UserError
 from ..files import cache_dir, digest_of, inside, write_bytes
 from ..machine import machine_name, version_of
 from .base import Engine, Facts, Status, check_threads, note_saturation
-from .folds import upsample
+from .folds import in_openvino
 
 FOLDS = 1  # to be raised with every change of `folds`, whose results are kept in the cache
 FACTS = Facts(
@@ -60,7 +60,7 @@ class OpenVino(Engine):
         dtype: dtype to compute in: "auto" (float32: never less accurate than the bundle without being asked), "fp32",
             "bf16" or "fp16" where the device can. Inputs and outputs keep the dtypes of the manifest.
         threads: CPU threads; 0 lets OpenVINO choose.
-        folds: make one operator of upsampling and the convolution after it, where that is faster (`folds.upsample`).
+        folds: make one operator of upsampling and the convolution after it, where that is faster (`folds`).
         weights: as `set_weights` takes them.
     """
 
@@ -132,7 +132,7 @@ class OpenVino(Engine):
                 value = np.require(tensors[name], requirements="CA")
                 nodes[name].output(0).replace(openvino.opset13.constant(value).output(0))
             if folds:
-                upsample.fold(model)
+                in_openvino.fold(model)
             compiled = core.compile_model(model, device, config)
             if kept:
                 with contextlib.suppress(OSError):

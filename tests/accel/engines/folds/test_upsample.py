@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
 
 import accel
-from accel.engines.folds import upsample
+from accel.engines.folds import in_onnx, in_openvino, upsample
+from accel.export.pipeline import export_pipeline
 from accel.parity import relative_l2
 
 openvino = pytest.importorskip("openvino")
@@ -26,6 +28,10 @@ def test_it_is_exact():
         x = torch.randn(2, 5, *size, dtype=torch.float64)
         expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
         assert (F.conv_transpose2d(x, folded, stride=2, padding=1) - expected).abs().max() < 1e-12
+        every = F.conv2d(x, torch.from_numpy(upsample.phases(weight.numpy())), padding=1).unflatten(1, (2, 2, 6))
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            part = every[:, a, b, :, a : a + size[0], b : b + size[1]]
+            assert (part - expected[..., a::2, b::2]).abs().max() < 1e-12
 
 
 def graph(*, channels=128, int8=False, scales=(1, 1, 2, 2), pads=(1, 1, 1, 1), mode="nearest", readers=1):
@@ -59,11 +65,28 @@ def graph(*, channels=128, int8=False, scales=(1, 1, 2, 2), pads=(1, 1, 1, 1), m
         nodes,
         "pair",
         [value("x", [1, channels, "h", "w"])],
-        [value(name, None) for name in outputs],
+        [value(name, [1, size, None, None]) for name, size in zip(outputs, (8, channels), strict=False)],
         [numpy_helper.from_array(np.asarray(tensor), name) for name, tensor in tensors.items()],
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return onnx.load_from_string(model.SerializeToString()).SerializeToString()
+
+
+def initializers(model):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}.get
+
+
+def test_a_folded_onnx_graph_computes_the_same():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = onnx.load_from_string(graph())
+    assert in_onnx.fold(model, initializers(model)) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert "Resize" not in [node.op_type for node in model.graph.node]
+    plain, folded = (onnxruntime.InferenceSession(data) for data in (graph(), model.SerializeToString()))
+    for size in SIZES:
+        x = np.random.default_rng(1).standard_normal((1, 128, *size)).astype(np.float32)
+        own, found = (session.run(None, {"x": x})[0] for session in (plain, folded))
+        assert found.shape == own.shape and relative_l2(found, own) < 1e-6
 
 
 def run(model, x):
@@ -75,7 +98,7 @@ def run(model, x):
 def test_a_folded_graph_computes_the_same(int8):
     core, data = openvino.Core(), graph(int8=int8)
     plain, folded = core.read_model(data), core.read_model(data)
-    assert upsample.fold(folded) == 1
+    assert in_openvino.fold(folded) == 1
     kinds = [node.get_type_name() for node in folded.get_ordered_ops()]
     assert "ConvolutionBackpropData" in kinds and "Interpolate" not in kinds and "Convolution" not in kinds
     for size in SIZES:
@@ -98,16 +121,44 @@ def test_a_folded_graph_computes_the_same(int8):
 def test_what_is_not_such_a_pair_stays(other):
     model = openvino.Core().read_model(graph(**other))
     before = [node.get_type_name() for node in model.get_ordered_ops()]
-    assert upsample.fold(model) == 0
+    assert in_openvino.fold(model) == 0
     assert [node.get_type_name() for node in model.get_ordered_ops()] == before
+    proto = onnx.load_from_string(graph(**other))
+    assert in_onnx.fold(proto, initializers(proto)) == 0
 
 
-def test_the_engine_folds_and_keeps_what_it_compiled(monkeypatch, tmp_path):
+def test_onnxruntime_folds_and_takes_other_weights(monkeypatch, sd15, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(in_onnx, "CHANNELS", 1)
+    folded = []
+    monkeypatch.setattr(in_onnx, "fold", lambda *args, fold=in_onnx.fold: folded.append(fold(*args)) or folded[-1])
+    bundle = export_pipeline(sd15, tmp_path / "bundle", components=("vae_decoder",), profile="batch=1,size=64")
+    record = bundle.component("vae_decoder")
+    shape = record.inputs[0].concrete({dim: limits.min for dim, limits in record.dims.items()})
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    stored = load_file(bundle.file(record.weights))
+    other = {name: value + 0.1 for name, value in stored.items() if "upsamplers" in name}
+
+    def decoded(**options):
+        with accel.load_engine(bundle, "vae_decoder", engine="onnxruntime", **options) as engine:
+            own = engine(latent_sample=x)["sample"]
+            engine.set_weights(other)
+            return own, engine(latent_sample=x)["sample"]
+
+    plain, changed = decoded(folds=False)
+    assert not folded and other
+    found, found_changed = decoded()
+    assert folded == [folded[0]] * 2 and folded[0] > 0
+    assert relative_l2(found, plain) < 1e-5 and relative_l2(found_changed, changed) < 1e-5
+    assert relative_l2(changed, plain) > 1e-3
+
+
+def test_openvino_folds_and_keeps_what_it_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(upsample, "_CHANNELS", 16)
+    monkeypatch.setattr(in_openvino, "CHANNELS", 16)
     x = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
     folded = []
-    monkeypatch.setattr(upsample, "fold", lambda model, fold=upsample.fold: folded.append(fold(model)))
+    monkeypatch.setattr(in_openvino, "fold", lambda model, fold=in_openvino.fold: folded.append(fold(model)))
 
     def decoded(**options):
         with accel.load_engine("digits/4step-int8", "vae_decoder", engine="openvino", **options) as engine:
