@@ -67,8 +67,8 @@ def prepare(work: Path, topology: str, peers: list[str], size: int, steps: int, 
     scheduler.write_text(json.dumps(config | {"_class_name": "DDIMScheduler", "clip_sample": False}, indent=2))
     index = json.loads((pipeline / "model_index.json").read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}
     (pipeline / "model_index.json").write_text(json.dumps(index, indent=2))
-    for size in (256, 512):
-        np.save(work / f"noise-{size}.npy", noise.normal([SEED], 0, (4, size // 8, size // 8)))
+    for side in (256, 512):
+        np.save(work / f"noise-{side}.npy", noise.normal([SEED], 0, (4, side // 8, side // 8)))
     if not (work / "pipeline-256").is_dir():  # the same with a native size of 256 px
         shutil.copytree(pipeline, work / "pipeline-256", copy_function=os.link)
         at = work / "pipeline-256" / "unet" / "config.json"

@@ -14,5 +14,6 @@ make_venv .venv-optimum torch==2.13.0 optimum-onnx==0.1.0 optimum==2.1.0 transfo
   onnx==1.23.2 onnxruntime==1.31.1 accelerate
 make_venv .venv-openvino torch==2.13.0 "optimum-intel[openvino]==2.2.0" diffusers==0.39.0 nncf==3.4.0 accelerate \
   openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0
+.venv-openvino/bin/pip uninstall --quiet --yes torchvision # comes along, and may not fit a CPU build of torch
 make_venv .venv-sdcpp stable-diffusion-cpp-python==0.4.7 numpy pillow
 exec .venv/bin/python "$(dirname "$0")/peers.py" "$@"

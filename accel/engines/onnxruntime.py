@@ -27,6 +27,7 @@ FACTS = Facts(
     libraries=("onnx", "onnxruntime"),
     options=("device", "provider", "threads"),
     int8=True,
+    tunes=("folds",),
 )
 # Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
 OFF_FOR_INT8 = ["MatMulAddFusion"]

@@ -30,6 +30,7 @@ FACTS = Facts(
     options=("device", "dtype", "threads"),
     int8=True,
     variants=("", "bf16"),
+    tunes=("folds",),
 )
 
 
