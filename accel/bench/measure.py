@@ -16,7 +16,7 @@ from ..dtypes import SHORT
 from ..engines import status
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names, opened
-from . import facts, quality, room, timing, variants, work
+from . import facts, quality, timing, variants, work
 from .document import Document
 from .probe import probe
 from .state import State, temporary_caches
@@ -82,7 +82,7 @@ def measure(
             state.environment = facts.environment(state)
             _probe(state, caches, progress)
             _reference(state, load, progress)
-            if room.holds_all(state):
+            if variants.fit_together(state.live, state.bundle):
                 _warm_up(state, state.live, load, progress)
                 _floors(state, load, progress)
                 facts.count(state)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+import psutil
 
 from ..bundle import Bundle
 from ..dtypes import SHORT
@@ -16,6 +19,8 @@ from ..pipeline import Pipeline, component_names
 _LOW_PRECISION_ISA = MappingProxyType(
     {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "asimdhp")}
 )
+
+_USED = 0.8  # share of the free memory that weights may take; activations and caches need the rest
 
 
 @dataclass(frozen=True)
@@ -150,3 +155,24 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def fit_together(variants: Sequence[Variant], bundle: Bundle) -> bool:
+    """Whether the weights of all fit beside each other into what is free on the GPU, or in main memory."""
+    needed = sum(weight_bytes(variant, bundle) for variant in variants)
+    return len(variants) < 2 or needed <= _USED * free_bytes()
+
+
+def weight_bytes(variant: Variant, bundle: Bundle) -> int:
+    """Bytes of a variant's weights, by the number of parameters and the dtype it computes in."""
+    records = [bundle.component(name) for name in component_names(bundle)]
+    return sum((r.parameters or 0) * (4 if variant.compute(r.dtype) == "float32" else 2) for r in records)
+
+
+def free_bytes() -> int:
+    """Free bytes of the GPU that torch would use, else of main memory."""
+    if _has_gpu():
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from accel import bench
 from accel.bench import document as documents
-from accel.bench import facts, quality, report, report_html, room, variants, work
+from accel.bench import facts, quality, report, report_html, variants, work
 from accel.bench import probe as probing
 from accel.bundle import Bundle
 from accel.engines.base import Status
@@ -129,7 +129,7 @@ def test_a_difference_in_the_image_is_seen_in_steps_of_1_255():
 
 
 def test_variants_that_do_not_fit_together_are_loaded_one_after_another(smallest_bundle, monkeypatch):
-    monkeypatch.setattr(room, "free_bytes", lambda: 1)
+    monkeypatch.setattr(variants, "free_bytes", lambda: 1)
     loaded, most = set(), []
 
     def load(bundle, variant):
@@ -150,12 +150,12 @@ def test_variants_that_do_not_fit_together_are_loaded_one_after_another(smallest
 
 
 def test_variants_that_fit_are_held_together(smallest_bundle, monkeypatch):
-    state = measuring.State(Bundle.open(smallest_bundle), [bench.parse(n) for n in ("eager", "eager:fp16")], QUICK)
-    full, half = (room.weight_bytes(state, dtype) for dtype in ("fp32", "fp16"))
+    bundle, both = Bundle.open(smallest_bundle), [bench.parse(name) for name in ("eager", "eager:fp16")]
+    full, half = (variants.weight_bytes(variant, bundle) for variant in both)
     assert full == 2 * half > 0
     for free, held in ((10 * full, True), (1.5 * full, False)):
-        monkeypatch.setattr(room, "free_bytes", lambda free=free: free)
-        assert room.holds_all(state) is held
+        monkeypatch.setattr(variants, "free_bytes", lambda free=free: free)
+        assert variants.fit_together(both, bundle) is held
 
 
 def test_a_decoder_that_overflows_costs_its_own_scopes_and_not_the_row(smallest_bundle):
