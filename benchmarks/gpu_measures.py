@@ -73,7 +73,7 @@ class Measures:
         import torch
 
         from accel.bench.roofline import measure_peak
-        from accel.tf32 import float32_in_tf32
+        from accel.trt.tf32 import float32_in_tf32
 
         if dtype in ("int8", "fp8"):
             n = self.sizes.matrix
@@ -92,7 +92,7 @@ class Measures:
         """The error of a convolution in float32 with TF32 on and off, against float64."""
         import torch
 
-        from accel.tf32 import float32_in_tf32
+        from accel.trt.tf32 import float32_in_tf32
 
         torch.manual_seed(0)
         x, w = torch.randn(1, 64, 32, 32, device=self.device), torch.randn(64, 64, 3, 3, device=self.device)

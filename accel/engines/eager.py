@@ -14,9 +14,9 @@ from ..bundle import Bundle, Component
 from ..dtypes import SHORT, check_dtype, torch_dtype
 from ..errors import UserError
 from ..machine import version_of
-from ..tf32 import float32_in_tf32
 from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Captures, Graph, replay
+from ..trt.tf32 import float32_in_tf32
 from . import torch_graphs
 from .base import Engine, Facts, Status, check_device, to_torch
 from .torch_graphs import CUDA_GRAPHS

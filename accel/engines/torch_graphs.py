@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import UserError
 from ..trt.workspace import workspace
-
-if TYPE_CHECKING:
-    from .eager import Eager
 
 CUDA_GRAPHS = ("off", "step", "loop")
 # Kinds of components whose work depends on shapes alone; text encoders look at values on the host.
@@ -25,11 +22,14 @@ def check(mode: str) -> None:
 class BoundModule:
     """An eager or compiled module on buffers of one shape, which stay where they are.
 
+    Args:
+        engine: eager or compile.
+
     Attributes:
         inputs, outputs: name -> buffer. Fill the inputs, `enqueue`, read the outputs.
     """
 
-    def __init__(self, engine: Eager, sizes: Mapping[str, int]):
+    def __init__(self, engine: Any, sizes: Mapping[str, int]):
         component, cuda = engine.component, engine.cuda
         self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
         self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}

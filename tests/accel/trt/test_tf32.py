@@ -9,7 +9,7 @@ import torch
 
 import accel
 from accel.engines import eager
-from accel.tf32 import float32_in_tf32
+from accel.trt.tf32 import float32_in_tf32
 
 PLACES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 
