@@ -16,7 +16,8 @@ class Nodes:
     """Nodes and constants of a graph that is being written; every name begins with `scope`."""
 
     def __init__(self, scope: str):
-        self.scope, self.nodes = scope, []  # type: tuple[str, list[onnx.NodeProto]]
+        self.scope = scope
+        self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple[Any, ...], onnx.TensorProto] = {}
 
     def op(self, kind: str, *inputs: Value, name: str = "", domain: str = "", **attributes: Any) -> str:
@@ -30,9 +31,12 @@ class Nodes:
             The name of its output.
         """
         made = name or f"{self.scope}/{len(self.nodes)}_{kind}"
-        feeds = [value if isinstance(value, str) else self.constant(value) for value in inputs]
+        feeds = [self.name_of(value) for value in inputs]
         self.nodes.append(helper.make_node(kind, feeds, [made], name=made, domain=domain, **attributes))
         return made
+
+    def name_of(self, value: Value) -> str:
+        return value if isinstance(value, str) else self.constant(value)
 
     def constant(self, value: np.ndarray) -> str:
         """An initializer; equal ones are one."""

@@ -1,0 +1,192 @@
+"""Write a bundle as one ONNX graph from prompt to pixels, and keep it only if it draws the pipeline's images.
+
+    OUT/model.onnx             for every engine;  int8: model.uint8.onnx too, for ONNX Runtime and the browser
+    OUT/weights.safetensors    the weights of both
+    OUT/tokenizer/             how text becomes token ids [, tokenizer_2/]
+    OUT/single_graph.json      inputs, outputs, constants, digests, and how far its images were from the pipeline's
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from accel._version import __version__
+from accel.bundle import Bundle
+from accel.engines.onnxruntime import OFF_FOR_INT8
+from accel.errors import MissingPackage, Notice, UserError
+from accel.files import SINGLE_GRAPH, new_folder, require_space, sha256, write_json
+from accel.parity import psnr
+from accel.pipeline.opening import load
+from accel.pipeline.pipeline import tokenizers_of
+from accel.pipeline.request import latent_size
+from accel.pipeline.sampling_plan import plan as plan_of
+from accel.safety import COMPONENT as SAFETY_CHECKER
+from accel.sampling import counter_noise
+
+from . import refusals, tokenizer
+from .compose import Job, compose
+from .merge import WEIGHTS, gather_weights
+
+Progress = Callable[[str, float], None]
+GRAPH, UINT8 = "model.onnx", "model.uint8.onnx"
+SEED, PROMPTS = 7, ("a handwritten seven", "the cat")
+# Of a pixel in [0, 1]; int8 rounds what differs by 1e-7 to one side or the other, so it is compared in dB.
+LIMIT, INT8_DB = 1 / 255, 30.0
+
+
+def write(
+    bundle: Bundle, out: str | Path, *, text: bool = False, overwrite: bool = False, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Write the graph; the folder appears only when it is whole, and draws what the pipeline draws.
+
+    Args:
+        text: prompts as strings are the input, by the CLIP tokenizer of ONNX Runtime Extensions, which runs on ONNX
+            Runtime with that library alone.
+
+    Returns:
+        What `single_graph.json` says.
+
+    Raises:
+        UserError: for a bundle that does not become one graph, and for one whose images differ.
+    """
+    refusals.check(bundle)
+    bundle.verify()
+    manifest = bundle.manifest
+    if SAFETY_CHECKER in manifest.components:
+        warnings.warn("the safety checker is not in the graph: nothing looks at its images", Notice, stacklevel=2)
+    plan = plan_of(manifest, bundle.noise_schedule(), None, None, None, None, None)
+    limits = manifest.components["unet"].dims.get("batch")
+    images = manifest.profile.batch.min if limits is None or limits.fixed else None
+    job = Job(bundle, plan, latent_size(manifest, None, None, None), images)
+    sources = {name: bundle.file(manifest.components[name].weights) for name in (*job.encoders, "unet", "vae_decoder")}
+    require_space(Path(out).absolute().parent, sum(path.stat().st_size for path in sources.values()))
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        progress("graph", 0.0)
+        models = {GRAPH: compose(job)}
+        if any(part.int8 for part in manifest.components.values()):
+            models[UINT8] = compose(Job(bundle, plan, job.size, images, "onnxruntime"))
+        progress("weights", 0.1)
+        gather_weights(list(models.values()), sources, folder / WEIGHTS)
+        for name, model in models.items():
+            onnx.save(model, str(folder / name))
+        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+        bundle.copy(folder, "tokenizer")
+        bundle.copy(folder, "tokenizer_2")
+        progress("drawing with the graph", 0.3)
+        drawn, seconds = _drawn(folder / (UINT8 if UINT8 in models else GRAPH), job)
+        progress("drawing with the pipeline", 0.7)
+        parity = _compared(drawn, _expected(job), int8=UINT8 in models)
+        if text:
+            tokenizer.put(folder, list(models), job)
+        progress("digests", 0.95)
+        record = _record(job, folder, models, parity | {"seconds": seconds}, text)
+        write_json(folder / SINGLE_GRAPH, record)
+    progress("done", 1.0)
+    return record
+
+
+def prompts(job: Job) -> list[str]:
+    """What is drawn to compare: two images where the graph takes them."""
+    limits = job.bundle.manifest.profile.batch
+    count = job.images or min(max(2, limits.min), limits.max)
+    return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+
+
+def _drawn(graph: Path, job: Job) -> tuple[np.ndarray, dict[str, float]]:
+    """The graph's images uint8 [N, H, W, 3] on ONNX Runtime's CPU provider, and the seconds of loading and drawing."""
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise MissingPackage("onnxruntime", "checking a single graph", "cpu") from None
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    start = time.perf_counter()
+    off = OFF_FOR_INT8 if graph.name == UINT8 else []
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
+    loaded = time.perf_counter()
+    (images,) = session.run(None, feeds(job, prompts(job)))
+    seconds = {"load": round(loaded - start, 3), "draw": round(time.perf_counter() - loaded, 3)}
+    del session
+    gc.collect()
+    return images, seconds
+
+
+def feeds(job: Job, texts: list[str]) -> dict[str, np.ndarray]:
+    """The inputs of the graph for some prompts, seeds from `SEED` on."""
+    made: dict[str, np.ndarray] = {}
+    for name, tokenizer in tokenizers_of(job.bundle, job.encoders).items():
+        ids = name.replace("text_encoder", "input_ids")
+        made[ids] = tokenizer(texts)
+        if job.negative:
+            made[f"negative_{ids}"] = tokenizer([""] * len(texts))
+    return made | {"seed": np.arange(SEED, SEED + len(texts), dtype=np.int32)}
+
+
+def _expected(job: Job) -> np.ndarray:
+    """The pipeline's images of the same noise, float32 [N, H, W, 3] in [0, 1]."""
+    shape = (job.bundle.manifest.pipeline["latent_channels"], *job.size)
+    texts = prompts(job)
+    seeds = range(SEED, SEED + len(texts))
+    with load(job.bundle, engine="onnxruntime", device="cpu", threads=int(os.environ.get("OMP_NUM_THREADS", "0"))) as pipe:
+        return pipe(
+            texts,
+            latents=counter_noise.normal(seeds, 0, shape),
+            renoise=lambda i: counter_noise.normal(seeds, i + 1, shape),
+            output_type="np",
+            progress=False,
+        ).images
+
+
+def _compared(drawn: np.ndarray, expected: np.ndarray, *, int8: bool) -> dict[str, float | None]:
+    """How far the images are from the pipeline's.
+
+    Raises:
+        UserError: above the limit.
+    """
+    own, rounded = drawn.astype(np.float32), (expected * 255).round()
+    largest, decibels = float(np.abs(own - rounded).max()), psnr(own, rounded, 255.0)
+    if decibels < INT8_DB if int8 else largest > 255 * LIMIT:
+        raise UserError(
+            f"the graph's images differ from the pipeline's by {largest:.0f} of 255 ({decibels:.1f} dB)",
+            "report the model; accel run draws with the bundle itself",
+        )
+    return {"largest_of_255": largest, "psnr": round(decibels, 1) if math.isfinite(decibels) else None}
+
+
+def _record(
+    job: Job, folder: Path, models: Iterable[str], parity: Mapping[str, Any], text: bool
+) -> dict[str, Any]:
+    manifest = job.bundle.manifest
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "schema": 1,
+        "accel": __version__,
+        "source": dict(manifest.source),
+        "bundle": job.bundle.digest,
+        "precision": manifest.precision,
+        "graphs": list(models),
+        "inputs": [asdict(spec) for spec in job.inputs],
+        "outputs": [asdict(job.output)],
+        "sampler": dict(manifest.sampler),
+        "timesteps": list(job.plan.timesteps),
+        "guidance": job.plan.guidance,
+        "noise": {"generator": "philox4x32-10, box-muller", "draws": job.draws},
+        "text": text,
+        "parity": {"engine": "onnxruntime", "images": len(prompts(job)), **parity},
+        "files": {
+            path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in written
+        },
+    }
