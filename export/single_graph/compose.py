@@ -16,12 +16,11 @@ from accel.bundle.tensor_spec import TensorSpec
 from accel.errors import UserError
 from accel.pipeline import conditioning
 from accel.pipeline.sampling_plan import SamplingPlan
-from accel.sampling.linear import run
 
 from . import noise
 from .merge import Merged
 from .nodes import float32, int64
-from .steps import Symbol, check
+from .steps import Symbol, check, loop
 
 _ONNX = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _DTYPES = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "string": 8}
@@ -125,25 +124,38 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
         fix = "make smaller images, or take fewer steps"
         raise UserError(f"{len(draws)} draws of {count} numbers of noise are more than 2**24", fix)
     numbers = nodes.op("Reshape", noise.normal(nodes, "seed", draws, count), int64([-1, len(draws), *shape]))
-    drawn = {draw: Symbol(nodes, nodes.op("Gather", numbers, int64(i), axis=1)) for i, draw in enumerate(draws)}
-    rows = nodes.op("Concat", *[drawn[0].name] * plan.rows, axis=0)
-    feeds = feeds | _constants(job, merged, specs, rows)
+    feeds = feeds | _constants(job, merged, specs, feeds["encoder_hidden_states"])
     feeds = {name: _cast(nodes, value, specs[name].dtype) for name, value in feeds.items()}
 
-    def predict(x: Symbol, t: float) -> Symbol:
-        call = f"call_{len(nodes.nodes)}"
-        sample = x.name if plan.rows == 1 else nodes.op("Concat", *[x.name] * plan.rows, axis=0)
-        inputs = {"sample": _cast(nodes, sample, specs["sample"].dtype), "timestep": np.asarray(t, specs["timestep"].dtype)}
-        outputs = merged.put(model, "unet", inputs | feeds, call)
-        out = _cast(nodes, outputs["out_sample"], "float32", record.outputs[0].dtype)
-        if plan.rows == 1:
-            return Symbol(nodes, out)
-        parts = f"{out}_without", f"{out}_with"
-        nodes.nodes.append(onnx.helper.make_node("Split", [out], list(parts), name=f"{out}_split", axis=0, num_outputs=2))
-        without, shown = (Symbol(nodes, part) for part in parts)
-        return without + plan.guidance * (shown - without)
+    body = Merged("body")
+    timesteps = np.array([row.t for row in table.rows], specs["timestep"].dtype)
 
-    return run(table, predict, drawn[0], noise=lambda i: drawn[i + 1])
+    def predict(x: Symbol, row: str) -> Symbol:
+        own = body.nodes
+        sample = x.name if plan.rows == 1 else own.op("Concat", *[x.name] * plan.rows, axis=0)
+        inputs = {"sample": _cast(own, sample, specs["sample"].dtype), "timestep": own.op("Gather", timesteps, row, axis=0)}
+        outputs = body.put(model, "unet", inputs | feeds)
+        out = _cast(own, outputs["out_sample"], "float32", record.outputs[0].dtype)
+        if plan.rows == 1:
+            return Symbol(own, out)
+        parts = f"{out}_without", f"{out}_with"
+        own.nodes.append(onnx.helper.make_node("Split", [out], list(parts), name=f"{out}_split", axis=0, num_outputs=2))
+        without, shown = (Symbol(own, part) for part in parts)
+        return without + (shown - without) * plan.guidance
+
+    def fresh(row: str) -> Symbol:
+        at = int64([draws.index(i + 1) if i + 1 in draws else 0 for i in range(len(table.rows))])
+        own = body.nodes
+        return Symbol(own, own.op("Gather", numbers, own.op("Gather", at, row, axis=0), axis=1))
+
+    first = Symbol(nodes, nodes.op("Gather", numbers, int64(0), axis=1))
+
+    def finished(inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+        return body.graph("step", inputs, outputs)
+
+    last = loop(nodes, body.nodes, table, predict, first, fresh, finished)
+    merged.adopt(body)
+    return last
 
 
 def _constants(job: Job, merged: Merged, specs: Mapping[str, TensorSpec], rows: str) -> dict[str, str]:

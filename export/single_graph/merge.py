@@ -14,6 +14,7 @@ from accel.models.weight_files import read_header
 
 from .nodes import Nodes, Value
 
+Values = list[onnx.ValueInfoProto]
 WEIGHTS = "weights.safetensors"
 _CHUNK = 1 << 24
 _ITEM_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16}
@@ -22,8 +23,8 @@ _ITEM_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16}
 class Merged:
     """Nodes, and the constants and weights of every component that was put in, once."""
 
-    def __init__(self) -> None:
-        self.nodes = Nodes("accel")
+    def __init__(self, scope: str = "accel") -> None:
+        self.nodes = Nodes(scope)
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.opsets: dict[str, int] = {}
         self.ir_version = 0
@@ -55,7 +56,7 @@ class Merged:
                 self.initializers[copy.name] = copy
         prefix = f"{scope}/{call}" if call else scope
         for node in model.graph.node:
-            if any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute):
+            if bodies(node):
                 raise UserError(f"{scope} has a graph inside its node {node.name}", "export the bundle again")
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
@@ -66,18 +67,33 @@ class Merged:
             self.nodes.nodes.append(copy)
         return {value.name: names[value.name] for value in model.graph.output}
 
-    def model(self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    def adopt(self, body: Merged) -> None:
+        """Take the opsets of a loop's body over."""
+        self.opsets |= body.opsets
+        self.ir_version = max(self.ir_version, body.ir_version)
+
+    def model(self, name: str, inputs: Values, outputs: Values) -> onnx.ModelProto:
+        opsets = [onnx.helper.make_opsetid(domain, number) for domain, number in self.opsets.items()]
+        graph = self.graph(name, inputs, outputs)
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="accel")
+
+    def graph(self, name: str, inputs: Values, outputs: Values) -> onnx.GraphProto:
         """The graph, without what no output needs."""
         wanted, kept = {value.name for value in outputs}, []
         for node in reversed(self.nodes.nodes):
             if wanted & set(node.output):
                 wanted |= set(node.input)
+                for body in bodies(node):
+                    wanted |= {used for inner in body.node for used in inner.input}
                 kept.append(node)
         constants = [*self.initializers.values(), *self.nodes.constants.values()]
         used = [tensor for tensor in constants if tensor.name in wanted]
-        graph = onnx.helper.make_graph(kept[::-1], name, inputs, outputs, used)
-        opsets = [onnx.helper.make_opsetid(domain, number) for domain, number in self.opsets.items()]
-        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="accel")
+        return onnx.helper.make_graph(kept[::-1], name, inputs, outputs, used)
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs inside a node: a loop's body."""
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
 
 
 def gather_weights(models: list[onnx.ModelProto], sources: Mapping[str, Path], out: Path) -> int:
@@ -90,12 +106,14 @@ def gather_weights(models: list[onnx.ModelProto], sources: Mapping[str, Path], o
     Returns:
         Number of bytes of the weights.
     """
-    used = {
-        tensor.name
+    external = [
+        tensor
         for model in models
-        for tensor in model.graph.initializer
+        for graph in (model.graph, *(body for node in model.graph.node for body in bodies(node)))
+        for tensor in graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
+    ]
+    used = {tensor.name for tensor in external}
     entries = []  # (name, entry, file, first byte)
     for component, path in sources.items():
         length, header = read_header(path)
@@ -116,14 +134,12 @@ def gather_weights(models: list[onnx.ModelProto], sources: Mapping[str, Path], o
         for name, _, path, start in entries:
             begin, end = placed[name]["data_offsets"]
             _copy(path, start, end - begin, file)
-    for model in models:
-        for tensor in model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                begin, end = placed[tensor.name]["data_offsets"]
-                del tensor.external_data[:]
-                where = {"location": out.name, "offset": 8 + len(header) + begin, "length": end - begin}
-                for key, value in where.items():
-                    tensor.external_data.add(key=key, value=str(value))
+    for tensor in external:
+        begin, end = placed[tensor.name]["data_offsets"]
+        del tensor.external_data[:]
+        where = {"location": out.name, "offset": 8 + len(header) + begin, "length": end - begin}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
     return position
 
 
