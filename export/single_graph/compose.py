@@ -58,21 +58,24 @@ class Job:
         return [0, *(row + 1 for row in check(self.plan.table, self.plan.sampler).draws)]
 
     @property
+    def rows(self) -> int | str:
+        """The first axis of inputs and outputs."""
+        return "images" if self.images is None else self.images
+
+    @property
     def inputs(self) -> list[TensorSpec]:
-        rows: int | str = "images" if self.images is None else self.images
         made = []
         for name in self.encoders:
             length = self.bundle.manifest.components[name].inputs[0].shape[1]
             ids = name.replace("text_encoder", "input_ids")
             for prefix in ("", "negative_")[: 1 + self.negative]:
-                made.append(TensorSpec(prefix + ids, "int64", (rows, length)))
-        return [*made, TensorSpec("seed", "int32", (rows,))]
+                made.append(TensorSpec(prefix + ids, "int64", (self.rows, length)))
+        return [*made, TensorSpec("seed", "int32", (self.rows,))]
 
     @property
     def output(self) -> TensorSpec:
         scale = self.bundle.manifest.pipeline["vae_scale"]
-        rows: int | str = "images" if self.images is None else self.images
-        return TensorSpec("image", "uint8", (rows, *(side * scale for side in self.size), 3))
+        return TensorSpec("image", "uint8", (self.rows, *(side * scale for side in self.size), 3))
 
 
 def compose(job: Job) -> onnx.ModelProto:
@@ -153,7 +156,7 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
     def finished(inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
         return body.graph("step", inputs, outputs)
 
-    last = loop(nodes, body.nodes, table, predict, first, fresh, finished)
+    last = loop(nodes, body.nodes, table, predict, first, fresh, finished, (job.rows, *shape))
     merged.adopt(body)
     return last
 

@@ -9,6 +9,8 @@ digits of the multiplier, and no number in between reaches 2**24: int32 and floa
 from __future__ import annotations
 
 import numpy as np
+import onnx
+from onnx import TensorProto
 
 from accel.sampling.counter_noise import BUMPS, MULTIPLIERS, ROUNDS
 
@@ -26,13 +28,31 @@ def normal(nodes: Nodes, seed: str, draws: list[int], count: int) -> str:
         draws: as `accel.sampling.counter_noise.normal` counts them.
         count: numbers in one image's latents.
     """
-    high, low = words(nodes, seed, draws, count)
-    first, second = (_as_float(nodes, halves) for halves in (high, low))
-    # Box-Muller, with the sine alone.
+    return box_muller(nodes, *words(nodes, seed, draws, count))
+
+
+def box_muller(nodes: Nodes, first: str, second: str) -> str:
+    """Standard normal float32 numbers of two words each; with the sine alone."""
+    first, second = (_as_float(nodes, halves) for halves in (first, second))
     unit = nodes.op("Add", nodes.op("Mul", first, float32(2.0**-32)), float32(2.0**-33))
     angle = nodes.op("Add", nodes.op("Mul", second, float32(np.pi * 2.0**-31)), float32(np.pi * 2.0**-32))
     radius = nodes.op("Sqrt", nodes.op("Mul", nodes.op("Log", unit), float32(-2.0)))
     return nodes.op("Mul", radius, nodes.op("Sin", angle))
+
+
+def model(draws: list[int], count: int, opset: int = 20) -> onnx.ModelProto:
+    """The noise as a graph of its own: `seed` int32 [images] to `noise` float32 [images, len(draws) * count] and the
+    words that it is made of, `first` and `second` int32 [images, len(draws) * count, 2], low halves before high ones."""
+    nodes, positions = Nodes("noise"), len(draws) * count
+    pair = words(nodes, "seed", draws, count)
+    for name, value in zip(("first", "second", "noise"), (*pair, box_muller(nodes, *pair)), strict=True):
+        nodes.op("Identity", value, name=name)
+    value = onnx.helper.make_tensor_value_info
+    outputs = [value(name, TensorProto.INT32, ["images", positions, 2]) for name in ("first", "second")]
+    outputs += [value("noise", TensorProto.FLOAT, ["images", positions])]
+    inputs = [value("seed", TensorProto.INT32, ["images"])]
+    graph = onnx.helper.make_graph(nodes.nodes, "noise", inputs, outputs, list(nodes.constants.values()))
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
 
 
 def words(nodes: Nodes, seed: str, draws: list[int], count: int) -> tuple[str, str]:

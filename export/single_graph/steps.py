@@ -73,6 +73,7 @@ def loop(
     start: Symbol,
     noise: Callable[[str], Symbol],
     finished: Callable[[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]], onnx.GraphProto],
+    shape: tuple[int | str, ...],
 ) -> Symbol:
     """Write the whole run as one node.
 
@@ -83,6 +84,7 @@ def loop(
         start: N(0, 1).
         noise: row -> fresh noise.
         finished: (inputs, outputs) -> the body's graph.
+        shape: of the states; OpenVINO wants to know it.
 
     Returns:
         The last state.
@@ -119,8 +121,8 @@ def loop(
     carried = [body.op("Identity", name) for name in after]
     value = helper.make_tensor_value_info
     inputs = [value("loop/row", TensorProto.INT64, []), value("loop/going", TensorProto.BOOL, [])]
-    inputs += [value(known[variable].name, TensorProto.FLOAT, None) for variable in [("x", 0), *kept]]
-    outputs = [value(going, TensorProto.BOOL, []), *(value(name, TensorProto.FLOAT, None) for name in carried)]
+    inputs += [value(known[variable].name, TensorProto.FLOAT, shape) for variable in [("x", 0), *kept]]
+    outputs = [value(going, TensorProto.BOOL, []), *(value(name, TensorProto.FLOAT, shape) for name in carried)]
     first = start * table.scale if table.scale != 1 else start
     nothing = (start * 0.0).name if kept else ""
     made = [f"loop/last_{i}" for i in range(len(carried))]
