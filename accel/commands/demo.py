@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..progress import progress
 EXAMPLE = "accel demo --out out/demo"
 
 MODELS = ("digits/4step", "digits/1step")
+WEB_MODEL = "digits/1step-int8"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEED = 40  # of the first forty-odd, the one whose ten digits the classifier reads most surely in four steps and in one
 
@@ -25,14 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
-        default=MODELS,
+        default=None,
         dest="models",
         metavar="MODEL",
-        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)})",
+        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)}; with --web {WEB_MODEL})",
     )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="one model in the browser instead: write a page that draws on the machine that shows it, and serve it here",
+    )
+    text = "with --web: where to serve; 0 takes a free one (default: 8000)"
+    parser.add_argument("--port", type=int, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.port is not None and not args.web:
+        raise UserError("--port is for --web", "add --web")
+    return _web(args) if args.web else _demo(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
     from ..bench import report
     from ..engines import ENGINES, facts, status
 
@@ -42,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is a file", "choose another --out")
     if out.exists() and not args.overwrite and any(out.iterdir()):
         raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
+    args.models = args.models or MODELS
     names = {model.rstrip("/").rpartition("/")[2]: model for model in args.models}
     if len(names) < len(args.models):
         raise UserError(f"two models of one name: {' '.join(args.models)}", "name each model once")
@@ -67,6 +83,31 @@ def run(args: argparse.Namespace) -> int:
     if any(result.document.interrupted for result in results.values()):
         return 130
     return 1 if any(result.failed for result in results.values()) else 0
+
+
+def _web(args: argparse.Namespace) -> int:
+    """Write the page with a model as one graph, and serve it until Ctrl-C."""
+    from accel.export.single_graph.export import write
+    from accel.export.single_graph.web import copy_page, server
+
+    from ..bundle import Bundle
+    from ..files import new_folder
+
+    if len(args.models or ()) > 1:
+        raise UserError(f"--web shows one model, not {len(args.models)}", "give one")
+    bundle, out = Bundle.open((args.models or [WEB_MODEL])[0]), Path(args.out)
+    with server(out, 8000 if args.port is None else args.port) as web:
+        with progress("page", keep=True) as report, new_folder(out, overwrite=args.overwrite) as folder:
+            copy_page(folder)
+            write(bundle, folder / "graph", progress=report)
+            for path in (folder / "graph").iterdir():
+                path.rename(folder / path.name)
+            (folder / "graph").rmdir()
+        url = f"http://127.0.0.1:{web.server_port}/"
+        print(json.dumps({"url": url, "folder": str(out)}) if args.json else f"{url} draws in your browser; Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            web.serve_forever()
+    return 0
 
 
 def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namespace) -> Any:

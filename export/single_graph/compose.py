@@ -154,11 +154,10 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
     first = Symbol(nodes, nodes.op("Gather", numbers, int64(0), axis=1))
 
     def finished(inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+        merged.adopt(body)
         return body.graph("step", inputs, outputs)
 
-    last = loop(nodes, body.nodes, table, predict, first, fresh, finished, (job.rows, *shape))
-    merged.adopt(body)
-    return last
+    return loop(nodes, body.nodes, table, predict, first, fresh, finished, (job.rows, *shape))
 
 
 def _constants(job: Job, merged: Merged, specs: Mapping[str, TensorSpec], rows: str) -> dict[str, str]:

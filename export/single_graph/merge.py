@@ -68,7 +68,12 @@ class Merged:
         return {value.name: names[value.name] for value in model.graph.output}
 
     def adopt(self, body: Merged) -> None:
-        """Take the opsets of a loop's body over."""
+        """Take over what a loop's body may read from outside, its weights, and its opsets.
+
+        ONNX Runtime Web finds the file of weights of the outer graph alone.
+        """
+        self.initializers |= body.initializers
+        body.initializers = {}
         self.opsets |= body.opsets
         self.ir_version = max(self.ir_version, body.ir_version)
 
@@ -109,8 +114,7 @@ def gather_weights(models: list[onnx.ModelProto], sources: Mapping[str, Path], o
     external = [
         tensor
         for model in models
-        for graph in (model.graph, *(body for node in model.graph.node for body in bodies(node)))
-        for tensor in graph.initializer
+        for tensor in model.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     ]
     used = {tensor.name for tensor in external}
