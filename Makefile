@@ -13,10 +13,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,dev]"
 	touch $@
 
+# ONNX Runtime for Node and for the browser, where there is npm: tests of the programs in examples/ skip without them.
+$(VENV)/.node: examples/browser/package.json examples/single_graph/package.json | $(VENV)/.installed
+	for folder in browser single_graph; do ! command -v npm > /dev/null || \
+	  npm install --ignore-scripts --no-audit --no-fund --silent --prefix examples/$$folder; done
+	touch $@
+
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
 
-test: lint  ## lint and the CPU tests, about 20 minutes on two cores
+test: lint $(VENV)/.node  ## lint and the CPU tests, about 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 20
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes

@@ -36,7 +36,7 @@ ACCEL = (
     ("commands",),
     ("roof",),
 )
-EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "triton"))
+EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "single_graph", "triton"))
 DISTILL = (
     ("settings", "sources"),
     ("data",),
