@@ -23,7 +23,7 @@ from .nodes import float32, int64
 from .steps import Symbol, check, loop
 
 _ONNX = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-_DTYPES = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "string": 8}
+_DTYPES = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8}
 
 
 @dataclass(frozen=True)

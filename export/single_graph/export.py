@@ -23,6 +23,7 @@ import onnx
 
 from accel._version import __version__
 from accel.bundle import Bundle
+from accel.bundle.tensor_spec import TensorSpec
 from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import MissingPackage, Notice, UserError
 from accel.files import SINGLE_GRAPH, new_folder, require_space, sha256, write_json
@@ -62,6 +63,8 @@ def write(
         UserError: for a bundle that does not become one graph, and for one whose images differ.
     """
     refusals.check(bundle)
+    if text:
+        tokenizer.library()
     bundle.verify()
     manifest = bundle.manifest
     if SAFETY_CHECKER in manifest.components:
@@ -89,7 +92,7 @@ def write(
         progress("drawing with the pipeline", 0.7)
         parity = _compared(drawn, _expected(job), int8=UINT8 in models)
         if text:
-            tokenizer.put(folder, list(models), job)
+            _take_text(folder, models, job, drawn)
         progress("digests", 0.95)
         record = _record(job, folder, models, parity | {"seconds": seconds}, text)
         write_json(folder / SINGLE_GRAPH, record)
@@ -128,8 +131,8 @@ def _drawn(graph: Path, job: Job) -> tuple[np.ndarray, dict[str, float]]:
     return images, seconds
 
 
-def onnxruntime_session(graph: str | bytes, off: Sequence[str] = ()) -> Any:
-    """A graph on ONNX Runtime's CPU provider."""
+def onnxruntime_session(graph: str | bytes, off: Sequence[str] = (), operators: str = "") -> Any:
+    """A graph on ONNX Runtime's CPU provider, with a library of further operators."""
     try:
         import onnxruntime as ort
     except ImportError:
@@ -137,6 +140,8 @@ def onnxruntime_session(graph: str | bytes, off: Sequence[str] = ()) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = _threads()
+    if operators:
+        options.register_custom_ops_library(operators)
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(off))
 
 
@@ -191,6 +196,30 @@ def _compared(drawn: np.ndarray, expected: np.ndarray, *, int8: bool) -> dict[st
     return {"largest_of_255": largest, "psnr": round(decibels, 1) if math.isfinite(decibels) else None}
 
 
+def _of_text(job: Job) -> list[TensorSpec]:
+    names = ["prompt"] + ["negative_prompt"] * job.negative
+    return [*(TensorSpec(name, "string", (job.rows,)) for name in names), job.inputs[-1]]
+
+
+def _take_text(folder: Path, models: Mapping[str, onnx.ModelProto], job: Job, drawn: np.ndarray) -> None:
+    """Make text the input, and compare what is drawn then.
+
+    Raises:
+        UserError: where it is another image.
+    """
+    for name, model in models.items():
+        tokenizer.add(model, job.bundle, tokenizers_of(job.bundle, job.encoders))
+        onnx.save(model, str(folder / name))
+    graph = folder / list(models)[-1]
+    session = onnxruntime_session(str(graph), OFF_FOR_INT8 if graph.name == UINT8 else [], tokenizer.library())
+    texts = prompts(job)
+    given = {"prompt": texts} | ({"negative_prompt": [""] * len(texts)} if job.negative else {})
+    inputs = {name: np.array(values, object) for name, values in given.items()}
+    (images,) = session.run(None, inputs | {"seed": feeds(job, texts)["seed"]})
+    if not np.array_equal(images, drawn):
+        raise UserError("the tokenizer in the graph gives other ids than the model's own", "leave --text-input out")
+
+
 def _record(
     job: Job, folder: Path, models: Iterable[str], parity: Mapping[str, Any], text: bool
 ) -> dict[str, Any]:
@@ -203,7 +232,7 @@ def _record(
         "bundle": job.bundle.digest,
         "precision": manifest.precision,
         "graphs": list(models),
-        "inputs": [asdict(spec) for spec in job.inputs],
+        "inputs": [asdict(spec) for spec in (_of_text(job) if text else job.inputs)],
         "outputs": [asdict(job.output)],
         "sampler": dict(manifest.sampler),
         "timesteps": list(job.plan.timesteps),

@@ -45,6 +45,14 @@ class Nodes:
             self.constants[key] = numpy_helper.from_array(value, f"{self.scope}/constant_{len(self.constants)}")
         return self.constants[key].name
 
+    def text(self, value: str) -> str:
+        """An initializer of one string."""
+        key = "text", value
+        if key not in self.constants:
+            name = f"{self.scope}/constant_{len(self.constants)}"
+            self.constants[key] = helper.make_tensor(name, onnx.TensorProto.STRING, [1], [value.encode()])
+        return self.constants[key].name
+
 
 def int32(value: Any) -> np.ndarray:
     return np.asarray(value, np.int32)

@@ -15,7 +15,7 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import UserError
-from accel.export.single_graph import export, refusals
+from accel.export.single_graph import export, refusals, tokenizer
 from accel.export.single_graph.compose import Job, compose
 from accel.export.single_graph.merge import gather_weights
 from accel.export.single_graph.steps import check
@@ -202,3 +202,21 @@ def test_dynamic_thresholding_is_refused(smallest_bundle):
         check(replace(chosen.table, clip=Clip(1.0, 0.995)), "dpmpp_2m")
     with pytest.raises(UserError, match="loop of its own"):
         check(None, "mine")
+
+
+PROMPTS = ["a handwritten seven", "  The CAT's   42 dogs,\tin 3D!! ", "", "word " * 100, "don't, WE'LL; (x:1.3) ~#@"]
+PROMPTS += ["naïve café ÅNGSTRÖM", "雪の中の狐 🦊"]
+
+
+def test_text_is_the_input_with_the_tokenizer_of_onnxruntime_extensions(smallest_bundle, guided, tmp_path):
+    pytest.importorskip("onnxruntime_extensions")
+    bundle = Bundle.open(smallest_bundle)
+    record = export.write(bundle, tmp_path / "text", text=True)
+    assert [spec["name"] for spec in record["inputs"]] == ["prompt", "negative_prompt", "seed"]
+    seeds = np.arange(len(PROMPTS), dtype=np.int32)
+    ids = feeds(bundle, PROMPTS, seeds.tolist())
+    (expected,) = export.onnxruntime_session(str(guided / "model.onnx")).run(None, ids)
+    session = export.onnxruntime_session(str(tmp_path / "text" / "model.onnx"), (), tokenizer.library())
+    texts = {"prompt": np.array(PROMPTS, object), "negative_prompt": np.array(["blurry"] * len(PROMPTS), object)}
+    drawn = session.run(None, texts | {"seed": seeds})[0]
+    assert np.array_equal(drawn, expected)
