@@ -28,7 +28,8 @@ _PATIENCE = 1.0  # seconds that a writer waits for one that may only be tidying 
 _own = threading.local()
 
 SINGLE_GRAPH = "single_graph.json"
-# A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's, a graph's.
+# A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's, that of
+# one graph.
 OWN = ("accel.json", "training.json", SINGLE_GRAPH)
 
 

@@ -57,6 +57,7 @@ OF_THE_FIRST = {
 NEEDS = {
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU",
+    "demo --web": "somebody to look at it; tests/examples/test_browser.py looks at it in Chromium",
     "--engine tensorrt --prompt": "an NVIDIA GPU",
     "--adapter": "an adapter from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
     "--controlnet": "a ControlNet from the hub; tests/accel/pipeline/test_control.py exports one of its layout",

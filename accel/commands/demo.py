@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         dest="models",
         metavar="MODEL",
-        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)}; with --web {WEB_MODEL})",
+        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)}; "
+        f"with --web {WEB_MODEL})",
     )
     parser.add_argument(
         "--web",
         action="store_true",
-        help="one model in the browser instead: write a page that draws on the machine that shows it, and serve it here",
+        help="one model in the browser instead: write a page that draws where it is shown, and serve it",
     )
     text = "with --web: where to serve; 0 takes a free one (default: 8000)"
     parser.add_argument("--port", type=int, metavar="N", help=text)
@@ -104,7 +105,12 @@ def _web(args: argparse.Namespace) -> int:
                 path.rename(folder / path.name)
             (folder / "graph").rmdir()
         url = f"http://127.0.0.1:{web.server_port}/"
-        print(json.dumps({"url": url, "folder": str(out)}) if args.json else f"{url} draws in your browser; Ctrl-C ends it", flush=True)
+        print(
+            json.dumps({"url": url, "folder": str(out)})
+            if args.json
+            else f"{url} draws in your browser; Ctrl-C ends it",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             web.serve_forever()
     return 0

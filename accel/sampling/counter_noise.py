@@ -1,8 +1,8 @@
 """Noise that any program can draw again: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, number by number.
 
-The number at `element` of a draw is a function of (seed, draw, element) alone, without a stream or a rejection: nodes of
-a graph, a shader and a loop in any language give it. It is what torch draws on a CUDA device for a generator of that
-seed whose draw it is, as long as the array has fewer numbers than the device has threads; A1111's "NV" noise is the same.
+The number at `element` of a draw is a function of (seed, draw, element) alone, without a stream or a rejection: nodes
+of a graph, a shader and a loop in any language give it. It is A1111's "NV" noise, and thereby the first draw of torch's
+generator of that seed on a CUDA device, as long as the array has fewer numbers than the device has threads.
 """
 
 from __future__ import annotations

@@ -81,7 +81,10 @@ class Job:
 def compose(job: Job) -> onnx.ModelProto:
     """The graph; its weights are in the files of their components."""
     merged = Merged()
-    models = {name: graph(job.bundle, job.bundle.component(name), job.engine) for name in (*job.encoders, "unet", "vae_decoder")}
+    models = {
+        name: graph(job.bundle, job.bundle.component(name), job.engine)
+        for name in (*job.encoders, "unet", "vae_decoder")
+    }
     x = _sampled(job, merged, models["unet"], _conditioning(job, merged, models))
     _decoded(job, merged, models["vae_decoder"], x)
     name = f"{job.bundle.manifest.source['name']}: prompt to image"
@@ -103,7 +106,9 @@ def _conditioning(job: Job, merged: Merged, models: Mapping[str, onnx.ModelProto
     return {name: merged.nodes.op("Concat", *(text[name] for text in texts), axis=0) for name in texts[0]}
 
 
-def _encoded(job: Job, merged: Merged, models: Mapping[str, onnx.ModelProto], prefix: str, clip_skip: int) -> dict[str, str]:
+def _encoded(
+    job: Job, merged: Merged, models: Mapping[str, onnx.ModelProto], prefix: str, clip_skip: int
+) -> dict[str, str]:
     hidden, made = [], {}
     for name in job.encoders:
         ids = prefix + name.replace("text_encoder", "input_ids")
@@ -136,7 +141,10 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
     def predict(x: Symbol, row: str) -> Symbol:
         own = body.nodes
         sample = x.name if plan.rows == 1 else own.op("Concat", *[x.name] * plan.rows, axis=0)
-        inputs = {"sample": _cast(own, sample, specs["sample"].dtype), "timestep": own.op("Gather", timesteps, row, axis=0)}
+        inputs = {
+            "sample": _cast(own, sample, specs["sample"].dtype),
+            "timestep": own.op("Gather", timesteps, row, axis=0),
+        }
         outputs = body.put(model, "unet", inputs | feeds)
         out = _cast(own, outputs["out_sample"], "float32", record.outputs[0].dtype)
         if plan.rows == 1:

@@ -1,9 +1,9 @@
 """Write a bundle as one ONNX graph from prompt to pixels, and keep it only if it draws the pipeline's images.
 
-    OUT/model.onnx             for every engine;  int8: model.uint8.onnx too, for ONNX Runtime and the browser
-    OUT/weights.safetensors    the weights of both
-    OUT/tokenizer/             how text becomes token ids [, tokenizer_2/]
-    OUT/single_graph.json      inputs, outputs, constants, digests, and how far its images were from the pipeline's
+OUT/model.onnx             for every engine;  int8: model.uint8.onnx too, for ONNX Runtime and the browser
+OUT/weights.safetensors    the weights of both
+OUT/tokenizer/             how text becomes token ids [, tokenizer_2/]
+OUT/single_graph.json      inputs, outputs, constants, digests, and how far its images were from the pipeline's
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ LIMIT, INT8_DB = 1 / 255, 30.0
 
 
 def write(
-    bundle: Bundle, out: str | Path, *, text: bool = False, overwrite: bool = False, progress: Progress = lambda *_: None
+    bundle: Bundle,
+    out: str | Path,
+    *,
+    text: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Write the graph; the folder appears only when it is whole, and draws what the pipeline draws.
 
@@ -152,11 +157,11 @@ def _threads() -> int:
 def feeds(job: Job, texts: list[str]) -> dict[str, np.ndarray]:
     """The inputs of the graph for some prompts, seeds from `SEED` on."""
     made: dict[str, np.ndarray] = {}
-    for name, tokenizer in tokenizers_of(job.bundle, job.encoders).items():
+    for name, encode in tokenizers_of(job.bundle, job.encoders).items():
         ids = name.replace("text_encoder", "input_ids")
-        made[ids] = tokenizer(texts)
+        made[ids] = encode(texts)
         if job.negative:
-            made[f"negative_{ids}"] = tokenizer([""] * len(texts))
+            made[f"negative_{ids}"] = encode([""] * len(texts))
     return made | {"seed": np.arange(SEED, SEED + len(texts), dtype=np.int32)}
 
 
@@ -175,9 +180,7 @@ def _expected(job: Job) -> np.ndarray:
         (drawn,) = onnxruntime_session(made).run(["noise"], {"seed": seeds})
         noise = lambda draw: drawn.reshape(len(texts), -1, *shape)[:, job.draws.index(draw)]  # noqa: E731
     with load(job.bundle, engine="onnxruntime", device="cpu", threads=_threads()) as pipe:
-        return pipe(
-            texts, latents=noise(0), renoise=lambda i: noise(i + 1), output_type="np", progress=False
-        ).images
+        return pipe(texts, latents=noise(0), renoise=lambda i: noise(i + 1), output_type="np", progress=False).images
 
 
 def _compared(drawn: np.ndarray, expected: np.ndarray, *, int8: bool) -> dict[str, float | None]:
@@ -220,9 +223,7 @@ def _take_text(folder: Path, models: Mapping[str, onnx.ModelProto], job: Job, dr
         raise UserError("the tokenizer in the graph gives other ids than the model's own", "leave --text-input out")
 
 
-def _record(
-    job: Job, folder: Path, models: Iterable[str], parity: Mapping[str, Any], text: bool
-) -> dict[str, Any]:
+def _record(job: Job, folder: Path, models: Iterable[str], parity: Mapping[str, Any], text: bool) -> dict[str, Any]:
     manifest = job.bundle.manifest
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     return {

@@ -1,8 +1,7 @@
 """`accel.sampling.counter_noise` as ONNX nodes: the same words on every engine.
 
-The rounds of Philox multiply and xor words of 32 bits. Engines differ in what they do with such integers: OpenVINO's CPU
-plugin computes them as int32, some kernels compute int32 in float32, and TensorRT has neither shifts nor bitwise
-operators. So a word is 32 zeros and ones here, an xor is the absolute difference, a product is a sum of nibbles times
+The rounds of Philox multiply and xor words of 32 bits. Engines differ in what they do with such integers: OpenVINO's
+CPU plugin divides int32 in float32, int64 becomes int32 there, and TensorRT has no shifts. So a word is 32 zeros and ones here, an xor is the absolute difference, a product is a sum of nibbles times
 digits of the multiplier, and no number in between reaches 2**24: int32 and float32 compute the same, exactly.
 """
 
@@ -41,8 +40,11 @@ def box_muller(nodes: Nodes, first: str, second: str) -> str:
 
 
 def model(draws: list[int], count: int, opset: int = 20) -> onnx.ModelProto:
-    """The noise as a graph of its own: `seed` int32 [images] to `noise` float32 [images, len(draws) * count] and the
-    words that it is made of, `first` and `second` int32 [images, len(draws) * count, 2], low halves before high ones."""
+    """The noise as a graph of its own.
+
+    `seed` int32 [images] to `noise` float32 [images, len(draws) * count] and the words that it is made of, `first` and
+    `second` int32 [images, len(draws) * count, 2], low halves before high ones.
+    """
     nodes, positions = Nodes("noise"), len(draws) * count
     pair = words(nodes, "seed", draws, count)
     for name, value in zip(("first", "second", "noise"), (*pair, box_muller(nodes, *pair)), strict=True):

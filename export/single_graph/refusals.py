@@ -19,12 +19,16 @@ def check(bundle: Bundle) -> None:
         raise UserError(f"{name} has no graph of its {missing[0]}", "export it as a whole: leave --components out")
     for part in control_components():
         if part in parts:
-            raise UserError(f"{name} has a {part}, which is shown an image", "export it without --adapter, --controlnet")
+            raise UserError(
+                f"{name} has a {part}, which is shown an image", "export it without --adapter, --controlnet"
+            )
     inputs = {spec.name: spec for spec in parts["unet"].inputs}
     if "image_embeds" in inputs:
         raise UserError(f"{name} has an IP-Adapter, which is shown an image", "export it without --ip-adapter")
     if manifest.edits or manifest.refines or inputs["sample"].shape[1] != manifest.pipeline["latent_channels"]:
-        raise UserError(f"{name} starts from an image: one graph goes from a prompt to one", "use a text-to-image model")
+        raise UserError(
+            f"{name} starts from an image: one graph goes from a prompt to one", "use a text-to-image model"
+        )
     known = {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"}
     if strange := set(inputs) - known:
         raise UserError(f"the UNet of {name} takes {', '.join(sorted(strange))} too", "export it without that part")

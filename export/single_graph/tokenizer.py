@@ -1,6 +1,6 @@
 """CLIP's tokenizer of ONNX Runtime Extensions in the graph, so that text is the input.
 
-Some text is changed before it and after it, so that its ids are CLIP's: white space is joined, digits stand alone, and the
+Text is changed before it, and ids after it, so that they are CLIP's: white space is joined, digits stand alone, and the
 last id of a long prompt is the end. Special tokens in a prompt are dropped, because it ends the process on them.
 """
 
@@ -64,14 +64,18 @@ def library() -> str:
 
 def _clean(nodes: Nodes, name: str) -> str:
     for pattern, to in _CLEAN:
-        name = nodes.op("StringRegexReplace", name, nodes.text(pattern), nodes.text(to), domain=DOMAIN, global_replace=1)
+        name = nodes.op(
+            "StringRegexReplace", name, nodes.text(pattern), nodes.text(to), domain=DOMAIN, global_replace=1
+        )
     return name
 
 
 def _encode(nodes: Nodes, bundle: Bundle, encoder: str, tokenizer: ClipTokenizer, text: str, name: str) -> None:
     folder = encoder.replace("text_encoder", "tokenizer")
     if tokenizer.pad != tokenizer.eos:
-        raise UserError(f"{folder} pads with another token than its end, which the node cannot", "leave --text-input out")
+        raise UserError(
+            f"{folder} pads with another token than its end, which the node cannot", "leave --text-input out"
+        )
     kinds = {"vocab": "vocab.json", "merges": "merges.txt"}
     files = {kind: bundle.file(f"{folder}/{file}").read_text("utf-8") for kind, file in kinds.items()}
     outputs, length = [f"{name}_{part}" for part in ("uncut", "mask", "offsets")], tokenizer.length

@@ -32,7 +32,9 @@ def copy_page(folder: Path) -> None:
         UserError: without a checkout, and without npm where the runtime is not there yet.
     """
     if not (PAGE / "index.html").is_file():
-        raise UserError("the page is in a checkout alone, in examples/browser", "git clone accel, and run it from there")
+        raise UserError(
+            "the page is in a checkout alone, in examples/browser", "git clone accel, and run it from there"
+        )
     runtime = _runtime()
     for name in FILES:
         shutil.copyfile(PAGE / name, folder / name)
@@ -92,4 +94,6 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
     except OSError as error:
-        raise UserError(f"port {port} cannot be used ({error.strerror})", "choose another --port; 0 takes a free one") from None
+        raise UserError(
+            f"port {port} cannot be used ({error.strerror})", "choose another --port; 0 takes a free one"
+        ) from None

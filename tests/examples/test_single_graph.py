@@ -29,7 +29,9 @@ def run(*command) -> None:
 def pythons(single_graph, tmp_path_factory) -> np.ndarray:
     """The image of the program in Python, which loads neither accel nor torch."""
     out = tmp_path_factory.mktemp("python") / "seven.png"
-    blocked = "import sys, runpy\nfor name in ('accel', 'torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+    blocked = (
+        "import sys, runpy\nfor name in ('accel', 'torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+    )
     code = f"{blocked}sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0])"
     run(sys.executable, "-c", code, FOLDER / "draw.py", single_graph, PROMPT, out, SEED)
     return np.asarray(Image.open(out)).astype(int)

@@ -76,7 +76,9 @@ def test_what_is_written(guided, smallest_bundle):
         assert (guided / name).stat().st_size == entry["bytes"]
     model = onnx.load(guided / "model.onnx", load_external_data=False)
     (loop,) = [node for node in model.graph.node if node.op_type == "Loop"]
-    calls = [node for node in loop.attribute[0].g.node if node.op_type == "Conv" and "unet/conv_in.weight" in node.input]
+    calls = [
+        node for node in loop.attribute[0].g.node if node.op_type == "Conv" and "unet/conv_in.weight" in node.input
+    ]
     assert len(calls) == 1  # whatever the number of steps
     assert {node.domain for node in model.graph.node} == {""}
 
@@ -124,7 +126,9 @@ def test_every_sampler_is_the_pipelines(name, smallest_bundle, tmp_path):
     sources = {part: bundle.file(bundle.component(part).weights) for part in ("text_encoder", "unet", "vae_decoder")}
     gather_weights([model], sources, tmp_path / "weights.safetensors")
     onnx.save(model, tmp_path / "model.onnx")
-    inputs = {key: value for key, value in feeds(bundle, ["the cat"], [11]).items() if key in {s.name for s in job.inputs}}
+    inputs = {
+        key: value for key, value in feeds(bundle, ["the cat"], [11]).items() if key in {s.name for s in job.inputs}
+    }
     (drawn,) = export.onnxruntime_session(str(tmp_path / "model.onnx")).run(None, inputs)
     assert np.abs(drawn - expected(bundle, ["the cat"], [11], **call)).max() <= 1
 

@@ -80,7 +80,9 @@ def test_no_number_on_the_way_needs_more_than_a_float32s_24_bits(graph):
     """So an engine that computes int32 in float32 computes the same. Only a seed itself may be larger."""
     model = onnx.load(graph)
     del model.graph.output[:]
-    integers = [node.output[0] for node in model.graph.node if node.op_type in ("Mul", "ReduceSum", "Add", "Sub", "Div")]
+    integers = [
+        node.output[0] for node in model.graph.node if node.op_type in ("Mul", "ReduceSum", "Add", "Sub", "Div")
+    ]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in integers)
     import onnxruntime
 
@@ -111,4 +113,7 @@ console.log(JSON.stringify(["first", "second", "noise"].map((name) => [...out[na
     assert done.returncode == 0, done.stderr
     first, second, numbers = json.loads(done.stdout)
     shape = (len(SEEDS), len(DRAWS) * COUNT)
-    check([np.array(first).reshape(*shape, 2), np.array(second).reshape(*shape, 2), np.array(numbers).reshape(shape)], expected)
+    check(
+        [np.array(first).reshape(*shape, 2), np.array(second).reshape(*shape, 2), np.array(numbers).reshape(shape)],
+        expected,
+    )
