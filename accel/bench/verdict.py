@@ -65,42 +65,40 @@ def sentence(document: Document) -> str:
     if versus is None:
         return f"{name} is the fastest, {took} an image; eager was not timed, so nothing says how much faster that is."
     kind, why = likeness(document, best)
-    what = {
-        SAME: "the same image",
-        NEAR: "the same image up to its precision",
-        DIFFERS: "an image that differs",
-        UNKNOWN: "an image that was not compared,",
-    }[kind]
+    same = kind == SAME
+    image = "" if same else f"; its image is {why}"
     eager = next((clock(row) for row in document["rows"] if row["variant"] == "eager"), None)
     instead = f"{took} instead of {seconds(eager)}" if eager else took
-    ratio = versus["ratio"]
-    if versus["low"] is not None and versus["low"] <= 1 <= versus["high"]:
-        interval = f"{versus['low']:.2f} to {versus['high']:.2f}"
-        return f"{name} draws {what} in eager's time: {ratio:.2f} times as fast, within the spread of {interval}."
+    ratio, low, high = versus["ratio"], versus["low"], versus["high"]
+    if low is not None and low <= 1 <= high:
+        draws = "draws the same image" if same else "draws"
+        spread = f"{ratio:.2f} times, with a spread of {low:.2f} to {high:.2f}"
+        return f"{name} {draws} about as fast as eager: {spread}{image}."
     if ratio < 1:
-        return f"No engine is faster than eager here: {name}, the nearest, draws {what} in {instead}."
+        return f"No engine is faster than eager here: {name}, the nearest, takes {instead}{image}."
     other = speedups.get("compile") if best["engine"] != "compile" else None
     compiled = f" and {other['ratio']:.2f} times as fast as torch.compile" if other else ""
-    tail = f"; {why}" if kind in (NEAR, DIFFERS) else ""
-    return f"{name} draws {what} {ratio:.2f} times as fast as eager{compiled}: {instead}{tail}."
+    draws = "draws the same image" if same else "is"
+    return f"{name} {draws} {ratio:.2f} times as fast as eager{compiled}: {instead}{image}."
 
 
-def int8(document: Document) -> list[tuple[str, str, str]]:
-    """Component, verdict and reasons of each part that is int8 or was tried in int8; empty where none was.
+def int8(document: Document) -> list[tuple[str, str, list[str]]]:
+    """Component, verdict and what the export measured, of each part that is int8 or was tried in int8.
 
-    Documents of before 0.2 have only the notes, which are given whole.
+    The verdict is "accepted", "outside its budget" or "rejected". Documents of 0.1 say it in their notes alone.
     """
-    found = []
-    for name, component in document["bundle"]["components"].items():
-        for line in component.get("int8") or ():
-            verdict = "rejected" if line.startswith("not int8") else "accepted"
-            found.append((name, verdict, line))
-    if not found:
-        for note in document["notes"]:
-            name, is_int8, rest = note.partition(" is int8, ")
-            if is_int8:
-                found.append((name, "accepted", rest.partition("float32: ")[2] or rest))
-    return found
+    found = {name: list(part.get("int8") or ()) for name, part in document["bundle"]["components"].items()}
+    for note in document["notes"]:
+        name, is_int8, rest = note.partition(" is int8, ")
+        if is_int8 and not found.get(name):
+            found[name] = (rest.partition("float32: ")[2] or rest).split("; ")
+    return [(name, _int8_verdict(lines), lines) for name, lines in found.items() if lines]
+
+
+def _int8_verdict(lines: list[str]) -> str:
+    if lines[0].startswith("not int8"):
+        return "rejected"
+    return "outside its budget" if "NOT MET" in lines[0] else "accepted"
 
 
 def limit(document: Document, row: Row, scope: str = "image") -> float | None:

@@ -149,7 +149,7 @@ def test_the_search_for_broken_layout_finds_it(tab, broken, tmp_path):
     file = tmp_path / "z.html"
     file.write_text(
         "<p style='position:absolute;top:0;left:0'>one</p><p style='position:absolute;top:4px;left:4px'>two</p>"
-        "<p style='position:absolute;top:99px;left:9px;width:50px;overflow:hidden;white-space:nowrap'>very long words</p>"
+        "<p style='position:absolute;top:99px;left:9px;width:50px;overflow:hidden;white-space:nowrap'>very long</p>"
         "<p style='position:absolute;left:385px;top:200px'>outside</p>"
     )
     found = " ".join(tab(file.as_uri(), 390).evaluate(broken))

@@ -154,8 +154,13 @@ def int8_verdict(document: Document) -> Html | None:
     if not found:
         return None
     items = [
-        tag("li", tag("span", f"{name.replace('_', ' ')}: {verdict}", class_=f"mark {verdict}"), " ", why)
-        for name, verdict, why in found
+        tag(
+            "li",
+            tag("b", f"{name.replace('_', ' ')}: "),
+            tag("span", verdict, class_=f"mark {'accepted' if verdict == 'accepted' else 'rejected'}"),
+            tag("ul", [tag("li", line) for line in lines]),
+        )
+        for name, verdict, lines in found
     ]
     lead = "int8 is kept where the export measured it faster and its images near enough to float32’s."
     return section("int8", "int8", tag("ul", items, class_="verdicts"), lead=lead)
