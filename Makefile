@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-attack test-gpu lint bench digits clean
+.PHONY: demo test test-slow test-attack test-gpu lint docs bench digits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test-attack: $(VENV)/.installed  ## thousands of damaged and forged bundles, and
 
 test-gpu: $(VENV)/.installed  ## what only a CUDA device can show; says what it skips and why
 	$(BIN)/python -m pytest -q -rs -m gpu
+
+docs: $(VENV)/.installed  ## the documentation as a site in out/docs, without a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: demo  ## every engine of this machine on the demo's bundle
 	$(BIN)/accel bench out/demo/4step --prompt "a handwritten seven" --out out/bench.json --out out/bench.html --overwrite
