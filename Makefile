@@ -5,13 +5,25 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-attack test-gpu lint docs bench digits clean
+.PHONY: demo studio test test-slow test-attack test-gpu lint docs bench digits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,dev]"
 	touch $@
+
+# Gradio wants an older Pillow than the pinned one: it gets a .venv-studio of its own over the packages of .venv.
+STUDIO := $(VENV)-studio
+$(STUDIO)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(STUDIO)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(STUDIO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(STUDIO)/bin/pip install --quiet "gradio>=6" "pillow<13"
+	touch $@
+
+studio: $(STUDIO)/.installed  ## the page that compares two engines on the shipped model, in your browser
+	$(STUDIO)/bin/python -m accel studio digits/4step-int8
 
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
@@ -43,4 +55,4 @@ lint: $(VENV)/.installed  ## ruff's rules, its formatter, and the types of the p
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) $(STUDIO) build out *.egg-info

@@ -190,10 +190,11 @@ def _files(bundle: Mapping[str, Any]) -> Table:
     return "Files of the bundle", columns, cells
 
 
-def show(document: Document, console: Any = None, *, full: bool = False) -> None:
+def show(document: Document, console: Any = None, *, heading: str = "", full: bool = False) -> None:
     """Print a document: the summary, or every table.
 
     Args:
+        heading: a sentence above.
         console: a rich Console; by default one on stdout, for full tables in a pipe one that is wide enough.
     """
     from rich.console import Console
@@ -203,7 +204,7 @@ def show(document: Document, console: Any = None, *, full: bool = False) -> None
         console = Console()
         if full and not console.is_terminal:
             console = Console(width=160)
-    for line in headline(document):
+    for line in [heading, ""] * bool(heading) + headline(document):
         console.print(Text(line))
     for table in tables(document) if full else [summary(document)]:
         _print(console, table, full)

@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(json.dumps(document, indent=2))
     else:
-        print(verdict.sentence(document), end="\n\n")
-        report.show(document, full=args.full)
+        report.show(document, heading=verdict.sentence(document), full=args.full)
     for file in files:
         if file.suffix == ".json":
             write_json(file, document)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import report
+    from ..bench import report, verdict
     from ..engines import ENGINES, facts, status
 
     started = time.perf_counter()
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
             break
         images[name] = _images(out / name, engines)
     say = (lambda text: None) if args.json else print
-    for result in results.values():
+    for document in (result.document.as_dict() for result in results.values()):
         if not args.json:
-            report.show(result.document.as_dict())
+            report.show(document, heading=verdict.sentence(document))
     if args.json:
         print(json.dumps({name: result.document.as_dict() for name, result in results.items()}, indent=2))
     if images:

@@ -18,13 +18,14 @@ VERBS = {
     "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
     "report": "show results of bench as a page or table, and compare runs and machines with each other",
+    "studio": "compare two engines by eye on one prompt, in a browser on this machine",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
     "list": "list the models, recipes, profiles, protocols, samplers and engines that there are by name",
     "completion": "print a script that completes accel's verbs and options in your shell",
 }
 # Verbs that lie in a folder of this one.
-_FOLDERS = {"report": "show"}
+_FOLDERS = {"report": "show", "studio": "show"}
 
 
 def verb(name: str) -> tuple[ModuleType, Parser]:

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
     elif not several:
-        print(verdict.sentence(found), end="\n\n")
-        report.show(found, full=args.full)
+        report.show(found, heading=verdict.sentence(found), full=args.full)
     else:
         report.show_tables(comparison.sentence(found), [comparison.table(found), comparison.changes(found)])
     if out and not args.json:
