@@ -51,18 +51,18 @@ def layout(choices: Choices, engines: Engines, prompt: str = "") -> Any:
                 prompts = gr.Textbox(prompt, label="Prompt (several lines: a batch)", lines=2, elem_id="prompts")
                 negative = gr.Textbox(label="Negative prompt", lines=1)
                 with gr.Row():
-                    model = gr.Dropdown(list(choices.models), value=choices.models[0], label="Model")
+                    model = gr.Dropdown(list(choices.models), value=choices.models[0], label="Model", min_width=240)
                     engine_a = gr.Dropdown(list(choices.engines), value=choices.engines[0], label="Engine A")
                     engine_b = gr.Dropdown(list(choices.engines), value=choices.engines[-1], label="Engine B")
                 go = gr.Button("Draw on both", variant="primary", elem_id="go")
             with gr.Column(scale=2):
                 with gr.Row():
                     seed = gr.Textbox("0", label="Seed", min_width=80, elem_id="seed")
-                    steps = gr.Textbox(label="Steps", placeholder="model's own", min_width=80, elem_id="steps")
-                    guidance = gr.Textbox(label="Guidance", placeholder="model's own", min_width=80)
+                    steps = gr.Textbox(label="Steps", placeholder="auto", min_width=80, elem_id="steps")
+                    guidance = gr.Textbox(label="Guidance", placeholder="auto", min_width=80)
                 with gr.Row():
-                    height = gr.Textbox(label="Height, px", placeholder="model's own", min_width=80)
-                    width = gr.Textbox(label="Width, px", placeholder="model's own", min_width=80)
+                    height = gr.Textbox(label="Height, px", placeholder="auto", min_width=80)
+                    width = gr.Textbox(label="Width, px", placeholder="auto", min_width=80)
                 with gr.Accordion("LoRA, image to start from", open=False):
                     loras = gr.Dropdown(list(choices.loras), value=[], multiselect=True, label="LoRA files (--lora)")
                     scale = gr.Slider(-2, 2, value=1, step=0.05, label="LoRA strength")

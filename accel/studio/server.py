@@ -79,6 +79,7 @@ def application(page: Any) -> Any:
         page,
         path="/",
         server_name=HOST,
+        app_kwargs=dict(docs_url=None, redoc_url=None, openapi_url=None),
         footer_links=[],
         allowed_paths=[],
         max_file_size="64mb",

@@ -57,10 +57,11 @@ BROKEN = """() => {
   for (const one of document.querySelectorAll("h1,h2,h3,p,li>span,dt,dd,strong,button,figcaption,label>span,code")) {
     const box = one.getBoundingClientRect();
     const shown = one.checkVisibility({ visibilityProperty: true }) && box.width > 1 && box.height > 1;
-    if (!shown || one.closest(".scroll, [aria-hidden=true]")) continue;
+    if (!shown || !one.textContent.trim() || one.closest(".scroll, [aria-hidden=true]")) continue;
     const name = `${one.tagName} ${one.textContent.trim().slice(0, 40)}`;
     if (box.left < -1 || box.right > width + 1) wrong.push(`${name}: ${box.left} to ${box.right}`);
-    if (one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).display !== "inline") wrong.push(`${name}: cut`);
+    const style = getComputedStyle(one), hides = style.overflowX !== "visible" && style.display !== "inline";
+    if (hides && one.scrollWidth > one.clientWidth + 1) wrong.push(`${name}: cut`);
     boxes.push([one, name, box]);
   }
   for (const [a, name, p] of boxes) for (const [b, other, q] of boxes) {
