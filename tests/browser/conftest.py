@@ -56,20 +56,23 @@ BROKEN = """() => {
   const boxes = [];
   for (const one of document.querySelectorAll("h1,h2,h3,p,li>span,dt,dd,strong,button,figcaption,label>span,code")) {
     const box = one.getBoundingClientRect();
-    const shown = one.checkVisibility({ visibilityProperty: true }) && box.width > 1 && box.height > 1;
+    const seen = one.checkVisibility({ visibilityProperty: true, opacityProperty: true });
+    const shown = seen && box.width > 1 && box.height > 1;
     if (!shown || !one.textContent.trim() || one.closest(".scroll, [aria-hidden=true]")) continue;
     const name = `${one.tagName} ${one.textContent.trim().slice(0, 40)}`;
     if (box.left < -1 || box.right > width + 1) wrong.push(`${name}: ${box.left} to ${box.right}`);
     const style = getComputedStyle(one), hides = style.overflowX !== "visible" && style.display !== "inline";
     if (hides && one.scrollWidth > one.clientWidth + 1) wrong.push(`${name}: cut`);
-    boxes.push([one, name, box]);
+    boxes.push([one, name, [...one.getClientRects()]]);  // words that go over two lines have two
   }
-  for (const [a, name, p] of boxes) for (const [b, other, q] of boxes) {
-    if (a === b || a.contains(b) || b.contains(a) || a.compareDocumentPosition(b) & 2) continue;
-    const over = Math.min(p.right, q.right) - Math.max(p.left, q.left);
-    const under = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
-    if (over > 2 && under > 2) wrong.push(`${name} over ${other}`);
-  }
+  const meet = (p, q) => Math.min(p.right, q.right) - Math.max(p.left, q.left) > 2
+    && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 2;
+  boxes.forEach(([a, name, first], i) => {
+    for (const [b, other, second] of boxes.slice(i + 1)) {
+      if (a.contains(b) || b.contains(a)) continue;
+      if (first.some((p) => second.some((q) => meet(p, q)))) wrong.push(`${name} over ${other}`);
+    }
+  });
   return wrong;
 }"""
 

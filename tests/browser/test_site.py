@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
 pytest.importorskip("mkdocstrings", reason="needs the extra docs")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("hooks_of_the_docs", ROOT / "docs/site/hooks.py")
 hooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hooks)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The folder of the site, built as `make docs` builds it."""
     out = tmp_path_factory.mktemp("site")
@@ -71,3 +71,11 @@ def test_the_order_is_that_of_the_readme_and_no_page_is_left_out():
 )
 def test_links_lead_to_the_pages_of_the_site(text, made):
     assert hooks.linked(text, "README.md", "project/overview.md") == made
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("page", ["index", "tutorial", "reports", "results", "faq", "reference/command-line"])
+def test_nothing_overlaps_or_is_cut_off(tab, broken, site, page, width):
+    shown = tab((site / f"{page}.html").as_uri(), width)
+    shown.evaluate("document.querySelectorAll('header, .md-sidebar, footer').forEach((one) => one.remove())")
+    assert shown.evaluate(broken) == []
