@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,3 +109,33 @@ def test_the_shipped_model_is_drawn_as_accel_run_draws_it():
         drawn = pipe(QUESTION.prompt, seed=40, output_type="np").images[0]
     assert np.array_equal(pair.a.image, (drawn * 255).round().astype(np.uint8))
     assert pair.b.image.shape == pair.a.image.shape and pair.difference.most > 0
+
+
+def test_an_image_to_start_from_and_a_lora_reach_the_engine(tmp_path):
+    pytest.importorskip("torch")
+    from PIL import Image
+    from safetensors.numpy import save_file
+
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    with accel.Bundle.open("digits/4step-int8").path.joinpath("unet/config.json").open() as file:
+        width = json.load(file)["block_out_channels"][-1]
+    rng = np.random.default_rng(0)
+    parts = {"lora_A": rng.normal(size=(2, width)), "lora_B": rng.normal(size=(width, 2))}
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = str(tmp_path / "l.safetensors")
+    save_file({f"{layer}.{part}.weight": value.astype(np.float32) for part, value in parts.items()}, lora)
+    plain = Question(model="digits/4step", engines=("eager", "eager"), prompt="a handwritten seven", seed=40)
+    engines = Engines()
+    drawn = {
+        name: engines.draw(one, "eager").image.astype(int)
+        for name, one in {
+            "plain": plain,
+            "lora": replace(plain, loras=((lora, 5.0),)),
+            "from white": replace(plain, image=str(tmp_path / "white.png"), strength=0.25),
+            "plain again": plain,
+        }.items()
+    }
+    engines.close()
+    assert np.array_equal(drawn["plain"], drawn["plain again"])  # the LoRA is off again
+    assert abs(drawn["plain"] - drawn["lora"]).max() > 0
+    assert abs(drawn["plain"] - drawn["from white"]).max() > 50
