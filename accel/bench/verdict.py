@@ -45,6 +45,12 @@ def clock(row: Row, scope: str = "image") -> float | None:
     return timing["p50_s"] if timing else None
 
 
+def per_call(document: Document) -> str:
+    """What one timed call makes."""
+    batch = document["work"]["batch"]
+    return "an image" if batch == 1 else f"a call of {batch} images"
+
+
 def fastest(document: Document) -> Row | None:
     """The fastest compiled row whose image is eager's; where there is none, the fastest compiled row."""
     rows = [row for row in document["rows"] if row["engine"] != "eager" and clock(row) is not None]
@@ -63,12 +69,14 @@ def sentence(document: Document) -> str:
     speedups = best["scopes"]["image"]["speedup"]
     versus = speedups.get("eager")
     if versus is None:
-        return f"{name} is the fastest, {took} an image; eager was not timed, so nothing says how much faster that is."
+        alone = f"{name} is the fastest, {took} {per_call(document)}"
+        return f"{alone}; eager was not timed, so nothing says how much faster that is."
     kind, why = likeness(document, best)
     same = kind == SAME
     image = "" if same else f"; its image is {why}"
     eager = next((clock(row) for row in document["rows"] if row["variant"] == "eager"), None)
     instead = f"{took} instead of {seconds(eager)}" if eager else took
+    instead += "" if document["work"]["batch"] == 1 else f" {per_call(document)}"
     ratio, low, high = versus["ratio"], versus["low"], versus["high"]
     if low is not None and low <= 1 <= high:
         draws = "draws the same image" if same else "draws"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..report import NONE, number, seconds, size, tables
-from ..verdict import DIFFERS, NEAR, SAME, clock, fastest, int8, likeness, limit, missing, seconds_per_part
+from ..verdict import DIFFERS, NEAR, SAME, clock, fastest, int8, likeness, limit, missing, per_call, seconds_per_part
 from .charts import Bar, bars, legend
 from .markup import Html, data, join, section, table, tag
 from .pictures import pictures
@@ -30,7 +30,7 @@ def heroes(document: Document) -> Html | None:
     if best is None:
         return None
     speedup, image = best["scopes"]["image"]["speedup"], best["parity"]["image"] or {}
-    tiles = [_tile("an image", data(clock(best), seconds(clock(best))), best["variant"])]
+    tiles = [_tile(per_call(document), data(clock(best), seconds(clock(best))), best["variant"])]
     for name, words in (("eager", "as fast as eager"), ("compile", "as fast as torch.compile")):
         versus = speedup.get(name)
         if versus and best["engine"] != name:
@@ -79,7 +79,7 @@ def speed(document: Document) -> Html:
         tag("p", tag("strong", name), f" was not measured: {why}", class_="why") for name, why in missing(document)
     ]
     lead = (
-        "Seconds an image takes from prompt to pixels, the median of rounds in which all take turns. Shorter is better."
+        f"From prompt to pixels, {per_call(document)}: the median of rounds in which all take turns. Shorter is better."
     )
     return section("speed", "Speed", bars(lines, "Time per image"), legend(keys), absent, lead=lead)
 

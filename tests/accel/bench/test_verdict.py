@@ -29,6 +29,11 @@ def test_the_fastest_engine_with_the_same_image_is_named(document):
     )
 
 
+def test_a_call_of_several_images_is_called_so(document):
+    document["work"]["batch"] = 4
+    assert verdict.sentence(document).endswith("285 ms instead of 755 ms a call of 4 images.")
+
+
 def test_an_image_that_differs_is_not_called_the_same(document):
     row(document, "openvino")["parity"]["image"] |= {"max_abs": 40.0, "psnr": 22.0}
     assert verdict.sentence(document).startswith("onnxruntime draws the same image 2.54 times")
