@@ -73,7 +73,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import page, report, saved, verdict
+    from ..bench import page, report
+    from ..bench.results import saved, verdict
     from ..files import write_bytes, write_json
 
     if args.bundle is None and args.json not in (None, "-") and not args.json.endswith(".json"):

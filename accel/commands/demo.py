@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import report, verdict
+    from ..bench import report
+    from ..bench.results import verdict
     from ..engines import ENGINES, facts, status
 
     started = time.perf_counter()

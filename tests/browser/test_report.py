@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accel.bench import comparison
 from accel.bench.page import compared, page
+from accel.bench.results import comparison
 
 ROOT = Path(__file__).parents[2]
 

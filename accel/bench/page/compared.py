@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import comparison
 from ..report import NONE, number, seconds
+from ..results import comparison
 from .charts import Bar, bars
 from .markup import Html, data, join, section, table, tag
 from .shell import whole

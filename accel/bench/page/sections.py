@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from ..report import NONE, number, seconds, size, tables
-from ..verdict import DIFFERS, NEAR, SAME, clock, fastest, int8, likeness, limit, missing, per_call, seconds_per_part
+from ..results.verdict import (
+    DIFFERS,
+    NEAR,
+    SAME,
+    clock,
+    fastest,
+    int8,
+    likeness,
+    limit,
+    missing,
+    per_call,
+    seconds_per_part,
+)
 from .charts import Bar, bars, legend
 from .markup import Html, data, join, section, table, tag
 from .pictures import pictures

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import verdict
+from ..results import verdict
 from . import sections
 from .shell import whole
 

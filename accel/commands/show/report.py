@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...bench import comparison, page, report, saved, verdict
+    from ...bench import page, report
+    from ...bench.results import comparison, saved, verdict
     from ...files import write_bytes
 
     out = _out(args)

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from accel.bench import saved
 from accel.bench.page import page
 from accel.bench.page.difference import FACTORS, SCALE, coloured, difference, in_words
 from accel.bench.page.markup import Html, join, tag
+from accel.bench.results import saved
 from accel.errors import UserError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report import NONE, Table, seconds, size
-from .timing import apart
+from ..report import NONE, Table, seconds, size
+from ..timing import apart
 from .verdict import clock
 
 SCHEMA = "accel-report/1"

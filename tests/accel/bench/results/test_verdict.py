@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from accel.bench import comparison, verdict
+from accel.bench.results import comparison, verdict
 from accel.bench.timing import apart
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

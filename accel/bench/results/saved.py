@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import parse_json, read_bytes, read_json
-from . import report
-from .document import check_schema
+from ...errors import UserError
+from ...files import parse_json, read_bytes, read_json
+from .. import report
+from ..document import check_schema
 from .verdict import sentence
 
 _LIMIT = 1 << 30
@@ -34,7 +34,7 @@ def read(name: str) -> dict[str, Any]:
         data = read_json(path, "the benchmark result")
     document = check_schema(data, name)
     try:  # a file from anywhere: all that the reports read must be in it
-        from .page import page
+        from ..page import page
 
         page(document), [*report.tables(document)], report.headline(document), sentence(document)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

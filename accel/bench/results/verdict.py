@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .report import NONE, number, seconds
+from ..report import NONE, number, seconds
 
 SAME, NEAR, DIFFERS, UNKNOWN = "same", "near", "differs", "unknown"
 _ONE = 1.0  # of 255: two images that round to equal pixels lie this near
