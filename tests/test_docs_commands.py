@@ -58,6 +58,7 @@ OF_THE_FIRST = {
     ("export", "sdxl"): "--profile batch=1-2,height=64,width=64-96",
 }
 NEEDS = {
+    "dmd2_sdxl_": "DMD2's published weights; tests/accel/models/test_few_step.py reads files of their layout",
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU",
@@ -108,7 +109,7 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
     for name, mode in (("photo.png", "RGB"), ("hole.png", "L")):
         Image.new(mode, (64, 64), "white").save(name)
     Path("prompts.txt").write_text("a cat\na dog\n")
-    for name in ("before", "after", "bench", "laptop", "server", "workstation"):
+    for name in ("before", "after", "laptop", "server", "workstation"):
         shutil.copy(KEPT, f"{name}.json")
     if "--lora" in command:
         write_loras(request.getfixturevalue("sd15"))
