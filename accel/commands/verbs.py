@@ -19,13 +19,14 @@ VERBS = {
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
     "report": "show results of bench as a page or table, and compare runs and machines with each other",
     "studio": "compare two engines by eye on one prompt, in a browser on this machine",
+    "tune": "find the fastest engine for each network of a bundle on this machine, and let `auto` take it",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
     "list": "list the models, recipes, profiles, protocols, samplers and engines that there are by name",
     "completion": "print a script that completes accel's verbs and options in your shell",
 }
 # Verbs that lie in a folder of this one.
-_FOLDERS = {"report": "show", "studio": "show"}
+_FOLDERS = {"report": "show", "studio": "show", "tune": "measure"}
 
 
 def verb(name: str) -> tuple[ModuleType, Parser]:
