@@ -97,7 +97,8 @@ def asked(choices: Choices, values: Mapping[str, Any]) -> list[Question]:
     model = _one_of("model", values.get("model"), choices.models)
     engines = tuple(_one_of("engine", values.get(f"engine_{side}"), choices.engines) for side in "ab")
     scale = _number("LoRA strength", values.get("scale"), -10, 10)
-    loras = [_one_of("LoRA", file, choices.loras) for file in values.get("loras") or ()]
+    files = values.get("loras") or []
+    loras = [_one_of("LoRA", file, choices.loras) for file in (files if isinstance(files, list) else [files])]
     image = str(values.get("image") or "")
     strength = _number("strength", values.get("strength"), 0, 1)
     common = dict(

@@ -49,6 +49,7 @@ def test_the_command_is_one_that_accel_takes_and_means_the_same():
         ({"model": "/etc/passwd"}, "unknown model"),
         ({"engine_a": "onnx"}, "unknown engine"),
         ({"loras": ["/etc/passwd"]}, "unknown LoRA"),
+        ({"loras": 1}, "unknown LoRA"),
         ({"steps": "0"}, "steps '0' is not a whole number"),
         ({"seed": "seven"}, "seed 'seven' is not"),
         ({"seed": 1.5}, "seed 1.5 is not"),
@@ -65,7 +66,7 @@ def test_nonsense_is_a_sentence(wrong, message):
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=2)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, "seed", "steps", "width", "loras", "scale"], anything))
 )
