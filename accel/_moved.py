@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 
 # Package then > package now: name then=name now, or a name alone where it stayed.
 _MOVED = """
-accel > accel.bench: sheet=contact_sheet report report_html floor=roofline
+accel > accel.bench: sheet=contact_sheet report report_html=page floor=roofline
 accel > accel.bundle: profiles=shape_profiles tensors=tensor_spec graph=graph_file
 accel.engines > accel.engines: loop=fixed_loop
 accel.engines > accel.providers: providers=built_in

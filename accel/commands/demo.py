@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import sys
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ SEED = 40  # of the first forty-odd, the one whose ten digits the classifier rea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder to write (default: accel-demo)", default="accel-demo", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls per engine (default: 5)")
+    parser.add_argument("--no-open", action="store_true", help="do not open the page in a browser when it is ready")
     parser.add_argument(
         "--model",
         nargs="+",
@@ -50,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from ..bench import report
+    from ..bench.results import verdict
     from ..engines import ENGINES, facts, status
 
     started = time.perf_counter()
@@ -70,9 +75,9 @@ def _demo(args: argparse.Namespace) -> int:
             break
         images[name] = _images(out / name, engines)
     say = (lambda text: None) if args.json else print
-    for result in results.values():
+    for document in (result.document.as_dict() for result in results.values()):
         if not args.json:
-            report.show(result.document.as_dict())
+            report.show(document, heading=verdict.sentence(document))
     if args.json:
         print(json.dumps({name: result.document.as_dict() for name, result in results.items()}, indent=2))
     if images:
@@ -81,6 +86,8 @@ def _demo(args: argparse.Namespace) -> int:
     for name in results:
         say(f"{out / name}: the bundle; {name}.html: its table as a web page; {name}.json: the numbers")
     say(f'try: accel run {out / name} --prompt "a handwritten seven"\n{time.perf_counter() - started:.0f} s in all')
+    if _may_open(args):
+        webbrowser.open((out / f"{next(iter(results))}.html").absolute().as_uri())
     if any(result.document.interrupted for result in results.values()):
         return 130
     return 1 if any(result.failed for result in results.values()) else 0
@@ -116,12 +123,18 @@ def _web(args: argparse.Namespace) -> int:
     return 0
 
 
+def _may_open(args: argparse.Namespace) -> bool:
+    """Whether somebody sits before this terminal and has a screen."""
+    screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(screen) and sys.stdout.isatty() and not (args.json or args.no_open)
+
+
 def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namespace) -> Any:
     """Export a model into `folder` and time it on every engine; its table and page are written beside the folder."""
     from accel.export.pipeline import COMPONENTS, export_pipeline
 
     from .. import bench
-    from ..bench import report_html
+    from ..bench.page import page
     from ..files import write_json
 
     with progress(f"{folder.name}, export", keep=True) as report:
@@ -143,7 +156,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
         )
     document = result.document.as_dict()
     write_json(folder.parent / f"{folder.name}.json", document)
-    (folder.parent / f"{folder.name}.html").write_text(report_html.page(document, result.images))
+    (folder.parent / f"{folder.name}.html").write_text(page(document, result.images))
     return result
 
 

@@ -32,6 +32,7 @@ ACCEL = (
     ("attaching", "bench"),
     ("export", "distill"),
     ("loading",),
+    ("studio",),
     ("command_line",),
     ("commands",),
     ("roof",),
