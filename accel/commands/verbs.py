@@ -16,6 +16,7 @@ VERBS = {
     "trust": "trust TensorRT engine files that somebody else built",
     "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
     "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
+    "serve": "serve models over HTTP with OpenAI's and A1111's API; requests share UNet calls step by step",
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",

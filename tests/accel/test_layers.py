@@ -32,6 +32,7 @@ ACCEL = (
     ("attaching", "bench"),
     ("export", "distill"),
     ("loading",),
+    ("serving",),
     ("command_line",),
     ("commands",),
     ("roof",),
