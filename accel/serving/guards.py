@@ -89,10 +89,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, path = dict(scope["headers"]), scope["path"]
-        began = False
+        read, began = 0, False
 
         async def sent(message: dict[str, Any]) -> None:
             nonlocal began
+            if read > self.body and not began:  # whoever read the body has made another answer of it
+                raise TooLarge
             if message["type"] == "http.response.start":
                 began = True
                 route = getattr(scope.get("route"), "path", "other")
@@ -108,7 +110,6 @@ class Guard:
         if not length.isdigit() or int(length) > self.body:
             await _answer(sent, too_large)
             return
-        read = 0
 
         async def received() -> dict[str, Any]:
             nonlocal read
@@ -122,6 +123,7 @@ class Guard:
             await self.app(scope, received, sent)
         except TooLarge:
             if not began:
+                read = 0
                 await _answer(sent, too_large)
 
 

@@ -55,4 +55,6 @@ class Limits:
         most = {"n": self.images, "steps": self.steps, "width": self.side, "height": self.side}
         for name, value in wanted.items():
             if value is not None and not 1 <= value <= most[name]:
-                raise UserError(f"invalid {name}: {value} (expected 1 to {most[name]})", f"such as {name} = 1")
+                what = {"n": "number of images", "steps": "number of steps"}.get(name, name)
+                text = f"invalid {what}: {value} (this server takes 1 to {most[name]})"
+                raise UserError(text, "ask for that, or start the server with a higher limit (accel serve --help)")
