@@ -112,7 +112,8 @@ def _worker(model: str, args: argparse.Namespace, limits: Any, metrics: Any) -> 
     pipeline = load(bundle, engine, **options)
     try:
         unet = pipeline.engines["unet"].component
-        shapes = Shapes.of(unet.dims[unet.inputs[0].shape[0]], args.batch, args.fixed_batch)
+        batch = unet.dims[unet.inputs[0].shape[0]]
+        shapes = Shapes.of(batch, args.batch, args.fixed_batch, int8=bool(unet.int8))
         worker = Worker(
             model,
             pipeline,

@@ -89,11 +89,14 @@ class Shapes:
         return self.most if self.fixed else max(rows, self.least)
 
     @classmethod
-    def of(cls, batch: Range, most: int | None, fixed: bool = False) -> Shapes:
+    def of(cls, batch: Range, most: int | None, fixed: bool = False, *, int8: bool = False) -> Shapes:
         """Within what a UNet takes.
 
         Args:
             most: as asked for; None for 8, or what the UNet takes where that is less.
+            int8: never call it with a single row where it takes more. Products with one row are summed in another
+                order than those with several; a float image changes by less than 1/255, but a value that int8 rounds
+                the other way is seen.
 
         Raises:
             UserError: for more rows than the UNet takes, or fewer.
@@ -103,7 +106,8 @@ class Shapes:
                 f"invalid batch: {most} rows (this UNet takes {batch})",
                 f"--batch {batch.max}, or export with a larger batch: --profile batch=1-{max(most, 1)},...",
             )
-        return cls(most or min(batch.max, max(8, batch.min)), batch.min, fixed or batch.fixed)
+        most = most or min(batch.max, max(8, batch.min))
+        return cls(most, max(batch.min, min(2, most) if int8 else 1), fixed or batch.fixed)
 
 
 def check_policy(name: str) -> None:

@@ -55,7 +55,7 @@ def from_base64(text: str, name: str) -> Any:
 
 
 def painted(mask: Any) -> Any:
-    """A mask that is white where to paint, of OpenAI's, which is transparent there; one without alpha stays as it is."""
+    """A mask that is white where to paint, of OpenAI's, which is transparent there; without alpha it stays."""
     if "A" not in mask.getbands():
         return mask
     from PIL import ImageOps

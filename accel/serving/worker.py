@@ -53,7 +53,7 @@ class Worker:
         batch.check_policy(policy)
         self.name, self.pipeline, self.policy, self.limits, self.share = name, pipeline, policy, limits, share
         unet = pipeline.engines["unet"].component
-        self.shapes = shapes or Shapes.of(unet.dims[unet.inputs[0].shape[0]], None)
+        self.shapes = shapes or Shapes.of(unet.dims[unet.inputs[0].shape[0]], None, int8=bool(unet.int8))
         self.row_timesteps = next(bool(spec.shape) for spec in unet.inputs if spec.name == "timestep")
         self.loras, self.observer = dict(loras or {}), observer or Observer()
         self._jobs: list[Job] = []  # of orders that share calls
@@ -151,22 +151,20 @@ class Worker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._waiting or self._closing)
-                if self._abandon:
+                if self._abandon or not (self._jobs or self._waiting):
                     left = dict.fromkeys([*(job.order for job in self._jobs), *self._waiting])
                     self._jobs, self._waiting = [], []
-                elif not self._jobs and not self._waiting:
-                    return
-                else:
-                    left = {}
+                    break
                 self._forget_cancelled()
                 alone = self._admit()
-            for order in left:
-                order.tell(Event("failed", error=Busy("the server was shut down")))
             if alone is not None:
                 self._run_alone(alone)
             elif self._jobs:
                 self._step()
             self._count()
+        for order in left:
+            order.tell(Event("failed", error=Busy("the server was shut down")))
+        self._count()
 
     def _forget_cancelled(self) -> None:
         gone = {job.order for job in self._jobs if job.order.cancelled}

@@ -39,20 +39,19 @@ class Listener:
         return self
 
 
-def make_worker(model: str = MODEL, engine: str = "onnxruntime", **options: Any) -> Any:
+def _worker(model: str = MODEL, engine: str = "onnxruntime", **options: Any) -> Any:
+    from accel.bundle import Bundle
     from accel.loading.loader import load, runnable
     from accel.serving.row_unet import with_row_timesteps
     from accel.serving.worker import Worker
 
     ready = runnable(model, engine)
-    from accel.bundle import Bundle
-
     bundle = with_row_timesteps(ready if isinstance(ready, Bundle) else Bundle.open(ready), engine)
     threads = {"threads": 1} if engine in ("onnxruntime", "openvino") else {}
     return Worker(model, load(bundle, engine, **threads), **options)
 
 
-def ask(worker: Any, prompt: str = PROMPTS[-1], *, loras: Any = (), partial: int = 0, **call: Any) -> Listener:
+def _ask(worker: Any, prompt: str = PROMPTS[-1], *, loras: Any = (), partial: int = 0, **call: Any) -> Listener:
     """Order images; what the order tells comes to the listener."""
     listener = Listener()
     order = worker.order({"prompt": prompt, "seed": 0, **call}, listener, loras=loras, partial=partial)
@@ -62,7 +61,7 @@ def ask(worker: Any, prompt: str = PROMPTS[-1], *, loras: Any = (), partial: int
 
 
 @contextlib.contextmanager
-def listening(workers: list[Any], metrics: Any, **options: Any) -> Iterator[str]:
+def _listening(workers: list[Any], metrics: Any, **options: Any) -> Iterator[str]:
     """A server at a free port of this machine: its address."""
     import uvicorn
 
@@ -83,6 +82,21 @@ def listening(workers: list[Any], metrics: Any, **options: Any) -> Iterator[str]
         assert not thread.is_alive()
 
 
+@pytest.fixture(scope="session")
+def make_worker():
+    return _worker
+
+
+@pytest.fixture(scope="session")
+def ask():
+    return _ask
+
+
+@pytest.fixture(scope="session")
+def listening():
+    return _listening
+
+
 @pytest.fixture(scope="module")
 def pipeline() -> Iterator[Any]:
     """What `accel.load` makes, to compare with."""
@@ -94,7 +108,7 @@ def pipeline() -> Iterator[Any]:
 
 @pytest.fixture
 def worker() -> Iterator[Any]:
-    made = make_worker()
+    made = _worker()
     yield made
     if not made.pipeline.closed:
         made.close(5)
@@ -108,6 +122,21 @@ def server() -> Iterator[str]:
 
     metrics, limits = Metrics(), Limits(images=4, steps=60, queue=40, body=2 << 20)
     how = dict(limits=limits, observer=metrics)
-    workers = [make_worker(**how), make_worker("digits/4step", "eager", **how)]
-    with listening(workers, metrics, limits=limits) as url:
+    workers = [_worker(**how), _worker("digits/4step", "eager", **how)]
+    with _listening(workers, metrics, limits=limits) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def repainted() -> Any:
+    """An image, a mask that is white on its left half, and what the pipeline makes of them."""
+    from PIL import Image, ImageDraw
+
+    import accel
+
+    photo, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(photo).ellipse((14, 10, 50, 54), outline="white", width=7)
+    mask.paste(255, (0, 0, 32, 64))
+    with accel.load("digits/4step", "eager") as pipe:
+        made = pipe("a handwritten two", image=photo, mask_image=mask, strength=1.0, seed=2).images[0]
+    return photo, mask, made

@@ -48,6 +48,8 @@ def test_a_call_is_filled_up_to_a_shape_that_the_engine_has(shapes, rows, expect
 def test_the_shapes_are_those_of_the_unet():
     assert Shapes.of(Range(1, 4, 32), None) == Shapes(8, 1)
     assert Shapes.of(Range(1, 1, 4), None) == Shapes(4, 1)
+    assert Shapes.of(Range(1, 4, 32), None, int8=True) == Shapes(8, 2)
+    assert Shapes.of(Range(1, 1, 1), None, int8=True) == Shapes(1, 1, fixed=True)
     assert Shapes.of(Range(2, 2, 2), None) == Shapes(2, 2, fixed=True)
-    with pytest.raises(UserError, match="invalid batch: 64 rows .*--batch 32"):
+    with pytest.raises(UserError, match=r"invalid batch: 64 rows \(this UNet takes 1 to 32\)"):
         Shapes.of(Range(1, 4, 32), 64)
