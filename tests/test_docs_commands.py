@@ -55,6 +55,7 @@ OF_THE_FIRST = {
     ("export", "sdxl"): "--profile batch=1-2,height=64,width=64-96",
 }
 NEEDS = {
+    "serve ": "somebody to end it; tests/accel/serving and tests/accel/commands/test_serve.py start it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU",
     "--engine tensorrt --prompt": "an NVIDIA GPU",
