@@ -86,3 +86,39 @@ def test_previews_that_cannot_be_are_refused(pipe, call, words):
 def test_a_bundle_without_an_encoder_says_so_before_it_runs(pipe):
     with pytest.raises(UserError, match="no vae_encoder"):
         pipe(PROMPT, image=Image.new("RGB", (64, 64)))
+
+
+def test_a_map_in_a_manifest_is_checked(pipe):
+    from accel.bundle import limits
+
+    constants = dict(pipe.bundle.manifest.pipeline)
+    good = {"factors": [[0.1, 0, 0, 0]] * 3, "bias": [0, 0.5, 0], "error": 0.1}
+    assert list(limits.constants(constants | {"preview": good})) == []
+    for wrong in (
+        None,
+        [],
+        {},
+        good | {"bias": [0, 0]},
+        good | {"factors": [[0.1]] * 3},
+        good | {"factors": 3},
+        good | {"bias": [0, "x", 0]},
+        good | {"bias": [0, float("nan"), 0]},
+    ):
+        assert "pipeline.preview" in next(limits.constants(constants | {"preview": wrong}))
+
+
+def test_an_export_fits_the_map_to_the_decoder():
+    from accel.export.preview_map import preview_map
+    from accel.models.constants import pipeline_constants
+    from accel.models.source import open_source
+    from accel.models.source_networks import unet_inputs
+
+    source = open_source("digits/tiny-1step")
+    made = preview_map(source, unet_inputs(source, 77), pipeline_constants(source))["preview"]
+    map_ = linear_map.LinearMap.from_dict(made)
+    assert 0 < map_.error < 0.5 and np.shape(map_.factors) == (3, 4)
+    with accel.load("digits/tiny-1step", "eager") as pipe:
+        made = pipe(PROMPT, seed=1, output_type="np")
+        small = (map_(made.latents)[0].transpose(1, 2, 0) + 1) / 2
+        squares = made.images[0].reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+        assert np.corrcoef(small.ravel(), squares.ravel())[0, 1] > 0.85
