@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from .._version import __version__
 from ..errors import UserError
 from . import a1111_api, openai_api
-from .guards import Guard, error_of, invalid, refusal
+from .guards import Guard, error_of, form, invalid, refusal
 from .limits import Busy, Cancelled, Limits, UnknownModel
 from .metrics import Metrics
 from .models import Models
@@ -26,7 +25,6 @@ from .pictures import Shelf
 from .worker import Worker
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-_LOG = logging.getLogger("accel.serving")
 
 
 def create(
@@ -89,17 +87,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     def answer(request: Request, found: dict[str, Any]) -> JSONResponse:
         headers = {"retry-after": "1"} if found["status"] == 503 else None
-        error = found["error"]
-        if request.url.path.startswith("/sdapi/"):
-            body = {"error": error["type"], "detail": error["message"], "body": "", "errors": error["message"]}
-            return JSONResponse(body, found["status"], headers)
-        return JSONResponse({"error": error}, found["status"], headers)
+        return JSONResponse(form(request.url.path, found), found["status"], headers)
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, error_of(error))
-
-    async def unknown(request: Request, error: Exception) -> JSONResponse:
-        _LOG.error("a request failed", exc_info=error)
         return answer(request, error_of(error))
 
     async def malformed(request: Request, error: Any) -> JSONResponse:
@@ -115,4 +105,3 @@ def _answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(ValidationError, malformed)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unknown)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hmac
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .metrics import Metrics
 
 OPEN = ("/health", "/images/")  # no key: probes have none, and the names of images are secret
 _LARGEST_HEADER = 4096
+_LOG = logging.getLogger("accel.serving")
 
 
 def refusal(status: int, message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -38,6 +40,14 @@ def error_of(error: BaseException) -> dict[str, Any]:
         return refusal(504, "the image took longer than this server allows", "server_error", "timeout")
     # What it says may name files of this machine: it is in the server's log alone.
     return refusal(500, "the server failed at this request; its log says why", "server_error", None)
+
+
+def form(path: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The body of an error, as the API has it that was asked."""
+    error = found["error"]
+    if path.startswith("/sdapi/"):
+        return {"error": error["type"], "detail": error["message"], "body": "", "errors": error["message"]}
+    return {"error": error}
 
 
 def invalid(errors: list[Any]) -> dict[str, Any]:
@@ -103,12 +113,12 @@ class Guard:
 
         if not path.startswith(OPEN) and not may_enter(headers, self.key):
             text = "the API key is wrong or missing; send Authorization: Bearer KEY"
-            await _answer(sent, refusal(401, text, "invalid_request_error", "invalid_api_key"))
+            await _answer(sent, refusal(401, text, "invalid_request_error", "invalid_api_key"), path)
             return
         too_large = refusal(413, f"the body exceeds {self.body:,} bytes", "invalid_request_error", "body_too_large")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.body:
-            await _answer(sent, too_large)
+            await _answer(sent, too_large, path)
             return
 
         async def received() -> dict[str, Any]:
@@ -124,13 +134,17 @@ class Guard:
         except TooLarge:
             if not began:
                 read = 0
-                await _answer(sent, too_large)
+                await _answer(sent, too_large, path)
+        except Exception as error:  # answered here, because what starlette raises again ends the connection
+            _LOG.error("a request failed", exc_info=error)
+            if not began:
+                await _answer(sent, error_of(error), path, last=False)
 
 
-async def _answer(send: Any, error: dict[str, Any]) -> None:
-    body = json.dumps({"error": error["error"]}).encode()
+async def _answer(send: Any, found: dict[str, Any], path: str, *, last: bool = True) -> None:
+    """Send an error; `last`: what is left of the body is not read, so the connection ends."""
+    body = json.dumps(form(path, found)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    # What is left of the body is not read: the connection ends here.
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error["status"], "headers": headers})
+    headers += [(b"connection", b"close")] * last
+    await send({"type": "http.response.start", "status": found["status"], "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -160,3 +160,30 @@ def test_a_page_in_a_browser_cannot_reach_it_by_another_name(make_worker, listen
     with listening([make_worker()], Metrics(), hosts=("127.0.0.1",)) as url:
         assert httpx.get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 400
         assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+def test_a_failure_of_the_server_says_little_and_keeps_the_connection(make_worker, listening):
+    from accel.serving.metrics import Metrics
+
+    worker = make_worker()
+    engines = worker.pipeline.engines
+    right = engines["vae_decoder"]
+
+    class Broken:
+        component = right.component
+        array = right.array
+
+        def __call__(self, **feeds):
+            raise RuntimeError("secret path")
+
+    with listening([worker], Metrics()) as url, httpx.Client(base_url=url) as client:
+        engines._loaded["vae_decoder"] = Broken()
+        body = {"prompt": "a handwritten two"}
+        for _ in range(3):
+            answer = client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+            assert "connection" not in answer.headers and "secret" not in answer.text
+        assert client.post("/sdapi/v1/txt2img", json=body).json()["detail"].startswith("the server failed")
+        engines._loaded["vae_decoder"] = right
+        assert client.post("/v1/images/generations", json=body).status_code == 200
+        assert 'endpoint="/v1/images/generations",status="500"} 3.0' in client.get("/metrics").text
