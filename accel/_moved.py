@@ -47,7 +47,8 @@ accel.export > accel.export.graph: half=fp16 uint8
 accel.export > accel.export.int8: int8_options=settings quantize calibration sensitivity parity=image_parity
 accel.export > accel.export.int8: gate=acceptance verdict=speed int8_audit=audit int8_limits=unsupported
 accel.export > accel.export.tensorrt: plan_audit=audit operators memory shapes timing_cache
-accel.export > accel.export.triton: triton_server=repository row_timesteps
+accel.export > accel.export.triton: triton_server=repository
+accel.export > accel.bundle: row_timesteps
 """
 TABLE = {
     f"{then}.{pair.partition('=')[0]}": f"{now}.{pair.rpartition('=')[2]}"

@@ -16,6 +16,7 @@ VERBS = {
     "trust": "trust TensorRT engine files that somebody else built",
     "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
     "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
+    "serve": "serve models over HTTP with OpenAI's and A1111's API; requests share UNet calls step by step",
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
     "report": "show results of bench as a page or table, and compare runs and machines with each other",
     "studio": "compare two engines by eye on one prompt, in a browser on this machine",

@@ -33,6 +33,7 @@ ACCEL = (
     ("export", "distill"),
     ("loading",),
     ("studio",),
+    ("serving",),
     ("command_line",),
     ("commands",),
     ("roof",),
