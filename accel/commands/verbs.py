@@ -16,7 +16,10 @@ VERBS = {
     "trust": "trust TensorRT engine files that somebody else built",
     "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
     "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
+    "serve": "serve models over HTTP with OpenAI's and A1111's API; requests share UNet calls step by step",
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
+    "report": "show results of bench as a page or table, and compare runs and machines with each other",
+    "studio": "compare two engines by eye on one prompt, in a browser on this machine",
     "tune": "find the fastest engine for each network of a bundle on this machine, and let `auto` take it",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
@@ -24,7 +27,7 @@ VERBS = {
     "completion": "print a script that completes accel's verbs and options in your shell",
 }
 # Verbs that lie in a folder of this one.
-_FOLDERS = {"tune": "measure"}
+_FOLDERS = {"report": "show", "studio": "show", "tune": "measure"}
 
 
 def verb(name: str) -> tuple[ModuleType, Parser]:
