@@ -55,9 +55,9 @@ def test_the_inspector_of_each_version_and_the_log_tell_the_same():
     ten |= {"Inputs": [tensor | {"Format/Datatype": "Half"}], "Outputs": [], "TacticName": "t"}
     eleven = ten | {"Inputs": [tensor | {"Datatype": "Half", "Format": "(Linear) Row major linear format"}]}
     told = [*layers.from_log(["something", log]), *layers.from_inspector(json.dumps({"Layers": [ten, eleven]}))]
-    assert {layer.inputs for layer in told} == {(layers.Tensor("Half", (-1, 4, 16, 16)),)}
+    assert {layer.inputs for layer in told} == {(layers.Tensor("Half", (-1, 4, 16, 16), "x"),)}
     assert {layer.nodes for layer in told} == {("node_a", "node_b")}
-    assert told[0].constants == (layers.Tensor("Half", (8, 4, 3, 3)),) and told[0].tactic == "t"
+    assert told[0].constants == (layers.Tensor("Half", (8, 4, 3, 3), "w"),) and told[0].tactic == "t"
     assert audit.audit(told)["heavy"] == {"fp16": 3}
 
 
