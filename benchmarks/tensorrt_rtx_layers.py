@@ -1,10 +1,10 @@
 """How TensorRT-RTX fuses our graphs: kernels and float32 islands of each network, by the builder's own list of layers.
 
     python benchmarks/tensorrt_rtx_layers.py --write                      # all rows; or --rows sd-tiny,vae
-    python benchmarks/tensorrt_rtx_layers.py --form "before" --write      # on an older checkout: the rows to compare with
+    python benchmarks/tensorrt_rtx_layers.py --form before --write        # on an older checkout: rows to compare with
 
-Networks at real size with random weights, two images (guidance) of 512 px, one target, on a CPU. A kernel counts when it
-writes activations; an island is a group of kernels that hand float32 tensors to each other. Nothing is run: fewer
+Networks at real size with random weights, two images (guidance) of 512 px, one target, on a CPU. A kernel counts when
+it writes activations; an island is a group of kernels that hand float32 tensors to each other. Nothing is run: fewer
 kernels and fewer bytes between them are what can be known without a card. `--write` puts the rows into
 `tensorrt-rtx-layers.json`, and the table into `docs/tensorrt-rtx.md`.
 """

@@ -1,4 +1,4 @@
-"""The runtime cache of TensorRT-RTX: one per engine file, version and card, whole at any moment, shared by processes."""
+"""The runtime cache of TensorRT-RTX: one per engine file, version and card, always whole, shared by processes."""
 
 from __future__ import annotations
 
