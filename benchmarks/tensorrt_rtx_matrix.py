@@ -245,9 +245,11 @@ def built(row: Row, path: Path, described: Mapping[str, Any], options: Mapping[s
 
     from accel.export.tensorrt import audit, child
     from accel.export.tensorrt.compiler import Job
+    from accel.trt.flavours import RTX
 
     started = time.perf_counter()
-    job = Job("tensorrt-rtx", row.name, str(path), [dict(described)], dict(options), TARGETS)
+    forms = list(RTX.forms)
+    job = Job("tensorrt-rtx", row.name, str(path), [dict(described)], dict(options), TARGETS, forms=forms)
     done = child.compile_apart(job, lambda *_: None)
     counts = audit.audit(done.layers, audit.of_graph(onnx.load(str(path), load_external_data=False)))
     wanted = "int8" if row.int8 else {"float16": "fp16"}.get(row.dtype, "fp32")

@@ -177,6 +177,7 @@ def job(
 ) -> Job:
     """What the compiler is to do for a component."""
     cached = options.timing_cache and where.found.flavour.timing_cache
+    refitted = options.refittable or options.strip_plan  # by the names and shapes of the bundle's own graph
     return Job(
         engine=where.found.flavour.engine,
         name=component.name,
@@ -186,6 +187,7 @@ def job(
         targets=list(where.targets),
         device=where.cuda.index if where.cuda else 0,
         timing_cache=str(timing_cache.path_for(where.here)) if cached else "",
+        forms=[] if refitted else list(where.found.flavour.forms),
         what=what,
     )
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from accel.errors import UserError
 from accel.trt import library
 from accel.trt.cuda import Cuda
 from accel.trt.library import Library, Messages
 
 from . import layers, timing_cache
+from .forms import FORMS
 from .options import BuildOptions
 
 Progress = Callable[[str, float], None]
@@ -37,6 +40,7 @@ class Job:
         targets: compute capabilities, for a flavour that can choose.
         device: index of the GPU, for a flavour that builds on one.
         timing_cache: file of the timing cache, "" for none.
+        forms: forms that the graph is put into before it is parsed (`forms.FORMS`).
         what: "build", or "parse" to stop before the build and list what the parser refuses.
     """
 
@@ -48,6 +52,7 @@ class Job:
     targets: list[str] = field(default_factory=list)
     device: int = 0
     timing_cache: str = ""
+    forms: list[str] = field(default_factory=list)
     what: str = "build"
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,7 +154,17 @@ def _network(found: Library, job: Job) -> tuple[Any, Any, Any, bool]:
     builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, logger)
-    return builder, network, parser, parser.parse_from_file(job.graph)
+    return builder, network, parser, _parsed(parser, job)
+
+
+def _parsed(parser: Any, job: Job) -> bool:
+    """Parse the graph, in its other forms where the job names some; weights stay in their file."""
+    path = Path(job.graph)
+    if not job.forms or not path.is_file():
+        return parser.parse_from_file(job.graph)
+    model = onnx.load(job.graph, load_external_data=False)
+    changed = sum(FORMS[name](model, path.parent) for name in job.forms)
+    return parser.parse(model.SerializeToString(), job.graph) if changed else parser.parse_from_file(job.graph)
 
 
 def parser_problems(parser: Any, messages: Messages) -> list[dict[str, str]]:
