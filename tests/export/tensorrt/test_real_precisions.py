@@ -69,6 +69,7 @@ def test_digits_in_int8_with_the_rest_in_float16(floating, tmp_path):
     files = {file.component: file.record for file in build(bundle, engine=RTX, targets=["sm89"])}
     found = files["unet"]["audit"]
     assert found["int8_share"] == [242, 242] and found["wider"] == []
+    assert not any("scales to fp32" in line for line in files["unet"]["warnings"]), "int8 convolutions write float16"
     # float32 are the time embedding's two products, which the graph has so.
     assert found["heavy"]["fp32"] == found["float32_in_graph"] == 2 and found["heavy"]["fp16"] > 20
     for name in ("text_encoder", "vae_decoder"):
