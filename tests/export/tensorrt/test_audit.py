@@ -163,6 +163,17 @@ def test_int8_engines_must_have_int8_layers_and_are_not_refittable(bundle_copy, 
     assert file.record["audit"]["wanted"] == "int8"
 
 
+@NEWEST
+@pytest.mark.parametrize("level, layers", [("attention", ["a.attn1.scores", "a.attn1.mix"]), ("all", ["a.attn1.to_q"])])
+def test_levels_that_take_attention_apart_are_discouraged(bundle_copy, edit_manifest, tensorrt, level, layers):
+    quantized = {"config": {"level": level}, "layers": {name: [] for name in layers}, "graphs": {}, "calibration": {}}
+    edit_manifest(bundle_copy, lambda data: data["components"]["vae_decoder"].update(int8=quantized))
+    tensorrt._world.dtype, said = "Int8", []
+    build(Bundle.open(bundle_copy), VAE, announce=said.append)
+    told = [line for line in said if "takes attention apart" in line]
+    assert len(told) == (level == "attention") and all("--int8-level all" in line for line in told)
+
+
 def test_the_audit_is_part_of_the_record(bundle, tensorrt):
     (file,) = build(bundle, VAE)
     record = json.loads(file.path.with_suffix(".json").read_text())
