@@ -108,7 +108,7 @@ RTX = Flavour(
     timing_cache=False,
     runtime_cache=True,
     layers="log",
-    forms=("scalar_scales", "linear_projections"),
+    forms=("scalar_scales", "linear_projections", "norms_of_images"),
     lacks={
         "timing_cache": "it times no kernels while it builds",
         "version_compatible": "its engine files belong to the version that built them",

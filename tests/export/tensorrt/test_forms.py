@@ -116,6 +116,19 @@ def test_projections_as_products_of_tokens_compute_the_same(smallest_bundle):
         assert relative_l2(run(other, **feeds), run(model, **feeds)) < 1e-6
 
 
+def test_a_norm_of_images_computes_the_same(smallest_bundle):
+    """The one in front of the attention of a VAE; the others are on images already."""
+    bundle = Bundle.open(smallest_bundle)
+    path = graph_file(bundle, bundle.component("vae_decoder"))
+    model = onnx.load(path)
+    other, count = changed(model, "norms_of_images", path.parent)
+    onnx.checker.check_model(other)
+    assert count == 1 and len(other.graph.node) == len(model.graph.node) + 2
+    for shape in ((1, 4, 8, 8), (2, 4, 16, 8)):
+        latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        assert relative_l2(run(other, latent_sample=latents), run(model, latent_sample=latents)) < 1e-6
+
+
 @REAL
 def test_the_real_builder_writes_float16_between_int8_convolutions(tmp_path):
     path = tmp_path / "model.onnx"

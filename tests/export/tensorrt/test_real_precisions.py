@@ -8,7 +8,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from accel.assets import resolve
@@ -17,9 +19,10 @@ from accel.bundle.graph_file import graph, graph_file
 from accel.errors import Notice, UserError
 from accel.export.int8.settings import Int8Settings
 from accel.export.pipeline import export_pipeline
-from accel.export.tensorrt import audit, child, compiler, shapes
+from accel.export.tensorrt import audit, child, compiler, forms, shapes
 from accel.export.tensorrt.build import build
 from accel.export.tensorrt.options import BuildOptions
+from accel.parity import relative_l2
 from accel.trt import library
 
 RTX = "tensorrt-rtx"
@@ -74,6 +77,27 @@ def test_digits_in_int8_with_the_rest_in_float16(floating, tmp_path):
     assert found["heavy"]["fp32"] == found["float32_in_graph"] == 2 and found["heavy"]["fp16"] > 20
     for name in ("text_encoder", "vae_decoder"):
         assert set(files[name]["audit"]["heavy"]) == {"fp16"} and files[name]["audit"]["wanted"] == "fp16"
+    # The form that was built is as near to float32 as the graph of the bundle.
+    path = graph_file(bundle, bundle.component("unet"))
+    before, now = onnx.load(path), onnx.load(path)
+    rounded = {node.output[0] for node in before.graph.node if node.op_type == "DequantizeLinear"}
+    convolutions = [node for node in before.graph.node if node.op_type == "Conv" and node.input[0] in rounded]
+    assert forms.scalar_scales(now, path.parent) == len(convolutions) > 50
+    truth = unet_of(onnx.load(graph_file(floating, floating.component("unet"))))
+    apart = [relative_l2(unet_of(model), truth) for model in (before, now)]
+    assert 0 < apart[1] < 1.1 * apart[0]
+
+
+def unet_of(model: onnx.ModelProto) -> np.ndarray:
+    """What a UNet of the digits makes of fixed inputs, on the CPU, node by node."""
+    options, rng = onnxruntime.SessionOptions(), np.random.default_rng(0)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    sample, text = rng.standard_normal((2, 4, 16, 16)), rng.standard_normal((2, 77, 64))
+    feeds = {"sample": sample, "encoder_hidden_states": text, "timestep": np.array(500)}
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    given = {value.name: feeds[value.name].astype(types[value.type]) for value in session.get_inputs()}
+    return session.run(None, given)[0].astype(np.float32)
 
 
 def test_digits_at_opset_23(half):
