@@ -8,7 +8,7 @@ TensorRT-RTX 1.7, as its own list of layers tells (`benchmarks/tensorrt_rtx_laye
   normalization behind it is then two kernels, with a float32 tensor of full size between them. As a product of tokens,
   which is what SD2 and SDXL have there, it is one.
 * The group normalization in front of a VAE's attention is on [batch, channels, pixels], and is not recognized as one:
-  its parts hand each other 17 MB of float32 for an image of 512 px. On [batch, channels, height, width] it is one kernel.
+  its parts hand each other 17 MB of float32 for an image of 512 px. On [batch, channels, height, width] it is one.
 """
 
 from __future__ import annotations
