@@ -19,6 +19,7 @@ from ..errors import Notice, UserError
 from .conditioning import hidden_state, image_prompts
 from .input_images import InputImages
 from .sampling_plan import SamplingPlan
+from .sampling_plan import plan as plan  # where version 0.1 had it
 from .tiling import VaeTiling
 
 
