@@ -5,23 +5,29 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.torch import save_file
 
 from accel.assets import resolve
 from accel.bundle import Bundle
-from accel.bundle.graph_file import graph, graph_file
-from accel.errors import Notice, UserError
-from accel.export.int8.settings import Int8Settings
+from accel.bundle.graph_file import graph_file
+from accel.dtypes import ALWAYS_FLOAT32
+from accel.errors import UserError
+from accel.export.graph import precision, trace
 from accel.export.pipeline import export_pipeline
-from accel.export.tensorrt import audit, child, compiler, forms, shapes
+from accel.export.tensorrt import audit, child, compiler, kernels, shapes
 from accel.export.tensorrt.build import build
+from accel.export.tensorrt.forms import FORMS
 from accel.export.tensorrt.options import BuildOptions
+from accel.models import networks, weight_files
 from accel.parity import relative_l2
 from accel.trt import library
 
@@ -29,63 +35,106 @@ RTX = "tensorrt-rtx"
 pytestmark = pytest.mark.skipif(
     library.installed(RTX) is None, reason='TensorRT-RTX is not installed: pip install "accel-diffusion[tensorrt-rtx]"'
 )
-ALL = ("text_encoder", "unet", "vae_decoder")
-PROFILE = "batch=1-2,size=64"
 
 
 @pytest.fixture(scope="module")
 def floating(stored_graphs, tmp_path_factory) -> Bundle:
+    out = tmp_path_factory.mktemp("fp32") / "bundle"
     return export_pipeline(
-        resolve("digits/4step"), tmp_path_factory.mktemp("fp32") / "bundle", profile=PROFILE, components=ALL
+        resolve("digits/4step"), out, profile="batch=1-2,size=64", components=("unet", "vae_decoder")
     )
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph to build, and what the graph's nodes are to compute in."""
+
+    path: Path
+    described: dict[str, Any]
+    nodes: dict[str, str]
+
+    def built(self, path: Path | None = None) -> tuple[compiler.Compiled, dict[str, Any]]:
+        """What the real builder makes of the graph, or of a changed one, audited against the graph."""
+        options = asdict(BuildOptions())
+        job = compiler.Job(RTX, "it", str(path or self.path), [self.described], options, ["sm89"], forms=list(FORMS))
+        done = child.compile_apart(job, lambda *_: None)
+        return done, audit.audit(done.layers, self.nodes)
+
+
+def lowered(bundle: Bundle, name: str, folder: Path, *, opset: int = 20) -> Lowered:
+    """What an export in fp16 or int8-fp16 traces: the same layers and scales, in float16 but for the time embedding."""
+    component = bundle.component(name)
+    kept = tuple(k for k in ALWAYS_FLOAT32 if k == "time_embedding" and name == "unet")
+    shutil.copy(bundle.path / component.folder / "config.json", folder)
+    state = {
+        key: value.half() if value.is_floating_point() and not key.startswith(kept or ("-",)) else value.clone()
+        for key, value in weight_files.read(bundle.file(component.weights)).items()
+    }
+    save_file(state, folder / trace.WEIGHTS)
+    inputs, outputs = (precision.with_dtype(specs, "float16") for specs in (component.inputs, component.outputs))
+    weights, layers = folder / trace.WEIGHTS, component.int8.get("layers")
+    module = networks.rebuild(component.kind, folder / "config.json", weights, inputs, outputs, layers)
+    networks.keep_float32(module.model, kept)
+    network = networks.Network(name, component.kind, module, inputs, outputs)
+    trace.export_graph(network, component.dims, folder, opset=opset)
+    path = folder / trace.GRAPH
+    described = shapes.described(bundle, component, bundle.manifest.profile)
+    return Lowered(path, described, audit.of_graph(onnx.load(path, load_external_data=False)))
 
 
 @pytest.fixture(scope="module")
-def half(stored_graphs, tmp_path_factory) -> Bundle:
-    """float16 at opset 23, whose attentions are one node each."""
-    out = tmp_path_factory.mktemp("fp16") / "bundle"
-    return export_pipeline(
-        resolve("digits/4step"), out, precision="fp16", opset=23, profile=PROFILE, components=("unet", "vae_decoder")
-    )
+def half_vae(floating, tmp_path_factory) -> Lowered:
+    return lowered(floating, "vae_decoder", tmp_path_factory.mktemp("fp16"))
+
+
+@pytest.fixture(scope="module")
+def int8_vae() -> Lowered:
+    """The shipped one, whose rest is float32."""
+    bundle = Bundle.open(resolve("digits/4step-int8"))
+    component = bundle.component("vae_decoder")
+    described = shapes.described(bundle, component, bundle.manifest.profile)
+    return Lowered(graph_file(bundle, component), described, audit.expected(bundle, component))
 
 
 def test_digits_in_float32(floating):
     said = []
-    files = {
-        file.component: file.record for file in build(floating, engine=RTX, targets=["sm89"], announce=said.append)
-    }
-    for name, record in files.items():
+    files = build(floating, engine=RTX, targets=["sm89"], announce=said.append)
+    for name, record in ((file.component, file.record) for file in files):
         found = record["audit"]
         assert set(found["heavy"]) == {"fp32"} and found["wanted"] == "fp32" and found["wider"] == [], name
         assert found["float32_in_graph"] == found["heavy"]["fp32"], "every layer is traced back to the graph"
-    nodes = audit.expected(floating, floating.component("unet"))
-    # Products of one input are one kernel (queries, keys and values), so there are fewer kernels than nodes.
-    assert 200 < files["unet"]["audit"]["heavy"]["fp32"] <= len(nodes)
-    assert files["unet"]["measured"]["attentions"] == 0 and len([s for s in said if " in fp32" in s]) == 3
+        # Products of one input are one kernel (queries, keys and values), so there are fewer kernels than nodes.
+        nodes = audit.expected(floating, floating.component(name))
+        assert len(nodes) / 2 < found["heavy"]["fp32"] <= len(nodes)
+    assert len([line for line in said if " in fp32" in line]) == 2
 
 
 def test_digits_in_int8_with_the_rest_in_float16(floating, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Notice)  # speed is not measured without a GPU
-        settings = Int8Settings(images=2, evaluation_images=1, components=("unet",))
-        bundle = export_pipeline(floating.path, tmp_path / "bundle", precision="int8-fp16", int8=settings)
-    files = {file.component: file.record for file in build(bundle, engine=RTX, targets=["sm89"])}
-    found = files["unet"]["audit"]
-    assert found["int8_share"] == [242, 242] and found["wider"] == []
-    assert not any("scales to fp32" in line for line in files["unet"]["warnings"]), "int8 convolutions write float16"
+    unet = lowered(Bundle.open(resolve("digits/4step-int8")), "unet", tmp_path)
+    done, found = unet.built()
+    assert "242 of 242 int8 nodes" in audit.check("unet", "int8", found) and found["wider"] == []
     # float32 are the time embedding's two products, which the graph has so.
     assert found["heavy"]["fp32"] == found["float32_in_graph"] == 2 and found["heavy"]["fp16"] > 20
-    for name in ("text_encoder", "vae_decoder"):
-        assert set(files[name]["audit"]["heavy"]) == {"fp16"} and files[name]["audit"]["wanted"] == "fp16"
-    # The form that was built is as near to float32 as the graph of the bundle.
-    path = graph_file(bundle, bundle.component("unet"))
-    before, now = onnx.load(path), onnx.load(path)
+    assert not any("scales to fp32" in line for line in done.warnings), "int8 convolutions write float16"
+    assert kernels.count(done.layers).islands == 1, "the time embedding"
+    # The form that was built is as near to float32 as the graph that it was made from.
+    before, now = onnx.load(unet.path), onnx.load(unet.path)
     rounded = {node.output[0] for node in before.graph.node if node.op_type == "DequantizeLinear"}
     convolutions = [node for node in before.graph.node if node.op_type == "Conv" and node.input[0] in rounded]
-    assert forms.scalar_scales(now, path.parent) == len(convolutions) > 50
+    assert FORMS["scalar_scales"](now, tmp_path) == len(convolutions) > 50
     truth = unet_of(onnx.load(graph_file(floating, floating.component("unet"))))
     apart = [relative_l2(unet_of(model), truth) for model in (before, now)]
     assert 0 < apart[1] < 1.1 * apart[0]
+
+
+def test_digits_at_opset_23(floating, tmp_path):
+    """Heads of 4 and 8 have no attention kernel: each node is taken apart, and none of the parts is float32."""
+    unet = lowered(floating, "unet", tmp_path, opset=23)
+    done, found = unet.built()
+    operators = [node.op_type for node in onnx.load(unet.path, load_external_data=False).graph.node]
+    assert done.attentions == operators.count("Attention") > 20
+    assert set(found["heavy"]) == {"fp16", "fp32"} and found["wider"] == []
+    assert found["heavy"]["fp32"] == found["float32_in_graph"] == 2
 
 
 def unet_of(model: onnx.ModelProto) -> np.ndarray:
@@ -98,16 +147,6 @@ def unet_of(model: onnx.ModelProto) -> np.ndarray:
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     given = {value.name: feeds[value.name].astype(types[value.type]) for value in session.get_inputs()}
     return session.run(None, given)[0].astype(np.float32)
-
-
-def test_digits_at_opset_23(half):
-    """Heads of 4 and 8 have no attention kernel: each node is taken apart, and none of the parts is float32."""
-    (unet,) = build(half, ["unet"], engine=RTX, targets=["sm89"])
-    operators = [node.op_type for node in graph(half, half.component("unet")).graph.node]
-    assert unet.record["measured"]["attentions"] == operators.count("Attention") == 32
-    found = unet.record["audit"]
-    assert set(found["heavy"]) == {"fp16", "fp32"} and found["wider"] == []
-    assert found["heavy"]["fp32"] == found["float32_in_graph"] == 2
 
 
 def forced_to_float32(model: onnx.ModelProto) -> str:
@@ -136,23 +175,17 @@ def without_rounding(model: onnx.ModelProto) -> str:
 
 
 @pytest.mark.parametrize("precision, change", [("fp16", forced_to_float32), ("int8", without_rounding)])
-def test_one_layer_in_float32_of_the_builder_fails_the_audit(half, tmp_path, precision, change):
+def test_one_layer_in_float32_of_the_builder_fails_the_audit(half_vae, int8_vae, tmp_path, precision, change):
     """The real builder is given one layer in float32, and the audit the graph that has none."""
-    bundle = half if precision == "fp16" else Bundle.open(resolve("digits/4step-int8"))
-    component = bundle.component("vae_decoder")
-    described = shapes.described(bundle, component, bundle.manifest.profile)
-    nodes, counted = audit.expected(bundle, component), {}
-    for name in ("as it is", "changed"):
-        model = onnx.load(graph_file(bundle, component))
-        changed = change(model) if name == "changed" else ""
-        path = tmp_path / f"{name}.onnx"
-        onnx.save(model, path)
-        job = compiler.Job(RTX, "vae_decoder", str(path), [described], asdict(BuildOptions()), ["sm89"])
-        counted[name] = audit.audit(child.compile_apart(job, lambda *_: None).layers, nodes)
-    audit.check("vae_decoder", precision, counted["as it is"])
-    assert counted["as it is"]["wider"] == []
-    assert [row["node"] for row in counted["changed"]["wider"]] == [changed]
-    with pytest.raises(UserError, match=f"computes {changed} in float32, which the graph has in {precision}"):
-        audit.check("vae_decoder", precision, counted["changed"])
+    vae = half_vae if precision == "fp16" else int8_vae
+    model = onnx.load(vae.path)
+    name = change(model)
+    path = tmp_path / "changed.onnx"
+    onnx.save(model, path)
+    (_, right), (_, wrong) = vae.built(), vae.built(path)
+    audit.check("vae_decoder", precision, right)
+    assert right["wider"] == [] and [row["node"] for row in wrong["wider"]] == [name]
+    with pytest.raises(UserError, match=f"computes {name} in float32, which the graph has in {precision}"):
+        audit.check("vae_decoder", precision, wrong)
     if precision == "int8":
-        assert counted["as it is"]["int8_share"] == [22, 22] and counted["changed"]["int8_share"] == [21, 22]
+        assert right["int8_share"] == [22, 22] and wrong["int8_share"] == [21, 22]
