@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -351,7 +352,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| | fault | what the code before did | the test |", "|---|---|---|---|"]
     for row in rows:
         tests = ", ".join(f"`{test}`" for test in row["tests"])
-        lines.append(f"| {row['number']} | {row['fault']} | {row['before'].replace('|', '/')} | {tests} |")
+        before = textwrap.shorten(row["before"].replace("|", "/"), 260, placeholder=" ...")
+        lines.append(f"| {row['number']} | {row['fault']} | {before} | {tests} |")
     return "\n".join(lines)
 
 
