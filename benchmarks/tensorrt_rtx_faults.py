@@ -352,7 +352,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| | fault | what the code before did | the test |", "|---|---|---|---|"]
     for row in rows:
         tests = ", ".join(f"`{test}`" for test in row["tests"])
-        before = textwrap.shorten(row["before"].replace("|", "/"), 260, placeholder=" ...")
+        cells = row["before"].replace("|", "/").split(" -> ")  # a message and its fix
+        before = " -> ".join(textwrap.shorten(cell, 200, placeholder=" ...") for cell in cells)
         lines.append(f"| {row['number']} | {row['fault']} | {before} | {tests} |")
     return "\n".join(lines)
 
