@@ -14,6 +14,7 @@ import enum
 import hashlib
 import inspect
 import json
+import os
 import re
 import struct
 import threading
@@ -199,6 +200,15 @@ class OnnxParser(_Behaviour):
         except Exception as error:
             self._errors.append(self._trt.ParserError(f"could not open or parse {model}: {error}", None))
             return False
+        return self._taken(loaded)
+
+    def parse(self, model, path=None):
+        self._world.calls.append("parse")
+        loaded = onnx.load_from_string(bytes(model))
+        onnx.external_data_helper.load_external_data_for_model(loaded, os.path.dirname(path or ""))
+        return self._taken(loaded)
+
+    def _taken(self, loaded):
         for node in loaded.graph.node:
             if node.op_type in self._world.fail:
                 self._errors.append(self._trt.ParserError(f"No importer registered for op: {node.op_type}", node))
