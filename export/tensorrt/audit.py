@@ -23,9 +23,10 @@ from accel.errors import UserError
 from .layers import Layer, Tensor
 
 # LayerType as TensorRT spells it: correlation (a convolution of the graph compiler), CaskConvolution, gemm, fmha, ...
-# In fused kernels (kgen, runtime_fusion) only the name shows it: __myl_FcMulAdd_myl0_8, _gemm_mha_v2_myl0_23.
+# In fused kernels (kgen, runtime_fusion) only the name shows it: __myl_FcMulAdd_myl0_8, __myl_CorrCastAdd_myl0_33,
+# _gemm_mha_v2_myl0_23.
 _HEAVY_TYPE = re.compile(r"correlation|conv|gemm|matrix|matmul|attention|mha", re.IGNORECASE)
-_HEAVY_NAME = re.compile(r"__myl_\w*?(Fc|Conv|Gemm|MatMul|Mha)|_?gemm|\w*_mha_|\w*fmha")
+_HEAVY_NAME = re.compile(r"__myl_\w*?(Fc|Corr|Conv|Gemm|MatMul|Mha)|_?gemm|\w*_mha_|\w*fmha")
 FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)
 _NOT_COMPUTE = re.compile(r"reformat|copy|shuffle|constant|signal|wait", re.IGNORECASE)
 # The order counts: "BFloat16" contains "float". "Channel major FP16" and "Half" mean the same.

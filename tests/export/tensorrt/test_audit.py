@@ -47,12 +47,13 @@ def test_the_audit_counts_the_layers_that_do_the_work():
             layer("correlation", "node_conv2d_myl0_2", "Int8", weights="Int8"),
             layer("kgen", "_gemm_mha_v2_myl0_23", "Half"),
             layer("runtime_fusion", "__myl_FcAddSilu_myl0_2", "Half", weights="Half"),
+            layer("runtime_fusion", "__myl_CorrCastAdd_myl0_33", "Half", weights="Float", more=["Float"]),
         ]
     )
-    assert found["heavy"] == {"bf16": 1, "fp16": 5, "fp32": 1, "int8": 2, "unknown": 1} and found["layers"] == 12
-    assert found["float32_layers"] == ["wide"] and found["fused_attentions"] == 1
+    assert found["heavy"] == {"bf16": 1, "fp16": 5, "fp32": 2, "int8": 2, "unknown": 1} and found["layers"] == 13
+    assert found["float32_layers"] == ["wide", "__myl_CorrCastAdd_myl0_33"] and found["fused_attentions"] == 1
     line = audit.check("unet", "fp16", found)
-    assert line.startswith("9 convolutions") and "; 1 more of unknown precision; 1 fused attentions" in line
+    assert line.startswith("10 convolutions") and "; 1 more of unknown precision; 1 fused attentions" in line
 
 
 @pytest.mark.parametrize(

@@ -150,17 +150,27 @@ def unet_of(model: onnx.ModelProto) -> np.ndarray:
 
 
 def forced_to_float32(model: onnx.ModelProto) -> str:
-    """Turn a convolution in the middle of a graph to float32, operands and all; returns its name."""
+    """Turn a convolution in the middle of a graph to float32, its input and weights too; returns its name.
+
+    (Casts around it would not do: the compiler leaves them out, and stays in float16.)
+    """
     node = [node for node in model.graph.node if node.op_type == "Conv"][5]
-    place, float32 = list(model.graph.node).index(node), onnx.TensorProto.FLOAT
-    for i, name in enumerate(list(node.input)):
-        wide = onnx.helper.make_node("Cast", [name], [f"{name}_wide"], name=f"wide_{i}", to=float32)
-        model.graph.node.insert(place + i, wide)
-        node.input[i] = f"{name}_wide"
-    out = node.output[0]
-    node.output[0] = f"{out}_wide"
-    back = onnx.helper.make_node("Cast", [node.output[0]], [out], name="back", to=onnx.TensorProto.FLOAT16)
-    model.graph.node.insert(list(model.graph.node).index(node) + 1, back)
+    place, given = list(model.graph.node).index(node), {tensor.name: tensor for tensor in model.graph.initializer}
+    for i in (1, 2):
+        wide = onnx.numpy_helper.to_array(given[node.input[i]]).astype(np.float32) * np.float32(1.0001)
+        node.input[i] += "_wide"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(wide, node.input[i]))
+    x, out = node.input[0], node.output[0]
+    node.input[0], node.output[0] = f"{x}_wide", f"{out}_wide"
+    back = onnx.helper.make_node("Cast", [f"{out}_wide"], [out], name="back", to=onnx.TensorProto.FLOAT16)
+    model.graph.node.insert(place + 1, back)
+    factor = onnx.numpy_helper.from_array(np.array(1.0001, np.float32), "factor")
+    model.graph.initializer.append(factor)
+    for made in (
+        onnx.helper.make_node("Mul", [f"{x}_cast", "factor"], [f"{x}_wide"], name="times"),
+        onnx.helper.make_node("Cast", [x], [f"{x}_cast"], name="wide", to=onnx.TensorProto.FLOAT),
+    ):
+        model.graph.node.insert(place, made)
     return node.name
 
 
