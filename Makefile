@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-attack test-gpu lint bench digits clean
+.PHONY: demo studio test test-slow test-attack test-gpu lint docs bench digits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,10 +13,28 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,dev]"
 	touch $@
 
+# ONNX Runtime for Node and for the browser, where there is npm: tests of the programs in examples/ skip without them.
+$(VENV)/.node: examples/browser/package.json examples/single_graph/package.json | $(VENV)/.installed
+	for folder in browser single_graph; do ! command -v npm > /dev/null || \
+	  npm install --ignore-scripts --no-audit --no-fund --silent --prefix examples/$$folder; done
+	touch $@
+
+# Gradio wants an older Pillow than the pinned one: it gets a .venv-studio of its own over the packages of .venv.
+STUDIO := $(VENV)-studio
+$(STUDIO)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(STUDIO)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(STUDIO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(STUDIO)/bin/pip install --quiet "gradio>=6" "pillow<13"
+	touch $@
+
+studio: $(STUDIO)/.installed  ## the page that compares two engines on the shipped model, in your browser
+	$(STUDIO)/bin/python -m accel studio digits/4step-int8
+
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
 
-test: lint  ## lint and the CPU tests, about 20 minutes on two cores
+test: lint $(VENV)/.node  ## lint and the CPU tests, about 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 20
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
@@ -27,6 +45,9 @@ test-attack: $(VENV)/.installed  ## thousands of damaged and forged bundles, and
 
 test-gpu: $(VENV)/.installed  ## what only a CUDA device can show; says what it skips and why
 	$(BIN)/python -m pytest -q -rs -m gpu
+
+docs: $(VENV)/.installed  ## the documentation as a site in out/docs, without a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: demo  ## every engine of this machine on the demo's bundle
 	$(BIN)/accel bench out/demo/4step --prompt "a handwritten seven" --out out/bench.json --out out/bench.html --overwrite
@@ -40,4 +61,4 @@ lint: $(VENV)/.installed  ## ruff's rules, its formatter, and the types of the p
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) $(STUDIO) build out *.egg-info

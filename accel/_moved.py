@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 
 # Package then > package now: name then=name now, or a name alone where it stayed.
 _MOVED = """
-accel > accel.bench: sheet=contact_sheet report report_html floor=roofline
+accel > accel.bench: sheet=contact_sheet report report_html=page floor=roofline
 accel > accel.bundle: profiles=shape_profiles tensors=tensor_spec graph=graph_file
 accel.engines > accel.engines: loop=fixed_loop
 accel.engines > accel.providers: providers=built_in
@@ -47,7 +47,8 @@ accel.export > accel.export.graph: half=fp16 uint8
 accel.export > accel.export.int8: int8_options=settings quantize calibration sensitivity parity=image_parity
 accel.export > accel.export.int8: gate=acceptance verdict=speed int8_audit=audit int8_limits=unsupported
 accel.export > accel.export.tensorrt: plan_audit=audit operators memory shapes timing_cache
-accel.export > accel.export.triton: triton_server=repository row_timesteps
+accel.export > accel.export.triton: triton_server=repository
+accel.export > accel.bundle: row_timesteps
 """
 TABLE = {
     f"{then}.{pair.partition('=')[0]}": f"{now}.{pair.rpartition('=')[2]}"

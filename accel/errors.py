@@ -61,5 +61,17 @@ def unknown(what: str, value: object, known: Iterable[str], of: str = "") -> Use
     return UserError(f"unknown {what} {value!r}" + f" of {of}" * bool(of), f"{suggestion}one of: {', '.join(names)}")
 
 
+class Stopped(Exception):
+    """A callback returned False, which ends the making of an image: nothing is returned.
+
+    Args:
+        done, steps: how many of the steps had been made.
+    """
+
+    def __init__(self, done: int, steps: int):
+        super().__init__(f"stopped by the callback after step {done} of {steps}")
+        self.done, self.steps = done, steps
+
+
 class Notice(UserWarning):
     """Something the user should know that does not stop the work."""

@@ -27,8 +27,10 @@ _JSON_BYTES, _JSON_DEPTH = 16 << 20, 32
 _PATIENCE = 1.0  # seconds that a writer waits for one that may only be tidying up
 _own = threading.local()
 
-# A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's.
-OWN = ("accel.json", "training.json")
+SINGLE_GRAPH = "single_graph.json"
+# A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's, that of
+# one graph.
+OWN = ("accel.json", "training.json", SINGLE_GRAPH)
 
 
 def cache_dir() -> Path:

@@ -34,6 +34,7 @@ from .int8.quantize import Progress, quantize
 from .int8.settings import Int8Settings, complete, refuse_changes
 from .int8.unsupported import refuse_control, refuse_image_prompts
 from .pipeline_files import copy_pipeline_files
+from .preview_map import preview_map
 
 COMPONENTS = usual_components()
 _STAGES = 4
@@ -196,6 +197,8 @@ def _export_float(
             records[name] = _export_component(
                 source, name, folder / name, dims[name], precision, options.opset, inputs, step
             )
+        if "vae_decoder" in names:
+            pipeline |= preview_map(source, inputs, pipeline)
         copy_pipeline_files(source, folder, sampling, feature_extractor=options.safety_checker)
         manifest = Manifest(
             family=source.family,

@@ -138,6 +138,7 @@ def _bundle(bundle: Bundle, flops: Mapping[str, Mapping[str, int]]) -> dict[str,
             "weights_bytes": manifest.files[record.weights]["bytes"] if record.weights else None,
             "export_seconds": record.parity.get("export_seconds"),
             "flop": flops.get(name),
+            "int8": summary.lines(record),
         }
     return {
         "name": bundle.path.name,

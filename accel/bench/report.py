@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 NONE = "not measured"
@@ -31,10 +31,11 @@ def number(value: Any, form: str = "{:.3g}") -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes as MB, or kB below one."""
+    """Bytes in GB, MB or kB, three digits."""
     if value is None:
         return NONE
-    return f"{value / 1e6:,.1f} MB" if abs(value) >= 1e6 else f"{value / 1e3:,.1f} kB"
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if abs(value) >= u), (1e3, "kB"))
+    return f"{value / unit:.3g} {name}"
 
 
 def headline(document: Document) -> list[str]:
@@ -189,38 +190,57 @@ def _files(bundle: Mapping[str, Any]) -> Table:
     return "Files of the bundle", columns, cells
 
 
-def show(document: Document, console: Any = None, *, full: bool = False) -> None:
+def show(document: Document, console: Any = None, *, heading: str = "", full: bool = False) -> None:
     """Print a document: the summary, or every table.
 
     Args:
+        heading: a sentence above.
         console: a rich Console; by default one on stdout, for full tables in a pipe one that is wide enough.
     """
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     if console is None:
         console = Console()
         if full and not console.is_terminal:
             console = Console(width=160)
-    for line in headline(document):
+    for line in [heading, ""] * bool(heading) + headline(document):
         console.print(Text(line))
-    for title, columns, rows in tables(document) if full else [summary(document)]:
-        how = dict(title=title, title_justify="left", title_style="bold", header_style="bold")
-        table = RichTable(**how) if full else RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **how)
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=not full)
-        for cells in rows:
-            # A reason would stretch its column out of the window: it goes below the tables, once.
-            reason = full and cells[1].startswith(f"{NONE}: ")
-            table.add_row(*map(Text, [cells[0], NONE, *cells[2:]] if reason else cells))
-        console.print()
-        console.print(table)
+    for table in tables(document) if full else [summary(document)]:
+        _print(console, table, full)
     for note in [*_reasons(document["rows"]), *(document["notes"] if full else ())]:
         console.print(Text(f"- {note}"))
     if not full and document["notes"]:
         console.print(Text("- --full shows every table, and how it was measured"))
+
+
+def show_tables(heading: str, tables: Iterable[Table], console: Any = None) -> None:
+    """Print a sentence and short tables."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    console.print(Text(heading))
+    for table in tables:
+        _print(console, table, full=False, wrap=True)
+
+
+def _print(console: Any, table: Table, full: bool, wrap: bool = False) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    title, columns, rows = table
+    how = dict(title=title, title_justify="left", title_style="bold", header_style="bold")
+    drawn = RichTable(**how) if full else RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **how)
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=not (full or wrap))
+    for cells in rows:
+        # A reason would stretch its column out of the window: it goes below the tables, once.
+        reason = full and cells[1].startswith(f"{NONE}: ")
+        drawn.add_row(*map(Text, [cells[0], NONE, *cells[2:]] if reason else cells))
+    console.print()
+    console.print(drawn)
 
 
 def _reasons(rows: list) -> Iterator[str]:

@@ -134,3 +134,17 @@ def speedup(baseline: Sequence[float], samples: Sequence[float]) -> Ratio | None
     picks = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
     low, high = np.percentile(np.median(a[picks], axis=1) / np.median(b[picks], axis=1), (2.5, 97.5))
     return Ratio(ratio=ratio, low=float(low), high=float(high))
+
+
+def apart(baseline: Sequence[float], samples: Sequence[float]) -> Ratio | None:
+    """The same for samples of two runs, whose rounds are no pairs: each side is resampled by itself."""
+    if not len(baseline) or not len(samples):
+        return None
+    a, b = np.asarray(baseline), np.asarray(samples)
+    ratio = float(np.median(a) / np.median(b))
+    if min(len(a), len(b)) < MINIMUM_ROUNDS:
+        return Ratio(ratio=ratio, low=None, high=None)
+    rng = np.random.default_rng(0)
+    medians = [np.median(side[rng.integers(0, len(side), (_RESAMPLES, len(side)))], axis=1) for side in (a, b)]
+    low, high = np.percentile(medians[0] / medians[1], (2.5, 97.5))
+    return Ratio(ratio=ratio, low=float(low), high=float(high))

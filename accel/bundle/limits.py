@@ -72,6 +72,22 @@ def constants(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"pipeline.{key}: {values[key]!r:.80} is not one number for each of the latent channels"
         if not all(math.isfinite(value) and (value or key == "shift_factor") for value in each):
             yield f"pipeline.{key}: {values[key]!r:.80} is {what}"
+    if "preview" in values and not _is_map(values["preview"], values["latent_channels"]):
+        yield f"pipeline.preview: {values['preview']!r:.80} is no map of latents to red, green and blue"
+
+
+def _is_map(value: Any, channels: int) -> bool:
+    """Whether it is what `accel.pipeline.previews.linear_map.LinearMap.from_dict` reads."""
+    if not isinstance(value, dict) or not isinstance(value.get("factors"), list):
+        return False
+    rows = [*value["factors"], value.get("bias")]
+    sizes = [channels] * 3 + [3]
+    return len(rows) == 4 and all(
+        isinstance(row, list)
+        and len(row) == size
+        and all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in row)
+        for row, size in zip(rows, sizes, strict=True)
+    )
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -141,7 +141,8 @@ class Manifest:
         pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor and
             shift_factor (x = (z - shift) * factor; one number, or one for each latent channel), latent_multiple (of a
             latent side), native_size (pixels; [height, width] of a model that is not square), zero_empty_prompt
-            (whether no prompt means zeros), clip_skip, control_conditional_only (ControlNets for rows with a prompt).
+            (whether no prompt means zeros), clip_skip, control_conditional_only (ControlNets for rows with a prompt),
+            preview (linear map of latents to colours: `factors`, `bias`, `error`).
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).

@@ -73,8 +73,9 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import check_schema, report, report_html
-    from ..files import read_json, write_bytes, write_json
+    from ..bench import page, report
+    from ..bench.results import saved, verdict
+    from ..files import write_bytes, write_json
 
     if args.bundle is None and args.json not in (None, "-") and not args.json.endswith(".json"):
         args.bundle, args.json = args.json, "-"  # --json MODEL: the switch, and then the model
@@ -82,24 +83,18 @@ def run(args: argparse.Namespace) -> int:
         raise WrongUse("accel bench: give a model, or --from FILE", f"for example {EXAMPLE}")
     files = _files(args)
     if args.saved:
-        document = check_schema(read_json(Path(args.saved), "the benchmark result"), args.saved)
-        images, code = {}, 0
-        try:  # a file from anywhere: all that the report reads must be in it
-            report_html.page(document), [*report.tables(document)], report.headline(document)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            why = f"{args.saved} is damaged ({type(error).__name__}: {error})"
-            raise UserError(why, "give a file that `accel bench --json FILE` wrote") from None
+        document, images, code = saved.read(args.saved), {}, 0
     else:
         document, images, code = _measure(args)
     if args.json == "-":
         print(json.dumps(document, indent=2))
     else:
-        report.show(document, full=args.full)
+        report.show(document, heading=verdict.sentence(document), full=args.full)
     for file in files:
         if file.suffix == ".json":
             write_json(file, document)
         else:
-            write_bytes(file, report_html.page(document, images).encode())
+            write_bytes(file, page.page(document, images).encode())
     return code
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import sys
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from ..progress import progress
 EXAMPLE = "accel demo --out out/demo"
 
 MODELS = ("digits/4step", "digits/1step")
+WEB_MODEL = "digits/1step-int8"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEED = 40  # of the first forty-odd, the one whose ten digits the classifier reads most surely in four steps and in one
 
@@ -22,18 +27,34 @@ SEED = 40  # of the first forty-odd, the one whose ten digits the classifier rea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder to write (default: accel-demo)", default="accel-demo", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls per engine (default: 5)")
+    parser.add_argument("--no-open", action="store_true", help="do not open the page in a browser when it is ready")
     parser.add_argument(
         "--model",
         nargs="+",
-        default=MODELS,
+        default=None,
         dest="models",
         metavar="MODEL",
-        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)})",
+        help=f"models to show; `digits` is the teacher, in 25 steps (default: {' '.join(MODELS)}; "
+        f"with --web {WEB_MODEL})",
     )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="one model in the browser instead: write a page that draws where it is shown, and serve it",
+    )
+    text = "with --web: where to serve; 0 takes a free one (default: 8000)"
+    parser.add_argument("--port", type=int, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.port is not None and not args.web:
+        raise UserError("--port is for --web", "add --web")
+    return _web(args) if args.web else _demo(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
     from ..bench import report
+    from ..bench.results import verdict
     from ..engines import ENGINES, facts, status
 
     started = time.perf_counter()
@@ -42,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is a file", "choose another --out")
     if out.exists() and not args.overwrite and any(out.iterdir()):
         raise UserError(f"{out} exists already", "add --overwrite, or choose another --out")
+    args.models = args.models or MODELS
     names = {model.rstrip("/").rpartition("/")[2]: model for model in args.models}
     if len(names) < len(args.models):
         raise UserError(f"two models of one name: {' '.join(args.models)}", "name each model once")
@@ -53,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
             break
         images[name] = _images(out / name, engines)
     say = (lambda text: None) if args.json else print
-    for result in results.values():
+    for document in (result.document.as_dict() for result in results.values()):
         if not args.json:
-            report.show(result.document.as_dict())
+            report.show(document, heading=verdict.sentence(document))
     if args.json:
         print(json.dumps({name: result.document.as_dict() for name, result in results.items()}, indent=2))
     if images:
@@ -64,9 +86,47 @@ def run(args: argparse.Namespace) -> int:
     for name in results:
         say(f"{out / name}: the bundle; {name}.html: its table as a web page; {name}.json: the numbers")
     say(f'try: accel run {out / name} --prompt "a handwritten seven"\n{time.perf_counter() - started:.0f} s in all')
+    if _may_open(args):
+        webbrowser.open((out / f"{next(iter(results))}.html").absolute().as_uri())
     if any(result.document.interrupted for result in results.values()):
         return 130
     return 1 if any(result.failed for result in results.values()) else 0
+
+
+def _web(args: argparse.Namespace) -> int:
+    """Write the page with a model as one graph, and serve it until Ctrl-C."""
+    from accel.export.single_graph.export import write
+    from accel.export.single_graph.web import copy_page, server
+
+    from ..bundle import Bundle
+    from ..files import new_folder
+
+    if len(args.models or ()) > 1:
+        raise UserError(f"--web shows one model, not {len(args.models)}", "give one")
+    bundle, out = Bundle.open((args.models or [WEB_MODEL])[0]), Path(args.out)
+    with server(out, 8000 if args.port is None else args.port) as web:
+        with progress("page", keep=True) as report, new_folder(out, overwrite=args.overwrite) as folder:
+            copy_page(folder)
+            write(bundle, folder / "graph", progress=report)
+            for path in (folder / "graph").iterdir():
+                path.rename(folder / path.name)
+            (folder / "graph").rmdir()
+        url = f"http://127.0.0.1:{web.server_port}/"
+        print(
+            json.dumps({"url": url, "folder": str(out)})
+            if args.json
+            else f"{url} draws in your browser; Ctrl-C ends it",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            web.serve_forever()
+    return 0
+
+
+def _may_open(args: argparse.Namespace) -> bool:
+    """Whether somebody sits before this terminal and has a screen."""
+    screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(screen) and sys.stdout.isatty() and not (args.json or args.no_open)
 
 
 def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namespace) -> Any:
@@ -74,7 +134,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     from accel.export.pipeline import COMPONENTS, export_pipeline
 
     from .. import bench
-    from ..bench import report_html
+    from ..bench.page import page
     from ..files import write_json
 
     with progress(f"{folder.name}, export", keep=True) as report:
@@ -96,7 +156,7 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
         )
     document = result.document.as_dict()
     write_json(folder.parent / f"{folder.name}.json", document)
-    (folder.parent / f"{folder.name}.html").write_text(report_html.page(document, result.images))
+    (folder.parent / f"{folder.name}.html").write_text(page(document, result.images))
     return result
 
 

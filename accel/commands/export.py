@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle import is_bundle
+from ..bundle import Bundle, is_bundle
 from ..bundle.kinds import usual_components
 from ..command_line.options import (
     add_build,
@@ -89,13 +91,16 @@ def add_arguments(parser: Any) -> None:
         "for RTX cards as well, made without one (default: onnx)",
     )
     add_gpu(parser, "with TensorRT or a Triton server: where it runs", cpu=True)
-    group = parser.add_argument_group("NVIDIA Triton Inference Server")
-    group.add_argument(
+    parser.add_argument(
         "--target",
         default="bundle",
-        choices=("bundle", "triton-server"),
-        help="triton-server: write a model repository; MODEL may be a bundle then (default: bundle)",
+        choices=("bundle", *_TARGETS),
+        help="single-graph: one ONNX file from prompt to pixels; triton-server: a model repository; MODEL may be a "
+        "bundle then (default: bundle)",
     )
+    text = "with single-graph: prompts as text are the input, by ONNX Runtime Extensions' tokenizer"
+    parser.add_argument("--text-input", action="store_true", help=text)
+    group = parser.add_argument_group("NVIDIA Triton Inference Server")
     group.add_argument(
         "--backend", default="onnxruntime", choices=("onnxruntime", "tensorrt"), help="backend of the repository"
     )
@@ -197,40 +202,65 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    if args.target == "triton-server":
-        return _triton_server(args)
-    return _bundle(args)
+    if args.text_input and args.target != "single-graph":
+        raise UserError("--text-input is for one graph", "add --target single-graph")
+    return _TARGETS[args.target](args) if args.target in _TARGETS else _bundle(args)
+
+
+@contextmanager
+def _bundle_of(args: argparse.Namespace, used: str, engine: str = "onnx") -> Iterator[Bundle]:
+    """MODEL as a bundle: itself, or a temporary one of a pipeline.
+
+    Args:
+        used: what is done with it, for the error about options that a bundle no longer takes.
+    """
+    import copy
+    import tempfile
+
+    from accel.export.int8.settings import refuse_changes
+    from accel.files import refuse_existing
+
+    refuse_existing(Path(args.out), args.overwrite)
+    if is_bundle(args.model):
+        given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
+        refuse_changes(args.model, given, used)
+        yield Bundle.open(args.model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        inner = copy.copy(args)
+        inner.out, inner.json, inner.silent, inner.engine = str(Path(folder) / "bundle"), False, True, engine
+        _bundle(inner)
+        yield Bundle.open(inner.out)
 
 
 def _triton_server(args: argparse.Namespace) -> int:
     """Write a bundle, or a pipeline by way of a temporary bundle, as a model repository."""
-    import copy
-    import tempfile
-
-    from accel.bundle import Bundle
-    from accel.export.int8.settings import refuse_changes
     from accel.export.triton.repository import Serving, write
-    from accel.files import refuse_existing
 
     serving = Serving(backend=args.backend, instances=args.instances, kind="cpu" if args.device == "cpu" else "gpu")
     serving.check()
-    refuse_existing(Path(args.out), args.overwrite)
-    if is_bundle(args.model):
-        given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
-        refuse_changes(args.model, given, "served")
-        command = write(Bundle.open(args.model), args.out, serving, overwrite=args.overwrite)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            inner = copy.copy(args)
-            inner.out, inner.json, inner.silent = str(Path(folder) / "bundle"), False, True
-            inner.engine = "tensorrt" if args.backend == "tensorrt" else "onnx"
-            _bundle(inner)
-            command = write(Bundle.open(inner.out), args.out, serving, overwrite=args.overwrite)
+    with _bundle_of(args, "served", "tensorrt" if args.backend == "tensorrt" else "onnx") as bundle:
+        command = write(bundle, args.out, serving, overwrite=args.overwrite)
     if args.json:
         print(json.dumps({"repository": args.out, "backend": args.backend, "command": command}))
     else:
         print(f"{args.out} is ready: {command}")
     return 0
+
+
+def _single_graph(args: argparse.Namespace) -> int:
+    """Write a bundle, or a pipeline by way of a temporary bundle, as one graph."""
+    from accel.export.single_graph.export import describe, write
+
+    if args.engine != "onnx":
+        raise UserError(f"--engine {args.engine} makes files of components, not of one graph", "leave --engine out")
+    with _bundle_of(args, "written as one graph") as bundle, progress("single graph") as report:
+        record = write(bundle, args.out, text=args.text_input, overwrite=args.overwrite, progress=report)
+    print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
+    return 0
+
+
+_TARGETS = {"single-graph": _single_graph, "triton-server": _triton_server}
 
 
 def _bundle(args: argparse.Namespace) -> int:

@@ -16,17 +16,24 @@ VERBS = {
     "trust": "trust TensorRT engine files that somebody else built",
     "distill": "train a small or few-step student of a pipeline, fine-tune one, or train a LoRA",
     "run": "make images from prompts, with a bundle on any engine or with a pipeline as it is",
+    "serve": "serve models over HTTP with OpenAI's and A1111's API; requests share UNet calls step by step",
     "bench": "measure speed, memory and image differences of the engines, eager against compiled, in one table",
+    "report": "show results of bench as a page or table, and compare runs and machines with each other",
+    "studio": "compare two engines by eye on one prompt, in a browser on this machine",
+    "tune": "find the fastest engine for each network of a bundle on this machine, and let `auto` take it",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
     "list": "list the models, recipes, profiles, protocols, samplers and engines that there are by name",
     "completion": "print a script that completes accel's verbs and options in your shell",
 }
+# Verbs that lie in a folder of this one.
+_FOLDERS = {"report": "show", "studio": "show", "tune": "measure"}
 
 
 def verb(name: str) -> tuple[ModuleType, Parser]:
     """The module of a verb and its parser."""
-    module = import_module(f"accel.commands.{name}")
+    path = f"{_FOLDERS[name]}.{name}" if name in _FOLDERS else name
+    module = import_module(f"accel.commands.{path}")
     parser = Parser(prog=f"accel {name}", description=VERBS[name], example=module.EXAMPLE)
     module.add_arguments(parser)
     add_general(parser)

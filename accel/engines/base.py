@@ -46,6 +46,7 @@ class Facts:
         auto: where `auto` may choose it by itself: "cpu", "cuda".
         variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
         gpu_variants: further ones on a machine with a CUDA device.
+        tunes: options that are on by default, and that `accel tune` also tries switched off.
     """
 
     dtypes: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class Facts:
     auto: tuple[str, ...] = ("cpu",)
     variants: tuple[str, ...] = ("",)
     gpu_variants: tuple[str, ...] = ()
+    tunes: tuple[str, ...] = ()
 
 
 @cache

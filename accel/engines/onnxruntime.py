@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Component
-from ..bundle.graph_file import graph
+from ..bundle.graph_file import float32_values, graph
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, UserError
 from ..providers import plugins
 from ..providers.built_in import PROVIDERS
 from ..providers.route import NAMES, NO_EP_CONTEXT, Route, find
-from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation, to_torch
+from .base import Engine, Facts, Status, check_threads, note_saturation, to_torch
+from .folds import in_onnx
 
 FACTS = Facts(
     devices={name: {"provider": name} for name in NAMES},
     libraries=("onnx", "onnxruntime"),
     options=("device", "provider", "threads"),
     int8=True,
+    tunes=("folds",),
 )
 # Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
 OFF_FOR_INT8 = ["MatMulAddFusion"]
@@ -83,6 +85,7 @@ class OnnxRuntime(Engine):
         io_binding: bind torch tensors by address instead of passing numpy arrays; None turns it on for CUDA and
             TensorRT when torch is installed. Plugin providers take numpy arrays. Outputs are always
             fresh tensors: an output bound over an input would overwrite the latents that the sampler still needs.
+        folds: make one operator of upsampling and the convolution after it, where that is faster (`folds`).
         session: further session config entries.
         provider_options: options of the provider by ONNX Runtime's names, over ours (see `accel.providers`).
         weights: as `set_weights` takes them.
@@ -99,6 +102,7 @@ class OnnxRuntime(Engine):
         device: str = "auto",
         threads: int = 0,
         io_binding: bool | None = None,
+        folds: bool = True,
         session: Mapping[str, str] | None = None,
         provider_options: Mapping[str, Any] | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
@@ -116,7 +120,7 @@ class OnnxRuntime(Engine):
             raise UserError(f"provider {route.name} takes no io_binding: its tensors are numpy arrays", "leave it out")
         if component.int8 and route.name == "cpu":
             note_saturation()
-        self._open = partial(self._session, bundle, route, threads, session or {})
+        self._open = partial(self._session, bundle, route, threads, folds, session or {})
         self.set_weights(weights or {})
         self.on_gpu = route.place.startswith("cuda")
         self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
@@ -127,7 +131,13 @@ class OnnxRuntime(Engine):
         self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (", int8" if component.int8 else "")
 
     def _session(
-        self, bundle: Bundle, route: Route, threads: int, entries: Mapping[str, str], weights: Mapping[str, np.ndarray]
+        self,
+        bundle: Bundle,
+        route: Route,
+        threads: int,
+        folds: bool,
+        entries: Mapping[str, str],
+        weights: Mapping[str, np.ndarray],
     ) -> tuple[Any, list[Any]]:
         """A session with these weights instead of the graph's own, and what it needs to be held for them."""
         import onnxruntime as ort
@@ -138,10 +148,16 @@ class OnnxRuntime(Engine):
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         own = "onnxruntime" if route.name == "cpu" else ""
-        file = graph_file(bundle, self.component, own)
+        model = graph(bundle, self.component, own)
+        source: Any = str(bundle.file(self.component.graph_for(own)))
+        stored = bundle.file(self.component.weights)
+        values = partial(float32_values, model, stored, instead=weights)
+        if folds and route.name == "cpu" and in_onnx.fold(model, values):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stored.parent))
+            source = model.SerializeToString()
         held = {}
         if weights:
-            known = {tensor.name for tensor in graph(bundle, self.component, own).graph.initializer}
+            known = {tensor.name for tensor in model.graph.initializer}
             held = {
                 name: ort.OrtValue.ortvalue_from_numpy(np.require(value, requirements="CA"))
                 for name, value in weights.items()
@@ -151,7 +167,7 @@ class OnnxRuntime(Engine):
             options.add_external_initializers(list(held), list(held.values()))
             route = route.without_caches()
         try:
-            session = route.open(str(file), options, disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None)
+            session = route.open(source, options, disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None)
         except Exception as error:
             raise UserError(
                 f"ONNX Runtime cannot load {self.component.graph} on {route.name}: {plugins.cause(error)}",

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph
 from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
-from ..files import cache_dir, inside
-from ..machine import version_of
-from .base import Engine, Facts, Status, check_threads, graph_file, note_saturation
+from ..files import cache_dir, digest_of, inside, write_bytes
+from ..machine import machine_name, version_of
+from .base import Engine, Facts, Status, check_threads, note_saturation
+from .folds import in_openvino
 
+FOLDS = 1  # to be raised with every change of `folds`, whose results are kept in the cache
 FACTS = Facts(
     dtypes=tuple(SHORT),
     devices={"cpu": {"device": "CPU"}, "gpu": {"device": "GPU"}},
@@ -27,6 +30,7 @@ FACTS = Facts(
     options=("device", "dtype", "threads"),
     int8=True,
     variants=("", "bf16"),
+    tunes=("folds",),
 )
 
 
@@ -57,6 +61,7 @@ class OpenVino(Engine):
         dtype: dtype to compute in: "auto" (float32: never less accurate than the bundle without being asked), "fp32",
             "bf16" or "fp16" where the device can. Inputs and outputs keep the dtypes of the manifest.
         threads: CPU threads; 0 lets OpenVINO choose.
+        folds: make one operator of upsampling and the convolution after it, where that is faster (`folds`).
         weights: as `set_weights` takes them.
     """
 
@@ -70,6 +75,7 @@ class OpenVino(Engine):
         device: str = "CPU",
         dtype: str = "auto",
         threads: int = 0,
+        folds: bool = True,
         weights: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__(bundle, component)
@@ -95,7 +101,7 @@ class OpenVino(Engine):
             config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
-        self._compile = partial(self._compiled, bundle, device, config)
+        self._compile = partial(self._compiled, bundle, device, config, folds and device.startswith("CPU"))
         self.turn = threading.Lock()
         self.set_weights(weights or {})
         precision = f"int8 + {dtype}" if component.int8 else dtype
@@ -103,22 +109,36 @@ class OpenVino(Engine):
         if dtype != "fp32":
             self._try_out(dtype)
 
-    def _compiled(self, bundle: Bundle, device: str, config: Mapping[str, str], tensors: Mapping[str, Any]) -> Any:
+    def _compiled(
+        self, bundle: Bundle, device: str, config: Mapping[str, str], folds: bool, tensors: Mapping[str, Any]
+    ) -> Any:
         """The compiled graph, with these tensors instead of its own constants."""
         import openvino
 
-        core, file = openvino.Core(), str(graph_file(bundle, self.component))
+        core, proto = openvino.Core(), graph(bundle, self.component)
+        file = str(bundle.file(self.component.graph))
+        folds = folds and any(node.op_type == "Resize" for node in proto.graph.node)
         try:
-            if not tensors:
+            if not tensors and not folds:
                 return core.compile_model(file, device, config)
+            # OpenVINO's own cache would read all weights of a changed graph to know it again; they are in our key.
+            cache = config.get("CACHE_DIR")
+            config = {key: value for key, value in config.items() if key != "CACHE_DIR"}
+            kept = _blob(Path(cache), device, config) if cache and not tensors else None
+            if kept and (found := _imported(core, kept, device, config)):
+                return found
             model = core.read_model(file)
             nodes = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
-            known = {tensor.name for tensor in graph(bundle, self.component).graph.initializer}
-            for name in known & tensors.keys():
+            for name in {tensor.name for tensor in proto.graph.initializer} & tensors.keys():
                 value = np.require(tensors[name], requirements="CA")
                 nodes[name].output(0).replace(openvino.opset13.constant(value).output(0))
-            # Its cache is for the bundle's own weights.
-            return core.compile_model(model, device, {k: v for k, v in config.items() if k != "CACHE_DIR"})
+            if folds:
+                in_openvino.fold(model)
+            compiled = core.compile_model(model, device, config)
+            if kept:
+                with contextlib.suppress(OSError):
+                    write_bytes(kept, compiled.export_model().getbuffer())
+            return compiled
         except UserError:
             raise
         except Exception as error:
@@ -160,6 +180,22 @@ class OpenVino(Engine):
 
     def release(self) -> None:
         del self.request, self.model
+
+
+def _blob(cache: Path, device: str, config: Mapping[str, str]) -> Path:
+    """Where a bundle's folded graph is kept, compiled: in the folder of its digest, by all else that decides it."""
+    known = {"openvino": version_of("openvino"), "cpu": machine_name(), "device": device, "folds": FOLDS, **config}
+    return cache / f"folded-{digest_of(known)[:32]}.blob"
+
+
+def _imported(core: Any, blob: Path, device: str, config: Mapping[str, str]) -> Any:
+    """What was compiled before, or None where there is nothing that can be read."""
+    import openvino
+
+    if not blob.is_file():
+        return None
+    with contextlib.suppress(Exception):  # of OpenVINO; it is compiled anew
+        return core.import_model(openvino.Tensor(np.memmap(blob, np.uint8, "r")), device, dict(config))
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> OpenVino:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import Bundle, Component
+from ..bundle import Bundle, Component, tuned
 from ..bundle.manifest import steadily
 from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
@@ -84,8 +84,9 @@ def choose(
 ) -> str:
     """The engine to use: an explicit choice as it is, or an error; `auto` the best that can run here.
 
-    `auto` takes TensorRT (or TensorRT-RTX) where the bundle has an engine file of the component that fits, then a GPU
-    that ONNX Runtime can drive, then the first of `ENGINES` that declares the device in its facts and takes the
+    `auto` takes TensorRT (or TensorRT-RTX) where the bundle has an engine file of the component that fits, then what
+    `accel tune` found fastest here where no option is asked for, then a GPU that ONNX Runtime can drive, then the first
+    of `ENGINES` that declares the device in its facts and takes the
     options. For an int8 component it goes by what the export measured. It never refuses because of speed or quality:
     where something else would be faster or closer to float32, a note says so. A diffusers pipeline folder runs on
     eager.
@@ -118,6 +119,8 @@ def choose(
         if bundle is not None and component is not None and set(engine_file_engines()) & set(fits)
         else None
     )
+    if engine_file is None and not wanted and (found := _tuned(bundle, component)):
+        return found.engine
     if component is not None and component.int8:
         return _choose_int8(component, engine_file, fits)
     if engine_file is not None:
@@ -130,6 +133,14 @@ def choose(
         if place in facts(candidate).auto and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def _tuned(bundle: Bundle | None, component: Component | None) -> tuned.Choice | None:
+    """What `accel tune` found fastest here for a component, if that can still run."""
+    if bundle is None or component is None:
+        return None
+    found = tuned.read(bundle).get(component.name)
+    return found if found and found.engine in ENGINES and status(found.engine).ok else None
 
 
 def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Sequence[str]) -> str:
@@ -233,6 +244,8 @@ def load_engine(
         options["engine_file"] = options.pop("plan")
     record, device = bundle.component(component), options.get("device", "auto")
     name = choose(engine, record, bundle, device, options)
+    if engine == "auto" and not options and (found := _tuned(bundle, record)) and found.engine == name:
+        options = dict(found.options)
     if verify:
         bundle.verify([record.folder])
     try:

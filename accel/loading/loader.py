@@ -68,6 +68,27 @@ def load(
     Raises:
         UserError: when the model is damaged or incomplete, cannot be exported, or the engine cannot run here.
     """
+    how = dict(export=export, few_step=few_step, safety_checker=safety_checker, embeddings=embeddings)
+    ready = runnable(bundle, engine, **how)
+    changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
+    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
+
+
+def runnable(
+    bundle: str | Path | Bundle,
+    engine: str | Mapping[str, str] = "auto",
+    *,
+    export: Mapping[str, Any] | None = None,
+    few_step: str | None = None,
+    safety_checker: bool | None = True,
+    embeddings: Any = None,
+) -> str | Path | Bundle:
+    """The model as the engine runs it, before it is loaded: a pipeline is compiled where the engine runs graphs.
+
+    Raises:
+        UserError: as `load`.
+    """
     ready: str | Path | Bundle = bundle
     if not _is_bundle(bundle, export=export, few_step=few_step):
         ready = opened(bundle, engine, export=export, few_step=few_step, safety_checker=safety_checker)
@@ -75,9 +96,7 @@ def load(
         read_embeddings(ready, embeddings)  # says what does not fit before the minutes of an export
         checked = {SAFETY_CHECKER: True} if SAFETY_CHECKER in ready.manifest.components else {}
         ready = compiled(ready, {"profile": ready.manifest.profile.name, **checked, **(export or {})})
-    changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
-    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
+    return ready
 
 
 def opened(

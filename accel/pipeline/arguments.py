@@ -123,6 +123,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     "renoise": Argument(callable, _FUNCTION.format("the step"), "None"),
     "output_type": Argument(_output_type, f"one of: {', '.join(OUTPUT_TYPES)}", "'pil'", optional=False),
     "callback": Argument(callable, _FUNCTION.format("(i, t, latents)"), "print"),
+    "preview_every": Argument(_whole, "a whole number of steps", "2"),
+    "preview_callback": Argument(callable, _FUNCTION.format("(i, images)"), "print"),
     "progress": _SWITCH,
     # Only diffusers' pipelines have these names, and here they mean the same.
     "generator": Argument(_or_list_of(_generator), "a torch.Generator, or one for each image", "torch.Generator()"),

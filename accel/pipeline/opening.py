@@ -162,4 +162,4 @@ def check_call(bundle: Bundle, *, vae_tiling: bool | None = None, vae_tile: int 
     given = arguments.read(default_call | call, default_call, {})
     pipeline = Pipeline(bundle, unloaded)
     set_tiling(pipeline, vae_tiling, vae_tile)
-    pipeline._request(given)
+    pipeline.request(given)

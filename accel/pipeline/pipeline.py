@@ -13,7 +13,6 @@ import numpy as np
 from ..bundle import Bundle, Manifest
 from ..bundle.kinds import KINDS
 from ..engines import Engine
-from ..engines.base import to_torch
 from ..engines.placement import Place, check_move
 from ..engines.resource import Resource
 from ..errors import UserError
@@ -28,13 +27,15 @@ from ..safety import COMPONENT as SAFETY_CHECKER
 from ..safety import SafetyChecker
 from ..sampling.constants import OPTIONS
 from ..text.tokenizer import ClipTokenizer
-from . import arguments, request
+from . import arguments
+from . import request as requests
 from .generator_noise import GeneratorNoise
 from .input_images import InputImages, shown
 from .lazy_engines import LazyEngines, component_names
 from .output import Output, not_finite, note_rejected, of_type, table
+from .previews import Previewer, preview_hook
 from .request import Request
-from .run import Run, StepCallback, StepEnd
+from .run import Hooks, Run, StepCallback, step_end_of
 from .sampling_plan import plan as plan_of
 from .tiling import VaeTiling
 
@@ -70,6 +71,7 @@ class Pipeline(Resource):
         self._tokenizers = tokenizers_of(bundle, engines)
         self._use(lora, learned)
         self.tiling: VaeTiling | None = None
+        self._previewer: Previewer | None = None
         if bundle.manifest.profile.vae_tile:
             self.enable_vae_tiling()
 
@@ -112,6 +114,8 @@ class Pipeline(Resource):
         renoise: Callable[[int], Any] | None = None,
         output_type: str = "pil",
         callback: StepCallback | None = None,
+        preview_every: int | None = None,
+        preview_callback: Callable[[int, list[Any]], None] | None = None,
         progress: bool = False,
         **others: Any,
     ) -> Output:
@@ -154,7 +158,11 @@ class Pipeline(Resource):
                 `denoising_start` the `Output.latents` to go on with.
             renoise: i -> noise [N, C, h, w] that a few-step sampler adds after step i, instead of a seed's.
             output_type: "pil", "np", "pt" or "latent", see `Output.images`.
-            callback: called as (i, t, x) after each step with the latents so far.
+            callback: called as (i, t, x) after each step with the latents so far; one that returns False stops the run.
+            preview_every: show every n-th step to `preview_callback`; None for every step, where there is one.
+            preview_callback: called as (i, images) with PIL images of what step i takes the images to be, for each
+                part of the call that is made at once. By the bundle's decoder, where that is a tiny VAE's; else by a
+                linear map of latents to colours (`accel.pipeline.previews`).
             progress: show a progress bar on stderr.
             others: diffusers' names for the above (`num_inference_steps`, ...). Also diffusers': `generator`, a
                 `torch.Generator` or one per image, whose noise is diffusers' own in text to image;
@@ -163,6 +171,7 @@ class Pipeline(Resource):
 
         Raises:
             UserError: for arguments of a wrong type, or that do not fit each other or the bundle's profile.
+            accel.errors.Stopped: when the callback has returned False.
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
         self.check_open()
@@ -180,15 +189,19 @@ class Pipeline(Resource):
         """The images of arguments that have the right types."""
         if missing := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise UserError(f"callback_on_step_end gets latents alone, not {missing.pop()}", "leave that name out")
-        made = self._request(call)
+        made = self.request(call)
         if generator is not None:
             made = self._with_generator(made, generator)
         run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
-        step_end = None if callback_on_step_end is None else self._step_end(callback_on_step_end, made.plan.start)
+        step_end = None if callback_on_step_end is None else step_end_of(self, callback_on_step_end, made.plan.start)
         decode = call["output_type"] != "latent"
         nsfw = None
         with self.engines.turn():
-            latents, pixels = run(call["callback"], step_end, call["progress"], decode=decode)
+            preview = preview_hook(
+                made.plan, made.pixels, self.previewer, call["preview_every"], call["preview_callback"]
+            )
+            hooks = Hooks(call["callback"], step_end, preview)
+            latents, pixels = run(hooks, call["progress"], decode=decode)
             if not np.isfinite(latents).all() or pixels is not None and not np.isfinite(pixels).all():
                 raise not_finite(self.bundle.manifest, self.engines.descriptions)
             if self.safety_checker is not None and pixels is not None:
@@ -200,7 +213,7 @@ class Pipeline(Resource):
             return (images_made,) if self.bundle.manifest.family == "sdxl" else (images_made, nsfw)
         return Output(images_made, latents, made.seeds if generator is None else [], run.clock.seconds, nsfw)
 
-    def _request(self, call: Mapping[str, Any]) -> Request:
+    def request(self, call: Mapping[str, Any]) -> Request:
         """The call as a request, refused if it does not fit the bundle; runs nothing."""
         controls = map(call.__getitem__, ("control_image", "control_scale", "control_end"))
         seen = shown(self.bundle.manifest, *controls)
@@ -227,7 +240,7 @@ class Pipeline(Resource):
             call["image_guidance_scale"],
             (call["denoising_start"], call["denoising_end"]),
         )
-        return request.complete(
+        return requests.complete(
             self._limits(),
             plan,
             call["prompt"],
@@ -243,7 +256,7 @@ class Pipeline(Resource):
             renoise=call["renoise"],
             weighted=call["prompt_weights"],
             tiling=self.tiling,
-            clip_skip=request.clip_skip(manifest, call["clip_skip"]),
+            clip_skip=requests.clip_skip(manifest, call["clip_skip"]),
         )
 
     def _with_generator(self, made: Request, generator: Any) -> Request:
@@ -253,24 +266,11 @@ class Pipeline(Resource):
         first = source.draw() if made.latents is None else made.latents
         return replace(made, chunks=chunks, latents=first, renoise=made.renoise or source.step)
 
-    def _step_end(self, callback: Callable[..., Any], start: int) -> StepEnd:
-        """diffusers' `callback_on_step_end` as a function (i, t, latents) -> latents."""
-
-        def step_end(i: int, t: float, x: Any) -> Any:
-            tensor = to_torch(x, str(getattr(x, "device", "cpu")))
-            returned = callback(self, i - start, t, {"latents": tensor})
-            if returned is not None and not isinstance(returned, Mapping):
-                what = arguments.short(returned)
-                raise UserError(f"callback_on_step_end returned {what}", "return the dict that it was given")
-            changed = (returned or {}).get("latents", tensor)
-            if tuple(getattr(changed, "shape", ())) != tuple(x.shape):
-                raise UserError(
-                    f"callback_on_step_end returned latents {arguments.short(changed)}",
-                    f"return a tensor of shape {tuple(x.shape)}",
-                )
-            return changed
-
-        return step_end
+    def previewer(self) -> Previewer:
+        """What shows latents as small pictures; made when it is first asked for."""
+        if self._previewer is None:
+            self._previewer = Previewer.of(self.bundle, self.engines)
+        return self._previewer
 
     def set_loras(self, loras: Spec | Sequence[Spec] | None = ()) -> None:
         """Run with these LoRA files from now on, instead of those it runs with; [] for none.

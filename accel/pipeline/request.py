@@ -113,6 +113,11 @@ def complete(
     if manifest.refines and inputs.image is None and not plan.resumes:
         fix = "image=..., or denoising_start=0.8 and the latents that a base model left there"
         raise UserError("this model refines images: it needs one to start from", fix)
+    if inputs.image is not None and "vae_encoder" not in manifest.components:
+        name = manifest.source["name"]
+        raise UserError(
+            f"this bundle of {name} has no vae_encoder, so it starts from no image", "export the model again"
+        )
     if latents is not None:
         latents = own_latents(manifest, latents, len(texts))
     numbers = seeds(seed, len(texts))

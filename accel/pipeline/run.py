@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from ..arrays import cast, concat, synchronize
 from ..bundle import Bundle
 from ..bundle.kinds import control_components
 from ..engines import Engine
-from ..engines.base import to_numpy
+from ..engines.base import to_numpy, to_torch
+from ..errors import Stopped, UserError
 from ..progress import Report
 from ..progress import progress as show_progress
 from ..safety import COMPONENT as SAFETY_CHECKER
@@ -22,16 +24,33 @@ from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
 from ..text.tokenizer import ClipTokenizer
-from . import conditioning, control
+from . import arguments, conditioning, control
+from .denoise import Part, predict
 from .initial_latents import Start, unscaled
 from .initial_latents import start as start_from
 from .lazy_engines import LazyEngines
 from .request import Chunk, Clock, Request
+from .sampling_plan import SamplingPlan
 
-StepCallback = Callable[[int, float, Any], None]
+StepCallback = Callable[[int, float, Any], Any]
 BLACK = -1  # as a decoder leaves it
 # (i, t, latents) -> latents, of whatever kind of array.
 StepEnd = Callable[[int, float, Any], Any]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called after each step.
+
+    Attributes:
+        callback: (i, t, x); one that returns False stops the run.
+        step_end: (i, t, x) -> x to go on with.
+        preview: (i, x, prediction), what the UNet was shown and what it made of it.
+    """
+
+    callback: StepCallback | None = None
+    step_end: StepEnd | None = None
+    preview: Callable[[int, Any, Any], None] | None = None
 
 
 class Run:
@@ -52,28 +71,32 @@ class Run:
         self.clock = Clock()
 
     def __call__(
-        self, callback: StepCallback | None, step_end: StepEnd | None, progress: bool, *, decode: bool
+        self, hooks: Hooks = Hooks(), progress: bool = False, *, decode: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1]."""
+        """Latents [N, C, h, w], and pixels [N, 3, H, W] in about [-1, 1].
+
+        Raises:
+            Stopped: when the callback stops it.
+        """
         chunks = self.request.chunks
         with self._phase("text_encoder", *self.tokenizers):
-            texts = [self._texts(chunk) for chunk in chunks]
+            texts = [self.texts(chunk) for chunk in chunks]
             for value in texts[-1].values():
                 synchronize(value)
-        prompts = self._image_prompts()
-        texts = [text | self._image_prompt(chunk, prompts) for chunk, text in zip(chunks, texts, strict=True)]
-        starts = [self._start(chunk) for chunk in chunks]
+        prompts = self.image_prompts()
+        texts = [text | self.image_prompt(chunk, prompts) for chunk, text in zip(chunks, texts, strict=True)]
+        starts = [self.start(chunk) for chunk in chunks]
         bar = show_progress("sampling", steps=self.plan.steps * len(chunks), shown=progress)
         with bar as report, self._phase("unet", *control_components(), "unet"):
             steps = _Steps(report)
             done = [
-                self._denoise(chunk, text, start, steps, callback, step_end)
+                self._denoise(chunk, text, start, steps, hooks)
                 for chunk, text, start in zip(chunks, texts, starts, strict=True)
             ]
         if not decode:
             return np.concatenate(done), None
         with self._phase("vae_decoder", "vae_decoder"):
-            pixels = [self._decode(x) for x in done]
+            pixels = [self.decode(x) for x in done]
         return np.concatenate(done), np.concatenate(pixels)
 
     def checked(self, pixels: np.ndarray, checker: SafetyChecker) -> list[bool]:
@@ -92,7 +115,7 @@ class Run:
         self.clock.add(name, time.perf_counter() - began)
         self.engines.phase_over(components)
 
-    def _texts(self, chunk: Chunk) -> dict[str, Any]:
+    def texts(self, chunk: Chunk) -> dict[str, Any]:
         """Text conditioning for the whole (doubled) batch of a chunk."""
         encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
@@ -106,7 +129,7 @@ class Run:
             feeds = {name: concat([without[name]] * (self.plan.rows - 1) + [value]) for name, value in feeds.items()}
         return feeds
 
-    def _image_prompts(self) -> tuple[np.ndarray, Any] | None:
+    def image_prompts(self) -> tuple[np.ndarray, Any] | None:
         """Embeddings of all pictures that an IP-Adapter is shown, and of none; None where there are none."""
         pixels = self.request.images.prompt
         if pixels is None:
@@ -114,7 +137,7 @@ class Run:
         with self._phase("image_encoder", "image_encoder"):
             return conditioning.image_embeddings(self.engines["image_encoder"], pixels, self.plan.rows > 1)
 
-    def _image_prompt(self, chunk: Chunk, prompts: tuple[np.ndarray, Any] | None) -> dict[str, Any]:
+    def image_prompt(self, chunk: Chunk, prompts: tuple[np.ndarray, Any] | None) -> dict[str, Any]:
         """The inputs of the UNet that are its IP-Adapter's; without pictures the adapter has no weight in the image."""
         spec = next((s for s in self.manifest.components["unet"].inputs if s.name == "image_embeds"), None)
         if spec is None:
@@ -129,7 +152,7 @@ class Run:
             scale = self.request.images.prompt_scale
         return {"image_embeds": embeds, "ip_adapter_scale": np.full(rows, scale, np.float32)}
 
-    def _start(self, chunk: Chunk) -> Start:
+    def start(self, chunk: Chunk) -> Start:
         """The start of a chunk. Images are encoded at once, before the UNet takes its memory."""
         first = noise.normal(chunk.seeds, 0, self.shape)
         if self.request.latents is not None:
@@ -150,53 +173,49 @@ class Run:
             self.engines.phase_over(["vae_encoder"])
         return made
 
-    def _denoise(
-        self,
-        chunk: Chunk,
-        text: dict[str, Any],
-        start: Start,
-        steps: _Steps,
-        callback: StepCallback | None,
-        step_end: StepEnd | None,
-    ) -> np.ndarray:
+    def fresh(self, chunk: Chunk, i: int) -> Any:
+        """The noise that a stochastic sampler adds to a chunk after step i."""
+        unet = self.engines["unet"]
+        if self.request.renoise is None:
+            return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
+        return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
+
+    def _denoise(self, chunk: Chunk, text: dict[str, Any], start: Start, steps: _Steps, hooks: Hooks) -> np.ndarray:
         unet, plan = self.engines["unet"], self.plan
-        spec = {s.name: s for s in unet.component.inputs}
-        feeds = self._feeds(chunk, text, unet)
+        names = {s.name for s in unet.component.inputs}
+        feeds = self.feeds(chunk, text, unet)
         add = control.prepare(self.request, chunk, self.manifest, self.engines)
-        extra: list[Any] = [None if start.extra is None else unet.array(start.extra)] * plan.rows
-        if plan.rows == 3:  # the first row is shown neither prompt nor image
-            extra[0] = extra[1] * 0
-        dtype = spec["sample"].dtype
+        extra = extra_rows(plan, start, unet)
         row = plan.start
+        seen: list[Any] = [None, None]  # what the UNet was shown last, and what it predicted
 
         def model(x: Any, t: float) -> Any:
-            rows = [x if more is None else concat([x, more], axis=1) for more in extra]
-            sample = cast(concat(rows) if plan.guided else rows[0], dtype)
-            inputs = dict(sample=sample, timestep=np.asarray(t, spec["timestep"].dtype), **feeds)
-            out = cast(unet(**inputs, **add(row, inputs))["out_sample"], "float32")
-            return plan.combined(out)
+            (out,) = predict(unet, [Part(plan, x, t, feeds, extra)], add=lambda inputs: add(row, inputs))
+            seen[:] = x, out
+            return out
 
         def fresh(i: int) -> Any:
-            if self.request.renoise is None:
-                return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
-            return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
+            return self.fresh(chunk, i)
 
         def after(i: int, t: float, x: Any) -> None:
             nonlocal row
             row = i + 1
             steps.advance()
-            if callback is not None:
-                callback(i, t, x)
+            if hooks.preview is not None:
+                hooks.preview(i, *seen)
+            if hooks.callback is not None and hooks.callback(i, t, x) is False:
+                raise Stopped(i + 1 - plan.start, plan.steps)
 
-        keep = start.constrain
+        keep, step_end = start.constrain, hooks.step_end
 
         def constrain(i: int, x: Any) -> Any:
             x = x if keep is None else keep(i, x, unet.array)
             return x if step_end is None else cast(unet.array(step_end(i, plan.timesteps[i], x)), "float32")
 
         x = cast(unet.array(start.x), "float32")
-        plain = not start.noised and all(hook is None for hook in (start.extra, keep, callback, step_end))
-        if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == set(spec):
+        hooked = any(hook is not None for hook in (start.extra, keep, *vars(hooks).values()))
+        plain = not start.noised and not hooked
+        if plain and getattr(unet, "cuda_graph", "") == "loop" and {"sample", "timestep", *feeds} == names:
             from ..engines.fixed_loop import FixedLoop
 
             guidance = plan.guidance if plan.guided else 0.0
@@ -207,15 +226,15 @@ class Run:
             for _ in range(plan.steps):
                 steps.advance()
             return to_numpy(x)
-        hooks: dict[str, Any] = dict(
+        own: dict[str, Any] = dict(
             noise=fresh, callback=after, constrain=None if keep is None and step_end is None else constrain
         )
         if plan.table is not None:
-            return to_numpy(run(plan.table, model, x, noised=start.noised, **hooks))
-        x = sampler.sample(plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, start=plan.start, **hooks)
+            return to_numpy(run(plan.table, model, x, noised=start.noised, **own))
+        x = sampler.sample(plan.sampler, model, x, self.schedule, timesteps=plan.timesteps, start=plan.start, **own)
         return to_numpy(x)
 
-    def _feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
+    def feeds(self, chunk: Chunk, text: dict[str, Any], unet: Engine) -> dict[str, Any]:
         """Everything but sample and timestep that the UNet takes, in its own dtypes."""
         feeds = dict(text)
         batch = len(chunk.prompts) * self.plan.rows
@@ -234,7 +253,7 @@ class Run:
         scores = request.scores[::-1] if self.plan.guided else request.scores[:1]
         return conditioning.scored_time_ids(batch // len(scores), request.pixels, *request.sizes[:2], scores)
 
-    def _decode(self, x: np.ndarray) -> np.ndarray:
+    def decode(self, x: np.ndarray) -> np.ndarray:
         vae, tiling = self.engines["vae_decoder"], self.request.tiling
         (spec,) = vae.component.inputs
 
@@ -243,6 +262,34 @@ class Run:
 
         z = unscaled(x, self.constants)
         return decoded(z) if tiling is None else tiling.decode(z, decoded)
+
+
+def step_end_of(pipeline: Any, callback: Callable[..., Any], start: int) -> StepEnd:
+    """diffusers' `callback_on_step_end` as a function (i, t, latents) -> latents."""
+
+    def step_end(i: int, t: float, x: Any) -> Any:
+        tensor = to_torch(x, str(getattr(x, "device", "cpu")))
+        returned = callback(pipeline, i - start, t, {"latents": tensor})
+        if returned is not None and not isinstance(returned, Mapping):
+            what = arguments.short(returned)
+            raise UserError(f"callback_on_step_end returned {what}", "return the dict that it was given")
+        changed = (returned or {}).get("latents", tensor)
+        if tuple(getattr(changed, "shape", ())) != tuple(x.shape):
+            raise UserError(
+                f"callback_on_step_end returned latents {arguments.short(changed)}",
+                f"return a tensor of shape {tuple(x.shape)}",
+            )
+        return changed
+
+    return step_end
+
+
+def extra_rows(plan: SamplingPlan, start: Start, unet: Engine) -> list[Any]:
+    """Further input channels of each row of an image; of three rows the first is shown neither prompt nor image."""
+    if start.extra is None:
+        return []
+    extra = unet.array(start.extra)
+    return [extra * 0, extra, extra] if plan.rows == 3 else [extra] * plan.rows
 
 
 def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Samplers as tables: every step is a linear combination, and one loop runs any table on numpy and torch arrays alike.
 
 Nearly every sampler is linear in its state x, in the model's predictions and in noise; only the coefficients differ.
-So a sampler is a function that makes a table of coefficients, in float64 and in its paper's notation, and the loop
-here is the only one. A row is one call of the model. With x_i the state at row i and p_i = model(x_i, t_i), a later
-state is a combination of these variables, of this row and of rows before it:
+So a sampler is a function that makes a table of coefficients, in float64 and in its paper's notation; `step` computes
+one row of any table, and `run` is the only loop. A row is one call of the model. With x_i the state at row i and
+p_i = model(x_i, t_i), a later state is a combination of these variables, of this row and of rows before it:
 
     ("x", i)   the state that the model was called with; of unit variance in every sampler but flow matching
     ("p", i)   what the model predicted
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -139,6 +139,14 @@ class Table:
         alpha, sigma = self.rows[i - self.first].level
         return alpha * x0 + sigma * eps
 
+    def row(self, state: State) -> Row:
+        """The row that comes next."""
+        return self.rows[state.row - self.first]
+
+    def over(self, state: State) -> bool:
+        """Whether no row is left."""
+        return state.row - self.first >= len(self.rows)
+
     @cached_property
     def last_use(self) -> dict[Variable, int]:
         """The last row that reads each variable."""
@@ -152,6 +160,51 @@ class Table:
     def draws(self) -> list[int]:
         """The rows that draw noise."""
         return sorted(i for kind, i in self.last_use if kind == "n")
+
+
+@dataclass(frozen=True)
+class State:
+    """A run between two calls of the model.
+
+    Attributes:
+        x: the state that the model is called with next; after the last row the result.
+        row: that row, counted from the start of the full grid.
+        known: the variables that later rows read.
+    """
+
+    x: Any
+    row: int
+    known: Mapping[Variable, Any]
+
+
+def begin(table: Table, x: Any, *, noised: bool = False) -> State:
+    """The state before the first row; arguments as in `run`."""
+    return State(table.scale * x if table.scale != 1 and not noised else x, table.first, {})
+
+
+def step(table: Table, state: State, prediction: Any, noise: Noise | None = None) -> State:
+    """The state after one row, whose model was called with `state.x` and `table.row(state).t`.
+
+    Args:
+        prediction: what the model returned, like x.
+        noise: as in `run`.
+    """
+    i, row = state.row, table.row(state)
+    last_use, known = table.last_use, dict(state.known)
+    known["x", i], known["p", i] = state.x, prediction
+    if ("m", i) in last_use:
+        a, b = row.clean
+        x0 = b * prediction if a == 0 else a * state.x + b * prediction
+        known["m", i] = table.clip(x0) if table.clip else x0
+    if row.stored:
+        known["s", i] = _combined(row.stored, known)
+    if ("n", i) in last_use:
+        if noise is None:
+            message = f"sampler {table.name} adds noise after step {i}, and none was given"
+            raise UserError(message, "pass noise=; see needs_noise()")
+        known["n", i] = noise(i)
+    x = _combined(row.next, known)
+    return State(x, i + 1, {variable: value for variable, value in known.items() if last_use.get(variable, -1) > i})
 
 
 def run(
@@ -177,30 +230,14 @@ def run(
     Returns:
         The last state, like x.
     """
-    if table.scale != 1 and not noised:
-        x = table.scale * x
-    last_use, known = table.last_use, {}
+    state = begin(table, x, noised=noised)
     for i, row in enumerate(table.rows, table.first):
-        prediction = model(x, row.t)
-        known["x", i], known["p", i] = x, prediction
-        if ("m", i) in last_use:
-            a, b = row.clean
-            x0 = b * prediction if a == 0 else a * x + b * prediction
-            known["m", i] = table.clip(x0) if table.clip else x0
-        if row.stored:
-            known["s", i] = _combined(row.stored, known)
-        if ("n", i) in last_use:
-            if noise is None:
-                message = f"sampler {table.name} adds noise after step {i}, and none was given"
-                raise UserError(message, "pass noise=; see needs_noise()")
-            known["n", i] = noise(i)
-        x = _combined(row.next, known)
-        known = {variable: value for variable, value in known.items() if last_use.get(variable, -1) > i}
+        state = step(table, state, model(state.x, row.t), noise)
         if constrain:
-            x = constrain(i, x)
+            state = replace(state, x=constrain(i, state.x))
         if callback:
-            callback(i, row.t, x)
-    return x
+            callback(i, row.t, state.x)
+    return state.x
 
 
 def _combined(terms: Terms, known: Mapping[Variable, Any]) -> Any:

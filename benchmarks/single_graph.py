@@ -1,0 +1,141 @@
+"""One graph against the pipeline of the same bundle on the same engine: file sizes, seconds to load, seconds per image.
+
+    python benchmarks/single_graph.py digits/1step-int8 digits/4step-int8 --out benchmarks/single-graph.json
+
+Each bundle is written as a single graph first. Engines take turns, one image a round, in one process with one thread
+unless OMP_NUM_THREADS says more; medians are kept. The pipeline's time is that of `pipe(prompt)`, tokenizer included,
+and the graph's that of its tokenizer and one run. Loading is from files that were read before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import accel
+from accel.bundle import Bundle
+from accel.export.single_graph import export
+from accel.files import write_json
+from accel.machine import machine
+from accel.text.tokenizer import ClipTokenizer
+
+PROMPT, THREADS = "a handwritten seven", int(os.environ.get("OMP_NUM_THREADS") or 1)
+
+
+def on_onnxruntime(graph: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    session = export.onnxruntime_session(str(graph), export.OFF_FOR_INT8 if "uint8" in graph.name else [])
+    return lambda feeds: session.run(None, feeds)[0]
+
+
+def on_openvino(graph: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(graph, "CPU", options)
+    return lambda feeds: compiled(feeds)[0]
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    made = work()
+    return made, time.perf_counter() - began
+
+
+def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
+    bundle = Bundle.open(model)
+    record, seconds = timed(lambda: export.write(bundle, folder))
+    tokenizer = ClipTokenizer.from_folder(folder / "tokenizer")
+    names = {spec["name"] for spec in record["inputs"]}
+
+    def feeds(seed: int) -> dict[str, np.ndarray]:
+        texts = {"input_ids": PROMPT, "negative_input_ids": ""}
+        ids = {name: tokenizer([text]) for name, text in texts.items() if name in names}
+        return ids | {"seed": np.array([seed], np.int32)}
+
+    own = {"onnxruntime": folder / record["graphs"][-1], "openvino": folder / record["graphs"][0]}
+    openers = {"onnxruntime": on_onnxruntime, "openvino": on_openvino}
+    engines: dict[str, Any] = {}
+    for engine, graph in own.items():
+        engines[engine] = compared(
+            lambda engine=engine: _loaded(bundle, engine),
+            lambda open_it=openers[engine], graph=graph: open_it(graph),
+            feeds,
+            rounds,
+        )
+        gc.collect()
+    files = {name: entry["bytes"] for name, entry in record["files"].items() if not name.startswith("tokenizer")}
+    return {
+        "model": record["source"]["name"],
+        "precision": record["precision"],
+        "steps": len(record["timesteps"]),
+        "size": list(record["outputs"][0]["shape"][1:3]),
+        "files": files,
+        "written_in_seconds": round(seconds, 1),
+        "parity": {key: record["parity"][key] for key in ("largest_of_255", "psnr")},
+        "engines": engines,
+    }
+
+
+def compared(load: Callable[[], Any], open_graph: Callable[[], Any], feeds: Callable, rounds: int) -> dict[str, Any]:
+    """Pipeline and graph of one engine, taking turns."""
+    (pipe, pipe_load), (run, graph_load) = timed(load), timed(open_graph)
+    run(feeds(0))
+    theirs, ours = [], []
+    for seed in range(rounds):
+        theirs.append(timed(partial(pipe, PROMPT, seed=seed, output_type="np", progress=False))[1])
+        ours.append(timed(partial(_fed, run, feeds, seed))[1])
+    pipe.close()
+    return {
+        "pipeline": {"load_seconds": round(pipe_load, 2), "image_seconds": round(statistics.median(theirs), 4)},
+        "single_graph": {"load_seconds": round(graph_load, 2), "image_seconds": round(statistics.median(ours), 4)},
+    }
+
+
+def _fed(run: Callable, feeds: Callable, seed: int) -> Any:
+    return run(feeds(seed))
+
+
+def _loaded(bundle: Bundle, engine: str) -> Any:
+    """A pipeline that has drawn once: its networks are loaded when they are first used."""
+    pipe = accel.load(bundle, engine, threads=THREADS)
+    pipe(PROMPT, seed=0, progress=False)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for model in args.bundles:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(model, Path(folder) / "graph", args.rounds))
+        print(rows[-1], flush=True)
+    packages = {name: version(name) for name in ("onnxruntime", "openvino")}
+    names = " ".join(Path(name).name if Path(name).is_absolute() else name for name in args.bundles)
+    document = {
+        "command": f"python benchmarks/single_graph.py {names} --rounds {args.rounds}",
+        "machine": asdict(machine()) | {"threads": THREADS, "load_average": round(os.getloadavg()[0], 1)},
+        "packages": packages,
+        "rows": rows,
+    }
+    if args.out:
+        write_json(args.out, document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Text to pixels in one ONNX graph: encoder, noise, the sampler's steps, decoder."""
