@@ -38,6 +38,7 @@ class Row:
         size: side of the images in pixels.
         dtype: of the graph.
         opset: of the graph.
+        int8: level of the layers that compute in int8 (`accel.int8.config.LEVELS`); "" for none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     size: int = 512
     dtype: str = "float16"
     opset: int = 20
+    int8: str = ""
 
 
 def _unet(name: str, **more: Any) -> Callable[[bool], Any]:
@@ -165,8 +167,8 @@ def measure(row: Row, shrunk: bool) -> dict[str, Any]:
     profile = Profile("matrix", batch, Range(size, size, size), Range(size, size, size))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        path, component, parameters = _trace(row, shrunk, profile, Path(folder))
-        traced = time.perf_counter() - started
+        path, component, parameters = traced(row, shrunk, profile, Path(folder))
+        trace_seconds = time.perf_counter() - started
         dims = {name: limits for name, limits in component.dims.items()}
         described = {
             "name": profile.name,
@@ -183,15 +185,15 @@ def measure(row: Row, shrunk: bool) -> dict[str, Any]:
             "parameters": parameters,
             "weights": weights,
             "estimate": asdict(needed),
-            "trace_seconds": round(traced, 1),
+            "trace_seconds": round(trace_seconds, 1),
         }
         try:
-            return found | _build(row, path, described, asdict(BuildOptions()))
+            return found | built(row, path, described, asdict(BuildOptions()))
         except UserError as error:
             return found | {"problem": error.message}
 
 
-def _trace(row: Row, shrunk: bool, profile: Any, folder: Path) -> tuple[Path, Any, int]:
+def traced(row: Row, shrunk: bool, profile: Any, folder: Path) -> tuple[Path, Any, int]:
     """The graph of a network with random weights, as an export writes it."""
     import torch
 
@@ -207,12 +209,13 @@ def _trace(row: Row, shrunk: bool, profile: Any, folder: Path) -> tuple[Path, An
     names = {name.removeprefix("model.") for name, _ in network.module.named_modules()}
     kept = tuple(n for n in ALWAYS_FLOAT32 if n in names) if row.dtype == "float16" else ()
     policy = precision.DtypePolicy(row.dtype, kept)
+    layers = _packed(network.module.model, row) if row.int8 else None
     inputs, outputs = (precision.with_dtype(specs, row.dtype) for specs in (network.inputs, network.outputs))
     parameters = precision.save_weights(network.module.model, folder / trace.WEIGHTS, policy)
     name, kind = network.name, network.kind
     del network
     gc.collect()
-    module = networks.rebuild(kind, folder / "config.json", folder / trace.WEIGHTS, inputs, outputs)
+    module = networks.rebuild(kind, folder / "config.json", folder / trace.WEIGHTS, inputs, outputs, layers)
     networks.keep_float32(module.model, kept)
     dims = profile.dims(vae_scale=8, latent_multiple=8, guidance=False)
     used = {d for spec in (*inputs, *outputs) for d in spec.shape if isinstance(d, str)}
@@ -222,17 +225,35 @@ def _trace(row: Row, shrunk: bool, profile: Any, folder: Path) -> tuple[Path, An
     return folder / trace.GRAPH, component, parameters
 
 
-def _build(row: Row, path: Path, described: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _packed(model: Any, row: Row) -> dict[str, list[str]]:
+    """Put a network into int8 with any ranges: what the compiler makes of it does not depend on their values."""
+    import torch
+
+    from accel.int8 import fake_quant, packed
+    from accel.int8.config import Int8Config
+
+    fake_quant.attach(model, Int8Config(level=row.int8))
+    for _, own in fake_quant.ranges(model):
+        own.set_scale(0.05)
+    layers = fake_quant.traits(model)
+    packed.pack(model, getattr(torch, row.dtype))
+    return layers
+
+
+def built(row: Row, path: Path, described: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     import onnx
 
     from accel.export.tensorrt import audit, child
     from accel.export.tensorrt.compiler import Job
+    from accel.trt.flavours import RTX
 
     started = time.perf_counter()
-    job = Job("tensorrt-rtx", row.name, str(path), [dict(described)], dict(options), TARGETS)
+    forms = list(RTX.forms)
+    job = Job("tensorrt-rtx", row.name, str(path), [dict(described)], dict(options), TARGETS, forms=forms)
     done = child.compile_apart(job, lambda *_: None)
     counts = audit.audit(done.layers, audit.of_graph(onnx.load(str(path), load_external_data=False)))
-    audit.check(row.name, {"float16": "fp16"}.get(row.dtype, "fp32"), counts)
+    wanted = "int8" if row.int8 else {"float16": "fp16"}.get(row.dtype, "fp32")
+    audit.check(row.name, wanted, counts)
     return {
         "bytes": len(done.data),
         "seconds": round(time.perf_counter() - started, 1),

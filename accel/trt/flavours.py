@@ -32,6 +32,7 @@ class Flavour:
         timing_cache: whether builds time kernels, and so keep a timing cache.
         runtime_cache: whether kernels are compiled when an engine is loaded, and kept in a runtime cache.
         layers: where the builder's layers are read: "inspector" (of the deserialized engine) or "log".
+        forms: forms of a graph that it fuses better (`accel.export.tensorrt.forms`).
         lacks: build option -> why this flavour does not take it.
         driver_only: build option -> why it needs a driver on the machine that builds.
         broken_refit: versions (as they begin) that compute refittable engines wrongly.
@@ -51,6 +52,7 @@ class Flavour:
     timing_cache: bool = True
     runtime_cache: bool = False
     layers: str = "inspector"
+    forms: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict)
     driver_only: Mapping[str, str] = field(default_factory=dict)
     broken_refit: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ RTX = Flavour(
     timing_cache=False,
     runtime_cache=True,
     layers="log",
+    forms=("scalar_scales", "linear_projections", "norms_of_images"),
     lacks={
         "timing_cache": "it times no kernels while it builds",
         "version_compatible": "its engine files belong to the version that built them",

@@ -137,6 +137,10 @@ class Messages:
     warnings: list[str] = field(default_factory=list)
     rest: list[str] | None = None
 
+    def causes(self, since: int = 0) -> list[str]:
+        """The errors that name a cause, without the first ones."""
+        return [line for line in self.errors[since:] if not _NOISE.search(line)]
+
     def last(self) -> str:
         """The last errors that name a cause, or warnings where there are no errors, on one line."""
         lines = self.errors or self.warnings or ["TensorRT gave no reason"]

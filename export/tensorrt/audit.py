@@ -23,10 +23,11 @@ from accel.errors import UserError
 from .layers import Layer, Tensor
 
 # LayerType as TensorRT spells it: correlation (a convolution of the graph compiler), CaskConvolution, gemm, fmha, ...
-# In fused kernels (kgen, runtime_fusion) only the name shows it: __myl_FcMulAdd_myl0_8, _gemm_mha_v2_myl0_23.
+# In fused kernels (kgen, runtime_fusion) only the name shows it: __myl_FcMulAdd_myl0_8, __myl_CorrCastAdd_myl0_33,
+# _gemm_mha_v2_myl0_23.
 _HEAVY_TYPE = re.compile(r"correlation|conv|gemm|matrix|matmul|attention|mha", re.IGNORECASE)
-_HEAVY_NAME = re.compile(r"__myl_\w*?(Fc|Conv|Gemm|MatMul|Mha)|_?gemm|\w*_mha_|\w*fmha")
-_FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)
+_HEAVY_NAME = re.compile(r"__myl_\w*?(Fc|Corr|Conv|Gemm|MatMul|Mha)|_?gemm|\w*_mha_|\w*fmha")
+FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)
 _NOT_COMPUTE = re.compile(r"reformat|copy|shuffle|constant|signal|wait", re.IGNORECASE)
 # The order counts: "BFloat16" contains "float". "Channel major FP16" and "Half" mean the same.
 _DATATYPES = (
@@ -100,7 +101,7 @@ def audit(layers: Sequence[Layer], nodes: Mapping[str, str] | None = None) -> di
     for layer in filter(_is_heavy, layers):
         precision = _precision(layer)
         heavy[precision] += 1
-        fused += bool(_FUSED_ATTENTION.search(layer.name + layer.kind))
+        fused += bool(FUSED_ATTENTION.search(layer.name + layer.kind))
         if precision == "fp32":
             float32.append(layer.name[:200])
         if precision == "int8":
@@ -212,18 +213,18 @@ def _precision(layer: Layer) -> str:
     The operands are the first input (what is added later may be wider) and the weights, or the second input where
     there are none. Weights show a product that a fused kernel casts its input for.
     """
-    inputs = [kind for tensor in layer.inputs if (kind := _datatype(tensor)) not in ("", "index")]
+    inputs = [kind for tensor in layer.inputs if (kind := datatype(tensor)) not in ("", "index")]
     weights = [tensor for tensor in layer.constants if sum(size > 1 for size in tensor.shape) > 1]
     operands = inputs[:1] if weights else inputs[:2] if layer.kind == "gemm" else inputs[:1]
     if weights:
-        operands.append(_datatype(max(weights, key=lambda tensor: _count(tensor.shape))))
+        operands.append(datatype(max(weights, key=lambda tensor: _count(tensor.shape))))
     operands = [kind for kind in operands if kind in _WIDTH]
     if operands:
         return max(operands, key=_WIDTH.__getitem__)
     return next((name for name, pattern in _TACTICS if pattern.search(layer.tactic)), "unknown")
 
 
-def _datatype(tensor: Tensor) -> str:
+def datatype(tensor: Tensor) -> str:
     if re.fullmatch(r"(?i)u?int(32|64)|bool", tensor.datatype.strip()):
         return "index"  # a shape, or the place of a slice
     return next((name for name, pattern in _DATATYPES if pattern.search(tensor.datatype)), "")

@@ -15,6 +15,7 @@ from typing import Any
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph, graph_file
 from accel.errors import UserError
+from accel.int8.config import is_product
 from accel.trt import engine_files, library, preflight
 from accel.trt.cuda import Cuda
 from accel.trt.engine_files import EngineFile, Here
@@ -133,6 +134,11 @@ def _build_one(
             f"its manifest does not name: {', '.join(odd[:3])}",
             f"export it again with --precision {wanted(component)}",
         )
+    if level := _unfused(component):
+        announce(
+            f"{component.name}: int8 level {level} takes attention apart, which is one kernel in float16, and writes "
+            "every score to memory; exported with --int8-level all it stays whole"
+        )
     needed = _estimate(bundle, component, profiles, options)
     announce(f"{component.name}: building needs {needed.text(where.cuda is not None)}{_free(where.cuda, needed)}")
     started = time.perf_counter()
@@ -177,6 +183,7 @@ def job(
 ) -> Job:
     """What the compiler is to do for a component."""
     cached = options.timing_cache and where.found.flavour.timing_cache
+    refitted = options.refittable or options.strip_plan  # by the names and shapes of the bundle's own graph
     return Job(
         engine=where.found.flavour.engine,
         name=component.name,
@@ -186,6 +193,7 @@ def job(
         targets=list(where.targets),
         device=where.cuda.index if where.cuda else 0,
         timing_cache=str(timing_cache.path_for(where.here)) if cached else "",
+        forms=[] if refitted else list(where.found.flavour.forms),
         what=what,
     )
 
@@ -195,6 +203,13 @@ def wanted(component: Component) -> str:
     if component.int8:
         return "int8"
     return {"float16": "fp16", "bfloat16": "bf16"}.get(component.dtype, "fp32")
+
+
+def _unfused(component: Component) -> str:
+    """The int8 level of a component that has products of attention in it; "" where it has none."""
+    if any(map(is_product, component.int8.get("layers", ()))):
+        return component.int8["config"]["level"]
+    return ""
 
 
 def _existing(bundle: Bundle, component: Component, key: str, here: Here) -> EngineFile | None:

@@ -97,7 +97,7 @@ def _result(answer: dict[str, Any], ended: Callable[[], Exception]) -> Compiled:
     result["layers"] = [
         layers.Layer(
             **{
-                key: tuple(layers.Tensor(*tensor) for tensor in found[key])
+                key: tuple(layers.Tensor(kind, tuple(shape), name) for kind, shape, name in found[key])
                 for key in ("inputs", "constants", "outputs")
             }
             | {key: found[key] for key in ("name", "kind", "tactic")},
@@ -172,7 +172,7 @@ def main() -> None:
 def _row(layer: layers.Layer) -> dict[str, Any]:
     row = asdict(layer)
     for key in ("inputs", "constants", "outputs"):
-        row[key] = [[tensor.datatype, list(tensor.shape)] for tensor in getattr(layer, key)]
+        row[key] = [[tensor.datatype, list(tensor.shape), tensor.name] for tensor in getattr(layer, key)]
     return row
 
 

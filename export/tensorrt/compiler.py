@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from accel.errors import UserError
 from accel.trt import library
 from accel.trt.cuda import Cuda
 from accel.trt.library import Library, Messages
 
 from . import layers, timing_cache
+from .forms import FORMS
 from .options import BuildOptions
 
 Progress = Callable[[str, float], None]
@@ -38,6 +41,7 @@ class Job:
         targets: compute capabilities, for a flavour that can choose.
         device: index of the GPU, for a flavour that builds on one.
         timing_cache: file of the timing cache, "" for none.
+        forms: forms that the graph is put into before it is parsed (`forms.FORMS`).
         what: "build", or "parse" to stop before the build and list what the parser refuses.
     """
 
@@ -49,6 +53,7 @@ class Job:
     targets: list[str] = field(default_factory=list)
     device: int = 0
     timing_cache: str = ""
+    forms: list[str] = field(default_factory=list)
     what: str = "build"
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,7 +117,13 @@ def _build(found: Library, job: Job, progress: Progress, messages: Messages) -> 
             "export again with another --opset, or run this component on --engine onnxruntime",
         )
     attentions = _decomposable(module, network)
+    told = len(messages.errors)
     config = _configure(found, builder, job)
+    if refused := messages.causes(told):  # setters log what they do not take, and raise nothing
+        raise UserError(
+            f"{found} does not take the options of this build of {job.name}: {refused[-1][:300]}",
+            "leave out what it names; accel build --help has the options",
+        )
     monitor = _monitor(module, progress)  # the variable keeps it alive during the build
     config.progress_monitor = monitor
     if job.timing_cache:
@@ -123,16 +134,16 @@ def _build(found: Library, job: Job, progress: Progress, messages: Messages) -> 
     if job.timing_cache:
         timing_cache.save(config, Path(job.timing_cache))
     spent = time.process_time() - started
-    told = messages.rest or []
+    log = messages.rest or []
     if found.flavour.layers == "log":
-        listed = layers.from_log(told)
+        listed = layers.from_log(log)
     else:
         listed = layers.from_inspector(_inspect(found, bytes(host), job, messages))
     return Compiled(
         data=host,
         layers=listed,
         warnings=_counted(messages.warnings),
-        activations=layers.activation_memory(told),
+        activations=layers.activation_memory(log),
         attentions=attentions,
         cpu_seconds=round(spent, 2),
     )
@@ -143,7 +154,17 @@ def _network(found: Library, job: Job) -> tuple[Any, Any, Any, bool]:
     builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, logger)
-    return builder, network, parser, parser.parse_from_file(job.graph)
+    return builder, network, parser, _parsed(parser, job)
+
+
+def _parsed(parser: Any, job: Job) -> bool:
+    """Parse the graph, in its other forms where the job names some; weights stay in their file."""
+    path = Path(job.graph)
+    if not job.forms or not path.is_file():
+        return parser.parse_from_file(job.graph)
+    model = onnx.load(job.graph, load_external_data=False)
+    changed = sum(FORMS[name](model, path.parent) for name in job.forms)
+    return parser.parse(model.SerializeToString(), job.graph) if changed else parser.parse_from_file(job.graph)
 
 
 def parser_problems(parser: Any, messages: Messages) -> list[dict[str, str]]:
@@ -224,7 +245,9 @@ def failure(found: Library, job: Job, messages: Messages) -> UserError:
     cause = messages.last()
     text = " ".join(messages.errors + messages.warnings).lower()
     fix = "a smaller --profile, or --components to leave this one out; it runs on --engine onnxruntime"
-    if "sm75" in job.targets and "not supported" in text:
+    if _wants_lean(text):
+        fix = _LEAN
+    elif "sm75" in job.targets and "not supported" in text:
         fix = (
             "leave sm75 out of --targets: Turing has no kernel for it in this precision; --precision fp16 may have one"
         )
@@ -233,6 +256,14 @@ def failure(found: Library, job: Job, messages: Messages) -> UserError:
             "; free GPU memory (see nvidia-smi)" if found.flavour.gpu_to_build else "; free memory of this machine"
         )
     return UserError(f"{found} could not build {job.name}: {cause}", fix)
+
+
+_LEAN = "leave out --version-compatible, or install TensorRT's lean runtime: pip install tensorrt-lean"
+
+
+def _wants_lean(text: str) -> bool:
+    """Whether a log says that the runtime is missing which a version-compatible engine carries."""
+    return "libnvinfer_lean" in text or "lean" in text and "cannot open" in text
 
 
 def _counted(warnings: list[str]) -> list[str]:
@@ -270,8 +301,8 @@ def _inspect(found: Library, data: bytes, job: Job, messages: Messages) -> str:
 def not_deserialized(found: Library, name: str, messages: Messages) -> UserError:
     """The error of an engine that its own builder's library does not load."""
     text = " ".join(messages.errors).lower()
-    if "libnvinfer_lean" in text or "lean" in text and "cannot open" in text:
-        fix = "leave out --version-compatible, or install TensorRT's lean runtime: pip install tensorrt-lean"
+    if _wants_lean(text):
+        fix = _LEAN
     elif "cudaerror" in text.replace(" ", "") or "driver" in text or not library.has_driver() and "cuda" in text:
         fix = "check the driver (nvidia-smi): loading an engine needs one"
     else:

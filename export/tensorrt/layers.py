@@ -24,10 +24,15 @@ _NUMBER = re.compile(r"^Total Activation Memory: (\d+) bytes", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Tensor:
-    """An operand of a layer: its datatype as TensorRT spells it ("Half", "Channel major FP16 format"), its shape."""
+    """An operand of a layer: its datatype as TensorRT spells it ("Half", "Channel major FP16 format"), its shape.
+
+    Attributes:
+        name: TensorRT's; the input of one layer has the name of another's output.
+    """
 
     datatype: str
     shape: tuple[int, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def _tensor(found: Mapping[str, Any]) -> Tensor:
     """TensorRT 10 has `Format/Datatype` in one, 11 and RTX have a `Datatype` beside a `Format`."""
     dims = found.get("Dimensions")
     shape = tuple(d for d in dims if isinstance(d, int)) if isinstance(dims, list) else ()
-    return Tensor(str(found.get("Datatype") or found.get("Format/Datatype") or ""), shape)
+    return Tensor(str(found.get("Datatype") or found.get("Format/Datatype") or ""), shape, str(found.get("Name", "")))
 
 
 def from_log(messages: Iterable[str]) -> list[Layer]:
@@ -97,8 +102,8 @@ def _parsed(line: str) -> Layer:
 
     def tensors(key: str) -> tuple[Tensor, ...]:
         return tuple(
-            Tensor(kind, tuple(int(d) for d in dims.split(",") if d.lstrip("-").isdigit()))
-            for _, dims, kind in _TENSOR.findall(found.get(key, ""))
+            Tensor(kind, tuple(int(d) for d in dims.split(",") if d.lstrip("-").isdigit()), name)
+            for name, dims, kind in _TENSOR.findall(found.get(key, ""))
         )
 
     return Layer(

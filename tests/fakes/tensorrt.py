@@ -14,6 +14,7 @@ import enum
 import hashlib
 import inspect
 import json
+import os
 import re
 import struct
 import threading
@@ -44,7 +45,8 @@ class World:
     Attributes:
         version, gpu: what the engine files are made for.
         cuda: the fake CUDA; asked whether a stream is being captured.
-        fail: operators the parser refuses, or "build" / "deserialize" / "context" / "execute" / "refit" to let fail.
+        fail: operators the parser refuses, or "config", "build", "deserialize", "context", "execute" or "refit" to let
+            fail.
         steps: progress steps of a build.
         on_step: called with the number of each step.
         calls: names of the API calls, in order.
@@ -198,6 +200,15 @@ class OnnxParser(_Behaviour):
         except Exception as error:
             self._errors.append(self._trt.ParserError(f"could not open or parse {model}: {error}", None))
             return False
+        return self._taken(loaded)
+
+    def parse(self, model, path=None):
+        self._world.calls.append("parse")
+        loaded = onnx.load_from_string(bytes(model))
+        onnx.external_data_helper.load_external_data_for_model(loaded, os.path.dirname(path or ""))
+        return self._taken(loaded)
+
+    def _taken(self, loaded):
         for node in loaded.graph.node:
             if node.op_type in self._world.fail:
                 self._errors.append(self._trt.ParserError(f"No importer registered for op: {node.op_type}", node))
@@ -240,7 +251,8 @@ class ITimingCache(_Behaviour):
 
 
 class IBuilderConfig(_Behaviour):
-    def __init__(self):
+    def __init__(self, logger=None):
+        self._logger = logger
         self._flags, self._limits, self._profiles, self._cache, self._targets = set(), {}, [], None, []
         self._settings = {
             "builder_optimization_level": 3,
@@ -256,6 +268,8 @@ class IBuilderConfig(_Behaviour):
         self._flags.discard(flag.name)
 
     def set_memory_pool_limit(self, pool, pool_size):
+        if "config" in self._world.fail:  # setters log, and raise nothing
+            self._log("ERROR", "Error Code 3: API Usage Error (Parameter check failed, condition: poolSize is valid)")
         self._limits[pool.name] = int(pool_size)
 
     def add_optimization_profile(self, profile):
@@ -269,8 +283,9 @@ class IBuilderConfig(_Behaviour):
             return self._trt.ITimingCache(set(), stamp)
         try:
             stamp, entries = json.loads(bytes(serialized_timing_cache))
-        except ValueError:
-            return None
+        except ValueError:  # as the real library: it warns, and gives an empty cache that is taken like any other
+            self._log("WARNING", "Failed to deserialize timing cache. Returning an empty timing cache.")
+            return self._trt.ITimingCache(set(), stamp)
         return self._trt.ITimingCache(set(entries), stamp)
 
     def set_timing_cache(self, cache, ignore_mismatch):
@@ -324,7 +339,7 @@ class Builder(_Behaviour):
 
     def create_builder_config(self):
         self._world.calls.append("config")
-        return self._trt.IBuilderConfig()
+        return self._trt.IBuilderConfig(self._logger)
 
     def create_optimization_profile(self):
         return self._trt.IOptimizationProfile()

@@ -1,7 +1,7 @@
-"""TensorRT itself on a real GPU: `python -m pytest -m "gpu and tensorrt" -rs`. Skipped with the reason where it cannot
-be; `-m "gpu and tensorrt and not slow"` leaves out the network of real size.
+"""TensorRT and TensorRT-RTX themselves on a real GPU: `python -m pytest -m "gpu and tensorrt" -rs`. Skipped with the
+reason where they cannot be; `-m "gpu and tensorrt and not slow"` leaves out the network of real size.
 
-Never run so far: the machines this was built on have no GPU.
+Never run so far: the machines this was built on have no GPU. What RTX alone has is in `test_tensorrt_rtx_gpu.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _real():
+@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
+def engine(request) -> str:
     from accel.engines import status
 
-    state = status("tensorrt")
+    state = status(request.param)
     if not state.ok:
-        pytest.skip(f"TensorRT cannot run here: {state.detail}")
+        pytest.skip(f"{request.param} cannot run here: {state.detail}")
+    return request.param
 
 
 @pytest.fixture(scope="module", params=["digits", pytest.param("sd15-tiny", marks=pytest.mark.slow)])
-def bundle(request, tmp_path_factory) -> Bundle:
+def bundle(request, engine, tmp_path_factory) -> Bundle:
     """The shipped model, and SD-Tiny at real size with random weights: in fp16, refittable, for two sizes."""
     from accel.export.pipeline import export_pipeline
     from accel.export.tensorrt.build import BuildOptions, build
@@ -44,7 +45,7 @@ def bundle(request, tmp_path_factory) -> Bundle:
         subprocess.run(make, check=True)
     made = export_pipeline(source, folder / "bundle", precision="fp16", profile=f"batch=1-4,size={sizes}")
     profiles = [f"batch=1,size={small}", f"batch=1-4,size={sizes}"]
-    build(made, profiles=profiles, options=BuildOptions(refittable=True))
+    build(made, engine=engine, profiles=profiles, options=BuildOptions(refittable=True))
     return made
 
 
@@ -59,13 +60,13 @@ def inputs(engine, batch=2, side="min", seed=0):
     return made | {"timestep": torch.tensor(500, dtype=made["timestep"].dtype)}
 
 
-def pair(bundle, **options):
-    ours = accel.load_engine(bundle, "unet", "tensorrt", **options)
+def pair(bundle, engine, **options):
+    ours = accel.load_engine(bundle, "unet", engine, **options)
     return ours, accel.load_engine(bundle, "unet", "eager", device="cuda")
 
 
-def test_parity_with_torch_at_every_shape(bundle):
-    ours, torchs = pair(bundle)
+def test_parity_with_torch_at_every_shape(bundle, engine):
+    ours, torchs = pair(bundle, engine)
     for batch, side in ((2, "min"), (1, "min"), (8, "max")):
         feeds = inputs(ours, batch, side)
         found, wanted = (e(**feeds)["out_sample"].float().cpu().numpy() for e in (ours, torchs))
@@ -81,8 +82,10 @@ def test_the_engines_are_fp16(bundle):
 
 
 @pytest.mark.parametrize("graph", ["step", "loop"])
-def test_cuda_graphs_change_nothing_when_shapes_change(bundle, graph):
-    plain, captured = (accel.load(bundle, "tensorrt", cuda_graph=g) for g in ("off", graph))
+def test_cuda_graphs_change_nothing_when_shapes_change(bundle, engine, graph):
+    if graph == "loop" and engine == "tensorrt-rtx":
+        pytest.skip("TensorRT-RTX captures each shape by itself: it has no loop")
+    plain, captured = (accel.load(bundle, engine, cuda_graph=g) for g in ("off", graph))
     heights = bundle.manifest.profile.height
     for seed, height in ((0, heights.min), (1, heights.min), (2, heights.max), (0, heights.min)):
         a, b = (
@@ -92,9 +95,9 @@ def test_cuda_graphs_change_nothing_when_shapes_change(bundle, graph):
         assert relative_l2(b, a) < 1e-3
 
 
-def test_a_cuda_array_is_used_where_it_is(bundle, monkeypatch):
+def test_a_cuda_array_is_used_where_it_is(bundle, engine, monkeypatch):
     """An array of another library: nothing but `__cuda_array_interface__`."""
-    ours, _ = pair(bundle)
+    ours, _ = pair(bundle, engine)
     feeds = {name: value.cuda() for name, value in inputs(ours).items()}
 
     class Foreign:
@@ -109,8 +112,8 @@ def test_a_cuda_array_is_used_where_it_is(bundle, monkeypatch):
     assert torch.equal(found, ours(**feeds)["out_sample"])
 
 
-def test_threads(bundle):
-    ours, _ = pair(bundle)
+def test_threads(bundle, engine):
+    ours, _ = pair(bundle, engine)
     cases = [inputs(ours, 2, seed=i) for i in range(4)]
     wanted, found = [ours(**feeds)["out_sample"].clone() for feeds in cases], [None] * 4
 
@@ -127,7 +130,7 @@ def test_threads(bundle):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_refit_there_and_back(bundle, tmp_path):
+def test_refit_there_and_back(bundle, engine, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from accel.engines.refit import Refit
@@ -140,7 +143,7 @@ def test_refit_there_and_back(bundle, tmp_path):
             state[f"unet.{key.removesuffix('.weight')}.lora_A.weight"] = 0.5 * torch.randn(2, into)
             state[f"unet.{key.removesuffix('.weight')}.lora_B.weight"] = 0.5 * torch.randn(out, 2)
     save_file(state, tmp_path / "lora.safetensors")
-    unet, _ = pair(bundle)
+    unet, _ = pair(bundle, engine)
     feeds, refit = inputs(unet), Refit(unet)
     before, own = unet(**feeds)["out_sample"].clone(), refit.digest
     refit.loras([tmp_path / "lora.safetensors"])

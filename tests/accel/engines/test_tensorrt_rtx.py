@@ -11,8 +11,10 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.engines import fitting_engine_file, status, tensorrt_rtx
+from accel.engines.refit import Refit
 from accel.errors import UserError
 from accel.export.tensorrt.build import build
+from accel.export.tensorrt.options import BuildOptions
 from accel.trt import engine_files, library, preflight, runtime_cache
 from accel.trt.flavours import runs_on
 
@@ -146,6 +148,33 @@ def test_the_engines_do_not_take_each_others_files(bundle, tensorrt_rtx, tensorr
     assert [file.engine for file in engine_files.find(bundle, VAE)] == ["tensorrt", RTX]
     assert accel.load_engine(bundle, VAE, RTX).engine_file.key == ours.key
     assert accel.load_engine(bundle, VAE, "tensorrt").engine_file.key == theirs.key
+
+
+def test_weights_are_refitted_there_and_back(bundle, tensorrt_rtx):
+    """LoRA by refit: other weights, then the bundle's own, bit by bit."""
+    build(bundle, (VAE,), engine=RTX, options=BuildOptions(refittable=True))
+    vae = accel.load_engine(bundle, VAE, RTX, cuda_graph="step")
+    before, refit = vae(**inputs())["sample"].clone(), Refit(vae)
+    name = next(name for name in refit._own if name.endswith("conv_in.weight"))
+    digest = refit.weights({name: refit._own[name] * 2})
+    changed = vae(**inputs())["sample"].clone()
+    assert np.abs((changed - before).numpy()).max() > 1e-3 and refit.changed == {name}
+    assert refit.weights({}) != digest and (vae(**inputs())["sample"] == before).all()
+    assert refit.weights({name: refit._own[name] * 2}) == digest and (vae(**inputs())["sample"] == changed).all()
+
+
+def test_without_a_driver_there_is_no_refittable_build(bundle, tensorrt_rtx, monkeypatch):
+    monkeypatch.setattr(library, "has_driver", lambda: False)
+    with pytest.raises(UserError, match="cannot do --refittable here: .*no NVIDIA driver") as caught:
+        build(bundle, (VAE,), engine=RTX, options=BuildOptions(refittable=True))
+    assert "--lora FILE" in caught.value.fix
+
+
+def test_weights_are_streamed_within_a_budget(bundle, tensorrt_rtx, expected):
+    build(bundle, (VAE,), engine=RTX, options=BuildOptions(weight_streaming=True))
+    with accel.load_engine(bundle, VAE, RTX, streaming_budget=4096) as vae:
+        assert vae.engine.weight_streaming_budget_v2 == 4096
+        assert np.abs(vae(**inputs())["sample"].numpy() - expected(inputs())).max() < 1e-5
 
 
 @pytest.mark.parametrize("option, value", [("cuda_graph", "loop"), ("specialization", "often")])

@@ -47,12 +47,13 @@ def test_the_audit_counts_the_layers_that_do_the_work():
             layer("correlation", "node_conv2d_myl0_2", "Int8", weights="Int8"),
             layer("kgen", "_gemm_mha_v2_myl0_23", "Half"),
             layer("runtime_fusion", "__myl_FcAddSilu_myl0_2", "Half", weights="Half"),
+            layer("runtime_fusion", "__myl_CorrCastAdd_myl0_33", "Half", weights="Float", more=["Float"]),
         ]
     )
-    assert found["heavy"] == {"bf16": 1, "fp16": 5, "fp32": 1, "int8": 2, "unknown": 1} and found["layers"] == 12
-    assert found["float32_layers"] == ["wide"] and found["fused_attentions"] == 1
+    assert found["heavy"] == {"bf16": 1, "fp16": 5, "fp32": 2, "int8": 2, "unknown": 1} and found["layers"] == 13
+    assert found["float32_layers"] == ["wide", "__myl_CorrCastAdd_myl0_33"] and found["fused_attentions"] == 1
     line = audit.check("unet", "fp16", found)
-    assert line.startswith("9 convolutions") and "; 1 more of unknown precision; 1 fused attentions" in line
+    assert line.startswith("10 convolutions") and "; 1 more of unknown precision; 1 fused attentions" in line
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,17 @@ def test_int8_engines_must_have_int8_layers_and_are_not_refittable(bundle_copy, 
     tensorrt._world.dtype = "Int8"
     (file,) = build(bundle, VAE)
     assert file.record["audit"]["wanted"] == "int8"
+
+
+@NEWEST
+@pytest.mark.parametrize("level, layers", [("attention", ["a.attn1.scores", "a.attn1.mix"]), ("all", ["a.attn1.to_q"])])
+def test_levels_that_take_attention_apart_are_discouraged(bundle_copy, edit_manifest, tensorrt, level, layers):
+    quantized = {"config": {"level": level}, "layers": {name: [] for name in layers}, "graphs": {}, "calibration": {}}
+    edit_manifest(bundle_copy, lambda data: data["components"]["vae_decoder"].update(int8=quantized))
+    tensorrt._world.dtype, said = "Int8", []
+    build(Bundle.open(bundle_copy), VAE, announce=said.append)
+    told = [line for line in said if "takes attention apart" in line]
+    assert len(told) == (level == "attention") and all("--int8-level all" in line for line in told)
 
 
 def test_the_audit_is_part_of_the_record(bundle, tensorrt):
