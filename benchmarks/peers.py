@@ -7,7 +7,8 @@ Every library runs in a process and an environment of its own (peers_worker.py) 
 one draws at a time and every round times all of them, starting with another one each time. DDIM, no guidance, one
 image, from text to pixels. The PSNR is against diffusers' eager float32 image. OpenVINO GenAI gives 8-bit pixels, which
 caps its PSNR near 59 dB; stable-diffusion.cpp draws its own noise, so its image is not compared.
-`--write` keeps the result in `peers.json` and puts the table into `docs/performance.md`.
+`--write` keeps the result in `peers.json` and puts the table into `docs/performance.md` and the
+README.
 """
 
 from __future__ import annotations
@@ -236,6 +237,7 @@ def main() -> int:
     if args.write:
         write_json(KEPT, document)
         pages.put(PAGE, "peers", table(document))
+        pages.put(ROOT / "README.md", "peers", table(document))
     return 0
 
 

@@ -55,9 +55,9 @@ def diffusers(work: Path, size: int, steps: int, *, compiled: bool = False, fold
 
 
 def prepare_optimum_onnx(work: Path) -> None:
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    from optimum.exporters.onnx import main_export
 
-    ORTStableDiffusionPipeline.from_pretrained(work / "pipeline", export=True).save_pretrained(work / "optimum-onnx")
+    main_export(str(work / "pipeline"), work / "optimum-onnx", task="text-to-image", library_name="diffusers")
 
 
 def optimum_onnx(work: Path, size: int, steps: int) -> Draw:
@@ -89,12 +89,12 @@ def prepare_optimum_intel(work: Path, *, out: str = "optimum-intel", precision: 
     OVStableDiffusionPipeline.from_pretrained(source, export=True, compile=False, **how).save_pretrained(work / out)
 
 
-def optimum_intel(work: Path, size: int, steps: int, *, folder: str = "optimum-intel", tiny: bool = False) -> Draw:
+def optimum_intel(work: Path, size: int, steps: int, *, folder: str = "optimum-intel") -> Draw:
     from optimum.intel import OVStableDiffusionPipeline
 
     config = {"INFERENCE_NUM_THREADS": os.environ["OMP_NUM_THREADS"], "INFERENCE_PRECISION_HINT": "f32"}
     pipe = OVStableDiffusionPipeline.from_pretrained(work / folder, ov_config=config, compile=False)
-    pipe.reshape(1, size, size, 1)
+    pipe.reshape(-1, size, size, -1)  # a number of images would be doubled, for guidance
     pipe.compile()
     return _diffusers_like(pipe, work, size, steps)
 

@@ -6,8 +6,8 @@
 
 exports the pipeline in float32 and in int8 into the work folder (kept for the next time), and times one image of every
 way of running it, taking turns: eager and torch.compile, then our engines. `--write` keeps the result in
-`whole-image.json` and puts the table into the README. The second one is of real size with random weights, which decide
-neither speed nor how close two ways of computing the same network are; half an hour, most of it the int8 export.
+`whole-image.json` and puts the table into `docs/results.md`. The second one is of real size with random weights, which
+decide neither speed nor how close two ways of computing the same network are; half an hour, most of it the int8 export.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """The README's table, fastest first, the machine below it."""
+    """The table of the page, fastest first, the machine below it."""
     rows, work = {row["way"]: row for row in document["rows"]}, document["work"]
     totals = {way: row["seconds"]["total"] for way, row in rows.items()}
     unit, factor = ("s", 1.0) if min(totals.values()) > 0.5 else ("ms", 1e3)
@@ -152,13 +152,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="a handwritten seven")
     parser.add_argument("--calibration-images", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="keep the result, and put the table into the README")
+    parser.add_argument("--write", action="store_true", help="keep the result, and put the table into the page")
     args = parser.parse_args()
     document = measure(args) if args.model else json.loads(KEPT.read_text())
     print(table(document))
     if args.write:
         write_json(KEPT, document)
-        pages.put(ROOT / "README.md", "results", table(document))
+        pages.put(ROOT / "docs" / "results.md", "whole-image", table(document))
 
 
 if __name__ == "__main__":

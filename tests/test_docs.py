@@ -67,6 +67,9 @@ def benchmarks(monkeypatch):
         "pages",
         "readme_table",
         "whole_image",
+        "peers",
+        "peers_worker",
+        "folds",
         "family_matrix",
         "kernels",
         "lora_switch",
@@ -78,7 +81,12 @@ def benchmarks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("page", "marker", "module", "kept"),
-    [("README.md", "results", "whole_image", "whole-image.json"), ("docs/results.md", "results", "readme_table", None)],
+    [
+        ("README.md", "peers", "peers", "peers.json"),
+        ("docs/performance.md", "folds", "folds", "folds.json"),
+        ("docs/results.md", "whole-image", "whole_image", "whole-image.json"),
+        ("docs/results.md", "results", "readme_table", None),
+    ],
 )
 def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, marker, module, kept):
     made = benchmarks(module)
