@@ -193,7 +193,6 @@ PEERS: dict[str, tuple[Callable[..., Draw], dict[str, Any]]] = {
     "accel OpenVINO": (accel, {"bundle": "ours/fp32", "engine": "openvino"}),
     "accel ONNX Runtime int8": (accel, {"bundle": "ours/int8", "engine": "onnxruntime"}),
     "accel OpenVINO int8": (accel, {"bundle": "ours/int8", "engine": "openvino"}),
-    "accel OpenVINO int8, tiny VAE": (accel, {"bundle": "ours/int8-tiny", "engine": "openvino"}),
 }
 PREPARED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "optimum-onnx": (prepare_optimum_onnx, {}),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from accel.assets import DIGITS
@@ -72,6 +73,17 @@ def parts(chosen: Topology) -> Iterator[tuple[str, str, Callable]]:
         yield "scheduler", "diffusers", lambda: PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **_SCHEDULE)
 
 
+def _as_published(file: Path) -> None:
+    """Name a CLIP text encoder's weights as published folders do: transformers 5 leaves their prefix out, and older
+    versions then make up random ones."""
+    tensors = load_file(file)
+    save_file(
+        {name if name.startswith("text_") else f"text_model.{name}": tensor for name, tensor in tensors.items()},
+        file,
+        {"format": "pt"},
+    )
+
+
 def write(name: str, out: Path, seed: int = 0, *, weights: bool = True) -> None:
     """Write the pipeline folder; `name` is a topology of family sd1 or sdxl. Without weights: the configs alone."""
     chosen = topology(name)
@@ -85,6 +97,8 @@ def write(name: str, out: Path, seed: int = 0, *, weights: bool = True) -> None:
             model = build()
         if whole:
             model.save_pretrained(out / component)
+            if library == "transformers":
+                _as_published(out / component / "model.safetensors")
         else:
             save_config = model.config.save_pretrained if library == "transformers" else model.save_config
             save_config(out / component)
