@@ -342,6 +342,9 @@ def _bundle(args: argparse.Namespace) -> int:
         )
         for line in summary.lines(component):
             print(f"{'':<15} {line}")
+    unet = bundle.manifest.components.get("unet")
+    if args.precision == "fp32" and unet and (line := summary.prospect(unet)):
+        print(line)
     print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
 
