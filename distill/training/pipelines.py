@@ -119,10 +119,19 @@ def write_network(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config.pop("_name_or_path", None):  # the folder that it was trained from, which is nobody else's business
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if dtype == torch.float32:
+    renamed = type(network).__name__ == "CLIPTextModel"
+    if dtype == torch.float32 and not renamed:
         return
     for path in folder.glob("*.safetensors"):
         tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+            _published(name) if renamed else name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
         }
         save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _published(name: str) -> str:
+    """The name of a CLIP text model's weight in published folders. transformers 5 leaves its prefix out, and older
+    versions then draw such weights at random, with a warning and no error."""
+    prefix = "text_model."
+    return name if name.startswith(prefix) else f"{prefix}{name}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from accel.distill import recipes, settings
 from accel.distill.run import execute
@@ -69,6 +70,8 @@ def test_sdxl_with_both_text_encoders(sdxl, images, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
     assert not execute(finetune(sdxl, images, steps=2, text_encoder=True), tmp_path / "out").stopped
+    with safe_open(tmp_path / "out" / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118 (not a dict)
     tuned, base = (StableDiffusionXLPipeline.from_pretrained(path) for path in (tmp_path / "out", sdxl))
     for name in ("unet", "text_encoder", "text_encoder_2"):
         ours, theirs = (getattr(pipe, name).state_dict() for pipe in (tuned, base))
