@@ -20,6 +20,7 @@ from accel.distill.data import examples, rng
 from accel.distill.data.crop import place
 from accel.distill.run import execute
 from accel.int8 import trained_scales
+from accel.parity import psnr
 from accel.trt import engine_files, preflight
 
 OLD = Path(__file__).parent / "old"
@@ -39,8 +40,11 @@ def test_a_bundle_draws_the_image_that_it_drew(old, name):
         file = load_file(bundle.file(record.weights))
         assert sum(t.numel() for t in file.values()) and record.parameters
     drawn = accel.load(bundle, "onnxruntime", threads=1)("the cat", seed=3, output_type="np").images
-    # Processors differ in the last bits.
-    assert np.abs(drawn - np.load(old / f"{name}-image.npy")).max() < (1e-4 if name == "bundle" else 2e-2)
+    stored = np.load(old / f"{name}-image.npy")
+    if name == "bundle":  # processors differ in the last bits
+        assert np.abs(drawn - stored).max() < 1e-4
+    else:  # which int8 rounds the other way: 31 dB between two processors, in torch too; another seed is 14 dB away
+        assert psnr(drawn, stored, data_range=1.0) > 28
 
 
 @pytest.mark.parametrize("name", ["bundle", "int8"])
