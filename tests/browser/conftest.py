@@ -13,7 +13,7 @@ WIDTHS = (390, 1280)
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser of playwright's, closed after each file: its event loop would be in the way of others in the process."""
+    """A browser of playwright's, closed after each file: its event loop would be in the way of others."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
