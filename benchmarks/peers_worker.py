@@ -134,8 +134,10 @@ def prepare_genai(work: Path, *, folder: str) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import CLIPTokenizer
 
-    out = work / folder
-    shutil.copytree(work / folder.replace("genai", "optimum-intel"), out, dirs_exist_ok=True)
+    out, source = work / folder, folder.replace("genai", "optimum-intel")
+    if not (work / source).is_dir():
+        prepare_optimum_intel(work, out=source, precision=source.removeprefix("optimum-intel-"))
+    shutil.copytree(work / source, out, dirs_exist_ok=True)
     made = convert_tokenizer(CLIPTokenizer.from_pretrained(out / "tokenizer"), with_detokenizer=False)
     openvino.save_model(made, out / "tokenizer" / "openvino_tokenizer.xml")
 

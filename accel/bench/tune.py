@@ -20,6 +20,7 @@ import psutil
 from ..bundle import Bundle
 from ..bundle.tuned import Choice
 from ..engines import ENGINES, Engine, facts, load_engine, status
+from ..engines.base import noise_for
 from ..errors import UserError
 from ..machine import machine
 from ..pipeline import Pipeline, component_names
@@ -68,7 +69,7 @@ def tune(bundle: Bundle, seconds: float = SECONDS, progress: Progress = lambda s
     progress("the whole image", 0.8)
     image = _images(bundle, {"tuned": choices, "single": dict.fromkeys(names, Choice(single))}, 0.3 * seconds)
     plain = {name: _best_of(measured[name], single) for name in names}
-    if image["tuned"] > _SINGLE * image["single"] and choices != plain:
+    if choices == plain or image["tuned"] > _SINGLE * image["single"]:
         choices, image["tuned"] = plain, image["single"]
     return Result(choices, measured, image, single)
 
@@ -133,12 +134,7 @@ def _of_component(bundle: Bundle, name: str, seconds: float) -> tuple[Choice, di
 
 def _feeds(engine: Engine) -> dict[str, np.ndarray]:
     """Inputs of the profile's usual sizes."""
-    sizes = {dim: limits.opt for dim, limits in engine.component.dims.items()}
-    rng = np.random.default_rng(0)
-    return {
-        spec.name: np.asarray(rng.standard_normal(spec.concrete(sizes)) * ("float" in spec.dtype), spec.dtype)
-        for spec in engine.component.inputs
-    }
+    return noise_for(engine.component, {dim: limits.opt for dim, limits in engine.component.dims.items()})
 
 
 def _call(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:

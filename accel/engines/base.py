@@ -62,6 +62,15 @@ class Facts:
     tunes: tuple[str, ...] = ()
 
 
+def noise_for(component: Component, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Inputs to try an engine on: normal noise, and zeros for integers, of the given size of each free dimension."""
+    rng = np.random.default_rng(0)
+    return {
+        spec.name: np.asarray(rng.standard_normal(spec.concrete(sizes)) * ("float" in spec.dtype), spec.dtype)
+        for spec in component.inputs
+    }
+
+
 @cache
 def note_saturation() -> None:
     """Say once that int8 is less exact on this processor than it was at the export, where that is so."""

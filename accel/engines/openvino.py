@@ -19,7 +19,7 @@ from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
 from ..files import cache_dir, digest_of, inside, write_bytes
 from ..machine import machine_name, version_of
-from .base import Engine, Facts, Status, check_threads, note_saturation
+from .base import Engine, Facts, Status, check_threads, noise_for, note_saturation
 from .folds import in_openvino
 
 FOLDS = 1  # to be raised with every change of `folds`, whose results are kept in the cache
@@ -160,12 +160,7 @@ class OpenVino(Engine):
         OpenVINO 2026.4's bfloat16 kernels for AMX make nothing but NaN of the SD-Tiny UNet at real size, while those
         for AVX-512 are right (and so is torch on AMX).
         """
-        rng = np.random.default_rng(0)
-        sizes = {name: limits.min for name, limits in self.component.dims.items()}
-        feeds = {
-            spec.name: np.asarray(rng.standard_normal(spec.concrete(sizes)) * ("float" in spec.dtype), spec.dtype)
-            for spec in self.component.inputs
-        }
+        feeds = noise_for(self.component, {name: limits.min for name, limits in self.component.dims.items()})
         broken = [name for name, value in self.run(feeds).items() if not np.isfinite(value).all()]
         if broken:
             raise UserError(
