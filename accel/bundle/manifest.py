@@ -8,10 +8,10 @@ ONNX Runtime, OpenVINO and TensorRT all read the very same bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .. import records
 from .._version import __version__
@@ -27,7 +27,6 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from ..sampling.noise_schedule import NoiseSchedule
 
-_T = TypeVar("_T")
 SCHEMA = 1
 MANIFEST = "accel.json"
 
@@ -359,36 +358,6 @@ class Bundle:
     def digest(self) -> str:
         """What this bundle is, whatever folder it lies in: the digest of all file digests and constants."""
         return digest_of(self.manifest.as_dict())
-
-
-def steadily(path: str | Path, work: Callable[[Bundle], _T]) -> _T:
-    """Open a bundle and do something with its files; again from the start, where it was replaced meanwhile.
-
-    So whoever reads during an overwrite gets the old one or the new one, and never the manifest of one and the weights
-    of the other.
-
-    Raises:
-        UserError: as `Bundle.open` and the work.
-    """
-
-    def mark() -> tuple[int, ...] | None:
-        """Which folder lies there now; an inode alone may be used again."""
-        try:
-            found = Path(resolve(path)).stat()
-            return found.st_dev, found.st_ino, found.st_ctime_ns
-        except OSError:
-            return None
-
-    for _ in range(5):
-        before = mark()
-        try:
-            made = work(Bundle.open(path))
-            if mark() == before:
-                return made
-        except UserError:
-            if mark() == before:
-                raise
-    raise UserError(f"{path} is being replaced again and again", "wait for whoever writes it")
 
 
 def finalize(folder: Path, manifest: Manifest) -> None:

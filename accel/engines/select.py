@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle, Component, tuned
-from ..bundle.manifest import steadily
+from ..bundle.replaced import steadily
 from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
 from ..providers.route import usable_cuda

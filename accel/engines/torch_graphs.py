@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ..errors import UserError
-from ..trt.workspace import workspace
+from ..trt.cuda_graphs import Buffers
 
 CUDA_GRAPHS = ("off", "step", "loop")
 # Kinds of components whose work depends on shapes alone; text encoders look at values on the host.
@@ -19,26 +16,8 @@ def check(mode: str) -> None:
         raise UserError(f"there is no cuda_graph {mode!r}", f"one of: {', '.join(CUDA_GRAPHS)}")
 
 
-class BoundModule:
-    """An eager or compiled module on buffers of one shape, which stay where they are.
-
-    Args:
-        engine: eager or compile.
-
-    Attributes:
-        inputs, outputs: name -> buffer. Fill the inputs, `enqueue`, read the outputs.
-    """
-
-    def __init__(self, engine: Any, sizes: Mapping[str, int]):
-        component, cuda = engine.component, engine.cuda
-        self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
-        self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}
-        self.outputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.outputs}
-
-    @property
-    def stale(self) -> bool:
-        """Whether weights have changed since: they lie at other addresses then."""
-        return self.epoch != self.engine.epoch
+class BoundModule(Buffers):
+    """An eager or compiled module on buffers of one shape."""
 
     def enqueue(self) -> None:
         import torch

@@ -11,7 +11,7 @@ from typing import Any
 from ..assets import is_hub_id, resolve
 from ..bundle import Bundle, is_bundle
 from ..bundle.kinds import kind_of
-from ..bundle.manifest import steadily
+from ..bundle.replaced import steadily
 from ..engines import choose, load_engine
 from ..errors import Notice, UserError
 from ..models.embeddings import files as embedding_files

@@ -33,20 +33,34 @@ class Capturable(Protocol):
     def execute(self, context: Any, workspace: Any) -> None: ...
 
 
-class Bound:
-    """An execution context bound to fixed buffers of one shape, from which a CUDA graph can be captured.
-
-    What a graph does after its context was changed is undefined in TensorRT, so each captured shape has its own.
+class Buffers:
+    """What an engine runs on while a CUDA graph holds its addresses: buffers of one shape, which stay where they are.
 
     Attributes:
         inputs, outputs: name -> buffer. Fill the inputs, `enqueue`, read the outputs.
     """
 
-    def __init__(self, engine: Capturable, sizes: Mapping[str, int]):
+    def __init__(self, engine: Any, sizes: Mapping[str, int]):
         component, cuda = engine.component, engine.cuda
         self.workspace, self.engine, self.epoch = workspace(cuda), engine, engine.epoch
         self.inputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.inputs}
         self.outputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in component.outputs}
+
+    @property
+    def stale(self) -> bool:
+        """Whether weights have changed since: they lie at other addresses then."""
+        return self.epoch != self.engine.epoch
+
+
+class Bound(Buffers):
+    """An execution context bound to fixed buffers of one shape, from which a CUDA graph can be captured.
+
+    What a graph does after its context was changed is undefined in TensorRT, so each captured shape has its own.
+    """
+
+    def __init__(self, engine: Capturable, sizes: Mapping[str, int]):
+        super().__init__(engine, sizes)
+        cuda = engine.cuda
         with cuda.on(self.workspace.stream):
             profile = engine.nearest({name: tuple(t.shape) for name, t in self.inputs.items()})
             self.context = engine.context()
@@ -56,7 +70,7 @@ class Bound:
     def stale(self) -> bool:
         """Whether scratch memory has moved or weights have changed since the context was bound."""
         memory = self.workspace.memory
-        return self.epoch != self.engine.epoch or memory is None or memory.data_ptr() != self.scratch
+        return super().stale or memory is None or memory.data_ptr() != self.scratch
 
     def enqueue(self) -> None:
         self.engine.execute(self.context, self.workspace)

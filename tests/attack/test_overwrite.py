@@ -11,7 +11,7 @@ import pytest
 import accel
 from accel import files
 from accel.bundle import Bundle
-from accel.bundle.manifest import steadily
+from accel.bundle.replaced import steadily
 from accel.errors import UserError
 
 
