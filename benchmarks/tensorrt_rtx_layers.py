@@ -156,10 +156,10 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, "--one", name, variant], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{name}, {variant}: failed")
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]) | {"form": args.form})
-        print(
-            {key: found[-1][key] for key in ("network", "variant", "kernels", "islands", "float32_bytes")}, flush=True
-        )
+        pair = json.loads(done.stdout.strip().splitlines()[-1])
+        found += pair
+        for row in pair:
+            print({key: row[key] for key in ("network", "variant", "form", "kernels", "islands")}, flush=True)
         if args.write:
             write(found)
 

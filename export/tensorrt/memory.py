@@ -18,6 +18,7 @@ from accel.bundle.graph_file import graph_file
 _COPIES_DEVICE, _COPIES_HOST = 2, 3.5
 # Of the library itself, and of the code it makes for each node (TensorRT-RTX 1.7 on a CPU: docs/tensorrt.md).
 _LIBRARY, _PER_NODE = 300 << 20, 100 << 10
+_FOLDED = 1024  # elements of a constant that is computed here
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _FUSED_HEADS = range(16, 257)  # sizes of a head
 _ELEMENTWISE = ("Cast", "Mul", "Div", "Add", "Identity", "Where")
@@ -77,7 +78,7 @@ def _peak(model: ir.Model, sizes: Mapping[str, int]) -> int:
     graph = _at(model, sizes).graph
     values = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
     bytes_of = {name: _bytes(value) for name, value in values.items()}
-    bytes_of |= dict.fromkeys(fused_scores(graph, values), 0)
+    bytes_of |= dict.fromkeys((*fused_scores(graph, values), *_of_weights(graph)), 0)
     last_use = {name: i for i, node in enumerate(graph.node) for name in node.input}
     last_use |= {v.name: len(graph.node) for v in graph.output}
     alive = {v.name: bytes_of[v.name] for v in graph.input}
@@ -136,8 +137,25 @@ def _at(model: ir.Model, sizes: Mapping[str, int]) -> onnx.ModelProto:
     """
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(d.value, d) for d in value.shape])
-    optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1024)
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=_FOLDED, output_size_limit=_FOLDED, should_fold=_may_fold
+    )
     return onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Not a weight: the folder turns a weight of any size around, which would read it and hold it."""
+    constants = (value.const_value for value in node.inputs if value is not None)
+    return False if any(constant is not None and constant.size > _FOLDED for constant in constants) else None
+
+
+def _of_weights(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that are computed from weights alone: a compiler computes them once and keeps them as weights."""
+    found = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.input and all(name in found for name in node.input if name):
+            found.update(node.output)
+    return found
 
 
 def _bytes(value) -> int:
