@@ -60,17 +60,21 @@ def scan(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tu
         part.register_forward_hook(note(name), with_kwargs=True) for name, part in module.named_modules() if name
     ]
     try:
-        with torch.no_grad():
-            outputs = [module(**feeds) for feeds in batches]
+        return run(module, batches), peaks
     finally:
         for handle in handles:
             handle.remove()
-    return outputs, peaks
+
+
+def run(module: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[tuple]:
+    """The outputs of a network for every batch."""
+    with torch.no_grad():
+        return [module(**feeds) for feeds in batches]
 
 
 def _magnitude(value: object) -> float:
     if torch.is_tensor(value) and value.is_floating_point() and value.numel():
-        return value.detach().abs().max().item()
+        return max((-x.item() if x < 0 else x.item() for x in torch.aminmax(value.detach())), key=_or_infinity)
     return 0.0
 
 
