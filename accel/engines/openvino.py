@@ -20,9 +20,10 @@ from ..errors import MissingPackage, UserError
 from ..files import cache_dir, digest_of, inside, write_bytes
 from ..machine import machine_name, version_of
 from .base import Engine, Facts, Status, check_threads, noise_for, note_saturation
-from .folds import in_openvino
+from .folds import group_norm, in_openvino
 
-FOLDS = 1  # to be raised with every change of `folds`, whose results are kept in the cache
+FOLDS = 2  # to be raised with every change of `folds`, whose results are kept in the cache
+_FOLDED = ("Resize", "InstanceNormalization")  # operators of ONNX that a fold begins with
 FACTS = Facts(
     dtypes=tuple(SHORT),
     devices={"cpu": {"device": "CPU"}, "gpu": {"device": "GPU"}},
@@ -61,7 +62,7 @@ class OpenVino(Engine):
         dtype: dtype to compute in: "auto" (float32: never less accurate than the bundle without being asked), "fp32",
             "bf16" or "fp16" where the device can. Inputs and outputs keep the dtypes of the manifest.
         threads: CPU threads; 0 lets OpenVINO choose.
-        folds: make one operator of upsampling and the convolution after it, where that is faster (`folds`).
+        folds: exact algebra that is faster here: upsampling with its convolution, and group normalization (`folds`).
         weights: as `set_weights` takes them.
     """
 
@@ -118,7 +119,7 @@ class OpenVino(Engine):
 
         core, proto = openvino.Core(), graph(bundle, self.component)
         file = str(bundle.file(self.component.graph))
-        folds = folds and any(node.op_type == "Resize" for node in proto.graph.node)
+        folds = folds and any(node.op_type in _FOLDED for node in proto.graph.node)
         try:
             if not tensors and not folds:
                 return core.compile_model(file, device, config)
@@ -135,6 +136,7 @@ class OpenVino(Engine):
                 nodes[name].output(0).replace(openvino.opset13.constant(value).output(0))
             if folds:
                 in_openvino.fold(model)
+                group_norm.fold(model)
             compiled = core.compile_model(model, device, config)
             if kept:
                 with contextlib.suppress(OSError):
