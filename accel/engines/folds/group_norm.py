@@ -5,8 +5,8 @@
 OpenVINO normalizes over [batch, groups, rest], which holds in memory only where channels come first, while its
 convolutions want them last: two reorders of the whole tensor around every norm. Means over height and width can be
 taken in any layout; what is left is small, [batch, channels], and x is read once more with SiLU and quantization at
-its side. The variance is E[x^2] - E[x]^2 of float32 sums: with a mean of ten deviations it loses 1e-5 of its value. Where
-channels are few (digits), the small operators between cost more than the reorders did.
+its side. The variance is E[x^2] - E[x]^2 of float32 sums: with a mean of ten deviations it loses 1e-5 of its value.
+Where channels are few (digits), the small operators between cost more than the reorders did.
 """
 
 from __future__ import annotations
