@@ -27,26 +27,33 @@ from typing import Any
 
 import numpy as np
 import pages
-from peers_worker import PEERS, PREPARED
+from diffusers import AutoencoderTiny
+from peers_limits import int8_peak, operations
+from peers_worker import PEERS, folder_of
 
 from accel.export.int8.settings import Int8Settings
 from accel.export.pipeline import export_pipeline
 from accel.files import write_json
 from accel.machine import machine
+from accel.models.source import open_source
 from accel.parity import psnr
 from accel.sampling import noise
 
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "benchmarks" / "peers.json", ROOT / "docs" / "performance.md"
 REFERENCE = "diffusers eager"
-# First words of a peer's name -> its environment beside .venv.
+# First words of the name of a peer, or of what is written for it -> its environment beside .venv.
 PLACES = {
     "optimum-onnx": ".venv-optimum",
     "optimum-intel": ".venv-openvino",
     "OpenVINO": ".venv-openvino",
+    "genai": ".venv-openvino",
     "stable-diffusion.cpp": ".venv-sdcpp",
+    "sd-cpp": ".venv-sdcpp",
 }
 OWN_NOISE = ("stable-diffusion.cpp",)
+TINY = "tiny decoder"
+OTHERWISE = {True: "its own decoder", False: "its own noise"}
 SEED = 7
 
 
@@ -78,24 +85,30 @@ def prepare(work: Path, topology: str, peers: list[str], size: int, steps: int, 
         at.write_text(json.dumps(smaller))
     shutil.copy(ROOT / "accel" / "assets" / "prompts.txt", work / "prompts.txt")
     progress = lambda stage, done: print(stage, flush=True)  # noqa: E731
-    ours = work / "ours"
-    if not (ours / "fp32" / "accel.json").is_file():
-        sampler = {"name": "ddim", "steps": steps, "guidance": 0.0}
-        export_pipeline(pipeline, ours / "fp32", profile=f"batch=1,size={size}", sampler=sampler, progress=progress)
-    if not (ours / "int8" / "accel.json").is_file():
-        settings = Int8Settings(images=calibration)
-        export_pipeline(ours / "fp32", ours / "int8", precision="int8", int8=settings, progress=progress)
+    if not (work / "tiny-vae").is_dir():
+        AutoencoderTiny().save_pretrained(work / "tiny-vae")
+    progress = lambda stage, done: print(stage, flush=True)  # noqa: E731
+    sampler = {"name": "ddim", "steps": steps, "guidance": 0.0}
     for name in peers:
-        done = work / "prepared" / name
-        if name not in PREPARED or done.is_file():
+        bundle = work / PEERS[name][1].get("bundle", "")
+        if bundle == work or (bundle / "accel.json").is_file():
             continue
         began = time.perf_counter()
+        if bundle.name == "fp32":
+            export_pipeline(pipeline, bundle, profile=f"batch=1,size={size}", sampler=sampler, progress=progress)
+        else:
+            tiny = {"vae": work / "tiny-vae"} if bundle.name.endswith("tiny") else {}
+            source = open_source(pipeline, **tiny) if tiny else work / "ours" / "fp32"
+            more = {"profile": f"batch=1,size={size}", "sampler": sampler} if tiny else {}
+            settings = Int8Settings(images=calibration)
+            export_pipeline(source, bundle, precision="int8", int8=settings, progress=progress, **more)
+        print(f"{bundle.name}: {time.perf_counter() - began:.0f} s", flush=True)
+    for name in dict.fromkeys(map(folder_of, peers)):
+        if not name or (work / name).exists():
+            continue
         command = [python_of(name), ROOT / "benchmarks" / "peers_worker.py", "prepare", name, work]
         if subprocess.run(list(map(str, command))).returncode:
             print(f"{name}: not prepared", flush=True)
-            continue
-        done.parent.mkdir(exist_ok=True)
-        done.write_text(json.dumps({"seconds": round(time.perf_counter() - began, 1)}))
 
 
 class Worker:
@@ -161,7 +174,7 @@ def measure(work: Path, peers: list[str], size: int, steps: int, threads: int, r
             print(f"round {number + 1} of {rounds}, {name}: {rows[name]['seconds'][-1]:.2f} s", flush=True)
     for name, worker in workers.items():
         worker.close()
-        if REFERENCE in images and name != REFERENCE and not name.startswith(OWN_NOISE):
+        if REFERENCE in images and name != REFERENCE and not name.startswith(OWN_NOISE) and TINY not in name:
             rows[name]["psnr"] = float(psnr(images[name], images[REFERENCE], data_range=1.0))
     return {
         "schema": "accel-peers/1",
@@ -169,6 +182,7 @@ def measure(work: Path, peers: list[str], size: int, steps: int, threads: int, r
         "machine": machine().as_dict(),
         "versions": {place: versions(ROOT / place) for place in (".venv", *dict.fromkeys(PLACES.values()))},
         "work": {"size": size, "steps": steps, "threads": threads, "rounds": rounds, "guidance": 0.0, "batch": 1},
+        "limit": {"operations": operations(work / "pipeline", size, steps), "int8_peak": int8_peak(threads)},
         "rows": rows,
     }
 
@@ -189,14 +203,16 @@ def table(document: Mapping[str, Any]) -> str:
     """Fastest first, with the speed over eager and over the best library that is not ours."""
     work, rows = document["work"], {k: v for k, v in document["rows"].items() if v.get("seconds")}
     median = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
-    theirs = {name: value for name, value in median.items() if not name.startswith("accel")}
-    best = min(theirs, key=theirs.__getitem__)
     title = f"{work['steps']} steps, {work['size']} px, {work['threads']} threads"
     lines = [f"| {title} | image s | over eager | over the best peer | same image |", "|---|---|---|---|---|"]
     for name in sorted(median, key=median.__getitem__):
         seconds, row = median[name], rows[name]
-        versus = [f"{median[base] / seconds:.2f}x" if base in median else "-" for base in (REFERENCE, best)]
-        same = "reference" if name == REFERENCE else f"{row['psnr']:.0f} dB" if "psnr" in row else "its own noise"
+        # The best of those that do the same work: with the model's own decoder, or with a tiny one.
+        theirs = [v for n, v in median.items() if not n.startswith("accel") and (TINY in n) == (TINY in name)]
+        versus = [f"{base / seconds:.2f}x" if base else "-" for base in (median.get(REFERENCE), min(theirs, default=0))]
+        same = (
+            "reference" if name == REFERENCE else f"{row['psnr']:.0f} dB" if "psnr" in row else OTHERWISE[TINY in name]
+        )
         shown = f"**{name}**" if name.startswith("accel") else name
         lines.append(f"| {shown} | {seconds:.2f} | {' | '.join(versus)} | {same} |")
     failed = [f"{name}: {row['error']}" for name, row in document["rows"].items() if "error" in row]
@@ -204,6 +220,14 @@ def table(document: Mapping[str, Any]) -> str:
     isa = next((f", {name}" for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx2") if name in here["isa"]), "")
     places = {f"{name} {number}" for place in document["versions"].values() for name, number in place.items()}
     line = f"{here['cpu']}{isa}; medians of {work['rounds']} rounds, taking turns; {', '.join(sorted(places))}."
+    if limit := document.get("limit"):
+        whole = [value for name, value in median.items() if TINY not in name]
+        least = limit["operations"] / limit["int8_peak"]
+        line += (
+            f" An image is {limit['operations'] / 1e9:,.0f} billion operations; in int8 this processor reached "
+            f"{limit['int8_peak'] / 1e12:.2f} trillion a second (`benchmarks/peers_limits.py`), {least:.2f} s: "
+            f"the fastest row is at {least / min(whole):.0%} of that."
+        )
     return "\n".join([*lines, "", line, *(["", "Not run: " + "; ".join(failed) + "."] if failed else [])])
 
 

@@ -1,6 +1,6 @@
 """One library that draws Stable Diffusion images, as a process of its own that draws when it is told: see peers.py.
 
-    python benchmarks/peers_worker.py prepare optimum-onnx WORK      # writes what this library reads, once
+    python benchmarks/peers_worker.py prepare optimum-onnx WORK      # writes WORK/optimum-onnx, which a library reads
     python benchmarks/peers_worker.py serve optimum-onnx WORK --size 256 --steps 4 --threads 2
 
 A process that serves loads its model, draws once, prints `ready` and a JSON object, and then answers each line `draw`
@@ -38,16 +38,16 @@ def _diffusers_like(pipe: Any, work: Path, size: int, steps: int) -> Draw:
     import torch
 
     pipe.set_progress_bar_config(disable=True)
-    latents = torch.from_numpy(noise(work, size))
+    latents = torch.from_numpy(noise(work, size)).to(getattr(pipe, "dtype", torch.float32))
     call = dict(num_inference_steps=steps, guidance_scale=0.0, height=size, width=size, output_type="np")
     return lambda: pipe(PROMPT, latents=latents.clone(), **call).images[0]
 
 
-def diffusers(work: Path, size: int, steps: int, *, compiled: bool = False, folder: str = "pipeline") -> Draw:
+def diffusers(work: Path, size: int, steps: int, *, compiled: bool = False, dtype: str = "float32") -> Draw:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(work / folder)
+    pipe = StableDiffusionPipeline.from_pretrained(work / "pipeline", torch_dtype=getattr(torch, dtype))
     if compiled:
         pipe.unet = torch.compile(pipe.unet)
         pipe.vae.decode = torch.compile(pipe.vae.decode)
@@ -89,20 +89,43 @@ def prepare_optimum_intel(work: Path, *, out: str = "optimum-intel", precision: 
     OVStableDiffusionPipeline.from_pretrained(source, export=True, compile=False, **how).save_pretrained(work / out)
 
 
-def optimum_intel(work: Path, size: int, steps: int, *, folder: str = "optimum-intel") -> Draw:
+def optimum_intel(
+    work: Path, size: int, steps: int, *, folder: str = "optimum-intel", hint: str = "f32", tiny: bool = False
+) -> Draw:
     from optimum.intel import OVStableDiffusionPipeline
 
-    config = {"INFERENCE_NUM_THREADS": os.environ["OMP_NUM_THREADS"], "INFERENCE_PRECISION_HINT": "f32"}
+    config = {"INFERENCE_NUM_THREADS": os.environ["OMP_NUM_THREADS"], "INFERENCE_PRECISION_HINT": hint}
     pipe = OVStableDiffusionPipeline.from_pretrained(work / folder, ov_config=config, compile=False)
     pipe.reshape(-1, size, size, -1)  # a number of images would be doubled, for guidance
     pipe.compile()
-    return _diffusers_like(pipe, work, size, steps)
+    return _with_tiny_decoder(pipe, work, size, steps, config) if tiny else _diffusers_like(pipe, work, size, steps)
+
+
+def _with_tiny_decoder(pipe: Any, work: Path, size: int, steps: int, config: dict[str, str]) -> Draw:
+    """FastSD CPU's recipe: the pipeline on OpenVINO, its latents decoded by a tiny VAE on OpenVINO."""
+    import openvino
+    import torch
+    from diffusers import AutoencoderTiny
+
+    decoder = AutoencoderTiny.from_pretrained(work / "tiny-vae").eval().decoder
+    made = openvino.convert_model(decoder, example_input=torch.zeros(1, 4, size // 8, size // 8))
+    request = openvino.compile_model(made, "CPU", config).create_infer_request()
+    latents = torch.from_numpy(noise(work, size))
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=steps, guidance_scale=0.0, height=size, width=size, output_type="latent")
+
+    def draw() -> np.ndarray:
+        found = pipe(PROMPT, latents=latents.clone(), **call).images
+        image = request.infer([np.asarray(found, np.float32)])[0]
+        return ((image[0] + 1) / 2).clip(0, 1).transpose(1, 2, 0)
+
+    return draw
 
 
 # ---- OpenVINO GenAI
 
 
-def genai(work: Path, size: int, steps: int, *, folder: str) -> Draw:
+def genai(work: Path, size: int, steps: int, *, folder: str, hint: str = "f32") -> Draw:
     import openvino
     import openvino_genai
 
@@ -118,7 +141,7 @@ def genai(work: Path, size: int, steps: int, *, folder: str) -> Draw:
     pipe = openvino_genai.Text2ImagePipeline(str(work / folder))
     pipe.reshape(1, size, size, 1.0)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    pipe.compile("CPU", INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=threads)
+    pipe.compile("CPU", INFERENCE_PRECISION_HINT=hint, INFERENCE_NUM_THREADS=threads)
     call = dict(num_inference_steps=steps, guidance_scale=0.0, height=size, width=size)
 
     def draw() -> np.ndarray:
@@ -179,33 +202,56 @@ def accel(work: Path, size: int, steps: int, *, bundle: str, engine: str, **opti
     return lambda: pipe(PROMPT, latents=latents, **call).images[0]
 
 
-# Name -> (how it draws, what has to be written for it before).
+# Name -> (how it draws, its options). "bf16": in bfloat16 what is not int8, which OpenVINO chooses by itself on a CPU
+# that has it; the other rows are asked for float32.
 PEERS: dict[str, tuple[Callable[..., Draw], dict[str, Any]]] = {
     "diffusers eager": (diffusers, {}),
     "diffusers torch.compile": (diffusers, {"compiled": True}),
+    "diffusers bf16": (diffusers, {"dtype": "bfloat16"}),
     "optimum-onnx": (optimum_onnx, {}),
     "optimum-intel": (optimum_intel, {}),
     "optimum-intel int8": (optimum_intel, {"folder": "optimum-intel-int8"}),
+    "optimum-intel int8 bf16": (optimum_intel, {"folder": "optimum-intel-int8", "hint": "bf16"}),
+    "optimum-intel int8 bf16, tiny decoder": (
+        optimum_intel,
+        {"folder": "optimum-intel-int8", "hint": "bf16", "tiny": True},
+    ),
     "OpenVINO GenAI": (genai, {"folder": "genai"}),
+    "OpenVINO GenAI bf16": (genai, {"folder": "genai", "hint": "bf16"}),
     "OpenVINO GenAI int8 weights": (genai, {"folder": "genai-int8-weights"}),
     "OpenVINO GenAI int8": (genai, {"folder": "genai-int8"}),
+    "OpenVINO GenAI int8 bf16": (genai, {"folder": "genai-int8", "hint": "bf16"}),
     "stable-diffusion.cpp f32": (sd_cpp, {"kind": "f32"}),
     "stable-diffusion.cpp q8_0": (sd_cpp, {"kind": "q8_0"}),
     "accel ONNX Runtime": (accel, {"bundle": "ours/fp32", "engine": "onnxruntime"}),
     "accel OpenVINO": (accel, {"bundle": "ours/fp32", "engine": "openvino"}),
+    "accel OpenVINO bf16": (accel, {"bundle": "ours/fp32", "engine": "openvino", "dtype": "bf16"}),
     "accel ONNX Runtime int8": (accel, {"bundle": "ours/int8", "engine": "onnxruntime"}),
     "accel OpenVINO int8": (accel, {"bundle": "ours/int8", "engine": "openvino"}),
+    "accel OpenVINO int8 bf16": (accel, {"bundle": "ours/int8", "engine": "openvino", "dtype": "bf16"}),
+    "accel OpenVINO int8 bf16, tiny decoder": (
+        accel,
+        {"bundle": "ours/int8-tiny", "engine": "openvino", "dtype": "bf16"},
+    ),
 }
+# A folder of WORK -> how it is written.
 PREPARED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "optimum-onnx": (prepare_optimum_onnx, {}),
     "optimum-intel": (prepare_optimum_intel, {}),
-    "optimum-intel int8": (prepare_optimum_intel, {"out": "optimum-intel-int8", "precision": "int8"}),
-    "OpenVINO GenAI": (prepare_genai, {"folder": "genai"}),
-    "OpenVINO GenAI int8 weights": (prepare_genai, {"folder": "genai-int8-weights"}),
-    "OpenVINO GenAI int8": (prepare_genai, {"folder": "genai-int8"}),
-    "stable-diffusion.cpp f32": (prepare_sd_cpp, {"kind": "f32"}),
-    "stable-diffusion.cpp q8_0": (prepare_sd_cpp, {"kind": "q8_0"}),
+    "optimum-intel-int8": (prepare_optimum_intel, {"out": "optimum-intel-int8", "precision": "int8"}),
+    "genai": (prepare_genai, {"folder": "genai"}),
+    "genai-int8-weights": (prepare_genai, {"folder": "genai-int8-weights"}),
+    "genai-int8": (prepare_genai, {"folder": "genai-int8"}),
+    "sd-cpp-f32.gguf": (prepare_sd_cpp, {"kind": "f32"}),
+    "sd-cpp-q8_0.gguf": (prepare_sd_cpp, {"kind": "q8_0"}),
 }
+
+
+def folder_of(name: str) -> str:
+    """The entry of `PREPARED` that a peer reads; "" if it reads the pipeline itself, or a bundle."""
+    how, options = PEERS[name]
+    found = options.get("folder") or (f"sd-cpp-{options['kind']}.gguf" if how is sd_cpp else name)
+    return found if found in PREPARED else ""
 
 
 def serve(name: str, work: Path, size: int, steps: int) -> None:
@@ -232,7 +278,7 @@ def serve(name: str, work: Path, size: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("prepare", "serve"))
-    parser.add_argument("name", choices=tuple(PEERS))
+    parser.add_argument("name", choices=(*PEERS, *PREPARED))
     parser.add_argument("work", type=Path)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
@@ -241,7 +287,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.what == "serve":
         serve(args.name, args.work, args.size, args.steps)
-    elif args.name in PREPARED:
+    else:
         make, options = PREPARED[args.name]
         make(args.work, **options)
 

@@ -19,7 +19,7 @@ from . import fake_quant
 from .config import Int8Config
 
 BINS = 4096
-_AT_ONCE = 1 << 24  # elements that torch.histc counts without rounding: its counts are float32
+_AT_ONCE = 1 << 20  # elements at once; torch.histc counts 2^24 without rounding, because its counts are float32
 _CANDIDATES = 120  # clipping points that the mse observer tries, down to a fifth of the largest magnitude
 
 
@@ -37,8 +37,8 @@ class HistogramObserver:
         self.peak = 0.0
 
     def __call__(self, x: torch.Tensor) -> None:
-        x = x.detach().abs().float().flatten()
-        peak = x.max().item() if x.numel() else 0.0
+        x = x.detach().flatten()
+        peak = max(abs(end.item()) for end in torch.aminmax(x)) if x.numel() else 0.0
         if not math.isfinite(peak):
             raise UserError(
                 f"{self.where} is not finite (NaN or infinity) at calibration", "the model is broken: train it again"
@@ -49,9 +49,9 @@ class HistogramObserver:
         if self.exponent is None:
             self.counts[0] += x.numel()  # zeros, which are in the first bin whatever the range will be
             return
-        for part in x.split(_AT_ONCE):
+        for part in x.split(_AT_ONCE):  # a part's magnitudes stay in the cache: no second copy of the tensor is made
             # 2^exponent is above every |x|, and a power of two, so that no element falls on the wrong side of an edge.
-            self.counts += torch.histc(part, BINS, 0, 2.0**self.exponent).double().cpu()
+            self.counts += torch.histc(part.abs().float(), BINS, 0, 2.0**self.exponent).double().cpu()
 
     def _widen(self, exponent: int) -> None:
         if self.exponent is None:

@@ -15,7 +15,7 @@ from accel.pipeline import Pipeline
 from .calibration import Calibration
 
 BUDGET = 20.0  # dB, of images against float32's
-IMAGES = 8
+IMAGES = 4
 
 
 class Evaluator:
