@@ -3,14 +3,15 @@
 Every candidate of a network takes turns with the others. After one call those that took more than half as long again as
 the best are left out; the others share what is left of the time. At last the whole image is made by the best of each
 network and by the best single engine: the mixture is kept only where it is faster, because engines that share a
-processor also share its caches.
+processor also share its caches. bfloat16 is a candidate where an engine has it, and is taken only if the image stays
+the same within `SAME` dB; otherwise the best without it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,12 @@ from ..engines import ENGINES, Engine, facts, load_engine, status
 from ..engines.base import noise_for
 from ..errors import UserError
 from ..machine import machine
+from ..parity import psnr as psnr_of
 from ..pipeline import Pipeline, component_names
 from . import timing
 
 SECONDS = 60.0
+SAME = 40.0  # least PSNR in dB of the image with bfloat16 against the one without
 _ROUNDS = 30
 _WORTH_IT = 1.5  # a candidate slower than that after one call is left out
 _SINGLE = 0.97  # a mixture has to take less than this share of the best single engine's time: more is noise
@@ -42,12 +45,14 @@ class Result:
         measured: component -> {candidate: median seconds, or why it was left out}.
         image: seconds of an image, `tuned` and by the best `single` engine.
         single: that engine.
+        psnr: in dB, of the image in bfloat16 against the single engine's; None where bfloat16 was fastest nowhere.
     """
 
     choices: dict[str, Choice]
     measured: dict[str, dict[str, float | str]]
     image: dict[str, float]
     single: str
+    psnr: float | None = None
 
 
 def tune(bundle: Bundle, seconds: float = SECONDS, progress: Progress = lambda stage, done: None) -> Result:
@@ -60,18 +65,35 @@ def tune(bundle: Bundle, seconds: float = SECONDS, progress: Progress = lambda s
         UserError: where no engine can run here.
     """
     names = component_names(bundle)
-    choices: dict[str, Choice] = {}
+    ways: dict[str, dict[str, Choice]] = {}
     measured: dict[str, dict[str, float | str]] = {}
     for place, name in enumerate(names):
         progress(name, 0.8 * place / len(names))
-        choices[name], measured[name] = _of_component(bundle, name, 0.7 * seconds / len(names))
+        ways[name], measured[name] = _of_component(bundle, name, 0.7 * seconds / len(names))
     single = _best_single(measured)
-    progress("the whole image", 0.8)
-    image = _images(bundle, {"tuned": choices, "single": dict.fromkeys(names, Choice(single))}, 0.3 * seconds)
     plain = {name: _best_of(measured[name], single) for name in names}
+    choices = {name: _fastest(ways[name]) for name in names}
+    psnr = None
+    progress("the whole image", 0.8)
+    image, pictures = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
+    if any("dtype" in choice.options for choice in choices.values()):
+        psnr = float(psnr_of(pictures["tuned"], pictures["single"], 1.0))
+        if not psnr >= SAME:
+            choices = {name: _fastest(ways[name], exact=True) for name in names}
+            image, _ = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
     if choices == plain or image["tuned"] > _SINGLE * image["single"]:
         choices, image["tuned"] = plain, image["single"]
-    return Result(choices, measured, image, single)
+    return Result(choices, measured, image, single, psnr)
+
+
+def _fastest(ways: Mapping[str, Choice], *, exact: bool = False) -> Choice:
+    """The fastest that ran.
+
+    Args:
+        exact: none that rounds more than the bundle asks for.
+    """
+    able = [choice for choice in ways.values() if not (exact and "dtype" in choice.options)]
+    return min(able, key=lambda choice: choice.seconds)
 
 
 def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:
@@ -90,6 +112,8 @@ def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:
             yield from (Choice(engine, {option: False}) for option in known.tunes)
         if fewer and "threads" in known.options:
             yield Choice(engine, fewer)
+        if "bf16" in known.variants and record.precision != "float16":
+            yield Choice(engine, {"dtype": "bf16"})
 
 
 def label(choice: Choice) -> str:
@@ -97,7 +121,8 @@ def label(choice: Choice) -> str:
     return ", ".join([choice.engine, *(f"{key}={value}" for key, value in choice.options.items())])
 
 
-def _of_component(bundle: Bundle, name: str, seconds: float) -> tuple[Choice, dict[str, float | str]]:
+def _of_component(bundle: Bundle, name: str, seconds: float) -> tuple[dict[str, Choice], dict[str, float | str]]:
+    """What ran, with its seconds; and {candidate: median seconds, or why it was left out}."""
     with ExitStack() as open_engines:
         found: dict[str, float | str] = {}
         calls: dict[str, Callable[[], Any]] = {}
@@ -128,8 +153,8 @@ def _of_component(bundle: Bundle, name: str, seconds: float) -> tuple[Choice, di
         )
         found |= {title: once[title] for title in calls}
         found |= {title: float(np.median(taken)) for title, taken in samples.items() if taken and title not in broken}
-        winner = min(left.keys() - set(broken) or left, key=lambda title: float(found[title]))
-        return Choice(ways[winner].engine, ways[winner].options, float(found[winner])), found
+        ran = {title for title in left if title not in broken} or set(left)
+        return {title: replace(ways[title], seconds=float(found[title])) for title in ran}, found
 
 
 def _feeds(engine: Engine) -> dict[str, np.ndarray]:
@@ -157,8 +182,10 @@ def _best_of(found: Mapping[str, float | str], engine: str) -> Choice:
     return Choice(engine, {}, float(_plain(found)[engine]))
 
 
-def _images(bundle: Bundle, ways: Mapping[str, Mapping[str, Choice]], seconds: float) -> dict[str, float]:
-    """Median seconds of an image for each way of loading a bundle."""
+def _images(
+    bundle: Bundle, ways: Mapping[str, Mapping[str, Choice]], seconds: float
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Median seconds of an image, and the image, for each way of loading a bundle."""
     with ExitStack() as loaded:
         pipelines = {}
         for way, choices in ways.items():
@@ -168,12 +195,11 @@ def _images(bundle: Bundle, ways: Mapping[str, Mapping[str, Choice]], seconds: f
             }
             pipelines[way] = loaded.enter_context(Pipeline(bundle, engines))
         calls = {way: partial(pipe, "a photo", output_type="np") for way, pipe in pipelines.items()}
-        for call in calls.values():
-            call()
+        made = {way: np.asarray(call().images[0]) for way, call in calls.items()}
         samples: dict[str, list[float]] = {way: [] for way in ways}
 
         def failed(way: str, error: Exception) -> None:
             raise error
 
         timing.interleave({"": calls}, {"": samples}, rounds=9, seconds=seconds, lead_in={"": False}, failed=failed)
-        return {way: float(np.median(taken)) for way, taken in samples.items()}
+        return {way: float(np.median(taken)) for way, taken in samples.items()}, made

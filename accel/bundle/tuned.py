@@ -20,7 +20,7 @@ from .manifest import Bundle
 _SCHEMA = "accel-tuned/1"
 _LIBRARIES = ("torch", "onnxruntime", "openvino")
 # Options that a record may hold: the cache is the user's own, but what it says is not worth more than that.
-_OPTIONS = {"threads": int, "folds": bool}
+_OPTIONS = {"threads": int, "folds": bool, "dtype": str}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import accel
@@ -87,15 +88,35 @@ def test_a_mixture_that_is_no_faster_is_not_kept(bundle, monkeypatch):
     monkeypatch.setattr(tune, "component_names", lambda bundle: list(by_name))
 
     def found(bundle, name, seconds):
-        best = min(by_name[name], key=by_name[name].get)
-        return Choice(best, {}, by_name[name][best]), by_name[name]
+        return {engine: Choice(engine, {}, taken) for engine, taken in by_name[name].items()}, by_name[name]
 
     monkeypatch.setattr(tune, "_of_component", found)
     for seconds, engines in ((2.0, {"onnxruntime", "openvino"}), (3.0, {"onnxruntime"})):
-        monkeypatch.setattr(tune, "_images", lambda *args, seconds=seconds: {"tuned": seconds, "single": 2.9})
+        times = {"tuned": seconds, "single": 2.9}
+        monkeypatch.setattr(tune, "_images", lambda *args, times=times: (dict(times), {}))
         result = tune.tune(bundle)
         assert result.single == "onnxruntime" and {c.engine for c in result.choices.values()} == engines
-        assert result.image["tuned"] == min(seconds, 2.9)
+        assert result.image["tuned"] == min(seconds, 2.9) and result.psnr is None
+
+
+@pytest.mark.parametrize(("noise", "taken"), [(1e-3, True), (0.1, False)])
+def test_bfloat16_is_taken_only_where_the_image_stays_the_same(bundle, monkeypatch, noise, taken):
+    ways = {"openvino": Choice("openvino", {}, 2.0), "openvino, dtype=bf16": Choice("openvino", {"dtype": "bf16"}, 1.0)}
+    monkeypatch.setattr(tune, "component_names", lambda bundle: ["unet"])
+    seconds = {title: way.seconds for title, way in ways.items()}
+    monkeypatch.setattr(tune, "_of_component", lambda *args: (ways, seconds))
+    picture = np.zeros((4, 4, 3))
+
+    def images(bundle, choices, seconds):
+        low = "dtype" in choices["tuned"]["unet"].options
+        return {"tuned": 1.0 if low else 2.0, "single": 2.0}, {"tuned": picture + noise, "single": picture}
+
+    monkeypatch.setattr(tune, "_images", images)
+    result = tune.tune(bundle)
+    assert result.choices["unet"].options == ({"dtype": "bf16"} if taken else {})
+    assert result.psnr == pytest.approx(-20 * np.log10(noise))
+    tuned.write(bundle, result.choices, {})
+    assert tuned.read(bundle)["unet"].options == result.choices["unet"].options
 
 
 def test_nonsense_is_refused(bundle, capsys):
