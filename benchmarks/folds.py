@@ -3,20 +3,26 @@
     python benchmarks/folds.py --write                                     # the block; a minute
     python benchmarks/folds.py --bundles out/peers/ours/fp32,out/peers/ours/int8 --write   # and networks of bundles
 
-The fold is nearest-neighbour upsampling by two with the 3 x 3 convolution after it as one transposed convolution
-(accel/engines/folds/upsample.py), here also as a 2 x 2 convolution whose four phases are interleaved. Calls take
-turns; the figure is the least of the rounds. `--write` makes `folds.json` and the table of `docs/performance.md`.
+The block is nearest-neighbour upsampling by two with the 3 x 3 convolution after it as one transposed convolution
+(accel/engines/folds/upsample.py), here also as a 2 x 2 convolution whose four phases are interleaved. Networks are
+timed with group normalization as a scale and a shift too; for algebra that is not applied, the share of a call that it
+could save is counted. Calls take turns; the figure is the least of the rounds. `--write` makes `folds.json` and the
+table of `docs/performance.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -25,6 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import accel
 from accel.bundle import Bundle
+from accel.engines.folds import group_norm
 from accel.engines.folds.upsample import phases, transposed
 from accel.export.graph.trace import example
 from accel.files import write_json
@@ -159,26 +166,89 @@ def blocks(channels: int, side: int, rounds: int) -> dict[str, Any]:
 
 
 def networks(bundles: list[Path], rounds: int) -> dict[str, Any]:
-    """Engines with and without folds: milliseconds and relative L2 for the networks that upsample."""
+    """Engines with and without folds: milliseconds and relative L2 of the UNet and the decoder."""
     rows = {}
-    for path, engine_name in product(bundles, ("onnxruntime", "openvino")):
+    for path, (engine_name, dtype) in product(
+        bundles, (("onnxruntime", ""), ("openvino", "fp32"), ("openvino", "bf16"))
+    ):
         bundle = Bundle.open(path)
         for name in ("unet", "vae_decoder"):
-            engines = {
-                word: accel.load_engine(bundle, name, engine=engine_name, verify=False, folds=on)
-                for word, on in (("as exported", False), ("folded", True))
-            }
             record = bundle.component(name)
-            sizes = {dim: limits.opt for dim, limits in record.dims.items()}
-            feeds = {key: value.numpy() for key, value in example(record.inputs, sizes).items()}
-            made = [next(iter(engine(**feeds).values())) for engine in engines.values()]
-            calls = {word: partial(engine, **feeds) for word, engine in engines.items()}
-            title = f"{name}, {engine_name}, {record.precision}"
-            rows[title] = {"ms": least(calls, rounds), "relative_l2": relative_l2(made[1], made[0])}
+            title = f"{name}, {engine_name}, {record.precision}{' bf16' if dtype == 'bf16' else ''}"
+            with ExitStack() as opened:
+                engines = {
+                    word: opened.enter_context(_loaded(bundle, name, engine_name, dtype, word))
+                    for word in (("as exported", "upsampling", "all") if dtype else ("as exported", "all"))
+                }
+                sizes = {dim: limits.opt for dim, limits in record.dims.items()}
+                feeds = {key: value.numpy() for key, value in example(record.inputs, sizes).items()}
+                made = {word: next(iter(engine(**feeds).values())) for word, engine in engines.items()}
+                calls = {word: partial(engine, **feeds) for word, engine in engines.items()}
+                away = relative_l2(made["all"], made["as exported"])
+                rows[title] = {"ms": least(calls, rounds), "relative_l2": away}
             print(title, rows[title], flush=True)
-            for engine in engines.values():
-                engine.close()
     return rows
+
+
+def _loaded(bundle: Bundle, name: str, engine: str, dtype: str, folds: str) -> Any:
+    """An engine with all folds, those of upsampling alone, or none; out of no cache."""
+    own = {"dtype": dtype} if dtype else {}
+    with TemporaryDirectory() as cache, ExitStack() as patched:
+        patched.enter_context(mock.patch.dict(os.environ, ACCEL_CACHE=cache))
+        if folds == "upsampling":
+            patched.enter_context(mock.patch.object(group_norm, "fold", lambda model: 0))
+        return accel.load_engine(bundle, name, engine=engine, verify=False, folds=folds != "as exported", **own)
+
+
+# Algebra that is not applied: what it would make a table of, or compute once. Its share of a call bounds its gain.
+BOUNDS = {
+    "time embedding and its projections as a table": ("time_embedding", "time_emb_proj"),
+    "keys and values of the prompt once an image": ("attn2.to_k", "attn2.to_v"),
+    "queries, keys and values of an image as one product": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "post-quant convolution into the next": ("post_quant_conv",),
+}
+
+
+def bounds(bundles: list[Path]) -> dict[str, dict[str, float]]:
+    """Share of a network's time on OpenVINO, by its own counters, that the layers of each entry of `BOUNDS` take."""
+    rows: dict[str, dict[str, float]] = {}
+    for path in bundles:
+        bundle = Bundle.open(path)
+        for name in ("unet", "vae_decoder"):
+            record = bundle.component(name)
+            found = _shares(bundle, record)
+            rows[f"{name}, {record.precision}"] = {key: share for key, share in found.items() if share}
+            print(name, record.precision, found, flush=True)
+    return rows
+
+
+def _shares(bundle: Bundle, record: Any) -> dict[str, float]:
+    import openvino
+
+    proto = onnx.load(str(bundle.file(record.graph)), load_external_data=False)
+    maker = {output: node for node in proto.graph.node for output in node.output}
+
+    def weights(node: onnx.NodeProto, depth: int = 4) -> str:
+        """The names of the initializers that a node reads, through what rounds or turns them."""
+        names = [name for name in node.input if name not in maker]
+        passing = ("DequantizeLinear", "Transpose", "Cast", "Reshape")
+        above = [maker[name] for name in node.input if name in maker and maker[name].op_type in passing]
+        return " ".join([*names, *(weights(other, depth - 1) for other in above if depth)])
+
+    layers = {node.name: weights(node) for node in proto.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
+    config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": "YES"}
+    request = openvino.compile_model(str(bundle.file(record.graph)), "CPU", config).create_infer_request()
+    sizes = {dim: limits.opt for dim, limits in record.dims.items()}
+    feeds = {key: value.numpy() for key, value in example(record.inputs, sizes).items()}
+    for _ in range(3):
+        request.infer(feeds)
+    taken = {row.node_name: row.real_time.total_seconds() for row in request.profiling_info}
+    of_layer = {key: sum(s for name, s in taken.items() if name.split("/")[0] == key) for key in layers}
+    whole = sum(taken.values())
+    return {
+        title: sum(of_layer[key] for key, read in layers.items() if any(part in read for part in parts)) / whole
+        for title, parts in BOUNDS.items()
+    }
 
 
 def table(document: Mapping[str, Any]) -> str:
@@ -189,10 +259,26 @@ def table(document: Mapping[str, Any]) -> str:
         own, *others = row["ms"].values()
         lines.append(f"| {name} | {' | '.join(f'{ms:.3g}' for ms in (own, *others))} | {own / min(others):.2f}x |")
     if document.get("networks"):
-        lines += ["", "| ms, whole network | as exported | folded | gain | relative L2 |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| ms, whole network | as exported | upsampling | and group norms | gain | relative L2 |",
+            "|---|---|---|---|---|---|",
+        ]
         for name, row in document["networks"].items():
-            own, folded = row["ms"].values()
-            lines.append(f"| {name} | {own:.4g} | {folded:.4g} | {own / folded:.2f}x | {row['relative_l2']:.1e} |")
+            ms = row["ms"]
+            between = f"{ms['upsampling']:.4g}" if "upsampling" in ms else "-"
+            gain = f"{ms['as exported'] / ms['all']:.2f}x | {row['relative_l2']:.1e}"
+            lines.append(f"| {name} | {ms['as exported']:.4g} | {between} | {ms['all']:.4g} | {gain} |")
+    if document.get("bounds"):
+        rows = document["bounds"]
+        lines += [
+            "",
+            f"| not applied: at most this share of a call | {' | '.join(rows)} |",
+            "|---|" + "---|" * len(rows),
+        ]
+        for title in BOUNDS:
+            shares = [f"{row[title]:.1%}" if title in row else "-" for row in rows.values()]
+            lines.append(f"| {title} | {' | '.join(shares)} |")
     here = document["machine"]
     packages = ", ".join(f"{name} {here['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
     return "\n".join([*lines, "", f"{here['cpu']}, {here['threads']} threads; {packages}. `{document['command']}`"])
@@ -206,6 +292,7 @@ def main() -> None:
     parser.add_argument("--bundles", default="", help="bundles whose UNet and decoder are timed, separated by commas")
     parser.add_argument("--write", action="store_true", help="keep the result and put the tables into the page")
     args = parser.parse_args()
+    paths = [Path(p) for p in args.bundles.split(",") if p]
     command = f"python benchmarks/folds.py --channels {args.channels} --side {args.side} --rounds {args.rounds}"
     document = {
         "schema": "accel-folds/1",
@@ -213,7 +300,8 @@ def main() -> None:
         "machine": machine().as_dict(),
         "work": {"channels": args.channels, "side": args.side, "rounds": args.rounds},
         "blocks": blocks(args.channels, args.side, args.rounds),
-        "networks": networks([Path(p) for p in args.bundles.split(",") if p], args.rounds),
+        "networks": networks(paths, args.rounds),
+        "bounds": bounds(paths),
     }
     print(table(document))
     if args.write:

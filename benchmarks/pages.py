@@ -37,7 +37,7 @@ def bars(
         ranges: least and largest value of each row, drawn as a line over its bar.
         line: a value to compare all with, and its label.
     """
-    plt = _pyplot()
+    plt = pyplot()
     labels, values, texts, colours = zip(*rows, strict=True)
     spread: dict[str, Any] = {}
     if ranges:
@@ -59,7 +59,7 @@ def bars(
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -55,8 +55,8 @@ def _stack(channels: int, side: int):
     return openvino.Model([y], [x])
 
 
-def operations(pipeline: Path, size: int, steps: int) -> int:
-    """Of one image without guidance: text encoder, `steps` times the UNet, decoder."""
+def operations(pipeline: Path, size: int, steps: int, batch: int = 1) -> int:
+    """Of `batch` images without guidance: text encoder, `steps` times the UNet, decoder."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -67,13 +67,13 @@ def operations(pipeline: Path, size: int, steps: int) -> int:
         unet = UNet2DConditionModel.from_config(json.loads((pipeline / "unet" / "config.json").read_text()))
         vae = AutoencoderKL.from_config(json.loads((pipeline / "vae" / "config.json").read_text()))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(pipeline / "text_encoder"))
-        latents = torch.zeros(1, 4, size // 8, size // 8)
-        context = torch.zeros(1, 77, unet.config.cross_attention_dim)
-        tokens = torch.zeros(1, 77, dtype=torch.long)
+        latents = torch.zeros(batch, 4, size // 8, size // 8)
+        context = torch.zeros(batch, 77, unet.config.cross_attention_dim)
+        tokens = torch.zeros(batch, 77, dtype=torch.long)
     vae.forward = vae.decode
     parts = (
         count_flops(text, (tokens,)).total,
-        steps * count_flops(unet, (latents, torch.zeros(1, device="meta"), context)).total,
+        steps * count_flops(unet, (latents, torch.zeros(batch, device="meta"), context)).total,
         count_flops(vae, (latents,)).total,
     )
     return sum(parts)

@@ -1,0 +1,162 @@
+"""How the cost of an image grows with its size, the batch, the steps and the threads, beside the int8 roofline.
+
+    python benchmarks/growth.py out/growth --write      # half an hour on two cores, most of it the exports
+
+A real-size pipeline with random weights (SD-Tiny by default) is exported for 256 to 1024 px and one to eight images, in
+int8 (its ranges come from one image: they decide nothing about speed), and draws whole images on one engine. Every
+figure is the median of its rounds. The roofline is the multiplications of the stored networks at the rate of int8
+convolutions on this processor (`peers_limits.py`). `--write` makes `growth.json`, and plot and table of
+`docs/performance.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pages
+import random_pipeline
+from peers_limits import int8_peak, operations
+
+import accel
+from accel.export.int8.settings import Int8Settings
+from accel.export.pipeline import export_pipeline
+from accel.files import write_json
+from accel.machine import machine
+from accel.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+KEPT, PAGE = ROOT / "benchmarks" / "growth.json", ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "growth.png"
+USUAL = {"size": 256, "batch": 1, "steps": 4}
+# What varies -> its values; the others are as usual.
+VARIED = {"size": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8), "steps": (1, 2, 4, 8, 25)}
+LABELS = {"size": "side, px", "batch": "images at once", "steps": "steps", "threads": "threads"}
+
+
+def prepared(work: Path, topology: str) -> tuple[Path, Path]:
+    """The pipeline with random weights and its int8 bundle, written where they are not there yet."""
+    pipeline, fp32, int8 = (work / name for name in ("pipeline", "fp32", "int8"))
+    say = lambda stage, done: print(stage, flush=True)  # noqa: E731
+    if not (pipeline / "model_index.json").is_file():
+        random_pipeline.write(topology, pipeline)
+    if not (fp32 / "accel.json").is_file():
+        sampler = {"name": "ddim", "steps": USUAL["steps"], "guidance": 0.0}
+        export_pipeline(pipeline, fp32, profile="batch=1-1-8,size=256-256-1024", sampler=sampler, progress=say)
+    if not (int8 / "accel.json").is_file():
+        settings = Int8Settings(images=1, evaluation_images=1)
+        export_pipeline(fp32, int8, precision="int8", int8=settings, progress=say)
+    return pipeline, int8
+
+
+def draw(pipe: Pipeline, size: int, batch: int, steps: int) -> float:
+    """Seconds of `batch` images."""
+    began = time.perf_counter()
+    pipe(["a fox in the snow"] * batch, height=size, width=size, steps=steps, seed=7, output_type="np")
+    return time.perf_counter() - began
+
+
+def measure(pipeline: Path, bundle: Path, engine: str, rounds: int) -> list[dict[str, Any]]:
+    """One row for each value of what varies."""
+    most = os.cpu_count() or 1
+    cases = [USUAL | {"varies": key, key: value, "threads": most} for key, values in VARIED.items() for value in values]
+    cases += [USUAL | {"varies": "threads", "threads": threads} for threads in range(1, most + 1)]
+    rows, peaks = [], {threads: int8_peak(threads) for threads in {case["threads"] for case in cases}}
+    for threads in sorted(peaks, reverse=True):
+        with accel.load(bundle, engine=engine, threads=threads) as pipe:
+            for case in (case for case in cases if case["threads"] == threads):
+                work = {key: case[key] for key in USUAL}
+                draw(pipe, **work)  # kernels of this shape are made
+                taken = [draw(pipe, **work) for _ in range(rounds)]
+                needed = operations(pipeline, **work)
+                rows.append(
+                    case
+                    | {
+                        "seconds": statistics.median(taken),
+                        "least": min(taken),
+                        "operations": needed,
+                        "roofline": needed / peaks[threads],
+                    }
+                )
+                print(rows[-1], flush=True)
+    order = [*VARIED, "threads"]
+    return sorted(rows, key=lambda row: (order.index(row["varies"]), row[row["varies"]]))
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """A line for each row."""
+    lines = ["| | | s | s per image | roofline s | share |", "|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        seconds, least = row["seconds"], row["roofline"]
+        lines.append(
+            f"| {LABELS[row['varies']]} | {row[row['varies']]} | {seconds:.2f} | {seconds / row['batch']:.2f} "
+            f"| {least:.2f} | {least / seconds:.0%} |"
+        )
+    line = (
+        f"{document['machine']['cpu']}, {document['engine']} int8, {document['topology']}; where nothing else is said "
+        f"{USUAL['size']} px, one image, {USUAL['steps']} steps, all threads. `{document['command']}`"
+    )
+    return "\n".join([*lines, "", line])
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Seconds of an image against each of the four, with the roofline."""
+    plt = pages.pyplot()
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=False)
+    for axis, key in zip(axes, LABELS, strict=True):
+        rows = [row for row in document["rows"] if row["varies"] == key]
+        at = [row[key] for row in rows]
+        axis.plot(at, [row["seconds"] / row["batch"] for row in rows], "o-", color="#2b6cb0", label="measured")
+        least = [row["roofline"] / row["batch"] for row in rows]
+        axis.plot(at, least, "--", color="#c05621", label="int8 roofline")
+        axis.set_xlabel(LABELS[key])
+        axis.set_xticks(at)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("seconds per image")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, nargs="?", help="work folder; without it the kept results are written")
+    parser.add_argument("--topology", default="sd15-tiny", help="of the UNet (default: %(default)s)")
+    parser.add_argument("--engine", default="openvino")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the result; write plot and table")
+    args = parser.parse_args()
+    if args.work:
+        pipeline, bundle = prepared(args.work, args.topology)
+        document = {
+            "schema": "accel-growth/1",
+            "command": "python benchmarks/growth.py WORK --write",
+            "machine": machine().as_dict(),
+            "engine": args.engine,
+            "topology": args.topology,
+            "rounds": args.rounds,
+            "rows": measure(pipeline, bundle, args.engine, args.rounds),
+        }
+        write_json(args.work / "growth.json", document)
+    else:
+        document = json.loads(KEPT.read_text())
+    print(table(document))
+    if args.write:
+        write_json(KEPT, document)
+        plot(document, PLOT)
+        pages.put(PAGE, "growth", table(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
