@@ -49,7 +49,7 @@ def prepared(work: Path, topology: str) -> tuple[Path, Path]:
         random_pipeline.write(topology, pipeline)
     if not (fp32 / "accel.json").is_file():
         sampler = {"name": "ddim", "steps": USUAL["steps"], "guidance": 0.0}
-        export_pipeline(pipeline, fp32, profile="batch=1-1-8,size=256-256-1024", sampler=sampler, progress=say)
+        export_pipeline(pipeline, fp32, profile="batch=1-8,size=256-1024", sampler=sampler, progress=say)
     if not (int8 / "accel.json").is_file():
         settings = Int8Settings(images=1, evaluation_images=1)
         export_pipeline(fp32, int8, precision="int8", int8=settings, progress=say)

@@ -56,6 +56,7 @@ def _demo(args: argparse.Namespace) -> int:
     from ..bench import report
     from ..bench.results import verdict
     from ..engines import ENGINES, facts, status
+    from ..files import write_json
 
     started = time.perf_counter()
     out = Path(args.out)
@@ -68,18 +69,31 @@ def _demo(args: argparse.Namespace) -> int:
     if len(names) < len(args.models):
         raise UserError(f"two models of one name: {' '.join(args.models)}", "name each model once")
     engines = [name for name in reversed(ENGINES) if facts(name).auto and status(name).ok]
-    results, images = {}, {}
+    results: dict[str, Any] = {}
+    images: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in names.items():
         results[name] = _measure(model, out / name, engines, args)
         if results[name].document.interrupted:
             break
-        images[name] = _images(out / name, engines)
+        images[name] = _images({engine: out / name for engine in engines})
+        if int8 := _int8(model, engines):
+            images[name] |= _images(int8)
+            rows[name] = _int8_rows(out / name, int8, images[name], args.rounds)
     say = (lambda text: None) if args.json else print
     for document in (result.document.as_dict() for result in results.values()):
         if not args.json:
             report.show(document, heading=verdict.sentence(document))
+    for name, found in rows.items():
+        write_json(out / f"{name}-int8.json", found)
+        for way, row in found.items():
+            say(
+                f"{name}, {way}: {1e3 * row['seconds']:.1f} ms an image, {row['speedup']:.2f}x eager, "
+                f"{row['psnr']:.0f} dB from eager's images"
+            )
     if args.json:
-        print(json.dumps({name: result.document.as_dict() for name, result in results.items()}, indent=2))
+        documents = {name: result.document.as_dict() for name, result in results.items()}
+        print(json.dumps(documents | {f"{name}-int8": found for name, found in rows.items()}, indent=2))
     if images:
         _comparison(images).save(out / "demo.png")
         say(f"{out / 'demo.png'}: ten digits from every engine, and how far they are from eager's")
@@ -160,12 +174,58 @@ def _measure(model: str, folder: Path, engines: list[str], args: argparse.Namesp
     return result
 
 
-def _images(folder: Path, engines: list[str]) -> dict[str, Any]:
-    """Ten digits of each engine, float32 [10, H, W, 3] in [0, 1]."""
+def _images(pipelines: dict[str, Path]) -> dict[str, Any]:
+    """Ten digits of each {engine, with what is said of it: bundle}, float32 [10, H, W, 3] in [0, 1]."""
     from ..pipeline import load
 
     prompts = [f"a handwritten {word}" for word in WORDS]
-    return {name: load(folder, engine=name)(prompts, seed=SEED, output_type="np").images for name in engines}
+    return {
+        way: load(folder, engine=way.split()[0])(prompts, seed=SEED, output_type="np").images
+        for way, folder in pipelines.items()
+    }
+
+
+def _int8(model: str, engines: list[str]) -> dict[str, Path]:
+    """{"onnxruntime int8": bundle} of a model whose int8 bundle ships, for the engines that compute in int8."""
+    from ..assets import resolve
+    from ..bundle import is_bundle
+    from ..engines import facts
+
+    folder = Path(resolve(f"{model}-int8"))
+    return {f"{name} int8": folder for name in engines if facts(name).int8} if is_bundle(folder) else {}
+
+
+def _int8_rows(folder: Path, int8: dict[str, Path], images: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of the whole image, how many times as fast as eager float32, and PSNR in dB of ten images."""
+    from functools import partial
+
+    import numpy as np
+
+    from ..bench import timing
+    from ..parity import psnr
+    from ..pipeline import load
+
+    pipelines = {"eager": load(folder, engine="eager")} | {
+        way: load(path, engine=way.split()[0]) for way, path in int8.items()
+    }
+    calls = {way: partial(pipe, "a handwritten seven", output_type="np") for way, pipe in pipelines.items()}
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {way: [] for way in calls}
+
+    def failed(way: str, error: Exception) -> None:
+        raise error
+
+    timing.interleave({"": calls}, {"": taken}, rounds=rounds, seconds=None, lead_in={"": True}, failed=failed)
+    median = {way: float(np.median(seconds)) for way, seconds in taken.items()}
+    return {
+        way: {
+            "seconds": median[way],
+            "speedup": median["eager"] / median[way],
+            "psnr": float(psnr(images[way], images["eager"], 1.0)),
+        }
+        for way in int8
+    }
 
 
 def _comparison(models: dict[str, dict[str, Any]]) -> Any:

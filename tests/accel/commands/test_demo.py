@@ -42,9 +42,18 @@ def test_demo_measures_speed_and_shows_the_same_image(demo, name, steps):
     assert "<html" in (demo / f"{name}.html").read_text()
 
 
+@pytest.mark.parametrize("name", ["4step", "1step"])
+def test_the_int8_bundle_that_ships_is_timed_against_eager(demo, name):
+    rows = json.loads((demo / f"{name}-int8.json").read_text())
+    assert "onnxruntime int8" in rows
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["speedup"] > 0
+        assert row["psnr"] > 15  # four steps of int8 on a processor that rounds otherwise: no less than this
+
+
 def test_one_sheet_shows_every_model_on_every_engine(demo):
     width, height = Image.open(demo / "demo.png").size
-    assert width > 900 and height > 2 * 2 * 96  # two engines at least, of each model
+    assert width > 900 and height > 2 * 3 * 96  # two engines at least and one of int8, of each model
 
 
 @pytest.mark.parametrize("name", ["4step", "1step"])
