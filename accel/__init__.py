@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from .patching import patch as patch
     from .pipeline import Output as Output
     from .pipeline import Pipeline as Pipeline
+    from .publishing import push as push
 
 _LAZY = {
     "load": "accel.loading",
     "load_engine": "accel.engines",
     "attach": "accel.attaching",
     "patch": "accel.patching",
+    "push": "accel.publishing",
     "Bundle": "accel.bundle",
     "Pipeline": "accel.pipeline",
     "Output": "accel.pipeline",

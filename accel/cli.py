@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -43,7 +44,7 @@ def _run(argv: list[str], verbose: bool, quiet: bool) -> int:
     interrupt.install()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that is not UTF-8
-    code = module.run(parser.parse_args(argv[1:]))
+    code = module.run(parser.parse_args(argv[1:], argparse.Namespace(typed=argv)))
     if sys.stdout is not None:  # it is, where the shell has closed it
         sys.stdout.flush()  # here, where a reader that has gone away can still be told from a failure
     return code

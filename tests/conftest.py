@@ -368,6 +368,28 @@ def fakes():
     return _fake
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, empty, with an account whose token this process has; its cache is empty too."""
+    from huggingface_hub import constants
+
+    from accel.bundle.hub import origin
+
+    made = _fake("hub").Hub()
+    settings = {
+        "ENDPOINT": made.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    }
+    settings |= {"HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", _fake("hub").TOKEN)
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "accel-cache"))
+    monkeypatch.setattr(origin, "_answers", {})
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="session")
 def vae_maker():
     return make_vae

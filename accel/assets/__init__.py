@@ -32,12 +32,19 @@ def resolve(model: str | Path) -> Path | str:
     return DIGITS / (text.removeprefix("digits").strip("/") or "teacher")
 
 
-def is_hub_id(model: str | Path) -> bool:
-    """Whether a model is named as on the Hugging Face hub, `org/name`, and no file or folder here has that name."""
+def hub_id(model: str | Path) -> tuple[str, str | None] | None:
+    """The repository and revision that a model is named by as on the Hugging Face hub: `org/name`, `org/name@v1.0`.
+
+    Returns:
+        None where a file or folder here has that name, or it is no such name; None for a revision that is not named.
+    """
     text = str(model)
-    return (
-        text.count("/") == 1
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
-        and text[0] not in ".-"
-        and (not Path(resolve(text)).exists() and not text.startswith("digits/"))
-    )
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?", text)
+    if found is None or text.startswith("digits/") or Path(text).exists():
+        return None
+    return found[1], found[2]
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether a model is named as on the Hugging Face hub, and no file or folder here has that name."""
+    return hub_id(model) is not None

@@ -141,7 +141,7 @@ def _bundle(bundle: Bundle, flops: Mapping[str, Mapping[str, int]]) -> dict[str,
             "int8": summary.lines(record),
         }
     return {
-        "name": bundle.path.name,
+        "name": str(bundle.origin) if bundle.origin else bundle.path.name,
         "digest": bundle.digest,
         "family": manifest.family,
         "topology": manifest.topology,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import records
 from .._version import __version__
-from ..assets import resolve
+from ..assets import is_hub_id, resolve
 from ..errors import UserError
-from ..files import cache_dir, digest_of, inside, read_json, settle, sha256, write_json
+from ..files import digest_of, inside, read_json, settle, sha256, write_json
 from ..sampling import Sampling
-from . import limits
+from . import hub, limits, verified
 from .kinds import KINDS
 from .shape_profiles import Profile, Range, native_sides
 from .tensor_spec import TensorSpec
@@ -46,8 +46,13 @@ _INT8 = dict.fromkeys(("config", "layers", "graphs", "calibration"), dict)
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a folder, or a shipped name, is a bundle."""
-    return (Path(resolve(path)) / MANIFEST).is_file()
+    """Whether a folder, a shipped name, or a name of the hub is a bundle."""
+    if (Path(resolve(path)) / MANIFEST).is_file():
+        return True
+    try:
+        return hub.find(path) is not None
+    except UserError:  # whoever opens it is told
+        return False
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class Component:
     def graph_for(self, engine: str) -> str:
         """The ONNX file that an engine loads."""
         return self.int8.get("graphs", {}).get(engine, self.graph)
+
+    def unread_by(self, engine: str) -> set[str]:
+        """Those of its files that an engine leaves alone: graphs of other engines."""
+        graphs = {self.graph, *self.int8.get("graphs", {}).values()}
+        return graphs if engine in ("eager", "compile") else graphs - {self.graph_for(engine)}
 
     @property
     def precision(self) -> str:
@@ -203,13 +213,25 @@ class Manifest:
 
 @dataclass(frozen=True, repr=False)
 class Bundle:
-    """An opened bundle: its folder and what its manifest says."""
+    """An opened bundle.
+
+    Attributes:
+        path: its folder; of one from the hub, the folder in accel's cache that its files are put into.
+        manifest: what `accel.json` says.
+        origin: repository and commit of one from the hub, whose files arrive when they are first used.
+    """
 
     path: Path
     manifest: Manifest
+    origin: hub.Origin | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.path}: {self.title}; {', '.join(self.manifest.components)}>"
+        return f"<{type(self).__name__} {self.name}: {self.title}; {', '.join(self.manifest.components)}>"
+
+    @property
+    def name(self) -> str:
+        """What `accel.load` takes for this very bundle."""
+        return str(self.origin or self.path)
 
     @property
     def title(self) -> str:
@@ -229,14 +251,19 @@ class Bundle:
         """Read and check the manifest; files are checked when a component is used (`verify`).
 
         Args:
-            path: its folder, or the name of one that ships (`digits/4step-int8`).
+            path: its folder, the name of one that ships (`digits/4step-int8`), or of one of the hub (`user/name`, at
+                a branch, tag or commit `user/name@revision`).
 
         Raises:
-            UserError: for a missing folder, a folder that is not a bundle, a manifest that is damaged, newer than this
-                version, or that names files outside the bundle.
+            UserError: for a repository that cannot be read, a missing folder, a folder that is not a bundle, a manifest
+                that is damaged, newer than this version, or that names files outside the bundle.
         """
-        given, path = path, Path(resolve(path))
+        origin = hub.find(path)
+        given, path = path, origin.folder if origin else Path(resolve(path))
         settle(path)
+        if is_hub_id(given) and origin is None:
+            fix = f"accel run {given} draws with it; accel export {given} OUT makes a bundle of it"
+            raise UserError(f"{given} has no {MANIFEST} on the hub, so it is a pipeline or another model", fix)
         if not path.is_dir():
             raise UserError(f"no such folder: {given}", "check the path; `accel export MODEL OUT` makes a bundle")
         if not (path / MANIFEST).is_file():
@@ -260,12 +287,12 @@ class Bundle:
             raise UserError(
                 f"{path / MANIFEST} is damaged ({getattr(error, 'message', error)})", "export the model again"
             ) from None
-        bundle = cls(path, manifest)
+        bundle = cls(path, manifest, origin=origin)
         for entry in manifest.files:
             inside(path, entry, "the manifest entry")
         for component in manifest.components.values():
             for entry in (component.graph, component.weights, *component.int8.get("graphs", {}).values()):
-                bundle.file(entry)
+                bundle._place(entry)
         return bundle
 
     def component(self, name: str) -> Component:
@@ -274,11 +301,17 @@ class Bundle:
         return self.manifest.components[name]
 
     def file(self, entry: str) -> Path:
-        """The path of a file that the manifest lists.
+        """The path of a file that the manifest lists; a file of the hub is there afterwards, and is what was exported.
 
         Raises:
-            UserError: when it is not listed or not inside the bundle.
+            UserError: when it is not listed or not inside the bundle; of the hub, when it cannot be had.
         """
+        path = self._place(entry)
+        if self.origin and not path.is_file():
+            self.compare([entry])
+        return path
+
+    def _place(self, entry: str) -> Path:
         path = inside(self.path, entry, "the manifest entry")
         if entry not in self.manifest.files:
             raise UserError(f"{self.path}: {entry} is not listed in the manifest", "export the model again")
@@ -289,7 +322,7 @@ class Bundle:
         return frozenset(
             entry.removeprefix(f"{folder}/")
             for entry in self.manifest.files
-            if entry.startswith(f"{folder}/") and self.file(entry)
+            if entry.startswith(f"{folder}/") and self._place(entry)
         )
 
     def copy(self, to: Path, folder: str | None = None) -> None:
@@ -306,53 +339,29 @@ class Bundle:
 
         return NoiseSchedule.from_folder(self.file("scheduler/scheduler_config.json").parent)
 
-    def verify(self, folders: Iterable[str] | None = None) -> None:
+    def verify(self, folders: Iterable[str] | None = None, engine: str | None = None) -> None:
         """Compare files with the sizes and sha256 digests in the manifest.
-
-        A digest is computed once; afterwards size, modification time and inode stand in for it, so that opening a
-        five-gigabyte bundle again costs nothing.
 
         Args:
             folders: only files below these folders; None for all.
+            engine: of a bundle of the hub, only what this engine reads is downloaded; None for all.
 
         Raises:
             UserError: naming the first file that is missing, truncated or changed.
         """
         chosen = None if folders is None else tuple(f"{folder}/" for folder in folders)
-        stamps_path = cache_dir() / "verified" / f"{digest_of(str(self.path.absolute()))}.json"
-        try:
-            stamps = read_json(stamps_path, "the verification cache")
-            assert isinstance(stamps, dict)
-        except (UserError, OSError, AssertionError):
-            stamps = {}
-        known = dict(stamps)
-        for entry, expected in self.manifest.files.items():
-            if chosen is not None and not entry.startswith(chosen):
-                continue
-            path = inside(self.path, entry, "the manifest entry")
-            again = f"get {entry} again, or export the model again"
-            if not path.is_file():
-                raise UserError(f"{self.path}: {entry} is missing", again)
-            stat = path.stat()
-            if stat.st_size != expected["bytes"]:
-                raise UserError(
-                    f"{self.path}: {entry} has {stat.st_size:,} bytes where {expected['bytes']:,} were written", again
-                )
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, expected["sha256"]]
-            if stamps.get(entry) == stamp:
-                continue
-            try:
-                found = sha256(path)
-            except OSError as error:
-                raise UserError(f"{self.path}: {entry} cannot be read ({error.strerror})", again) from None
-            if found != expected["sha256"]:
-                raise UserError(f"{self.path}: {entry} was changed after export (its sha256 differs)", again)
-            stamps[entry] = stamp
-        if stamps != known:
-            try:
-                write_json(stamps_path, stamps)
-            except OSError:
-                pass  # a read-only home only costs the next run a hash
+        entries = [entry for entry in self.manifest.files if chosen is None or entry.startswith(chosen)]
+        if self.origin and engine:
+            others = {entry for record in self.manifest.components.values() for entry in record.unread_by(engine)}
+            entries = [entry for entry in entries if entry not in others or self._place(entry).is_file()]
+        self.compare(entries)
+
+    def compare(self, entries: Iterable[str]) -> None:
+        """As `verify`, for files by their names in the manifest; those that are on the hub alone are fetched."""
+        wanted = {entry: self.manifest.files[entry] for entry in entries}
+        if self.origin:
+            self.origin.fetch(wanted)
+        verified.compare(self.name, self.path, wanted, self.origin)
 
     @property
     def digest(self) -> str:

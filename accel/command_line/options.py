@@ -271,7 +271,7 @@ def next_command(bundle: Any, how: str = "") -> str:
         component_names(bundle)
     except UserError as error:
         return f", but makes no image by itself: {error.message} (accel.load_engine runs one component)"
-    return f": accel run {bundle.path}{how} --prompt TEXT"
+    return f": accel run {bundle.name}{how} --prompt TEXT"
 
 
 def size(text: str) -> int:

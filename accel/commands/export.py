@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from ..bundle import Bundle, is_bundle
 from ..bundle.kinds import usual_components
+from ..bundle.manifest import MANIFEST
 from ..command_line.options import (
     add_build,
     add_few_step,
@@ -27,6 +30,7 @@ from ..command_line.options import (
 from ..command_line.parser import WrongUse, renamed, several
 from ..dtypes import INT8, PRECISIONS
 from ..errors import UserError
+from ..files import read_json, write_json
 from ..int8 import summary
 from ..progress import progress
 
@@ -36,6 +40,7 @@ COMPONENTS = usual_components()
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
+_NOT_OF_THE_BUNDLE = ("--overwrite", "--json", "-q", "--quiet", "-v", "--verbose")
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -325,6 +330,7 @@ def _bundle(args: argparse.Namespace) -> int:
             progress=report,
             int8=_int8(args),
         )
+    bundle = _remembering(bundle, args)
     if args.engine != "onnx":
         build_engine_files(bundle, args, (), [], args.engine)
     if getattr(args, "silent", False):
@@ -350,6 +356,23 @@ def _bundle(args: argparse.Namespace) -> int:
         print(line)
     print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
+
+
+def _remembering(bundle: Bundle, args: argparse.Namespace) -> Bundle:
+    """The bundle with the command in its manifest, for its card: without folders of this machine, or where it went."""
+    words, skip = [], False
+    for word in args.typed:
+        if skip or word in _NOT_OF_THE_BUNDLE or word == args.folder:
+            skip = False
+        elif word in ("-o", "--out"):
+            skip = True
+        elif not word.startswith("--out="):
+            words.append(re.sub(r"(?:^|(?<==))[/~.][^=]*/", "", word))
+    at = bundle.path / MANIFEST
+    data = read_json(at, "the manifest")
+    data["source"]["command"] = shlex.join(["accel", *words, "--out", "my-bundle"])
+    write_json(at, data)
+    return Bundle.open(bundle.path)
 
 
 def _given(args: argparse.Namespace, names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ EXAMPLE = "accel inspect my-bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder, or the hub id of a bundle")
     parser.add_argument(
         "--engine",
         dest="target",
@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--build asks a builder, and none was named", "add --engine tensorrt-rtx")
     bundle = Bundle.open(args.bundle)
     problem = None
+    here = [entry for entry in bundle.manifest.files if not bundle.origin or (bundle.path / entry).exists()]
     if not args.no_verify:
         try:
-            bundle.verify()
+            bundle.compare(here)
         except UserError as error:
             problem = error
     engines = {name: status(name) for name in ENGINES}
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
                 {
                     "manifest": bundle.manifest.as_dict(),
                     "digest": bundle.digest,
+                    "origin": vars(bundle.origin) if bundle.origin else None,
+                    "downloaded": here,
                     "intact": None if args.no_verify else problem is None,
                     "problem": str(problem) if problem else None,
                     "engines": {name: vars(state) for name, state in engines.items()},
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     else:
-        _print(bundle, args.no_verify, problem, engines)
+        _print(bundle, len(here), args.no_verify, problem, engines)
         for entry in files:
             print(
                 f"  engine file      {entry['what']}: {'runs here' if entry['ok'] else 'NO: ' + entry['reason']}"
@@ -139,7 +142,7 @@ def _engine_files(bundle: Bundle) -> list[dict]:
     return rows
 
 
-def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines) -> None:
+def _print(bundle: Bundle, here: int, unverified: bool, problem: UserError | None, engines) -> None:
     from ..pipeline import component_names
 
     manifest = bundle.manifest
@@ -147,7 +150,7 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
     steps = sampler.get("timesteps") or f"{sampler.get('steps')} steps"
     total = sum(entry["bytes"] for entry in manifest.files.values())
     kind = f"{manifest.family}, topology {manifest.topology}, {manifest.precision}"
-    print(f"{bundle.path}: {kind}, {total / 1e6:,.1f} MB")
+    print(f"{bundle.name}: {kind}, {total / 1e6:,.1f} MB")
     print(
         f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
         f"torch {manifest.exporter['torch']}"
@@ -165,7 +168,11 @@ def _print(bundle: Bundle, unverified: bool, problem: UserError | None, engines)
     if problem:
         print(f"  files     DAMAGED: {problem}")
     else:
-        print(f"  files     {'not checked' if unverified else f'{len(manifest.files)} files match their digests'}")
+        count = (
+            f"{len(manifest.files)} files" if here == len(manifest.files) else f"{here} of {len(manifest.files)} files"
+        )
+        rest = "" if here == len(manifest.files) else " (downloaded); the others arrive when they are used"
+        print(f"  files     {'not checked' if unverified else f'{count} match their digests{rest}'}")
     try:
         component_names(bundle)
     except UserError as error:

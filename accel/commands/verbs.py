@@ -23,11 +23,12 @@ VERBS = {
     "tune": "find the fastest engine for each network of a bundle on this machine, and let `auto` take it",
     "evaluate": "measure the image quality of a model by a named protocol (FID, CLIP score, prompt accuracy)",
     "inspect": "show what a bundle contains, whether it is intact and whether it runs here",
+    "push": "put a bundle on the Hugging Face hub, with a card of what it is and what was measured",
     "list": "list the models, recipes, profiles, protocols, samplers and engines that there are by name",
     "completion": "print a script that completes accel's verbs and options in your shell",
 }
 # Verbs that lie in a folder of this one.
-_FOLDERS = {"report": "show", "studio": "show", "tune": "measure"}
+_FOLDERS = {"report": "show", "studio": "show", "tune": "measure", "push": "share"}
 
 
 def verb(name: str) -> tuple[ModuleType, Parser]:

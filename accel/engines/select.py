@@ -247,7 +247,7 @@ def load_engine(
     if engine == "auto" and not options and (found := _tuned(bundle, record)) and found.engine == name:
         options = dict(found.options)
     if verify:
-        bundle.verify([record.folder])
+        bundle.verify([record.folder], name)
     try:
         return _load(name, bundle, record, options)
     except NoEngineFile as error:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..assets import hub_id
 from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.shape_profiles import profile as parse_profile
 from ..engines import choose
@@ -25,6 +26,7 @@ def load(
     *,
     export: Mapping[str, Any] | None = None,
     few_step: str | None = None,
+    revision: str | None = None,
     verify: bool = True,
     low_memory: bool = False,
     loras: Any = None,
@@ -41,8 +43,9 @@ def load(
     exported first, into accel's cache: minutes, once; later loads of the same files find it there.
 
     Args:
-        bundle: a bundle or its folder, a diffusers pipeline folder, a hub id such as "org/model", or what ships:
-            "digits", "digits/4step", ...
+        bundle: a bundle or its folder, a diffusers pipeline folder, the hub id of either, such as "org/model" or
+            "org/model@v1.0", or what ships: "digits", "digits/4step", ... Of a bundle of the hub only those files are
+            downloaded that the engine reads.
         engine: a name, "auto", or one per component such as {"unet": "openvino", "vae_decoder": "onnxruntime"}
             (components that are not named use "auto"). "auto" is the fastest that can run here, and never fails for
             speed: a note says what would be faster. `repr` of the pipeline shows what was chosen.
@@ -50,7 +53,8 @@ def load(
             {"precision": "int8"} or {"profile": "sd-512"}. By default float32, one to four images of half to twice
             the model's own size.
         few_step: the few-step family that a pipeline is of, or "none", where its names do not say it.
-        verify: compare files with the manifest's digests first.
+        revision: branch, tag or commit of a hub id; None for what it says itself, or main.
+        verify: compare files with the manifest's digests first; those of the hub are compared in any case.
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
@@ -68,11 +72,27 @@ def load(
     Raises:
         UserError: when the model is damaged or incomplete, cannot be exported, or the engine cannot run here.
     """
+    if revision is not None:
+        bundle = _at(bundle, revision)
     how = dict(export=export, few_step=few_step, safety_checker=safety_checker, embeddings=embeddings)
     ready = runnable(bundle, engine, **how)
     changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
     tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
     return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
+
+
+def _at(model: Any, revision: str) -> str:
+    """A hub id with the revision in it.
+
+    Raises:
+        UserError: where there are no revisions.
+    """
+    named = hub_id(model) if isinstance(model, (str, Path)) else None
+    if named is None or named[1] not in (None, revision):
+        raise UserError(f"revision {revision!r} is for a hub id, and {model} is none without one", "leave revision out")
+    if hub_id(made := f"{named[0]}@{revision}") is None:
+        raise UserError(f"{revision!r} cannot be a revision", "a branch, a tag or a commit")
+    return made
 
 
 def runnable(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..assets import hub_id
+from ..bundle.hub import explained
 from ..errors import UserError
 
 _FOLDERS = ("unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
@@ -16,6 +18,7 @@ def download(repo: str, variant: str | None, *, configs_only: bool = False, safe
     Files that lie in the cache already, from other variants or from diffusers, do not count.
 
     Args:
+        repo: its name, with `@` and a branch, tag or commit behind it for another one than main.
         safety_checker: whether its weights are fetched too: 1.2 GB of SD1.5's.
     """
     folders = (*_FOLDERS, "safety_checker") if safety_checker else _FOLDERS
@@ -36,11 +39,12 @@ def download(repo: str, variant: str | None, *, configs_only: bool = False, safe
 def _snapshot(repo: str, folders: Sequence[str], kinds: Sequence[str], ignored: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    name, revision = hub_id(repo) or (repo, None)
     allowed = ["*.json", "*.txt", *(f"{folder}/*.{kind}" for folder in folders for kind in ("model", *kinds))]
     try:
-        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored]))
+        patterns = dict(allow_patterns=allowed, ignore_patterns=["*non_ema*", *ignored])
+        return Path(snapshot_download(name, revision=revision, **patterns))
     except Exception as error:
-        raise UserError(
-            f"{repo} is neither a local folder nor to be had from the hub ({type(error).__name__}: {error})",
-            "check the spelling and the network, or give a folder",
-        ) from None
+        why = explained(error, name, revision)
+        text = f"{repo} is neither a local folder nor to be had from the hub: {why.message}"
+        raise UserError(text, f"{why.fix}; or give a folder") from None

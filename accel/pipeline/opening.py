@@ -54,7 +54,7 @@ def opened(model: str | Path | Bundle, *, few_step: str | None = None, safety_ch
 
 def _is_pipeline(model: str | Path) -> bool:
     """Whether a model is a diffusers pipeline: a folder that is no bundle, which are laid out like one, or a hub id."""
-    return (Path(resolve(model)) / "model_index.json").is_file() and not is_bundle(model) or is_hub_id(model)
+    return (is_hub_id(model) or (Path(resolve(model)) / "model_index.json").is_file()) and not is_bundle(model)
 
 
 def load(
@@ -98,7 +98,11 @@ def load(
         raise UserError(f"{bundle.path} has no component {unknown.pop()!r}", f"it has: {', '.join(wanted)}")
     if verify:
         files = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
-        bundle.verify([*(bundle.component(name).folder for name in wanted), *files])
+        bundle.verify(files)
+        for name in wanted:
+            chosen = by_component.get(name, "auto")
+            if not (bundle.origin and (low_memory or chosen == "auto")):  # the engine fetches what it needs
+                bundle.verify([bundle.component(name).folder], chosen)
     # These say what does not fit, before any engine is loaded.
     if SAFETY_CHECKER in wanted:
         SafetyChecker.of(bundle)

@@ -65,7 +65,7 @@ def with_row_timesteps(bundle: Bundle, engine: str = "auto", device: str = "auto
     with waiting_for(folder):
         if not folder.is_dir() and not _write(bundle, folder, names):
             return bundle
-    return RowTimesteps(bundle.path, manifest, edited=folder, entries=entries)
+    return RowTimesteps(bundle.path, manifest, origin=bundle.origin, edited=folder, entries=entries)
 
 
 def _write(bundle: Bundle, folder: Path, names: list[str]) -> bool:

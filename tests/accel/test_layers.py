@@ -32,7 +32,7 @@ ACCEL = (
     ("attaching", "bench"),
     ("export", "distill"),
     ("loading",),
-    ("studio",),
+    ("studio", "publishing"),
     ("serving",),
     ("command_line",),
     ("commands",),

@@ -1,0 +1,1 @@
+"""Verbs that give a bundle to others."""
