@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .attaching import attach as attach
     from .bundle import Bundle as Bundle
     from .engines import load_engine as load_engine
+    from .loading import AccelPipeline as AccelPipeline
     from .loading import load as load
     from .patching import patch as patch
     from .pipeline import Output as Output
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "load": "accel.loading",
+    "AccelPipeline": "accel.loading",
     "load_engine": "accel.engines",
     "attach": "accel.attaching",
     "patch": "accel.patching",

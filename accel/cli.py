@@ -115,7 +115,7 @@ def top_parser() -> Parser:
 def _messages(verbose: bool, quiet: bool) -> None:
     """Let people read our lines: silence the libraries' progress bars and messages, print our notes as such."""
     if quiet:
-        os.environ[QUIET] = "1"
+        os.environ |= {QUIET: "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         for name, value in {

@@ -318,11 +318,11 @@ class Bundle:
         return path
 
     def listed(self, folder: str) -> frozenset[str]:
-        """Names of the files in a folder that the manifest lists: no other is read."""
+        """Names of the files in a folder that the manifest lists: no other is read. Those of the hub are there then."""
         return frozenset(
             entry.removeprefix(f"{folder}/")
             for entry in self.manifest.files
-            if entry.startswith(f"{folder}/") and self._place(entry)
+            if entry.startswith(f"{folder}/") and self.file(entry)
         )
 
     def copy(self, to: Path, folder: str | None = None) -> None:

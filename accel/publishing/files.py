@@ -23,6 +23,13 @@ from ..bundle.manifest import MANIFEST
 from ..errors import UserError
 from ..trt import engine_files
 
+# With these `ModularPipeline.from_pretrained(repo, trust_remote_code=True)` of diffusers draws with accel, whose code is
+# installed: the repository's own names it.
+MODULAR = {
+    "block.py": b"from accel.loading.modular import AccelBlocks as AccelBlocks\n",
+    "modular_config.json": b'{"_class_name": "AccelBlocks", "auto_map": {"ModularPipelineBlocks": "block.AccelBlocks"}}\n',
+    "modular_model_index.json": b'{"_class_name": "ModularPipeline", "_blocks_class_name": "AccelBlocks"}\n',
+}
 GRAPH, OURS = "model.onnx", "graph.onnx"
 # Of one length, so that the name is exchanged within an ONNX file without any other byte changing.
 WEIGHTS, SECOND_NAME = "model.safetensors", "weights.onnx_data"

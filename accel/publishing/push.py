@@ -16,7 +16,7 @@ from ..bundle.manifest import MANIFEST
 from ..errors import UserError
 from ..files import parse_json
 from .card import card
-from .files import repository
+from .files import MODULAR, repository
 
 CARD = "README.md"
 _ENGINE_FILES = "engines/"
@@ -91,7 +91,7 @@ def prepared(
     found = repository(bundle, with_engine_files=engine_files)
     manifest = (json.dumps(found.manifest, indent=2, allow_nan=False) + "\n").encode()
     text = card(bundle, repo, licence, base_model, document)
-    files = {**found.files, MANIFEST: manifest, CARD: text.encode()}
+    files = {**found.files, **MODULAR, MANIFEST: manifest, CARD: text.encode()}
     return Prepared(f"{source}, {bundle.manifest.precision}", files, found.again)
 
 

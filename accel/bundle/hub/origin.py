@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...assets import hub_id
 from ...errors import UserError
@@ -55,19 +56,18 @@ class Origin:
         wanted = [entry for entry in dict.fromkeys(entries) if not inside(self.folder, entry, "the entry").exists()]
         if not wanted:
             return
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
+        at: dict[str, Any] = {"repo_id": self.repo, "revision": self.commit}
         try:
-            found = snapshot_download(
-                self.repo, revision=self.commit, allow_patterns=[glob.escape(entry) for entry in wanted]
-            )
+            found = Path(snapshot_download(**at, allow_patterns=[glob.escape(entry) for entry in wanted]))
+            for entry in wanted:
+                if not (found / entry).is_file():  # without a network it gives what there is, and says nothing
+                    hf_hub_download(**at, filename=entry)
         except Exception as error:
             raise explained(error, self.repo, self.commit) from None
         for entry in wanted:
-            source = Path(found) / entry
-            if not source.is_file():
-                raise UserError(f"{self} lacks {entry}", "another revision of it, or ask its author")
-            _link(source.resolve(), self.folder / entry)
+            _link((found / entry).resolve(), self.folder / entry)
 
     def forget(self, entry: str) -> None:
         """Remove a file that is not what it should be, here and from the hub's cache: the next `fetch` gets it anew."""

@@ -60,9 +60,7 @@ def test_pushing_again_removes_what_is_no_longer_there_and_leaves_what_is_not_ou
     repo = hub.repos[REPO]
     file = type(repo.files()["README.md"])
     repo.commit(repo.files() | {"images/seven.png": file(b"x", False), "engines/k/unet.plan": file(b"x", False)})
-    accel.push("digits/1step", REPO) if accel.bundle.is_bundle("digits/1step") else accel.push(
-        "digits/1step-int8", REPO
-    )
+    accel.push("digits/1step-int8", REPO)
     files = repo.files()
     assert "images/seven.png" in files and "engines/k/unet.plan" not in files
     listed = json.loads(files["accel.json"].data)["files"]

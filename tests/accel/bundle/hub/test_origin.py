@@ -85,6 +85,7 @@ def test_a_branch_is_pushed_to_and_read(pushed):
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(pushed, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     pushed.cut[WEIGHTS] = 1_000_000
     bundle = Bundle.open(REPO)
     bundle.verify(["unet"])

@@ -10,7 +10,8 @@ def test_push_then_run_and_inspect_by_name(accel, hub, tmp_path):
     assert code == 0 and f"accel run {REPO} --prompt" in out
     image = tmp_path / "seven.png"
     run = ("run", REPO, "--prompt", "a handwritten seven", "--engine", "onnxruntime", "--threads", "1", "--out", image)
-    assert accel(*run)[0] == 0 and image.is_file()
+    code, _, err = accel(*run)
+    assert code == 0 and image.is_file(), err
     code, out, _ = accel("inspect", REPO, "--json")
     found = json.loads(out)
     assert code == 0 and found["origin"]["repo"] == REPO and found["intact"] is True
