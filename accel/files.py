@@ -27,10 +27,10 @@ _JSON_BYTES, _JSON_DEPTH = 16 << 20, 32
 _PATIENCE = 1.0  # seconds that a writer waits for one that may only be tidying up
 _own = threading.local()
 
-SINGLE_GRAPH = "single_graph.json"
+SINGLE_GRAPH, OPENVINO_GENAI = "single_graph.json", "openvino_genai.json"
 # A folder is ours, and may be replaced when asked, if it holds one of these: a bundle's, a trained pipeline's, that of
-# one graph.
-OWN = ("accel.json", "training.json", SINGLE_GRAPH)
+# one graph, one for OpenVINO GenAI.
+OWN = ("accel.json", "training.json", SINGLE_GRAPH, OPENVINO_GENAI)
 
 
 def cache_dir() -> Path:

@@ -371,7 +371,7 @@ def fakes():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine, empty, with an account whose token this process has; its cache is empty too."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     from accel.bundle.hub import origin
 
@@ -383,6 +383,7 @@ def hub(monkeypatch, tmp_path):
     settings |= {"HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", made.url)
     monkeypatch.setenv("HF_TOKEN", _fake("hub").TOKEN)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "accel-cache"))
     monkeypatch.setattr(origin, "_answers", {})

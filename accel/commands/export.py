@@ -101,8 +101,8 @@ def add_arguments(parser: Any) -> None:
         "--target",
         default="bundle",
         choices=("bundle", *_TARGETS),
-        help="single-graph: one ONNX file from prompt to pixels; triton-server: a model repository; MODEL may be a "
-        "bundle then (default: bundle)",
+        help="single-graph: one ONNX file from prompt to pixels; openvino-genai: a folder for OpenVINO GenAI and "
+        "optimum-intel; triton-server: a model repository; MODEL may be a bundle then (default: bundle)",
     )
     text = "with single-graph: prompts as text are the input, by ONNX Runtime Extensions' tokenizer"
     parser.add_argument("--text-input", action="store_true", help=text)
@@ -268,7 +268,19 @@ def _single_graph(args: argparse.Namespace) -> int:
     return 0
 
 
-_TARGETS = {"single-graph": _single_graph, "triton-server": _triton_server}
+def _openvino_genai(args: argparse.Namespace) -> int:
+    """Write a bundle, or a pipeline by way of a temporary bundle, as a folder for OpenVINO GenAI."""
+    from accel.export.openvino_genai import describe, write
+
+    if args.engine != "onnx":
+        raise UserError(f"--engine {args.engine} makes engine files, which GenAI does not read", "leave --engine out")
+    with _bundle_of(args, "written for OpenVINO GenAI") as bundle, progress("OpenVINO GenAI") as report:
+        record = write(bundle, args.out, overwrite=args.overwrite, progress=report)
+    print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
+    return 0
+
+
+_TARGETS = {"single-graph": _single_graph, "openvino-genai": _openvino_genai, "triton-server": _triton_server}
 
 
 def _bundle(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ The manifest lists the first and the third alone: accel never downloads the othe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from ..bundle.manifest import MANIFEST
 from ..errors import UserError
 from ..trt import engine_files
 
-# With these `ModularPipeline.from_pretrained(repo, trust_remote_code=True)` of diffusers draws with accel, whose code is
-# installed: the repository's own names it.
+# With these, `ModularPipeline.from_pretrained(repo, trust_remote_code=True)` of diffusers draws with the accel that is
+# installed: the code of the repository is one import.
+_BLOCKS = "AccelBlocks"
 MODULAR = {
-    "block.py": b"from accel.loading.modular import AccelBlocks as AccelBlocks\n",
-    "modular_config.json": b'{"_class_name": "AccelBlocks", "auto_map": {"ModularPipelineBlocks": "block.AccelBlocks"}}\n',
-    "modular_model_index.json": b'{"_class_name": "ModularPipeline", "_blocks_class_name": "AccelBlocks"}\n',
+    "block.py": f"from accel.loading.modular import {_BLOCKS} as {_BLOCKS}\n".encode(),
+    "modular_config.json": json.dumps(
+        {"_class_name": _BLOCKS, "auto_map": {"ModularPipelineBlocks": f"block.{_BLOCKS}"}}
+    ).encode(),
+    "modular_model_index.json": json.dumps({"_class_name": "ModularPipeline", "_blocks_class_name": _BLOCKS}).encode(),
 }
 GRAPH, OURS = "model.onnx", "graph.onnx"
 # Of one length, so that the name is exchanged within an ONNX file without any other byte changing.
