@@ -19,7 +19,7 @@ from ..assets import is_hub_id, resolve
 from ..errors import UserError
 from ..files import digest_of, inside, read_json, settle, sha256, write_json
 from ..sampling import Sampling
-from . import hub, limits, verified
+from . import foreign, hub, limits, verified
 from .kinds import KINDS
 from .shape_profiles import Profile, Range, native_sides
 from .tensor_spec import TensorSpec
@@ -46,8 +46,8 @@ _INT8 = dict.fromkeys(("config", "layers", "graphs", "calibration"), dict)
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a folder, a shipped name, or a name of the hub is a bundle."""
-    if (Path(resolve(path)) / MANIFEST).is_file():
+    """Whether a folder, a shipped name or a name of the hub is a bundle, or a folder of others that is read like one."""
+    if (Path(resolve(path)) / MANIFEST).is_file() or foreign.kind_of(resolve(path)):
         return True
     try:
         return hub.find(path) is not None
@@ -252,7 +252,8 @@ class Bundle:
 
         Args:
             path: its folder, the name of one that ships (`digits/4step-int8`), or of one of the hub (`user/name`, at
-                a branch, tag or commit `user/name@revision`).
+                a branch, tag or commit `user/name@revision`); or the folder of an exporter that is no bundle
+                (`accel.bundle.foreign`).
 
         Raises:
             UserError: for a repository that cannot be read, a missing folder, a folder that is not a bundle, a manifest
@@ -260,6 +261,7 @@ class Bundle:
         """
         origin = hub.find(path)
         given, path = path, origin.folder if origin else Path(resolve(path))
+        path = foreign.taken(path) if foreign.kind_of(path) else path
         settle(path)
         if is_hub_id(given) and origin is None:
             fix = f"accel run {given} draws with it; accel export {given} OUT makes a bundle of it"

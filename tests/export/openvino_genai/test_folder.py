@@ -139,7 +139,7 @@ def test_one_text_at_once_is_too_few_for_guidance(smallest, tmp_path, monkeypatc
     narrow = replace(
         bundle, manifest=replace(bundle.manifest, components={**bundle.manifest.components, "text_encoder": one})
     )
-    with pytest.raises(UserError, match="encodes two texts at once"):
+    with pytest.raises(UserError, match="encodes prompt and negative prompt together"):
         check(narrow)
 
 
