@@ -37,7 +37,7 @@ CASES = {
     "random": dict(prompt="a cat", what="four steps, predicts noise"),
     "guided": dict(prompt="a cat", negative="a dog", what="ten guided steps of DDIM"),
 }
-PACKAGES = "accel-diffusion diffusers optimum optimum-onnx optimum-intel onnxruntime openvino openvino-genai transformers torch"
+PACKAGES = "accel-diffusion diffusers optimum optimum-onnx optimum-intel onnxruntime openvino openvino-genai torch"
 
 
 # What is drawn from: in accel's environment

@@ -14,6 +14,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import status
+from ..engines.select import refused_by
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names, opened
 from . import facts, quality, timing, variants, work
@@ -118,6 +119,9 @@ def _reference(state: State, load: Load, progress: Progress) -> None:
     progress("reference: eager fp32", 0.3)
     if not (able := status(REFERENCE)).ok:
         state.notes.append(f"parity is not measured: the eager engine cannot run here ({able.detail})")
+        return
+    if reason := refused_by(state.bundle, REFERENCE):
+        state.notes.append(f"parity is not measured: {reason}")
         return
     variant = variants.parse(REFERENCE)
     pipeline = load(state.bundle, variant)

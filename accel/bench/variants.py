@@ -12,6 +12,7 @@ import psutil
 from ..bundle import Bundle
 from ..dtypes import SHORT
 from ..engines import ENGINES, facts, load_engine, status
+from ..engines.select import refused_by
 from ..errors import UserError, unknown
 from ..machine import machine
 from ..pipeline import Pipeline, component_names
@@ -129,6 +130,8 @@ def unable(variant: Variant, bundle: Bundle) -> str:
     if facts(variant.engine).reads_graph and not bundle.component("unet").graph:
         name = bundle.manifest.source["name"]
         return f"{name} is a pipeline without graphs: accel export {name} BUNDLE makes them"
+    if reason := refused_by(bundle, variant.engine):
+        return reason
     # Without the instructions the CPU emulates the dtype, which nobody deploys; it still runs when it is named.
     isa = _LOW_PRECISION_ISA.get(variant.dtype)
     if isa and not variant.requested and not _has_gpu() and not set(isa) & set(machine().isa):

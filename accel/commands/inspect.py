@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle import Bundle, Component
+from ..bundle import Bundle, Component, foreign
 from ..command_line.parser import renamed
 from ..engines import ENGINES, status
 from ..errors import UserError
@@ -20,7 +20,7 @@ EXAMPLE = "accel inspect my-bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle folder, or the hub id of a bundle")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle, the hub id of one, or a folder of optimum's")
     parser.add_argument(
         "--engine",
         dest="target",
@@ -155,6 +155,10 @@ def _print(bundle: Bundle, here: int, unverified: bool, problem: UserError | Non
         f"  made from {manifest.source['name']} with opset {manifest.exporter['opset']}, "
         f"torch {manifest.exporter['torch']}"
     )
+    if "foreign" in manifest.source:
+        kind = foreign.KINDS[manifest.source["foreign"]].title
+        print(f"  {kind}: never compared with torch, and its digests are those of the first reading")
+        print(f"  assumed   {'; '.join(manifest.source['assumed'])}")
     options = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampler.get("options", {}).items())
     own = f"; the model's own scheduler: {scheduler}" if (scheduler := manifest.source.get("scheduler")) else ""
     print(f"  sampler   {sampler['name']}, {steps}, guidance {sampler['guidance']:g}{options}{own}")

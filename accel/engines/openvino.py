@@ -117,8 +117,13 @@ class OpenVino(Engine):
         """The compiled graph, with these tensors instead of its own constants."""
         import openvino
 
-        core, proto = openvino.Core(), graph(bundle, self.component)
-        file = str(bundle.file(self.component.graph))
+        core, file = openvino.Core(), str(bundle.file(self.component.graph))
+        if file.endswith(".xml"):  # IR of another exporter, which has neither our names nor our folds
+            if tensors:
+                fix = "export the model with accel, or leave the LoRA and the embeddings out"
+                raise UserError(f"{bundle.name} is OpenVINO IR, whose weights cannot be replaced", fix)
+            return core.compile_model(file, device, config)
+        proto = graph(bundle, self.component)
         folds = folds and any(node.op_type in _FOLDED for node in proto.graph.node)
         try:
             if not tensors and not folds:

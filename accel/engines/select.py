@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import Bundle, Component, tuned
+from ..bundle import Bundle, Component, foreign, tuned
 from ..bundle.replaced import steadily
 from ..errors import Notice, UserError, unknown
 from ..machine import machine_name
@@ -110,11 +110,15 @@ def choose(
                 f"the {name} engine runs ONNX graphs, and {folder} is a diffusers pipeline, which has none",
                 f"accel export {folder} {Path(folder).name}-bundle, and load that; or engine eager",
             )
+        if reason := refused_by(bundle, name):
+            raise UserError(reason, f"engine {' or '.join(_of_others(bundle))}, or export the model with accel")
         return name
     wanted = set(options) & {option for engine in ENGINES for option in facts(engine).options}
     fits = [engine for engine in ENGINES if wanted <= set(facts(engine).options)] or list(ENGINES)
     if needs_eager:
         fits = [engine for engine in fits if not facts(engine).reads_graph] or ["eager"]
+    if others := _of_others(bundle):
+        fits = [engine for engine in fits if engine in others] or others
     engine_file = (
         fitting_engine_file(bundle, component.name, device, set(engine_file_engines()) & set(fits))
         if bundle is not None and component is not None and set(engine_file_engines()) & set(fits)
@@ -133,6 +137,22 @@ def choose(
         if place in facts(candidate).auto and status(candidate).ok:
             return candidate
     raise UserError("no engine can run here", 'pip install "accel-diffusion[cpu]"')
+
+
+def _of_others(bundle: Bundle | None) -> list[str]:
+    """The engines that run a folder which another exporter wrote; empty for a bundle, which all of them run."""
+    kind = None if bundle is None else bundle.manifest.source.get("foreign")
+    if kind not in foreign.KINDS:
+        return []
+    return [name for name in ENGINES if facts(name).reads_graph and name in (foreign.KINDS[kind].engines or ENGINES)]
+
+
+def refused_by(bundle: Bundle | None, engine: str) -> str:
+    """Why an engine does not run what another exporter wrote; empty where it does, or it is a bundle."""
+    if bundle is None or not (able := _of_others(bundle)) or engine in able:
+        return ""
+    kind = foreign.KINDS[bundle.manifest.source["foreign"]].title
+    return f"the {engine} engine does not run {kind}, which {bundle.manifest.source['name']} is"
 
 
 def _tuned(bundle: Bundle | None, component: Component | None) -> tuned.Choice | None:
