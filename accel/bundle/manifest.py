@@ -46,7 +46,7 @@ _INT8 = dict.fromkeys(("config", "layers", "graphs", "calibration"), dict)
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a folder, a shipped name or a name of the hub is a bundle, or a folder of others that is read like one."""
+    """Whether a folder, or a name that ships or is on the hub, is a bundle, or a folder that is read like one."""
     if (Path(resolve(path)) / MANIFEST).is_file() or foreign.kind_of(resolve(path)):
         return True
     try:
