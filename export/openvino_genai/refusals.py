@@ -27,7 +27,8 @@ SCHEDULERS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 _SCHEDULES = (None, "linear", "scaled_linear")
 _PREDICTIONS = ("epsilon", "v_prediction")
-_ABSENT = {"clip_sample": True}  # what the class of diffusers takes where a config does not have the field
+# What a class of diffusers takes where a config does not have the field, and it is none of the values above.
+_ABSENT = {("DDIMScheduler", "clip_sample"): True}
 
 
 def check(bundle: Bundle) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _scheduler(bundle: Bundle) -> dict[str, Any]:
         raise UserError(f"OpenVINO GenAI has no {kind}", fix)
     allowed = {**SCHEDULERS[kind], "beta_schedule": _SCHEDULES, "trained_betas": (None,)}
     for field, values in allowed.items():
-        value = config.get(field, _ABSENT.get(field) if field in ("clip_sample",) else values[0])
+        value = config.get(field, _ABSENT.get((kind, field), values[0]))
         if value not in values and not (field == "trained_betas" and kind == "LCMScheduler"):
             raise UserError(f"OpenVINO GenAI does not heed {field} = {value!r} of a {kind}", fix)
     if config.get("prediction_type", "epsilon") not in _PREDICTIONS:

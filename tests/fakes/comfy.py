@@ -1,6 +1,6 @@
 """The interfaces of ComfyUI that our nodes use, as its documentation and nodes describe them; no network of its own.
 
-Noise levels are sigma = sqrt((1 - a) / a), and a latent of a sampler is x / sqrt(a); `apply_model` turns what the network
+Noise levels are sigma = sqrt((1 - a) / a), a sampler's latent is x / sqrt(a); `apply_model` turns what the network
 gives into the denoised latent, by epsilon or v.
 """
 
