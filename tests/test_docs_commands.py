@@ -60,6 +60,7 @@ OF_THE_FIRST = {
 NEEDS = {
     "dmd2_sdxl_": "DMD2's published weights; tests/accel/models/test_few_step.py reads files of their layout",
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
+    "run user/name": "a hub; tests/accel/commands/share/test_push.py has one",
     "serve ": "somebody to end it; tests/accel/serving and tests/accel/commands/test_serve.py start it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU",

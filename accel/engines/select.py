@@ -141,7 +141,7 @@ def choose(
 
 def _of_others(bundle: Bundle | None) -> list[str]:
     """The engines that run a folder which another exporter wrote; empty for a bundle, which all of them run."""
-    kind = None if bundle is None else bundle.manifest.source.get("foreign")
+    kind = "" if bundle is None else str(bundle.manifest.source.get("foreign", ""))
     if kind not in foreign.KINDS:
         return []
     return [name for name in ENGINES if facts(name).reads_graph and name in (foreign.KINDS[kind].engines or ENGINES)]

@@ -1,5 +1,5 @@
 """`accel.push`: a bundle goes to the Hugging Face hub, with a card that its manifest writes."""
 
-from .push import Pushed, push
+from .upload import Pushed, push
 
 __all__ = ["Pushed", "push"]

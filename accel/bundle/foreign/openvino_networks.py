@@ -20,7 +20,7 @@ def take(source: Path, out: Path) -> Network:
         UserError: for IR that OpenVINO does not read, or where OpenVINO is not installed.
     """
     try:
-        import openvino
+        import openvino  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise MissingPackage("openvino", "OpenVINO IR", "openvino") from None
     try:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, how: dict) -> int:
-    from ...publishing.push import prepared
+    from ...publishing.upload import prepared
 
     made = prepared(args.bundle, args.repo, **how)
     if args.json:

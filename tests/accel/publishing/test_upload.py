@@ -14,7 +14,7 @@ from accel import UserError
 from accel.bundle import Bundle
 from accel.command_line.parser import Parser
 from accel.commands import export
-from accel.publishing.push import prepared
+from accel.publishing.upload import prepared
 
 MODEL, REPO = "digits/4step-int8", "someone/digits"
 
