@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import MissingPackage, UserError
 from .specs import Network, Tensor
 
@@ -53,7 +55,7 @@ def _scalar_timestep(model: Any) -> None:
     given.set_element_type(Type.f32)
     given.set_partial_shape(PartialShape([]))
     inner = opset13.convert(given, kind.get_type_name())
-    shaped = opset13.reshape(inner, opset13.constant([1] * rank, "i64"), False) if rank else inner
+    shaped = opset13.reshape(inner, opset13.constant(np.ones(rank, np.int64)), False) if rank else inner
     for reader in readers:
         reader.replace_source_output(shaped.output(0))
     model.validate_nodes_and_infer_types()

@@ -111,15 +111,23 @@ def find(model: str | Path) -> Origin | None:
 
 
 def _ask(repo: str, revision: str | None) -> Origin | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    """The answer of the hub, which is asked once; of the cache, where it cannot be reached."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     try:
-        manifest = Path(hf_hub_download(repo, MANIFEST, revision=revision))
-    except Exception as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
+        get_hf_file_metadata(hf_hub_url(repo, MANIFEST, revision=revision))
+        reached, why = True, None
+    except EntryNotFoundError:
+        return None
+    except RevisionNotFoundError as error:
         raise explained(error, repo, revision) from None
+    except Exception as error:
+        reached, why = False, error
+    try:
+        manifest = Path(hf_hub_download(repo, MANIFEST, revision=revision, local_files_only=not reached))
+    except Exception as error:
+        raise explained(why or error, repo, revision) from None
     found = Origin(repo, manifest.parent.name)
     write_json(found.folder / RECORD, vars(found))
     _link(manifest.resolve(), found.folder / MANIFEST)
