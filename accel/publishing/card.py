@@ -28,7 +28,7 @@ def card(bundle: Bundle, repo: str, licence: str, base_model: str | None = None,
     """
     manifest = bundle.manifest
     source = str(manifest.source["name"])
-    base = base_model or (source if hub_id(source) and not knows_only_digits(source) else None)
+    base = base_model or (None if (named := hub_id(source)) is None else named[0])
     sections = [_head(manifest, licence, base), f"# {markdown(repo)}", _about(bundle, base), _use(manifest, repo)]
     sections += ["## What is inside", _table(*_inside(bundle)), _how(manifest)]
     if lines := [line for record in manifest.components.values() for line in _int8(record)]:
@@ -45,8 +45,8 @@ def _head(manifest: Manifest, licence: str, base: str | None) -> str:
     fields: dict[str, Any] = {"license": licence, "library_name": "accel"}
     fields |= {"pipeline_tag": "image-to-image" if manifest.edits else "text-to-image"}
     if base:
-        relation = "quantized" if manifest.precision != "fp32" else "finetune"
-        fields |= {"base_model": base, "base_model_relation": relation}
+        fields |= {"base_model": base}
+        fields |= {"base_model_relation": "quantized"} if manifest.precision != "fp32" else {}
     fields["tags"] = list(dict.fromkeys([*tags, str(manifest.sampler["name"])]))
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 

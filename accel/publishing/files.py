@@ -67,16 +67,15 @@ def repository(bundle: Bundle, *, with_engine_files: bool = False) -> Repository
     Raises:
         UserError: for engine files that are asked for and are not there.
     """
-    files: dict[str, Path | bytes] = {entry: bundle.file(entry) for entry in bundle.manifest.files}
+    files: dict[str, Any] = {entry: bundle.file(entry) for entry in bundle.manifest.files}
     listed, components, again = dict(bundle.manifest.files), dict(bundle.manifest.components), {}
     for name, record in bundle.manifest.components.items():
-        graph = f"{record.folder}/{GRAPH}"
-        if name not in _OPTIMUM or record.graph != graph or record.weights != f"{record.folder}/{WEIGHTS}":
+        graph, ours = f"{record.folder}/{GRAPH}", f"{record.folder}/{OURS}"
+        if name not in _OPTIMUM or record.graph not in (graph, ours) or record.weights != f"{record.folder}/{WEIGHTS}":
             continue
-        ours = f"{record.folder}/{OURS}"
-        files[ours], listed[ours] = bundle.file(graph), listed.pop(graph)
+        files[ours], listed[ours] = bundle.file(record.graph), listed.pop(record.graph)
         components[name] = replace(record, graph=ours)
-        files[graph] = with_second_name(bundle.file(graph).read_bytes())
+        files[graph] = with_second_name(files[ours].read_bytes())
         again[f"{record.folder}/{SECOND_NAME}"] = record.weights
     if with_engine_files:
         files |= _engine_files(bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -16,6 +17,7 @@ from accel.command_line.parser import Parser
 from accel.commands import export
 from accel.publishing.upload import prepared
 
+ROOT = Path(__file__).parents[3]
 MODEL, REPO = "digits/4step-int8", "someone/digits"
 
 
@@ -113,7 +115,7 @@ def head_of(card: str) -> dict:
 def test_the_head_of_a_card_is_what_the_hub_reads(smallest_bundle):
     head = head_of(prepared(smallest_bundle, REPO, licence="openrail++", base_model="org/base").card)
     assert head["license"] == "openrail++" and head["base_model"] == "org/base"
-    assert head["pipeline_tag"] == "text-to-image" and head["base_model_relation"] == "finetune"
+    assert head["pipeline_tag"] == "text-to-image" and "base_model_relation" not in head
     assert {"onnx", "sd1", "fp32", "dpmpp_2m"} <= set(head["tags"])
     assert "base_model" not in head_of(prepared(smallest_bundle, REPO, licence="mit").card)
 
@@ -137,9 +139,33 @@ def test_a_card_has_the_command_that_made_it_without_folders_of_this_machine(acc
     assert parser.parse_args(command.split()[2:]).profile == "batch=1-4,size=32-64"
 
 
+def test_a_model_of_the_hub_is_the_base_without_its_revision(smallest_bundle, edit_manifest, tmp_path):
+    folder = shutil.copytree(smallest_bundle, tmp_path / "bundle")
+    edit_manifest(folder, lambda data: data.update(precision="fp16", source=data["source"] | {"name": "org/sd@v1"}))
+    head = head_of(prepared(folder, REPO, licence="mit").card)
+    assert head["base_model"] == "org/sd" and head["base_model_relation"] == "quantized"
+
+
+def test_what_came_from_the_hub_is_pushed_elsewhere_the_same(hub):
+    accel.push(MODEL, REPO)
+    accel.push(Bundle.open(REPO), "someone/copy")
+    first, second = (hub.repos[name].files() for name in (REPO, "someone/copy"))
+    assert set(first) == set(second) and first["accel.json"].data == second["accel.json"].data
+
+
+def test_a_benchmark_of_this_bundle_is_in_the_card(tmp_path):
+    bundle = Bundle.open(MODEL)
+    document = json.loads((ROOT / "benchmarks/digits.json").read_text())
+    document["bundle"]["digest"] = bundle.digest
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    card = prepared(bundle, REPO, bench=tmp_path / "bench.json").card
+    speed = card.split("## Speed")[1]
+    assert "| variant | text | UNet step |" in speed and "| eager" in speed and document["rows"][0]["variant"] in speed
+
+
 def test_a_benchmark_of_another_bundle_is_refused(smallest_bundle):
     with pytest.raises(UserError, match="measured another bundle"):
-        prepared(smallest_bundle, REPO, licence="mit", bench="benchmarks/digits.json")
+        prepared(smallest_bundle, REPO, licence="mit", bench=ROOT / "benchmarks/digits.json")
 
 
 @pytest.fixture
