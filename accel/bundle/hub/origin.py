@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,19 +136,15 @@ def _ask(repo: str, revision: str | None) -> Origin | None:
 
 def _of_folder(folder: Path) -> Origin | None:
     """The origin of a folder in our own cache: no other folder says where its files are fetched from."""
-    for place in _candidates(folder):
-        record = read_json(place / RECORD, "the record of its origin")
-        if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("repo", "commit")):
-            found = Origin(record["repo"], record["commit"])
-            if hub_id(found.repo) and _COMMIT.fullmatch(found.commit) and found.folder.samefile(place):
-                return found
-    return None
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    with contextlib.suppress(OSError, ValueError):
-        if folder.absolute().parent.parent == _root().absolute() and (folder / RECORD).is_file():
-            yield folder
+    try:
+        folder = folder.absolute()
+        if folder.parent.parent != _root().absolute() or not (folder / RECORD).is_file():
+            return None
+        record = read_json(folder / RECORD, "the record of its origin")
+        found = Origin(record["repo"], record["commit"])
+        return found if _COMMIT.fullmatch(found.commit) and found.folder.absolute() == folder else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _root() -> Path:
