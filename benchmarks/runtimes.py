@@ -166,7 +166,9 @@ def diffusers(place: Path, case: dict[str, Any], saved: Any) -> np.ndarray:
     folder = place / "for-diffusers"
     shutil.copytree(place / "pipeline", folder, dirs_exist_ok=True)
     shutil.copytree(place / "bundle/scheduler", folder / "scheduler", dirs_exist_ok=True)
-    shutil.copytree(place / "bundle/tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # in transformers 4's files too
+    shutil.copytree(
+        place / "bundle/tokenizer", folder / "tokenizer", dirs_exist_ok=True
+    )  # in transformers 4's files too
     shutil.copy(place / "bundle/model_index.json", folder / "model_index.json")
     return like_diffusers(StableDiffusionPipeline.from_pretrained(folder), case, saved)
 

@@ -13,6 +13,7 @@ from ...files import inside
 from .specs import Network, Tensor
 
 GRAPH, WEIGHTS = "model.onnx", "model.safetensors"
+_OPSET = 18
 _SMALL = 1 << 10  # bytes of a tensor that stays in the graph
 _DTYPES = {1: "float32", 10: "float16", 16: "bfloat16", 7: "int64", 6: "int32"}
 
@@ -52,12 +53,27 @@ def take(source: Path, out: Path) -> Network:
             offset, length = places[name]
             for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
+    model = _of_known_opset(model, source)
     _scalar_timestep(model)
     del model.graph.value_info[:]
     (out / GRAPH).write_bytes(model.SerializeToString())
     opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
     inputs, outputs = ([_tensor(value) for value in side] for side in (model.graph.input, model.graph.output))
     return Network(GRAPH, WEIGHTS, inputs, outputs, sum(value.size for value in large.values()), opset)
+
+
+def _of_known_opset(model: Any, source: Path) -> Any:
+    """The same graph in an opset that the check of graphs knows; older exporters wrote lower ones."""
+    from onnx import version_converter
+
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
+    if opset >= _OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, _OPSET)
+    except Exception as error:
+        text = f"{source / GRAPH} is of opset {opset}, and cannot be brought to {_OPSET} ({str(error)[:80]})"
+        raise UserError(text, "export the model again, with --opset 18") from None
 
 
 def _places(weights: Path) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import accel
-from accel.bundle import MANIFEST, SCHEMA, Bundle, finalize, manifest
+from accel.bundle import MANIFEST, SCHEMA, Bundle, finalize, verified
 from accel.cli import main
 from accel.errors import UserError
 
@@ -296,13 +296,13 @@ def test_only_the_chosen_folders_are_checked(bundle_copy):
 def hashed(monkeypatch) -> list[str]:
     """The files that were really hashed."""
     names = []
-    sha256 = manifest.sha256
+    sha256 = verified.sha256
 
     def counted(path):
         names.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr(manifest, "sha256", counted)
+    monkeypatch.setattr(verified, "sha256", counted)
     return names
 
 
