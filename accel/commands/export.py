@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 from ..bundle import Bundle, is_bundle
 from ..bundle.kinds import usual_components
-from ..bundle.manifest import MANIFEST
 from ..command_line.options import (
     add_build,
     add_few_step,
@@ -28,9 +25,9 @@ from ..command_line.options import (
     sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed, several
+from ..command_line.remembered import remembering
 from ..dtypes import INT8, PRECISIONS
 from ..errors import UserError
-from ..files import read_json, write_json
 from ..int8 import summary
 from ..progress import progress
 
@@ -40,7 +37,6 @@ COMPONENTS = usual_components()
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
-_NOT_OF_THE_BUNDLE = ("--overwrite", "--json", "-q", "--quiet", "-v", "--verbose")
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
 _OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
@@ -212,6 +208,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.text_input and args.target != "single-graph":
         raise UserError("--text-input is for one graph", "add --target single-graph")
+    if args.engine != "onnx" and args.target in ("single-graph", "openvino-genai"):
+        raise UserError(f"--target {args.target} has no engine files (--engine {args.engine})", "leave --engine out")
     return _TARGETS[args.target](args) if args.target in _TARGETS else _bundle(args)
 
 
@@ -260,8 +258,6 @@ def _single_graph(args: argparse.Namespace) -> int:
     """Write a bundle, or a pipeline by way of a temporary bundle, as one graph."""
     from accel.export.single_graph.export import describe, write
 
-    if args.engine != "onnx":
-        raise UserError(f"--engine {args.engine} makes files of components, not of one graph", "leave --engine out")
     with _bundle_of(args, "written as one graph") as bundle, progress("single graph") as report:
         record = write(bundle, args.out, text=args.text_input, overwrite=args.overwrite, progress=report)
     print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
@@ -272,8 +268,6 @@ def _openvino_genai(args: argparse.Namespace) -> int:
     """Write a bundle, or a pipeline by way of a temporary bundle, as a folder for OpenVINO GenAI."""
     from accel.export.openvino_genai import describe, write
 
-    if args.engine != "onnx":
-        raise UserError(f"--engine {args.engine} makes engine files, which GenAI does not read", "leave --engine out")
     with _bundle_of(args, "written for OpenVINO GenAI") as bundle, progress("OpenVINO GenAI") as report:
         record = write(bundle, args.out, overwrite=args.overwrite, progress=report)
     print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
@@ -342,7 +336,7 @@ def _bundle(args: argparse.Namespace) -> int:
             progress=report,
             int8=_int8(args),
         )
-    bundle = _remembering(bundle, args)
+    bundle = remembering(bundle, args)
     if args.engine != "onnx":
         build_engine_files(bundle, args, (), [], args.engine)
     if getattr(args, "silent", False):
@@ -368,23 +362,6 @@ def _bundle(args: argparse.Namespace) -> int:
         print(line)
     print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
-
-
-def _remembering(bundle: Bundle, args: argparse.Namespace) -> Bundle:
-    """The bundle with the command in its manifest, for its card: without folders of this machine, or where it went."""
-    words, skip = [], False
-    for word in args.typed:
-        if skip or word in _NOT_OF_THE_BUNDLE or word == args.folder:
-            skip = False
-        elif word in ("-o", "--out"):
-            skip = True
-        elif not word.startswith("--out="):
-            words.append(re.sub(r"(?:^|(?<==))[/~.][^=]*/", "", word))
-    at = bundle.path / MANIFEST
-    data = read_json(at, "the manifest")
-    data["source"]["command"] = shlex.join(["accel", *words, "--out", "my-bundle"])
-    write_json(at, data)
-    return Bundle.open(bundle.path)
 
 
 def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
