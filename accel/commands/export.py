@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -254,27 +255,19 @@ def _triton_server(args: argparse.Namespace) -> int:
     return 0
 
 
-def _single_graph(args: argparse.Namespace) -> int:
-    """Write a bundle, or a pipeline by way of a temporary bundle, as one graph."""
-    from accel.export.single_graph.export import describe, write
-
-    with _bundle_of(args, "written as one graph") as bundle, progress("single graph") as report:
-        record = write(bundle, args.out, text=args.text_input, overwrite=args.overwrite, progress=report)
-    print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
+def _written(args: argparse.Namespace) -> int:
+    """Write a bundle, or a pipeline by way of a temporary bundle, as one graph or as a folder for OpenVINO GenAI."""
+    graph = args.target == "single-graph"
+    target = import_module(f"accel.export.{'single_graph.export' if graph else 'openvino_genai'}")
+    how = {"text": args.text_input} if graph else {}
+    used = "written as one graph" if graph else "written for OpenVINO GenAI"
+    with _bundle_of(args, used) as bundle, progress(args.target) as report:
+        record = target.write(bundle, args.out, overwrite=args.overwrite, progress=report, **how)
+    print(json.dumps(record, indent=2) if args.json else target.describe(Path(args.out), record))
     return 0
 
 
-def _openvino_genai(args: argparse.Namespace) -> int:
-    """Write a bundle, or a pipeline by way of a temporary bundle, as a folder for OpenVINO GenAI."""
-    from accel.export.openvino_genai import describe, write
-
-    with _bundle_of(args, "written for OpenVINO GenAI") as bundle, progress("OpenVINO GenAI") as report:
-        record = write(bundle, args.out, overwrite=args.overwrite, progress=report)
-    print(json.dumps(record, indent=2) if args.json else describe(Path(args.out), record))
-    return 0
-
-
-_TARGETS = {"single-graph": _single_graph, "openvino-genai": _openvino_genai, "triton-server": _triton_server}
+_TARGETS = {"single-graph": _written, "openvino-genai": _written, "triton-server": _triton_server}
 
 
 def _bundle(args: argparse.Namespace) -> int:
