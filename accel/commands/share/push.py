@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-EXAMPLE = "accel push my-bundle user/name --license openrail++ --dry-run"
+EXAMPLE = "accel push digits/4step-int8 user/name --dry-run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
