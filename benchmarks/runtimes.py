@@ -365,7 +365,7 @@ def table(document: dict[str, Any]) -> str:
         if row["runtime"] in THEIRS:  # they make what the rows below them read
             continue
         images = [row["images"][name] for name in names]
-        cells = [f"{one['of_255']:.2f}" if "of_255" in one else "no" for one in images]
+        cells = [f"{one['of_255']:.4f}" if "of_255" in one else "no" for one in images]
         lines.append(f"| {row['runtime']} | {row['reads']} | {' | '.join(cells)} |")
     packages = {f"{name} {value}" for row in document["rows"] for name, value in row["packages"].items()}
     cases = "; ".join(f"{name}: {what}" for name, what in document["cases"].items())

@@ -70,6 +70,7 @@ def benchmarks(monkeypatch):
         "peers",
         "peers_worker",
         "folds",
+        "runtimes",
         "family_matrix",
         "kernels",
         "lora_switch",
@@ -84,6 +85,7 @@ def benchmarks(monkeypatch):
     [
         ("README.md", "peers", "peers", "peers.json"),
         ("docs/performance.md", "folds", "folds", "folds.json"),
+        ("docs/runtimes.md", "runtimes", "runtimes", "runtimes.json"),
         ("docs/results.md", "whole-image", "whole_image", "whole-image.json"),
         ("docs/results.md", "results", "readme_table", None),
     ],
