@@ -12,14 +12,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
-from ..pipeline.previews import shown
 from ..sampling.samplers import SAMPLERS, SIGMAS
 from .exchange import Exchange
 from .job import Order
 from .limits import Cancelled
-from .models import Models
+from .models import Maker, Models
 from .pictures import base64_of, encoded, from_base64
-from .worker import Worker
 
 router = APIRouter(prefix="/sdapi/v1")
 # A1111's names of samplers -> ours.
@@ -147,7 +145,7 @@ async def img2img(body: Picture, request: Request) -> Any:
 
 async def _answered(body: Text, call: dict[str, Any], request: Request) -> Any:
     state = request.app.state
-    worker: Worker = state.models.named(body.override_settings.get("sd_model_checkpoint") or state.checkpoint)
+    worker: Maker = state.models.named(body.override_settings.get("sd_model_checkpoint") or state.checkpoint)
     exchange = await Exchange.open(worker, call)
     try:
         done = await exchange.images(request)
@@ -177,27 +175,20 @@ def _infotext(body: Text, seed: int, info: dict[str, Any]) -> str:
 @router.get("/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> Any:
     """Of the oldest order in the making."""
-    found: list[tuple[Worker, Order]] = [(w, order) for w in request.app.state.models.values() for order in w.orders]
+    found: list[tuple[Maker, Order]] = [(w, order) for w in request.app.state.models.values() for order in w.orders]
     if not found:
         state = dict(skipped=False, interrupted=False, job="", job_count=0, job_no=0)
         state |= dict(sampling_step=0, sampling_steps=0)
         return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
     worker, order = min(found, key=lambda pair: pair[1].arrived)
-    share = order.done / max(order.steps, 1)
+    done, picture = await worker.progress(order, not skip_current_image)
+    share = done / max(order.steps, 1)
     spent, steps = time.monotonic() - order.arrived, order.requests[0].plan.steps
     state = dict(skipped=False, interrupted=order.cancelled, job="image", job_count=order.images)
-    state |= dict(job_no=order.done // steps, sampling_step=order.done % steps, sampling_steps=steps)
-    image = None
-    if order.latest is not None and not skip_current_image:
-        image = await asyncio.to_thread(_current, worker, order)
+    state |= dict(job_no=done // steps, sampling_step=done % steps, sampling_steps=steps)
+    image = None if picture is None else base64_of(await asyncio.to_thread(encoded, picture))
     eta = spent / share - spent if share else 0.0
     return {"progress": share, "eta_relative": eta, "state": state, "current_image": image, "textinfo": None}
-
-
-def _current(worker: Worker, order: Order) -> str:
-    assert order.latest is not None
-    (image,) = worker.pipeline.previewer()(shown(*order.latest), order.requests[0].pixels)[:1]
-    return base64_of(encoded(image))
 
 
 @router.post("/interrupt")
@@ -231,8 +222,8 @@ async def sd_models(request: Request) -> Any:
     """The models that were loaded."""
     loaded: Models = request.app.state.models
 
-    def entry(worker: Worker) -> dict[str, Any]:
-        digest = worker.pipeline.bundle.digest
+    def entry(worker: Maker) -> dict[str, Any]:
+        digest = worker.digest
         own = dict(title=worker.name, model_name=worker.name, hash=digest[:10], sha256=digest)
         return own | dict(filename=worker.name, config=None)
 
