@@ -60,7 +60,7 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group("replicas in a Ray cluster")
     text = "serve from a Ray cluster; where accel is served there already, replace that replica by replica"
     group.add_argument("--ray", action="store_true", help=text)
-    text = "of the cluster (default: RAY_ADDRESS, or the one of this machine, or a new one that ends with this command)"
+    text = "of the cluster, or local for a new one (default: RAY_ADDRESS, or that of this machine, or a new one)"
     group.add_argument("--ray-address", metavar="ADDRESS", help=text)
     text = "replicas of each model, such as 2; or 1-4 for as many as the load asks (default: 1)"
     group.add_argument("--replicas", metavar="N[-M]", help=text)
@@ -130,7 +130,7 @@ def _in_a_cluster(args: argparse.Namespace, models: list[Any], **how: Any) -> No
         scale = deploy.settle(scale, cluster, len(models), models[0].options.get("device"))
         known = [(replace(one, options={"threads": int(scale.cpus)} | dict(one.options)), d) for one, d in known]
         port = deploy.free_port(args.host, args.port) if cluster.own or not args.port else args.port
-        replaced = deploy.deploy(known, scale, host=args.host, port=port, **how)
+        replaced = deploy.deploy(known, scale, cluster, host=args.host, port=port, **how)
         if not args.quiet:
             many = f"{scale.least} to {scale.most}" if scale.most > scale.least else f"{scale.least}"
             each = f"{scale.cpus:g} cores" + f" and {scale.gpus:g} GPUs" * bool(scale.gpus)

@@ -72,16 +72,22 @@ def states(deployment: str) -> Mapping[str, int]:
 
 
 def build(
-    models: Sequence[tuple[Settings, str]], scale: Scale, limits: Limits, key: str | None, hosts: Sequence[str]
+    models: Sequence[tuple[Settings, str]],
+    scale: Scale,
+    *,
+    limits: Limits,
+    key: str | None,
+    hosts: Sequence[str],
+    spare: bool,
 ) -> Any:
     """A `ray.serve.Application`.
 
-    Replacements start before old replicas stop (`max_surge_percent`), one replica after another, and an old one ends
-    when what it was making is done.
+    One replica is replaced after another, and an old one ends when what it was making is done.
 
     Args:
         models: settings and digest of each.
         scale: of the replicas, settled.
+        spare: whether there is room for one more, so that a replacement can start before the old replica stops.
     """
     from ray import serve
 
@@ -94,7 +100,7 @@ def build(
             name=deployment_name(settings.name),
             max_ongoing_requests=limits.queue,
             max_queued_requests=limits.queue,
-            max_surge_percent=1,
+            max_surge_percent=int(spare),  # rounded up to one replica
             rolling_update_percentage=0.01,
             **options,
             **patience,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import Notice, UserError
-from ..limits import Limits
 from ..models import Settings
 from .application import FRONT, NAME, build, deployment_name
 from .scale import Scale
@@ -41,7 +40,8 @@ def joined(address: str | None) -> Iterator[Cluster]:
     """Join a Ray cluster while in the `with`.
 
     Args:
-        address: of the cluster; None for that of RAY_ADDRESS or the one that runs on this machine, else a new one.
+        address: of the cluster, or "local" for a new one; None for that of RAY_ADDRESS or the one that runs on this
+            machine, else a new one.
 
     Raises:
         UserError: where there is none at the address.
@@ -50,18 +50,18 @@ def joined(address: str | None) -> Iterator[Cluster]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster that is started here: it tells nobody
     quiet: dict[str, Any] = dict(logging_level="ERROR", log_to_driver=False, namespace=NAME)
-    own = False
+    own = address == "local"
     try:
-        ray.init(address or "auto", **quiet)
+        if not own:
+            ray.init(address or "auto", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if address or os.environ.get("RAY_ADDRESS"):
-            place = address or os.environ["RAY_ADDRESS"]
+        if place := address or os.environ.get("RAY_ADDRESS"):
             text = f"there is no Ray cluster at {place}: {str(error).splitlines()[0]}"
-            raise UserError(
-                text, "ray start --head, or leave --ray-address out for a cluster of this machine"
-            ) from None
-        ray.init("local", include_dashboard=False, **quiet)
+            fix = "ray start --head, or --ray-address local for a new cluster of this machine"
+            raise UserError(text, fix) from None
         own = True
+    if own:
+        ray.init("local", include_dashboard=False, **quiet)
     try:
         yield Cluster(own, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     finally:
@@ -83,22 +83,15 @@ def settle(scale: Scale, cluster: Cluster, models: int, device: str | None) -> S
 
 
 def deploy(
-    models: Sequence[tuple[Settings, str]],
-    scale: Scale,
-    *,
-    limits: Limits,
-    key: str | None,
-    hosts: Sequence[str],
-    host: str,
-    port: int,
+    models: Sequence[tuple[Settings, str]], scale: Scale, cluster: Cluster, *, host: str, port: int, **how: Any
 ) -> bool:
     """Start the application in the cluster that was joined, or replace the one there, replica by replica.
 
     Args:
         models: settings and digest of each.
         scale: settled.
-        limits, key, hosts: as `app.create` takes them.
         host, port: where every node listens.
+        how: limits, key and hosts, as `app.create` takes them.
 
     Returns:
         Whether it has replaced one.
@@ -110,13 +103,13 @@ def deploy(
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=_QUIET)
+    spare = scale.room(cluster.nodes) > scale.most * len(models)
     replaced = NAME in serve.status().applications
     try:
-        serve.run(build(models, scale, limits, key, hosts), name=NAME, route_prefix="/", logging_config=_QUIET)
+        serve.run(build(models, scale, spare=spare, **how), name=NAME, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
-        raise UserError(
-            f"the replicas do not start: {why(serve.status(), str(error))}", "`ray logs` has all of it"
-        ) from None
+        text = f"the replicas do not start: {why(serve.status(), str(error))}"
+        raise UserError(text, "`ray logs` has all of it") from None
     if replaced:
         _until(lambda: _settled(serve.status(), models), "the last of the old replicas is still at work")
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
@@ -164,7 +157,6 @@ def wait() -> None:
     while not over.wait(1):  # a wait without an end would not let Python see the signal everywhere
         pass
     serve.delete(NAME)
-    serve.shutdown()
 
 
 def answers(host: str, port: int) -> bool:

@@ -86,6 +86,8 @@ class Remote:
         try:
             async for event in messages:
                 order.tell(event)
+                if event.kind == "failed":
+                    return
             order.tell(Event("done"))
         except asyncio.CancelledError:
             order.tell(Event("failed", error=Cancelled()))

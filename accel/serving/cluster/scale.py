@@ -62,17 +62,19 @@ class Scale:
             cpus = max(1.0, min((node.get("CPU", 0) for node in nodes), default=1) // abreast)
         return replace(self, cpus=float(cpus), gpus=float(gpus))
 
+    def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many replicas the nodes have room for."""
+        cpus, gpus = self.cpus or 0, self.gpus or 0
+        by_cpus = [node.get("CPU", 0) // cpus if cpus else math.inf for node in nodes]
+        return int(sum(min(c, _fit(node.get("GPU", 0), gpus)) for c, node in zip(by_cpus, nodes, strict=True)))
+
     def missing(self, nodes: Sequence[Mapping[str, float]], models: int) -> str:
         """What the nodes lack for the least replicas of so many models; "" where they have it."""
-        cpus, gpus = self.cpus or 0, self.gpus or 0
-        room = 0
-        for node in nodes:
-            room += int(min(node.get("CPU", 0) // cpus if cpus else math.inf, _fit(node.get("GPU", 0), gpus)))
-        wanted = self.least * models
+        wanted, room = self.least * models, self.room(nodes)
         if room >= wanted:
             return ""
         has = [f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes]
-        each = f"{cpus:g} cores" + f" and {gpus:g} GPUs" * bool(gpus)
+        each = f"{self.cpus:g} cores" + f" and {self.gpus:g} GPUs" * bool(self.gpus)
         return f"{wanted} replicas of {each} do not fit: there is room for {room} ({'; '.join(has) or 'no node'})"
 
     def options(self, rows: int) -> dict[str, Any]:
