@@ -27,7 +27,7 @@ FOUND = sorted((ROOT / ".venv-triton").glob("lib/python3*/site-packages/pytriton
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not FOUND, reason="there is no tritonserver here: make .venv-triton/.installed"),
+    pytest.mark.skipif(not FOUND, reason="there is no tritonserver here: make test-triton installs one"),
 ]
 
 
