@@ -1,4 +1,4 @@
-"""A server in a real Ray cluster of two nodes: a replica is killed and the bundle replaced under load; nothing is lost."""
+"""A server in a real Ray cluster: a replica is killed, and the bundle replaced, under load; nothing is lost."""
 
 import asyncio
 import base64
