@@ -110,8 +110,8 @@ def roofline(document: Document) -> Html | None:
     lead = (
         f"{row['variant']} against what this machine gave just before: {number(peak / 1e9)} GFLOP/s of {row['dtype']} "
         f"matrix products and {number(bandwidth / 1e9)} GB/s of memory, so {number(peak / bandwidth)} FLOP a byte are "
-        "in balance. A network with fewer waits for the memory, one with more for the arithmetic. It moves at least its "
-        "weights, inputs and outputs; weights that stay in a cache can beat the memory’s bound."
+        "in balance. A network with fewer waits for the memory, one with more for the arithmetic. It moves at least "
+        "its weights, inputs and outputs; weights that stay in a cache can beat the memory’s bound."
     )
     return section(
         "roofline", "What bounds it", table(columns, cells, "Roofline of each network", cards=True), lead=lead
