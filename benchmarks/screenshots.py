@@ -109,7 +109,7 @@ def site(browser: Any) -> Image.Image:
     handler = functools.partial(_Quiet, directory=ROOT / "out/docs")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        made = beside(shots(browser, f"http://127.0.0.1:{server.server_port}/first-steps.html"))
+        made = beside(shots(browser, f"http://127.0.0.1:{server.server_port}/tutorial.html"))
         server.shutdown()
     return made
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import secrets
 import time
 from typing import Any
@@ -35,6 +37,7 @@ NAMES = {
     "DPM++ 3M SDE": "dpmpp_3m_sde",
     "DPM++ 2S a": "dpmpp_2s_sde",
 }
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
 _AUTOMATIC = ("", "automatic", "use same scheduler", "uniform", "normal")
 # What would change the image and is not done here -> the value that asks for nothing.
 _NOT_DONE = {
@@ -78,7 +81,7 @@ class Text(BaseModel):
             raise UserError(f"invalid batch_size x n_iter: {self.batch_size} x {self.n_iter}", "give 1 or more of each")
         name, sigmas = sampler_of(self.sampler_name or self.sampler_index, self.scheduler)
         return dict(
-            prompt=self.prompt,
+            prompt=_LORA.sub("", self.prompt).strip(),
             negative_prompt=self.negative_prompt or None,
             num_images_per_prompt=self.batch_size * self.n_iter,
             width=self.width,
@@ -89,6 +92,23 @@ class Text(BaseModel):
             sigmas=sigmas,
             seed=secrets.randbelow(2**31) if self.seed < 0 else self.seed,
         )
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Name and scale of each `<lora:name:0.8>` in the prompt, which is no text to A1111 either.
+
+        Raises:
+            UserError: for a scale that is no number.
+        """
+        found = []
+        for name, scale in _LORA.findall(self.prompt):
+            try:
+                found.append((name, float(scale or 1)))
+            except ValueError:
+                found.append((name, math.nan))
+            if not math.isfinite(found[-1][1]):
+                raise UserError(f"invalid scale of the LoRA {name}: {scale}", f"<lora:{name}:0.8>")
+        return found
 
 
 class Picture(Text):
@@ -146,7 +166,7 @@ async def img2img(body: Picture, request: Request) -> Any:
 async def _answered(body: Text, call: dict[str, Any], request: Request) -> Any:
     state = request.app.state
     worker: Maker = state.models.named(body.override_settings.get("sd_model_checkpoint") or state.checkpoint)
-    exchange = await Exchange.open(worker, call)
+    exchange = await Exchange.open(worker, call, loras=body.loras)
     try:
         done = await exchange.images(request)
         interrupted = False
