@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -53,8 +54,9 @@ def joined(address: str | None) -> Iterator[Cluster]:
     own = address == "local"
     try:
         if not own:
+            _reachable(address or os.environ.get("RAY_ADDRESS") or "")
             ray.init(address or "auto", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if place := address or os.environ.get("RAY_ADDRESS"):
             text = f"there is no Ray cluster at {place}: {str(error).splitlines()[0]}"
             fix = "ray start --head, or --ray-address local for a new cluster of this machine"
@@ -66,6 +68,13 @@ def joined(address: str | None) -> Iterator[Cluster]:
         yield Cluster(own, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     finally:
         ray.shutdown()
+
+
+def _reachable(address: str) -> None:
+    """Raise OSError where nothing listens at "host:port"; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def settle(scale: Scale, cluster: Cluster, models: int, device: str | None) -> Scale:
@@ -108,8 +117,8 @@ def deploy(
     try:
         serve.run(build(models, scale, spare=spare, **how), name=NAME, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
-        text = f"the replicas do not start: {why(serve.status(), str(error))}"
-        raise UserError(text, "`ray logs` has all of it") from None
+        message, fix = why(serve.status(), str(error))
+        raise UserError(f"the replicas do not start: {message}", fix) from None
     if replaced:
         _until(lambda: _settled(serve.status(), models), "the last of the old replicas is still at work")
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
@@ -120,12 +129,16 @@ def deploy(
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
-def why(status: Any, otherwise: str) -> str:
-    """What Ray says of the deployments that failed."""
+def why(status: Any, otherwise: str) -> tuple[str, str]:
+    """What the replicas that failed say, and the fix."""
     found = status.applications.get(NAME)
-    failed = [one.message for one in found.deployments.values() if one.message and one.status != "HEALTHY"]
+    deployments = found.deployments.values() if found else ()
+    failed = [one.message for one in deployments if one.message and one.status != "HEALTHY"]
     lines = [line.strip() for line in (failed[0] if failed else otherwise).splitlines() if line.strip()]
-    return lines[-1] if lines else otherwise
+    fix = next((line.removeprefix("fix: ") for line in lines if line.startswith("fix: ")), "")
+    said = [line for line in lines if not line.startswith("fix: ")] or [otherwise]
+    # Ray ends a traceback with the name of the error before its text.
+    return re.sub(r"^[\w.]*UserError: ", "", said[-1]), fix or "`ray logs` has all of it"
 
 
 def _settled(status: Any, models: Sequence[tuple[Settings, str]]) -> bool:

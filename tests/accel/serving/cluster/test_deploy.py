@@ -133,6 +133,23 @@ def test_a_replica_is_killed_and_the_bundle_replaced_under_load(cluster, unused_
     assert numbers.count("# TYPE accel_images_total counter") == 1 and 'accel_images_total{model="drawing"' in numbers
 
 
+def test_what_a_replica_says_is_the_error_and_its_fix():
+    from types import SimpleNamespace as Of
+
+    from accel.serving.cluster.deploy import why
+
+    message = "The deployment failed:\nTraceback ...\naccel.errors.UserError: invalid batch: 64 rows\n  fix: --batch 32"
+    deployment = Of(message=message, status="DEPLOY_FAILED")
+    status = Of(applications={"accel": Of(deployments={"x": deployment, "front": Of(message="", status="HEALTHY")})})
+    assert why(status, "failed") == ("invalid batch: 64 rows", "--batch 32")
+    assert why(Of(applications={}), "no controller") == ("no controller", "`ray logs` has all of it")
+
+
+def test_an_address_where_no_cluster_is_is_refused_at_once(refused):
+    pytest.importorskip("ray")
+    assert "there is no Ray cluster at 127.0.0.1:1" in refused("serve", OLD, "--ray", "--ray-address", "127.0.0.1:1")
+
+
 @pytest.mark.slow
 def test_what_the_cluster_has_no_room_for_is_said_before_it_is_started(refused):
     pytest.importorskip("ray")
