@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -72,13 +73,14 @@ def save(sheet: Image.Image, path: Path) -> None:
     raise SystemExit(f"{path} has {path.stat().st_size:,} bytes (at most {LARGEST:,})")
 
 
-def report(browser: Any, source: Path, scratch: Path) -> Image.Image:
-    page = source
-    if source.suffix == ".json":
-        page = scratch / "report.html"
-        command = [sys.executable, "-m", "accel", "report", source, "--out", page, "--overwrite", "-q"]
+def report(browser: Any, source: Path) -> Image.Image:
+    if source.suffix != ".json":
+        return beside(shots(browser, source.absolute().as_uri()))
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "report.html"
+        command = [sys.executable, "-m", "accel", "report", source.absolute(), "--out", page, "-q"]
         subprocess.run(command, check=True, cwd=ROOT)
-    return beside(shots(browser, page.absolute().as_uri()))
+        return beside(shots(browser, page.as_uri()))
 
 
 def studio(browser: Any) -> Image.Image:
@@ -142,7 +144,7 @@ def main() -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         makers = {
-            "report": lambda: report(browser, args.report, args.out),
+            "report": lambda: report(browser, args.report),
             "studio": lambda: studio(browser),
             "site": lambda: site(browser),
         }
