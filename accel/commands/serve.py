@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -98,8 +99,10 @@ def _in_this_process(args: argparse.Namespace, models: list[Any], **how: Any) ->
     from ..serving.app import create
     from ..serving.metrics import Metrics
     from ..serving.models import open_worker
+    from ..studio.server import bound
 
     metrics, workers = Metrics(), []
+    listening = bound(args.port, args.host)  # before minutes are spent on a model
     try:
         for settings in models:
             worker = open_worker(settings, metrics)
@@ -112,8 +115,11 @@ def _in_this_process(args: argparse.Namespace, models: list[Any], **how: Any) ->
         app = create(workers, metrics, **how)
         level = "info" if args.verbose else "warning"
         config = uvicorn.Config(app, args.host, args.port, log_level=level, timeout_graceful_shutdown=30)
-        _serve(uvicorn.Server(config), args, [settings.name for settings in models])
+        _announce(args, listening.getsockname()[1], [settings.name for settings in models])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down in order, and raises the signal again
+            uvicorn.Server(config).run(sockets=[listening])
     finally:
+        listening.close()
         for worker in workers:
             worker.close(0)
 
@@ -123,24 +129,27 @@ def _in_a_cluster(args: argparse.Namespace, models: list[Any], **how: Any) -> No
         raise MissingPackage("ray", "accel serve --ray", "ray")
     from ..serving.cluster import deploy
     from ..serving.cluster.scale import Scale
+    from ..studio.server import bound
 
     scale = Scale.of(args.replicas or "1", args.cpus_per_replica, args.gpus_per_replica)
     known = [(one, one.digest) for one in models]
     with deploy.joined(args.ray_address) as cluster:
         scale = deploy.settle(scale, cluster, len(models), models[0].options.get("device"))
         known = [(replace(one, options={"threads": int(scale.cpus)} | dict(one.options)), d) for one, d in known]
-        port = deploy.free_port(args.host, args.port) if cluster.own or not args.port else args.port
+        port = args.port
+        if cluster.own or not port:  # in another cluster it may be the server that is replaced
+            with bound(port, args.host) as free:
+                port = free.getsockname()[1]
         replaced = deploy.deploy(known, scale, cluster, host=args.host, port=port, **how)
         if not args.quiet:
             many = f"{scale.least} to {scale.most}" if scale.most > scale.least else f"{scale.least}"
             each = f"{scale.cpus:g} cores" + f" and {scale.gpus:g} GPUs" * bool(scale.gpus)
             done = "replaced" if replaced else "runs"
             print(f"{', '.join(one.name for one in models)}: {done}; {many} replicas, {each} each", file=sys.stderr)
-        _announce(args, port, [one.name for one in models])
+        end = "Ctrl-C" if cluster.own else "the command has ended, the server has not: `serve shutdown`"
+        _announce(args, port, [one.name for one in models], end)
         if cluster.own:
             deploy.wait()
-        elif not args.quiet:
-            print("it goes on in the cluster; `serve shutdown` ends it", file=sys.stderr)
 
 
 def _limits(args: argparse.Namespace) -> Any:
@@ -186,29 +195,10 @@ def _lora(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _announce(args: argparse.Namespace, port: int, names: list[str]) -> None:
-    """Say where the server is."""
+def _announce(args: argparse.Namespace, port: int, names: list[str], end: str = "Ctrl-C") -> None:
+    """Say where the server is, and what ends it."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     if args.json:
         print(json.dumps({"url": f"http://{host}:{port}", "models": names}), flush=True)
     elif not args.quiet:
-        print(f"http://{host}:{port}/v1 (OpenAI), http://{host}:{port} (A1111); Ctrl-C ends it", file=sys.stderr)
-
-
-def _serve(server: Any, args: argparse.Namespace, names: list[str]) -> None:
-    """Listen until a signal comes; then finish what was begun."""
-    import socket
-
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((args.host, args.port))
-        except OSError as error:
-            fix = "--port 0 takes any that is free"
-            raise UserError(f"cannot listen at {args.host} port {args.port}: {error.strerror}", fix) from None
-        _announce(args, listening.getsockname()[1], names)
-        try:
-            server.run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn has shut down in order, and raises the signal again
-            pass
+        print(f"http://{host}:{port}/v1 (OpenAI), http://{host}:{port} (A1111); {end} ends it", file=sys.stderr)

@@ -180,19 +180,3 @@ def answers(host: str, port: int) -> bool:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or for 0 any that is free.
-
-    Raises:
-        UserError: where it is taken.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            fix = "--port 0 takes any that is free"
-            raise UserError(f"cannot listen at {host} port {port}: {error.strerror}", fix) from None
-        return int(listening.getsockname()[1])
