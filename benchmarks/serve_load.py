@@ -23,6 +23,7 @@ import random
 import shlex
 import socket
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
+from pages import put
 
 from accel.loading.loader import opened
 from accel.machine import machine_name
@@ -45,6 +47,7 @@ from accel.serving.models import Settings, open_worker
 from accel.serving.simulate import Load, Times, simulate
 from accel.serving.worker import Worker
 
+ROOT = Path(__file__).parents[1]
 SHARE = 0.2  # of the requests with many steps
 ROUNDS = 7
 
@@ -142,12 +145,48 @@ async def _load(url: str, bodies: list[dict[str, Any]], at: list[float]) -> dict
         seconds = time.perf_counter() - began
     p50, p99 = np.percentile(latencies, [50, 99])
     rate = len(bodies) / seconds
-    return {"seconds": round(seconds, 2), "rate": round(rate, 2), "p50": round(p50, 3), "p99": round(p99, 3)}
+    return {
+        "seconds": round(seconds, 2),
+        "rate": round(rate, 3),
+        "p50": round(float(p50), 3),
+        "p99": round(float(p99), 3),
+    }
+
+
+def tables() -> str:
+    """The tables of docs/serving.md, of every record that is there."""
+    made = []
+    for path in (ROOT / "benchmarks" / name for name in ("serve-load.json", "serve-load-sd-tiny.json")):
+        if path.exists():
+            made.append(_table(json.loads(path.read_text())))
+    return "\n\n".join(made)
+
+
+def _table(record: dict[str, Any]) -> str:
+    columns = "| load | server | images/s | p50 s | p99 s | rows a call | simulated: images/s | p50 s | p99 s |"
+    lines = [columns, "|---" * 9 + "|"]
+    for load, servers in record["loads"].items():
+        for server, found in servers.items():
+            real, guess = found["measured"], found["simulated"]
+            rows = f"{real['batch']:.2f}" if real["batch"] else "1 or 2"
+            cells = [load, server, f"{real['rate']:.2f}", f"{real['p50']:.3f}", f"{real['p99']:.2f}", rows]
+            cells += [f"{guess['rate']:.2f}", f"{guess['p50']:.3f}", f"{guess['p99']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    mix = ", ".join(f"{100 * one['share']:.0f} % of {one['steps']} steps" for one in record["mix"])
+    busy = f"load average {record['load_average']:.1f} before it began"
+    threads = f"{record['threads']} {'thread' if record['threads'] == 1 else 'threads'}"
+    about = (
+        f"{record['requests']} requests of {record['model']} over HTTP, {mix} (the longer ones with guidance); "
+        f"{record['engine']}, {threads}, {record['machine']}, {busy}; "
+        f"`{record['command']}`."
+    )
+    wrapped = textwrap.wrap(about, 120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", *wrapped])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="left out, the tables of docs/serving.md are written")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="rows of the largest UNet call (default: 8)")
@@ -160,6 +199,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.model is None:
+        put(ROOT / "docs/serving.md", "load", tables())
+        return
     loaded = os.getloadavg()[0]
     steps, image = measured(args)
     print("UNet calls", steps, "text and decoder", image)
