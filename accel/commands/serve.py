@@ -146,8 +146,10 @@ def _in_a_cluster(args: argparse.Namespace, models: list[Any], **how: Any) -> No
             each = f"{scale.cpus:g} cores" + f" and {scale.gpus:g} GPUs" * bool(scale.gpus)
             done = "replaced" if replaced else "runs"
             print(f"{', '.join(one.name for one in models)}: {done}; {many} replicas, {each} each", file=sys.stderr)
-        end = "Ctrl-C" if cluster.own else "the command has ended, the server has not: `serve shutdown`"
-        _announce(args, port, [one.name for one in models], end)
+        stays = "the command has ended, the server has not: `serve shutdown`"
+        _announce(args, port, [one.name for one in models], "Ctrl-C" if cluster.own else stays, ray=cluster.address)
+        if cluster.own and not args.quiet:
+            print(f"--ray-address {cluster.address} puts another bundle in its place meanwhile", file=sys.stderr)
         if cluster.own:
             deploy.wait()
 
@@ -195,10 +197,10 @@ def _lora(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _announce(args: argparse.Namespace, port: int, names: list[str], end: str = "Ctrl-C") -> None:
+def _announce(args: argparse.Namespace, port: int, names: list[str], end: str = "Ctrl-C", **more: str) -> None:
     """Say where the server is, and what ends it."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     if args.json:
-        print(json.dumps({"url": f"http://{host}:{port}", "models": names}), flush=True)
+        print(json.dumps({"url": f"http://{host}:{port}", "models": names, **more}), flush=True)
     elif not args.quiet:
         print(f"http://{host}:{port}/v1 (OpenAI), http://{host}:{port} (A1111); {end} ends it", file=sys.stderr)

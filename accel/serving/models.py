@@ -89,14 +89,26 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """What the model is that lies there now, as a hexadecimal number.
+        """What the model is that lies there now, as a hexadecimal number; nothing of it is loaded.
 
         Raises:
-            UserError: where there is no model, or its engine cannot run here.
+            UserError: where there is no model, its engine cannot run here, or it does not take the batch.
         """
         from ..loading.loader import opened
 
-        return opened(self.model, self.engine, safety_checker=self.options.get("safety_checker", True)).digest
+        bundle = opened(self.model, self.engine, safety_checker=self.options.get("safety_checker", True))
+        self.shapes(bundle.component("unet"))
+        return bundle.digest
+
+    def shapes(self, unet: Any) -> Any:
+        """The batches that a UNet (its record in the manifest) is called with: `batch.Shapes`.
+
+        Raises:
+            UserError: for a batch that it does not take.
+        """
+        from .batch import Shapes
+
+        return Shapes.of(unet.dims[unet.inputs[0].shape[0]], self.batch, self.fixed, int8=bool(unet.int8))
 
 
 def open_worker(settings: Settings, observer: Observer) -> Any:
@@ -107,7 +119,6 @@ def open_worker(settings: Settings, observer: Observer) -> Any:
     """
     from ..bundle import Bundle
     from ..loading.loader import load, runnable
-    from .batch import Shapes
     from .row_unet import with_row_timesteps
     from .worker import Worker
 
@@ -117,12 +128,10 @@ def open_worker(settings: Settings, observer: Observer) -> Any:
     bundle = with_row_timesteps(bundle, engine, options.get("device", "auto"))
     pipeline = load(bundle, engine, **options)
     try:
-        unet = pipeline.engines["unet"].component
-        batch = unet.dims[unet.inputs[0].shape[0]]
         return Worker(
             settings.name,
             pipeline,
-            shapes=Shapes.of(batch, settings.batch, settings.fixed, int8=bool(unet.int8)),
+            shapes=settings.shapes(pipeline.engines["unet"].component),
             policy=settings.policy,
             limits=settings.limits,
             loras=settings.loras,

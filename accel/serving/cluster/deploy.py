@@ -13,6 +13,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...errors import Notice, UserError
@@ -28,10 +29,12 @@ class Cluster:
     """A cluster that this process has joined.
 
     Attributes:
+        address: by which others join it.
         own: whether this process started it, and it ends with it.
         nodes: resources of each node, such as {"CPU": 8.0}.
     """
 
+    address: str
     own: bool
     nodes: Sequence[Mapping[str, float]]
 
@@ -47,6 +50,10 @@ def joined(address: str | None) -> Iterator[Cluster]:
     Raises:
         UserError: where there is none at the address.
     """
+    # A cluster that is started here asks for the token that Ray keeps in the home; one without tokens takes it too.
+    # Ray reads this when it is imported.
+    if (Path.home() / ".ray/auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster that is started here: it tells nobody
@@ -65,7 +72,9 @@ def joined(address: str | None) -> Iterator[Cluster]:
     if own:
         ray.init("local", include_dashboard=False, **quiet)
     try:
-        yield Cluster(own, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        yield Cluster(
+            ray.get_runtime_context().gcs_address, own, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        )
     finally:
         ray.shutdown()
 
