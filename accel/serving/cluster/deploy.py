@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -51,8 +52,8 @@ def joined(address: str | None) -> Iterator[Cluster]:
         UserError: where there is none at the address.
     """
     # A cluster that is started here asks for the token that Ray keeps in the home; one without tokens takes it too.
-    # Ray reads this when it is imported.
-    if (Path.home() / ".ray/auth_token").is_file():
+    # Ray reads this when it is imported; said later, one half of it would go by it and the other not.
+    if "ray" not in sys.modules and (Path.home() / ".ray/auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
