@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo studio test test-slow test-attack test-gpu lint docs bench digits clean
+.PHONY: demo studio test test-slow test-triton test-attack test-gpu lint docs bench digits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,16 @@ $(STUDIO)/.installed: $(VENV)/.installed
 
 studio: $(STUDIO)/.installed  ## the page that compares two engines on the shipped model, in your browser
 	$(STUDIO)/bin/python -m accel studio digits/4step-int8
+
+# NVIDIA's Triton server, without its C++ backends; only its files are used, so what the package asks for is left out.
+TRITON := $(VENV)-triton
+$(TRITON)/.installed:
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
+test-triton: $(VENV)/.installed $(TRITON)/.installed  ## a repository of ours on NVIDIA's Triton server
+	$(BIN)/python -m pytest -q -m slow tests/export/triton/test_real_server.py
 
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
@@ -61,4 +71,4 @@ lint: $(VENV)/.installed  ## ruff's rules, its formatter, and the types of the p
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(STUDIO) build out *.egg-info
+	rm -rf $(VENV) $(STUDIO) $(TRITON) build out *.egg-info

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 SHORT = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})
 FLOATS = tuple(SHORT.values())
+BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 TENSORS = (*FLOATS, "int64", "int32")  # what the inputs and outputs of a component may be
 
 # Precisions of an export. Those of INT8 are made from a float32 bundle (`export.int8.quantize`): the value is the dtype

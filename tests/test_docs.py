@@ -75,6 +75,7 @@ def benchmarks(monkeypatch):
         "kernels",
         "lora_switch",
         "sd_tiny_int8",
+        "serve_load",
         "vae_tiling",
     ):
         sys.modules.pop(name, None)
@@ -88,6 +89,7 @@ def benchmarks(monkeypatch):
         ("docs/runtimes.md", "runtimes", "runtimes", "runtimes.json"),
         ("docs/results.md", "whole-image", "whole_image", "whole-image.json"),
         ("docs/results.md", "results", "readme_table", None),
+        ("docs/serving.md", "load", "serve_load", None),
     ],
 )
 def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, marker, module, kept):

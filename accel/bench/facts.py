@@ -24,7 +24,7 @@ _PEAK_SECONDS = 1.0
 
 
 def environment(state: State) -> dict[str, Any]:
-    """The machine, its load before anything ran, and its measured rates (FLOP/s by dtype)."""
+    """The machine, its load before anything ran, and its measured rates (FLOP/s by dtype, and the memory's bytes/s)."""
     load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
     here = machine()
     out: dict[str, Any] = {
@@ -33,6 +33,7 @@ def environment(state: State) -> dict[str, Any]:
         "torch_threads": None,
         "device": None,
         "peak_flop_per_s": {},
+        "bandwidth_bytes_per_s": None,
     }
     if load and load[0] > 0.3 * here.threads:
         state.notes.append(
@@ -40,16 +41,17 @@ def environment(state: State) -> dict[str, Any]:
             "times are too long, and ratios less certain than their intervals say"
         )
     if not status("eager").ok:
-        state.notes.append("FLOPs and the share of the peak are not measured: they need torch")
+        state.notes.append("FLOPs and the roofline are not measured: they need torch")
         return out
     import torch
 
-    from .roofline import measure_peak
+    from .roofline import measure_bandwidth, measure_peak
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stored = state.bundle.component("unet").dtype
     dtypes = sorted({variant.compute(stored) for variant in state.variants if not unable(variant, state.bundle)})
     rates = {dtype: measure_peak(dtype, device, seconds=_PEAK_SECONDS) for dtype in dtypes}
+    out |= {"bandwidth_bytes_per_s": measure_bandwidth(device, seconds=_PEAK_SECONDS)}
     return out | {"torch_threads": torch.get_num_threads(), "device": device, "peak_flop_per_s": rates}
 
 

@@ -147,11 +147,16 @@ def check_batch(bundle: Bundle, settings: BenchSettings) -> None:
 
 @dataclass
 class Recording:
-    """The calls of one component while an image was made: one set of inputs per distinct shape, and its count."""
+    """The calls of one component while an image was made: one set of inputs per distinct shape, and its count.
+
+    Attributes:
+        moved: bytes of the inputs and outputs of the first.
+    """
 
     feeds: list[dict[str, Any]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     shapes: list[tuple] = field(default_factory=list)
+    moved: int = 0
 
     def add(self, feeds: Mapping[str, Any]) -> None:
         shape = tuple((name, tuple(value.shape)) for name, value in sorted(feeds.items()))
@@ -171,7 +176,10 @@ class _Recorder:
 
     def __call__(self, **feeds: Any) -> dict[str, Any]:
         self._recording.add(feeds)
-        return self._engine(**feeds)
+        made = self._engine(**feeds)
+        if not self._recording.moved:
+            self._recording.moved = sum(to_numpy(value).nbytes for value in (*feeds.values(), *made.values()))
+        return made
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -223,5 +231,5 @@ def describe(scopes: Sequence[str], recordings: Mapping[str, Recording]) -> dict
         elif name in recordings:
             kept = recordings[name]
             shapes = {key: list(value.shape) for key, value in kept.feeds[0].items()}
-            out[name] = {"inputs": shapes, "calls_per_image": sum(kept.counts)}
+            out[name] = {"inputs": shapes, "calls_per_image": sum(kept.counts), "io_bytes": kept.moved}
     return out

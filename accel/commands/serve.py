@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from ..command_line.options import add_engine, engine_of, size
@@ -15,10 +19,18 @@ EXAMPLE = "accel serve digits/4step-int8 --port 8000"
 KEY = "ACCEL_API_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "multipart", "prometheus_client")
 _POLICIES = ("fifo", "shortest")
+_MODELS = "bundles or pipelines, each also as NAME=MODEL with the name that clients use; the first is the default"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_RAY = {
+    "--ray-address": "ray_address",
+    "--replicas": "replicas",
+    "--gpus-per-replica": "gpus_per_replica",
+    "--cpus-per-replica": "cpus_per_replica",
+}
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("bundle", nargs="+", metavar="MODEL", help="bundles or pipelines; the first is the default")
+    parser.add_argument("bundle", nargs="+", metavar="MODEL", help=_MODELS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any free one (default: 8000)")
     text = f"key that clients must send; better given as {KEY} in the environment"
@@ -46,44 +58,100 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--max-body", type=size, default=20 << 20, metavar="SIZE", help=text)
     text = "seconds that a request may take (default: 600)"
     group.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=text)
+    group = parser.add_argument_group("replicas in a Ray cluster")
+    text = "serve from a Ray cluster; where accel is served there already, replace that replica by replica"
+    group.add_argument("--ray", action="store_true", help=text)
+    text = "of the cluster, or local for a new one (default: RAY_ADDRESS, or that of this machine, or a new one)"
+    group.add_argument("--ray-address", metavar="ADDRESS", help=text)
+    text = "replicas of each model, such as 2; or 1-4 for as many as the load asks (default: 1)"
+    group.add_argument("--replicas", metavar="N[-M]", help=text)
+    text = "GPUs of a replica; 0.5 puts two on one (default: 1 where the cluster has GPUs)"
+    group.add_argument("--gpus-per-replica", type=float, metavar="N", help=text)
+    text = "cores and threads of a replica (default: the cores there are, shared out)"
+    group.add_argument("--cpus-per-replica", type=float, metavar="N", help=text)
     text = "leave out the models' safety checkers"
     parser.add_argument("--no-safety-checker", action="store_true", help=text)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from importlib.util import find_spec
-
     for name in _PACKAGES:
         if find_spec(name) is None:
             raise MissingPackage(name, "accel serve", "serve")
-    import uvicorn
-
-    from ..serving.app import LOCAL, create
-    from ..serving.metrics import Metrics
-
     if not 0 <= args.port < 65536:
         raise UserError(f"invalid port: {args.port} (expected 0 to 65535)", "--port 8000")
-    if len(set(args.bundle)) < len(args.bundle):
-        raise UserError("a model is named twice", "name each model once")
-    key, local = args.api_key or os.environ.get(KEY), args.host in LOCAL
+    key, local = args.api_key or os.environ.get(KEY), args.host in _LOCAL
     if not local and not key:
         text = f"everybody who reaches {args.host} can use this server: give it a key, {KEY}=... or --api-key"
         warnings.warn(text, Notice, stacklevel=2)
-    limits, metrics = _limits(args), Metrics()
-    workers = []
+    limits = _limits(args)
+    models = _models(args, limits)
+    hosts = ("127.0.0.1", "localhost", "[::1]") if local and not key else ()
+    (_in_a_cluster if args.ray else _in_this_process)(args, models, limits=limits, key=key, hosts=hosts)
+    return 0
+
+
+def _in_this_process(args: argparse.Namespace, models: list[Any], **how: Any) -> None:
+    if given := [flag for flag, option in _RAY.items() if getattr(args, option) is not None]:
+        raise UserError(f"{given[0]} is of a server in a Ray cluster", "add --ray, or leave it out")
+    import uvicorn
+
+    from ..serving.app import create
+    from ..serving.metrics import Metrics
+    from ..serving.models import open_worker
+    from ..studio.server import bound
+
+    metrics, workers = Metrics(), []
+    listening = bound(args.port, args.host)  # before minutes are spent on a model
     try:
-        for model in args.bundle:
-            workers.append(_worker(model, args, limits, metrics))
-        hosts = ("127.0.0.1", "localhost", "[::1]") if local and not key else ()
-        app = create(workers, metrics, limits=limits, key=key, hosts=hosts)
+        for settings in models:
+            worker = open_worker(settings, metrics)
+            workers.append(worker)
+            if not args.quiet:
+                steps = "each at its own step" if worker.row_timesteps else "at the same step"
+                most = f"up to {worker.shapes.most} rows in a UNet call, {steps}"
+                unet = worker.pipeline.engines["unet"].description
+                print(f"{worker.name}: {unet}; {most if worker.share else 'one image at a time'}", file=sys.stderr)
+        app = create(workers, metrics, **how)
         level = "info" if args.verbose else "warning"
         config = uvicorn.Config(app, args.host, args.port, log_level=level, timeout_graceful_shutdown=30)
-        _serve(uvicorn.Server(config), args)
+        _announce(args, listening.getsockname()[1], [settings.name for settings in models])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down in order, and raises the signal again
+            uvicorn.Server(config).run(sockets=[listening])
     finally:
+        listening.close()
         for worker in workers:
             worker.close(0)
-    return 0
+
+
+def _in_a_cluster(args: argparse.Namespace, models: list[Any], **how: Any) -> None:
+    if find_spec("ray") is None:
+        raise MissingPackage("ray", "accel serve --ray", "ray")
+    from ..serving.cluster import deploy
+    from ..serving.cluster.scale import Scale
+    from ..studio.server import bound
+
+    scale = Scale.of(args.replicas or "1", args.cpus_per_replica, args.gpus_per_replica)
+    known = [(one, one.digest) for one in models]
+    with deploy.joined(args.ray_address) as cluster:
+        scale = deploy.settle(scale, cluster, len(models), models[0].options.get("device"))
+        known = [(replace(one, options={"threads": int(scale.cpus)} | dict(one.options)), d) for one, d in known]
+        port = args.port
+        if cluster.own or not port:  # in another cluster it may be the server that is replaced
+            with bound(port, args.host) as free:
+                port = free.getsockname()[1]
+        replaced = deploy.deploy(known, scale, cluster, host=args.host, port=port, **how)
+        if not args.quiet:
+            many = f"{scale.least} to {scale.most}" if scale.most > scale.least else f"{scale.least}"
+            each = f"{scale.cpus:g} cores" + f" and {scale.gpus:g} GPUs" * bool(scale.gpus)
+            done = "replaced" if replaced else "runs"
+            print(f"{', '.join(one.name for one in models)}: {done}; {many} replicas, {each} each", file=sys.stderr)
+        stays = "the command has ended, the server has not: `serve shutdown`"
+        _announce(args, port, [one.name for one in models], "Ctrl-C" if cluster.own else stays, ray=cluster.address)
+        if cluster.own and not args.quiet:
+            print(f"--ray-address {cluster.address} puts another bundle in its place meanwhile", file=sys.stderr)
+        if cluster.own:
+            deploy.wait()
 
 
 def _limits(args: argparse.Namespace) -> Any:
@@ -96,42 +164,30 @@ def _limits(args: argparse.Namespace) -> Any:
     return limits
 
 
-def _worker(model: str, args: argparse.Namespace, limits: Any, metrics: Any) -> Any:
-    """A model, loaded, and the thread that makes its images."""
-    from ..bundle import Bundle
-    from ..loading.loader import load, runnable
-    from ..serving.batch import Shapes
-    from ..serving.row_unet import with_row_timesteps
-    from ..serving.worker import Worker
+def _models(args: argparse.Namespace, limits: Any) -> list[Any]:
+    """What is to be served, as `Settings`."""
+    from ..serving.models import Settings
 
     engine, options = engine_of(args)
     options["safety_checker"] = not args.no_safety_checker
-    ready = runnable(model, engine, safety_checker=options["safety_checker"])
-    bundle = ready if isinstance(ready, Bundle) else Bundle.open(ready)
-    bundle = with_row_timesteps(bundle, engine, options.get("device", "auto"))
-    pipeline = load(bundle, engine, **options)
-    try:
-        unet = pipeline.engines["unet"].component
-        batch = unet.dims[unet.inputs[0].shape[0]]
-        shapes = Shapes.of(batch, args.batch, args.fixed_batch, int8=bool(unet.int8))
-        worker = Worker(
-            model,
-            pipeline,
-            shapes=shapes,
-            policy=args.policy,
-            limits=limits,
-            loras=dict(map(_lora, args.lora)),
-            observer=metrics,
-            share=not args.no_step_batching,
-        )
-    except BaseException:
-        pipeline.close()
-        raise
-    if not args.quiet:
-        steps = "each at its own step" if worker.row_timesteps else "at the same step"
-        what = f"up to {shapes.most} rows in a UNet call, {steps}" if worker.share else "one image at a time"
-        print(f"{model}: {pipeline.engines['unet'].description}; {what}", file=sys.stderr)
-    return worker
+    named = [_named(text) for text in args.bundle]
+    if len({name for name, _ in named}) < len(named):
+        raise UserError("a model is named twice", "name each model once, or give each a name: NAME=MODEL")
+    how = dict(
+        batch=args.batch,
+        fixed=args.fixed_batch,
+        policy=args.policy,
+        share=not args.no_step_batching,
+        limits=limits,
+        loras=dict(map(_lora, args.lora)),
+    )
+    return [Settings(name=name, model=model, engine=engine, options=options, **how) for name, model in named]
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and model of "NAME=MODEL", or of a model, which is its own name."""
+    name, equals, model = text.partition("=")
+    return (name, model) if equals and name and model and not os.path.exists(text) else (text, text)
 
 
 def _lora(text: str) -> tuple[str, str]:
@@ -141,26 +197,10 @@ def _lora(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _serve(server: Any, args: argparse.Namespace) -> None:
-    """Listen until a signal comes; then finish what was begun."""
-    import json
-    import socket
-
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((args.host, args.port))
-        except OSError as error:
-            fix = "--port 0 takes any that is free"
-            raise UserError(f"cannot listen at {args.host} port {args.port}: {error.strerror}", fix) from None
-        port = listening.getsockname()[1]
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        if args.json:
-            print(json.dumps({"url": f"http://{host}:{port}", "models": args.bundle}), flush=True)
-        elif not args.quiet:
-            print(f"http://{host}:{port}/v1 (OpenAI), http://{host}:{port} (A1111); Ctrl-C ends it", file=sys.stderr)
-        try:
-            server.run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn has shut down in order, and raises the signal again
-            pass
+def _announce(args: argparse.Namespace, port: int, names: list[str], end: str = "Ctrl-C", **more: str) -> None:
+    """Say where the server is, and what ends it."""
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    if args.json:
+        print(json.dumps({"url": f"http://{host}:{port}", "models": names, **more}), flush=True)
+    elif not args.quiet:
+        print(f"http://{host}:{port}/v1 (OpenAI), http://{host}:{port} (A1111); {end} ends it", file=sys.stderr)

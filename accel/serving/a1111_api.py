@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import secrets
 import time
 from typing import Any
@@ -12,14 +14,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
-from ..pipeline.previews import shown
 from ..sampling.samplers import SAMPLERS, SIGMAS
 from .exchange import Exchange
 from .job import Order
 from .limits import Cancelled
-from .models import Models
+from .models import Maker, Models
 from .pictures import base64_of, encoded, from_base64
-from .worker import Worker
 
 router = APIRouter(prefix="/sdapi/v1")
 # A1111's names of samplers -> ours.
@@ -37,6 +37,7 @@ NAMES = {
     "DPM++ 3M SDE": "dpmpp_3m_sde",
     "DPM++ 2S a": "dpmpp_2s_sde",
 }
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
 _AUTOMATIC = ("", "automatic", "use same scheduler", "uniform", "normal")
 # What would change the image and is not done here -> the value that asks for nothing.
 _NOT_DONE = {
@@ -80,7 +81,7 @@ class Text(BaseModel):
             raise UserError(f"invalid batch_size x n_iter: {self.batch_size} x {self.n_iter}", "give 1 or more of each")
         name, sigmas = sampler_of(self.sampler_name or self.sampler_index, self.scheduler)
         return dict(
-            prompt=self.prompt,
+            prompt=_LORA.sub("", self.prompt).strip(),
             negative_prompt=self.negative_prompt or None,
             num_images_per_prompt=self.batch_size * self.n_iter,
             width=self.width,
@@ -91,6 +92,23 @@ class Text(BaseModel):
             sigmas=sigmas,
             seed=secrets.randbelow(2**31) if self.seed < 0 else self.seed,
         )
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Name and scale of each `<lora:name:0.8>` in the prompt, which is no text to A1111 either.
+
+        Raises:
+            UserError: for a scale that is no number.
+        """
+        found = []
+        for name, scale in _LORA.findall(self.prompt):
+            try:
+                found.append((name, float(scale or 1)))
+            except ValueError:
+                found.append((name, math.nan))
+            if not math.isfinite(found[-1][1]):
+                raise UserError(f"invalid scale of the LoRA {name}: {scale}", f"<lora:{name}:0.8>")
+        return found
 
 
 class Picture(Text):
@@ -147,8 +165,8 @@ async def img2img(body: Picture, request: Request) -> Any:
 
 async def _answered(body: Text, call: dict[str, Any], request: Request) -> Any:
     state = request.app.state
-    worker: Worker = state.models.named(body.override_settings.get("sd_model_checkpoint") or state.checkpoint)
-    exchange = await Exchange.open(worker, call)
+    worker: Maker = state.models.named(body.override_settings.get("sd_model_checkpoint") or state.checkpoint)
+    exchange = await Exchange.open(worker, call, loras=body.loras)
     try:
         done = await exchange.images(request)
         interrupted = False
@@ -177,27 +195,20 @@ def _infotext(body: Text, seed: int, info: dict[str, Any]) -> str:
 @router.get("/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> Any:
     """Of the oldest order in the making."""
-    found: list[tuple[Worker, Order]] = [(w, order) for w in request.app.state.models.values() for order in w.orders]
+    found: list[tuple[Maker, Order]] = [(w, order) for w in request.app.state.models.values() for order in w.orders]
     if not found:
         state = dict(skipped=False, interrupted=False, job="", job_count=0, job_no=0)
         state |= dict(sampling_step=0, sampling_steps=0)
         return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
     worker, order = min(found, key=lambda pair: pair[1].arrived)
-    share = order.done / max(order.steps, 1)
+    done, picture = await worker.progress(order, not skip_current_image)
+    share = done / max(order.steps, 1)
     spent, steps = time.monotonic() - order.arrived, order.requests[0].plan.steps
     state = dict(skipped=False, interrupted=order.cancelled, job="image", job_count=order.images)
-    state |= dict(job_no=order.done // steps, sampling_step=order.done % steps, sampling_steps=steps)
-    image = None
-    if order.latest is not None and not skip_current_image:
-        image = await asyncio.to_thread(_current, worker, order)
+    state |= dict(job_no=done // steps, sampling_step=done % steps, sampling_steps=steps)
+    image = None if picture is None else base64_of(await asyncio.to_thread(encoded, picture))
     eta = spent / share - spent if share else 0.0
     return {"progress": share, "eta_relative": eta, "state": state, "current_image": image, "textinfo": None}
-
-
-def _current(worker: Worker, order: Order) -> str:
-    assert order.latest is not None
-    (image,) = worker.pipeline.previewer()(shown(*order.latest), order.requests[0].pixels)[:1]
-    return base64_of(encoded(image))
 
 
 @router.post("/interrupt")
@@ -231,8 +242,8 @@ async def sd_models(request: Request) -> Any:
     """The models that were loaded."""
     loaded: Models = request.app.state.models
 
-    def entry(worker: Worker) -> dict[str, Any]:
-        digest = worker.pipeline.bundle.digest
+    def entry(worker: Maker) -> dict[str, Any]:
+        digest = worker.digest
         own = dict(title=worker.name, model_name=worker.name, hash=digest[:10], sha256=digest)
         return own | dict(filename=worker.name, config=None)
 

@@ -20,15 +20,12 @@ from . import a1111_api, openai_api
 from .guards import Guard, error_of, form, invalid, refusal
 from .limits import Busy, Cancelled, Limits, UnknownModel
 from .metrics import Metrics
-from .models import Models
+from .models import Maker, Models
 from .pictures import Shelf
-from .worker import Worker
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def create(
-    workers: Sequence[Worker],
+    workers: Sequence[Maker],
     metrics: Metrics,
     *,
     limits: Limits = Limits(),  # noqa: B008
@@ -60,12 +57,17 @@ def create(
     @app.get("/health")
     async def health() -> Any:
         """Whether it can make images."""
-        return {"status": "ok", "models": list(app.state.models)}
+        found = {worker.name: await worker.health() for worker in workers}
+        well = all(well for well, _ in found.values())
+        more = {name: about for name, (_, about) in found.items() if about}
+        body = {"status": "ok" if well else "failed", "models": list(found)} | ({"replicas": more} if more else {})
+        return JSONResponse(body, 200 if well else 503)
 
     @app.get("/metrics")
     async def numbers() -> Any:
         """What it counts, for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        families = [one for worker in workers for one in await worker.families()]
+        return Response(metrics.text(families), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/images/{name}", name="fetch")
     async def fetch(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .job import Event, Order
 from .limits import Cancelled
-from .worker import Worker
+from .models import Maker
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Exchange:
 
     @classmethod
     async def open(
-        cls, worker: Worker, call: Mapping[str, Any], *, partial: int = 0, loras: Sequence[Any] = ()
+        cls, worker: Maker, call: Mapping[str, Any], *, partial: int = 0, loras: Sequence[Any] = ()
     ) -> Exchange:
         """Check and submit an order.
 
         Raises:
-            UserError, Busy: as `Worker.order` and `Worker.submit`.
+            UserError, Busy: as `Maker.take`.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -42,8 +42,7 @@ class Exchange:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        order = await asyncio.to_thread(worker.order, call, tell, partial=partial, loras=loras)
-        worker.submit(order)
+        order = await worker.take(call, tell, partial=partial, loras=loras)
         return cls(order, time.monotonic() + worker.limits.seconds, events)
 
     async def events(self) -> AsyncIterator[Event]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -58,8 +60,28 @@ class Metrics(Observer):
     def ended(self, model: str, how: str, images: int) -> None:
         self._images.labels(model, how).inc(images)
 
-    def text(self) -> bytes:
-        """All of it, as `/metrics` gives it."""
+    def text(self, more: Iterable[Any] = ()) -> bytes:
+        """All of it, as `/metrics` gives it.
+
+        Args:
+            more: metric families of prometheus-client, counted elsewhere; those of one name are one family.
+        """
         from prometheus_client import generate_latest
 
-        return generate_latest(self.registry)
+        found = {family.name: family for family in self.registry.collect()}
+        for family in more:
+            if family.name in found:
+                found[family.name].samples += family.samples
+            else:
+                found[family.name] = family
+        return generate_latest(_Collected(found.values()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """Families as prometheus-client's own registry gives them."""
+
+    families: Iterable[Any]
+
+    def collect(self) -> Iterable[Any]:
+        return self.families

@@ -17,9 +17,8 @@ from ..errors import UserError
 from ..images import decoded
 from .exchange import Exchange
 from .guards import error_of
-from .models import Models
+from .models import Maker, Models
 from .pictures import Shelf, base64_of, encoded, painted
-from .worker import Worker
 
 router = APIRouter(prefix="/v1")
 SEEDS = 2**63
@@ -147,7 +146,7 @@ def _json(text: str) -> Any:
 
 
 async def _answered(body: Generation, call: dict[str, Any], event: str, request: Request) -> Any:
-    worker: Worker = request.app.state.models.named(body.model)
+    worker: Maker = request.app.state.models.named(body.model)
     partial = (body.partial_images or 0) if body.stream else 0
     if body.partial_images and not body.stream:
         raise UserError("partial_images without stream: nobody would see them", "add stream: true")

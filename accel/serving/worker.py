@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 import warnings
@@ -37,6 +38,7 @@ class Worker:
         loras: LoRA files that clients may ask for, by name.
         observer: is told of steps and images.
         share: whether images share calls; without it each is made from its first step to its last by itself.
+        digest: of the model, where it is not that of the pipeline's bundle.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Worker:
         loras: Mapping[str, Any] | None = None,
         observer: Observer | None = None,
         share: bool = True,
+        digest: str | None = None,
     ):
         batch.check_policy(policy)
         self.name, self.pipeline, self.policy, self.limits, self.share = name, pipeline, policy, limits, share
@@ -57,6 +60,7 @@ class Worker:
         self.shapes = shapes or Shapes.of(unet.dims[unet.inputs[0].shape[0]], None, int8=bool(unet.int8))
         self.row_timesteps = next(bool(spec.shape) for spec in unet.inputs if spec.name == "timestep")
         self.loras, self.observer = dict(loras or {}), observer or Observer()
+        self.digest = digest or pipeline.bundle.digest
         self._jobs: list[Job] = []  # of orders that share calls
         self._waiting: list[Order] = []  # in order of arrival; from the first that runs alone on
         self._changed = threading.Condition()
@@ -64,7 +68,32 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name=f"accel-serve-{name}", daemon=True)
         self._thread.start()
 
+    # What the APIs ask: `models.Maker`
+
+    async def take(
+        self, call: Mapping[str, Any], tell: Callable[[Event], None], *, partial: int = 0, loras: Sequence[Any] = ()
+    ) -> Order:
+        order = await asyncio.to_thread(self.order, call, tell, partial=partial, loras=loras)
+        self.submit(order)
+        return order
+
+    async def progress(self, order: Order, image: bool) -> tuple[int, Any]:
+        picture = await asyncio.to_thread(self.current, order) if image else None
+        return order.done, picture
+
+    async def health(self) -> tuple[bool, dict[str, Any]]:
+        return self._thread.is_alive(), {}
+
+    async def families(self) -> list[Any]:
+        return []
+
     # From any thread
+
+    def current(self, order: Order) -> Any:
+        """What the last step of an order predicts, as a PIL image; None before the first."""
+        if order.latest is None:
+            return None
+        return self.pipeline.previewer()(shown(*order.latest), order.requests[0].pixels)[0]
 
     def order(
         self, call: Mapping[str, Any], tell: Callable[[Event], None], *, partial: int = 0, loras: Sequence[Any] = ()

@@ -52,8 +52,10 @@ def layout(choices: Choices, engines: Engines, prompt: str = "") -> Any:
                 negative = gr.Textbox(label="Negative prompt", lines=1)
                 with gr.Row():
                     model = gr.Dropdown(list(choices.models), value=choices.models[0], label="Model", min_width=240)
-                    engine_a = gr.Dropdown(list(choices.engines), value=choices.engines[0], label="Engine A")
-                    engine_b = gr.Dropdown(list(choices.engines), value=choices.engines[-1], label="Engine B")
+                    engine_a, engine_b = (
+                        gr.Dropdown(list(choices.engines), value=value, label=label, min_width=200)
+                        for value, label in ((choices.engines[0], "Engine A"), (choices.engines[-1], "Engine B"))
+                    )
                 go = gr.Button("Draw on both", variant="primary", elem_id="go")
             with gr.Column(scale=2):
                 with gr.Row():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -18,21 +19,23 @@ _POLICY = (
 )
 
 
-def bound(port: int) -> socket.socket:
-    """A socket on this machine's own address.
+def bound(port: int, host: str = HOST) -> socket.socket:
+    """A socket at an address; nothing is heard before somebody listens.
 
     Raises:
-        UserError: where the port is taken.
+        UserError: where the port is taken, or the address is not of this machine.
     """
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((HOST, port))
-        listening.listen()
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        listening.close()
-        raise UserError(f"port {port} cannot be used ({error})", "add --port 0 for a free one") from None
-    return listening
+        bound.close()
+        ours = not isinstance(error, socket.gaierror) and getattr(error, "errno", None) != errno.EADDRNOTAVAIL
+        fix = "--port 0 takes any that is free" if ours else "--host 127.0.0.1, or 0.0.0.0 for all of this machine's"
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {host} port {port}: {why}", fix) from None
+    return bound
 
 
 def serve(page: Any, listening: socket.socket, ready: Callable[[str], None]) -> None:
@@ -46,6 +49,7 @@ def serve(page: Any, listening: socket.socket, ready: Callable[[str], None]) -> 
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+    listening.listen()
     ready(f"http://{HOST}:{listening.getsockname()[1]}")
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

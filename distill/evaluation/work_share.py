@@ -41,23 +41,32 @@ class Shard:
         return range(self.rank, count, self.world)
 
 
+# How launchers tell a process its number, how many there are, and its number on its machine: torchrun and accelerate,
+# Open MPI, and MPICH with Intel MPI.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
 def shard_of(environment: Mapping[str, str]) -> Shard:
-    """The shard that torchrun or accelerate gave to this process: RANK, WORLD_SIZE, LOCAL_RANK; all of it without them.
+    """The shard that torchrun, accelerate or mpirun gave to this process; all of it where none of them did.
 
     Raises:
         UserError: for numbers that do not fit each other.
     """
+    names = next((n for n in _LAUNCHERS if n[0] in environment or n[1] in environment), _LAUNCHERS[0])
     found = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", environment.get("RANK", "0"))):
+    for name, default in zip(names, ("0", "1", environment.get(names[0], "0")), strict=True):
         text = environment.get(name, default)
         if not text.isdecimal():
             raise UserError(f"{name} = {text!r} is not a whole number", f"unset {name}, or set it as torchrun does")
         found.append(int(text))
     rank, world, local = found
     if rank >= world:
-        raise UserError(
-            f"RANK = {rank} with WORLD_SIZE = {world}", "set both: RANK counts from 0 to WORLD_SIZE - 1; or unset both"
-        )
+        fix = f"set both: {names[0]} counts from 0 to {names[1]} - 1; or unset both"
+        raise UserError(f"{names[0]} = {rank} with {names[1]} = {world}", fix)
     return Shard(rank, world, local)
 
 

@@ -8,19 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..report import NONE, number, seconds, size, tables
-from ..results.verdict import (
-    DIFFERS,
-    NEAR,
-    SAME,
-    clock,
-    fastest,
-    int8,
-    likeness,
-    limit,
-    missing,
-    per_call,
-    seconds_per_part,
-)
+from ..results.bounds import bounds, limit
+from ..results.verdict import DIFFERS, NEAR, SAME, clock, fastest, int8, likeness, missing, per_call, seconds_per_part
 from .charts import Bar, bars, legend
 from .markup import Html, data, join, section, table, tag
 from .pictures import pictures
@@ -86,7 +75,7 @@ def speed(document: Document) -> Html:
         )
     keys = [("fill ours", "compiled"), ("fill theirs", "eager"), ("key-whisker", "from the median to p90")]
     if any(limits):
-        keys.append(("key-limit", "roofline: its arithmetic at the matrix rate measured here"))
+        keys.append(("key-limit", "roofline: what the rates measured here allow at best"))
     absent = [
         tag("p", tag("strong", name), f" was not measured: {why}", class_="why") for name, why in missing(document)
     ]
@@ -94,6 +83,39 @@ def speed(document: Document) -> Html:
         f"From prompt to pixels, {per_call(document)}: the median of rounds in which all take turns. Shorter is better."
     )
     return section("speed", "Speed", bars(lines, "Time per image"), legend(keys), absent, lead=lead)
+
+
+def roofline(document: Document) -> Html | None:
+    """What bounds each network of the fastest variant that it can be said of."""
+    best = next((found for row in timed(document) if (found := (row, bounds(document, row)))[1]), None)
+    if best is None:
+        return None
+    row, parts = best
+    rates = document["environment"]
+    peak, bandwidth = rates["peak_flop_per_s"][row["dtype"]], rates["bandwidth_bytes_per_s"]
+    columns = ["network", "bound", "FLOP a byte", "GFLOP a call", "moves", "at best", "took", "of the bound"]
+    cells = [
+        [
+            part.name.replace("_", " "),
+            part.kind,
+            data(part.intensity, number(part.intensity)),
+            number(part.flop / 1e9),
+            size(part.bytes),
+            seconds(part.least_s),
+            seconds(part.took_s),
+            NONE if part.share is None else data(part.share, f"{100 * part.share:.0f} %"),
+        ]
+        for part in parts
+    ]
+    lead = (
+        f"{row['variant']} against what this machine gave just before: {number(peak / 1e9)} GFLOP/s of {row['dtype']} "
+        f"matrix products and {number(bandwidth / 1e9)} GB/s of memory, so {number(peak / bandwidth)} FLOP a byte are "
+        "in balance. A network with fewer waits for the memory, one with more for the arithmetic. It moves at least "
+        "its weights, inputs and outputs; weights that stay in a cache can beat the memory’s bound."
+    )
+    return section(
+        "roofline", "What bounds it", table(columns, cells, "Roofline of each network", cards=True), lead=lead
+    )
 
 
 def split(document: Document) -> Html | None:
@@ -237,6 +259,7 @@ def method(document: Document) -> Html:
         "packages": packages or NONE,
         "load before": ", ".join(map(str, environment.get("load_average") or [NONE])),
         "matrix peak": rates or NONE,
+        "memory": f"{moved / 1e9:,.1f} GB/s" if (moved := environment.get("bandwidth_bytes_per_s")) else NONE,
         "made by": f"accel {document['accel']}, {document['created']}",
     }
     facts = tag(

@@ -22,6 +22,7 @@ def page(document: Mapping[str, Any], images: Mapping[str, np.ndarray] = Mapping
     """
     parts = [
         sections.speed(document),
+        sections.roofline(document),
         sections.split(document),
         sections.sameness(document, images),
         sections.int8_verdict(document),

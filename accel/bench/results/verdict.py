@@ -109,16 +109,6 @@ def _int8_verdict(lines: list[str]) -> str:
     return "outside its budget" if "NOT MET" in lines[0] else "accepted"
 
 
-def limit(document: Document, row: Row, scope: str = "image") -> float | None:
-    """Least seconds at which the counted FLOPs could run at the matrix rate that was measured for the row's dtype.
-
-    The compute side of the roofline: what a faster kernel cannot beat. None where one of the two is unknown.
-    """
-    measured = row["scopes"].get(scope) or {}
-    share, took = measured.get("peak_fraction"), clock(row, scope)
-    return share * took if share and took else None
-
-
 def seconds_per_part(document: Document, row: Row) -> dict[str, float]:
     """Seconds of one image by component, calls counted, and `rest`: sampler, noise and tokenizer. Empty if unknown."""
     whole, parts = clock(row), {}

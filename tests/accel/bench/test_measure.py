@@ -102,6 +102,13 @@ def test_the_document_has_every_scope_and_what_it_is(saved):
     assert saved["work"]["scopes"]["unet"]["calls_per_image"] == 2
 
 
+def test_the_memorys_rate_and_the_bytes_of_a_call_are_kept(saved):
+    assert saved["environment"]["bandwidth_bytes_per_s"] > 1e8
+    unet = saved["work"]["scopes"]["unet"]
+    rows, latents = saved["work"]["unet_batch"], unet["inputs"]["sample"]
+    assert latents[0] == rows and unet["io_bytes"] >= 2 * 4 * np.prod(latents)  # its input and its output, float32
+
+
 def test_flops_of_the_image_are_the_sum_of_its_calls(saved):
     parts = saved["bundle"]["components"]
     unet, vae = parts["unet"]["flop"]["total"], parts["vae_decoder"]["flop"]["total"]

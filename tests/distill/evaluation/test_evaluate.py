@@ -364,6 +364,22 @@ def test_another_rank_says_that_its_images_are_there(made, capsys, monkeypatch):
     assert "rank 1 of 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_have_the_figures_of_one(tmp_path):
+    """`--multi_gpu` is what makes accelerate start several processes; on a machine without a GPU they use its cores."""
+    evaluation = ["-m", "accel", "evaluate", "digits/4step", "--images", "6", "--batch", "1", "--json", "--out"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
+    two = [sys.executable, *launch, "--num_processes", "2", *evaluation, str(tmp_path / "two")]
+    one = [sys.executable, *evaluation, str(tmp_path / "one")]
+    for command in (two, one):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / name / "result-6-images.json").read_text()) for name in ("one", "two")]
+    assert results[0]["figures"] == results[1]["figures"] and results[1]["pictures_made"] == 3
+    for i in range(6):
+        assert len({(tmp_path / name / f"pictures/{i:05d}.png").read_bytes() for name in ("one", "two")}) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

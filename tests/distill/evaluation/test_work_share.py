@@ -49,6 +49,9 @@ def test_every_image_is_made_by_one_process(world, count):
         ({}, Shard(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8"}, Shard(3, 8, 3)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(5, 8, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, Shard(3, 4, 1)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, Shard(1, 2, 0)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "7", "PMI_SIZE": "9"}, Shard(0, 2, 0)),
     ],
 )
 def test_the_launchers_variables_are_read(environment, shard):

@@ -13,6 +13,8 @@ from accel.bench.page import page
 from accel.bench.page.difference import FACTORS, SCALE, coloured, difference, in_words
 from accel.bench.page.markup import Html, join, tag
 from accel.bench.results import saved
+from accel.bench.results.bounds import bounds
+from accel.bench.results.verdict import clock
 from accel.errors import UserError
 
 
@@ -51,6 +53,20 @@ def test_the_page_is_well_formed_self_contained_and_labelled(document, images):
     labels = {attributes.get("aria-labelledby") for name, attributes in read.found if name == "section"}
     assert labels <= {attributes.get("id") for name, attributes in read.found if name == "h2"}
     assert {"header", "main", "footer"} <= {name for name, _ in read.found}
+
+
+def test_what_bounds_each_network_is_named_where_the_memorys_rate_is_known(document):
+    assert "What bounds it" not in page(document)
+    document["environment"]["bandwidth_bytes_per_s"] = 1e9
+    for scope in document["work"]["scopes"].values():
+        scope["io_bytes"] = 1000
+    text = page(document)
+    fastest = min((row for row in document["rows"] if clock(row)), key=clock)
+    shown = {attributes["value"] for name, attributes in Reader(text).found if name == "data"}
+    parts = bounds(document, fastest)
+    assert [part.name for part in parts] == list(document["bundle"]["components"])
+    assert {str(part.share) for part in parts} | {str(part.intensity) for part in parts} <= shown
+    assert "What bounds it" in text and text.count("-bound</td>") == len(parts) and "More than 100 %" not in text
 
 
 def test_the_figures_are_the_documents(document):

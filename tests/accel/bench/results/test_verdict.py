@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from accel.bench.results import comparison, verdict
+from accel.bench.results.bounds import limit
 from accel.bench.timing import apart
 
 ROOT = Path(__file__).parents[4]
@@ -77,7 +78,7 @@ def test_the_roofline_is_below_every_time_and_the_parts_make_the_whole(document)
     for one in document["rows"]:
         whole = verdict.clock(one)
         if whole:
-            assert 0 < verdict.limit(document, one) < whole
+            assert 0 < limit(document, one) < whole
             assert sum(verdict.seconds_per_part(document, one).values()) >= whole - 1e-9
 
 

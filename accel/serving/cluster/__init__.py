@@ -1,0 +1,1 @@
+"""A server whose models are replicas in a Ray cluster."""
