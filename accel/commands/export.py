@@ -25,9 +25,10 @@ from ..command_line.options import (
     sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed, several
-from ..dtypes import INT8, PRECISIONS
+from ..dtypes import PRECISIONS, QUANTIZED
 from ..errors import UserError
 from ..int8 import summary
+from ..int8.formats import BLOCKS, FORMATS
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
@@ -37,7 +38,7 @@ _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
 _OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
-_OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
+_OF_INT8 += "int8_components int8_level int8_keep int8_observer weight_block".split()
 
 
 def add_arguments(parser: Any) -> None:
@@ -54,9 +55,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        choices=(*PRECISIONS, *INT8),
-        help="of weights and products; int8-fp16 is for a GPU; auto is int8 where it is faster and within the parity "
-        "budget (default: fp32)",
+        choices=(*PRECISIONS, *QUANTIZED),
+        metavar="PRECISION",
+        help=f"{', '.join((*PRECISIONS, *QUANTIZED))}: of weights and products. int8-fp16 and fp8 (compute capability "
+        "8.9) are for GPUs; weight-only ones save memory; auto is int8 where it is faster and within the parity budget "
+        "(default: fp32)",
     )
     parser.add_argument(
         "--profile",
@@ -183,6 +186,8 @@ def _add_int8(group: Any) -> None:
     text = "how calibration chooses ranges (default: mse)"
     group.add_argument("--int8-observer", choices=OBSERVERS, help=text)
     renamed(group, "--collector", "--int8-observer")
+    text = "inputs that share a scale, of int4 weights (default: 64)"
+    group.add_argument("--weight-block", type=int, choices=BLOCKS, help=text)
     text = "SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)"
     group.add_argument("--smooth", type=float, metavar="ALPHA", help=text)
     group.add_argument(
@@ -272,11 +277,13 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.export.pipeline import export_pipeline
     from accel.models.source import open_source
 
-    exported = args.precision in INT8 and is_bundle(args.model)
+    exported = args.precision in QUANTIZED and is_bundle(args.model)
     if exported:
         refuse_changes(args.model, _given(args, _OF_PIPELINES))
-    if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
+    if args.precision not in QUANTIZED and (given := _given(args, _OF_INT8)):
         raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
+    if args.precision in QUANTIZED:
+        _check_quantized(args)
     if args.engine != "onnx":
         from accel.export.tensorrt import build
         from accel.trt import library
@@ -284,8 +291,8 @@ def _bundle(args: argparse.Namespace) -> int:
         # All of this before the export takes minutes.
         options, device = build_options(args), build_device(args)
         options.check(library.load(args.engine), args.targets, device)
-        if args.precision in INT8 and args.precision != "auto":
-            options.check_int8("the export")
+        if args.precision in QUANTIZED and args.precision != "auto":
+            options.check_format(FORMATS[QUANTIZED[args.precision][0]], "the export", args.targets or ())
         build.place(args.engine, device=device, targets=args.targets)
     elif args.targets:
         raise UserError("--targets is for engine files, and none are made", "add --engine tensorrt-rtx")
@@ -357,6 +364,21 @@ def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
 
 
+def _check_quantized(args: argparse.Namespace) -> None:
+    """Refuse options that a number format has no use for, and an opset that cannot hold it."""
+    form = FORMATS[QUANTIZED[args.precision][0]]
+    unused = [] if form.activations else ["calibration_images", "smooth", "int8_observer"]
+    if given := _given(args, unused + ["weight_block"] * (not form.blocked)):
+        what = "calibrates nothing" if not form.activations and given[0] != "--weight-block" else "has no blocks"
+        raise UserError(
+            f"{given[0]} does not go with --precision {args.precision}, which {what}", f"leave {given[0]} out"
+        )
+    if args.opset is not None and args.opset < form.opset:
+        raise UserError(
+            f"opset {args.opset} has no {args.precision}", f"--opset {form.opset} or later, or leave --opset out"
+        )
+
+
 def _int8(args: argparse.Namespace) -> Any:
     """The options of the int8 group, as `export_pipeline` takes them."""
     from accel.export.int8.settings import Int8Settings
@@ -366,7 +388,11 @@ def _int8(args: argparse.Namespace) -> Any:
         return {name: value for name, value in options.items() if value is not None}
 
     config = given(
-        level=args.int8_level, keep=tuple(args.int8_keep) or None, observer=args.int8_observer, smooth=args.smooth
+        level=args.int8_level,
+        keep=tuple(args.int8_keep) or None,
+        observer=args.int8_observer,
+        smooth=args.smooth,
+        block=args.weight_block,
     )
     return Int8Settings(
         **given(

@@ -135,7 +135,7 @@ class Eager(Engine):
         took = self._attend(attention, device, compute != "float32")
         self._own: dict[str, torch.Tensor] = {}
         self.set_weights(weights or {})
-        note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
+        note = f", {component.format} rounded in float (a reference, not fast)" if component.int8 else ""
         self.description = f"torch {torch.__version__}, {device}, {compute}{', tf32' if tf32 else ''}{took}{note}"
         self.description += f", CUDA graph of the {self.cuda_graph}" if self.cuda_graph != "off" else ""
 

@@ -29,7 +29,7 @@ FACTS = Facts(
     devices={"cpu": {"device": "CPU"}, "gpu": {"device": "GPU"}},
     libraries=("onnx", "openvino"),
     options=("device", "dtype", "threads"),
-    int8=True,
+    formats=("int8", "int8-weight-only", "int4-weight-only"),
     variants=("", "bf16"),
     tunes=("folds",),
 )
@@ -93,7 +93,7 @@ class OpenVino(Engine):
         able = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         if dtype != "fp32" and dtype.upper() not in able:
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--precision fp32")
-        if component.int8 and device.startswith("CPU"):
+        if component.format == "int8" and device.startswith("CPU"):
             note_saturation()
         cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
         config = {"INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"), "PERFORMANCE_HINT": "LATENCY"}
@@ -106,7 +106,7 @@ class OpenVino(Engine):
         self.turn = threading.Lock()
         self.place = device.split(".")[0].lower()
         self.set_weights(weights or {})
-        precision = f"int8 + {dtype}" if component.int8 else dtype
+        precision = f"{component.format} + {dtype}" if component.int8 else dtype
         self.description = f"openvino {openvino.__version__.split('-')[0]}, {device}, {precision}"
         if dtype != "fp32":
             self._try_out(dtype)
