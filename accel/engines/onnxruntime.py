@@ -33,6 +33,9 @@ FACTS = Facts(
 OFF_FOR_INT8 = ["MatMulAddFusion"]
 # ONNX Runtime 1.31 makes an integer product of an fp8 one, which it then refuses itself.
 OFF = {"int8": OFF_FOR_INT8, "fp8": ["QDQSelectorActionTransformer"]}
+# By itself ONNX Runtime rounds the inputs of quantized weights to int8 (accuracy level 4); 1 is float32.
+_EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+ENTRIES: Mapping[str, Mapping[str, str]] = {"int8-weight-only": _EXACT, "int4-weight-only": _EXACT}
 
 
 def status() -> Status:
@@ -142,7 +145,7 @@ class OnnxRuntime(Engine):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        for key, value in entries.items():
+        for key, value in {**ENTRIES.get(self.component.format, {}), **entries}.items():
             options.add_session_config_entry(key, value)
         own = "onnxruntime" if route.name == "cpu" else ""
         model = graph(bundle, self.component, own)

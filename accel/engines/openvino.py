@@ -102,7 +102,11 @@ class OpenVino(Engine):
             config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
-        self._compile = partial(self._compiled, bundle, device, config, folds and device.startswith("CPU"))
+        if component.format.endswith("weight-only"):  # by itself OpenVINO rounds the inputs of such weights to int8
+            config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+        # Folding rounds int8 filters anew, which only where activations are rounded too is no loss.
+        folds = folds and device.startswith("CPU") and component.format in ("", "int8")
+        self._compile = partial(self._compiled, bundle, device, config, folds)
         self.turn = threading.Lock()
         self.place = device.split(".")[0].lower()
         self.set_weights(weights or {})

@@ -73,9 +73,11 @@ class Quantizer(nn.Module):
         self.log_scale.copy_(torch.as_tensor(scale).log())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.form.activations:
+            return x
         if self.mode == "observe":
             self.observer(x.detach())
-        if self.mode != "quantize" or not self.form.activations:
+        if self.mode != "quantize":
             return x
         if not self.learned:
             if self.training:

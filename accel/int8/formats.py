@@ -25,7 +25,7 @@ class Format:
             no accuracy, so begin-of-text tokens need no exclusion.
         bits: of a stored weight.
         blocked: whether a weight has a scale for each block of inputs, not only for each output.
-        capability: least CUDA compute capability whose tensor cores multiply it, as 89 for 8.9; 0 for all of TensorRT's.
+        capability: least CUDA compute capability that multiplies in it, as 89 for 8.9; 0 for all of TensorRT's.
     """
 
     name: str

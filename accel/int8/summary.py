@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..bundle import Component
 from ..machine import machine
-from .formats import FORMATS
+from .formats import FORMATS, of_layer
 
 # A UNet with fewer parameters gains nothing (digits has 2.5 million), one with more does (SD-Tiny: 323 million).
 _WIDE = 50_000_000
@@ -21,9 +21,10 @@ def lines(component: Component) -> list[str]:
         return []
     parity, audits, form = acceptance["parity"], component.int8.get("audit", {}), FORMATS[component.format]
     ran = "of the layers run in" if form.activations else "of the layers keep their weights in"
-    layers, ranges = len(component.int8["layers"]), component.int8["calibration"]["ranges"]
+    layers, ranges = component.int8["layers"], component.int8["calibration"]["ranges"]
+    other = sum(of_layer(own)[0] is not form for own in layers.values())
     lines = [
-        f"{form.name}: {layers} layers, ranges {ranges}; images "
+        f"{form.name}: {len(layers)} layers{f' ({other} of them in int8)' if other else ''}, ranges {ranges}; images "
         f"{parity['psnr']:.1f} dB from float32's (budget {parity['budget']:g}{'' if parity['ok'] else ': NOT MET'})"
     ]
     if not acceptance["engines"]:

@@ -37,13 +37,16 @@ def accept(component: str, measurements: Mapping[str, Any], settings: Int8Settin
 
     Args:
         measurements: `parity` (`image_parity.Evaluator.component`); and, once they were taken, `engines` and `audit`
-            (`speed.measure`). An engine is enabled if int8 is faster there, within the budget, and passes the audit.
+            (`speed.measure`). An engine is enabled if the format is faster there, within the budget, and passes the
+            audit; where weights alone are quantized, which is for memory, it need not be faster.
     """
     parity, engines = measurements["parity"], measurements.get("engines", {})
     enabled = [
         engine
         for engine, entry in engines.items()
-        if entry["faster"] and parity["ok"] and measurements["audit"][engine]["ok"]
+        if (entry["faster"] or not settings.form.activations and "error" not in entry)
+        and parity["ok"]
+        and measurements["audit"][engine]["ok"]
     ]
     reason = ""
     if not settings.requires(component):

@@ -41,15 +41,17 @@ def engines_for(dtype: str, form: Format = INT8) -> tuple[str, ...]:
     return tuple(engine for engine in able if status(engine).ok)
 
 
-def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path, engines: Sequence[str]) -> Pair:
+def pair(
+    int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path, engines: Sequence[str] | None = None
+) -> Pair:
     """What to compare: the bundles themselves or, for TensorRT, copies that its engine files may be built into.
 
     Args:
         dtype: of what is not int8; with float16, the float32 component of `floating` is converted to it.
         scratch: folder for the copies.
-        engines: where they will be compared (`engines_for`).
+        engines: where they will be compared; those for int8 by default.
     """
-    if not set(engine_file_engines()) & set(engines):
+    if not set(engine_file_engines()) & set(engines_for(dtype) if engines is None else engines):
         return Pair(int8, floating)
     baseline = _copied if dtype == "float32" else _in_float16
     return Pair(
