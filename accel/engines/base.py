@@ -127,6 +127,10 @@ class Engine(Resource, ABC):
                 )
         return outputs
 
+    def rest(self) -> bool:
+        """Give the device's memory back until the next call; False where only `close` does that."""
+        return False
+
     @abstractmethod
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on native arrays that have been checked already."""

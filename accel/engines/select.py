@@ -256,7 +256,12 @@ def load_engine(
         warnings.warn("plan= is now engine_file=", Notice, stacklevel=2)
         options["engine_file"] = options.pop("plan")
     record, device = bundle.component(component), options.get("device", "auto")
-    name = choose(engine, record, bundle, device, options)
+    # Every engine can be closed after its phase, which is what "model" offload comes to where nothing waits in host
+    # memory; so that does not decide which one is taken.
+    needed = [option for option in options if option != "offload" or options[option] == "sequential"]
+    name = choose(engine, record, bundle, device, needed)
+    if "offload" not in needed and "offload" not in facts(name).options:
+        options.pop("offload", None)
     if engine == "auto" and not options and (found := _tuned(bundle, record)) and found.engine == name:
         options = dict(found.options)
     if verify:

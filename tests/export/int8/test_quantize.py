@@ -465,7 +465,7 @@ def test_tensorrt_compares_int8_with_float16(tensorrt, for_gpus, floating, tmp_p
 
 def test_precision_auto_keeps_float_where_int8_is_slower(floating, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "FASTER", 1e9)
-    monkeypatch.setattr(speed, "ENGINES", ("onnxruntime",))
+    monkeypatch.setattr(speed, "computing_in", lambda form: ("onnxruntime",))
     bundle = export_pipeline(floating, tmp_path / "auto", precision="auto", int8=Int8Settings(**SMALL))
     assert all(record.precision == "float32" for record in bundle.manifest.components.values())
     record = bundle.component("vae_decoder")
@@ -756,7 +756,7 @@ def test_options_that_cannot_be(floating, int8, tmp_path):
         export_pipeline(int8, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     with pytest.raises(UserError, match="is quantized as it is; profile, sampler cannot be changed"):
         export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
-    with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
+    with pytest.raises(UserError, match="'tokenizer' cannot be quantized"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Int8Settings(components=("tokenizer",)))
     for images in (dict(adapter=True), dict(controlnet="anywhere")):
         with pytest.raises(UserError, match="ControlNet cannot be int8: calibration has no control images"):
