@@ -27,7 +27,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 def scalar_scales(model: onnx.ModelProto, folder: Path) -> int:
-    """Give float16 int8 and fp8 convolutions one weight scale, a power of two, and multiply by the rest of each channel's.
+    """Give float16 int8 and fp8 convolutions one weight scale, a power of two, and multiply by what is left of each.
 
     Both factors are exact. A convolution stays as it is where they would not be, or where the products of some inputs
     could leave float16's range before the second factor.
