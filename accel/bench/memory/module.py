@@ -31,6 +31,14 @@ def peak(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     return alive.most
 
 
+def largest_layer(module: torch.nn.Module) -> int:
+    """Bytes of the weights of the layer that has the most."""
+    return max(
+        sum(t.numel() * t.element_size() for t in (*part.parameters(recurse=False), *part.buffers(recurse=False)))
+        for part in module.modules()
+    )
+
+
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, until they are gone."""
 
