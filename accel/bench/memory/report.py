@@ -41,15 +41,11 @@ def predicted(bundle: Bundle, variants: Sequence[Variant], call: Call, device_me
 
 
 def _fits(tried: list[Need], device_memory: float) -> dict[str, Any]:
+    tried = [replace(own, itself=0) for own in tried]  # that is host memory
     able = [own for own in tried if own.peak + CONTEXT <= device_memory * 1e9]
-    least = min(tried, key=lambda own: own.peak)
-    chosen = able[0] if able else least
-    return {
-        "fits": bool(able),
-        "options": list(chosen.options),
-        "peak_bytes": chosen.peak,
-        "plain_bytes": tried[0].peak,
-    }
+    chosen = able[0] if able else min(tried, key=lambda own: own.peak)
+    found = {"fits": bool(able), "options": list(chosen.options), "peak_bytes": chosen.peak}
+    return found | {"plain_bytes": tried[0].peak}
 
 
 def text(title: str, found: dict[str, Any]) -> str:
