@@ -668,10 +668,12 @@ def changed_unet(floating, tmp_path, edit_manifest):
 def test_unets_that_take_images_are_refused_before_anything_is_drawn(changed_unet, tmp_path):
     control = {"name": "mid_residual", "dtype": "float32", "shape": ["batch", 16, 4, 4]}
     bundle = changed_unet(lambda inputs: inputs.append(control))
-    with pytest.raises(UserError, match="cannot be int8: calibration has no control.*\n.*--int8-components text_enc"):
+    with pytest.raises(
+        UserError, match="cannot be quantized: calibration has no control.*\n.*--int8-components text_enc"
+    ):
         export_pipeline(bundle, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     bundle = changed_unet(lambda inputs: inputs[0].update(shape=["batch", 9, "latent_height", "latent_width"]))
-    with pytest.raises(UserError, match="inpainting model cannot be int8"):
+    with pytest.raises(UserError, match="inpainting model cannot be quantized"):
         export_pipeline(bundle, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     assert not (tmp_path / "out").exists()
 
@@ -759,7 +761,7 @@ def test_options_that_cannot_be(floating, int8, tmp_path):
     with pytest.raises(UserError, match="'tokenizer' cannot be quantized"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Int8Settings(components=("tokenizer",)))
     for images in (dict(adapter=True), dict(controlnet="anywhere")):
-        with pytest.raises(UserError, match="ControlNet cannot be int8: calibration has no control images"):
+        with pytest.raises(UserError, match="ControlNet cannot be quantized: calibration has no control images"):
             export_pipeline(floating, tmp_path / "out", precision="int8", **images)
     with pytest.raises(UserError, match="unknown precision 'int4'\n.*int8"):
         export_pipeline(floating, tmp_path / "out", precision="int4")
