@@ -8,7 +8,7 @@ from accel.errors import UserError
 def refuse_control() -> None:
     """Raise the UserError about a UNet with inputs for an adapter or a ControlNet."""
     raise UserError(
-        "a UNet with a T2I-Adapter or ControlNet cannot be quantized: calibration has no control images, and its ranges "
+        "a UNet with a T2I-Adapter or ControlNet cannot be quantized: calibration has no control images, and ranges "
         "would be too narrow where they add to it",
         "--int8-components text_encoder,vae_decoder; or export without the adapter or ControlNet",
     )
@@ -17,7 +17,7 @@ def refuse_control() -> None:
 def refuse_image_prompts() -> None:
     """Raise the UserError about a UNet with an IP-Adapter."""
     raise UserError(
-        "a UNet with an IP-Adapter cannot be quantized: calibration draws from words alone, and its ranges would be too "
+        "a UNet with an IP-Adapter cannot be quantized: calibration draws from words alone, and ranges would be too "
         "narrow where a picture adds to it",
         "--int8-components text_encoder,vae_decoder; or export without the IP-Adapter",
     )
