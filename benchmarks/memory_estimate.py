@@ -33,8 +33,9 @@ PROMPT = "a handwritten seven"
 def row(model: str, engine: str, size: int | None, batch: int) -> dict[str, Any]:
     """One model on one engine at one size: bytes predicted, and measured."""
     bundle, variant = opened(model, safety_checker=False), parse(engine)
+    size = size or estimate.sizes_of(bundle, bundle.component("vae_decoder"), estimate.Call())["height"]
     found = estimate.need(bundle, variant, estimate.Call(batch, size, size))
-    call = {"prompt": [PROMPT] * batch, "seed": 0, "height": size, "width": size, "steps": 2}
+    call: dict[str, Any] = {"prompt": [PROMPT] * batch, "seed": 0, "height": size, "width": size, "steps": 2}
     with tempfile.TemporaryDirectory() as empty:
         done = probe.probe(Path(model) if Path(model).exists() else bundle.path, variant, call, {"ACCEL_CACHE": empty})
     if done.reason:
@@ -43,7 +44,7 @@ def row(model: str, engine: str, size: int | None, batch: int) -> dict[str, Any]
     return {
         "model": Path(model).name if Path(model).exists() else model,
         "engine": engine,
-        "size": size or bundle.manifest.pipeline["native_size"],
+        "size": size,
         "batch": batch,
         "predicted": found.as_dict(),
         "measured_bytes": measured,

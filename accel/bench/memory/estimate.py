@@ -23,6 +23,9 @@ TILE = 512  # pixels of a tile that is tried, diffusers' own for an SD VAE
 # Bytes that an engine takes by itself, for networks of next to no size: thread pools, libraries that load late
 # (benchmarks/memory_estimate.py on digits; x86 Linux). On a GPU this is host memory, and CUDA's context is not in it.
 ITSELF: Mapping[str, int] = {"eager": 50 << 20, "onnxruntime": 50 << 20, "openvino": 170 << 20}
+# Copies of a network's weights while an engine loads it: as in the file, which is mapped, and in its own layout. From
+# SD-Tiny at real size (benchmarks/memory-estimate.json; of OpenVINO, benchmarks/sd15-tiny-256.json).
+COPIES: Mapping[str, int] = {"onnxruntime": 2, "openvino": 3}
 # Options as they are typed.
 HALF_TEXT, MODEL, SEQUENTIAL = "--text-encoder-precision fp16", "--offload model", "--offload sequential"
 WEIGHT_ONLY = "export with --precision int8-weight-only"
@@ -49,7 +52,8 @@ class Need:
         parts: in the order in which an image needs them.
         resident: whether all weights stay; else those of one network at a time.
         layer: bytes of the largest layer, where one layer's weights are held at a time; else 0.
-        itself: bytes that the engine takes by itself.
+        itself: bytes that the engine takes by itself, in host memory.
+        copies: copies of a network's weights in host memory while it is loaded.
     """
 
     engine: str
@@ -58,6 +62,7 @@ class Need:
     resident: bool = True
     layer: int = 0
     itself: int = 0
+    copies: int = 1
 
     @property
     def weights(self) -> int:
@@ -67,10 +72,13 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """The most bytes at once: of the phase in which weights held and activations are the largest."""
+        """The most bytes at once: when the images are drawn, or a network is loaded."""
         whole = sum(part.weights for part in self.parts)
         held = [self.layer or (whole if self.resident else p.weights) for p in self.parts]
-        return self.itself + max(w + p.activations for w, p in zip(held, self.parts, strict=True))
+        drawing = max(w + p.activations for w, p in zip(held, self.parts, strict=True))
+        before = [sum(p.weights for p in self.parts[:i]) if self.resident else 0 for i in range(len(self.parts))]
+        loading = max(b + self.copies * p.weights for b, p in zip(before, self.parts, strict=True))
+        return self.itself + max(drawing, loading if self.copies > 1 else 0)
 
     def as_dict(self) -> dict[str, Any]:
         parts = {p.name: {"weights_bytes": p.weights, "activations_bytes": p.activations} for p in self.parts}
@@ -111,7 +119,10 @@ def need(bundle: Bundle, variant: Variant, call: Call, *, text_encoder_dtype: st
         sizes = sizes_of(bundle, record, call)
         parts.append(Part(name, _weights(bundle, record, chosen), *_activations(bundle, record, chosen, sizes)))
     on_gpu = "cuda" in variant.device or facts(variant.engine).engine_files
-    return Need(variant.name, tuple(parts), itself=0 if on_gpu else ITSELF.get(variant.engine, 0))
+    if on_gpu:
+        return Need(variant.name, tuple(parts))
+    known = variant.engine
+    return Need(variant.name, tuple(parts), itself=ITSELF.get(known, 0), copies=COPIES.get(known, 1))
 
 
 def sizes_of(bundle: Bundle, record: Component, call: Call) -> dict[str, int]:

@@ -41,7 +41,7 @@ def predicted(bundle: Bundle, variants: Sequence[Variant], call: Call, device_me
 
 
 def _fits(tried: list[Need], device_memory: float) -> dict[str, Any]:
-    tried = [replace(own, itself=0) for own in tried]  # that is host memory
+    tried = [replace(own, itself=0, copies=1) for own in tried]  # those are host memory
     able = [own for own in tried if own.peak + CONTEXT <= device_memory * 1e9]
     chosen = able[0] if able else min(tried, key=lambda own: own.peak)
     found = {"fits": bool(able), "options": list(chosen.options), "peak_bytes": chosen.peak}

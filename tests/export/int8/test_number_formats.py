@@ -140,6 +140,15 @@ def test_auto_says_that_nothing_here_multiplies_fp8(bundles):
         audit.audit(bundle, bundle.component("unet"), "onnxruntime")
 
 
+@pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+def test_a_gpu_without_fp8_is_refused_before_the_build(bundles, tensorrt, fakes, monkeypatch):
+    from accel.export.tensorrt.build import build
+
+    monkeypatch.setattr(fakes("cuda").Cuda, "capability", "8.6")
+    with pytest.raises(UserError, match=r"unet is fp8, which sm86 cannot compute: it takes compute capability 8\.9"):
+        build(bundles["fp8"], ["unet"])
+
+
 def test_a_format_is_not_written_below_its_opset(bundles, smallest_bundle):
     assert Bundle.open(smallest_bundle).manifest.exporter["opset"] == 20
     unet = bundles["int4-weight-only"].component("unet")

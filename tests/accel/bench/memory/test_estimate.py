@@ -99,6 +99,7 @@ def test_a_phase_holds_its_network_alone_with_offload():
     model = replace(whole, resident=False)
     assert (model.weights, model.peak) == (1000, 1020)
     assert replace(whole, layer=50).peak == 550 and replace(model, itself=7).peak == 1027
+    assert replace(whole, copies=2).peak == 100 + 2 * 1000 and replace(model, copies=2).peak == 2000
 
 
 def test_what_fits_is_said(smallest_bundle, capsys):
