@@ -25,20 +25,19 @@ from ..command_line.options import (
     sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed, several
+from ..command_line.quantized import GIVEN, add_quantized, check_quantized, given, int8_settings
 from ..dtypes import PRECISIONS, QUANTIZED
 from ..errors import UserError
 from ..int8 import summary
-from ..int8.formats import BLOCKS, FORMATS
+from ..int8.formats import FORMATS
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = usual_components()
-# Options that export a pipeline, and options of int8. Those that are not given are None or empty.
+# Options that export a pipeline. Those that are not given are None or empty.
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
-_OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
-_OF_INT8 += "int8_components int8_level int8_keep int8_observer weight_block".split()
 
 
 def add_arguments(parser: Any) -> None:
@@ -86,7 +85,7 @@ def add_arguments(parser: Any) -> None:
     add_sampling(group)
     add_few_step(group)
     _add_parts(parser.add_argument_group("parts from elsewhere"))
-    _add_int8(parser.add_argument_group("int8"))
+    add_quantized(parser.add_argument_group("int8"))
     parser.add_argument(
         "--engine",
         default="onnx",
@@ -160,46 +159,6 @@ def _add_parts(group: Any) -> None:
     )
 
 
-def _add_int8(group: Any) -> None:
-    from ..int8.config import LEVELS, OBSERVERS
-
-    text = "file of prompts to calibrate on (default: built-in ones)"
-    group.add_argument("--calibration", type=Path, metavar="FILE", help=text)
-    text = "images to calibrate on (default: 32)"
-    group.add_argument("--calibration-images", type=int, metavar="N", help=text)
-    parts = ("unet", "text_encoder", "vae_decoder")
-    text = f"components to quantize: {','.join(parts)} (default: all)"
-    group.add_argument("--int8-components", type=several("component", parts), metavar="NAMES", help=text)
-    group.add_argument(
-        "--int8-level",
-        choices=LEVELS,
-        help="layers to quantize: conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores "
-        "(+ q k^T of self-attention) or attention (+ its softmax weights times v)",
-    )
-    group.add_argument(
-        "--int8-keep",
-        action="append",
-        default=[],
-        metavar="LAYER",
-        help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
-    )
-    text = "how calibration chooses ranges (default: mse)"
-    group.add_argument("--int8-observer", choices=OBSERVERS, help=text)
-    renamed(group, "--collector", "--int8-observer")
-    text = "inputs that share a scale, of int4 weights (default: 64)"
-    group.add_argument("--weight-block", type=int, choices=BLOCKS, help=text)
-    text = "SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)"
-    group.add_argument("--smooth", type=float, metavar="ALPHA", help=text)
-    group.add_argument(
-        "--budget",
-        type=float,
-        metavar="DB",
-        help="least PSNR of images against float32: leave the most sensitive layers in higher precision until it holds",
-    )
-    text = "write a table of what each layer costs (Markdown and JSON)"
-    group.add_argument("--sensitivity", type=Path, metavar="DIR", help=text)
-
-
 def run(args: argparse.Namespace) -> int:
     if (args.folder is None) == (args.out is None):
         raise WrongUse("accel export: give the folder to write, once", f"for example {EXAMPLE}")
@@ -230,8 +189,8 @@ def _bundle_of(args: argparse.Namespace, used: str, engine: str = "onnx") -> Ite
 
     refuse_existing(Path(args.out), args.overwrite)
     if is_bundle(args.model):
-        given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
-        refuse_changes(args.model, given, used)
+        changed = given(args, _OF_PIPELINES + GIVEN) + ["--precision"] * (args.precision != "fp32")
+        refuse_changes(args.model, changed, used)
         yield Bundle.open(args.model)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -279,11 +238,11 @@ def _bundle(args: argparse.Namespace) -> int:
 
     exported = args.precision in QUANTIZED and is_bundle(args.model)
     if exported:
-        refuse_changes(args.model, _given(args, _OF_PIPELINES))
-    if args.precision not in QUANTIZED and (given := _given(args, _OF_INT8)):
-        raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
+        refuse_changes(args.model, given(args, _OF_PIPELINES))
+    if args.precision not in QUANTIZED and (names := given(args, GIVEN)):
+        raise UserError(f"{names[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
     if args.precision in QUANTIZED:
-        _check_quantized(args)
+        check_quantized(args)
     if args.engine != "onnx":
         from accel.export.tensorrt import build
         from accel.trt import library
@@ -330,7 +289,7 @@ def _bundle(args: argparse.Namespace) -> int:
             clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
-            int8=_int8(args),
+            int8=int8_settings(args),
         )
     if args.engine != "onnx":
         build_engine_files(bundle, args, (), [], args.engine)
@@ -357,53 +316,6 @@ def _bundle(args: argparse.Namespace) -> int:
         print(line)
     print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
-
-
-def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The options among `names` that were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
-
-
-def _check_quantized(args: argparse.Namespace) -> None:
-    """Refuse options that a number format has no use for, and an opset that cannot hold it."""
-    form = FORMATS[QUANTIZED[args.precision][0]]
-    unused = [] if form.activations else ["calibration_images", "smooth", "int8_observer"]
-    if given := _given(args, unused + ["weight_block"] * (not form.blocked)):
-        what = "calibrates nothing" if not form.activations and given[0] != "--weight-block" else "has no blocks"
-        raise UserError(
-            f"{given[0]} does not go with --precision {args.precision}, which {what}", f"leave {given[0]} out"
-        )
-    if args.opset is not None and args.opset < form.opset:
-        raise UserError(
-            f"opset {args.opset} has no {args.precision}", f"--opset {form.opset} or later, or leave --opset out"
-        )
-
-
-def _int8(args: argparse.Namespace) -> Any:
-    """The options of the int8 group, as `export_pipeline` takes them."""
-    from accel.export.int8.settings import Int8Settings
-    from accel.int8.config import Int8Config
-
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
-
-    config = given(
-        level=args.int8_level,
-        keep=tuple(args.int8_keep) or None,
-        observer=args.int8_observer,
-        smooth=args.smooth,
-        block=args.weight_block,
-    )
-    return Int8Settings(
-        **given(
-            config=Int8Config(**config) if config else None,
-            prompts=args.calibration,
-            images=args.calibration_images,
-            budget=args.budget,
-            sensitivity=args.sensitivity,
-            components=args.int8_components,
-        )
-    )
 
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
