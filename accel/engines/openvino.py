@@ -104,9 +104,7 @@ class OpenVino(Engine):
             config["INFERENCE_NUM_THREADS"] = str(threads)
         if component.format.endswith("weight-only"):  # by itself OpenVINO rounds the inputs of such weights to int8
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        # Folding rounds int8 filters anew, which only where activations are rounded too is no loss.
-        folds = folds and device.startswith("CPU") and component.format in ("", "int8")
-        self._compile = partial(self._compiled, bundle, device, config, folds)
+        self._compile = partial(self._compiled, bundle, device, config, folds and device.startswith("CPU"))
         self.turn = threading.Lock()
         self.place = device.split(".")[0].lower()
         self.set_weights(weights or {})
@@ -139,7 +137,8 @@ class OpenVino(Engine):
                 value = np.require(tensors[name], requirements="CA")
                 nodes[name].output(0).replace(openvino.opset13.constant(value).output(0))
             if folds:
-                in_openvino.fold(model)
+                if self.component.format in ("", "int8"):  # it rounds filters anew: a loss where inputs are exact
+                    in_openvino.fold(model)
                 group_norm.fold(model)
             compiled = core.compile_model(model, device, config)
             if kept:
