@@ -14,10 +14,21 @@ FLOATS = tuple(SHORT.values())
 BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 TENSORS = (*FLOATS, "int64", "int32")  # what the inputs and outputs of a component may be
 
-# Precisions of an export. Those of INT8 are made from a float32 bundle (`export.int8.quantize`): the value is the dtype
-# of everything that is not int8; `auto` keeps int8 only where it is faster.
+# Precisions of an export. Quantized ones are made from a float32 bundle (`export.int8.quantize`): the value is the
+# number format (`accel.int8.formats`), and the dtype of everything else; `auto` keeps int8 only where it is faster.
 PRECISIONS = ("fp32", "fp16")
-INT8 = MappingProxyType({"int8": "float32", "int8-fp16": "float16", "auto": "float32"})
+QUANTIZED = MappingProxyType(
+    {
+        "int8": ("int8", "float32"),
+        "int8-fp16": ("int8", "float16"),
+        "fp8": ("fp8", "float16"),
+        "int8-weight-only": ("int8-weight-only", "float32"),
+        "int4-weight-only": ("int4-weight-only", "float32"),
+        "int8-weight-only-fp16": ("int8-weight-only", "float16"),
+        "int4-weight-only-fp16": ("int4-weight-only", "float16"),
+        "auto": ("int8", "float32"),
+    }
+)
 
 # Modules that stay float32 in a lower graph: the embeddings of time and size feed every block and take no time, so
 # rounding them loses accuracy and gains nothing.

@@ -58,7 +58,7 @@ class W8A8(nn.Module):
         return (y if self.bias is None else y + self.bias).to(dtype)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.clamp((x.float() / self.step).round(), fake_quant.LOW, fake_quant.HIGH).to(torch.int8)
+        return torch.clamp((x.float() / self.step).round(), -128, 127).to(torch.int8)
 
 
 class W8A8Linear(W8A8):

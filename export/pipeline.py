@@ -15,7 +15,7 @@ from accel.bundle import Bundle, Component, Manifest, finalize, is_bundle
 from accel.bundle.kinds import KINDS, control_components, kind_of, usual_components
 from accel.bundle.shape_profiles import Profile, Range, native_sides
 from accel.bundle.shape_profiles import profile as parse_profile
-from accel.dtypes import INT8
+from accel.dtypes import QUANTIZED
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
 from accel.models import networks
@@ -88,7 +88,7 @@ def export_pipeline(
             (`accel.models.source.open_source`); for int8, a float32 bundle too.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.bundle.shape_profiles`).
-        precision: fp32, fp16, or one of `accel.dtypes.INT8`.
+        precision: fp32, fp16, or one of `accel.dtypes.QUANTIZED`.
         opset: ONNX opset (`accel.export.graph.trace.OPSETS`).
         components: networks to export; `text_encoder` covers both of SDXL's.
         sampler: name, steps or timesteps, guidance to store instead of the source's own.
@@ -112,7 +112,7 @@ def export_pipeline(
     trace.check_opset(opset)
     parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings), safety_checker
     options = _Options(profile, opset, tuple(components), sampler, *parts)
-    if precision in INT8:
+    if precision in QUANTIZED:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
             return _export_int8(model, Path(out), options, settings, overwrite, progress)

@@ -72,7 +72,14 @@ NEEDS = {
     "--image-prompt": "an IP-Adapter from the hub; tests/accel/pipeline/test_image_prompts.py draws with one",
     "--control ": "a ControlNet from the hub; tests/accel/pipeline/test_control.py draws with one of its layout",
 }
-SLOW = ("--precision int8", "--precision auto", "--engine tensorrt-rtx --build", "fp16 --engine tensorrt-rtx")
+SLOW = (
+    "--precision int8",
+    "--precision int4",
+    "--precision fp8",
+    "--precision auto",
+    "--engine tensorrt-rtx --build",
+    "fp16 --engine tensorrt-rtx",
+)
 
 
 def _marks(command: str) -> list[pytest.MarkDecorator]:

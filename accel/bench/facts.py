@@ -113,7 +113,7 @@ def _standing_notes(state: State) -> list[str]:
         record = state.bundle.component(name)
         if record.int8:
             notes.append(
-                f"{name} is int8, and eager rounds as it does; what the export measured against float32: "
+                f"{name} is {record.format}, and eager rounds as it does; what the export measured against float32: "
                 + "; ".join(summary.lines(record))
             )
     if state.settings.memory:

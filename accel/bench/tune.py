@@ -105,7 +105,7 @@ def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:
         known = facts(engine)
         if "cpu" not in known.auto or known.engine_files or not status(engine).ok:
             continue
-        if record.int8 and not known.int8:
+        if record.int8 and record.format not in known.formats:
             continue
         yield Choice(engine)
         if not component.startswith("text_encoder"):  # nothing to fold

@@ -35,6 +35,7 @@ _SIZED = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3, "Pad": 1, "
 # Safetensors' dtypes as ONNX counts them, and their bytes.
 _DTYPES = {"F64": (11, 8), "F32": (1, 4), "F16": (10, 2), "BF16": (16, 2), "I64": (7, 8), "I32": (6, 4), "I16": (5, 2)}
 _DTYPES |= {"I8": (3, 1), "U8": (2, 1), "BOOL": (9, 1), "F8_E4M3": (17, 1), "F8_E5M2": (19, 1)}
+_IN_BYTES = {22: 2}  # int4, which safetensors has not: pairs of it are stored as bytes
 _SIZES = {number: size for number, size in _DTYPES.values()} | {4: 2, 12: 4, 13: 8, 21: 0.5, 22: 0.5}
 _FIELDS = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
 _SPECS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6}
@@ -132,7 +133,7 @@ def _tensor(tensor: Any, stored: Mapping[tuple[int, int], tuple[int, int]], weig
         yield f"the tensor {name} lies in {entries.get('location')!r:.120} and not in {weights.name}"
     elif not all(text.isascii() and text.isdecimal() and len(text) < 20 for text in place):
         yield f"the tensor {name} is at {place!r:.120} of {weights.name}"
-    elif stored.get((int(place[0]), int(place[1]))) != (tensor.data_type, size):
+    elif stored.get((int(place[0]), int(place[1]))) != (_IN_BYTES.get(tensor.data_type, tensor.data_type), size):
         yield f"the tensor {name} is none that {weights.name} has at this place"
 
 

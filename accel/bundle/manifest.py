@@ -118,9 +118,14 @@ class Component:
         return graphs if engine in ("eager", "compile") else graphs - {self.graph_for(engine)}
 
     @property
+    def format(self) -> str:
+        """The number format of its quantized layers (`accel.int8.formats`); "" where it has none."""
+        return self.int8.get("config", {}).get("format", "int8") if self.int8 else ""
+
+    @property
     def precision(self) -> str:
         """What it computes in, for people: float32, int8 + float16, ..."""
-        return f"int8 + {self.dtype}" if self.int8 else self.dtype
+        return f"{self.format} + {self.dtype}" if self.int8 else self.dtype
 
 
 def _present(component: Any) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def add_arguments(parser: Any) -> None:
     kind = one_of("attention", attention.NAMES)
     group.add_argument("--attention", type=kind, metavar="NAME", help=text)
     group.add_argument("--no-memory", action="store_true", help="do not measure memory and load times")
+    group = parser.add_argument_group("predicting")
+    text = "say what the engines will take in memory, from files and shapes: nothing is loaded, and nothing measured"
+    group.add_argument("--memory-estimate", action="store_true", help=text)
+    text = "with --memory-estimate: GB of a card, and which options make the model fit into it"
+    group.add_argument("--device-memory", type=float, metavar="GB", help=text)
     group = parser.add_argument_group("result")
     group.add_argument("--full", action="store_true", help="print every column, not the short table")
     group.add_argument(
@@ -86,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
     if (args.bundle is None) == (args.saved is None):
         raise WrongUse("accel bench: give a model, or --from FILE", f"for example {EXAMPLE}")
     files = _files(args)
+    if args.memory_estimate:
+        return _estimate(args)
+    if args.device_memory is not None:
+        raise UserError("--device-memory is for a prediction", "add --memory-estimate")
     if args.saved:
         document, images, code = saved.read(args.saved), {}, 0
     else:
@@ -100,6 +109,31 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_bytes(file, page.page(document, images).encode())
     return code
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from .. import bench
+    from ..bench.memory import report
+    from ..bench.memory.estimate import Call
+    from ..bundle.shape_profiles import native_sides
+    from ..pipeline import opened
+
+    if args.saved or args.out:
+        raise UserError("--memory-estimate predicts, and measures nothing that could be shown or kept", "leave it out")
+    if args.batch < 1:
+        raise UserError(f"invalid batch: {args.batch} (expected an integer >= 1)", "--batch 1")
+    bundle = opened(args.bundle, few_step=args.few_step, safety_checker=False)
+    variants = [bench.parse(name) for name in args.engine.split(",")] if args.engine else report.usual(bundle)
+    call = Call(args.batch, args.height, args.width)
+    found = report.predicted(bundle, variants, call, args.device_memory)
+    if args.json == "-":
+        print(json.dumps(found, indent=2))
+        return 0
+    height, width = native_sides(bundle.manifest.pipeline["native_size"])
+    size = f"{args.height or height} x {args.width or width} px"
+    images = "1 image" if args.batch == 1 else f"{args.batch} images"
+    print(report.text(f"{bundle.manifest.source['name']}, {images} of {size}", found))
+    return 0
 
 
 def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int]:

@@ -26,20 +26,20 @@ from ..command_line.options import (
     sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed, several
+from ..command_line.quantized import GIVEN, add_quantized, check_quantized, given, int8_settings
 from ..command_line.remembered import remembering
-from ..dtypes import INT8, PRECISIONS
+from ..dtypes import PRECISIONS, QUANTIZED
 from ..errors import UserError
 from ..int8 import summary
+from ..int8.formats import FORMATS
 from ..progress import progress
 
 EXAMPLE = "accel export digits/4step my-bundle --precision int8 --profile digits"
 COMPONENTS = usual_components()
-# Options that export a pipeline, and options of int8. Those that are not given are None or empty.
+# Options that export a pipeline. Those that are not given are None or empty.
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
-_OF_INT8 = "calibration calibration_images smooth budget sensitivity".split()
-_OF_INT8 += "int8_components int8_level int8_keep int8_observer".split()
 
 
 def add_arguments(parser: Any) -> None:
@@ -56,9 +56,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        choices=(*PRECISIONS, *INT8),
-        help="of weights and products; int8-fp16 is for a GPU; auto is int8 where it is faster and within the parity "
-        "budget (default: fp32)",
+        choices=(*PRECISIONS, *QUANTIZED),
+        metavar="PRECISION",
+        help=f"{', '.join((*PRECISIONS, *QUANTIZED))}: of weights and products. int8-fp16 and fp8 (compute capability "
+        "8.9) are for GPUs; weight-only ones save memory; auto is int8 where it is faster and within the parity budget "
+        "(default: fp32)",
     )
     parser.add_argument(
         "--profile",
@@ -85,7 +87,7 @@ def add_arguments(parser: Any) -> None:
     add_sampling(group)
     add_few_step(group)
     _add_parts(parser.add_argument_group("parts from elsewhere"))
-    _add_int8(parser.add_argument_group("int8"))
+    add_quantized(parser.add_argument_group("int8"))
     parser.add_argument(
         "--engine",
         default="onnx",
@@ -159,44 +161,6 @@ def _add_parts(group: Any) -> None:
     )
 
 
-def _add_int8(group: Any) -> None:
-    from ..int8.config import LEVELS, OBSERVERS
-
-    text = "file of prompts to calibrate on (default: built-in ones)"
-    group.add_argument("--calibration", type=Path, metavar="FILE", help=text)
-    text = "images to calibrate on (default: 32)"
-    group.add_argument("--calibration-images", type=int, metavar="N", help=text)
-    parts = ("unet", "text_encoder", "vae_decoder")
-    text = f"components to quantize: {','.join(parts)} (default: all)"
-    group.add_argument("--int8-components", type=several("component", parts), metavar="NAMES", help=text)
-    group.add_argument(
-        "--int8-level",
-        choices=LEVELS,
-        help="layers to quantize: conv, ff (+ feed-forward), qkv (+ queries, keys, values), all (default), scores "
-        "(+ q k^T of self-attention) or attention (+ its softmax weights times v)",
-    )
-    group.add_argument(
-        "--int8-keep",
-        action="append",
-        default=[],
-        metavar="LAYER",
-        help="layer or block of the UNet to leave in higher precision; takes * (repeatable)",
-    )
-    text = "how calibration chooses ranges (default: mse)"
-    group.add_argument("--int8-observer", choices=OBSERVERS, help=text)
-    renamed(group, "--collector", "--int8-observer")
-    text = "SmoothQuant's alpha for linear layers, 0 to 1 (default: 0, none)"
-    group.add_argument("--smooth", type=float, metavar="ALPHA", help=text)
-    group.add_argument(
-        "--budget",
-        type=float,
-        metavar="DB",
-        help="least PSNR of images against float32: leave the most sensitive layers in higher precision until it holds",
-    )
-    text = "write a table of what each layer costs (Markdown and JSON)"
-    group.add_argument("--sensitivity", type=Path, metavar="DIR", help=text)
-
-
 def run(args: argparse.Namespace) -> int:
     if (args.folder is None) == (args.out is None):
         raise WrongUse("accel export: give the folder to write, once", f"for example {EXAMPLE}")
@@ -229,8 +193,8 @@ def _bundle_of(args: argparse.Namespace, used: str, engine: str = "onnx") -> Ite
 
     refuse_existing(Path(args.out), args.overwrite)
     if is_bundle(args.model):
-        given = _given(args, _OF_PIPELINES + _OF_INT8) + ["--precision"] * (args.precision != "fp32")
-        refuse_changes(args.model, given, used)
+        changed = given(args, _OF_PIPELINES + GIVEN) + ["--precision"] * (args.precision != "fp32")
+        refuse_changes(args.model, changed, used)
         yield Bundle.open(args.model)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -276,11 +240,13 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.export.pipeline import export_pipeline
     from accel.models.source import open_source
 
-    exported = args.precision in INT8 and is_bundle(args.model)
+    exported = args.precision in QUANTIZED and is_bundle(args.model)
     if exported:
-        refuse_changes(args.model, _given(args, _OF_PIPELINES))
-    if args.precision not in INT8 and (given := _given(args, _OF_INT8)):
-        raise UserError(f"{given[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
+        refuse_changes(args.model, given(args, _OF_PIPELINES))
+    if args.precision not in QUANTIZED and (names := given(args, GIVEN)):
+        raise UserError(f"{names[0]} is for int8, but the precision is {args.precision}", "add --precision int8")
+    if args.precision in QUANTIZED:
+        check_quantized(args)
     if args.engine != "onnx":
         from accel.export.tensorrt import build
         from accel.trt import library
@@ -288,8 +254,8 @@ def _bundle(args: argparse.Namespace) -> int:
         # All of this before the export takes minutes.
         options, device = build_options(args), build_device(args)
         options.check(library.load(args.engine), args.targets, device)
-        if args.precision in INT8 and args.precision != "auto":
-            options.check_int8("the export")
+        if args.precision in QUANTIZED and args.precision != "auto":
+            options.check_format(FORMATS[QUANTIZED[args.precision][0]], "the export", args.targets or ())
         build.place(args.engine, device=device, targets=args.targets)
     elif args.targets:
         raise UserError("--targets is for engine files, and none are made", "add --engine tensorrt-rtx")
@@ -327,7 +293,7 @@ def _bundle(args: argparse.Namespace) -> int:
             clip_skip=args.clip_skip or 0,
             overwrite=args.overwrite,
             progress=report,
-            int8=_int8(args),
+            int8=int8_settings(args),
         )
     bundle = remembering(bundle, args)
     if args.engine != "onnx":
@@ -355,34 +321,6 @@ def _bundle(args: argparse.Namespace) -> int:
         print(line)
     print(f"{bundle.path} is ready{next_command(bundle)}")
     return 0
-
-
-def _given(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The options among `names` that were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
-
-
-def _int8(args: argparse.Namespace) -> Any:
-    """The options of the int8 group, as `export_pipeline` takes them."""
-    from accel.export.int8.settings import Int8Settings
-    from accel.int8.config import Int8Config
-
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
-
-    config = given(
-        level=args.int8_level, keep=tuple(args.int8_keep) or None, observer=args.int8_observer, smooth=args.smooth
-    )
-    return Int8Settings(
-        **given(
-            config=Int8Config(**config) if config else None,
-            prompts=args.calibration,
-            images=args.calibration_images,
-            budget=args.budget,
-            sensitivity=args.sensitivity,
-            components=args.int8_components,
-        )
-    )
 
 
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ from ..command_line.options import (
     sampler_options,
 )
 from ..command_line.parser import WrongUse, renamed
+from ..dtypes import SHORT
+from ..engines.offloading import MODES
 from ..errors import Notice, UserError
 
 EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
@@ -53,6 +55,12 @@ def add_arguments(parser: Any) -> None:
     text = "file of textual inversion, whose token the prompt may use (default: the file's own token); repeatable"
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help=text)
     parser.add_argument("--low-memory", action="store_true", help="load each network on first use, drop it afterwards")
+    text = (
+        "keep on the GPU one network at a time (model) or, on eager, one layer (sequential); the rest waits on the host"
+    )
+    parser.add_argument("--offload", choices=MODES, help=text)
+    text = "what the text encoders compute in, on eager, compile and openvino (default: as the others)"
+    parser.add_argument("--text-encoder-precision", choices=tuple(SHORT), help=text)
     text = "decode and encode in overlapping tiles: large images in the memory of a tile"
     parser.add_argument("--vae-tiling", action="store_true", default=None, help=text)
     text = "side of a tile, which enables tiling too (default: the VAE's own size)"
@@ -153,8 +161,10 @@ def run(args: argparse.Namespace) -> int:
     if args.canny:
         call["control_image"] = _one_or_all([canny(file) for file in args.control])
     changed = dict(loras=args.lora, embeddings=args.embedding)
-    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, **changed, **tiling, **options)
-    if engine == "auto" and not args.json and not args.low_memory and not args.quiet:
+    memory = dict(low_memory=args.low_memory, offload=args.offload, text_encoder_dtype=args.text_encoder_precision)
+    pipeline = load(bundle, engine=engine, **memory, **changed, **tiling, **options)
+    spared = args.low_memory or args.offload
+    if engine == "auto" and not args.json and not spared and not args.quiet:
         unet = pipeline.engines["unet"]
         print(f"engine: {unet.name} ({unet.description})", file=sys.stderr)
     result = pipeline(**call)

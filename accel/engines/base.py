@@ -40,7 +40,8 @@ class Facts:
         devices: suffix of a benchmark variant (`onnxruntime:cuda`) -> options of `load` that it stands for.
         libraries: modules to import before a model is loaded, to tell the model's memory from theirs.
         options: options of the command line that it takes.
-        int8: whether it computes int8 graphs in integers.
+        formats: number formats (`accel.int8.formats`) that it runs as what they are: it multiplies in them or, of the
+            weight-only ones, keeps weights so. What is not here is rounded and multiplied in float.
         engine_files: whether it runs engine files, which `accel build` makes.
         reads_graph: whether it needs the ONNX graph, which a diffusers pipeline folder does not have.
         auto: where `auto` may choose it by itself: "cpu", "cuda".
@@ -53,7 +54,7 @@ class Facts:
     devices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
     options: tuple[str, ...] = ("device",)
-    int8: bool = False
+    formats: tuple[str, ...] = ()
     engine_files: bool = False
     reads_graph: bool = True
     auto: tuple[str, ...] = ("cpu",)
@@ -125,6 +126,10 @@ class Engine(Resource, ABC):
                     "its graph is not the one that the manifest describes: export the model again",
                 )
         return outputs
+
+    def rest(self) -> bool:
+        """Give the device's memory back until the next call; False where only `close` does that."""
+        return False
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,12 @@ class Compile(eager.Eager):
             raise UserError(f"unknown torch.compile mode {mode!r}", f"one of: {', '.join(MODES)}")
         if mode in _CAPTURING and options.get("cuda_graph", "off") != "off":
             raise UserError(f"torch.compile's mode {mode} captures CUDA graphs itself", "leave --cuda-graph out")
+        if options.get("offload") == "sequential" or mode in _CAPTURING and options.get("offload"):
+            raise UserError(
+                "what torch.compile makes of a network needs all of its weights at once"
+                + (f", and mode {mode} always at the same place" if mode in _CAPTURING else ""),
+                "--offload model with the default mode; or --engine eager",
+            )
         super().__init__(bundle, component, **options)
         import torch
 

@@ -17,7 +17,7 @@ from ..machine import version_of
 from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Captures, Graph, replay
 from ..trt.tf32 import float32_in_tf32
-from . import torch_graphs
+from . import offloading, torch_graphs
 from .base import Engine, Facts, Status, check_device, to_torch
 from .torch_graphs import CUDA_GRAPHS
 
@@ -40,7 +40,7 @@ FACTS = Facts(
         "diffusers.models.autoencoders.autoencoder_kl",
         "transformers.models.clip.modeling_clip",
     ),
-    options=("device", "dtype", "attention", "tf32", "cuda_graph"),
+    options=("device", "dtype", "attention", "tf32", "cuda_graph", "offload"),
     reads_graph=False,
     auto=("cpu", "cuda"),
     variants=("", "bf16"),
@@ -79,6 +79,8 @@ class Eager(Engine):
             reference, and cuDNN's default is on.
         cuda_graph: "step" replays a captured CUDA graph for each shape instead of launching kernels one by one; "loop"
             lets a pipeline capture all steps of its sampler at once; "off" (default) captures nothing.
+        offload: keep weights in host memory. "model" copies them to the GPU at the first call, until `rest`;
+            "sequential" layer by layer, for the time of the layer's call. On the CPU "model" changes nothing.
         weights: as `set_weights` takes them.
     """
 
@@ -95,6 +97,7 @@ class Eager(Engine):
         attention: str = "auto",
         tf32: bool = False,
         cuda_graph: str = "off",
+        offload: str | None = None,
         weights: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
@@ -106,10 +109,17 @@ class Eager(Engine):
         torch_graphs.check(cuda_graph)
         self.cuda_graph = cuda_graph if component.kind in torch_graphs.CAPTURED else "off"
         self.epoch, self._local = 0, threading.local()
+        offloading.check(offload)
+        if offload and cuda_graph != "off":
+            raise UserError("captured CUDA graphs hold their weights on the GPU", "leave --cuda-graph or --offload out")
         if cuda_graph != "off":
             device = self._device(device)
         elif device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        moves = self._moves(offload, device)
+        if moves:
+            self.cuda = Cuda(index_of(device) or 0)
+            device = self.cuda.device
         check_device(device)
         check_dtype(dtype, ("auto", *FACTS.dtypes))
         if isinstance(bundle, PipelineBundle):
@@ -128,16 +138,33 @@ class Eager(Engine):
             module = module.to(torch_dtype(compute))
         if dtype == "auto" or compute != "float32":
             networks.keep_float32(module.model, component.float32, component.fp32_output)
-        self.module = module.to(device)
+        self.visiting = None
+        if moves and offload:
+            from .offloading.visiting import Visiting
+
+            self.visiting = Visiting(module, self.cuda, offload)
+        self.module = module if self.visiting else module.to(device)
         self.device = device
         self.dtype = torch_dtype(compute)
         self._math = partial(float32_in_tf32, tf32) if device.startswith("cuda") else nullcontext
         took = self._attend(attention, device, compute != "float32")
         self._own: dict[str, torch.Tensor] = {}
         self.set_weights(weights or {})
-        note = ", int8 rounded in float (a reference, not fast)" if component.int8 else ""
+        note = f", {component.format} rounded in float (a reference, not fast)" if component.int8 else ""
         self.description = f"torch {torch.__version__}, {device}, {compute}{', tf32' if tf32 else ''}{took}{note}"
         self.description += f", CUDA graph of the {self.cuda_graph}" if self.cuda_graph != "off" else ""
+        self.description += f", {offload} offload" if self.visiting else ""
+
+    def _moves(self, offload: str | None, device: str) -> bool:
+        """Whether there is a GPU that weights are kept away from."""
+        if offload is None or index_of(device) is not None:
+            return offload is not None
+        if offload == "sequential":
+            raise UserError(
+                "sequential offload keeps weights away from a GPU, and this engine runs on the CPU",
+                "--low-memory drops each network after its phase, on any device; or --device cuda",
+            )
+        return False
 
     def _device(self, device: str) -> str:
         """Where graphs can be captured."""
@@ -160,12 +187,19 @@ class Eager(Engine):
 
     def set_weights(self, tensors: Mapping[str, Any]) -> None:
         self.epoch += 1
+        self.rest()
         state = self.module.model.state_dict(keep_vars=True)
         for name, own in self._own.items():
             state[name].data = own
         self._own = {name: state[name].data for name in tensors}
         for name, value in tensors.items():
-            state[name].data = to_torch(value, self.device).to(state[name].dtype)
+            place = "cpu" if self.visiting else self.device
+            state[name].data = to_torch(value, place).to(state[name].dtype)
+
+    def rest(self) -> bool:
+        if self.visiting:
+            self.visiting.leave()
+        return self.visiting is not None
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device)
@@ -175,7 +209,7 @@ class Eager(Engine):
 
         if self.cuda_graph != "off":
             return self._replayed(feeds)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.visiting.computing() if self.visiting else nullcontext():
             return self.compute(feeds)
 
     def compute(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +249,7 @@ class Eager(Engine):
 
     def release(self) -> None:
         self._local = threading.local()
-        del self.module, self._own
+        del self.module, self._own, self.visiting
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> Engine:

@@ -26,11 +26,16 @@ FACTS = Facts(
     devices={name: {"provider": name} for name in NAMES},
     libraries=("onnx", "onnxruntime"),
     options=("device", "provider", "threads"),
-    int8=True,
+    formats=("int8", "int8-weight-only", "int4-weight-only"),
     tunes=("folds",),
 )
 # Off for int8: it would turn a product and its bias into a float one before int8 is looked at (static shapes).
 OFF_FOR_INT8 = ["MatMulAddFusion"]
+# ONNX Runtime 1.31 makes an integer product of an fp8 one, which it then refuses itself.
+OFF = {"int8": OFF_FOR_INT8, "fp8": ["QDQSelectorActionTransformer"]}
+# By itself ONNX Runtime rounds the inputs of quantized weights to int8 (accuracy level 4); 1 is float32.
+_EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+ENTRIES: Mapping[str, Mapping[str, str]] = {"int8-weight-only": _EXACT, "int4-weight-only": _EXACT}
 
 
 def status() -> Status:
@@ -110,7 +115,7 @@ class OnnxRuntime(Engine):
         route = find(provider, device, bundle, component, provider_options)
         if route.plugin and io_binding:
             raise UserError(f"provider {route.name} takes no io_binding: its tensors are numpy arrays", "leave it out")
-        if component.int8 and route.name == "cpu":
+        if component.format == "int8" and route.name == "cpu":
             note_saturation()
         self._open = partial(self._session, bundle, route, threads, folds, session or {})
         self.set_weights(weights or {})
@@ -121,7 +126,9 @@ class OnnxRuntime(Engine):
         self.device = route.place if self.on_gpu else "cpu"  # where its tensors are
         self.device_id = int(self.device.partition(":")[2] or 0)
         where = f" on {route.place}" if route.plugin else ""
-        self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (", int8" if component.int8 else "")
+        self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (
+            f", {component.format}" if component.int8 else ""
+        )
 
     def _session(
         self,
@@ -138,7 +145,7 @@ class OnnxRuntime(Engine):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        for key, value in entries.items():
+        for key, value in {**ENTRIES.get(self.component.format, {}), **entries}.items():
             options.add_session_config_entry(key, value)
         own = "onnxruntime" if route.name == "cpu" else ""
         model = graph(bundle, self.component, own)
@@ -160,7 +167,7 @@ class OnnxRuntime(Engine):
             options.add_external_initializers(list(held), list(held.values()))
             route = route.without_caches()
         try:
-            session = route.open(source, options, disabled_optimizers=OFF_FOR_INT8 if self.component.int8 else None)
+            session = route.open(source, options, disabled_optimizers=OFF.get(self.component.format))
         except Exception as error:
             raise UserError(
                 f"ONNX Runtime cannot load {self.component.graph} on {route.name}: {plugins.cause(error)}",

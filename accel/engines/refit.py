@@ -39,9 +39,9 @@ class Refit:
     def __init__(self, engine: Any):
         engine.library.refuse_broken_refit()
         name = engine.component.name
-        if engine.component.int8:
+        if form := engine.component.format:
             raise UserError(
-                f"the TensorRT engine of {name} is int8, and cannot be refitted: its scales belong to its weights",
+                f"the TensorRT engine of {name} is {form}, and cannot be refitted: its scales belong to its weights",
                 "another engine takes them at run time; or put them in at export: accel export MODEL OUT --lora FILE "
                 "(--embedding FILE for textual inversion)",
             )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle, Component, foreign, tuned
 from ..bundle.replaced import steadily
 from ..errors import Notice, UserError, unknown
+from ..int8.formats import FORMATS, FP8
 from ..machine import machine_name
 from ..providers.route import usable_cuda
 from ..trt.preflight import NoEngineFile
@@ -60,9 +61,9 @@ def with_option(option: str) -> list[str]:
     return [name for name in reversed(tuple(ENGINES)) if option in facts(name).options]
 
 
-def int8_engines() -> tuple[str, ...]:
-    """Engines that compute int8 graphs in integers."""
-    return tuple(name for name in reversed(tuple(ENGINES)) if facts(name).int8)
+def computing_in(form: str) -> tuple[str, ...]:
+    """Engines that run a number format (`accel.int8.formats`) as what it is: products in it, or weights kept in it."""
+    return tuple(name for name in reversed(tuple(ENGINES)) if form in facts(name).formats)
 
 
 def engine_file_engines() -> tuple[str, ...]:
@@ -127,7 +128,7 @@ def choose(
     if engine_file is None and not wanted and (found := _tuned(bundle, component)):
         return found.engine
     if component is not None and component.int8:
-        return _choose_int8(component, engine_file, fits)
+        return _choose_quantized(component, engine_file, fits)
     if engine_file is not None:
         return engine_file.engine
     if device != "cpu" and "onnxruntime" in fits and status("onnxruntime").ok and usable_cuda():
@@ -163,21 +164,21 @@ def _tuned(bundle: Bundle | None, component: Component | None) -> tuned.Choice |
     return found if found and found.engine in ENGINES and status(found.engine).ok else None
 
 
-def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Sequence[str]) -> str:
+def _choose_quantized(component: Component, engine_file: EngineFile | None, fits: Sequence[str]) -> str:
     """By what was measured on this processor, and on the GPU that the engine file, if there is one, was built for.
 
     Args:
         fits: the engines that may be chosen.
     """
-    name, acceptance = component.name, component.int8.get("acceptance", {})
+    name, acceptance = f"{component.format} of {component.name}", component.int8.get("acceptance", {})
     parity, against = acceptance.get("parity", {}), acceptance.get("against", "float32")
     if parity.get("ok") is False:
         _note(
-            f"int8 of {name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against float32, "
+            f"{name} is outside its parity budget ({parity.get('psnr', float('nan')):.1f} dB against float32, "
             f"{parity.get('budget', float('nan')):g} dB required): images differ. Exported with --precision auto, or "
             "with --budget, they do not"
         )
-    places: dict[str, Any] = {engine: machine_name() for engine in ENGINES if facts(engine).int8}
+    places: dict[str, Any] = {engine: machine_name() for engine in computing_in(component.format)}
     places |= dict.fromkeys(engine_file_engines())
     able = [engine for engine in fits if places.get(engine) and status(engine).ok]
     if engine_file is not None:
@@ -191,11 +192,7 @@ def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Seq
     enabled = {engine for engine in seconds if engine in acceptance.get("enabled_engines", ())}
     here = {engine: seconds[engine] for engine in able if engine in seconds}
     if not able:
-        _note(
-            f"no engine that computes int8 of {name} in integers can run here, so torch rounds it in float, slowly: "
-            'pip install "accel-diffusion[cpu]"'
-        )
-        return choose("eager")
+        return _choose_rounding(component, fits)
     if engine_file is not None and engine_file.engine not in seconds:
         chosen = engine_file.engine
     elif here:
@@ -204,15 +201,31 @@ def _choose_int8(component: Component, engine_file: EngineFile | None, fits: Seq
         chosen = able[0]
     missing = enabled - set(able)
     if missing and chosen not in enabled:
-        _note(f"int8 of {name} is fastest on {' and '.join(sorted(missing))}, which cannot run here (accel doctor)")
+        _note(f"{name} is fastest on {' and '.join(sorted(missing))}, which cannot run here (accel doctor)")
     elif chosen not in seconds:
-        _note(f"whether int8 of {name} is faster on {chosen} was not measured on this machine: `accel bench` does")
+        _note(f"whether {name} is faster on {chosen} was not measured on this machine: `accel bench` does")
     elif chosen not in enabled:
         ratio = acceptance["engines"][chosen].get("speedup", 0)
         _note(
-            f"int8 of {name} is not faster than {against} on this machine ({chosen} {ratio:.2f}x): a bundle exported "
+            f"{name} is not faster than {against} on this machine ({chosen} {ratio:.2f}x): a bundle exported "
             "with --precision auto, or fp32, would be"
         )
+    return chosen
+
+
+def _choose_rounding(component: Component, fits: Sequence[str]) -> str:
+    """An engine that rounds as the component does and multiplies in float, where none that computes in it can run."""
+    form = FORMATS[component.format]
+    fix = 'pip install "accel-diffusion[cpu]"'
+    if form.capability:
+        fix = f"accel build makes engine files for GPUs of compute capability {form.capability / 10} and newer"
+    # ONNX Runtime rounds to the last bit as torch does; OpenVINO's fp8 differs.
+    able = [name for name in ("onnxruntime", "eager") if name in fits and status(name).ok] if form is FP8 else []
+    chosen = able[0] if able else choose("eager")
+    _note(
+        f"no engine that computes {form.name} of {component.name} can run here, so {chosen} rounds it and multiplies "
+        f"in float, slowly: {fix}"
+    )
     return chosen
 
 
@@ -263,7 +276,12 @@ def load_engine(
         warnings.warn("plan= is now engine_file=", Notice, stacklevel=2)
         options["engine_file"] = options.pop("plan")
     record, device = bundle.component(component), options.get("device", "auto")
-    name = choose(engine, record, bundle, device, options)
+    # Every engine can be closed after its phase, which is what "model" offload comes to where nothing waits in host
+    # memory; so that does not decide which one is taken.
+    needed = [option for option in options if option != "offload" or options[option] == "sequential"]
+    name = choose(engine, record, bundle, device, needed)
+    if "offload" not in needed and "offload" not in facts(name).options:
+        options.pop("offload", None)
     if engine == "auto" and not options and (found := _tuned(bundle, record)) and found.engine == name:
         options = dict(found.options)
     if verify:

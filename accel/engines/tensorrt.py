@@ -13,6 +13,7 @@ from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph_file
 from ..bundle.shape_profiles import Range
 from ..errors import UserError
+from ..int8.formats import FORMATS
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Bound, Captures, Graph, replay
@@ -26,7 +27,7 @@ FACTS = Facts(
     devices={mode: {"cuda_graph": mode} for mode in CUDA_GRAPHS[1:]},
     libraries=("torch", "tensorrt"),
     options=("device", "cuda_graph", "engine_file", "allow_host_code"),
-    int8=True,
+    formats=tuple(FORMATS),
     engine_files=True,
     auto=(),  # only where the bundle has an engine file that fits
     variants=(),

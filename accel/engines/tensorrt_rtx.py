@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from ..int8.formats import FORMATS
 from ..trt import library, runtime_cache
 from ..trt.cuda import Cuda
 from ..trt.cuda_graphs import Bound
@@ -24,7 +25,7 @@ FACTS = Facts(
     devices={"step": {"cuda_graph": "step"}},
     libraries=("torch",),
     options=("device", "cuda_graph", "engine_file", "specialization"),
-    int8=True,
+    formats=tuple(FORMATS),
     engine_files=True,
     auto=(),  # only where the bundle has an engine file that fits
     variants=(),

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import records
 from ..errors import UserError
+from .formats import BLOCKS, FORMATS, Format
 
 # The two products of self-attention, which have no weights: q k^T, and softmax(scores) v (`accel.int8.attention`).
 PRODUCTS = ("scores", "mix")
@@ -55,9 +56,11 @@ _CROSS_KEYS_VALUES = re.compile(r"(^|\.)attn2\.(to_k|to_v)$")
 
 @dataclass(frozen=True)
 class Int8Config:
-    """How a network is quantized: weights int8 per output channel, activations int8 per tensor, both symmetric.
+    """How a network is quantized: weights per output channel, activations per tensor, both symmetric.
 
     Attributes:
+        format: a key of `accel.int8.formats.FORMATS`.
+        block: inputs that share a scale, of formats that have blocks.
         level: a key of `LEVELS`.
         keep: layers that stay in higher precision besides `KEPT`: names, prefixes of dotted names, or patterns
             with `*`.
@@ -76,8 +79,14 @@ class Int8Config:
     smooth: float = 0.0
     exclude_bos: bool = True
     outputs: bool = True
+    format: str = "int8"
+    block: int = 64
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError(f"unknown number format {self.format!r}", f"one of: {', '.join(FORMATS)}")
+        if self.block not in BLOCKS:
+            raise UserError(f"invalid block: {self.block}", f"one of: {', '.join(map(str, BLOCKS))}")
         if self.level not in LEVELS:
             raise UserError(f"unknown int8 level {self.level!r}", f"one of: {', '.join(LEVELS)}")
         if self.observer not in OBSERVERS:
@@ -86,9 +95,28 @@ class Int8Config:
             raise UserError(f"invalid percentile: {self.percentile} (expected above 50, at most 100)", "such as 99.99")
         if not 0 <= self.smooth <= 1:
             raise UserError(f"invalid SmoothQuant alpha: {self.smooth} (expected 0 to 1)", "0 for none, or such as 0.5")
+        if not self.number_format.activations:
+            if self.smooth:
+                raise UserError(
+                    f"SmoothQuant is for activations, which {self.format} leaves as they are", "leave --smooth out"
+                )
+            if set(LEVELS[self.level]) & set(PRODUCTS):
+                raise UserError(
+                    f"level {self.level} has products without weights, and {self.format} is for weights",
+                    "--int8-level all",
+                )
+
+    @property
+    def number_format(self) -> Format:
+        return FORMATS[self.format]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"keep": list(self.keep)}
+        found = asdict(self) | {"keep": list(self.keep)}
+        if self.format == "int8":  # as it was written before there were others: the digest of engine files is of it
+            del found["format"]
+        if not self.number_format.blocked:
+            del found["block"]
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Int8Config:

@@ -1,11 +1,8 @@
 """Fake-quantized layers in torch: they are calibrated and trained. Those that are stored and exported are in `packed`.
 
-    q = clamp(round(x / s), -128, 127),    x' = q s
-
-Weights have one scale per output channel, s = max|w| / 127; activations have one per tensor. Rounding goes to the even
-neighbour, as ONNX's QuantizeLinear does, so a packed layer equals a fake-quantized one, and both equal the
-exported graph up to the order of float32 sums. Gradients go straight through rounding (Bengio et al. 2013, arXiv
-1308.3432); scales learn by the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153).
+They round as `rounding` does, so a packed layer equals a fake-quantized one, and both equal the exported graph up to
+the order of float32 sums. Gradients go straight through rounding (Bengio et al. 2013, arXiv 1308.3432); scales learn by
+the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153).
 
 `attach` changes a layer in place, by its class: its parameters, hooks and name stay. `detach` undoes it exactly.
 """
@@ -21,34 +18,12 @@ from torch import nn
 
 from .attention import products_of, put, take
 from .config import TEXT, Int8Config, bos_layer, chosen, is_product
+from .formats import INT8, Format, as_traits, for_layer
+from .rounding import along, fake_quantize, weight_scale
 
-LOW, HIGH = -128, 127
-# What a layer can have beyond plain int8, as the manifest lists it: an excluded begin-of-text token, SmoothQuant, a
-# quantized output.
+# What a layer can have beyond plain int8, as the manifest lists it besides its format: an excluded begin-of-text token,
+# SmoothQuant, a quantized output.
 TRAITS = ("bos", "smooth", "output")
-
-
-# ----------------------------------------------------------------------------------------------------------- arithmetic
-
-
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x rounded to multiples of `scale` within int8, in x's dtype; differentiable by both, straight through."""
-    q = torch.clamp(x.float() / scale, LOW, HIGH)
-    if not q.requires_grad:  # the same, in place: attention's weights are half a gigabyte at 512 px
-        return q.round_().mul_(scale).to(x.dtype)
-    # q + (round(q) - q) is round(q) exactly: the difference of two floats this close has no rounding error.
-    return ((q + (q.round() - q).detach()) * scale).to(x.dtype)
-
-
-def weight_scale(weight: torch.Tensor) -> torch.Tensor:
-    """max|w| / 127 per output channel, [out]; 1 for a channel of zeros."""
-    peak = weight.detach().abs().flatten(1).amax(1).float()
-    return torch.where(peak > 0, peak / HIGH, torch.ones_like(peak))
-
-
-def along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A scale per output channel, shaped to multiply a weight [out, ...]."""
-    return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 def split_bos(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +52,9 @@ class Quantizer(nn.Module):
             tensor to `observer`.
     """
 
-    def __init__(self, learned: bool = False, momentum: float = 0.01):
+    def __init__(self, learned: bool = False, momentum: float = 0.01, form: Format = INT8):
         super().__init__()
+        self.form = form
         value = torch.zeros(1)  # FSDP takes no scalars
         if learned:
             self.log_scale = nn.Parameter(value)
@@ -97,6 +73,8 @@ class Quantizer(nn.Module):
         self.log_scale.copy_(torch.as_tensor(scale).log())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.form.activations:
+            return x
         if self.mode == "observe":
             self.observer(x.detach())
         if self.mode != "quantize":
@@ -104,16 +82,17 @@ class Quantizer(nn.Module):
         if not self.learned:
             if self.training:
                 self._follow(x)
-            return fake_quantize(x, self.scale)
+            return fake_quantize(x, self.scale, self.form)
         # LSQ, section 2.2: the scale's gradient is a sum over all elements, which this brings to a weight's size.
-        share = (x.numel() / len(x) * HIGH) ** -0.5
+        share = (x.numel() / len(x) * self.form.high) ** -0.5
         scale = self.scale * share + (self.scale * (1 - share)).detach()
-        return fake_quantize(x, scale)
+        return fake_quantize(x, scale, self.form)
 
     @torch.no_grad()
     def _follow(self, x: torch.Tensor) -> None:
         peak = x.abs().max().float()
-        found = torch.where(peak > 0, (peak / HIGH).log(), self.log_scale)  # no branch: a GPU need not be waited for
+        scale = (peak / self.form.high).log()
+        found = torch.where(peak > 0, scale, self.log_scale)  # no branch: a GPU need not be waited for
         self.log_scale.lerp_(found.to(self.log_scale.dtype), self.momentum)
 
 
@@ -130,7 +109,7 @@ class FakeQuantized:
 
 
 class FakeQuantLayer(FakeQuantized):
-    """A layer with weights. `attach` adds `input_range`, `output_range`, `smooth` and `bos`."""
+    """A layer with weights. `attach` adds `input_range`, `output_range`, `smooth`, `bos`, `form` and `block`."""
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
@@ -140,7 +119,7 @@ class FakeQuantLayer(FakeQuantized):
     @property
     def traits(self) -> list[str]:
         own = (self.bos, self.smooth is not None, self.output_range is not None)
-        return [trait for trait, is_so in zip(TRAITS, own, strict=True) if is_so]
+        return as_traits(self.form, self.block) + [trait for trait, is_so in zip(TRAITS, own, strict=True) if is_so]
 
     @property
     def quantizing(self) -> bool:
@@ -154,7 +133,7 @@ class FakeQuantLayer(FakeQuantized):
         weight = self.effective_weight()
         if not self.quantizing:
             return weight
-        return fake_quantize(weight, along(weight_scale(weight), weight))
+        return fake_quantize(weight, along(weight_scale(weight, self.form, self.block), weight), self.form)
 
     def smoothed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.smooth is None else x / self.smooth
@@ -182,10 +161,10 @@ class FakeQuantLinear(FakeQuantLayer, nn.Linear):
 class FakeQuantProduct(FakeQuantized, nn.Module):
     """A product of two activations in int8, [..., n, k] times [..., k, m]."""
 
-    def __init__(self, learned: bool = False):
+    def __init__(self, learned: bool = False, form: Format = INT8):
         super().__init__()
-        self.traits: list[str] = []
-        self.left_range, self.right_range = Quantizer(learned), Quantizer(learned)
+        self.traits: list[str] = as_traits(form, 0)
+        self.left_range, self.right_range = Quantizer(learned, form=form), Quantizer(learned, form=form)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
@@ -236,19 +215,22 @@ def attach(
         UserError: when the config quantizes no layer.
     """
     names = list(names) if names is not None else chosen(config, layers_of(model))
+    wanted = config.number_format
     for name in names:
         if is_product(name):
-            product = FakeQuantProduct(learned).train(model.training)
+            product = FakeQuantProduct(learned, wanted).train(model.training)
             put(model, name, product.to(next(model.parameters()).device))
             continue
         module = model.get_submodule(name)
         plain = type(module)
         convolution = issubclass(FAKE[plain], FakeQuantConv2d)
         device = next(module.parameters()).device
-        module.input_range = Quantizer(learned).to(device)
-        module.output_range = Quantizer(learned).to(device) if convolution and config.outputs else None
+        module.form, module.block = for_layer(wanted, config.block, module.weight.shape)
+        module.input_range = Quantizer(learned, form=wanted).to(device)
+        outputs = convolution and config.outputs and wanted is INT8
+        module.output_range = Quantizer(learned).to(device) if outputs else None
         module.register_buffer("smooth", None)
-        module.bos = config.exclude_bos and bos_layer(name)
+        module.bos = config.exclude_bos and wanted.activations and wanted.evenly and bos_layer(name)
         module.__class__ = FAKE[plain]
         setattr(module, _PLAIN, plain)
         module.train(module.training)
@@ -269,7 +251,7 @@ def detach(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, to
             take(model, name)
             continue
         plain = getattr(module, _PLAIN)
-        for own in ("input_range", "output_range", "smooth", "bos", _PLAIN):
+        for own in ("input_range", "output_range", "smooth", "bos", "form", "block", _PLAIN):
             delattr(module, own)
         module.__class__ = plain
     return found
@@ -280,9 +262,13 @@ def fake_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def ranges(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every range of a model by name: LAYER.input and LAYER.output, or PRODUCT.left and PRODUCT.right."""
+    """Every range of a model by name: LAYER.input and LAYER.output, or PRODUCT.left and PRODUCT.right.
+
+    A layer of which only weights are quantized has none.
+    """
     for name, layer in fake_layers(model):
-        yield from ((f"{name}.{side}", quantizer) for side, quantizer in layer.quantizers.items())
+        found = layer.quantizers.items()
+        yield from ((f"{name}.{side}", quantizer) for side, quantizer in found if quantizer.form.activations)
 
 
 def set_mode(model: nn.Module, mode: str, names: Sequence[str] | None = None) -> None:

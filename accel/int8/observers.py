@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import UserError
 from . import fake_quant
 from .config import Int8Config
+from .rounding import nearest_
 
 BINS = 4096
 _AT_ONCE = 1 << 20  # elements at once; torch.histc counts 2^24 without rounding, because its counts are float32
@@ -62,24 +63,25 @@ class HistogramObserver:
             self.exponent += 1
 
     def scale(self, config: Int8Config) -> float:
-        """The int8 scale by the config's observer; 0 when every value was zero."""
+        """The scale by the config's observer; 0 when every value was zero."""
         if not self.peak:
             return 0.0
         return {"max": self._max, "percentile": self._percentile, "mse": self._mse}[config.observer](config)
 
     def _max(self, config: Int8Config) -> float:
-        return self.peak / fake_quant.HIGH
+        return self.peak / config.number_format.high
 
     def _percentile(self, config: Int8Config) -> float:
         share = self.counts.cumsum(0) / self.counts.sum()
         edge = int(torch.searchsorted(share, torch.tensor(config.percentile / 100, dtype=torch.float64))) + 1
-        return min(edge * 2.0**self.exponent / BINS, self.peak) / fake_quant.HIGH
+        return min(edge * 2.0**self.exponent / BINS, self.peak) / config.number_format.high
 
     def _mse(self, config: Int8Config) -> float:
         """The scale with the least squared rounding error over the histogram."""
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2.0**self.exponent / BINS)
-        steps = self.peak / fake_quant.HIGH * torch.linspace(0.2, 1, _CANDIDATES, dtype=torch.float64)
-        rounded = (centres / steps[:, None]).round().clamp(max=fake_quant.HIGH) * steps[:, None]
+        form = config.number_format
+        steps = self.peak / form.high * torch.linspace(0.2, 1, _CANDIDATES, dtype=torch.float64)
+        rounded = nearest_(centres / steps[:, None], form) * steps[:, None]
         errors = ((rounded - centres).square() * self.counts).sum(1)
         return steps[errors.argmin()].item()
 

@@ -1,4 +1,4 @@
-"""Packed layers, with int8 weights: what a bundle stores, what torch rebuilds from it, and what is exported.
+"""Packed layers, with quantized weights: what a bundle stores, what torch rebuilds from it, and what is exported.
 
 In torch they compute in float32 what the exported graph computes. During an export they emit QuantizeLinear and
 DequantizeLinear nodes, whose scales and weights are the layer's own tensors.
@@ -15,22 +15,36 @@ from torch import nn
 
 from .attention import put
 from .config import is_product
-from .fake_quant import HIGH, LOW, FakeQuantProduct, along, fake_layers, join_bos, split_bos, traits, weight_scale
+from .fake_quant import FakeQuantProduct, fake_layers, join_bos, split_bos, traits
+from .formats import INT8, Format, of_layer
+from .rounding import nearest_, quantized, unpacked, weight_scale
 
 
 class Packed(nn.Module):
-    """Base of packed modules: scales, and int8 weights if there are weights."""
+    """Base of packed modules: scales, and quantized weights if there are weights."""
+
+    def __init__(self, form: Format = INT8, block: int = 0):
+        super().__init__()
+        self.form, self.block = form, block
 
     def quantized(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if not self.form.activations:
+            return x
         if not torch.compiler.is_exporting():
-            q = torch.clamp(x.float() / scale.float(), LOW, HIGH).round_()
-            return q.mul_(scale.float()).to(x.dtype)
-        zero = torch.zeros((), dtype=torch.int8)
-        q = _onnx("QuantizeLinear", (x, scale, zero), torch.int8, x.shape)
+            return nearest_(x.float() / scale.float(), self.form).mul_(scale.float()).to(x.dtype)
+        dtype = getattr(torch, self.form.stored)
+        zero = torch.zeros((), dtype=dtype)
+        q = _onnx("QuantizeLinear", (x, scale, zero), dtype, x.shape)
         return _onnx("DequantizeLinear", (q, scale, zero), x.dtype, x.shape)
 
     def dequantized(self, axis: int) -> torch.Tensor:
+        """The weight in the dtype of its scales, of which the outputs are along `axis`."""
         weight, scale = self.weight, self.weight_scale
+        if self.block:  # [in, out / 2] by [in / block, out]; the file says that the pairs are int4 (`export.graph`)
+            if torch.compiler.is_exporting():
+                shape = (len(weight), scale.shape[1])
+                return _onnx("DequantizeLinear", (weight, scale), scale.dtype, shape, axis=0, block_size=self.block)
+            return (unpacked(weight, self.form) * scale.float().repeat_interleave(self.block, 0)).to(scale.dtype)
         if torch.compiler.is_exporting():
             return _onnx("DequantizeLinear", (weight, scale), scale.dtype, weight.shape, axis=axis)
         shape = [1] * weight.dim()
@@ -42,8 +56,8 @@ def _onnx(op: str, inputs: tuple, dtype: torch.dtype, shape: Sequence[Any], **at
     return torch.onnx.ops.symbolic(op, inputs, attrs, dtype=dtype, shape=tuple(shape))
 
 
-class Int8Conv2d(Packed):
-    """weight int8 [out, in, kh, kw], weight_scale [out], input_scale [], output_scale [] if outputs are quantized.
+class PackedConv2d(Packed):
+    """weight [out, in, kh, kw], weight_scale [out]; input_scale [] and output_scale [] where those are rounded.
 
     The canonical graph leaves outputs in float: TensorRT and OpenVINO do not need them quantized. `export.graph.uint8`
     quantizes them for ONNX Runtime, and `outputs = True` does the same here.
@@ -51,8 +65,8 @@ class Int8Conv2d(Packed):
 
     outputs = False
 
-    def __init__(self, layer: nn.Conv2d, output: bool):
-        super().__init__()
+    def __init__(self, layer: nn.Conv2d, own: Sequence[str]):
+        super().__init__(*of_layer(own))
         self.stride, self.padding, self.dilation, self.groups = (
             layer.stride,
             layer.padding,
@@ -61,7 +75,7 @@ class Int8Conv2d(Packed):
         )
         assert layer.padding_mode == "zeros"
         _empty(self, tuple(layer.weight.shape), layer.out_channels, layer.bias is not None)
-        self.register_buffer("output_scale", torch.empty(()) if output else None)
+        self.register_buffer("output_scale", torch.empty(()) if "output" in own else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, weight = self.quantized(x, self.input_scale), self.dequantized(0)
@@ -69,14 +83,17 @@ class Int8Conv2d(Packed):
         return self.quantized(y, self.output_scale) if self.outputs and self.output_scale is not None else y
 
 
-class Int8Linear(Packed):
-    """weight int8 [in, out], transposed so that engines need not transpose it; the rest as in `Int8Conv2d`."""
+class PackedLinear(Packed):
+    """weight [in, out], transposed so that engines need not transpose it; the rest as in `PackedConv2d`.
 
-    def __init__(self, layer: nn.Linear, bos: bool, smooth: bool):
-        super().__init__()
-        self.bos = bos
+    In int4, weight is uint8 [in, out / 2], and weight_scale [in / block, out].
+    """
+
+    def __init__(self, layer: nn.Linear, own: Sequence[str]):
+        super().__init__(*of_layer(own))
+        self.bos = "bos" in own
         _empty(self, (layer.in_features, layer.out_features), layer.out_features, layer.bias is not None)
-        self.register_buffer("smooth", torch.empty(layer.in_features) if smooth else None)
+        self.register_buffer("smooth", torch.empty(layer.in_features) if "smooth" in own else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.dequantized(1)
@@ -94,13 +111,13 @@ class Int8Linear(Packed):
         return y if self.bias is None else y + self.bias
 
 
-class Int8Product(Packed):
+class PackedProduct(Packed):
     """A product of two activations; left_scale [], right_scale []."""
 
     active = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, own: Sequence[str] = ()) -> None:
+        super().__init__(*of_layer(own))
         self.register_buffer("left_scale", torch.empty(()))
         self.register_buffer("right_scale", torch.empty(()))
 
@@ -108,11 +125,18 @@ class Int8Product(Packed):
         return torch.matmul(self.quantized(left, self.left_scale), self.quantized(right, self.right_scale))
 
 
-def _empty(layer: nn.Module, weight: tuple[int, ...], out: int, bias: bool) -> None:
-    layer.register_buffer("weight", torch.empty(weight, dtype=torch.int8))
-    layer.register_buffer("weight_scale", torch.empty(out))
-    layer.register_buffer("input_scale", torch.empty(()))
+def _empty(layer: Packed, weight: tuple[int, ...], out: int, bias: bool) -> None:
+    scales: tuple[int, ...] = (out,)
+    if layer.block:
+        weight, scales = (weight[0], weight[1] // 2), (weight[0] // layer.block, out)
+    layer.register_buffer("weight", torch.empty(weight, dtype=getattr(torch, layer.form.stored)))
+    layer.register_buffer("weight_scale", torch.empty(scales))
+    layer.register_buffer("input_scale", torch.empty(()) if layer.form.activations else None)
     layer.register_buffer("bias", torch.empty(out) if bias else None)
+
+
+def _built(layer: nn.Module, own: Sequence[str]) -> Packed:
+    return (PackedConv2d if isinstance(layer, nn.Conv2d) else PackedLinear)(layer, own)
 
 
 def place(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
@@ -123,14 +147,9 @@ def place(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
     """
     for name, own in layers.items():
         if is_product(name):
-            put(model, name, Int8Product())
-            continue
-        layer = model.get_submodule(name)
-        if isinstance(layer, nn.Conv2d):
-            packed: nn.Module = Int8Conv2d(layer, "output" in own)
+            put(model, name, PackedProduct(own))
         else:
-            packed = Int8Linear(layer, "bos" in own, "smooth" in own)
-        _replace(model, name, packed)
+            _replace(model, name, _built(model.get_submodule(name), own))
 
 
 @torch.no_grad()
@@ -143,25 +162,21 @@ def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     own = traits(model)
     for name, layer in list(fake_layers(model)):
         if isinstance(layer, FakeQuantProduct):
-            product = Int8Product()
+            product = PackedProduct(own[name])
             product.left_scale = _rounded(layer.left_range.scale, dtype)
             product.right_scale = _rounded(layer.right_range.scale, dtype)
             _replace(model, name, product)
             continue
-        weight = layer.effective_weight()
-        scale = _rounded(weight_scale(weight), dtype)
-        q = torch.clamp((weight / along(scale.float(), weight)).round(), LOW, HIGH).to(torch.int8)
-        if isinstance(layer, nn.Conv2d):
-            packed: nn.Module = Int8Conv2d(layer, "output" in own[name])
-            packed.weight = q
-            if packed.output_scale is not None:
-                packed.output_scale = _rounded(layer.output_range.scale, dtype)
-        else:
-            packed = Int8Linear(layer, "bos" in own[name], "smooth" in own[name])
-            packed.weight = q.T.contiguous()
-            if packed.smooth is not None:
-                packed.smooth = layer.smooth.to(dtype)
-        packed.weight_scale, packed.input_scale = scale, _rounded(layer.input_range.scale, dtype)
+        weight, packed = layer.effective_weight(), _built(layer, own[name])
+        scale = _rounded(weight_scale(weight, layer.form, layer.block), dtype)
+        packed.weight = quantized(weight, scale, layer.form)
+        packed.weight_scale = scale.T.contiguous() if layer.block else scale
+        if packed.input_scale is not None:
+            packed.input_scale = _rounded(layer.input_range.scale, dtype)
+        if getattr(packed, "output_scale", None) is not None:
+            packed.output_scale = _rounded(layer.output_range.scale, dtype)
+        if getattr(packed, "smooth", None) is not None:
+            packed.smooth = layer.smooth.to(dtype)
         if packed.bias is not None:
             packed.bias = layer.bias.detach().to(dtype)
         _replace(model, name, packed.train(layer.training))
@@ -176,7 +191,7 @@ def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def set_outputs(model: nn.Module, on: bool) -> None:
     """Set whether packed convolutions quantize their outputs, as the graph for ONNX Runtime does."""
     for module in model.modules():
-        if isinstance(module, Int8Conv2d):
+        if isinstance(module, PackedConv2d):
             module.outputs = on
 
 

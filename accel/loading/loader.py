@@ -29,6 +29,8 @@ def load(
     revision: str | None = None,
     verify: bool = True,
     low_memory: bool = False,
+    offload: str | None = None,
+    text_encoder_dtype: str | None = None,
     loras: Any = None,
     safety_checker: bool | None = True,
     embeddings: Any = None,
@@ -57,6 +59,10 @@ def load(
         verify: compare files with the manifest's digests first; those of the hub are compared in any case.
         low_memory: load each component when its phase begins and give its memory back when it ends. Every image
             then waits for the loading again; peak memory is that of the largest phase.
+        offload: "model": the GPU holds one network at a time. On eager and compile its weights wait in host memory, as
+            with diffusers' `enable_model_cpu_offload`; other engines are loaded when their phase begins and closed when
+            it ends. "sequential": the GPU holds one layer at a time (`enable_sequential_cpu_offload`), on eager alone.
+        text_encoder_dtype: dtype of the text encoders, such as "fp16", on engines that take `dtype`.
         loras: LoRA files to run with, as `Pipeline.set_loras` takes them; also with what is compiled on the way.
         safety_checker: False or None leaves out the safety checker, where the model has one: images that it would
             reject are not blackened. It always computes in float32.
@@ -78,7 +84,8 @@ def load(
     ready = runnable(bundle, engine, **how)
     changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
     tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
-    return load_opened(ready, engine, verify=verify, low_memory=low_memory, **changed, **tiling, **options)
+    memory = dict(low_memory=low_memory, offload=offload, text_encoder_dtype=text_encoder_dtype)
+    return load_opened(ready, engine, verify=verify, **memory, **changed, **tiling, **options)
 
 
 def _at(model: Any, revision: str) -> str:

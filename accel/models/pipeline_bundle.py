@@ -41,6 +41,10 @@ class PipelineBundle(Bundle):
         """A network as a torch module with named tensors, float32, weights loaded."""
         return network_of(self.source, component, self.inputs).module.eval().requires_grad_(False)
 
+    def on_meta(self, component: str) -> nn.Module:
+        """A network as a torch module with named tensors, on the meta device: nothing is loaded."""
+        return network_of(_shapes_of(self.source), component, self.inputs).module.eval().requires_grad_(False)
+
     def file(self, entry: str) -> Path:
         """The path of a file of the folder, which has no manifest to list it, by its place in a bundle."""
         folder, _, name = entry.partition("/")
@@ -99,7 +103,7 @@ def open_pipeline(
         guidance=sampling.guidance > 1,
         edits=edits(source),
     )
-    shapes = _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
+    shapes = _shapes_of(source)
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
     names = [name for name in names if name != SAFETY_CHECKER or checked]
     return PipelineBundle(
@@ -133,6 +137,10 @@ def _component(source: Source, name: str, inputs: UNetInputs, dims: dict[str, Ra
         dims={dim: dims[dim] for dim in sorted(used)},
         parameters=sum(parameter.numel() for parameter in network.module.parameters()),
     )
+
+
+def _shapes_of(source: Source) -> Source:
+    return _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
 
 
 class _Shapes(Source):

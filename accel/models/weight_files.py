@@ -26,6 +26,7 @@ _HEADER_BYTES = 25 << 20
 # Safetensors' dtypes as numpy has them; bfloat16 is the upper half of a float32.
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 _NUMPY |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
+_STORED = _NUMPY | {"F8_E4M3": "u1"}  # numpy has no such dtype: its bytes
 _AGAIN = "the download broke off: get the file again"
 # Files of diffusers and transformers: stem, variant, shard, in both of the orders that were in use.
 _NAME = re.compile(
@@ -94,9 +95,12 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a component's safetensors file in its own dtype, mapped into memory and not read yet."""
+    """Every tensor of a component's safetensors file in its own dtype, mapped into memory and not read yet.
+
+    Those of fp8 are uint8: numpy has no such dtype.
+    """
     check_safetensors(path)
-    if strange := {entry["dtype"] for _, entry, _ in _entries(path)} - (_NUMPY.keys() - {"BF16"}):
+    if strange := {entry["dtype"] for _, entry, _ in _entries(path)} - (_STORED.keys() - {"BF16"}):
         raise UserError(f"{path} has weights of type {strange.pop()}", "export the model again")
     return dict(zip((name for name, _, _ in _entries(path)), _mapped(path), strict=True))
 
@@ -122,7 +126,7 @@ def _entries(path: Path) -> Iterator[tuple[str, dict, int]]:
 def _mapped(path: Path) -> Iterator[np.ndarray]:
     data = np.memmap(path, np.uint8, "r")
     for _, entry, start in _entries(path):
-        dtype, shape = np.dtype(_NUMPY[entry["dtype"]]), tuple(entry["shape"])
+        dtype, shape = np.dtype(_STORED[entry["dtype"]]), tuple(entry["shape"])
         size = math.prod(shape) * dtype.itemsize
         if start + size > len(data):
             raise _no_safetensors(path)

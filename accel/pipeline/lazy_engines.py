@@ -95,9 +95,9 @@ class LazyEngines(Mapping[str, Engine], Resource):
             return engine
 
     def phase_over(self, names: Iterable[str]) -> None:
-        """With `offload` these engines are closed, else nothing happens."""
+        """With `offload` these engines rest, or are closed where they cannot; else nothing happens."""
         if self.offload:
-            self._drop(names)
+            self._drop([name for name in names if name in self._loaded and not self._loaded[name].rest()])
 
     def release(self) -> None:
         self._drop(list(self._loaded))

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..assets import is_hub_id, resolve
 from ..bundle import Bundle, is_bundle
-from ..bundle.kinds import kind_of
+from ..bundle.kinds import KINDS, kind_of
 from ..bundle.replaced import steadily
-from ..engines import choose, load_engine
+from ..engines import choose, load_engine, offloading
 from ..errors import Notice, UserError
 from ..models.embeddings import files as embedding_files
 from ..models.embeddings.for_bundle import Placed, placed
@@ -63,6 +63,8 @@ def load(
     *,
     verify: bool = True,
     low_memory: bool = False,
+    offload: str | None = None,
+    text_encoder_dtype: str | None = None,
     loras: Spec | Sequence[Spec] | None = None,
     safety_checker: bool | None = True,
     embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
@@ -76,8 +78,9 @@ def load(
         UserError: when the bundle is damaged or incomplete, or the engine cannot run here.
     """
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
-        how = dict(verify=verify, low_memory=low_memory, loras=loras, embeddings=embeddings, **options)
+        how = dict(verify=verify, low_memory=low_memory, offload=offload, loras=loras, embeddings=embeddings, **options)
         how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile, safety_checker=safety_checker)
+        how |= dict(text_encoder_dtype=text_encoder_dtype)
         return steadily(bundle, lambda found: load(found, engine, **how))
     given, bundle = bundle, opened(bundle, safety_checker=safety_checker)
     if not isinstance(engine, (str, Mapping)):
@@ -108,20 +111,27 @@ def load(
         SafetyChecker.of(bundle)
     learned = read_embeddings(bundle, embeddings)
     fused = for_bundle.fused(bundle, loras)
+    if offload is not None:
+        offloading.check(offload)
+        if low_memory:
+            raise UserError("low_memory drops the weights that offload keeps in host memory", "leave one of them out")
+        options = options | {"offload": offload}
     exact = {name: value for name, value in options.items() if name != "dtype"}
+    halves = {} if text_encoder_dtype is None else {"dtype": text_encoder_dtype}
+
+    def options_of(name: str) -> dict[str, Any]:
+        if kind_of(name).float32:
+            return exact
+        return options | halves if name in KINDS["text_encoder"].names else options
+
     loaders = {
-        name: partial(
-            load_engine,
-            bundle,
-            name,
-            by_component.get(name, "auto"),
-            verify=verify,
-            **(exact if kind_of(name).float32 else options),
-        )
+        name: partial(load_engine, bundle, name, by_component.get(name, "auto"), verify=verify, **options_of(name))
         for name in [*wanted, *later]
     }
-    engines = LazyEngines(loaders, offload=low_memory, weights=learned.tensors(bundle, fused.tensors))
-    if not low_memory:
+    engines = LazyEngines(
+        loaders, offload=low_memory or offload is not None, weights=learned.tensors(bundle, fused.tensors)
+    )
+    if not engines.offload:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
     pipeline = Pipeline(bundle, engines, fused, learned)

@@ -52,7 +52,7 @@ def tensorrt(device_id: int, bundle: Bundle, component: Component) -> dict[str, 
         "trt_load_user_initializer": True,
         # TensorRT 10 reads these on weakly typed networks; for 11 the graph alone decides.
         "trt_fp16_enable": component.dtype == "float16",
-        "trt_int8_enable": bool(component.int8),
+        "trt_int8_enable": component.format == "int8",
         **shapes(component),
     }
 

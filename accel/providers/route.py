@@ -135,17 +135,18 @@ def _built_in(provider: str, device: str, bundle: Bundle, component: Component, 
         raise UserError(f"unknown device {device!r}", "--device cpu, cuda or cuda:1")
     if provider != "auto" and device != "auto" and (provider == "cpu") != (device == "cpu"):
         raise UserError(f"the {provider} provider does not run on {device}", "leave out --device or --provider")
-    slow = f"ONNX Runtime's CUDA provider does not run int8 graphs in int8: {component.name} would be slower than "
+    form = component.format if component.format in ("int8", "fp8") else ""  # of weights alone it runs
+    slow = f"ONNX Runtime's CUDA provider does not run {form} graphs in {form}: {component.name} would be slower than "
     if provider == "auto":
         on_gpu = device.startswith("cuda") or index is not None and usable_cuda()
-        provider = "cuda" if on_gpu and (device != "auto" or not component.int8) else "cpu"
+        provider = "cuda" if on_gpu and (device != "auto" or not form) else "cpu"
         if on_gpu and provider == "cpu":
             warnings.warn(
                 f"{slow}float16, so it runs on the CPU: `accel build` makes TensorRT engine files for the GPU",
                 Notice,
                 stacklevel=5,
             )
-    if provider == "cuda" and component.int8:
+    if provider == "cuda" and form:
         raise UserError(f"{slow}float16", "--provider cpu, --provider tensorrt, or export with --precision fp16")
     if provider not in PROVIDERS:
         raise unknown("provider", provider, ["auto", *NAMES, "NAME=PATH"])

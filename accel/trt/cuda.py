@@ -73,6 +73,14 @@ class Cuda:
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
+    def pinned(self, tensor: Any) -> Any:
+        """A host tensor in pinned memory, which is copied to the device without waiting for it."""
+        return tensor.contiguous().pin_memory()
+
+    def upload(self, tensor: Any) -> Any:
+        """A copy of a host tensor on the device, queued on the current stream."""
+        return tensor.to(self.device, non_blocking=True)
+
     def stream(self) -> Any:
         """A new stream. (The default one synchronises with all others and cannot be captured.)"""
         import torch

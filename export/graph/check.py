@@ -13,7 +13,7 @@ import torch
 
 from accel.errors import MissingPackage, UserError
 from accel.int8.config import is_product
-from accel.int8.packed import Int8Linear
+from accel.int8.packed import PackedLinear
 from accel.parity import relative_l2
 
 FP32_GATE = 1e-4
@@ -133,7 +133,7 @@ def layers(
     for name, (*starts, end) in ends.items():
         layer, inputs = model.get_submodule(name), [torch.from_numpy(tensors[start]) for start in starts]
         with torch.no_grad():
-            own = layer.rounded(*inputs, layer.dequantized(1)) if isinstance(layer, Int8Linear) else layer(*inputs)
+            own = layer.rounded(*inputs, layer.dequantized(1)) if isinstance(layer, PackedLinear) else layer(*inputs)
         errors[name] = relative_l2(own.float().numpy(), tensors[end].astype("float32"))
     return errors
 

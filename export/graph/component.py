@@ -13,6 +13,7 @@ import torch
 from accel.bundle import Component
 from accel.bundle.shape_profiles import Range
 from accel.int8 import packed
+from accel.int8.formats import INT8, of_layer
 from accel.models import networks
 from accel.models.networks import Network
 
@@ -74,7 +75,7 @@ def write(
         network: its weights are freed on the way, so that there is never a second copy of them in memory.
         reference: the float32 outputs, and the dtypes to write.
         limits: range of each symbolic dimension.
-        layers: {name: traits} of the layers that are packed in int8 (`accel.int8.packed`).
+        layers: {name: traits} of the layers that are packed (`accel.int8.packed`).
 
     Raises:
         UserError: when the graph differs from torch by more than the limit.
@@ -97,7 +98,8 @@ def write(
     expected = [[t.numpy() for t in run] for run in reference.outputs]
     # In float32 nothing is rounded: what torch gives is the reference itself.
     graphs = {folder / trace.GRAPH: expected if chosen.dtype == "float32" and not layers else _run(module, low)}
-    if layers:
+    forms = {of_layer(own)[0] for own in (layers or {}).values()}
+    if INT8 in forms:
         packed.set_outputs(module, True)
         graphs[uint8.derive(folder)] = _run(module, low)
     del module, network
@@ -106,7 +108,9 @@ def write(
     parity: dict[str, Any] = {}
     for graph, own in graphs.items():
         exported = [[a.astype("float32") for a in run] for run in check.run_onnx(graph, low)]
-        # A network that stayed float32 has no rounding to allow for.
+        # A network that stayed float32 has no rounding to allow for, and rounded weights are the same ones in torch.
+        if layers and chosen.dtype == "float32" and not any(form.activations for form in forms):
+            check.gate(name, "float32", check.worst(exported, own), 0.0)
         errors = check.gate(
             name, "int8" if layers else chosen.dtype, check.worst(exported, expected), check.worst(own, expected)
         )

@@ -19,7 +19,7 @@ from torch import nn
 
 from accel.bundle.kinds import KINDS
 from accel.bundle.tensor_spec import TensorSpec
-from accel.dtypes import ALWAYS_FLOAT32, INT8, PRECISIONS
+from accel.dtypes import ALWAYS_FLOAT32, PRECISIONS, QUANTIZED
 from accel.errors import UserError, unknown
 from accel.models.networks import Network
 
@@ -84,8 +84,8 @@ def _or_infinity(peak: float) -> float:
 
 
 def check_name(precision: str) -> None:
-    if precision not in (*PRECISIONS, *INT8):
-        raise unknown("precision", precision, (*PRECISIONS, *INT8))
+    if precision not in (*PRECISIONS, *QUANTIZED):
+        raise unknown("precision", precision, (*PRECISIONS, *QUANTIZED))
 
 
 def choose(network: Network, precision: str, peaks: Mapping[str, Peak], *, force_upcast: bool = False) -> DtypePolicy:
@@ -145,8 +145,9 @@ def save_weights(model: nn.Module, path: Path, chosen: DtypePolicy) -> int:
     for name, tensor in state.items():
         fp32 = any(name.startswith(f"{part}.") for part in chosen.float32)
         dtype = torch.float32 if fp32 else getattr(torch, chosen.dtype)
-        stored = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        if stored.is_floating_point() and not torch.isfinite(stored).all():
+        is_float = tensor.is_floating_point() and tensor.itemsize > 1  # not fp8, which is stored as it is
+        stored = tensor.to(dtype if is_float else tensor.dtype).contiguous()
+        if is_float and not torch.isfinite(stored).all():
             broken = not torch.isfinite(tensor).all()
             raise UserError(
                 f"weight {name} {'is not finite (NaN or infinity)' if broken else f'does not fit {chosen.dtype}'}",

@@ -246,14 +246,13 @@ def _point_into(model: ir.Model, weights: Path) -> None:
         entry, tensor = header[name], value.const_value
         begin, end = entry["data_offsets"]
         assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - begin, f"{name} differs from the file"
+        dtype, shape = tensor.dtype, tensor.shape
+        if any("block_size" in node.attributes for node in value.consumers()) and dtype == ir.DataType.UINT8:
+            # torch has no int4: the bytes are pairs of it, in ONNX's own order (`accel.int8.rounding.quantized`).
+            dtype, shape = ir.DataType.INT4, ir.Shape([*shape[:-1], 2 * shape[-1]])
+            value.dtype, value.shape = dtype, shape
         value.const_value = ir.ExternalTensor(
-            weights.name,
-            start + begin,
-            end - begin,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=name,
-            base_dir=weights.parent,
+            weights.name, start + begin, end - begin, dtype, shape=shape, name=name, base_dir=weights.parent
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.bundle import Bundle, Component
+from accel.int8.formats import INT8
 from accel.trt import engine_files
 
 from .settings import Int8Settings
@@ -36,21 +37,25 @@ def accept(component: str, measurements: Mapping[str, Any], settings: Int8Settin
 
     Args:
         measurements: `parity` (`image_parity.Evaluator.component`); and, once they were taken, `engines` and `audit`
-            (`speed.measure`). An engine is enabled if int8 is faster there, within the budget, and passes the audit.
+            (`speed.measure`). An engine is enabled if the format is faster there, within the budget, and passes the
+            audit; where weights alone are quantized, which is for memory, it need not be faster.
     """
     parity, engines = measurements["parity"], measurements.get("engines", {})
     enabled = [
         engine
         for engine, entry in engines.items()
-        if entry["faster"] and parity["ok"] and measurements["audit"][engine]["ok"]
+        if (entry["faster"] or not settings.form.activations and "error" not in entry)
+        and parity["ok"]
+        and measurements["audit"][engine]["ok"]
     ]
     reason = ""
     if not settings.requires(component):
         if not parity["ok"]:
             reason = f"outside the parity budget of {settings.least_psnr:g} dB ({parity['psnr']:.1f} dB)"
-        elif engines and not enabled:
-            reason = "int8 is not faster on this machine"
-    return Decision(reason, dict(measurements) | {"enabled_engines": enabled})
+        elif engines and not enabled and settings.form.activations:  # weights alone are quantized for memory
+            reason = f"{settings.form.name} is not faster on this machine"
+    named = {"format": settings.form.name} if reason and settings.form is not INT8 else {}
+    return Decision(reason, dict(measurements) | {"enabled_engines": enabled} | named)
 
 
 def apply(decision: Decision, component: Component, fallback: Bundle, folder: Path) -> Component:

@@ -1,7 +1,8 @@
-"""Audit which layers of an int8 graph an engine really runs in int8, from the engine's own optimised graph.
+"""Audit which layers of a quantized graph an engine really runs so, from the engine's own optimised graph.
 
-Every fusion that int8 depends on can fail silently; the model then runs in float, slower than before. The audit reads
-the graph that ONNX Runtime saves after optimisation, OpenVINO's runtime model, or what TensorRT's inspector says of an
+Every fusion that int8 and fp8 depend on can fail silently; the model then runs in float, slower than before. Where
+only weights are quantized, an engine may turn them into float as it loads; then no memory is saved. The audit reads the
+graph that ONNX Runtime saves after optimisation, OpenVINO's runtime model, or what TensorRT's inspector says of an
 engine file.
 """
 
@@ -17,9 +18,10 @@ import onnx
 
 from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph_file
-from accel.engines import fitting_engine_file, int8_engines, load_engine, status
+from accel.engines import computing_in, fitting_engine_file, load_engine, status
 from accel.engines.onnxruntime import OFF_FOR_INT8
 from accel.errors import UserError
+from accel.int8.formats import FORMATS
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 EXPECTED = 0.95  # least share of the quantized layers that must run in int8
@@ -42,22 +44,25 @@ _FLOAT = {
     "Gemm": _LINEAR,
     "FusedGemm": _LINEAR,
 }
-ENGINES = int8_engines()
 Counts = tuple[Counter, Counter]  # by kind: how many run in int8, and in float
 
 
 def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
-    """Count the layers with weights and the products of attention that an engine runs in int8 and in float.
+    """Count the layers with weights and the products of attention that an engine runs in their format, and in float.
+
+    Where only weights are quantized, a layer counts whose weights the engine keeps so.
 
     Returns:
-        {"int8": {"conv": n, "linear": n, "product": n}, "float": {...}, "layers": how many are quantized, "share": the
-        least share of them, over the kinds, that runs in int8, "graph": file, "ok": whether it is at least `EXPECTED`}.
+        {"int8": {"conv": n, "linear": n, "product": n} of those in the component's own format, "float": {...},
+        "layers": how many are quantized, "share": the least share of them, over the kinds, that runs in the format,
+        "graph": file, "ok": whether it is at least `EXPECTED`; of weights alone whether it is above 0}.
 
     Raises:
         UserError: for an engine that cannot be audited or cannot run here, or TensorRT without an engine file.
     """
-    if engine not in ENGINES:
-        raise UserError(f"the {engine} engine cannot be audited here", f"one of: {', '.join(ENGINES)}")
+    able, form = computing_in(component.format), FORMATS[component.format]
+    if engine not in able:
+        raise UserError(f"the {engine} engine does not compute in {form.name}", f"one of: {', '.join(able)}")
     if not (state := status(engine)).ok:
         raise UserError(f"the {engine} engine cannot run here: {state.detail}", state.fix)
     read = {"onnxruntime": _onnxruntime, "openvino": _openvino, "tensorrt": _tensorrt, "tensorrt-rtx": _rtx}[engine]
@@ -65,15 +70,17 @@ def audit(bundle: Bundle, component: Component, engine: str) -> dict[str, Any]:
     int8, floats = read(bundle, component, graph)
     # By kind: three attentions among a hundred layers may take half of the time. (A layer that excludes begin-of-text
     # tokens is two products, of which only one reads a quantized input.)
-    wanted = Counter(_quantized(graph).values())
+    wanted = Counter((_quantized(graph) if form.activations else _weighted(graph)).values())
     share = min(min(int8[kind] / count, 1.0) for kind, count in wanted.items())
+    if not form.activations:  # OpenVINO keeps linear weights, and turns convolutions' into float
+        share = sum(min(int8[kind], count) for kind, count in wanted.items()) / sum(wanted.values())
     return {
         "int8": dict(int8),
         "float": dict(floats),
         "layers": len(component.int8["layers"]),
         "share": round(share, 4),
         "graph": component.graph_for(engine),
-        "ok": share >= EXPECTED,
+        "ok": share >= EXPECTED if form.activations else share > 0,
     }
 
 
@@ -94,6 +101,8 @@ def _onnxruntime(bundle: Bundle, component: Component, graph: onnx.GraphProto) -
             disabled_optimizers=OFF_FOR_INT8,
         )
         model = onnx.load(str(saved), load_external_data=False)
+    if not FORMATS[component.format].activations:
+        return _kept(model.graph)
     return _count(model.graph, _products(graph))  # nodes keep their names
 
 
@@ -112,6 +121,22 @@ def _count(graph: onnx.GraphProto, products: Collection[str] = (), int8_nodes: C
         elif node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in constant:
             (int8 if node.name in int8_nodes else floats)[_FLOAT[node.op_type]] += 1
     return int8, floats
+
+
+def _weighted(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node: kind} of the nodes that multiply by dequantized weights."""
+    stored = {tensor.name for tensor in graph.initializer}
+    made = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    return {node.name: _FLOAT[node.op_type] for node in graph.node if node.op_type in _FLOAT and node.input[1] in made}
+
+
+def _kept(graph: onnx.GraphProto) -> Counts:
+    """Count layers whose weights an optimised graph keeps quantized, and those whose it has in float."""
+    kept = Counter(_weighted(graph).values())
+    kept[_LINEAR] += sum(node.op_type == "MatMulNBits" for node in graph.node)
+    stored = {tensor.name for tensor in graph.initializer}
+    floats = (_FLOAT[node.op_type] for node in graph.node if node.op_type in _FLOAT and set(node.input[1:2]) <= stored)
+    return kept, Counter(floats)
 
 
 def _quantized(graph: onnx.GraphProto) -> dict[str, str]:
@@ -144,12 +169,16 @@ def _products(graph: onnx.GraphProto) -> dict[str, str]:
 def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
     kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
-    int8, floats, holding = Counter(), Counter(), {}
+    int8, floats, holding, form = Counter(), Counter(), {}, FORMATS[component.format]
     for node in engine.model.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         if kind := kinds.get(_text(info, "layerType")):
-            # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
-            (int8 if _text(info, "primitiveType").lower().endswith("i8") else floats)[kind] += 1
+            if form.activations:
+                # The kernel's own precision: `runtimePrecision` is int8 for float products of int8 weights too.
+                able = _text(info, "primitiveType").lower().endswith("i8")
+            else:
+                able = node.input(1).get_source_output().get_element_type().bitwidth <= 8
+            (int8 if able else floats)[kind] += 1
         low = [port.get_source_output().get_element_type().size == 1 for port in node.inputs()]
         holding |= dict.fromkeys(_text(info, "originalLayersNames").split(","), low)
     for name, end in _products(graph).items():
@@ -175,9 +204,12 @@ def _tensorrt(bundle: Bundle, component: Component, graph: onnx.GraphProto, engi
             f"accel build {bundle.path} --components {component.name} --engine {engine}",
         )
     recorded = engine_file.record["audit"]
-    if recorded["heavy"].get("int8") and not recorded.get("int8_nodes"):
+    if not FORMATS[component.format].activations:  # what it makes of weights is not in its list of layers
+        return Counter(_weighted(graph).values()), Counter()
+    if recorded["heavy"].get(component.format) and not recorded.get("int8_nodes"):
         raise UserError(
-            f"TensorRT's inspector does not say which layers of {component.name} run in int8", "report this to us"
+            f"TensorRT's inspector does not say which layers of {component.name} run in {component.format}",
+            "report this to us",
         )
     return _count(graph, _products(graph), set(recorded.get("int8_nodes", ())))
 

@@ -1,7 +1,8 @@
 """Quantize a float32 bundle: calibrate it on its own images, check, measure, and accept or reject each component.
 
 The pipeline runs as it will be deployed, with its own steps, timesteps and guidance, while observers record the inputs
-of every layer to quantize. A student that was trained with fake quantization brings its own scales instead.
+of every layer to quantize. A student that was trained with fake quantization brings its own scales instead, and where
+only weights are quantized nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from accel.errors import Notice, UserError
 from accel.files import new_folder
 from accel.int8 import fake_quant, packed
 from accel.int8.config import Int8Config, fitting
+from accel.int8.formats import INT8
 from accel.int8.observers import observe
 from accel.models import networks
 from accel.models.networks import Network
@@ -46,7 +49,7 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> Bundle:
-    """Write the int8 bundle of a float32 bundle.
+    """Write the quantized bundle of a float32 bundle.
 
     Args:
         bundle: complete, in float32.
@@ -94,9 +97,9 @@ def quantize(
         manifest = replace(bundle.manifest, precision=settings.precision, components=records)
         finalize(folder, manifest)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-            engines, pairs = speed.engines_for(settings.dtype), {}
+            engines, pairs = speed.engines_for(settings.dtype, settings.form), {}
             for name in accepted:
-                pairs[name] = speed.pair(Bundle.open(folder), bundle, name, settings.dtype, Path(scratch))
+                pairs[name] = speed.pair(Bundle.open(folder), bundle, name, settings.dtype, Path(scratch), engines)
                 speeds = speed.measure(
                     pairs[name], name, engines, threads=settings.threads, progress=lambda stage: progress(stage, 0.85)
                 )
@@ -112,7 +115,7 @@ def quantize(
 
 
 def _candidates(bundle: Bundle, settings: Int8Settings) -> tuple[list[str], dict[str, Decision]]:
-    """The components to try in int8, and the decisions that need no measurement."""
+    """The components to try to quantize, and the decisions that need no measurement."""
     for record in bundle.manifest.components.values():
         if record.precision != "float32":
             raise UserError(
@@ -151,6 +154,10 @@ def calibrate(
         scales = settings.trained if _is_trained(settings, name) else {}
         trained = dict.fromkeys(key.rpartition(".")[0] for key in scales if key.endswith("_scale"))
         fake_quant.attach(model, _config_of(settings, name), names=list(trained) or None)
+    if not settings.form.activations:
+        for model in models.values():
+            fake_quant.set_mode(model, "quantize")
+        return {name: {} for name in models}
     observed = {name: model for name, model in models.items() if not _is_trained(settings, name)}
     dead: list[list[str]] = []
     if observed:
@@ -248,10 +255,12 @@ def _write(
         scaling_factor=manifest.pipeline["scaling_factor"],
     )
     packed.pack(model, getattr(torch, reference.chosen.dtype))
-    made = component.write(
-        network, reference, record.dims, folder, opset=manifest.exporter["opset"], step=step, layers=layers
-    )
-    ranges = "trained" if _is_trained(settings, name) else "calibrated"
+    opset = max(manifest.exporter["opset"], settings.form.opset)
+    made = component.write(network, reference, record.dims, folder, opset=opset, step=step, layers=layers)
+    ranges: dict[str, Any] = {"ranges": "of weights alone"}
+    if settings.form.activations:
+        ranges = {"ranges": "trained" if _is_trained(settings, name) else "calibrated"}
+        ranges |= settings.calibration.record(manifest.sampler)
     return replace(
         made,
         parameters=record.parameters,
@@ -259,9 +268,9 @@ def _write(
         int8={
             "config": _config_of(settings, name).as_dict(),
             "kept": kept,
-            "calibration": settings.calibration.record(manifest.sampler) | {"ranges": ranges},
+            "calibration": ranges,
             "layers": layers,
-            "graphs": {"onnxruntime": f"{name}/{uint8.FILE}"},
+            "graphs": {"onnxruntime": f"{name}/{uint8.FILE}"} if settings.form is INT8 else {},
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from accel.dtypes import INT8
-from accel.errors import UserError
+from accel.dtypes import QUANTIZED as PRECISIONS
+from accel.errors import Notice, UserError
 from accel.int8 import fake_quant, trained_scales
 from accel.int8.config import Int8Config, chosen
+from accel.int8.formats import FORMATS, INT8, Format
 from accel.models.source import Source
 
 from . import image_parity
@@ -37,7 +39,7 @@ class Int8Settings:
         components: networks to quantize, out of `QUANTIZED`; SDXL's second text encoder goes with the first.
         evaluation_images: images that parity is measured on.
         threads: CPU threads of the engines whose speed is measured; 0 for their own default.
-        precision: int8, int8-fp16 or auto (`accel.dtypes.INT8`).
+        precision: a key of `accel.dtypes.QUANTIZED`, which gives the number format.
         calibration: prompts and noise to calibrate with. `complete` sets it.
         trained: {range: scale} of a UNet trained with fake quantization, or None to calibrate. `complete` sets it.
 
@@ -61,7 +63,7 @@ class Int8Settings:
         if self.budget is not None and not 0 < self.budget < 100:
             raise UserError(f"invalid parity budget: {self.budget:g} dB (expected 0 to 100)", "such as --budget 30")
         if unknown := [name for name in self.components if name not in QUANTIZED]:
-            raise UserError(f"{unknown[0]!r} cannot be int8", f"some of: {', '.join(QUANTIZED)}")
+            raise UserError(f"{unknown[0]!r} cannot be quantized", f"some of: {', '.join(QUANTIZED)}")
         if self.sensitivity is not None:  # written only when everything has been measured
             parents = (self.sensitivity, *self.sensitivity.absolute().parents)
             place = next(path for path in parents if path.exists())
@@ -72,8 +74,12 @@ class Int8Settings:
 
     @property
     def dtype(self) -> str:
-        """The dtype of everything that is not int8: float32, or float16 for GPUs."""
-        return INT8[self.precision]
+        """The dtype of everything that is not quantized: float32, or float16 for GPUs."""
+        return PRECISIONS[self.precision][1]
+
+    @property
+    def form(self) -> Format:
+        return FORMATS[PRECISIONS[self.precision][0]]
 
     @property
     def least_psnr(self) -> float:
@@ -83,7 +89,7 @@ class Int8Settings:
         return component in self.components or component == "text_encoder_2" and "text_encoder" in self.components
 
     def requires(self, component: str) -> bool:
-        """Whether a component must be int8 whatever is measured: the UNet, unless the precision is auto."""
+        """Whether a component must be quantized whatever is measured: the UNet, unless the precision is auto."""
         return component == "unet" and self.precision != "auto" and self.wants("unet")
 
 
@@ -98,6 +104,9 @@ def complete(settings: Int8Settings, name: str, source: Source | None = None) ->
         UserError: for an inpainting model, a config that names no layer, prompts that cannot be read, or a config
             beside the one that the model was trained with.
     """
+    form = settings.form
+    if settings.config is not None:
+        settings = replace(settings, config=replace(settings.config, format=form.name))
     if source is not None:
         unet = source.config("unet")
         refuse_inpainting(unet.get("in_channels", 4))
@@ -109,8 +118,10 @@ def complete(settings: Int8Settings, name: str, source: Source | None = None) ->
     prompts = read_prompts(settings.prompts) if settings.prompts else default_prompts(name)
     images = calibration(prompts, settings.images)
     trained = None if source is None else _trained(source)
-    if trained is None:
-        return replace(settings, config=settings.config or Int8Config(), calibration=images)
+    if trained is not None and form is not INT8:
+        warnings.warn(f"{name} was trained for int8: its scales are not used for {form.name}", Notice, stacklevel=3)
+    if trained is None or form is not INT8:
+        return replace(settings, config=settings.config or Int8Config(format=form.name), calibration=images)
     if settings.config is not None:
         raise UserError(f"{name} was trained with its own int8 config", "leave out --int8-level, --int8-keep and such")
     return replace(settings, config=trained.config, calibration=images, trained=trained.scales)

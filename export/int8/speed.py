@@ -14,14 +14,15 @@ from accel.arrays import synchronize
 from accel.bench import timing
 from accel.bench.state import temporary_caches
 from accel.bundle import MANIFEST, Bundle, finalize
-from accel.engines import Engine, engine_file_engines, facts, fitting_engine_file, load_engine, status
+from accel.engines import Engine, computing_in, engine_file_engines, facts, fitting_engine_file, load_engine, status
 from accel.errors import UserError
+from accel.int8.formats import INT8, Format
 from accel.machine import machine_name
 
 from ..graph import fp16
 from ..graph.trace import example
 from ..tensorrt.build import build
-from .audit import ENGINES, audit
+from .audit import audit
 
 SECONDS, ROUNDS = 20.0, 25  # per engine, whichever comes first
 FASTER = 1.05  # least speedup to call int8 faster; a smaller one may be noise
@@ -34,20 +35,23 @@ class Pair(NamedTuple):
     float: Bundle
 
 
-def engines_for(dtype: str) -> tuple[str, ...]:
-    """Engines of this machine that int8 with the rest in `dtype` is meant for: with float16, TensorRT alone."""
-    able = ENGINES if dtype == "float32" else engine_file_engines()
+def engines_for(dtype: str, form: Format = INT8) -> tuple[str, ...]:
+    """Engines of this machine that a number format with the rest in `dtype` is meant for: with float16, TensorRT."""
+    able = [engine for engine in computing_in(form.name) if dtype == "float32" or facts(engine).engine_files]
     return tuple(engine for engine in able if status(engine).ok)
 
 
-def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path) -> Pair:
+def pair(
+    int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path, engines: Sequence[str] | None = None
+) -> Pair:
     """What to compare: the bundles themselves or, for TensorRT, copies that its engine files may be built into.
 
     Args:
         dtype: of what is not int8; with float16, the float32 component of `floating` is converted to it.
         scratch: folder for the copies.
+        engines: where they will be compared; those for int8 by default.
     """
-    if not set(engine_file_engines()) & set(engines_for(dtype)):
+    if not set(engine_file_engines()) & set(engines_for(dtype) if engines is None else engines):
         return Pair(int8, floating)
     baseline = _copied if dtype == "float32" else _in_float16
     return Pair(

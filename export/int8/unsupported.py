@@ -1,4 +1,4 @@
-"""UNets that cannot be int8: calibration draws from prompts alone, and these take images or masks as well."""
+"""UNets that cannot be quantized: calibration draws from prompts alone, and these take images or masks as well."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from accel.errors import UserError
 def refuse_control() -> None:
     """Raise the UserError about a UNet with inputs for an adapter or a ControlNet."""
     raise UserError(
-        "a UNet with a T2I-Adapter or ControlNet cannot be int8: calibration has no control images, and its ranges "
+        "a UNet with a T2I-Adapter or ControlNet cannot be quantized: calibration has no control images, and ranges "
         "would be too narrow where they add to it",
         "--int8-components text_encoder,vae_decoder; or export without the adapter or ControlNet",
     )
@@ -17,7 +17,7 @@ def refuse_control() -> None:
 def refuse_image_prompts() -> None:
     """Raise the UserError about a UNet with an IP-Adapter."""
     raise UserError(
-        "a UNet with an IP-Adapter cannot be int8: calibration draws from words alone, and its ranges would be too "
+        "a UNet with an IP-Adapter cannot be quantized: calibration draws from words alone, and ranges would be too "
         "narrow where a picture adds to it",
         "--int8-components text_encoder,vae_decoder; or export without the IP-Adapter",
     )
@@ -25,7 +25,7 @@ def refuse_image_prompts() -> None:
 
 def refuse_refiner() -> None:
     """Raise the UserError about SDXL's refiner."""
-    raise UserError("a refiner cannot be int8: calibration draws from prompts, without images", "--precision fp16")
+    raise UserError("a refiner cannot be quantized: calibration draws from prompts, without images", "--precision fp16")
 
 
 def refuse_inpainting(channels: int) -> None:
@@ -34,5 +34,5 @@ def refuse_inpainting(channels: int) -> None:
     if channels in (8, 9):
         what = "an inpainting model" if channels == 9 else "a model that edits images"
         raise UserError(
-            f"{what} cannot be int8: calibration draws from prompts, without images and masks", "--precision fp16"
+            f"{what} cannot be quantized: calibration draws from prompts, without images and masks", "--precision fp16"
         )

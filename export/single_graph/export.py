@@ -83,7 +83,7 @@ def write(
     with new_folder(Path(out), overwrite=overwrite) as folder:
         progress("graph", 0.0)
         models = {GRAPH: compose(job)}
-        if any(part.int8 for part in manifest.components.values()):
+        if any(part.int8.get("graphs") for part in manifest.components.values()):
             models[UINT8] = compose(Job(bundle, plan, job.size, images, "onnxruntime"))
         progress("weights", 0.1)
         gather_weights(list(models.values()), sources, folder / WEIGHTS)
@@ -95,7 +95,7 @@ def write(
         progress("drawing with the graph", 0.3)
         drawn, seconds = _drawn(folder / (UINT8 if UINT8 in models else GRAPH), job)
         progress("drawing with the pipeline", 0.7)
-        parity = _compared(drawn, _expected(job), int8=UINT8 in models)
+        parity = _compared(drawn, _expected(job), int8=any(part.int8 for part in manifest.components.values()))
         if text:
             _take_text(folder, models, job, drawn)
         progress("digests", 0.95)

@@ -43,6 +43,7 @@ _TACTICS = (
     ("bf16", re.compile(r"bf16", re.IGNORECASE)),
     ("fp32", re.compile(r"f32f32|tf32|sgemm|fp32", re.IGNORECASE)),
 )
+_QUANTIZED = ("int8", "fp8")
 _WIDTH = {"int8": 0, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 3}
 _MOVES = ("Cast", "Transpose", "Reshape", "Identity", "QuantizeLinear", "DequantizeLinear", "Unsqueeze", "Squeeze")
 _OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "Einsum")
@@ -51,6 +52,7 @@ _ONNX = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
     onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.FLOAT8E4M3FN: "fp8",
 }
 _SHOWN = 20
 
@@ -61,20 +63,23 @@ def expected(bundle: Bundle, component: Component) -> dict[str, str]:
 
 
 def of_graph(model: onnx.ModelProto) -> dict[str, str]:
-    """`expected` of a graph. A node whose operands are all dequantized computes in int8; another in its first input's.
-
-    Weights alone may be quantized: then its activations decide.
+    """`expected` of a graph. A node whose operands are all dequantized computes in int8 or fp8; another in its first
+    input's: where weights alone are quantized, its activations decide.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input, *inferred.output)}
     types |= {tensor.name: tensor.data_type for tensor in inferred.initializer}
     through = ("Transpose", "Reshape", "Unsqueeze", "Squeeze")  # these move integers as well as floats
-    low: set[str] = set()
+    low: dict[str, str] = {}  # tensor -> what it was dequantized from
     for node in inferred.node:
-        if node.op_type == "DequantizeLinear" or node.op_type in through and node.input[0] in low:
-            low.update(node.output)
+        if node.op_type == "DequantizeLinear":
+            low[node.output[0]] = _ONNX.get(types.get(node.input[0], 0), "unknown")
+        elif node.op_type in through and node.input[0] in low:
+            low |= dict.fromkeys(node.output, low[node.input[0]])
     return {
-        node.name: "int8" if low.issuperset(node.input[:2]) else _ONNX.get(types.get(node.input[0], 0), "unknown")
+        node.name: low[node.input[0]]
+        if low.keys() >= set(node.input[:2])
+        else _ONNX.get(types.get(node.input[0], 0), "unknown")
         for node in inferred.node
         if node.op_type in _OPERATORS
     }
@@ -92,8 +97,8 @@ def audit(layers: Sequence[Layer], nodes: Mapping[str, str] | None = None) -> di
         attentions; `fused_attentions`: attentions that are one kernel; `float32_layers`: names of heavy float32
         layers, at most 20; `float32_in_graph`: how many of them have a float32 node in the graph;
         `wider`: {layer, node, graph, engine} of layers that compute in float32 although all of
-        their nodes are lower, at most 20; `int8_nodes`: names of the ONNX nodes that heavy int8 layers were made of;
-        `int8_share`: [how many int8 nodes of the graph run in int8, how many it has].
+        their nodes are lower, at most 20; `int8_nodes`: names of the ONNX nodes that heavy int8 or fp8 layers were made
+        of; `int8_share`: [how many int8 or fp8 nodes of the graph run so, how many it has].
     """
     nodes = nodes or {}
     heavy: Counter[str] = Counter()
@@ -104,7 +109,7 @@ def audit(layers: Sequence[Layer], nodes: Mapping[str, str] | None = None) -> di
         fused += bool(FUSED_ATTENTION.search(layer.name + layer.kind))
         if precision == "fp32":
             float32.append(layer.name[:200])
-        if precision == "int8":
+        if precision in _QUANTIZED:
             int8_nodes += layer.nodes
         known = {name: nodes[name] for name in layer.nodes if name in nodes}
         if precision == "fp32" and known and all(_WIDTH.get(kind, 3) < 3 for kind in known.values()):
@@ -121,7 +126,7 @@ def audit(layers: Sequence[Layer], nodes: Mapping[str, str] | None = None) -> di
         "wider": wider[:_SHOWN],
         "int8_nodes": int8_nodes,
     }
-    if quantized := {name for name, kind in nodes.items() if kind == "int8"}:
+    if quantized := {name for name, kind in nodes.items() if kind in _QUANTIZED}:
         found["int8_share"] = [len(quantized & set(int8_nodes)), len(quantized)]
     return found
 
@@ -130,7 +135,7 @@ def check(component: str, wanted: str, counts: Mapping[str, Any]) -> str:
     """Refuse an engine that does not compute in the precision of its graph.
 
     Args:
-        wanted: the graph's precision: fp32, fp16, bf16 or int8.
+        wanted: the graph's precision: fp32, fp16, bf16, int8 or fp8.
         counts: what `audit` returned.
 
     Returns:
@@ -139,7 +144,7 @@ def check(component: str, wanted: str, counts: Mapping[str, Any]) -> str:
     Raises:
         UserError: when nothing is known of the engine's precision; when a layer computes in float32 whose nodes are
             lower in the graph; when more than half of the heavy layers are float32 in a lower graph; or when none of
-            an int8 graph's is int8.
+            an int8 or fp8 graph's is.
     """
     heavy = counts["heavy"]
     known = {name: count for name, count in heavy.items() if name != "unknown"}
@@ -160,15 +165,16 @@ def check(component: str, wanted: str, counts: Mapping[str, Any]) -> str:
             f"graph has in {first['graph']} (layer {first['layer']}); the engine is not kept",
             f"check the ONNX graph's precision: accel inspect BUNDLE; or export again with --precision {wanted}",
         )
-    low = wanted in ("fp16", "bf16", "int8")
+    low = wanted in ("fp16", "bf16", *_QUANTIZED)
     lost = known.get("fp32", 0) - counts.get("float32_in_graph", 0)
-    if low and lost * 2 > total or wanted == "int8" and not known.get("int8"):
+    if low and lost * 2 > total or wanted in _QUANTIZED and not known.get(wanted):
         raise UserError(
             f"{component} was to run in {wanted}, but of its {total} convolutions and matrix products TensorRT runs "
             f"{text}; the engine is not kept",
             f"check the ONNX graph's precision: accel inspect BUNDLE; or export again with --precision {wanted}",
         )
-    done = f"; {counts['int8_share'][0]} of {counts['int8_share'][1]} int8 nodes" if counts.get("int8_share") else ""
+    made, of = counts.get("int8_share", (0, 0))
+    done = f"; {made} of {of} {wanted} nodes" if of else ""
     fused = f"; {counts['fused_attentions']} fused attentions" if counts.get("fused_attentions") else ""
     return f"{total} convolutions and matrix products: {text}{unknown}{done}{fused}"
 

@@ -16,9 +16,11 @@ from accel.bundle import Bundle, Component
 from accel.bundle.graph_file import graph, graph_file
 from accel.errors import UserError
 from accel.int8.config import is_product
+from accel.int8.formats import FORMATS, Format
 from accel.trt import engine_files, library, preflight
 from accel.trt.cuda import Cuda
 from accel.trt.engine_files import EngineFile, Here
+from accel.trt.flavours import target_number, target_of
 from accel.trt.library import Library
 
 from . import audit, shapes, timing_cache
@@ -44,15 +46,28 @@ class _Place:
     cuda: Cuda | None
     targets: tuple[str, ...]
 
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What is built for, as targets: a flavour that builds on a GPU builds for that one."""
+        return self.targets if self.cuda is None else (target_of(self.cuda.gpu.compute_capability),)
 
-def place(engine: str = "tensorrt", *, device: int | None = None, targets: Sequence[str] = ()) -> _Place:
+
+def place(
+    engine: str = "tensorrt", *, device: int | None = None, targets: Sequence[str] = (), forms: Sequence[Format] = ()
+) -> _Place:
     """The library of an engine and, where it needs one to build, the GPU.
+
+    Args:
+        forms: of what is to be built. Without targets, those of the default ones that can compute them are built for.
 
     Raises:
         UserError: when either is missing.
     """
     found = library.load(engine)
     if not found.flavour.gpu_to_build:
+        least = max((form.capability for form in forms), default=0)
+        if least and not targets:
+            targets = [target for target in found.flavour.default_targets if target_number(target) >= least]
         targets = sorted(targets, key=found.flavour.targets.index)
         return _Place(found, Here.anywhere(found, targets), None, tuple(targets))
     cuda = Cuda(device or 0)
@@ -92,13 +107,16 @@ def build(
     """
     options = options or BuildOptions()
     options.check(library.load(engine), targets, device)
-    where = place(engine, device=device, targets=targets)
     chosen = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
+    forms = [FORMATS[component.format] for component in records if component.int8]
+    where = place(engine, device=device, targets=targets, forms=forms)
+    if where.targets and not targets:
+        announce(f"for {', '.join(where.targets)}: the others have no {forms[0].name}")
     described = []
     for component in records:  # all checks come before the first build, which takes minutes
         if component.int8:
-            options.check_int8(component.name)
+            options.check_format(FORMATS[component.format], component.name, where.capabilities)
         described.append([shapes.described(bundle, component, profile) for profile in chosen])
     bundle.verify([component.folder for component in records])
     built = []
@@ -199,9 +217,9 @@ def job(
 
 
 def wanted(component: Component) -> str:
-    """The precision of a component's graph: int8 where it is quantized, else that of its weights."""
-    if component.int8:
-        return "int8"
+    """The precision of a component's graph: int8 or fp8 where it computes so, else that of its weights."""
+    if component.format in ("int8", "fp8"):
+        return component.format
     return {"float16": "fp16", "bfloat16": "bf16"}.get(component.dtype, "fp32")
 
 

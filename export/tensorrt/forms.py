@@ -22,11 +22,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 _TO_TOKENS, _TO_IMAGE = [0, 2, 3, 1], [0, 3, 1, 2]
-_INT8, _LARGEST = 127, float(np.finfo(np.float16).max)
+_HIGH = {onnx.TensorProto.INT8: 127, onnx.TensorProto.FLOAT8E4M3FN: 448}  # largest number, in units of the scale
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 def scalar_scales(model: onnx.ModelProto, folder: Path) -> int:
-    """Give float16 int8 convolutions one weight scale, a power of two, and multiply by what is left of each channel's.
+    """Give float16 int8 and fp8 convolutions one weight scale, a power of two, and multiply by what is left of each.
 
     Both factors are exact. A convolution stays as it is where they would not be, or where the products of some inputs
     could leave float16's range before the second factor.
@@ -47,7 +48,7 @@ def scalar_scales(model: onnx.ModelProto, folder: Path) -> int:
         if node.op_type != "Conv" or None in sides:
             continue
         x, w = sides
-        if not {x.input[1], *w.input[:2]} <= given.keys():
+        if not {x.input[1], *w.input[:2]} <= given.keys() or given[w.input[0]].data_type not in _HIGH:
             continue
         step, scale, weight = (
             numpy_helper.to_array(given[name], str(folder)) for name in (x.input[1], w.input[1], w.input[0])
@@ -56,8 +57,9 @@ def scalar_scales(model: onnx.ModelProto, folder: Path) -> int:
             continue
         top = np.exp2(np.ceil(np.log2(scale.astype(np.float32).max())))
         rest = (scale.astype(np.float32) / top).astype(np.float16)
-        sums = np.abs(weight.astype(np.int32)).reshape(len(weight), -1).sum(1).max()
-        if (rest.astype(np.float32) * top != scale).any() or float(step) * top * _INT8 * sums > _LARGEST:
+        sums = np.abs(weight.astype(np.float32)).reshape(len(weight), -1).sum(1).max()
+        high = _HIGH[given[w.input[0]].data_type]
+        if (rest.astype(np.float32) * top != scale).any() or float(step) * top * high * sums > _LARGEST:
             continue
         one, factor = f"{node.name}_scale", f"{node.name}_channels"
         model.graph.initializer.extend(

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accel.errors import UserError, unknown
+from accel.int8.formats import Format
 from accel.trt import library
-from accel.trt.flavours import Flavour
+from accel.trt.flavours import Flavour, target_number
 from accel.trt.library import Library
 
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
@@ -60,11 +61,17 @@ class BuildOptions:
         if self.refittable or self.strip_plan:
             found.refuse_broken_refit()
 
-    def check_int8(self, what: str) -> None:
-        """Raise UserError for options that do not go with an int8 graph."""
+    def check_format(self, form: Format, what: str, targets: Sequence[str] = ()) -> None:
+        """Raise UserError for options, and for compute capabilities, that do not go with a quantized graph."""
+        if below := [target for target in targets if target_number(target) < form.capability]:
+            raise UserError(
+                f"{what} is {form.name}, which {', '.join(below)} cannot compute: it takes compute capability "
+                f"{form.capability / 10} or newer",
+                f"leave it out of --targets; or export with --precision int8-fp16, which {below[0]} can",
+            )
         if self.refittable:
             raise UserError(
-                f"{what} is int8, and cannot be refittable: its scales belong to its present weights",
+                f"{what} is {form.name}, and cannot be refittable: its scales belong to its present weights",
                 "leave out --refittable, and fuse a LoRA before export: accel export MODEL OUT --lora FILE",
             )
 

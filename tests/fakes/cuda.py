@@ -6,6 +6,7 @@ on the same memory again. So a graph that was not captured anew when it had to b
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +32,7 @@ class Cuda:
     active_index = 0
     launches = 0  # operations that were recorded, of all captures
     free_bytes = 6 << 30
+    uploads = uploaded = resident = most = 0  # copies of weights, their bytes, and the bytes held now and at most
 
     def __init__(self, index: int = 0):
         if index >= len(self.names):
@@ -59,6 +61,21 @@ class Cuda:
         block = torch.full((count + 256,), 0xA5, dtype=torch.uint8)  # what was there before: never zeros
         start = -block.data_ptr() % 256
         return block[start : start + count].view(kind).view(shape)
+
+    def pinned(self, tensor):
+        return tensor.clone()
+
+    def upload(self, tensor):
+        """A copy whose bytes are resident until nothing holds it."""
+        size = tensor.nbytes
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().copy() if size else None
+        if data is None:
+            return tensor.clone()
+        cls = Cuda
+        cls.uploads, cls.uploaded, cls.resident = cls.uploads + 1, cls.uploaded + size, cls.resident + size
+        cls.most = max(cls.most, cls.resident)
+        weakref.finalize(data, _gone, size)
+        return torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
 
     def stream(self) -> Stream:
         Cuda.made += 1
@@ -97,6 +114,10 @@ class Cuda:
 
     def synchronize(self, stream: Stream) -> None:
         assert stream.number not in self.captures, "a synchronisation while a stream is captured"
+
+
+def _gone(size: int) -> None:
+    Cuda.resident -= size
 
 
 class _Record(TorchDispatchMode):

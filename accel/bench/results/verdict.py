@@ -104,7 +104,7 @@ def int8(document: Document) -> list[tuple[str, str, list[str]]]:
 
 
 def _int8_verdict(lines: list[str]) -> str:
-    if lines[0].startswith("not int8"):
+    if lines[0].startswith("not "):
         return "rejected"
     return "outside its budget" if "NOT MET" in lines[0] else "accepted"
 

@@ -20,6 +20,7 @@ import numpy as np
 from ...bundle import Bundle, Component
 from ...errors import Notice, UserError
 from ...files import cache_dir, digest_of, inside, new_folder, read_json, write_json
+from ...int8.formats import of_layer
 from .. import few_step, weight_files
 from .files import COMPONENTS, LoraFile, Spec, lora_files
 from .fuse import fused_weights
@@ -111,6 +112,9 @@ class Weights:
 
     Attributes:
         shapes: of the weights, LAYER.weight being [out, in, ...] however it is stored.
+
+    Raises:
+        UserError: in `as_stored` and `value`, for a layer in fp8 or int4.
     """
 
     def __init__(self, tensors: Tensors, component: Component):
@@ -133,6 +137,12 @@ class Weights:
         layer = self._packed(name)
         if not layer:
             return tensor.astype(np.float32)
+        form, _ = of_layer(self.layers[layer])
+        if form.stored != "int8":
+            raise UserError(
+                f"{layer} of the {self.component.name} is stored in {form.name}, which takes no LoRA at run time",
+                "put it in at export: accel export MODEL OUT --lora FILE --precision " + form.name,
+            )
         weight = tensor.T if tensor.ndim == 2 else tensor
         scale = self.tensors[f"{layer}.weight_scale"].astype(np.float32)
         made = weight.astype(np.float32) * _along(scale, weight)

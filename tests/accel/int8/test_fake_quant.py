@@ -270,3 +270,41 @@ def test_scales_come_back(unet, feeds):
     fake_quant.set_mode(again, "quantize")
     with torch.no_grad():
         torch.testing.assert_close(again(*feeds)[0], model(*feeds)[0])
+
+
+# -------------------------------------------------------------------------------------------------------- other formats
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8-weight-only", "int4-weight-only"])
+def test_a_packed_network_of_any_format_computes_what_the_fake_quantized_one_does(unet, feeds, form):
+    config = Int8Config(format=form, block=32)
+    model = quantized(unet, feeds, config)
+    assert bool(dict(fake_quant.ranges(model))) == (form == "fp8"), "weights alone have no ranges to calibrate"
+    with torch.no_grad():
+        expected, plain = model(*feeds).sample, unet(*feeds).sample
+        layers = fake_quant.traits(model)
+        packed.pack(model)
+        found = model(*feeds).sample
+    assert all(form in own or "int8-weight-only" in own for own in layers.values())
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert 1e-3 < (found - plain).norm() / plain.norm() < 0.2
+    again = copy.deepcopy(unet)
+    packed.place(again, layers)
+    again.load_state_dict(model.state_dict(), strict=True, assign=True)
+    with torch.no_grad():
+        assert torch.equal(again(*feeds).sample, found)
+
+
+def test_fp8_needs_no_begin_of_text_token_and_no_quantized_output(unet):
+    model = copy.deepcopy(unet)
+    fake_quant.attach(model, Int8Config(format="fp8"))
+    assert {trait for own in fake_quant.traits(model).values() for trait in own} == {"fp8"}
+
+
+def test_options_that_a_format_has_no_use_for_are_refused():
+    for wrong in (dict(smooth=0.5), dict(level="attention"), dict(format="fp9"), dict(block=48)):
+        with pytest.raises(UserError):
+            Int8Config(**{"format": "int4-weight-only"} | wrong)
+    assert "format" not in Int8Config().as_dict(), "as int8 was written before"
+    config = Int8Config(format="int4-weight-only", block=128)
+    assert Int8Config.from_dict(config.as_dict()) == config

@@ -117,3 +117,13 @@ def test_smoothquant_moves_outliers_into_the_weights():
         return (own["ff"](x) - exact)[:, :].norm().item() / exact.norm().item()
 
     assert error(0.5) < error(0.0) / 2
+
+
+@pytest.mark.parametrize("observer", ["max", "percentile", "mse"])
+def test_a_range_is_in_the_units_of_its_format(observer):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(2))
+    int8, fp8 = (collected(x).scale(Int8Config(observer=observer, format=form)) for form in ("int8", "fp8"))
+    if observer == "mse":  # fp8's steps shrink with the numbers, so it has nothing to gain by cutting the largest
+        assert fp8 * 448 > int8 * 127
+    else:
+        assert fp8 * 448 == pytest.approx(int8 * 127)

@@ -465,7 +465,7 @@ def test_tensorrt_compares_int8_with_float16(tensorrt, for_gpus, floating, tmp_p
 
 def test_precision_auto_keeps_float_where_int8_is_slower(floating, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "FASTER", 1e9)
-    monkeypatch.setattr(speed, "ENGINES", ("onnxruntime",))
+    monkeypatch.setattr(speed, "computing_in", lambda form: ("onnxruntime",))
     bundle = export_pipeline(floating, tmp_path / "auto", precision="auto", int8=Int8Settings(**SMALL))
     assert all(record.precision == "float32" for record in bundle.manifest.components.values())
     record = bundle.component("vae_decoder")
@@ -668,10 +668,12 @@ def changed_unet(floating, tmp_path, edit_manifest):
 def test_unets_that_take_images_are_refused_before_anything_is_drawn(changed_unet, tmp_path):
     control = {"name": "mid_residual", "dtype": "float32", "shape": ["batch", 16, 4, 4]}
     bundle = changed_unet(lambda inputs: inputs.append(control))
-    with pytest.raises(UserError, match="cannot be int8: calibration has no control.*\n.*--int8-components text_enc"):
+    with pytest.raises(
+        UserError, match="cannot be quantized: calibration has no control.*\n.*--int8-components text_enc"
+    ):
         export_pipeline(bundle, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     bundle = changed_unet(lambda inputs: inputs[0].update(shape=["batch", 9, "latent_height", "latent_width"]))
-    with pytest.raises(UserError, match="inpainting model cannot be int8"):
+    with pytest.raises(UserError, match="inpainting model cannot be quantized"):
         export_pipeline(bundle, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     assert not (tmp_path / "out").exists()
 
@@ -756,10 +758,10 @@ def test_options_that_cannot_be(floating, int8, tmp_path):
         export_pipeline(int8, tmp_path / "out", precision="int8", int8=Int8Settings(**QUICK))
     with pytest.raises(UserError, match="is quantized as it is; profile, sampler cannot be changed"):
         export_pipeline(floating, tmp_path / "out", precision="int8", sampler=SAMPLER, profile="static")
-    with pytest.raises(UserError, match="'tokenizer' cannot be int8"):
+    with pytest.raises(UserError, match="'tokenizer' cannot be quantized"):
         export_pipeline(floating, tmp_path / "out", precision="int8", int8=Int8Settings(components=("tokenizer",)))
     for images in (dict(adapter=True), dict(controlnet="anywhere")):
-        with pytest.raises(UserError, match="ControlNet cannot be int8: calibration has no control images"):
+        with pytest.raises(UserError, match="ControlNet cannot be quantized: calibration has no control images"):
             export_pipeline(floating, tmp_path / "out", precision="int8", **images)
     with pytest.raises(UserError, match="unknown precision 'int4'\n.*int8"):
         export_pipeline(floating, tmp_path / "out", precision="int4")

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from accel.bench.memory.graph import peak
 from accel.export.tensorrt import audit, child
 from accel.export.tensorrt.build import build
 from accel.export.tensorrt.compiler import Job
-from accel.export.tensorrt.memory import of_graph, peak
+from accel.export.tensorrt.memory import of_graph
 from accel.export.tensorrt.options import BuildOptions
 from accel.trt import library
 

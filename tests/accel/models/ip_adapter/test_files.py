@@ -226,6 +226,6 @@ def test_a_pipeline_saved_by_diffusers_brings_its_image_encoder_and_no_adapter(s
 
 
 def test_int8_is_refused_before_the_export(smallest, adapter, tmp_path):
-    with pytest.raises(UserError, match="IP-Adapter cannot be int8"):
+    with pytest.raises(UserError, match="IP-Adapter cannot be quantized"):
         export_pipeline(opened(smallest, adapter), tmp_path / "out", precision="int8", profile="batch=1,size=32")
     assert Int8Settings().requires("unet") and not (tmp_path / "out").exists()
