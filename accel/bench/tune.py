@@ -20,7 +20,7 @@ import psutil
 
 from ..bundle import Bundle
 from ..bundle.tuned import Choice
-from ..engines import ENGINES, Engine, facts, load_engine, status
+from ..engines import ENGINES, Engine, facts, fitting_engine_file, load_engine, status
 from ..engines.base import noise_for
 from ..errors import UserError
 from ..machine import machine
@@ -103,7 +103,8 @@ def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:
     fewer = {"threads": cores} if 0 < cores < (machine().threads or 0) else {}
     for engine in reversed(tuple(ENGINES)):
         known = facts(engine)
-        if "cpu" not in known.auto or known.engine_files or not status(engine).ok:
+        able = fitting_engine_file(bundle, component, "cpu", [engine]) if known.engine_files else "cpu" in known.auto
+        if not able or not status(engine).ok:
             continue
         if record.int8 and not known.int8:
             continue

@@ -43,7 +43,7 @@ class Facts:
         int8: whether it computes int8 graphs in integers.
         engine_files: whether it runs engine files, which `accel build` makes.
         reads_graph: whether it needs the ONNX graph, which a diffusers pipeline folder does not have.
-        auto: where `auto` may choose it by itself: "cpu", "cuda".
+        auto: where `auto` may choose it by itself: "cpu", "cuda", or "engine file": where the bundle has one that fits.
         variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
         gpu_variants: further ones on a machine with a CUDA device.
         tunes: options that are on by default, and that `accel tune` also tries switched off.

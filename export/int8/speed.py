@@ -14,7 +14,7 @@ from accel.arrays import synchronize
 from accel.bench import timing
 from accel.bench.state import temporary_caches
 from accel.bundle import MANIFEST, Bundle, finalize
-from accel.engines import Engine, engine_file_engines, facts, fitting_engine_file, load_engine, status
+from accel.engines import Engine, engine_file_engines, facts, fitting_engine_file, int8_engines, load_engine, status
 from accel.errors import UserError
 from accel.machine import machine_name
 
@@ -36,8 +36,13 @@ class Pair(NamedTuple):
 
 def engines_for(dtype: str) -> tuple[str, ...]:
     """Engines of this machine that int8 with the rest in `dtype` is meant for: with float16, TensorRT alone."""
-    able = ENGINES if dtype == "float32" else engine_file_engines()
+    able = ENGINES if dtype == "float32" else _built()
     return tuple(engine for engine in able if status(engine).ok)
+
+
+def _built() -> list[str]:
+    """Engines that compute int8 and run engine files."""
+    return [engine for engine in engine_file_engines() if engine in int8_engines()]
 
 
 def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Path) -> Pair:
@@ -47,7 +52,7 @@ def pair(int8: Bundle, floating: Bundle, component: str, dtype: str, scratch: Pa
         dtype: of what is not int8; with float16, the float32 component of `floating` is converted to it.
         scratch: folder for the copies.
     """
-    if not set(engine_file_engines()) & set(engines_for(dtype)):
+    if not set(_built()) & set(engines_for(dtype)):
         return Pair(int8, floating)
     baseline = _copied if dtype == "float32" else _in_float16
     return Pair(
