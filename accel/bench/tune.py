@@ -194,7 +194,7 @@ def _images(
                 name: load_engine(bundle, name, choice.engine, verify=False, **choice.options)
                 for name, choice in choices.items()
             }
-            pipelines[way] = loaded.enter_context(Pipeline(bundle, engines))
+            pipelines[way] = loaded.enter_context(Pipeline(bundle, engines, text_cache=0))
         calls = {way: partial(pipe, "a photo", output_type="np") for way, pipe in pipelines.items()}
         made = {way: np.asarray(call().images[0]) for way, call in calls.items()}
         samples: dict[str, list[float]] = {way: [] for way in ways}

@@ -95,11 +95,13 @@ class Engine(Resource, ABC):
         component: the manifest's record: inputs, outputs, dims.
         native: "numpy" or "torch".
         description: what really runs, for people: provider, device, dtype.
+        epoch: how often its weights have changed.
     """
 
     name: str
     native: str = "numpy"
     description: str = ""
+    epoch = 0
     what, again = "engine", "accel.load_engine(BUNDLE, COMPONENT, ENGINE) loads one"
 
     def __init__(self, bundle: Bundle, component: Component):

@@ -105,7 +105,7 @@ class Eager(Engine):
 
         torch_graphs.check(cuda_graph)
         self.cuda_graph = cuda_graph if component.kind in torch_graphs.CAPTURED else "off"
-        self.epoch, self._local = 0, threading.local()
+        self._local = threading.local()
         if cuda_graph != "off":
             device = self._device(device)
         elif device == "auto":

@@ -107,7 +107,6 @@ class TensorRT(Engine):
         if options["weight_streaming"]:
             own = self.engine.get_weight_streaming_automatic_budget
             self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
-        self.epoch = 0
         self.refitted: dict[str, str] = {}  # name -> sha256 of the weights that are not the bundle's own
         self._local = threading.local()
         if options["strip_plan"]:

@@ -1,7 +1,7 @@
 """Whether an engine file may and can run here; if not, the reason and the command that helps.
 
 No library has a call that tells this in advance, and an engine file is executable code: all checks come before a byte
-of it is deserialized. The contents are compared last: they have gigabytes, and the record alone gives most of the reasons.
+of it is deserialized. The contents are compared last: they have gigabytes, and the record alone gives most reasons.
 """
 
 from __future__ import annotations

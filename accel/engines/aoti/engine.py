@@ -95,6 +95,7 @@ class AOTInductor(Engine):
         update = {_WEIGHTS + name: to_torch(value, self.device) for name, value in {**own, **tensors}.items()}
         self._package.load_constants(update, check_full_update=False)
         self._changed = set(tensors)
+        self.epoch += 1
 
     def _stored(self, names: set[str]) -> dict[str, Any]:
         """The bundle's own tensors of these names."""
