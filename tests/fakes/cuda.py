@@ -30,6 +30,7 @@ class Cuda:
     made = 0
     active_index = 0
     launches = 0  # operations that were recorded, of all captures
+    waits = 0  # of the host for the device
     free_bytes = 6 << 30
 
     def __init__(self, index: int = 0):
@@ -97,6 +98,7 @@ class Cuda:
 
     def synchronize(self, stream: Stream) -> None:
         assert stream.number not in self.captures, "a synchronisation while a stream is captured"
+        Cuda.waits += 1
 
 
 class _Record(TorchDispatchMode):
