@@ -1,11 +1,15 @@
-"""torch.compile's portable artifacts (torch.compiler.save_cache_artifacts) of one network and shape, in accel's cache."""
+"""torch.compile's portable artifacts (torch.compiler.save_cache_artifacts) of one network and shape, kept."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +20,7 @@ from ...machine import instruction_sets, machine_name, version_of
 from ...trt import trust
 
 _DIGEST = hashlib.sha256
+_ARTIFACTS = "artifacts"
 Result = TypeVar("Result")
 
 
@@ -38,7 +43,7 @@ def path_for(bundle: Bundle, component: str, options: Mapping[str, Any], sizes: 
 
 
 def compiled(path: Path, call: Callable[[], Result]) -> Result:
-    """The first call of a shape: with the artifacts of an earlier process, or storing its own for the next one.
+    """The first call of a shape: with what an earlier process compiled, or storing its own for the next one.
 
     A file that is damaged, or that others can write, is left out with a note, and the network compiled again. Without a
     place to write, nothing is kept.
@@ -46,22 +51,68 @@ def compiled(path: Path, call: Callable[[], Result]) -> Result:
     import torch
 
     data = _read(path)
-    if data is not None and torch.compiler.load_cache_artifacts(data) is not None:
+    if data is not None and _restored(data):
         return call()
+    before = _libraries()
     with _alone():
         result = call()
         made = torch.compiler.save_cache_artifacts()
     if made is not None:
+        packed = _packed(made[0], _libraries() - before)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.parent.chmod(0o700)
-            write_bytes(path, _DIGEST(made[0]).digest() + made[0])
+            write_bytes(path, _DIGEST(packed).digest() + packed)
             path.chmod(0o600)
     return result
 
 
+def _packed(artifacts: bytes, libraries: Iterable[Path]) -> bytes:
+    """torch's artifacts and, as they hold a processor's kernels as C++ alone, the libraries that were made of them."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_ARTIFACTS, artifacts)
+        for library in sorted(libraries):
+            with contextlib.suppress(OSError):  # without it the next process compiles this one kernel
+                archive.writestr(library.relative_to(_torchs_cache()).as_posix(), library.read_bytes())
+    return packed.getvalue()
+
+
+def _restored(data: bytes) -> bool:
+    """Put what was packed where torch looks for it; False where this torch does not read it."""
+    import torch
+
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in archive.namelist():
+            place = inside(_torchs_cache(), name, "the compiled kernel") if name != _ARTIFACTS else None
+            if place is not None and not place.exists():
+                with contextlib.suppress(OSError):
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(place, archive.read(name))
+                    place.chmod(0o700)
+        return torch.compiler.load_cache_artifacts(archive.read(_ARTIFACTS)) is not None
+
+
+def _torchs_cache() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as of_torch
+
+    return Path(of_torch())
+
+
+def _libraries() -> set[Path]:
+    """The libraries of torch's cache that this process has loaded; none where the system does not say (but for Linux)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    root = f"{_torchs_cache()}{os.sep}"
+    return {
+        Path(found[1]) for line in lines if (found := re.search(r"\s(/.*\.so)$", line)) and found[1].startswith(root)
+    }
+
+
 def _read(path: Path) -> bytes | None:
-    """A file's artifacts; None where there are none that may be used."""
+    """What a file holds; None where there is none that may be used."""
     try:
         data = path.read_bytes()
         private = trust.private(path)
