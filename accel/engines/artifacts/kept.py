@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import re
 import warnings
 import zipfile
@@ -100,15 +99,13 @@ def _torchs_cache() -> Path:
 
 
 def _libraries() -> set[Path]:
-    """The libraries of torch's cache that this process has loaded; none where the system does not say (but for Linux)."""
+    """The libraries of torch's cache that this process has loaded; none where the system does not say (all but Linux)."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return set()
-    root = f"{_torchs_cache()}{os.sep}"
-    return {
-        Path(found[1]) for line in lines if (found := re.search(r"\s(/.*\.so)$", line)) and found[1].startswith(root)
-    }
+    loaded = {Path(found[1]) for line in lines if (found := re.search(r"\s(/.*\.so)$", line))}
+    return {library for library in loaded if library.is_relative_to(_torchs_cache())}
 
 
 def _read(path: Path) -> bytes | None:
