@@ -99,7 +99,7 @@ def _torchs_cache() -> Path:
 
 
 def _libraries() -> set[Path]:
-    """The libraries of torch's cache that this process has loaded; none where the system does not say (all but Linux)."""
+    """The libraries of torch's cache that this process has loaded; none on systems that do not say (all but Linux)."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
