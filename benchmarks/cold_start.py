@@ -32,7 +32,7 @@ ROWS = (
 
 
 def child(bundle: str, engine: str, options: dict[str, Any]) -> None:
-    """One first call, and a second one."""
+    """The first call of the network, loading included."""
     import warnings
 
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # noqa: F401
@@ -50,16 +50,7 @@ def child(bundle: str, engine: str, options: dict[str, Any]) -> None:
         sizes = {name: limits.min for name, limits in loaded.component.dims.items()}
         feeds = example(loaded.component.inputs, sizes)
         loaded(**feeds)
-        first = used() - began
-        best = min(_timed(loaded, feeds, used) for _ in range(10))
-    print(json.dumps({"first_call_cpu_s": round(first, 2), "later_call_cpu_s": round(best, 4)}))
-
-
-def _timed(loaded: Any, feeds: Any, used: Any) -> float:
-    began = used()
-    for _ in range(5):
-        loaded(**feeds)
-    return (used() - began) / 5
+        print(json.dumps({"first_call_cpu_s": round(used() - began, 2)}))
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
@@ -86,10 +77,8 @@ def measure(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| what | load and first call, CPU s | later calls, CPU ms |", "|---|---|---|"]
-    for row in rows:
-        if "build_cpu_s" not in row:
-            lines.append(f"| {row['what']} | {row['first_call_cpu_s']:.1f} | {1000 * row['later_call_cpu_s']:.1f} |")
+    lines = ["| what | load and first call, CPU s |", "|---|---|"]
+    lines += [f"| {row['what']} | {row['first_call_cpu_s']:.1f} |" for row in rows if "first_call_cpu_s" in row]
     built = rows[-1]
     lines += ["", f"The UNet of `{MODEL}`, batch 1, one thread. The build of its file took {built['build_cpu_s']:.0f}"]
     lines += [f"CPU seconds; it has {built['bytes'] / 1e6:.1f} MB. `python benchmarks/cold_start.py --write`"]
