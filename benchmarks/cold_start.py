@@ -3,7 +3,7 @@
     python benchmarks/cold_start.py --write      # benchmarks/cold-start.json, and the table of docs/aoti.md
 
 Every row is a process of its own with one thread. Torch's own cache on disk is empty;
-imports of torch and of the network's classes are not counted, loading the weights is.
+imports of torch and of the network's classes are not counted; those of its compiler, and loading the weights, are.
 """
 
 from __future__ import annotations
