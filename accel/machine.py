@@ -41,6 +41,11 @@ ISA_FLAGS = (
     "sve",
     "sve2",
 )
+# What a compiler that is told "this processor" may use: of x86 what has a switch of its own, of ARM everything.
+_INSTRUCTIONS = re.compile(
+    r"avx|amx|sse|ssse|fma|f16c|bmi|abm|adx|aes|vaes|vpclmul|pclmul|gfni|sha_ni|movbe|movdir|popcnt|lzcnt|rdpid|"
+    r"asimd|sve|sme$|sme\d|bf16|i8mm|fphp|crc32|atomics|fcma|dotprod|pmull|sha\d"
+)
 PACKAGES = (
     "accel-diffusion",
     "torch",
@@ -122,6 +127,13 @@ def machine() -> Machine:
         python=platform.python_version(),
         packages={name: version_of(name) for name in PACKAGES},
     )
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The processor's vector and bit instructions, by the system's names: what compiled code may need to run."""
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return tuple(sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)))
 
 
 def int8_saturates() -> bool:

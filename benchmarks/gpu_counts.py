@@ -1,11 +1,11 @@
-"""What an image asks of a GPU, counted on a CPU: launches, uploads, bytes that leave the device. No time is measured.
+"""What an image and a step of training ask of a GPU, counted on a CPU. No time is measured.
 
-    python benchmarks/gpu_counts.py --write      # benchmarks/gpu-counts.json, and the table of docs/gpu.md
+    python benchmarks/gpu_counts.py --write      # benchmarks/gpu-counts.json, and the tables of docs/gpu.md
 
-Launches are the operations of torch that compute or copy (views are none), in the sampler's loop and in the decoder; a
-CUDA graph is one launch, and copies what goes in and out. Uploads are host arrays that become tensors between the first
-and the last step, each of which waits for the device. The graph is captured on the test suite's fake CUDA, which
-records operations and replays them on the same memory.
+Launches are the operations of torch that compute or copy (views are none); a CUDA graph, and a run of ONNX Runtime, is
+one. Uploads are values of the host that become tensors, each of which waits for the device; waits are values that are
+read back, and synchronisations. Of an image they are counted from its first step to its last, where the device has to
+be kept busy. CUDA is the test suite's fake, which records operations and replays them on the same memory.
 """
 
 from __future__ import annotations
@@ -13,109 +13,217 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "fakes"))
+WAYS = (("eager", "off"), ("eager", "step"), ("eager", "loop"), ("onnxruntime", "off"))
+METHODS = ("tiny", "dmd2")
+STEPS = (2, 6)  # of two trainings, whose difference is that of the steps between
+_UPLOADS, _WAITS = ("aten::lift_fresh",), ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 
 
-def counted(how: str, model: str = "digits/4step") -> dict[str, Any]:
-    """The counts of one image after a first one, on eager with `cuda_graph=how`."""
+class Counts(TorchDispatchMode):
+    """Counts while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.uploads = self.waits = 0
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        aliases = [one.alias_info for one in func._schema.returns]
+        view = any(one is not None and not one.is_write for one in aliases)
+        self.uploads += name in _UPLOADS
+        self.waits += name in _WAITS
+        self.launches += not view and "empty" not in name and name not in (*_UPLOADS, *_WAITS)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def now(self) -> tuple[int, int, int]:
+        return self.launches, self.uploads, self.waits
+
+
+def image(engine: str, how: str, model: str) -> dict[str, Any]:
+    """The counts of one image after a first one."""
     import cuda as fake
     import numpy as np
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     import accel
     from accel import images
     from accel.arrays import to_host
-    from accel.engines import eager
 
-    class Launches(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            aliases = [one.alias_info for one in func._schema.returns]
-            if not any(a is not None and not a.is_write for a in aliases) and "empty" not in func.name():
-                Launches.count += 1
-            return func(*args, **(kwargs or {}))
-
-    eager.Cuda = fake.Cuda
-    options = {"device": "cpu"} if how == "off" else {"cuda_graph": how}
-    pipe = accel.load(model, "eager", **options)
+    options = _on_the_fake(engine, how, fake)
+    pipe = accel.load(model, engine, text_cache=0, **options)
     call = dict(prompt="a handwritten seven", seed=7)
     expected = pipe(output_type="np", **call)
-    unet, left, events = pipe.engines["unet"], [], []
+    unet, left, marks, counts = pipe.engines["unet"], [], [], Counts()
     array, run = unet.array, unet.run
-    unet.array = lambda value: (events.append("up" if isinstance(value, np.ndarray) else ""), array(value))[1]
-    unet.run = lambda feeds: (events.append("run"), run(feeds))[1]
+    inside = _count_replays(pipe)
+
+    def arrays(value: Any) -> Any:
+        counts.uploads += isinstance(value, np.ndarray)
+        return array(value)
+
+    def runs(feeds: Any) -> Any:
+        marks.append(_state(counts, inside, fake.Cuda.waits))
+        counts.launches += engine == "onnxruntime"
+        return run(feeds)
+
+    unet.array, unet.run = arrays, runs
     images.to_host = lambda x: left.append(x.nbytes) or to_host(x)
-    replays = _count_replays(pipe)
-    with Launches():
+    before = fake.Cuda.waits
+    with counts:
         made = pipe(**call)
     images.to_host = to_host
     assert np.array_equal(np.asarray(made.images[0]), (expected.images[0] * 255).round().astype(np.uint8))
-    steps = [i for i, event in enumerate(events) if event == "run"]
-    inside = events[steps[0] : steps[-1]].count("up") if steps else 0
-    # What a replay on the fake does again, operation by operation, is one launch on a GPU.
-    launches = Launches.count - replays["operations"] + replays["graphs"]
-    return {"how": how, "launches": launches, "uploads_between_steps": inside, "bytes_out": sum(left)}
+    total = _state(counts, inside, fake.Cuda.waits - before)
+    steps = [(b - a) / (len(marks) - 1) for a, b in zip(marks[0], marks[-1], strict=True)] if marks else [0, 0, 0]
+    return {
+        "engine": engine,
+        "how": how,
+        "launches": total[0],
+        "a_step": dict(zip(("launches", "uploads", "waits"), steps, strict=True)),
+        "bytes_out": sum(left),
+    }
+
+
+def _on_the_fake(engine: str, how: str, fake: Any) -> dict[str, Any]:
+    """Let an engine take the fake for a GPU; its options."""
+    from importlib import import_module
+
+    module = import_module(f"accel.engines.{engine}")
+    module.Cuda = fake.Cuda
+    if engine != "onnxruntime":
+        return {"device": "cpu"} if how == "off" else {"cuda_graph": how}
+    from accel.providers.built_in import PROVIDERS
+    from accel.providers.route import Route
+
+    class OnFake(Route):
+        def open(self, file: Any, session_options: Any, **more: Any) -> Any:
+            import onnxruntime
+
+            return onnxruntime.InferenceSession(file, session_options, providers=[PROVIDERS["cpu"]], **more)
+
+    module.find = lambda *_: OnFake("cuda", PROVIDERS["cpu"], "cuda:0", ((PROVIDERS["cuda"], {}),))
+    return {}
+
+
+def _state(counts: Counts, inside: dict[str, int], waits: int) -> tuple[int, int, int]:
+    """What a replay on the fake does again, operation by operation, is one launch on a GPU."""
+    launches, uploads, read = counts.now
+    return launches - inside["operations"] + inside["graphs"], uploads, read + waits
 
 
 def _count_replays(pipe: Any) -> dict[str, int]:
     """Counts the graphs that are replayed, and their operations."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     found = {"graphs": 0, "operations": 0}
-
-    class Inside(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            aliases = [one.alias_info for one in func._schema.returns]
-            if not any(a is not None and not a.is_write for a in aliases) and "empty" not in func.name():
-                found["operations"] += 1
-            return func(*args, **(kwargs or {}))
-
     for name in ("unet", "vae_decoder"):
-        for graph in getattr(pipe.engines[name]._local, "graphs", _Empty())._kept.values():
+        graphs = getattr(getattr(pipe.engines[name], "_local", None), "graphs", None)
+        for graph in graphs._kept.values() if graphs else ():
 
             def replayed(replay: Any = graph.replay) -> None:
                 found["graphs"] += 1
-                with Inside():
+                with Counts() as own:
                     replay()
+                found["operations"] += own.launches
 
             graph.replay = replayed
     return found
 
 
-class _Empty:
-    _kept: dict[str, Any] = {}
+def training(method: str) -> dict[str, Any]:
+    """The counts of one step of training the digits, data and logs included."""
+    first, last = (_trained(method, steps) for steps in STEPS)
+    a_step = [(b - a) / (STEPS[1] - STEPS[0]) for a, b in zip(first, last, strict=True)]
+    return {"method": method, "a_step": dict(zip(("launches", "uploads", "waits"), a_step, strict=True))}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| `--cuda-graph` | launches | uploads between steps | bytes that leave |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row['how']} | {row['launches']} | {row['uploads_between_steps']} | {row['bytes_out']} |")
+def _trained(method: str, steps: int) -> tuple[int, int, int]:
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    from accel.distill import recipes, settings
+    from accel.distill.run import execute
+
+    common = dict(model="digits", data="digits", resolution=64, cache="none", steps=steps, batch=2, log="none")
+    common |= dict(random_flip=False, sample_every=0, mixed_precision="no", warmup=0)
+    if method == "dmd2":
+        recipe = recipes.changed(settings.DMD2Recipe(), **common, ratio=2)
+    else:
+        recipe = recipes.changed(recipes.sd15_tiny(), **common, accumulation=1)
+    with tempfile.TemporaryDirectory() as folder, Counts() as counts:
+        # An optimizer's own kernels differ: one for all weights on a GPU, and its counts of steps lie on the host.
+        hooks = [
+            register_optimizer_step_pre_hook(lambda *_: setattr(counts, "paused", True)),
+            register_optimizer_step_post_hook(lambda *_: setattr(counts, "paused", False)),
+        ]
+        execute(recipe, Path(folder) / "out")
+        for hook in hooks:
+            hook.remove()
+        return counts.now
+
+
+def table(document: dict[str, Any]) -> str:
+    head = "| engine | `--cuda-graph` | launches a step | uploads | waits | launches of the image | bytes that leave |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        cells = [row["engine"], row["how"]]
+        cells += ["one for all" if row["how"] == "loop" else _number(row["a_step"]["launches"])]
+        cells += [_number(row["a_step"][key]) for key in ("uploads", "waits")]
+        lines.append(f"| {' | '.join([*cells, str(row['launches']), str(row['bytes_out'])])} |")
+    earlier = ", ".join(f"{row['how']} {row['uploads_between_steps']}" for row in document["before"])
+    lines += ["", "`digits/4step`, one image of 64 px in four steps."]
+    lines += [f"Uploads between its steps on eager before noise went up once: {earlier}."]
+    lines += ["", "| training | launches a step | uploads | waits |", "|---|---|---|---|"]
+    for row in document["training"]:
+        lines.append(f"| {row['method']} | {' | '.join(map(_number, row['a_step'].values()))} |")
     lines += [
         "",
-        "`digits/4step`, one image of 64 px in four steps on `eager`; what it uploads there is fresh noise.",
-        "`python benchmarks/gpu_counts.py --write`",
+        "Batch 2 of the digits in float32 on a CPU, without the optimizer. `python benchmarks/gpu_counts.py --write`",
     ]
     return "\n".join(lines)
 
 
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/gpu-counts.json and docs/gpu.md's table")
+    text = "write benchmarks/gpu-counts.json and docs/gpu.md's tables"
+    parser.add_argument("--write", action="store_true", help=text)
     args = parser.parse_args()
-    rows = [counted(how) for how in ("off", "step", "loop")]
-    print(table(rows))
+    from accel.export import export_pipeline
+    from accel.models.source import open_source
+
+    earlier = json.loads((HERE / "gpu-counts.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_pipeline(
+            open_source("digits/4step"), bundle, profile="digits", components=("text_encoder", "unet", "vae_decoder")
+        )
+        rows = [image(engine, how, str(bundle) if engine == "onnxruntime" else "digits/4step") for engine, how in WAYS]
+    document = {
+        "command": "python benchmarks/gpu_counts.py --write",
+        "torch": version("torch"),
+        "rows": rows,
+        "training": [training(method) for method in METHODS],
+        "before": earlier.get("before", earlier["rows"]),
+    }
+    print(table(document))
     if args.write:
         import pages
 
-        document = {"command": "python benchmarks/gpu_counts.py --write", "torch": version("torch"), "rows": rows}
         (HERE / "gpu-counts.json").write_text(json.dumps(document, indent=1) + "\n")
-        pages.put(HERE.parent / "docs/gpu.md", "gpu-counts", table(rows))
+        pages.put(HERE.parent / "docs/gpu.md", "gpu-counts", table(document))
 
 
 if __name__ == "__main__":

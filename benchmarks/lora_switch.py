@@ -99,7 +99,7 @@ class Runner:
         options = {"threads": threads} if engine in ("onnxruntime", "openvino") else {}
         self.whole = model != "sd-tiny"
         if self.whole:
-            self.pipeline = accel.load(bundle, engine, verify=False, **options)
+            self.pipeline = accel.load(bundle, engine, verify=False, text_cache=0, **options)
             self.description = self.pipeline.engines["unet"].description
             return
         self.bundle = accel.Bundle.open(bundle)

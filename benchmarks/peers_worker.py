@@ -196,7 +196,8 @@ def sd_cpp(work: Path, size: int, steps: int, *, kind: str) -> Draw:
 def accel(work: Path, size: int, steps: int, *, bundle: str, engine: str, **options: Any) -> Draw:
     import accel as ours
 
-    pipe = ours.load(work / bundle, engine=engine, threads=int(os.environ["OMP_NUM_THREADS"]), **options)
+    options |= dict(threads=int(os.environ["OMP_NUM_THREADS"]), text_cache=0)  # the peers encode every prompt, too
+    pipe = ours.load(work / bundle, engine=engine, **options)
     latents = noise(work, size)
     call = dict(steps=steps, guidance_scale=0.0, height=size, width=size, sampler="ddim", output_type="np")
     return lambda: pipe(PROMPT, latents=latents, **call).images[0]

@@ -109,7 +109,7 @@ def _fed(run: Callable, feeds: Callable, seed: int) -> Any:
 
 def _loaded(bundle: Bundle, engine: str) -> Any:
     """A pipeline that has drawn once: its networks are loaded when they are first used."""
-    pipe = accel.load(bundle, engine, threads=THREADS)
+    pipe = accel.load(bundle, engine, threads=THREADS, text_cache=0)
     pipe(PROMPT, seed=0, progress=False)
     return pipe
 

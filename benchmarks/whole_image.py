@@ -67,7 +67,9 @@ def load(way: str, args: argparse.Namespace) -> Pipeline:
     bundle = Bundle.open(bundle_of("int8" if precision == "int8" else "fp32", args))
     options = {"dtype": precision} if precision == "bf16" else {}
     names = component_names(bundle)
-    return Pipeline(bundle, {name: load_engine(bundle, name, engine, verify=False, **options) for name in names})
+    return Pipeline(
+        bundle, {name: load_engine(bundle, name, engine, verify=False, **options) for name in names}, text_cache=0
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

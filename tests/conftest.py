@@ -333,6 +333,26 @@ def smallest_bundle(smallest, tmp_path_factory) -> Path:
     return exported(smallest, out, profile="batch=1-4,size=32-64", sampler=sampler)
 
 
+@pytest.fixture(scope="session")
+def aoti_bundle(smallest_bundle, tmp_path_factory) -> Path:
+    """The smallest bundle with engine files of AOTInductor for the CPU, of every network that an image needs."""
+    from accel.bundle import Bundle
+    from accel.export.aoti.build import build
+    from accel.trt import engine_files
+
+    once = _fake("made_once")
+
+    def make(folder: Path) -> None:
+        copy = Bundle.open(shutil.copytree(smallest_bundle, folder / "bundle"))
+        build(copy, ("text_encoder", "unet", "vae_decoder"), device="cpu")
+
+    made = once.made_once(once.store(), once.digest("aoti", smallest_bundle.name), make)
+    out = Path(shutil.copytree(made / "bundle", tmp_path_factory.mktemp("bundle") / "aoti"))
+    for file in engine_files.find(Bundle.open(out)):  # the user of this session has another key
+        engine_files.sign(file.path, file.text)
+    return out
+
+
 @pytest.fixture
 def bundle_copy(sd15_bundle, tmp_path) -> Path:
     """A bundle that a test may break."""
@@ -469,3 +489,15 @@ def images_of():
         return make_images(folder, count, size)
 
     return make
+
+
+@pytest.fixture
+def bundle_of(tmp_path):
+    """bundle_of(folder): a copy of a bundle that a test may change."""
+
+    def bundle_of(folder: Path):
+        from accel.bundle import Bundle
+
+        return Bundle.open(shutil.copytree(folder, tmp_path / "bundle-copy"))
+
+    return bundle_of

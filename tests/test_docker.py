@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -97,3 +98,19 @@ def test_a_wheel_can_be_built_from_what_is_copied(tmp_path):
     names = set(ZipFile(wheel).namelist())
     assert {"accel/cli.py", "accel/export/pipeline.py", "accel/distill/run.py", "accel/kernels/geglu.py"} <= names
     assert any(name.startswith("accel/assets/") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_image_for_cpus_is_built_and_draws(tmp_path):
+    """Every step of it but its FROM; where its tools or root's rights are missing, nothing can be said."""
+    if os.geteuid() or not (shutil.which("buildah") and shutil.which("debootstrap")):
+        pytest.skip("needs root, buildah and debootstrap (apt-get install buildah debootstrap)")
+    wheels = [path for path in os.environ.get("PIP_FIND_LINKS", "").split() if Path(path).is_dir()]
+    command = ["sh", str(ROOT / "docker" / "rehearse.sh"), str(tmp_path / "rehearsal"), *wheels[:1]]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert re.search(r"1000 +1000 .* seven\.png", done.stdout) and "built and run" in done.stdout
+    finally:
+        shutil.rmtree(tmp_path / "rehearsal", ignore_errors=True)

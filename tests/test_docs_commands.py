@@ -63,7 +63,7 @@ NEEDS = {
     "run user/name": "a hub; tests/accel/commands/share/test_push.py has one",
     "serve ": "somebody to end it; tests/accel/serving and tests/accel/commands/test_serve.py start it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
-    "build": "an NVIDIA GPU",
+    "build": "an NVIDIA GPU, or minutes; tests/export/aoti/test_build.py builds on the CPU",
     "demo --web": "somebody to look at it; tests/examples/test_browser.py looks at it in Chromium",
     "--engine tensorrt --prompt": "an NVIDIA GPU",
     "--adapter": "an adapter from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
@@ -88,6 +88,8 @@ def _marks(command: str) -> list[pytest.MarkDecorator]:
 
 def _needs(command: str) -> str | None:
     """What a command needs that is not here; None where it runs."""
+    if "--engine aoti --device cpu --components" in command:  # one network takes seconds, all of them minutes
+        return None
     if "--provider tensorrt-rtx" in command:
         return "an RTX card"
     if "--engine tensorrt-rtx" in command:  # builds without a GPU

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
 from ..pipeline import Pipeline
+from ..trt import trust
 from .probe import Process
 from .quality import Sample
 from .variants import Variant
@@ -55,13 +58,16 @@ class State:
 @contextlib.contextmanager
 def temporary_caches() -> Iterator[dict[str, str]]:
     """Empty caches of accel and torch.compile for a block, deleted after it: a measurement must neither find what the
-    user compiled earlier nor leave anything behind.
+    user compiled earlier nor leave anything behind. The key that signs engine files goes along, or none would run.
 
     Yields:
         The environment variables that name the caches, for child processes.
     """
     with tempfile.TemporaryDirectory(prefix="accel-caches-") as folder:
         caches = {"ACCEL_CACHE": f"{folder}/accel", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        if (key := trust.key_file()).is_file():
+            Path(caches["ACCEL_CACHE"]).mkdir(mode=0o700)
+            shutil.copy2(key, caches["ACCEL_CACHE"])
         before = {name: os.environ.get(name) for name in caches}
         os.environ.update(caches)
         try:

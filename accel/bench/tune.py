@@ -20,7 +20,7 @@ import psutil
 
 from ..bundle import Bundle
 from ..bundle.tuned import Choice
-from ..engines import ENGINES, Engine, facts, load_engine, status
+from ..engines import ENGINES, Engine, facts, fitting_engine_file, load_engine, status
 from ..engines.base import noise_for
 from ..errors import UserError
 from ..machine import machine
@@ -103,7 +103,8 @@ def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:
     fewer = {"threads": cores} if 0 < cores < (machine().threads or 0) else {}
     for engine in reversed(tuple(ENGINES)):
         known = facts(engine)
-        if "cpu" not in known.auto or known.engine_files or not status(engine).ok:
+        able = fitting_engine_file(bundle, component, "cpu", [engine]) if known.engine_files else "cpu" in known.auto
+        if not able or not status(engine).ok:
             continue
         if record.int8 and record.format not in known.formats:
             continue
@@ -193,7 +194,7 @@ def _images(
                 name: load_engine(bundle, name, choice.engine, verify=False, **choice.options)
                 for name, choice in choices.items()
             }
-            pipelines[way] = loaded.enter_context(Pipeline(bundle, engines))
+            pipelines[way] = loaded.enter_context(Pipeline(bundle, engines, text_cache=0))
         calls = {way: partial(pipe, "a photo", output_type="np") for way, pipe in pipelines.items()}
         made = {way: np.asarray(call().images[0]) for way, call in calls.items()}
         samples: dict[str, list[float]] = {way: [] for way in ways}

@@ -149,7 +149,7 @@ def load(bundle: Bundle, variant: Variant, **options: Any) -> Pipeline:
     engines = {
         name: load_engine(bundle, name, variant.engine, verify=False, **variant.options, **options) for name in names
     }
-    return Pipeline(bundle, engines)
+    return Pipeline(bundle, engines, text_cache=0)  # every image pays for its prompt
 
 
 def _has_gpu() -> bool:

@@ -223,7 +223,8 @@ def build_device(args: argparse.Namespace) -> int | None:
     if args.device is None:
         return None
     if (index := index_of(args.device)) is None:
-        raise UserError("TensorRT engine files are built on a GPU", "--device cuda; or --engine tensorrt-rtx")
+        fix = "--device cuda; or --engine tensorrt-rtx, or aoti"
+        raise UserError("TensorRT engine files are built on a GPU", fix)
     return index
 
 
@@ -245,22 +246,39 @@ def build_engine_files(
     """Build engine files of an engine with `add_build`'s arguments; shows progress and announcements on stderr."""
     from rich.console import Console
 
-    from accel.export.tensorrt.build import build
-
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with progress(console=console) as report:
+        common: dict[str, Any] = dict(
+            profiles=profiles,
+            force=args.overwrite,
+            progress=report,
+            announce=lambda line: console.print(printable(line), markup=False),
+        )
+        if engine == "aoti":
+            from accel.export.aoti.build import build as build_aoti
+
+            refuse_tensorrts(args)
+            return build_aoti(bundle, components, device=args.device or "auto", **common)
+        from accel.export.tensorrt.build import build
+
         return build(
             bundle,
             components,
             engine=engine,
             targets=args.targets,
-            profiles=profiles,
             options=build_options(args),
             device=build_device(args),
-            force=args.overwrite,
-            progress=report,
-            announce=lambda line: console.print(printable(line), markup=False),
+            **common,
         )
+
+
+def refuse_tensorrts(args: argparse.Namespace) -> None:
+    """Refuse what only TensorRT's builder takes."""
+    options = build_options(args)
+    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    for name in [*given, *(["targets"] if args.targets else [])]:
+        flag = "--no-timing-cache" if name == "timing_cache" else f"--{name.replace('_', '-')}"
+        raise UserError(f"AOTInductor does not take {flag}: it is an option of TensorRT's builder", f"leave {flag} out")
 
 
 def next_command(bundle: Any, how: str = "") -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..bundle import Bundle, Component, foreign
 from ..command_line.parser import renamed
-from ..engines import ENGINES, status
+from ..engines import ENGINES, engine_file_engines, status
+from ..engines.select import place
 from ..errors import UserError
 from ..int8 import summary
 from ..progress import progress
@@ -109,24 +110,21 @@ def _print_answers(answers: Mapping[str, Any], title: str) -> None:
             print(f"      built: {size}; {answer.built}")
 
 
-def _here(engine: str) -> tuple[engine_files.Here | None, UserError | None]:
-    """The library and GPU that engine files of an engine would run on, or the error that says why there are none."""
-    from ..trt import library
-    from ..trt.cuda import Cuda
-
+def _here(engine: str) -> tuple[engine_files.Place | None, UserError | None]:
+    """The library and device that engine files of an engine would run on, or the error that says why there are none."""
     try:
-        found, state = library.load(engine), status(engine)
+        state = status(engine)
         if not state.ok:
             raise UserError(state.detail, state.fix)
-        return engine_files.Here.of(found, Cuda()), None
+        return place(engine), None
     except UserError as error:
         return None, error
 
 
 def _engine_files(bundle: Bundle) -> list[dict]:
-    """The TensorRT engine files beside a bundle, and the pre-flight's answer for each on this machine."""
+    """The engine files beside a bundle, and the pre-flight's answer for each on this machine."""
     found = engine_files.find(bundle)
-    places = {engine: _here(engine) for engine in BY_ENGINE if found}
+    places = {engine: _here(engine) for engine in engine_file_engines() if found}
     rows = []
     for file in found:
         if isinstance(file, UserError):

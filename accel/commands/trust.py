@@ -1,4 +1,4 @@
-"""Sign TensorRT engine files that you have not built yourself, so that they may run."""
+"""Sign engine files that you have not built yourself, so that they may run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
             "key": file.key,
             "sha256": file.record["plan"]["sha256"],
             "gpu": file.identity["gpu"],
-            "tensorrt": file.identity["tensorrt"],
+            "tensorrt": file.identity.get("tensorrt"),
+            "engine": file.engine,
             "built_for": file.built_for,
             "built": file.record["built"],
         }
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             f"built {row['built'][:16]}, sha256 {row['sha256']}"
         )
     if not readable:
-        print(f"{bundle.path} has no TensorRT engine files")
+        print(f"{bundle.path} has no engine files")
     elif not foreign:
         print(f"{len(readable)} engine files, all signed by you already")
     elif args.yes:

@@ -44,7 +44,7 @@ class Facts:
             weight-only ones, keeps weights so. What is not here is rounded and multiplied in float.
         engine_files: whether it runs engine files, which `accel build` makes.
         reads_graph: whether it needs the ONNX graph, which a diffusers pipeline folder does not have.
-        auto: where `auto` may choose it by itself: "cpu", "cuda".
+        auto: where `auto` may choose it by itself: "cpu", "cuda", or "engine file": where the bundle has one that fits.
         variants: suffixes of the variants that a benchmark measures by default; "" is the engine without a suffix.
         gpu_variants: further ones on a machine with a CUDA device.
         tunes: options that are on by default, and that `accel tune` also tries switched off.
@@ -96,11 +96,13 @@ class Engine(Resource, ABC):
         component: the manifest's record: inputs, outputs, dims.
         native: "numpy" or "torch".
         description: what really runs, for people: provider, device, dtype.
+        epoch: how often its weights have changed.
     """
 
     name: str
     native: str = "numpy"
     description: str = ""
+    epoch = 0
     what, again = "engine", "accel.load_engine(BUNDLE, COMPONENT, ENGINE) loads one"
 
     def __init__(self, bundle: Bundle, component: Component):

@@ -8,13 +8,15 @@ import sysconfig
 import threading
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, Component
 from ..errors import Notice, UserError
+from ..trt.cuda import Cuda, index_of
 from . import eager
+from .artifacts import kept
 from .base import Status
 
 # torch's compiler keeps state for the whole process: a second thread that enters it fails, or compiles again.
@@ -66,6 +68,7 @@ class Compile(eager.Eager):
         dynamic: compile once for all sizes instead of once per size.
         regional: compile a transformer block once and use it for all that are alike, and leave the rest to eager torch:
             a fraction of the time of the first call. Networks without such blocks are compiled whole.
+        cache: keep what was compiled in accel's cache, for the next process (`artifacts.kept`).
     """
 
     name = "compile"
@@ -78,6 +81,7 @@ class Compile(eager.Eager):
         mode: str = "default",
         dynamic: bool = False,
         regional: bool = False,
+        cache: bool = True,
         **options: Any,
     ):
         if mode not in MODES:
@@ -100,14 +104,27 @@ class Compile(eager.Eager):
         else:
             self.module = torch.compile(self.module, **how)
         self.description += f", torch.compile {mode}" + (" of repeated blocks" if regional else "")
-        self._called, self._captures = False, mode in _CAPTURING and self.device.startswith("cuda")
+        chosen = {name: value for name, value in options.items() if name != "weights"}
+        self._kept = partial(
+            kept.path_for,
+            bundle,
+            component.name,
+            how | {"regional": regional, "device": self.device, "dtype": str(self.dtype)} | chosen,
+            gpu=Cuda(index_of(self.device) or 0).gpu.name if self.device.startswith("cuda") else "",
+        )
+        self._cache, self._shapes = cache, set[tuple[Any, ...]]()
+        self._captures = mode in _CAPTURING and self.device.startswith("cuda")
 
     def run(self, feeds):
-        if not self._called:
-            self._called = True
-            _note_compiling()
+        sizes = self.sizes(feeds)
         with _TURN:
-            outputs = super().run(feeds)
+            if (shape := tuple(sorted(sizes.items()))) in self._shapes:
+                outputs = super().run(feeds)
+            else:
+                _note_compiling()
+                run = partial(super().run, feeds)
+                outputs = kept.compiled(self._kept(sizes), run) if self._cache else run()
+                self._shapes.add(shape)
             # With torch's CUDA graphs the next call overwrites what this one returned.
             return {name: value.clone() for name, value in outputs.items()} if self._captures else outputs
 

@@ -108,7 +108,7 @@ class Eager(Engine):
 
         torch_graphs.check(cuda_graph)
         self.cuda_graph = cuda_graph if component.kind in torch_graphs.CAPTURED else "off"
-        self.epoch, self._local = 0, threading.local()
+        self._local = threading.local()
         offloading.check(offload)
         if offload and cuda_graph != "off":
             raise UserError("captured CUDA graphs hold their weights on the GPU", "leave --cuda-graph or --offload out")

@@ -1,11 +1,13 @@
 """ONNX Runtime: CPU everywhere, CUDA and TensorRT where onnxruntime-gpu is installed, and plugin providers.
 
-Needs neither torch nor diffusers. With CUDA or TensorRT and torch present, tensors stay on the GPU between calls.
+Needs neither torch nor diffusers. With CUDA or TensorRT and torch present, tensors stay on the GPU between calls, and
+runs are queued on a stream of torch's: nobody waits for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -14,11 +16,14 @@ import numpy as np
 
 from ..bundle import Bundle, Component
 from ..bundle.graph_file import float32_values, graph
+from ..bundle.tensor_spec import TensorSpec
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, UserError
 from ..providers import gpu, plugins
+from ..providers.bindings import Bindings
 from ..providers.built_in import PROVIDERS
 from ..providers.route import NAMES, NO_EP_CONTEXT, Route, find
+from ..trt.cuda import Cuda, index_of
 from .base import Engine, Facts, Status, check_threads, note_saturation, to_torch
 from .folds import in_onnx
 
@@ -117,14 +122,17 @@ class OnnxRuntime(Engine):
             raise UserError(f"provider {route.name} takes no io_binding: its tensors are numpy arrays", "leave it out")
         if component.format == "int8" and route.name == "cpu":
             note_saturation()
+        self.place = route.place
+        on_gpu = route.place.startswith("cuda")
+        self.binding = (on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
+        self.native = "torch" if self.binding else "numpy"
+        self.cuda = Cuda(index_of(route.place) or 0) if on_gpu and self.binding else None
+        self.device = self.cuda.device if self.cuda else route.place if on_gpu else "cpu"  # where its tensors are
+        if self.cuda:
+            self.stream, self._turn = self.cuda.stream(), threading.Lock()
+            route = route.on_stream(self.cuda.handle(self.stream))
         self._open = partial(self._session, bundle, route, threads, folds, session or {})
         self.set_weights(weights or {})
-        self.place = route.place
-        self.on_gpu = route.place.startswith("cuda")
-        self.binding = (self.on_gpu and find_spec("torch") is not None) if io_binding is None else io_binding
-        self.native = "torch" if self.binding else "numpy"
-        self.device = route.place if self.on_gpu else "cpu"  # where its tensors are
-        self.device_id = int(self.device.partition(":")[2] or 0)
         where = f" on {route.place}" if route.plugin else ""
         self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (
             f", {component.format}" if component.int8 else ""
@@ -180,6 +188,8 @@ class OnnxRuntime(Engine):
 
     def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         self.session, self._held = self._open(tensors)
+        self._bindings = Bindings(self.session, self.device, queued=self.cuda is not None)
+        self.epoch += 1
 
     def array(self, value: Any) -> Any:
         return to_torch(value, self.device) if self.binding else super().array(value)
@@ -191,27 +201,21 @@ class OnnxRuntime(Engine):
         return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        import torch
-
-        device = "cuda" if self.on_gpu else "cpu"
         sizes = self.sizes(feeds)
-        binding = self.session.io_binding()
+        if self.cuda is None:
+            return self._run_on(feeds, lambda spec: _empty(spec, sizes, self.device))
+        cuda = self.cuda
+        # Queued behind what the caller has queued, and before what the caller queues next: nobody waits. One thread at
+        # a time, because all runs of the session share its stream.
+        with self._turn, cuda.active():
+            outputs = {s.name: cuda.empty(s.concrete(sizes), s.dtype) for s in self.component.outputs}
+            with cuda.on(self.stream):
+                return self._run_on(feeds, lambda spec: outputs[spec.name])
+
+    def _run_on(self, feeds: Mapping[str, Any], output: Callable[[TensorSpec], Any]) -> dict[str, Any]:
         held = {name: value.contiguous() for name, value in feeds.items()}
-        for spec in self.component.inputs:
-            tensor = held[spec.name]
-            binding.bind_input(
-                spec.name, device, self.device_id, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr()
-            )
-        outputs = {}
-        for spec in self.component.outputs:
-            tensor = torch.empty(spec.concrete(sizes), dtype=torch_dtype(spec.dtype), device=self.device)
-            binding.bind_output(
-                spec.name, device, self.device_id, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr()
-            )
-            outputs[spec.name] = tensor
-        if self.on_gpu:
-            torch.cuda.current_stream(self.device).synchronize()
-        self.session.run_with_iobinding(binding)
+        outputs = {spec.name: output(spec) for spec in self.component.outputs}
+        self._bindings.run(held, outputs)
         return outputs
 
     @property
@@ -219,7 +223,13 @@ class OnnxRuntime(Engine):
         return self.place.partition(":")[0]
 
     def release(self) -> None:
-        del self.session, self._held, self._open
+        del self.session, self._held, self._open, self._bindings
+
+
+def _empty(spec: TensorSpec, sizes: Mapping[str, int], device: str) -> Any:
+    import torch
+
+    return torch.empty(spec.concrete(sizes), dtype=torch_dtype(spec.dtype), device=device)
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> OnnxRuntime:

@@ -160,6 +160,7 @@ class OpenVino(Engine):
 
     def set_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         model = self._compile(tensors)
+        self.epoch += 1
         with self.turn:
             # One request, taken in turns: more would take memory for activations, and a call uses all cores anyway.
             self.model, self.request = model, model.create_infer_request()

@@ -20,7 +20,7 @@ from ..trt.preflight import NoEngineFile
 from .base import Engine, Facts, Status
 
 if TYPE_CHECKING:
-    from ..trt.engine_files import EngineFile
+    from ..trt.engine_files import EngineFile, Place
 
 # Fastest first: the order in which `auto` asks.
 ENGINES: Mapping[str, str] = MappingProxyType(
@@ -29,6 +29,7 @@ ENGINES: Mapping[str, str] = MappingProxyType(
         "tensorrt-rtx": "accel.engines.tensorrt_rtx",
         "openvino": "accel.engines.openvino",
         "onnxruntime": "accel.engines.onnxruntime",
+        "aoti": "accel.engines.aoti",
         "compile": "accel.engines.compile",
         "eager": "accel.engines.eager",
     }
@@ -69,6 +70,20 @@ def computing_in(form: str) -> tuple[str, ...]:
 def engine_file_engines() -> tuple[str, ...]:
     """Engines that run engine files."""
     return tuple(name for name in ENGINES if facts(name).engine_files)
+
+
+def _by_engine_file() -> set[str]:
+    """Engines that `auto` takes where the bundle has an engine file that fits."""
+    return {name for name in engine_file_engines() if "engine file" in facts(name).auto}
+
+
+def place(name: str, device: str = "auto") -> Place | None:
+    """Where engine files of an engine would run; None where the device is not one of the engine's.
+
+    Raises:
+        UserError: when the library or the device is missing.
+    """
+    return _module(name).here(device)
 
 
 def _module(name: str) -> Any:
@@ -121,8 +136,8 @@ def choose(
     if others := _of_others(bundle):
         fits = [engine for engine in fits if engine in others] or others
     engine_file = (
-        fitting_engine_file(bundle, component.name, device, set(engine_file_engines()) & set(fits))
-        if bundle is not None and component is not None and set(engine_file_engines()) & set(fits)
+        fitting_engine_file(bundle, component.name, device, _by_engine_file() & set(fits))
+        if bundle is not None and component is not None and _by_engine_file() & set(fits)
         else None
     )
     if engine_file is None and not wanted and (found := _tuned(bundle, component)):
@@ -179,7 +194,7 @@ def _choose_quantized(component: Component, engine_file: EngineFile | None, fits
             "with --budget, they do not"
         )
     places: dict[str, Any] = {engine: machine_name() for engine in computing_in(component.format)}
-    places |= dict.fromkeys(engine_file_engines())
+    places |= dict.fromkeys(_by_engine_file())
     able = [engine for engine in fits if places.get(engine) and status(engine).ok]
     if engine_file is not None:
         places[engine_file.engine] = engine_file.identity["gpu"]
@@ -238,21 +253,17 @@ def fitting_engine_file(
 ) -> EngineFile | None:
     """The newest engine file of a component that fits here, but for its contents, which loading compares.
 
-    Costs nothing where there are no engine files, or the device is not a GPU.
+    Costs nothing where there are no engine files, or the device is not one of theirs.
 
     Args:
         engines: those that may run it; by default all that run engine files.
     """
-    from ..trt import engine_files, library, preflight
-    from ..trt.cuda import Cuda, index_of
+    from ..trt import engine_files, preflight
 
     readable = [file for file in engine_files.find(bundle, component) if isinstance(file, engine_files.EngineFile)]
-    index = index_of(device)
-    if not readable or index is None:
-        return None
     able = {file.engine for file in readable} & set(engine_file_engines() if engines is None else engines)
-    places = {name: engine_files.Here.of(library.load(name), Cuda(index)) for name in sorted(able) if status(name).ok}
-    return next((f for f in readable if f.engine in places and preflight.fits(bundle, f, places[f.engine]).ok), None)
+    places = {name: place(name, device) for name in sorted(able) if status(name).ok}
+    return next((f for f in readable if (here := places.get(f.engine)) and preflight.fits(bundle, f, here).ok), None)
 
 
 def load_engine(

@@ -11,13 +11,12 @@ from typing import Any
 
 from ..bundle import Bundle, Component
 from ..bundle.graph_file import graph_file
-from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..int8.formats import FORMATS
 from ..trt import library, preflight
 from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Bound, Captures, Graph, replay
-from ..trt.engine_files import EngineFile, Here, rebuild
+from ..trt.engine_files import Here, rebuild
 from ..trt.workspace import Workspace, workspace
 from .base import Engine, Facts, Status, to_torch
 from .refit import Refit
@@ -29,7 +28,7 @@ FACTS = Facts(
     options=("device", "cuda_graph", "engine_file", "allow_host_code"),
     formats=tuple(FORMATS),
     engine_files=True,
-    auto=(),  # only where the bundle has an engine file that fits
+    auto=("engine file",),  # only where the bundle has an engine file that fits
     variants=(),
     gpu_variants=("", "step"),
 )
@@ -103,13 +102,12 @@ class TensorRT(Engine):
     ) -> None:
         """Load an engine file's bytes on the current device."""
         self.engine = self._deserialize(data, allow_host_code)
-        self.component = replace(self.component, dims=_hull(self.component, self.engine_file))
+        self.component = replace(self.component, dims=self.engine_file.ranges(self.component))
         self._check_tensors()
         options = self.engine_file.identity["options"]
         if options["weight_streaming"]:
             own = self.engine.get_weight_streaming_automatic_budget
             self.engine.weight_streaming_budget_v2 = own() if streaming_budget is None else streaming_budget
-        self.epoch = 0
         self.refitted: dict[str, str] = {}  # name -> sha256 of the weights that are not the bundle's own
         self._local = threading.local()
         if options["strip_plan"]:
@@ -297,13 +295,10 @@ class TensorRT(Engine):
         del self.engine, self.runtime
 
 
-def _hull(component: Component, file: EngineFile) -> dict[str, Range]:
-    """The dimensions an engine takes: from the smallest to the largest of all its optimization profiles."""
-    dims = {}
-    for name, limits in component.dims.items():
-        low, best, high = zip(*(profile["dims"][name] for profile in file.identity["profiles"]), strict=True)
-        dims[name] = Range(min(low), best[0], max(high), limits.multiple)
-    return dims
+def here(device: str = "auto") -> Here | None:
+    """Where its engine files would run; None where the device is no GPU."""
+    index = index_of(device)
+    return None if index is None else Here.of(library.load(), Cuda(index))
 
 
 def load(bundle: Bundle, component: Component, **options: Any) -> TensorRT:

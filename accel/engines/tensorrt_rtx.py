@@ -13,8 +13,9 @@ from typing import Any
 from ..errors import UserError
 from ..int8.formats import FORMATS
 from ..trt import library, runtime_cache
-from ..trt.cuda import Cuda
+from ..trt.cuda import Cuda, index_of
 from ..trt.cuda_graphs import Bound
+from ..trt.engine_files import Here
 from ..trt.flavours import RTX, target_number, target_of
 from .base import Facts, Status
 from .tensorrt import TensorRT
@@ -27,7 +28,7 @@ FACTS = Facts(
     options=("device", "cuda_graph", "engine_file", "specialization"),
     formats=tuple(FORMATS),
     engine_files=True,
-    auto=(),  # only where the bundle has an engine file that fits
+    auto=("engine file",),  # only where the bundle has an engine file that fits
     variants=(),
     gpu_variants=("", "step"),
 )
@@ -138,6 +139,12 @@ def _reasons(trt: Any, diagnostics: int) -> str:
     """The diagnostics of an engine's validity, a bit mask, in words."""
     found = [name for name, member in trt.EngineInvalidityDiagnostics.__members__.items() if diagnostics & int(member)]
     return ", ".join(name.replace("_", " ").lower() for name in found) or f"diagnostics {diagnostics}"
+
+
+def here(device: str = "auto") -> Here | None:
+    """Where its engine files would run; None where the device is no GPU."""
+    index = index_of(device)
+    return None if index is None else Here.of(library.load(RTX.engine), Cuda(index))
 
 
 def load(bundle: Any, component: Any, **options: Any) -> TensorRTRTX:

@@ -17,6 +17,7 @@ from ..pipeline import Pipeline, read_embeddings
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
 from ..safety import COMPONENT as SAFETY_CHECKER
+from ..text.cache import SIZE
 from .compiled import compiled, profile_around
 
 
@@ -36,6 +37,7 @@ def load(
     embeddings: Any = None,
     vae_tiling: bool | None = None,
     vae_tile: int | None = None,
+    text_cache: int = SIZE,
     **options: Any,
 ) -> Pipeline:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
@@ -70,6 +72,8 @@ def load(
         vae_tiling: decode (and encode) large images in overlapping tiles, as `Pipeline.enable_vae_tiling`; None
             for yes where the bundle was exported for tiles.
         vae_tile: side of a tile in pixels, which enables tiling too; None for diffusers' own, or the bundle's.
+        text_cache: of how many calls to keep what the text encoders made, so that the same prompts do not run them
+            again; 0 for none.
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
@@ -83,9 +87,9 @@ def load(
     how = dict(export=export, few_step=few_step, safety_checker=safety_checker, embeddings=embeddings)
     ready = runnable(bundle, engine, **how)
     changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
-    tiling = dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+    own = dict(vae_tiling=vae_tiling, vae_tile=vae_tile, text_cache=text_cache)
     memory = dict(low_memory=low_memory, offload=offload, text_encoder_dtype=text_encoder_dtype)
-    return load_opened(ready, engine, verify=verify, **memory, **changed, **tiling, **options)
+    return load_opened(ready, engine, verify=verify, **memory, **changed, **own, **options)
 
 
 def _at(model: Any, revision: str) -> str:

@@ -214,6 +214,12 @@ def check_switch(name: str, value: Any) -> None:
         raise UserError(f"invalid {name}: {short(value)} (expected True or False)", f"such as {name}=False")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number from 0 on."""
+    if not _whole(value) or value < 0:
+        raise UserError(f"invalid {name}: {short(value)} (expected a whole number, 0 for none)", f"such as {name}=16")
+
+
 def short(value: Any) -> str:
     """A value in few words: never the numbers of an array."""
     if _array(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,22 +54,68 @@ def encode(
         `encoder_hidden_states` [N, chunks * 77, D]; for SDXL also `text_embeds` [N, P], the second encoder's pooled
         output of the first context.
     """
-    hidden, pooled = [], None
-    for tokenizer, engine in encoders.values():
+    how = dict(chunks=chunks, weighted=weighted)
+    words = [Tokens.of(tokenizer, prompts, **how) for tokenizer, _ in encoders.values()]
+    return encoded([engine for _, engine in encoders.values()], words, (clip_skip,))[clip_skip]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a text encoder is shown of N prompts.
+
+    Attributes:
+        ids: int64 [N, chunks, 77].
+        weights: float32, alike.
+        empty: the ids of no prompt, [1, 77].
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    empty: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: ClipTokenizer, prompts: Sequence[str], *, chunks: int = 1, weighted: bool = False) -> Tokens:
         ids, weights = tokenize(tokenizer, prompts, chunks=chunks, weighted=weighted)
-        outputs = _run(engine, ids.reshape(-1, ids.shape[-1]))
+        return cls(ids, weights, tokenize(tokenizer, [""])[0][:, 0])
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that it says, to be compared."""
+        return self.ids.shape, self.ids.tobytes(), self.weights.tobytes(), self.empty.tobytes()
+
+
+def encoded(
+    engines: Sequence[Engine], words: Sequence[Tokens], clip_skips: Sequence[int] = (0,)
+) -> dict[int, dict[str, Any]]:
+    """Text embeddings of what each text encoder is shown, in one call of each that takes as many rows.
+
+    Args:
+        clip_skips: how many of the last layers to do without; each is a result of its own, of the same calls.
+
+    Returns:
+        {clip_skip: as `encode` has it}.
+    """
+    hidden: dict[int, list[Any]] = {skip: [] for skip in clip_skips}
+    pooled = None
+    for engine, shown in zip(engines, words, strict=True):
+        count, chunks, length = shown.ids.shape
+        outputs = _run(engine, shown.ids.reshape(-1, length))
         # SDXL reads the last but one hidden state of its encoders (arXiv 2307.01952, section 2.1).
         layers = sum(name.startswith("hidden_states.") for name in outputs)
-        name = hidden_state(layers, clip_skip)
-        states = outputs[name]
-        if (weights != 1).any():
-            empty = _run(engine, tokenize(tokenizer, [""])[0][:, 0])[name]
-            states = empty + engine.array(weights.reshape(-1, weights.shape[-1], 1)) * (states - empty)
-        hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
+        empty = _run(engine, shown.empty) if (shown.weights != 1).any() else None
+        for skip, states in hidden.items():
+            name = hidden_state(layers, skip)
+            made = outputs[name]
+            if empty is not None:
+                made = empty[name] + engine.array(shown.weights.reshape(-1, length, 1)) * (made - empty[name])
+            states.append(made.reshape(count, -1, made.shape[-1]))
         if layers and "text_embeds" in outputs:
             pooled = outputs["text_embeds"][::chunks]
-    made = {"encoder_hidden_states": hidden[0] if len(hidden) == 1 else concat(hidden, axis=-1)}
-    return made if pooled is None else made | {"text_embeds": pooled}
+    more = {} if pooled is None else {"text_embeds": pooled}
+    return {
+        skip: {"encoder_hidden_states": states[0] if len(states) == 1 else concat(states, axis=-1)} | more
+        for skip, states in hidden.items()
+    }
 
 
 def hidden_state(layers: int, clip_skip: int) -> str:

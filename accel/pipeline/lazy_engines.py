@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class LazyEngines(Mapping[str, Engine], Resource):
     ):
         self._loaders, self.offload, self._weights = dict(loaders), offload, dict(weights or {})
         self._loaded: dict[str, Engine] = {}
+        self._changes, self._epochs = 0, dict[str, int]()
         self.descriptions: dict[str, str] = {}
         self._loading, self._image = threading.RLock(), threading.RLock()
 
@@ -55,6 +56,7 @@ class LazyEngines(Mapping[str, Engine], Resource):
                 more = {"weights": self._weights[name]} if self._weights.get(name) else {}
                 self._loaded[name] = self._loaders[name](**more)
                 self.descriptions[name] = getattr(self._loaded[name], "description", "")
+                self._epochs[name] = self._epoch(name)
             return self._loaded[name]
 
     def set_weights(self, weights: Mapping[str, Mapping[str, Any]]) -> None:
@@ -76,6 +78,17 @@ class LazyEngines(Mapping[str, Engine], Resource):
                     self._loaded[name].set_weights(before.get(name, {}))
                 raise
             self._weights = dict(weights)
+            self._changes += 1
+            self._epochs = {name: self._epoch(name) for name in self._loaded}
+
+    def state(self, names: Iterable[str]) -> Hashable:
+        """What the weights of these engines are: it changes with them, and not when an engine is loaded again."""
+        with self._loading:
+            changed = tuple(self._epoch(name) - self._epochs[name] if name in self._loaded else 0 for name in names)
+            return self._changes, changed
+
+    def _epoch(self, name: str) -> int:
+        return getattr(self._loaded[name], "epoch", 0)
 
     def turn(self) -> AbstractContextManager:
         """A context for one image: with `offload` one thread at a time, because its end closes engines."""

@@ -20,6 +20,7 @@ from ..models.lora import for_bundle
 from ..models.lora.files import Spec
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..safety import SafetyChecker
+from ..text.cache import SIZE
 from . import arguments
 from .lazy_engines import LazyEngines, component_names, present
 from .pipeline import Pipeline, default_call, tokenizers_of
@@ -70,6 +71,7 @@ def load(
     embeddings: embedding_files.Spec | Sequence[embedding_files.Spec] | None = None,
     vae_tiling: bool | None = None,
     vae_tile: int | None = None,
+    text_cache: int = SIZE,
     **options: Any,
 ) -> Pipeline:
     """Load a bundle, or a diffusers pipeline as it is; nothing is compiled. `accel.load` describes the arguments.
@@ -80,8 +82,9 @@ def load(
     if isinstance(bundle, (str, Path)) and not _is_pipeline(bundle):
         how = dict(verify=verify, low_memory=low_memory, offload=offload, loras=loras, embeddings=embeddings, **options)
         how |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile, safety_checker=safety_checker)
-        how |= dict(text_encoder_dtype=text_encoder_dtype)
+        how |= dict(text_encoder_dtype=text_encoder_dtype, text_cache=text_cache)
         return steadily(bundle, lambda found: load(found, engine, **how))
+    arguments.check_count("text_cache", text_cache)
     given, bundle = bundle, opened(bundle, safety_checker=safety_checker)
     if not isinstance(engine, (str, Mapping)):
         raise UserError(f"invalid engine: {arguments.short(engine)} (expected a name)", "such as engine='onnxruntime'")
@@ -134,7 +137,7 @@ def load(
     if not engines.offload:
         for name in wanted:  # the others, such as the VAE encoder, wait for their first use
             engines[name]
-    pipeline = Pipeline(bundle, engines, fused, learned)
+    pipeline = Pipeline(bundle, engines, fused, learned, text_cache=text_cache)
     set_tiling(pipeline, vae_tiling, vae_tile)
     return pipeline
 

@@ -25,6 +25,7 @@ from ..models.lora.for_bundle import Fused, fused
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..safety import SafetyChecker
 from ..sampling.constants import OPTIONS
+from ..text.cache import SIZE, TextCache
 from ..text.tokenizer import ClipTokenizer
 from . import arguments
 from . import request as requests
@@ -51,6 +52,7 @@ class Pipeline(Resource):
         safety_checker: what looks at its images and lets the rejected ones become black; None where there is none,
             and it may be set to None, as in diffusers.
         embeddings: the learned tokens that it runs with.
+        text_cache: the conditioning of the latest prompts.
         tiling: how the VAE sees images (`enable_vae_tiling`); None for whole ones.
     """
 
@@ -62,6 +64,8 @@ class Pipeline(Resource):
         engines: Mapping[str, Engine],
         lora: Fused = Fused(),  # noqa: B008
         learned: Placed = Placed(),  # noqa: B008
+        *,
+        text_cache: int = SIZE,
     ):
         self.bundle = bundle
         self.engines = engines if isinstance(engines, LazyEngines) else LazyEngines.of(engines)
@@ -69,6 +73,7 @@ class Pipeline(Resource):
         self.safety_checker = SafetyChecker.of(bundle) if SAFETY_CHECKER in self.engines else None
         self._tokenizers = tokenizers_of(bundle, engines)
         self._use(lora, learned)
+        self.text_cache = TextCache(text_cache)
         self.tiling: VaeTiling | None = None
         self._previewer: Previewer | None = None
         if bundle.manifest.profile.vae_tile:
@@ -191,7 +196,7 @@ class Pipeline(Resource):
         made = self.request(call)
         if generator is not None:
             made = self._with_generator(made, generator)
-        run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made)
+        run = Run(self.bundle, self.engines, self.tokenizers, self.schedule, made, self.text_cache)
         step_end = None if callback_on_step_end is None else step_end_of(self, callback_on_step_end, made.plan.start)
         decode = call["output_type"] != "latent"
         nsfw = None

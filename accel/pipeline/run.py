@@ -23,6 +23,7 @@ from ..safety import SafetyChecker
 from ..sampling import noise
 from ..sampling import samplers as sampler
 from ..sampling.linear import run
+from ..text.cache import TextCache
 from ..text.tokenizer import ClipTokenizer
 from . import arguments, conditioning, control
 from .denoise import Part, predict
@@ -63,7 +64,9 @@ class Run:
         tokenizers: Mapping[str, ClipTokenizer],
         schedule: sampler.NoiseSchedule,
         request: Request,
+        cache: TextCache | None = None,
     ):
+        self.cache = cache or TextCache(0)
         self.request, self.plan = request, request.plan
         self.engines, self.tokenizers, self.schedule = engines, tokenizers, schedule
         self.manifest, self.constants = bundle.manifest, bundle.manifest.pipeline
@@ -116,17 +119,28 @@ class Run:
 
     def texts(self, chunk: Chunk) -> dict[str, Any]:
         """Text conditioning for the whole (doubled) batch of a chunk."""
-        encoders = {name: (self.tokenizers[name], self.engines[name]) for name in self.tokenizers}
         context = next(s for s in self.manifest.components["unet"].inputs if s.name == "encoder_hidden_states")
         length = next(iter(self.tokenizers.values())).length
-        how = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
-        feeds = _encode(encoders, chunk.prompts, clip_skip=self.request.clip_skip, **how)
-        if self.plan.guided:
-            without = _encode(encoders, chunk.negatives or [""] * len(chunk.prompts), **how)
-            if chunk.negatives is None and self.constants["zero_empty_prompt"]:
-                without = {name: value * 0 for name, value in without.items()}
-            feeds = {name: concat([without[name]] * (self.plan.rows - 1) + [value]) for name, value in feeds.items()}
-        return feeds
+        how: dict[str, Any] = dict(chunks=max(1, int(context.shape[1]) // length), weighted=self.request.weighted)
+        zero = self.plan.guided and chunk.negatives is None and self.constants["zero_empty_prompt"]
+        negatives = chunk.negatives or [""] * len(chunk.prompts)
+        negatives = negatives if self.plan.guided and not zero else []
+        distinct = list(dict.fromkeys([*negatives, *chunk.prompts]))  # each text is encoded once
+        words = [conditioning.Tokens.of(tokenizer, distinct, **how) for tokenizer in self.tokenizers.values()]
+        shown, hidden = ([distinct.index(text) for text in texts] for texts in (chunk.prompts, negatives))
+        skip, rows = self.request.clip_skip, self.plan.rows
+
+        def encoded() -> dict[str, Any]:
+            engines = [self.engines[name] for name in self.tokenizers]
+            made = conditioning.encoded(engines, words, (skip, 0) if hidden else (skip,))
+            feeds = {name: value[shown] for name, value in made[skip].items()}
+            if not self.plan.guided:
+                return feeds
+            without = {name: value * 0 if zero else made[0][name][hidden] for name, value in feeds.items()}
+            return {name: concat([without[name]] * (rows - 1) + [value]) for name, value in feeds.items()}
+
+        what = (tuple(shown), tuple(hidden), zero, skip, rows, tuple(text.key for text in words))
+        return dict(self.cache.get((self.engines.state(self.tokenizers), what), encoded))
 
     def image_prompts(self) -> tuple[np.ndarray, Any] | None:
         """Embeddings of all pictures that an IP-Adapter is shown, and of none; None where there are none."""
@@ -179,6 +193,14 @@ class Run:
             return unet.array(noise.normal(chunk.seeds, i + 1, self.shape))
         return cast(unet.array(self.request.renoise(i)[chunk.rows]), "float32")
 
+    def drawn(self, chunk: Chunk) -> dict[int, Any]:
+        """`fresh` of every step of a table, in one upload before the first step: in each it would wait for the last."""
+        if self.plan.table is None or self.request.renoise is not None or not self.plan.table.draws:
+            return {}
+        steps = self.plan.table.draws
+        made = np.stack([noise.normal(chunk.seeds, i + 1, self.shape) for i in steps])
+        return dict(zip(steps, self.engines["unet"].array(made), strict=True))
+
     def _denoise(self, chunk: Chunk, text: dict[str, Any], start: Start, steps: _Steps, hooks: Hooks) -> np.ndarray:
         unet, plan = self.engines["unet"], self.plan
         names = {s.name for s in unet.component.inputs}
@@ -195,8 +217,10 @@ class Run:
             seen[:] = x, out
             return out
 
+        drawn = self.drawn(chunk)
+
         def fresh(i: int) -> Any:
-            return self.fresh(chunk, i)
+            return drawn[i] if i in drawn else self.fresh(chunk, i)
 
         def after(i: int, t: float, x: Any) -> None:
             nonlocal row
@@ -291,14 +315,6 @@ def extra_rows(plan: SamplingPlan, start: Start, unet: Engine) -> list[Any]:
         return []
     extra = unet.array(start.extra)
     return [extra * 0, extra, extra] if plan.rows == 3 else [extra] * plan.rows
-
-
-def _encode(encoders: Mapping[str, Any], prompts: Sequence[str], **how: Any) -> dict[str, Any]:
-    """Each distinct text is encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    found = conditioning.encode(encoders, distinct, **how)
-    index = [distinct.index(prompt) for prompt in prompts]
-    return {name: value[index] for name, value in found.items()}
 
 
 def _of_chunk(values: np.ndarray, chunk: Chunk, total: int) -> np.ndarray:

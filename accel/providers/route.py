@@ -22,6 +22,7 @@ NO_EP_CONTEXT = (
     "accel neither makes nor loads EPContext models: they are compiled code that nobody has signed",
     "engine files are signed, and are made without a GPU: accel build BUNDLE --engine tensorrt-rtx",
 )
+_STREAM = "user_compute_stream"
 _RECORD = "session.record_ep_graph_assignment_info"
 
 
@@ -70,6 +71,19 @@ class Route:
             for link in self.chain
         )
         return replace(self, chain=links, options={k: v for k, v in self.options.items() if k not in _OFF})
+
+    def on_stream(self, handle: int) -> Route:
+        """The same route with its work on a stream that the caller has made, unless its options name one.
+
+        Args:
+            handle: the stream's address (`cudaStream_t`).
+        """
+        names = {PROVIDERS["cuda"], PROVIDERS["tensorrt"]}
+        links = tuple(
+            (link[0], {_STREAM: str(handle)} | link[1]) if not isinstance(link, str) and link[0] in names else link
+            for link in self.chain
+        )
+        return replace(self, chain=links)
 
     def check(self, session: Any, component: Component) -> None:
         """Make sure that the provider runs the graph, and say what it left to the CPU.

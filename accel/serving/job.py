@@ -175,7 +175,7 @@ class Job:
 def jobs_of(pipeline: Pipeline, order: Order) -> list[Job]:
     """The images of an order that shares calls."""
     parts = (pipeline.bundle, pipeline.engines, pipeline.tokenizers, pipeline.schedule)
-    return [Job(order, i, Run(*parts, request)) for i, request in enumerate(order.requests)]
+    return [Job(order, i, Run(*parts, request, pipeline.text_cache)) for i, request in enumerate(order.requests)]
 
 
 def can_share(pipeline: Pipeline, request: Request) -> bool:

@@ -1,9 +1,10 @@
-"""TensorRT engine files beside a bundle: their identity, their records, and the command that rebuilds one.
+"""Engine files beside a bundle: their identity, their records, and the command that rebuilds one.
 
-    my-bundle/engines/<key>/unet.plan  unet.json  unet.sig
+    my-bundle/engines/<key>/unet.plan (or unet.pt2)  unet.json  unet.sig
 
-An engine file is a serialized TensorRT engine. NVIDIA also calls it a plan, hence the extension `.plan` and the key
-"plan" of a record: both stay as they are, because records written by earlier versions have to load.
+An engine file is a serialized TensorRT engine, or a package of AOTInductor. NVIDIA also calls it a plan, hence the
+extension `.plan` and the key "plan" of every record: both stay as they are, because records written by earlier versions
+have to load.
 
 The key is the digest of everything that changes an engine. `unet.json` records what it was built from, for and with;
 `unet.sig` is this user's signature of that text. `preflight` decides whether an engine file may and can run here.
@@ -19,15 +20,18 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from .. import records
 from ..bundle import Bundle, Component, limits
+from ..bundle.shape_profiles import Range
 from ..errors import UserError
 from ..files import digest_of, inside, parse_json, read_bytes, write_bytes
 from . import trust
 from .cuda import Cuda
-from .library import Library
+from .flavours import BY_ENGINE, RTX, runs_on, target_of
+from .library import Library, numbers
 
 SCHEMA = 1
 FOLDER = "engines"
@@ -42,9 +46,50 @@ _REQUIRED = {
     "plan": {"bytes": int, "sha256": str},
     "audit": dict,
     "built": str,
-    "identity": dict.fromkeys(("tensorrt", "gpu", "compute_capability", "platform"), str)
-    | {"options": dict, "profiles": list[_PROFILE]},
+    "identity": {"platform": str, "options": dict, "profiles": list[_PROFILE]},
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an engine's engine files are.
+
+    Attributes:
+        title: what makes them, in messages.
+        suffix: of their names.
+        identity: what their identity holds beside what every one does.
+    """
+
+    title: str
+    suffix: str
+    identity: Mapping[str, Any]
+
+
+_TENSORRT = dict.fromkeys(("tensorrt", "gpu", "compute_capability"), str)
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {engine: Kind(flavours[0].title, ".plan", _TENSORRT) for engine, flavours in BY_ENGINE.items()}
+    | {"aoti": Kind("AOTInductor", ".pt2", {"torch": str, "device": str, "gpu": str, "isa": list[str]})}
+)
+
+
+class Place(Protocol):
+    """Where engine files of an engine are built and run.
+
+    Attributes:
+        engine: the engine that runs them.
+        index: which of this machine's GPUs it is; None for the CPU.
+    """
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def index(self) -> int | None: ...
+
+    def identity(self) -> dict[str, Any]:
+        """The part of an engine's identity that comes from the place."""
+
+    def refuses(self, file: EngineFile) -> str:
+        """Why an engine file of its engine does not run here; empty where it does."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,51 @@ class Here:
         """What TensorRT-RTX builds for: cards of its targets, on any operating system."""
         return cls(found.version, "", "", "", engine=found.flavour.engine, targets=tuple(targets))
 
+    def identity(self) -> dict[str, Any]:
+        """The part of an engine's identity that comes from the place."""
+        return {
+            "tensorrt": self.tensorrt,
+            "gpu": self.gpu,
+            "compute_capability": self.compute_capability,
+            "platform": self.platform,
+            # Only where it is not TensorRT's own, so that the digests of engine files built so far stay what they are.
+            **({"engine": self.engine, "targets": list(self.targets)} if self.engine != "tensorrt" else {}),
+        }
+
+    def refuses(self, file: EngineFile) -> str:
+        """Why an engine does not run on this platform, TensorRT or GPU; empty where it does."""
+        built, options = file.identity, file.identity["options"]
+        if file.engine == RTX.engine:
+            return self._refuses_rtx(file)
+        if built["platform"] != self.platform:
+            return f"it was built on {built['platform']}, this is {self.platform}"
+        ours, theirs = numbers(self.tensorrt), numbers(built["tensorrt"])
+        later = ours > theirs and ours[0] - theirs[0] <= 1
+        if ours != theirs and not (options.get("version_compatible") and later):
+            return f"it was built with TensorRT {built['tensorrt']}, here is {self.tensorrt}"
+        if (built["gpu"], built["compute_capability"]) == (self.gpu, self.compute_capability):
+            return ""
+        level, capability = options.get("hardware_compatible"), tuple(map(int, self.compute_capability.split(".")))
+        ampere = level == "ampere_plus" and capability >= (8, 0)
+        same = level == "same_compute_capability" and built["compute_capability"] == self.compute_capability
+        if ampere or same:
+            return ""
+        return (
+            f"it was built for {built['gpu']} ({built['compute_capability']}), here is {self.gpu} "
+            f"({self.compute_capability})"
+        )
+
+    def _refuses_rtx(self, file: EngineFile) -> str:
+        """Engine files of TensorRT-RTX are bound to one version, and to no system."""
+        if file.identity["tensorrt"] != self.tensorrt:
+            return f"it was built with TensorRT-RTX {file.identity['tensorrt']}, here is {self.tensorrt}"
+        if not self.gpu:  # a place to build, not to run
+            return "" if file.targets == self.targets else "it was built for other targets"
+        if not runs_on(file.targets, self.compute_capability):
+            held = ", ".join(file.targets) or f"{RTX.default_targets[0]} and newer"
+            return f"it was built for {held}, here is {self.gpu} ({target_of(self.compute_capability)})"
+        return ""
+
 
 @dataclass(frozen=True)
 class EngineFile:
@@ -100,7 +190,7 @@ class EngineFile:
 
     @property
     def engine(self) -> str:
-        """The engine that runs it: "tensorrt" or "tensorrt-rtx"."""
+        """The engine that runs it: "tensorrt", "tensorrt-rtx" or "aoti"."""
         return str(self.identity.get("engine", "tensorrt"))
 
     @property
@@ -113,7 +203,17 @@ class EngineFile:
         """What it was built with and for, in words: "TensorRT 11.4.0.106, NVIDIA L4"."""
         if self.engine == "tensorrt":
             return f"TensorRT {self.identity['tensorrt']}, {self.identity['gpu']}"
+        if self.engine == "aoti":
+            return f"torch {self.identity['torch']}, {self.identity['gpu'] or 'CPU'}"
         return f"TensorRT-RTX {self.identity['tensorrt']}, {', '.join(self.targets) or 'Ampere and newer'}"
+
+    def ranges(self, component: Component) -> dict[str, Range]:
+        """The dimensions that it takes: from the smallest to the largest of all its optimization profiles."""
+        dims = {}
+        for name, own in component.dims.items():
+            low, best, high = zip(*(profile["dims"][name] for profile in self.identity["profiles"]), strict=True)
+            dims[name] = Range(min(low), best[0], max(high), own.multiple)
+        return dims
 
 
 def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
@@ -135,24 +235,16 @@ def sources(bundle: Bundle, component: Component) -> dict[str, Any]:
 
 
 def identity(
-    bundle: Bundle, component: Component, here: Here, profiles: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    bundle: Bundle, component: Component, here: Place, profiles: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that changes an engine.
 
     Args:
         profiles: optimization profiles as `export.tensorrt.shapes.described` gives them.
-        options: `export.tensorrt.build.BuildOptions.identity`.
+        options: those of the build that change the engine (`export.tensorrt.build.BuildOptions.identity`).
     """
-    return sources(bundle, component) | {
-        "tensorrt": here.tensorrt,
-        "gpu": here.gpu,
-        "compute_capability": here.compute_capability,
-        "platform": here.platform,
-        # Only where it is not TensorRT's own, so that the digests of engine files built so far stay what they are.
-        **({"engine": here.engine, "targets": list(here.targets)} if here.engine != "tensorrt" else {}),
-        "profiles": [dict(profile) for profile in profiles],
-        "options": dict(options),
-    }
+    own = {"profiles": [dict(profile) for profile in profiles], "options": dict(options)}
+    return sources(bundle, component) | here.identity() | own
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -162,7 +254,8 @@ def key_of(identity: Mapping[str, Any]) -> str:
 def save(bundle: Bundle, data: bytes, record: Mapping[str, Any]) -> EngineFile:
     """Write an engine file, then its record, then the signature: without a record, it was never finished."""
     text = (json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False) + "\n").encode()
-    path = inside(bundle.path, f"{FOLDER}/{record['key']}/{record['component']}.plan", "the engine file")
+    suffix = _kind(record).suffix
+    path = inside(bundle.path, f"{FOLDER}/{record['key']}/{record['component']}{suffix}", "the engine file")
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +284,10 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
     Raises:
         UserError: when its record is missing, damaged, of a newer schema, or outside the bundle.
     """
-    path = inside(bundle.path, f"{FOLDER}/{key}/{component}.plan", "the engine file")
     described = inside(bundle.path, f"{FOLDER}/{key}/{component}.json", "the engine file's record")
     if not described.is_file():
-        raise UserError(f"{path} has no {described.name}: accel did not build it", rebuild(bundle, component))
+        what = f"the engine file of {component} in {described.parent}"
+        raise UserError(f"{what} has no {described.name}: accel did not build it", rebuild(bundle, component))
     text, record = b"", None
     with contextlib.suppress(UserError, ValueError):
         text = read_bytes(described, "the engine file's record", 1 << 20)
@@ -203,13 +296,19 @@ def read(bundle: Bundle, key: str, component: str) -> EngineFile:
         raise UserError(f"{described} was written by a newer accel", "pip install --upgrade accel-diffusion")
     try:
         records.read(_REQUIRED, record, "record")
+        records.read(dict(_kind(record).identity), record["identity"], "record", "identity")
         if odd := next((text for text in limits.texts(record) if not text.isprintable()), None):
             raise ValueError(f"{odd!r:.80} is not a line of text")
     except ValueError as error:
         raise UserError(f"{described} is damaged ({error})", rebuild(bundle, component)) from None
     if record["component"] != component:
         raise UserError(f"{described} is damaged: it is of another component", rebuild(bundle, component))
-    return EngineFile(path, record, text)
+    return EngineFile(described.with_suffix(_kind(record).suffix), record, text)
+
+
+def _kind(record: Mapping[str, Any]) -> Kind:
+    engine = str(record["identity"].get("engine", "tensorrt"))
+    return KINDS.get(engine, KINDS["tensorrt"])
 
 
 def find(bundle: Bundle, component: str | None = None, engine: str | None = None) -> list[EngineFile | UserError]:
@@ -219,7 +318,9 @@ def find(bundle: Bundle, component: str | None = None, engine: str | None = None
         engine: only those that this engine runs.
     """
     found: list[EngineFile | UserError] = []
-    for path in sorted((bundle.path / FOLDER).glob(f"*/{component or '*'}.plan")):
+    suffixes = {kind.suffix for kind in KINDS.values()}
+    paths = [path for suffix in suffixes for path in (bundle.path / FOLDER).glob(f"*/{component or '*'}{suffix}")]
+    for path in sorted(paths):
         try:
             found.append(read(bundle, path.parent.name, path.stem))
         except UserError as error:
@@ -234,11 +335,12 @@ def digest_bytes(data: bytes) -> str:
 
 
 def rebuild(
-    bundle: Bundle, component: str, like: EngineFile | None = None, gpu: int = 0, engine: str = "tensorrt"
+    bundle: Bundle, component: str, like: EngineFile | None = None, gpu: int | None = 0, engine: str = "tensorrt"
 ) -> str:
-    """The command that builds an engine file of this component, on one of this machine's GPUs.
+    """The command that builds an engine file of this component, on one of this machine's GPUs or on its CPU.
 
     Args:
+        gpu: index of the GPU; None for the CPU.
         engine: the one that is to run it.
         like: repeat its build options and, where the bundle still takes them, its profiles. Only a signed engine file:
             what a stranger's record says must not be copied into a shell.
@@ -249,7 +351,8 @@ def rebuild(
         str(bundle.path),
         "--components",
         component,
-        *(["--engine", engine] if engine != "tensorrt" else ["--device", f"cuda:{gpu}"] if gpu else []),
+        *(["--engine", engine] if engine != "tensorrt" else []),
+        *(["--device", "cpu"] if gpu is None else ["--device", f"cuda:{gpu}"] if gpu and engine != RTX.engine else []),
     ]
     if like is None or component not in bundle.manifest.components:
         return shlex.join(words)

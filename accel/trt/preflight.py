@@ -1,7 +1,7 @@
 """Whether an engine file may and can run here; if not, the reason and the command that helps.
 
-TensorRT has no call that tells this in advance, and an engine file is executable code: all checks come before a byte of
-it is deserialized. The contents are compared last: they have gigabytes, and the record alone gives most of the reasons.
+No library has a call that tells this in advance, and an engine file is executable code: all checks come before a byte
+of it is deserialized. The contents are compared last: they have gigabytes, and the record alone gives most reasons.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from ..bundle import Bundle
 from ..errors import UserError
 from ..files import sha256
 from . import trust
-from .engine_files import EngineFile, Here, digest_bytes, find, key_of, rebuild, sources
-from .flavours import BY_ENGINE, RTX, runs_on, target_of
-from .library import numbers
+from .engine_files import KINDS, EngineFile, Place, digest_bytes, find, key_of, rebuild, sources
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class NoEngineFile(UserError):
     """A component has no engine file that can be used here."""
 
 
-def check(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
+def check(bundle: Bundle, file: EngineFile, here: Place | None) -> Fit:
     """Whether an engine file may be loaded here; reads all of it.
 
     Args:
@@ -42,7 +40,7 @@ def check(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
     return _contents(bundle, file, here) if fit.ok else fit
 
 
-def fits(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
+def fits(bundle: Bundle, file: EngineFile, here: Place | None) -> Fit:
     """`check` without reading the contents, so it takes no time; whoever loads them has to compare them."""
     signed = trusted(file)
     build = _rebuild(bundle, file, here, signed)
@@ -62,7 +60,7 @@ def fits(bundle: Bundle, file: EngineFile, here: Here | None) -> Fit:
         )
     if file.component not in bundle.manifest.components:
         return Fit(False, f"this bundle has no {file.component}", "accel inspect says what it has")
-    reason = _other_bundle(bundle, file) or (_other_machine(file, here) if here else "")
+    reason = _other_bundle(bundle, file) or (_refused(file, here) if here else "")
     return Fit(False, reason, build) if reason else Fit(True, "fits")
 
 
@@ -97,12 +95,13 @@ def trusted(file: EngineFile) -> bool:
         return False
 
 
-def _rebuild(bundle: Bundle, file: EngineFile, here: Here | None, signed: bool = True) -> str:
-    engine = file.engine if file.engine in BY_ENGINE else "tensorrt"
-    return rebuild(bundle, file.component, file if signed else None, here.index if here else 0, engine)
+def _rebuild(bundle: Bundle, file: EngineFile, here: Place | None, signed: bool = True) -> str:
+    engine = file.engine if file.engine in KINDS else "tensorrt"
+    gpu = here.index if here else None if file.identity.get("device") == "cpu" else 0
+    return rebuild(bundle, file.component, file if signed else None, gpu, engine)
 
 
-def _contents(bundle: Bundle, file: EngineFile, here: Here | None, data: bytes | None = None) -> Fit:
+def _contents(bundle: Bundle, file: EngineFile, here: Place | None, data: bytes | None = None) -> Fit:
     reason = changed(file, data)
     return Fit(False, reason, _rebuild(bundle, file, here)) if reason else Fit(True, "fits")
 
@@ -116,48 +115,17 @@ def _other_bundle(bundle: Bundle, file: EngineFile) -> str:
     return ""
 
 
-def _other_machine(file: EngineFile, here: Here) -> str:
-    """Why an engine does not run on this platform, TensorRT or GPU; empty where it does."""
-    built, options = file.identity, file.identity["options"]
+def _refused(file: EngineFile, here: Place) -> str:
+    """Why an engine does not run here; empty where it does."""
     if file.engine != here.engine:
         return f"it is of the engine {file.engine}, and this is {here.engine}"
-    if file.engine == RTX.engine:
-        return _other_card(file, here)
-    if built["platform"] != here.platform:
-        return f"it was built on {built['platform']}, this is {here.platform}"
-    ours, theirs = numbers(here.tensorrt), numbers(built["tensorrt"])
-    later = ours > theirs and ours[0] - theirs[0] <= 1
-    if ours != theirs and not (options.get("version_compatible") and later):
-        return f"it was built with TensorRT {built['tensorrt']}, here is {here.tensorrt}"
-    if (built["gpu"], built["compute_capability"]) == (here.gpu, here.compute_capability):
-        return ""
-    level, capability = options.get("hardware_compatible"), tuple(map(int, here.compute_capability.split(".")))
-    ampere = level == "ampere_plus" and capability >= (8, 0)
-    same = level == "same_compute_capability" and built["compute_capability"] == here.compute_capability
-    if ampere or same:
-        return ""
-    return (
-        f"it was built for {built['gpu']} ({built['compute_capability']}), here is {here.gpu} "
-        f"({here.compute_capability})"
-    )
-
-
-def _other_card(file: EngineFile, here: Here) -> str:
-    """Why an engine of TensorRT-RTX does not run here; its files are bound to one version, and to no system."""
-    if file.identity["tensorrt"] != here.tensorrt:
-        return f"it was built with TensorRT-RTX {file.identity['tensorrt']}, here is {here.tensorrt}"
-    if not here.gpu:  # a place to build, not to run
-        return "" if file.targets == here.targets else "it was built for other targets"
-    if not runs_on(file.targets, here.compute_capability):
-        held = ", ".join(file.targets) or f"{RTX.default_targets[0]} and newer"
-        return f"it was built for {held}, here is {here.gpu} ({target_of(here.compute_capability)})"
-    return ""
+    return here.refuses(file)
 
 
 def choose(
     bundle: Bundle,
     component: str,
-    here: Here | None,
+    here: Place | None,
     key: str | None = None,
     engine: str = "tensorrt",
     refuse: Callable[[EngineFile], Fit | None] = lambda file: None,
@@ -192,11 +160,9 @@ def choose(
     if not problems:
         which = f" with the key {key}" if key else ""
         build = rebuild(bundle, component, gpu=here.index if here else 0, engine=engine)
-        raise NoEngineFile(
-            f"{bundle.path} has no {BY_ENGINE[engine][0].title} engine file of {component}{which}", build
-        )
+        raise NoEngineFile(f"{bundle.path} has no {KINDS[engine].title} engine file of {component}{which}", build)
     first_key, first = problems[0]
     more = f" (and {len(problems) - 1} more that do not fit)" if len(problems) > 1 else ""
     name = f" {first_key[:8]}" if first_key else ""
-    title = BY_ENGINE[engine][0].title
+    title = KINDS[engine].title
     raise NoEngineFile(f"the {title} engine file{name} of {component} cannot be used: {first.reason}{more}", first.fix)

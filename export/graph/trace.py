@@ -90,7 +90,13 @@ def example(
     return feeds
 
 
-def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onnx.ONNXProgram:
+def exported_program(network: Network, dims: Mapping[str, Range], device: str = "cpu") -> torch.export.ExportedProgram:
+    """A network as torch.export captures it, with every dimension that has a range left free.
+
+    Args:
+        dims: range of every symbolic dimension; a fixed one becomes a constant.
+        device: where the module is.
+    """
     used = {dim for spec in network.inputs for dim in spec.shape if isinstance(dim, str)}
     # torch.export specialises sizes 0 and 1, and merges dimensions that share a size, so the example has neither.
     rounded = _rounded(network, dims)
@@ -104,9 +110,19 @@ def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onn
     quiet = _quiet("torch.onnx", "torch.export", "onnxscript", "torch.fx")
     with warnings.catch_warnings(), quiet, _sizes_forwarded(network, rounded):
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            network.module.eval(), (), feeds, dynamic_shapes=shapes if symbols else None, strict=False
+        return torch.export.export(
+            network.module.eval(),
+            (),
+            {name: value.to(device) for name, value in feeds.items()},
+            dynamic_shapes=shapes if symbols else None,
+            strict=False,
         )
+
+
+def _trace(network: Network, dims: Mapping[str, Range], opset: int) -> torch.onnx.ONNXProgram:
+    exported = exported_program(network, dims)
+    with warnings.catch_warnings(), _quiet("torch.onnx", "torch.export", "onnxscript", "torch.fx"):
+        warnings.simplefilter("ignore")
         return torch.onnx.export(
             exported,
             dynamo=True,

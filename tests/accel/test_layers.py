@@ -38,7 +38,7 @@ ACCEL = (
     ("commands",),
     ("roof",),
 )
-EXPORT = (("ground",), ("graph", "tensorrt"), ("int8",), ("roof", "single_graph", "openvino_genai", "triton"))
+EXPORT = (("ground",), ("graph", "tensorrt"), ("int8", "aoti"), ("roof", "single_graph", "openvino_genai", "triton"))
 DISTILL = (
     ("settings", "sources"),
     ("data",),

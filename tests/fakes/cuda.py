@@ -31,6 +31,7 @@ class Cuda:
     made = 0
     active_index = 0
     launches = 0  # operations that were recorded, of all captures
+    waits = 0  # of the host for the device
     free_bytes = 6 << 30
     uploads = uploaded = resident = most = 0  # copies of weights, their bytes, and the bytes held now and at most
 
@@ -114,6 +115,7 @@ class Cuda:
 
     def synchronize(self, stream: Stream) -> None:
         assert stream.number not in self.captures, "a synchronisation while a stream is captured"
+        Cuda.waits += 1
 
 
 def _gone(size: int) -> None:

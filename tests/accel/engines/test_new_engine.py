@@ -82,7 +82,7 @@ def test_help_names_it_with_the_options_that_it_takes(capsys):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "eager, compile, toy, onnxruntime, openvino, tensorrt" in text
+        assert "eager, compile, aoti, toy, onnxruntime, openvino, tensorrt" in text
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())

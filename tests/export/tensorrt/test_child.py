@@ -84,7 +84,7 @@ def test_ctrl_c_ends_the_child_at_once(job, fake):
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - reached[0] < 5 and children() == []
-    assert "tensorrt-build" not in [thread.name for thread in threading.enumerate()]
+    assert "build-answers" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_crash_of_the_library_is_told_with_its_signal(job, fake):

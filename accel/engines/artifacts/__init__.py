@@ -1,0 +1,1 @@
+"""What torch.compile made on this machine, kept from one process to the next."""
