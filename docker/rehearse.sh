@@ -11,15 +11,15 @@ cd "$(dirname "$0")/.."
 b() { buildah --root "$folder/storage" --runroot "$folder/runroot" --storage-driver vfs "$@"; }
 base=docker.io/library/python:3.11-slim
 
-if [ ! -d "$folder/tree/usr/bin" ]; then
+if [ ! -d "$folder/debian/usr/bin" ]; then
   packages=ca-certificates,python3,python3-venv,python3-dev,python3-pip
-  debootstrap --variant=minbase --include=$packages bookworm "$folder/tree" http://deb.debian.org/debian
+  debootstrap --variant=minbase --include=$packages bookworm "$folder/debian" http://deb.debian.org/debian
 fi
-ln -sf python3 "$folder/tree/usr/bin/python"
-rm -f "$folder"/tree/usr/lib/python3*/EXTERNALLY-MANAGED  # images of Python have no such mark
-printf '[global]\nfind-links = /mnt/wheels\ncert = /etc/ssl/certs/ca-certificates.crt\n' > "$folder/tree/etc/pip.conf"
+ln -sf python3 "$folder/debian/usr/bin/python"
+rm -f "$folder"/debian/usr/lib/python3*/EXTERNALLY-MANAGED  # images of Python have no such mark
+printf '[global]\nfind-links = /mnt/wheels\ncert = /etc/ssl/certs/ca-certificates.crt\n' > "$folder/debian/etc/pip.conf"
 made=$(b from scratch)
-b copy -q "$made" "$folder/tree" /
+b copy -q "$made" "$folder/debian" /
 b commit -q --rm "$made" "$base"
 
 b bud --isolation chroot --pull-never -f docker/Dockerfile.cpu -t accel:cpu \
