@@ -49,7 +49,6 @@ PLACES = {
     "OpenVINO": ".venv-openvino",
     "genai": ".venv-openvino",
     "stable-diffusion.cpp": ".venv-sdcpp",
-    "sd-cpp": ".venv-sdcpp",
 }
 OWN_NOISE = ("stable-diffusion.cpp",)
 TINY = "tiny decoder"

@@ -168,20 +168,11 @@ def prepare_genai(work: Path, *, folder: str) -> None:
 # ---- stable-diffusion.cpp
 
 
-def prepare_sd_cpp(work: Path, *, kind: str) -> None:
-    from stable_diffusion_cpp import stable_diffusion_cpp as lib
-
-    source, out = work / "single" / "model.safetensors", work / f"sd-cpp-{kind}.gguf"
-    numbers = {"f32": lib.GGMLType.SD_TYPE_F32, "q8_0": lib.GGMLType.SD_TYPE_Q8_0}
-    if not lib.convert(str(source).encode(), b"", str(out).encode(), int(numbers[kind]), b"", False):
-        sys.exit("stable-diffusion.cpp did not convert the weights")
-
-
 def sd_cpp(work: Path, size: int, steps: int, *, kind: str) -> Draw:
     from stable_diffusion_cpp import StableDiffusion
 
     threads = int(os.environ["OMP_NUM_THREADS"])
-    pipe = StableDiffusion(model_path=str(work / f"sd-cpp-{kind}.gguf"), n_threads=threads, verbose=False)
+    pipe = StableDiffusion(model_path=str(work / "pipeline"), wtype=kind, n_threads=threads, verbose=False)
     call = dict(width=size, height=size, sample_steps=steps, cfg_scale=1.0, sample_method="euler", seed=7)
 
     def draw() -> np.ndarray:
@@ -243,15 +234,12 @@ PREPARED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "genai": (prepare_genai, {"folder": "genai"}),
     "genai-int8-weights": (prepare_genai, {"folder": "genai-int8-weights"}),
     "genai-int8": (prepare_genai, {"folder": "genai-int8"}),
-    "sd-cpp-f32.gguf": (prepare_sd_cpp, {"kind": "f32"}),
-    "sd-cpp-q8_0.gguf": (prepare_sd_cpp, {"kind": "q8_0"}),
 }
 
 
 def folder_of(name: str) -> str:
     """The entry of `PREPARED` that a peer reads; "" if it reads the pipeline itself, or a bundle."""
-    how, options = PEERS[name]
-    found = options.get("folder") or (f"sd-cpp-{options['kind']}.gguf" if how is sd_cpp else name)
+    found = PEERS[name][1].get("folder") or name
     return found if found in PREPARED else ""
 
 
