@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_the_gpu_of_the_engine_file_counts(able, monkeypatch):
     able("onnxruntime", "openvino", "tensorrt", "eager")
     found = engine_files.EngineFile(Path("p"), {"identity": {"gpu": "one GPU"}}, b"")
     monkeypatch.setattr(engines.select, "fitting_engine_file", lambda *_: found)
-    somewhere = Bundle(Path("."), None)
+    somewhere = Bundle(Path("."), SimpleNamespace(source={}))
     assert choice(accepted(onnxruntime=3.0, tensorrt=9.0, gpu="one GPU"), somewhere) == ("tensorrt", [])
     assert choice(accepted(onnxruntime=3.0, tensorrt=0.8, gpu="one GPU"), somewhere) == ("onnxruntime", [])
     name, (note,) = choice(accepted(tensorrt=0.8, gpu="one GPU"), somewhere)
