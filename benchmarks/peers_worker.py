@@ -204,7 +204,7 @@ PEERS: dict[str, tuple[Callable[..., Draw], dict[str, Any]]] = {
     "optimum-intel": (optimum_intel, {}),
     "optimum-intel int8": (optimum_intel, {"folder": "optimum-intel-int8"}),
     "optimum-intel int8 bf16": (optimum_intel, {"folder": "optimum-intel-int8", "hint": "bf16"}),
-    "optimum-intel int8 bf16, tiny decoder": (
+    "optimum-intel int8 bf16 tiny decoder": (
         optimum_intel,
         {"folder": "optimum-intel-int8", "hint": "bf16", "tiny": True},
     ),
@@ -221,7 +221,7 @@ PEERS: dict[str, tuple[Callable[..., Draw], dict[str, Any]]] = {
     "accel ONNX Runtime int8": (accel, {"bundle": "ours/int8", "engine": "onnxruntime"}),
     "accel OpenVINO int8": (accel, {"bundle": "ours/int8", "engine": "openvino"}),
     "accel OpenVINO int8 bf16": (accel, {"bundle": "ours/int8", "engine": "openvino", "dtype": "bf16"}),
-    "accel OpenVINO int8 bf16, tiny decoder": (
+    "accel OpenVINO int8 bf16 tiny decoder": (
         accel,
         {"bundle": "ours/int8-tiny", "engine": "openvino", "dtype": "bf16"},
     ),
