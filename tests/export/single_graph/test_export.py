@@ -15,6 +15,7 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import UserError
+from accel.export.pipeline import export_pipeline
 from accel.export.single_graph import export, refusals, tokenizer
 from accel.export.single_graph.compose import Job, compose
 from accel.export.single_graph.merge import gather_weights
@@ -65,6 +66,21 @@ def test_onnxruntime_and_openvino_draw_the_pipelines_images(guided, smallest_bun
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(guided / "model.onnx", "CPU", hint)
     assert np.abs(compiled(inputs)[0] - wanted).max() <= 1
+
+
+def test_a_float16_bundle_draws_its_pipelines_images(smallest, tmp_path):
+    sampler = {"name": "dpmpp_2m", "steps": 2, "guidance": 5}
+    bundle = export_pipeline(
+        smallest, tmp_path / "fp16", precision="fp16", profile="batch=1-2,size=32", sampler=sampler
+    )
+    export.write(bundle, tmp_path / "graph")
+    model = onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False)
+    kinds = [tensor.data_type for tensor in model.graph.initializer]
+    assert kinds.count(onnx.TensorProto.FLOAT16) > len(kinds) / 2
+    texts, seeds = ["the cat", "a dog"], [3, 5]
+    inputs = feeds(bundle, texts, seeds)
+    (drawn,) = export.onnxruntime_session(str(tmp_path / "graph" / "model.onnx")).run(None, inputs)
+    assert np.abs(drawn - expected(bundle, texts, seeds)).max() <= 2  # both round, in another order of fusions
 
 
 def test_what_is_written(guided, smallest_bundle):
