@@ -66,6 +66,7 @@ NEEDS = {
     "build": "an NVIDIA GPU, or minutes; tests/export/aoti/test_build.py builds on the CPU",
     "demo --web": "somebody to look at it; tests/examples/test_browser.py looks at it in Chromium",
     "--engine tensorrt --prompt": "an NVIDIA GPU",
+    "--offload model": "an NVIDIA GPU; tests/accel/engines/offloading counts what is copied on a fake one",
     "--adapter": "an adapter from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
     "--controlnet": "a ControlNet from the hub; tests/accel/pipeline/test_control.py exports one of its layout",
     "--ip-adapter": "an IP-Adapter from the hub; tests/accel/pipeline/test_image_prompts.py exports one of its layout",

@@ -72,28 +72,28 @@ def tune(bundle: Bundle, seconds: float = SECONDS, progress: Progress = lambda s
         ways[name], measured[name] = _of_component(bundle, name, 0.7 * seconds / len(names))
     single = _best_single(measured)
     plain = {name: _best_of(measured[name], single) for name in names}
-    choices = {name: _fastest(ways[name]) for name in names}
+    choices = {name: _fastest(ways[name]) or plain[name] for name in names}
     psnr = None
     progress("the whole image", 0.8)
     image, pictures = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
     if any("dtype" in choice.options for choice in choices.values()):
         psnr = float(psnr_of(pictures["tuned"], pictures["single"], 1.0))
         if not psnr >= SAME:
-            choices = {name: _fastest(ways[name], exact=True) for name in names}
+            choices = {name: _fastest(ways[name], exact=True) or plain[name] for name in names}
             image, _ = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
     if choices == plain or image["tuned"] > _SINGLE * image["single"]:
         choices, image["tuned"] = plain, image["single"]
     return Result(choices, measured, image, single, psnr)
 
 
-def _fastest(ways: Mapping[str, Choice], *, exact: bool = False) -> Choice:
-    """The fastest that ran.
+def _fastest(ways: Mapping[str, Choice], *, exact: bool = False) -> Choice | None:
+    """The fastest that ran to the end, if any.
 
     Args:
         exact: none that rounds more than the bundle asks for.
     """
     able = [choice for choice in ways.values() if not (exact and "dtype" in choice.options)]
-    return min(able, key=lambda choice: choice.seconds)
+    return min(able, key=lambda choice: choice.seconds, default=None)
 
 
 def candidates(bundle: Bundle, component: str) -> Iterator[Choice]:

@@ -192,7 +192,7 @@ def _int8(model: str, engines: list[str]) -> dict[str, Path]:
     from ..engines import facts
 
     folder = Path(resolve(f"{model}-int8"))
-    return {f"{name} int8": folder for name in engines if facts(name).int8} if is_bundle(folder) else {}
+    return {f"{name} int8": folder for name in engines if "int8" in facts(name).formats} if is_bundle(folder) else {}
 
 
 def _int8_rows(folder: Path, int8: dict[str, Path], images: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:

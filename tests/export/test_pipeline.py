@@ -413,7 +413,7 @@ def never_load(monkeypatch):
     [
         ({"opset": 17}, "opset 17"),
         ({"opset": 99}, "opset 99"),
-        ({"precision": "fp8"}, "fp8"),
+        ({"precision": "fp4"}, "fp4"),
         ({"components": ("unet", "decoder")}, "decoder"),
         ({"components": ()}, "no component"),
         ({"profile": "size=102"}, "multiple"),

@@ -17,7 +17,7 @@ import pytest
     ("args", "words"),
     [
         (["--opset", "7"], "opset 7"),
-        (["--precision", "fp8"], "fp8"),
+        (["--precision", "fp4"], "fp4"),
         (["--profile", "huge"], "huge"),
         (["--profile", "size=102"], "multiple"),
         (["--components", "unet,brain"], "brain"),

@@ -376,7 +376,7 @@ def hub(monkeypatch, tmp_path):
     def make(folder: Path) -> Path:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
-        def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+        def snapshot_download(repo, *, allow_patterns, ignore_patterns, revision=None):
             assert repo == "org/name"
             for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
                 (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)

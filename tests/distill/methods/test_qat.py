@@ -222,7 +222,7 @@ def test_a_trained_student_is_exported_with_its_own_ranges(tuned, tmp_path, monk
     from accel.int8.config import Int8Config
 
     monkeypatch.setattr(speed, "SECONDS", 0.0)
-    monkeypatch.setattr(speed, "ENGINES", ("onnxruntime",))
+    monkeypatch.setattr(speed, "computing_in", lambda form: ("onnxruntime",))
     monkeypatch.setattr(quantize, "observe", lambda *_: pytest.fail("nothing is left to calibrate"))
     sampler = {"name": "dmd2", "timesteps": [999], "guidance": 0.0}
     options = Int8Settings(images=1, evaluation_images=1, components=("unet",))
