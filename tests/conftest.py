@@ -325,6 +325,12 @@ def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
     )
 
 
+@pytest.fixture(autouse=True)
+def _as_loud_as_before(monkeypatch):
+    """What a `--quiet` of another test told the process and its children."""
+    monkeypatch.delenv("ACCEL_QUIET", raising=False)
+
+
 @pytest.fixture(scope="session")
 def smallest_bundle(smallest, tmp_path_factory) -> Path:
     """The smallest pipeline as an fp32 bundle: batch 1-4, 32 to 64 px."""
