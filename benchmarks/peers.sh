@@ -3,17 +3,6 @@
 #   bash benchmarks/peers.sh out/peers [--steps 4 --size 256 --rounds 5 --write]
 # About 8 GB of disk; stable-diffusion.cpp is compiled from source, which takes twenty minutes on two cores.
 set -euo pipefail
-make_venv() { # folder, packages...
-  local place=$1
-  shift
-  [ -x "$place/bin/python" ] && return
-  python3 -m venv "$place"
-  "$place/bin/pip" install --quiet "$@" || { rm -rf "$place"; echo "$place could not be made" >&2; }
-}
-make_venv .venv-optimum torch==2.13.0 optimum-onnx==0.1.0 optimum==2.1.0 transformers==4.57.6 diffusers==0.36.0 \
-  onnx==1.23.2 onnxruntime==1.31.1 accelerate
-make_venv .venv-openvino torch==2.13.0 "optimum-intel[openvino]==2.2.0" diffusers==0.39.0 nncf==3.4.0 accelerate \
-  openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0
-.venv-openvino/bin/pip uninstall --quiet --yes torchvision # comes along, and may not fit a CPU build of torch
+source "$(dirname "$0")/venvs.sh"
 make_venv .venv-sdcpp stable-diffusion-cpp-python==0.4.7 numpy pillow
 exec .venv/bin/python "$(dirname "$0")/peers.py" "$@"

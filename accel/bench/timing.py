@@ -104,6 +104,23 @@ def interleave(
             return
 
 
+def medians(
+    calls: Mapping[str, Call], *, rounds: int, seconds: float | None = None, lead_in: bool = False
+) -> dict[str, float]:
+    """Median seconds of each call, taking turns; what a call raises is raised.
+
+    Args:
+        rounds, seconds, lead_in: as `interleave` takes them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    interleave({"": calls}, {"": samples}, rounds=rounds, seconds=seconds, lead_in={"": lead_in}, failed=failed)
+    return {name: float(np.median(taken)) for name, taken in samples.items()}
+
+
 def summary(samples: Sequence[float]) -> Timing | None:
     """Statistics of samples in seconds; None without any."""
     if not samples:

@@ -77,7 +77,8 @@ def tune(bundle: Bundle, seconds: float = SECONDS, progress: Progress = lambda s
     progress("the whole image", 0.8)
     image, pictures = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
     if any("dtype" in choice.options for choice in choices.values()):
-        psnr = float(psnr_of(pictures["tuned"], pictures["single"], 1.0))
+        # Equal images have an infinite PSNR, which JSON cannot hold.
+        psnr = min(float(psnr_of(pictures["tuned"], pictures["single"], 1.0)), 100.0)
         if not psnr >= SAME:
             choices = {name: _fastest(ways[name], exact=True) or plain[name] for name in names}
             image, _ = _images(bundle, {"tuned": choices, "single": plain}, 0.3 * seconds)
@@ -197,10 +198,4 @@ def _images(
             pipelines[way] = loaded.enter_context(Pipeline(bundle, engines, text_cache=0))
         calls = {way: partial(pipe, "a photo", output_type="np") for way, pipe in pipelines.items()}
         made = {way: np.asarray(call().images[0]) for way, call in calls.items()}
-        samples: dict[str, list[float]] = {way: [] for way in ways}
-
-        def failed(way: str, error: Exception) -> None:
-            raise error
-
-        timing.interleave({"": calls}, {"": samples}, rounds=9, seconds=seconds, lead_in={"": False}, failed=failed)
-        return {way: float(np.median(taken)) for way, taken in samples.items()}, made
+        return timing.medians(calls, rounds=9, seconds=seconds), made

@@ -125,14 +125,7 @@ class Eager(Engine):
         if isinstance(bundle, PipelineBundle):
             module = bundle.module(component.name)
         else:
-            module = networks.rebuild(
-                component.kind,
-                bundle.file(f"{component.folder}/config.json"),
-                bundle.file(component.weights),
-                component.inputs,
-                component.outputs,
-                component.int8.get("layers"),
-            )
+            module = networks.stored(bundle, component)
         compute = component.dtype if dtype == "auto" else SHORT[dtype]
         if dtype != "auto":
             module = module.to(torch_dtype(compute))

@@ -120,14 +120,15 @@ class OpenVino(Engine):
         import openvino
 
         core, file = openvino.Core(), str(bundle.file(self.component.graph))
-        if file.endswith(".xml"):  # IR of another exporter, which has neither our names nor our folds
-            if tensors:
-                fix = "export the model with accel, or leave the LoRA and the embeddings out"
-                raise UserError(f"{bundle.name} is OpenVINO IR, whose weights cannot be replaced", fix)
-            return core.compile_model(file, device, config)
-        proto = graph(bundle, self.component)
-        folds = folds and any(node.op_type in _FOLDED for node in proto.graph.node)
+        foreign = file.endswith(".xml")  # IR of another exporter, which has neither our names nor our folds
+        if foreign and tensors:
+            fix = "export the model with accel, or leave the LoRA and the embeddings out"
+            raise UserError(f"{bundle.name} is OpenVINO IR, whose weights cannot be replaced", fix)
         try:
+            if foreign:
+                return core.compile_model(file, device, config)
+            proto = graph(bundle, self.component)
+            folds = folds and any(node.op_type in _FOLDED for node in proto.graph.node)
             if not tensors and not folds:
                 return core.compile_model(file, device, config)
             # OpenVINO's own cache would read all weights of a changed graph to know it again; they are in our key.

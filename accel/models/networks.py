@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bundle import Bundle, Component
 from ..bundle.kinds import KINDS
 from ..bundle.tensor_spec import TensorSpec
 from ..errors import UserError
@@ -249,6 +250,18 @@ def _only(model: nn.Module, kind: str) -> nn.Module:
     part = copy.copy(model)
     part._modules = {k: None if k in KINDS[kind].unused else v for k, v in model._modules.items()}
     return part
+
+
+def stored(bundle: Bundle, component: Component) -> nn.Module:
+    """The module of a bundle's component, as `rebuild` makes it."""
+    return rebuild(
+        component.kind,
+        bundle.file(f"{component.folder}/config.json"),
+        bundle.file(component.weights),
+        component.inputs,
+        component.outputs,
+        component.int8.get("layers"),
+    )
 
 
 def rebuild(

@@ -380,9 +380,8 @@ class Pipeline(Resource):
     def _limits(self) -> Manifest:
         """The manifest with the shapes that the engines take: a TensorRT engine may take fewer than the bundle."""
         manifest = self.bundle.manifest
-        if self.engines.offload:  # they are loaded when their phase begins
-            return manifest
-        own = {name: self.engines[name].component for name in ("unet", "vae_decoder") if name in self.engines}
+        loaded = () if self.engines.offload else ("unet", "vae_decoder")  # offloading loads them in their phase
+        own = {name: self.engines[name].component for name in loaded if name in self.engines}
         return replace(manifest, components={**manifest.components, **own})
 
 

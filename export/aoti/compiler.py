@@ -53,13 +53,7 @@ def compile_network(job: Mapping[str, Any], progress: Progress) -> tuple[dict[st
 
 def _network(bundle: Bundle, component: Component, device: str, wide: bool = False) -> Network:
     """A component as eager torch runs it; `wide`: in float32, whatever it is stored in."""
-    module = networks.rebuild(
-        component.kind,
-        bundle.file(f"{component.folder}/config.json"),
-        bundle.file(component.weights),
-        component.inputs,
-        component.outputs,
-    )
+    module = networks.stored(bundle, component)
     if wide:
         module = module.float()
     else:

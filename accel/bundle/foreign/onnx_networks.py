@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +114,6 @@ def _tensor(value: Any) -> Tensor:
     if tensor.elem_type not in _DTYPES:
         raise UserError(f"{value.name!r:.80} is of ONNX type {tensor.elem_type}", "export the model with accel")
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
-    assert all(size is None or 0 < size < math.inf for size in shape)
+    if not all(size is None or size > 0 for size in shape):
+        raise UserError(f"{value.name!r:.80} has the shape {shape}", "get the folder again")
     return Tensor(value.name, _DTYPES[tensor.elem_type], shape)

@@ -42,7 +42,6 @@ def test_it_builds_and_computes_in_the_precision_of_its_graph(matrix, name):
     row = next(row for row in matrix.ROWS if row.name == name)
     found = matrix.measure(row, True)
     assert "problem" not in found, found
-    wanted = "fp16" if row.dtype == "float16" else "fp32"
-    # What the graph itself keeps in float32 is the embedding of time and size.
-    assert found["heavy"][wanted] > 0 and found["heavy"].get("fp32", 0) <= (99_999 if wanted == "fp32" else 4)
-    assert found["bytes"] > 0 and found["host"] > 0
+    assert found["heavy"]["fp16" if row.dtype == "float16" else "fp32"] > 0
+    if row.dtype == "float16":  # what the graph itself keeps in float32 is the embedding of time and size
+        assert found["heavy"].get("fp32", 0) <= 4
