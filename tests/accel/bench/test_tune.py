@@ -119,5 +119,11 @@ def test_bfloat16_is_taken_only_where_the_image_stays_the_same(bundle, monkeypat
     assert tuned.read(bundle)["unet"].options == result.choices["unet"].options
 
 
+def test_the_images_that_are_compared_begin_with_the_same_noise(bundle):
+    ways = {way: {name: Choice("onnxruntime") for name in tune.component_names(bundle)} for way in ("tuned", "single")}
+    _, pictures = tune._images(bundle, ways, 0.1)
+    np.testing.assert_array_equal(pictures["tuned"], pictures["single"])
+
+
 def test_nonsense_is_refused(bundle, capsys):
     assert cli.main(["tune", BUNDLE, "--seconds", "0"]) != 0 and "makes no sense" in capsys.readouterr().err
