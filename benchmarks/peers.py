@@ -7,8 +7,8 @@ Every library runs in a process and an environment of its own (peers_worker.py) 
 one draws at a time and every round times all of them, starting with another one each time. DDIM, no guidance, one
 image, from text to pixels. The PSNR is against diffusers' eager float32 image. OpenVINO GenAI gives 8-bit pixels, which
 caps its PSNR near 59 dB; stable-diffusion.cpp draws its own noise, so its image is not compared.
-`--write` keeps the result in `peers.json` and puts the table into `docs/performance.md` and the
-README.
+`--write` keeps the result in `peers.json` and puts the table into `docs/performance.md` and the README; `--case`
+keeps it in `peers-cases.json`, beside those of other models, sizes and steps, as one line of a second table there.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from accel.sampling import noise
 
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "benchmarks" / "peers.json", ROOT / "docs" / "performance.md"
+CASES = ROOT / "benchmarks" / "peers-cases.json"
 REFERENCE = "diffusers eager"
 # First words of the name of a peer, or of what is written for it -> its environment beside .venv.
 PLACES = {
@@ -85,7 +86,6 @@ def prepare(work: Path, topology: str, peers: list[str], size: int, steps: int, 
         at.unlink()
         at.write_text(json.dumps(smaller))
     shutil.copy(ROOT / "accel" / "assets" / "prompts.txt", work / "prompts.txt")
-    progress = lambda stage, done: print(stage, flush=True)  # noqa: E731
     if not (work / "tiny-vae").is_dir():
         AutoencoderTiny().save_pretrained(work / "tiny-vae")
     progress = lambda stage, done: print(stage, flush=True)  # noqa: E731
@@ -188,7 +188,8 @@ def measure(work: Path, peers: list[str], size: int, steps: int, threads: int, r
             rows[name]["psnr"] = float(psnr(images[name], images[REFERENCE], data_range=1.0))
     return {
         "schema": "accel-peers/1",
-        "command": f"python benchmarks/peers.py WORK --size {size} --steps {steps} --rounds {rounds}",
+        "command": f"python benchmarks/peers.py WORK --size {size} --steps {steps} --rounds {rounds}"
+        f" --peers {','.join(peers)!r}",
         "machine": machine().as_dict(),
         "versions": {place: versions(ROOT / place) for place in (".venv", *dict.fromkeys(PLACES.values()))},
         "work": {"size": size, "steps": steps, "threads": threads, "rounds": rounds, "guidance": 0.0, "batch": 1},
@@ -247,6 +248,45 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", line, *(["", "Not run: " + "; ".join(failed) + "."] if failed else [])])
 
 
+def cases(documents: list[Mapping[str, Any]]) -> str:
+    """One line for each model, size and number of steps."""
+    lines = [
+        "| model | size, steps | diffusers eager s | best peer s | best of accel s | over eager | over the best peer |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for document in documents:
+        work, rows = document["work"], document["rows"]
+        median = {name: statistics.median(row["seconds"]) for name, row in rows.items() if row.get("seconds")}
+        for tiny in (False, True):
+            same = [name for name in median if (TINY in name) == tiny]
+            ours = min((name for name in same if name.startswith("accel")), key=median.__getitem__, default=None)
+            theirs = min((name for name in same if not name.startswith("accel")), key=median.__getitem__, default=None)
+            if not ours or not theirs:
+                continue
+            shown = [f"{name.removesuffix(f' {TINY}')}: {median[name]:.2f}" for name in (theirs, ours)]
+            over = [f"{base / median[ours]:.2f}x" for base in (median[REFERENCE], median[theirs])]
+            cells = [
+                work["topology"] + (f", {TINY}" if tiny else ""),
+                f"{work['size']} px, {work['steps']}",
+                f"{median[REFERENCE]:.2f}",
+            ]
+            lines.append(f"| {' | '.join([*cells, *shown, *over])} |")
+    machines = sorted({document["machine"]["cpu"] for document in documents})
+    rounds = sorted({document["work"]["rounds"] for document in documents})
+    line = f"{', '.join(machines)}; medians of {' or '.join(map(str, rounds))} rounds, taking turns, of the rows in"
+    return "\n".join([*lines, "", f"{line} `benchmarks/peers-cases.json`, which has each command."])
+
+
+def keep_case(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Keep a result among those of other models, sizes and steps; an older one of the same work is replaced."""
+    keys = ("topology", "size", "steps", "threads")
+    identity = lambda one: tuple(one["work"][key] for key in keys)  # noqa: E731
+    kept = json.loads(CASES.read_text()) if CASES.is_file() else []
+    made = sorted([*(one for one in kept if identity(one) != identity(document)), document], key=identity)
+    write_json(CASES, made)
+    return made
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, nargs="?", help="work folder; without it the kept results are written")
@@ -259,6 +299,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="names, separated by commas")
     parser.add_argument("--prepare", action="store_true", help="write what the libraries read, and measure nothing")
     parser.add_argument("--write", action="store_true", help="keep the result and put the table into the page")
+    parser.add_argument("--case", action="store_true", help="keep the result as a line of the second table")
     args = parser.parse_args()
     peers = [name.strip() for name in args.peers.split(",")]
     if unknown := [name for name in peers if name not in PEERS]:
@@ -278,6 +319,8 @@ def main() -> int:
         write_json(KEPT, document)
         pages.put(PAGE, "peers", table(document))
         pages.put(ROOT / "README.md", "peers", shorter(document))
+    if args.case:
+        pages.put(PAGE, "peers-cases", cases(keep_case(document)))
     return 0
 
 

@@ -5,7 +5,7 @@
     python benchmarks/random_pipeline.py sd15-tiny out/sd15-tiny-random
     accel export out/sd15-tiny-random out/sd15-tiny-256 --precision fp32 --profile sd-256
     python benchmarks/serve_load.py out/sd15-tiny-256 --name "SD-Tiny at 256 px, random weights" --few 4 --many 8 \
-      --requests 40 --threads 2 --out benchmarks/serve-load-sd-tiny.json
+      --requests 20 --threads 2 --out benchmarks/serve-load-sd-tiny.json
 
 The load: 200 requests of one image, four fifths with the bundle's own few steps (or `--few` of them), one fifth with 25
 steps of dpmpp_2m (or `--many`) and guidance, in one order drawn at random. First all at once, which shows the
@@ -73,8 +73,8 @@ def worker_of(args: argparse.Namespace, share: bool, metrics: Metrics, limits: L
 def measured(args: argparse.Namespace) -> tuple[dict[int, float], float]:
     """Seconds of a UNet call by its rows (median of interleaved rounds), and of text and decoder for an image."""
     worker = worker_of(args, True, Metrics(), Limits())
-    order = worker.order({"prompt": args.prompt, "seed": 0}, lambda event: None)
-    started = time.perf_counter()
+    few = {"steps": args.few, "sampler": "dpmpp_2m", "guidance_scale": 1.0} if args.few else {}
+    order = worker.order({"prompt": args.prompt, "seed": 0} | few, lambda event: None)
     job = jobs_of(worker.pipeline, order)[0].prepared()
     unet, run = worker.pipeline.engines["unet"], job.run
     sizes = [rows for rows in (1, 2, 3, 4, 6, 8, 12, 16) if worker.shapes.least <= rows <= worker.shapes.most]

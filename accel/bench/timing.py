@@ -68,6 +68,7 @@ def interleave(
     lead_in: Mapping[str, bool],
     failed: Callable[[str, Exception], None],
     after: Callable[[int], None] = lambda done: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Fill `samples[scope][name]` with one wall time per round.
 
@@ -82,6 +83,7 @@ def interleave(
             time how fast caches and sleeping threads come back, not the call.
         failed: told about a variant that raised; it is left out from then on.
         after: called with the number of rounds done.
+        enough: asked after each round, from `MINIMUM_ROUNDS` on, whether to stop.
     """
     broken: set[str] = set()
     started = time.perf_counter()
@@ -100,7 +102,9 @@ def interleave(
                     broken.add(name)
                     failed(name, error)
         after(i + 1)
-        if seconds is not None and i + 1 >= MINIMUM_ROUNDS and time.perf_counter() - started >= seconds:
+        if i + 1 < MINIMUM_ROUNDS:
+            continue
+        if enough() or seconds is not None and time.perf_counter() - started >= seconds:
             return
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from .config import Int8Config
 from .rounding import nearest_
 
 BINS = 4096
-_AT_ONCE = 1 << 20  # elements at once; torch.histc counts 2^24 without rounding, because its counts are float32
+_AT_ONCE = 1 << 15  # elements at once on a CPU: they stay in the cache, and torch computes so few on one thread
 _CANDIDATES = 120  # clipping points that the mse observer tries, down to a fifth of the largest magnitude
 
 
@@ -50,9 +52,7 @@ class HistogramObserver:
         if self.exponent is None:
             self.counts[0] += x.numel()  # zeros, which are in the first bin whatever the range will be
             return
-        for part in x.split(_AT_ONCE):  # a part's magnitudes stay in the cache: no second copy of the tensor is made
-            # 2^exponent is above every |x|, and a power of two, so that no element falls on the wrong side of an edge.
-            self.counts += torch.histc(part.abs().float(), BINS, 0, 2.0**self.exponent).double().cpu()
+        self.counts += histogram(x, self.exponent)
 
     def _widen(self, exponent: int) -> None:
         if self.exponent is None:
@@ -84,6 +84,31 @@ class HistogramObserver:
         rounded = nearest_(centres / steps[:, None], form) * steps[:, None]
         errors = ((rounded - centres).square() * self.counts).sum(1)
         return steps[errors.argmin()].item()
+
+
+def histogram(x: torch.Tensor, exponent: int) -> torch.Tensor:
+    """How many |x| are in each of `BINS` equal bins below 2^exponent, float64 [BINS] on the CPU.
+
+    Args:
+        x: one axis, floating, finite, of magnitudes below 2^exponent.
+    """
+    # A power of two multiplies without rounding, so that no element falls on the wrong side of an edge.
+    unit = BINS / 2.0**exponent
+
+    def count(part: torch.Tensor) -> torch.Tensor:
+        pieces = part.split(_AT_ONCE) if part.device.type == "cpu" else [part]
+        return sum(torch.bincount((piece.abs().float() * unit).to(torch.int16), minlength=BINS) for piece in pieces)
+
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 1
+    if threads == 1 or x.numel() < 2 * threads * _AT_ONCE:
+        return count(x).double().cpu()
+    return sum(_pool(threads).map(count, x.chunk(threads))).double()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """torch counts on one thread, and lets others run meanwhile."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="histogram")
 
 
 class ChannelMaxObserver:

@@ -26,6 +26,7 @@ from .audit import audit
 
 SECONDS, ROUNDS = 20.0, 25  # per engine, whichever comes first
 FASTER = 1.05  # least speedup to call int8 faster; a smaller one may be noise
+CLEARLY = 1.1  # times FASTER: a speedup this far from it, with its whole interval, needs no more rounds
 
 
 class Pair(NamedTuple):
@@ -123,6 +124,7 @@ def _benchmark(pair: Pair, component: str, engine: str, threads: int) -> dict[st
         seconds=SECONDS,
         lead_in={component: quick},
         failed=failed,
+        enough=lambda: decided(samples["float"], samples["int8"]),
     )
     for runner in runners:
         runner.close()
@@ -135,6 +137,12 @@ def _benchmark(pair: Pair, component: str, engine: str, threads: int) -> dict[st
         "faster": speedup.ratio >= FASTER,
         "rounds": len(samples["int8"]),
     }
+
+
+def decided(floating: Sequence[float], int8: Sequence[float]) -> bool:
+    """Whether the 95 % interval of the speedup is clearly above or clearly below what counts as faster."""
+    found = timing.speedup(floating, int8)
+    return found.low is not None and (found.low > FASTER * CLEARLY or found.high < FASTER / CLEARLY)
 
 
 def _feeds(engine: Engine) -> dict[str, Any]:

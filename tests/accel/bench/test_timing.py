@@ -33,6 +33,16 @@ def test_the_time_budget_waits_for_five_rounds():
     assert len(samples["s"]["a"]) == timing.MINIMUM_ROUNDS
 
 
+@pytest.mark.parametrize("rounds", [5, 9])
+def test_it_stops_when_the_caller_has_enough_and_not_before_five_rounds(rounds):
+    samples = {"s": {"a": []}}
+    enough = lambda: len(samples["s"]["a"]) in (1, rounds)  # noqa: E731
+    timing.interleave(
+        {"s": {"a": lambda: None}}, samples, rounds=50, lead_in={"s": False}, failed=lambda *_: None, enough=enough
+    )
+    assert len(samples["s"]["a"]) == rounds
+
+
 def test_a_variant_that_breaks_leaves_the_others_running():
     def broken():
         raise RuntimeError("lost the device")

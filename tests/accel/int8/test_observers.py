@@ -7,7 +7,7 @@ from torch import nn
 from accel.errors import UserError
 from accel.int8 import fake_quant
 from accel.int8.config import OBSERVERS, Int8Config
-from accel.int8.observers import HistogramObserver, observe
+from accel.int8.observers import BINS, HistogramObserver, histogram, observe
 
 
 def collected(*batches: torch.Tensor) -> HistogramObserver:
@@ -43,6 +43,14 @@ def test_zeros_count_wherever_they_come(observer):
 def test_more_equal_elements_than_float32_can_count():
     count = (1 << 24) + 5
     assert collected(torch.ones(1).expand(count)).counts.sum().item() == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 7, 40_000, 300_001])
+def test_a_histogram_is_torchs_own(count, dtype):
+    x = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * 1.5).to(dtype)
+    theirs = torch.histc(x.abs().double(), BINS, 0, 16.0)
+    assert torch.equal(histogram(x, 4), theirs)
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
