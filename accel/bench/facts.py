@@ -50,6 +50,8 @@ def environment(state: State) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stored = state.bundle.component("unet").dtype
     dtypes = sorted({variant.compute(stored) for variant in state.variants if not unable(variant, state.bundle)})
+    if any(component.int8 and component.format == "int8" for component in state.bundle.manifest.components.values()):
+        dtypes.append("int8")
     rates = {dtype: measure_peak(dtype, device, seconds=_PEAK_SECONDS) for dtype in dtypes}
     out |= {"bandwidth_bytes_per_s": measure_bandwidth(device, seconds=_PEAK_SECONDS)}
     return out | {"torch_threads": torch.get_num_threads(), "device": device, "peak_flop_per_s": rates}

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Side lengths of the square matrices tried: the best one depends on caches and core count.
-_CPU_SIZES, _GPU_SIZES = (512, 1024, 2048), (2048, 4096, 8192)
+_CPU_SIZES, _GPU_SIZES = (512, 1024, 2048, 4096), (2048, 4096, 8192)
 _WARM_UP_CALLS = 2
 _COPY_BYTES = 512 * 2**20  # two such buffers outrun the last-level cache of any single socket
 
@@ -127,12 +127,13 @@ def measure_peak(dtype: torch.dtype | str = "float32", device: str = "cpu", *, s
     rate so far is left out: a processor without bfloat16 would need minutes for the largest one.
 
     Args:
-        dtype: torch dtype or its name, a floating one: float32, bfloat16, float16.
+        dtype: torch dtype or its name: float32, bfloat16, float16, or int8, whose products are summed in int32.
     """
     torch = _torch("measuring the peak rate")
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype {dtype} has no peak rate here", f"one of: {', '.join(FLOATS)}")
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype == torch.int8):
+        raise UserError(f"dtype {dtype} has no peak rate here", f"one of: {', '.join(FLOATS)}, int8")
+    product, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
     where, wait = _device(device)
     sizes = _CPU_SIZES if where.type == "cpu" else _GPU_SIZES
     best, share = 0.0, seconds / len(sizes)
@@ -141,8 +142,8 @@ def measure_peak(dtype: torch.dtype | str = "float32", device: str = "cpu", *, s
             if best and _WARM_UP_CALLS * 2 * n**3 / best > 10 * share:
                 break
             a, b = (torch.randn(n, n, device=where).to(dtype) for _ in range(2))
-            out = torch.empty(n, n, dtype=dtype, device=where)
-            calls, elapsed = _repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), wait, share)
+            out = torch.empty(n, n, dtype=sums, device=where)
+            calls, elapsed = _repeat(lambda a=a, b=b, out=out: product(a, b, out=out), wait, share)
             best = max(best, 2 * n**3 * calls / elapsed)
     return best
 

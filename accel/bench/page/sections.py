@@ -92,7 +92,10 @@ def roofline(document: Document) -> Html | None:
         return None
     row, parts = best
     rates = document["environment"]
-    peak, bandwidth = rates["peak_flop_per_s"][row["dtype"]], rates["bandwidth_bytes_per_s"]
+    bandwidth = rates["bandwidth_bytes_per_s"]
+    used = {name: rate for name, rate in rates["peak_flop_per_s"].items() if name in (row["dtype"], "int8")}
+    products = " and ".join(f"{number(rate / 1e9)} GFLOP/s of {name}" for name, rate in used.items())
+    balance = " or ".join(number(rate / bandwidth) for rate in used.values())
     columns = ["network", "bound", "FLOP a byte", "GFLOP a call", "moves", "at best", "took", "of the bound"]
     cells = [
         [
@@ -108,10 +111,10 @@ def roofline(document: Document) -> Html | None:
         for part in parts
     ]
     lead = (
-        f"{row['variant']} against what this machine gave just before: {number(peak / 1e9)} GFLOP/s of {row['dtype']} "
-        f"matrix products and {number(bandwidth / 1e9)} GB/s of memory, so {number(peak / bandwidth)} FLOP a byte are "
-        "in balance. A network with fewer waits for the memory, one with more for the arithmetic. It moves at least "
-        "its weights, inputs and outputs; weights that stay in a cache can beat the memory’s bound."
+        f"{row['variant']} against what this machine gave just before: {products} matrix products and "
+        f"{number(bandwidth / 1e9)} GB/s of memory, so {balance} FLOP a byte are in balance. A network with "
+        "fewer waits for the memory, one with more for the arithmetic. It moves at least its weights, inputs and "
+        "outputs; weights that stay in a cache can beat the memory’s bound."
     )
     return section(
         "roofline", "What bounds it", table(columns, cells, "Roofline of each network", cards=True), lead=lead

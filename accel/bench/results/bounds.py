@@ -51,19 +51,22 @@ class Bound:
 def bounds(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[Bound]:
     """The bounds of a variant's networks; empty where rates or work were not measured.
 
-    Networks that a compiled engine runs in int8 are left out: the machine's rate of int8 is not measured.
+    A network that a compiled engine runs in int8 is bounded as if all of it were; it is left out where the machine's
+    rate of int8 was not measured, and where it has another number format.
     """
     here = document["environment"]
-    peak = (here.get("peak_flop_per_s") or {}).get(row["dtype"])
+    peaks = here.get("peak_flop_per_s") or {}
     bandwidth = here.get("bandwidth_bytes_per_s")
     elsewhere = row["scopes"]["image"].get("peak_fraction") is None  # on another device than the one with these rates
-    if not (peak and bandwidth) or elsewhere:
+    if not bandwidth or elsewhere:
         return []
-    quantized = set() if row["engine"] == "eager" else {n for n, verdict, _ in int8(document) if verdict != "rejected"}
+    accepted = [] if row["engine"] == "eager" else [entry for entry in int8(document) if entry[1] != "rejected"]
+    quantized = {name: lines[0].partition(":")[0] for name, _, lines in accepted}
     found = []
     for name, part in document["bundle"]["components"].items():
         scope = document["work"]["scopes"].get(name) or {}
-        if name in quantized or not part["flop"] or "io_bytes" not in scope:
+        peak = peaks.get(quantized.get(name, row["dtype"]))
+        if not peak or not part["flop"] or "io_bytes" not in scope:
             continue
         weights = min(part["weights_bytes"] or float("inf"), part["parameters"] * BYTES[row["dtype"]])
         flop, moved = float(part["flop"]["total"]), float(weights + scope["io_bytes"])

@@ -62,12 +62,23 @@ def test_half_the_bytes_are_moved_in_half_precision(document):
     assert [part.bytes - 1000 for part in bounds(document, one)] == [(bytes - 1000) / 2 for bytes in whole]
 
 
-def test_int8_has_no_bound_where_its_rate_is_not_measured(document):
+def test_a_network_in_int8_is_bounded_by_the_rate_of_int8(document):
+    one, peaks = row(document, "onnxruntime"), document["environment"]["peak_flop_per_s"]
+    floating = {part.name: part for part in bounds(document, one)}
     document["bundle"]["components"]["unet"]["int8"] = ["int8: 9 layers"]
-    assert "unet" not in [part.name for part in bounds(document, row(document, "onnxruntime"))]
-    assert "unet" in [part.name for part in bounds(document, row(document, "eager"))]
-    document["bundle"]["components"]["unet"]["int8"] = ["not int8: slower"]
-    assert "unet" in [part.name for part in bounds(document, row(document, "onnxruntime"))]
+    assert "unet" not in [part.name for part in bounds(document, one)]  # its rate was not measured
+    assert limit(document, one) is not None
+    peaks["int8"] = 4 * peaks[one["dtype"]]
+    parts = {part.name: part for part in bounds(document, one)}
+    assert parts["unet"].balance == 4 * floating["unet"].balance
+    assert parts["unet"].least_s == max(parts["unet"].flop / peaks["int8"], parts["unet"].bytes / 10e9)
+    assert parts["vae_decoder"] == floating["vae_decoder"]
+    assert {part.name: part for part in bounds(document, row(document, "eager"))}["unet"].balance < parts[
+        "unet"
+    ].balance
+    for other in (["not int8: slower"], ["int8-weight-only: 9 layers"]):
+        document["bundle"]["components"]["unet"]["int8"] = other
+        assert ("unet" in [part.name for part in bounds(document, one)]) is other[0].startswith("not")
 
 
 def test_another_device_than_the_one_with_the_rates_has_no_bound(document):
