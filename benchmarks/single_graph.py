@@ -1,6 +1,8 @@
 """One graph against the pipeline of the same bundle on the same engine: file sizes, seconds to load, seconds per image.
 
     python benchmarks/single_graph.py digits/1step-int8 digits/4step-int8 --out benchmarks/single-graph.json
+    OMP_NUM_THREADS=2 python benchmarks/single_graph.py out/tiny --steps 1,4 --out benchmarks/single-graph-sd-tiny.json
+    python benchmarks/single_graph.py                                # the tables of docs/single-graph.md
 
 Each bundle is written as a single graph first. Engines take turns, one image a round, in one process with one thread
 unless OMP_NUM_THREADS says more; medians are kept. The pipeline's time is that of `pipe(prompt)`, tokenizer included,
@@ -11,26 +13,30 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 
 import accel
-from accel.bundle import Bundle
+from accel.bundle import Bundle, finalize
 from accel.export.single_graph import export
 from accel.files import write_json
 from accel.machine import machine
 from accel.text.tokenizer import ClipTokenizer
 
+ROOT = Path(__file__).parents[1]
+KEPT = [ROOT / "benchmarks" / name for name in ("single-graph.json", "single-graph-sd-tiny.json")]
 PROMPT, THREADS = "a handwritten seven", int(os.environ.get("OMP_NUM_THREADS") or 1)
 
 
@@ -53,8 +59,16 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.perf_counter() - began
 
 
-def measure(model: str, folder: Path, rounds: int) -> dict[str, Any]:
-    bundle = Bundle.open(model)
+def with_steps(bundle: Bundle, steps: int, folder: Path) -> Bundle:
+    """The same bundle, sampled with another number of steps; its files are linked."""
+    folder.mkdir()
+    bundle.copy(folder)
+    sampler = dict(bundle.manifest.sampler) | {"steps": steps, "timesteps": None}
+    finalize(folder, replace(bundle.manifest, sampler=sampler))
+    return Bundle.open(folder)
+
+
+def measure(bundle: Bundle, folder: Path, rounds: int) -> dict[str, Any]:
     record, seconds = timed(lambda: export.write(bundle, folder))
     tokenizer = ClipTokenizer.from_folder(folder / "tokenizer")
     names = {spec["name"] for spec in record["inputs"]}
@@ -114,17 +128,51 @@ def _loaded(bundle: Bundle, engine: str) -> Any:
     return pipe
 
 
+def tables() -> str:
+    """A table for each record that is there."""
+    return "\n\n".join(_table(json.loads(path.read_text())) for path in KEPT if path.exists())
+
+
+def _table(document: dict[str, Any]) -> str:
+    lines = [
+        "| bundle | engine | files | load: graph | load: pipeline | image: graph | image: pipeline |",
+        "|---" * 7 + "|",
+    ]
+    for row in document["rows"]:
+        for engine, found in row["engines"].items():
+            graph, pipeline = found["single_graph"], found["pipeline"]
+            unused = "model.uint8.onnx" if engine == "openvino" else "model.onnx" * (len(row["files"]) == 3)
+            megabytes = sum(size for name, size in row["files"].items() if name != unused) / 1e6
+            name = (
+                f"{row['model']} {row['precision']}, {row['size'][0]} px, {row['steps']} step{'s' * (row['steps'] > 1)}"
+            )
+            lines.append(
+                f"| {name} | {engine} | {megabytes:,.1f} MB | {graph['load_seconds']:.1f} "
+                f"| {pipeline['load_seconds']:.1f} | {graph['image_seconds']:.3f} | {pipeline['image_seconds']:.3f} |"
+            )
+    here = document["machine"]
+    line = f"{here['cpu']}, threads: {here['threads']}, load average {here['load_average']} at the end"
+    return "\n".join([*lines, "", f"{line}; `{document['command']}`."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("bundles", nargs="*", help="left out, the tables of docs/single-graph.md are written")
+    parser.add_argument("--steps", help="numbers of steps, separated by commas, instead of the bundle's own")
+    parser.add_argument("--work", type=Path, help="folder for the graphs (default: that of temporary files)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not args.bundles:
+        return pages.put(ROOT / "docs" / "single-graph.md", "single graph", tables())
     rows = []
     for model in args.bundles:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(model, Path(folder) / "graph", args.rounds))
-        print(rows[-1], flush=True)
+        for steps in map(int, args.steps.split(",")) if args.steps else [None]:
+            with tempfile.TemporaryDirectory(dir=args.work) as work:
+                folder, bundle = Path(work), Bundle.open(model)
+                bundle = with_steps(bundle, steps, folder / "bundle") if steps else bundle
+                rows.append(measure(bundle, folder / "graph", args.rounds))
+            print(rows[-1], flush=True)
     packages = {name: version(name) for name in ("onnxruntime", "openvino")}
     names = " ".join(Path(name).name if Path(name).is_absolute() else name for name in args.bundles)
     document = {
