@@ -49,8 +49,15 @@ class DatasetSource:
         return upright_size(data, name)
 
     def value(self, row: int, column: str) -> Any:
-        columns = self.more.column_names
-        return _entry(self.more.select_columns([column]), row)[column] if column in columns else None
+        if column not in self.more.column_names:
+            return None
+        if column not in self._views:
+            self._views[column] = self.more.select_columns([column])
+        return _entry(self._views[column], row)[column]
+
+    @cached_property
+    def _views(self) -> dict[str, Any]:
+        return {}
 
     def _file(self, row: int, value: Any) -> tuple[str, bytes | Path | None]:
         """(name, image as it is stored) of a row."""
