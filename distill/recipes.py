@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from accel.errors import unknown
 
-from .settings import DistillationRecipe, DMD2Recipe, LoraRecipe, Recipe, TinyVaeRecipe
+from .settings import DistillationRecipe, DMD2Recipe, FinetuneRecipe, LoraRecipe, Recipe, TinyVaeRecipe
 
 
 def base() -> DistillationRecipe:
@@ -146,6 +146,23 @@ def segmind_small() -> DistillationRecipe:
 def segmind_tiny() -> DistillationRecipe:
     """Distill-SD's SD-Tiny: 125,000 steps."""
     return dataclasses.replace(segmind_small(), student="tiny", steps=125_000)
+
+
+def segmind_portrait() -> FinetuneRecipe:
+    """Segmind's portrait model: SD-Tiny fine-tuned on 7,000 images that its teacher, Realistic Vision 4.0, drew.
+
+    `--data teacher:prompts.txt --data-model TEACHER --data-images 7000`, or a folder of such images.
+    """
+    return FinetuneRecipe(
+        resolution=768,
+        steps=131_000,
+        batch=32,
+        accumulation=4,
+        learning_rate=1e-4,
+        mixed_precision="fp16",
+        checkpoint_every=5_000,
+        sample_every=2_500,
+    )
 
 
 def ssd_1b() -> DistillationRecipe:

@@ -83,7 +83,12 @@ METHODS = {
         ".few_step.regression:Regression",
         batches=".few_step.regression:batches_of",
     ),
-    "finetune": MethodEntry(".settings:FinetuneRecipe", "fine-tune the UNet of any pipeline", ".methods.kd:Denoising"),
+    "finetune": MethodEntry(
+        ".settings:FinetuneRecipe",
+        "fine-tune the UNet of any pipeline",
+        ".methods.kd:Denoising",
+        presets="segmind_portrait",
+    ),
     "lora": MethodEntry(
         ".settings:LoraRecipe",
         "train a LoRA of any pipeline: a small file of low-rank updates",

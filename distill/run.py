@@ -22,12 +22,14 @@ from accel.int8 import trained_scales
 from accel.models.source import Source
 
 from . import settings
+from .data import selection
 from .data.encoders import Encoders
 from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
-from .training import checkpoints, sharding
+from .training import card, checkpoints, sharding
 from .training.attention import check_networks
+from .training.drawn_images import with_drawn_images
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
 
@@ -52,6 +54,7 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
         if not getattr(recipe, name):
             raise UserError(f"no --{name} given", f"--{name} FOLDER" + (" (a diffusers pipeline)" * (name == "model")))
     settings.check(recipe)
+    selection.check(recipe)
     check_places(out, run, overwrite)
     accelerator = accelerator_for(recipe, run)
     check_attention(recipe.attention, device=accelerator.device, half=recipe.mixed_precision != "no")
@@ -83,7 +86,8 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     check_networks(recipe.attention, method.networks.values())
     sharding.check(method, accelerator)
     qat.attach(method, recipe)
-    batches = load(entry.batches)(recipe, encoders, run, accelerator, say)
+    drawn = with_drawn_images(recipe, encoders, run, accelerator, say)
+    batches = load(entry.batches)(drawn, encoders, run, accelerator, say)
     qat.calibrate(method, recipe, accelerator.device, say)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:
@@ -105,8 +109,9 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
             method.save(folder)
             if trained:
                 trained_scales.write(folder, trained)
-            record = training_record(recipe, source, outcome, accelerator)
+            record = training_record(recipe, source, outcome, accelerator, getattr(batches, "images", None))
             (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+            card.write(folder, record, recipe, run, sdxl=encoders.sdxl)
         say(f"{out} is ready; checkpoints, losses and samples are in {run}")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
@@ -165,6 +170,10 @@ def check_resolution(recipe: Recipe, encoders: Encoders) -> None:
     if recipe.resolution < multiple or recipe.resolution % multiple:
         near = max(multiple, round(recipe.resolution / multiple) * multiple)
         raise UserError(f"resolution {recipe.resolution} is not a multiple of {multiple}", f"--resolution {near}")
+    if recipe.buckets and recipe.bucket_step % multiple:
+        raise UserError(
+            f"buckets of steps of {recipe.bucket_step} px: not a multiple of {multiple}", "--bucket-step 64"
+        )
 
 
 def note_size(recipe: Recipe, encoders: Encoders) -> None:
@@ -178,13 +187,17 @@ def note_size(recipe: Recipe, encoders: Encoders) -> None:
         )
 
 
-def training_record(recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any) -> dict[str, Any]:
-    """How the result was made, to be kept beside it."""
+def training_record(
+    recipe: Recipe, source: Source, outcome: Outcome, accelerator: Any, images: int | None = None
+) -> dict[str, Any]:
+    """How the result was made, to be kept beside it. images: of the data set, without those held out."""
     device = accelerator.device
     return {
         "method": recipe.method,
         "recipe": dataclasses.asdict(recipe),
         "steps": outcome.steps,
+        "images": outcome.steps * recipe.batch * recipe.accumulation * accelerator.num_processes,
+        "training_images": images,
         "seconds_per_step": round(outcome.seconds_per_step, 4),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",

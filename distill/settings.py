@@ -56,13 +56,29 @@ class Recipe:
 
     model: str = option("", "pipeline to start from: a diffusers folder, a hub id, or digits")
 
-    data: str = option("", "image folder, webdataset shards, a Hugging Face data set, or digits")
+    data: str = option(
+        "",
+        "image folder, webdataset shards, a Hugging Face data set, or digits; several, by weight: 'photos=3 | art=1'; "
+        "teacher:FILE: images that the teacher draws of the prompts in a .txt file",
+    )
     split: str = option("train", "split of a Hugging Face data set")
     image_column: str = option("", "column of the images (default: found)")
     caption_column: str = option("", "column of the captions (default: found)")
     resolution: int = option(0, "width and height of the training images in pixels; 0: the model's own", least=0)
     center_crop: bool = option(True, "crop the middle of an image, not a random place")
     random_flip: bool = option(True, "mirror every image with probability 1/2")
+    score_column: str = option("", "column of a score, such as aesthetic: images below --min-score are left out")
+    min_score: float = option(0.0, "least score of an image")
+    min_size: int = option(0, "least width and height of an image in pixels; smaller ones are left out", least=0)
+    buckets: bool = option(False, "cut each image for the nearest of several aspect ratios, not for a square")
+    bucket_step: int = option(64, "sides of the buckets are multiples of this many pixels", least=1)
+    bucket_least: int = option(16, "a bucket of fewer images is given up, and the nearest takes them", least=1)
+    validation: int = option(0, "images held out of training, on which the loss is measured; 0 for none", least=0)
+    validation_every: int = option(500, "steps between two measurements of the validation loss", least=1)
+    data_model: str = option("", "pipeline that draws the images of teacher:FILE (default: the teacher, or the model)")
+    data_steps: int = option(25, "sampler steps of the images of teacher:FILE", least=1)
+    data_guidance: float = option(7.5, "guidance scale of the images of teacher:FILE", least=0)
+    data_images: int = option(0, "images of teacher:FILE, prompts in turn; 0: one of each prompt", least=0)
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one, so that guidance works")
     cache: str = option("auto", "folder of the latent and text cache; auto: in the run folder; none: encode every time")
     cache_variants: int = option(2, "crops and flips kept of each image", least=1)
@@ -105,6 +121,16 @@ class Recipe:
     log: str = option("auto", "besides losses.jsonl: auto (tensorboard if installed), tensorboard, wandb, or none")
     save_dtype: str = option("float32", "dtype of the saved network", choices=_HALF)
 
+    # What a method can do with its data; not fields.
+    own_batches = False  # made otherwise than by `data.batches`, without mixtures, filters and buckets
+    one_size = False  # its images have one size, so there are no buckets
+    validates = False  # its loss on images held out says how well it generalises
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether prompts alone do not do."""
+        return True
+
     @property
     def method(self) -> str:
         """The method's name in checkpoints and in training.json."""
@@ -127,6 +153,7 @@ class DistillationRecipe(Recipe):
     output_weight: float = option(1.0, "weight of the loss against the teacher's output", least=0)
     feature_weight: float = option(1.0, "weight of the loss against the teacher's features", least=0)
     teacher_dtype: str = option("auto", "dtype of the teacher; auto is that of mixed precision", choices=_TEACHER)
+    validates = True
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -140,6 +167,7 @@ class FinetuneRecipe(Recipe):
 
     learning_rate: float = default("learning_rate", 1e-5)
     text_encoder: bool = option(False, "also train the text encoder(s); captions are not cached then")
+    validates = True
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -179,6 +207,7 @@ class DreamBoothRecipe(LoraRecipe):
     caption_dropout: float = default("caption_dropout", 0.0)
     steps: int = default("steps", 800)
     batch: int = default("batch", 1, "images of the subject per process and micro-batch, and as many of the class")
+    own_batches = True
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -227,6 +256,11 @@ class DMD2Recipe(Recipe):
     caption_dropout: float = default("caption_dropout", 0.0)
     learning_rate: float = default("learning_rate", 5e-7, "peak learning rate of the generator")
     max_grad_norm: float = default("max_grad_norm", 10.0)
+    one_size = True
+
+    @property
+    def needs_images(self) -> bool:
+        return bool(self.adversarial_weight) or not self.backward_simulation
 
     def in_effect(self) -> dict[str, Any]:
         # Smaller micro-batches have no room for all of the student's steps.
@@ -249,6 +283,8 @@ class RegressionRecipe(Recipe):
     learning_rate: float = default("learning_rate", 1e-5)
     steps: int = default("steps", 3000)
     batch: int = default("batch", 4, "pairs per process and micro-batch")
+    needs_images = False
+    own_batches = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +301,7 @@ class TinyVaeRecipe(Recipe):
     lr_schedule: str = default("lr_schedule", "cosine")
     warmup: int = default("warmup", 50)
     weight_decay: float = default("weight_decay", 0.0)
+    validates = True
 
 
 def check(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -33,6 +34,7 @@ STANDS_FOR = {
     "FOLDER": "photos",
     "D": "photos",
     "laion-aesthetics-6.5/": "photos",
+    "laion-art/": "photos",
     "my-bundle": "bundle",
     "BUNDLE": "bundle",
     "my-sdxl": "sdxl-bundle",
@@ -57,6 +59,8 @@ OF_THE_FIRST = {
     ("export", "model"): "--profile batch=1-4,size=64-128",
     ("export", "sdxl"): "--profile batch=1-2,height=64,width=64-96",
 }
+# The same of an option that a command has.
+OF_THE_OPTION = {"--min-size": "--min-size 1", "--data-images": "--data-images 2 --data-steps 1"}
 NEEDS = {
     "dmd2_sdxl_": "DMD2's published weights; tests/accel/models/test_few_step.py reads files of their layout",
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
@@ -109,6 +113,7 @@ def here(command: str) -> list[str]:
     if verb == "export":
         words[1] = "made"
     more = [SHORTER.get(verb, ""), OF_THE_FIRST.get((verb, words[0] if words else ""), "")]
+    more += [shorter for option, shorter in OF_THE_OPTION.items() if option in words]
     return [verb, *words, *shlex.split(" ".join(more))]
 
 
@@ -119,6 +124,8 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
 
     monkeypatch.chdir(tmp_path)
     images_of(tmp_path / "photos", count=4, size=(64, 64))
+    rows = [json.loads(line) | {"aesthetic": 8} for line in Path("photos/metadata.jsonl").read_text().splitlines()]
+    Path("photos/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, mode in (("photo.png", "RGB"), ("hole.png", "L")):
         Image.new(mode, (64, 64), "white").save(name)
     Path("prompts.txt").write_text("a cat\na dog\n")

@@ -48,3 +48,10 @@ def hub_id(model: str | Path) -> tuple[str, str | None] | None:
 def is_hub_id(model: str | Path) -> bool:
     """Whether a model is named as on the Hugging Face hub, and no file or folder here has that name."""
     return hub_id(model) is not None
+
+
+def public_name(name: str) -> str:
+    """The name of a model or of data as others may read it: of a path, its last part."""
+    if hub_id(name) is not None or knows_only_digits(name):
+        return name
+    return Path(name).name

@@ -56,6 +56,11 @@ def _add_options(parser: Parser, name: str, entry: MethodEntry) -> None:
         metavar="NAME",
         help=f"named settings to start from, which other options override: {', '.join(names)}",
     )
+    text = "put the result into this repository of the hub, which is made at the start; accel push does it later"
+    parser.add_argument("--push", metavar="USER/NAME", help=text)
+    text = "licence of the card, as the hub spells it: usually that of the model (the digits know theirs)"
+    parser.add_argument("--license", metavar="ID", help=text)
+    parser.add_argument("--private", action="store_true", default=None, help="let a new repository be private")
     parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads")
     if entry.memory_estimate:
         parser.add_argument(
@@ -107,14 +112,39 @@ def run(args: argparse.Namespace) -> int:
         return _print_memory_estimate(settings, args)
     if not args.out:
         raise UserError("no --out given", "--out FOLDER, or --memory-estimate to see what the run needs")
+    if args.push:
+        from ..publishing.trained import check_repository, licence_for
+
+        licence_for(settings.model, args.license)
+        check_repository(args.push, private=args.private)
+    elif args.license or args.private:
+        raise UserError("--license and --private are for --push", "--push USER/NAME, or leave them out")
     outcome = execute(settings, args.out, args.run, overwrite=args.overwrite)
     if outcome.stopped:
         return 130  # `execute` has said so
+    if args.push:
+        _push(args)
     if args.json:
         print(json.dumps(json.loads((args.out / "training.json").read_text()), indent=2))
     else:
         print(f"next{_next_command(args.out, args.model or 'MODEL')}")
     return 0
+
+
+def _push(args: argparse.Namespace) -> None:
+    """Of several processes the first one pushes."""
+    import os
+
+    from ..publishing.trained import push_trained
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        done = push_trained(args.out, args.push, licence=args.license, private=args.private)
+    except UserError as error:
+        raise UserError(f"{args.out} is ready, but {error.message}", f"accel push {args.out} {args.push}") from None
+    if not args.json:
+        print(f"{done.url}: {len(done.files)} files")
 
 
 def _next_command(out: Path, model: str) -> str:

@@ -131,6 +131,23 @@ def push(
     """
     how = dict(licence=licence, base_model=base_model, bench=bench)
     made = prepared(bundle, repo, engine_files=engine_files, **how)
+    return send(made, repo, private=private, revision=revision, message=message, token=token)
+
+
+def send(
+    made: Prepared,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """One commit of what was prepared; arguments as of `push`.
+
+    Raises:
+        UserError: for what the hub refuses.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, at = HfApi(token=token, library_name="accel"), revision or "main"

@@ -3,7 +3,8 @@
 ```
 key.json                      what the cache was made of and with; another one is not mixed in
 captions.jsonl                every distinct caption once; the first is ""
-latents-00000.safetensors     `latent_mean`, `latent_std`, `time_ids` of 256 rows, every variant of a row in turn
+latents-00000.safetensors     `latent_mean`, `latent_std`, `time_ids` of 256 rows, every variant of a row in turn;
+                              with buckets `768x1344/latent_mean` and so on, of the rows of each
 text-00000.safetensors        `context`, and `pooled` for SDXL, of 256 captions
 *.json                        beside each of these, its sha256: the file is whole only where this is there and agrees
 rows.jsonl, index.json        the rows with their names and captions; written last, when everything is there
@@ -30,6 +31,7 @@ from accel.errors import UserError
 from accel.files import inside, read_json, sha256
 
 from ..sources.item import BrokenItem, Lines
+from .buckets import Buckets
 
 FORMAT = 1
 _INDEX = {
@@ -47,7 +49,7 @@ class Cache:
     Attributes:
         folder: where it is.
         index: index.json.
-        rows: one table per row: name, and either its captions (by number) and place, or why it is broken.
+        rows: one table per row: name, and either its captions (by number), place and bucket, or why it is broken.
         texts: the distinct captions.
     """
 
@@ -102,33 +104,36 @@ class Cache:
     def latents(self, row: int, variant: int = 0) -> dict[str, torch.Tensor]:
         """`latent_mean` and `latent_std` [4, h, w] and `time_ids` [6] of a placement of a row, float32."""
         self.row(row)
-        place = self.rows[row]["place"] * self.variants + variant
-        name = shard_name("latents", row // self.key["shard"])
-        return self._read(name, place, "latent_mean", "latent_std", "time_ids")
+        entry = self.rows[row]
+        place = entry["place"] * self.variants + variant
+        name, frame = shard_name("latents", row // self.key["shard"]), entry.get("frame", "")
+        return self._read(name, place, "latent_mean", "latent_std", "time_ids", prefix=frame and f"{frame}/")
 
-    def require(self, *, resolution: int, center_crop: bool, random_flip: bool, seed: int) -> None:
+    def require(
+        self, *, resolution: int, center_crop: bool, random_flip: bool, seed: int, buckets: Buckets | None = None
+    ) -> None:
         """Refuse options that the cache was not made with.
 
         Raises:
             UserError: which names them.
         """
-        asked = placement_key(resolution, center_crop, random_flip, self.variants, seed)
+        asked = placement_key(resolution, center_crop, random_flip, self.variants, seed, buckets)
         refuse_difference(self.folder, self.key, self.key | asked)
 
     def verify(self) -> list[str]:
         """Names of the files that are not as they were written. Reads everything."""
         return [name for name, entry in self.index["files"].items() if not intact(self.folder / name, entry)]
 
-    def _read(self, name: str, place: int, *wanted: str) -> dict[str, torch.Tensor]:
+    def _read(self, name: str, place: int, *wanted: str, prefix: str = "") -> dict[str, torch.Tensor]:
         try:
             file = self._files.pop(name, None) or safe_open(self.folder / name, framework="pt")
             self._files[name] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
-            names = file.keys()
+            names = [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             if missing := set(wanted) - set(names):
                 raise IndexError(f"it has no {', '.join(sorted(missing))}")
-            return {key: file.get_slice(key)[place : place + 1][0].float() for key in names}
+            return {key: file.get_slice(prefix + key)[place : place + 1][0].float() for key in names}
         except (OSError, SafetensorError, IndexError, TypeError, RuntimeError) as error:
             raise UserError(f"{self.folder / name} is damaged ({error})", "start again: it is made anew") from None
 
@@ -165,9 +170,12 @@ def open_cache(folder: str | Path) -> Cache:
     return Cache(folder, index, lists["rows.jsonl"], lists["captions.jsonl"])
 
 
-def placement_key(resolution: int, center_crop: bool, random_flip: bool, variants: int, seed: int) -> dict[str, Any]:
+def placement_key(
+    resolution: int, center_crop: bool, random_flip: bool, variants: int, seed: int, buckets: Buckets | None = None
+) -> dict[str, Any]:
     drawn = random_flip or not center_crop
     return dict(
+        buckets=None if buckets is None else [list(shape) for shape in buckets.shapes],
         resolution=resolution,
         center_crop=center_crop,
         random_flip=random_flip,

@@ -14,7 +14,9 @@ from accel.errors import UserError
 
 from ..sources.item import BrokenItem, ImageSource, Item
 from . import rng
-from .crop import Placement, pixels, place, time_ids
+from .buckets import Buckets
+from .crop import Frame, Placement, pixels, place, time_ids
+from .order import Order, order_of
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -37,6 +39,8 @@ class Examples(Dataset):
         caption_dropout: share of examples whose caption becomes "", which is what guidance needs to be taught.
         size_conditioning: add `time_ids`, for SDXL.
         cache: latents and text embeddings on disk, instead of pixels.
+        order: which row an example shows; None for all rows, in a shuffle of every epoch.
+        buckets: the frame of every row; None for squares.
         on_broken: called once for every broken row, in the process that trains: (name, reason).
 
     Attributes:
@@ -57,6 +61,8 @@ class Examples(Dataset):
         caption_dropout: float = 0.0,
         size_conditioning: bool = False,
         cache: Cache | None = None,
+        order: Order | None = None,
+        buckets: Buckets | None = None,
         on_broken: Callable[[str, str], None] | None = None,
     ):
         if not 0 <= caption_dropout <= 1:
@@ -74,14 +80,18 @@ class Examples(Dataset):
         self._count = len(cache if cache is not None else source)
         if not self._count:
             raise UserError("there are no training images", "give a folder, shards or a dataset that has some")
+        self.order = order or order_of([self._count], seed)
+        self.buckets = buckets
         self._known: dict[int, BrokenItem] = {}
         self._tried: set[int] = set()
         if cache is not None:
-            cache.require(resolution=resolution, center_crop=center_crop, random_flip=random_flip, seed=seed)
+            cache.require(
+                resolution=resolution, center_crop=center_crop, random_flip=random_flip, seed=seed, buckets=buckets
+            )
 
     def __len__(self) -> int:
-        """Rows, that is examples per epoch. Indices go on after it."""
-        return self._count
+        """Rows that are shown, that is examples per epoch. Indices go on after it."""
+        return self.order.count
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"on_broken": None}  # worker processes report through the examples they send
@@ -90,23 +100,23 @@ class Examples(Dataset):
         """Example `index` of the run.
 
         Keys: `index`; `name`; `caption`; `replaced`, the broken rows passed over (a list of dicts with row, name and
-        reason); `pixels` float32 [3, R, R] in -1..1, or from a cache `latent_mean` and `latent_std` float32
-        [4, r, r], `context` float32 [77, D] and for SDXL `pooled` float32 [P]; with size conditioning `time_ids`
-        float32 [6].
+        reason); `pixels` float32 [3, R, R] in -1..1, or as its bucket says, or from a cache `latent_mean` and
+        `latent_std` float32 [4, r, r], `context` float32 [77, D] and for SDXL `pooled` float32 [P]; with size
+        conditioning `time_ids` float32 [6].
 
         Raises:
             UserError: when all rows are broken, or most of the first hundred.
         """
-        row, epoch = rng.row(index, self._count, self.seed)
+        rows, place, epoch = self.order(index)
         replaced: list[dict[str, Any]] = []
-        for candidate in itertools.chain(range(row, self._count), range(row)):
+        for candidate in map(int, itertools.chain(rows[place:], rows[:place])):
             try:
                 example = self._example(index, candidate, epoch)
                 break
             except BrokenItem as broken:
                 replaced.append({"row": candidate, "name": broken.name, "reason": broken.reason})
         else:
-            self._give_up(f"all {self._count}")
+            self._give_up(f"all {len(rows)}")
         if get_worker_info() is None:
             self.note(replaced)
         return example | {"replaced": replaced}
@@ -149,20 +159,21 @@ class Examples(Dataset):
 
     def _decoded(self, index: int, row: int, epoch: int) -> dict[str, Any]:
         item = self.source[row]
+        frame = frame_of(item, row, self.buckets, self.resolution)
         placement = placement_of(
             item,
             row,
             epoch,
             self._count,
             seed=self.seed,
-            resolution=self.resolution,
+            frame=frame,
             center_crop=self.center_crop,
             random_flip=self.random_flip,
         )
         caption = item.captions[self._caption(index, len(item.captions))] if self._keeps_caption(index) else ""
-        example = {"name": item.name, "caption": caption, "pixels": pixels(item.image, placement, self.resolution)}
+        example = {"name": item.name, "caption": caption, "pixels": pixels(item.image, placement, frame)}
         if self.size_conditioning:
-            ids = time_ids(placement, item.image.size, self.resolution)
+            ids = time_ids(placement, item.image.size, frame)
             example["time_ids"] = torch.tensor(ids, dtype=torch.float32)
         return example
 
@@ -181,8 +192,21 @@ class Examples(Dataset):
         return rng.generator(self.seed, index, "dropout").random() >= self.caption_dropout
 
 
+def frame_of(item: Item, row: int, buckets: Buckets | None, resolution: int) -> Frame:
+    """The frame that a row is cut for.
+
+    Raises:
+        BrokenItem: when the row has no bucket.
+    """
+    if buckets is None:
+        return resolution
+    if buckets.of_row[row] < 0:
+        raise BrokenItem(item.name, "its size could not be read when the buckets were made")
+    return buckets.shape(row)
+
+
 def placement_of(
-    item: Item, row: int, epoch: int, count: int, *, seed: int, resolution: int, center_crop: bool, random_flip: bool
+    item: Item, row: int, epoch: int, count: int, *, seed: int, frame: Frame, center_crop: bool, random_flip: bool
 ) -> Placement:
     """The placement of a row in an epoch.
 
@@ -195,7 +219,7 @@ def placement_of(
     numbers = rng.generator(seed, (0 if center_crop else epoch) * count + row, "placement")
     options = dict(center_crop=center_crop, random_flip=random_flip, epoch=epoch)
     try:
-        return place(item.image.size, resolution, rng=numbers, **options)
+        return place(item.image.size, frame, rng=numbers, **options)
     except ValueError as error:
         raise BrokenItem(item.name, str(error)) from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +25,11 @@ from accel.files import cache_dir, digest_of, disk_error, read_json, require_spa
 
 from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
+from .buckets import Buckets
 from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
 from .crop import pixels, time_ids
 from .encoders import Encoders
-from .examples import FIRST, placement_of
+from .examples import FIRST, frame_of, placement_of
 from .noted_files import entry_of, is_kept, note_of, put, read_note
 
 DTYPES = ("float16", "float32")
@@ -46,6 +47,7 @@ def build(
     center_crop: bool,
     random_flip: bool,
     seed: int,
+    buckets: Buckets | None = None,
     variants: int = 1,
     dtype: str = "float16",
     batch: int = 8,
@@ -64,6 +66,7 @@ def build(
         center_crop: cut out the middle, else any part.
         random_flip: mirror every other image.
         seed: of the placements, the run's own.
+        buckets: the frame of every row; None for squares.
         variants: placements kept of each image. Without random crops and flips there is one.
         dtype: of the tensors on disk, float16 or float32.
         batch: images or captions encoded at once.
@@ -84,7 +87,7 @@ def build(
             f"{resolution} pixels are not a multiple of {encoders.factor}, by which the VAE shrinks an image",
             f"try {max(1, round(resolution / encoders.factor)) * encoders.factor}",
         )
-    placement = placement_key(resolution, center_crop, random_flip, variants, seed)
+    placement = placement_key(resolution, center_crop, random_flip, variants, seed, buckets)
     key = dict(
         format=FORMAT,
         data=source.identity,
@@ -97,7 +100,7 @@ def build(
     folder = Path(folder) if folder is not None else cache_dir() / "latents" / digest_of(key)[:20]
     key = _as_finished(folder, key)
     _claim(folder, key)
-    maker = _Maker(source, encoders, folder, key, batch, rank, world, progress)
+    maker = _Maker(source, encoders, folder, key, batch, rank, world, progress, buckets)
     with _disk(folder):
         maker.run()
         files = [note_of(folder, name) for name in maker.names()]
@@ -152,9 +155,10 @@ class _Maker:
         rank: int,
         world: int,
         progress: Progress,
+        buckets: Buckets | None = None,
     ):
         self.source, self.encoders, self.folder, self.key, self.batch = source, encoders, folder, key, batch
-        self.rank, self.world, self.progress = rank, world, progress
+        self.rank, self.world, self.progress, self.buckets = rank, world, progress, buckets
         self.shard, self.dtype = key["shard"], torch_dtype(key["dtype"])
         self.tried, self.failed = 0, 0
         self.texts: dict[str, int] = {}
@@ -256,42 +260,45 @@ class _Maker:
 
     def _latent_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
         listed: list[dict[str, Any]] = []
-        waiting: list[dict[str, Any]] = []  # read and placed, not encoded yet
-        size = self.key["resolution"] // self.encoders.factor
-        made = {key: [torch.zeros(0, 4, size, size, dtype=self.dtype)] for key in ("latent_mean", "latent_std")}
-        made["time_ids"] = [torch.zeros(0, 6)]
-        kept = 0
+        waiting: dict[str, list[dict[str, Any]]] = {}  # by bucket: read and placed, not encoded yet
+        made: dict[str, list[torch.Tensor]] = {}
+        kept: Counter[str] = Counter()
+        if self.buckets is None:  # a file of broken rows alone has its tensors too
+            size = self.key["resolution"] // self.encoders.factor
+            for key in ("latent_mean", "latent_std"):
+                made[key] = [torch.zeros(0, self.encoders.latent_channels, size, size, dtype=self.dtype)]
+            made["time_ids"] = [torch.zeros(0, 6)]
 
-        def encode() -> None:
-            nonlocal kept
+        def encode(frame: str, ready: list[dict[str, Any]]) -> None:
             interrupt.check()
-            squares = torch.cat([row.pop("pixels") for row in waiting])
+            squares = torch.cat([row.pop("pixels") for row in ready])
             parts = [self.encoders.images(part) for part in squares.split(self.batch)]
             latents = {key: torch.cat([part[key] for part in parts]).to("cpu", self.dtype) for key in parts[0]}
-            latents["time_ids"] = torch.cat([row.pop("time_ids") for row in waiting])
-            per_row = {key: value.unflatten(0, (len(waiting), -1)) for key, value in latents.items()}
-            for at, row in enumerate(waiting):
+            latents["time_ids"] = torch.cat([row.pop("time_ids") for row in ready])
+            per_row = {key: value.unflatten(0, (len(ready), -1)) for key, value in latents.items()}
+            for at, row in enumerate(ready):
                 values = {key: value[at] for key, value in per_row.items()}
                 if not all(value.isfinite().all() for value in values.values()):
                     row.pop("captions")
                     row["broken"] = f"its latents are not finite in {self.key['dtype']}"
                     continue
-                row["place"] = kept
-                kept += 1
+                row["place"] = kept[frame]
+                kept[frame] += 1
                 for key, value in values.items():
-                    made[key].append(value)
-            waiting.clear()
+                    made.setdefault(f"{frame}/{key}" if frame else key, []).append(value)
 
         for row in self._ahead(rows):
             listed.append(row)
             if "broken" not in row:
-                waiting.append(row)
-            if len(waiting) * self.key["variants"] >= self.batch:
-                encode()
+                frame = row.get("frame", "")
+                ready = waiting.setdefault(frame, [])
+                ready.append(row)
+                if len(ready) * self.key["variants"] >= self.batch:
+                    encode(frame, waiting.pop(frame))
             self._watch(row)
             progress(len(listed))
-        if waiting:
-            encode()
+        for frame, ready in waiting.items():
+            encode(frame, ready)
         put(self.folder, name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)
 
     def _ahead(self, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -314,6 +321,7 @@ class _Maker:
         try:
             item = self.source[row]
             numbers = [self.texts[caption] for caption in item.captions]
+            frame = frame_of(item, row, self.buckets, key["resolution"])
             placements = [
                 placement_of(
                     item,
@@ -321,7 +329,7 @@ class _Maker:
                     variant,
                     len(self.source),
                     seed=key["seed"] or 0,
-                    resolution=key["resolution"],
+                    frame=frame,
                     center_crop=key["center_crop"],
                     random_flip=key["random_flip"],
                 )
@@ -331,11 +339,12 @@ class _Maker:
             return {"name": broken.name, "broken": broken.reason}
         except KeyError:
             return {"name": item.name, "broken": "its caption changed while the cache was made"}
-        ids = [time_ids(placement, item.image.size, key["resolution"]) for placement in placements]
-        return {
+        ids = [time_ids(placement, item.image.size, frame) for placement in placements]
+        bucket = {} if isinstance(frame, int) else {"frame": f"{frame[0]}x{frame[1]}"}
+        return bucket | {
             "name": item.name,
             "captions": numbers,
-            "pixels": torch.stack([pixels(item.image, placement, key["resolution"]) for placement in placements]),
+            "pixels": torch.stack([pixels(item.image, placement, frame) for placement in placements]),
             "time_ids": torch.tensor(ids, dtype=torch.float32),
         }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,14 +21,12 @@ from typing import Any
 import torch
 
 from accel.errors import Notice, UserError
-from accel.files import read_json, write_json
-from accel.sampling.noise import normal
 
 from ..data.batches import Batches, stream_of
 from ..data.encoders import Encoders
 from ..settings import DreamBoothRecipe
 from ..sources.item import IMAGE_SUFFIXES, Item, size_of, upright_rgb
-from ..training import pipelines
+from ..training.drawn_images import draw_missing
 from .kd import Denoising
 from .lora import LowRank
 from .lora import check as check_lora
@@ -205,70 +202,25 @@ def class_images(
 ) -> Path:
     """The folder of class images: the one given, or `<run>/class`, in which the model generates those that are missing.
 
-    Image i depends on the recipe's seed and i alone, so an interrupted run goes on where it was; the processes
-    share the work.
-
     Raises:
         UserError: when the folder holds images that were generated with other settings.
     """
     if recipe.class_data:
         return Path(recipe.class_data).expanduser()
     folder = run / "class"
-    settings = {
-        "prompt": recipe.class_prompt,
-        "resolution": recipe.resolution,
-        "steps": recipe.sample_steps,
-        "guidance": recipe.sample_guidance,
-        "seed": recipe.seed,
-        "model": encoders.source.digest(
-            [name for name in ("unet", "text_encoder", "text_encoder_2", "vae") if encoders.source.has(name)]
-        ),
-    }
-    record = folder / "class.json"
-    if record.is_file() and (kept := read_json(record, "class.json")) != settings:
-        other = ", ".join(name for name in settings if kept.get(name) != settings[name])
-        raise UserError(
-            f"the images in {folder} were generated with another {other}",
-            f"delete {folder}, choose another --run, or keep them with --class-data {folder}",
-        )
-    paths = [folder / f"{number:06d}.png" for number in range(recipe.class_images)]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    # Later numbers may lie there from a run that wanted more; they are of the same kind, and stay.
-    if missing:
-        say(f"class images: {len(paths) - len(missing)} of {len(paths)} exist, generating the others in {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            write_json(record, settings)
-        own = missing[accelerator.process_index :: accelerator.num_processes]
-        generate(recipe, encoders, {number: paths[number] for number in own}, accelerator)
-    accelerator.wait_for_everyone()
+    draw_missing(
+        folder,
+        [recipe.class_prompt] * recipe.class_images,
+        encoders,
+        recipe,
+        accelerator,
+        say,
+        title="class images",
+        said={"prompt": recipe.class_prompt},
+        steps=recipe.sample_steps,
+        guidance=recipe.sample_guidance,
+        batch=recipe.class_batch,
+        record="class.json",
+        keep=f", or keep them with --class-data {folder}",
+    )
     return folder
-
-
-@torch.no_grad()
-def generate(recipe: DreamBoothRecipe, encoders: Encoders, paths: Mapping[int, Path], accelerator: Any) -> None:
-    """Generate class images by number. An image gets its name when it is complete."""
-    from PIL import Image
-    from rich.console import Console
-    from rich.progress import track
-
-    pipeline = pipelines.assemble(encoders, encoders.source.load("unet").to(encoders.device))
-    cells = recipe.resolution // pipeline.vae_scale_factor
-    shape = (encoders.latent_channels, cells, cells)
-    numbers = list(paths)
-    chunks = [numbers[start : start + recipe.class_batch] for start in range(0, len(numbers), recipe.class_batch)]
-    quiet = not accelerator.is_main_process
-    for chunk in track(chunks, "class images", console=Console(stderr=True), disable=quiet):
-        latents = torch.from_numpy(normal([recipe.seed + number for number in chunk], 0, shape))
-        with accelerator.autocast():
-            images = pipelines.draw(
-                pipeline,
-                [recipe.class_prompt] * len(chunk),
-                latents,
-                num_inference_steps=recipe.sample_steps,
-                guidance_scale=recipe.sample_guidance,
-            )
-        for number, image in zip(chunk, images, strict=True):
-            partial = paths[number].with_name(f".{paths[number].name}")
-            Image.fromarray(image).save(partial, format="PNG")
-            os.replace(partial, paths[number])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from accel.errors import MissingPackage, UserError, markdown
+from accel.errors import MissingPackage, UserError
 from accel.models.lora import WEIGHT_NAME
 
 from ..data.encoders import Encoders
@@ -56,10 +55,9 @@ class LowRank(Denoising):
                 parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
     def save(self, folder: Path) -> None:
-        """`pytorch_lora_weights.safetensors`, with alpha in its metadata, and a card."""
+        """`pytorch_lora_weights.safetensors`, with alpha in its metadata."""
         networks = {name: network.model for name, network in self.networks.items()}
         save_lora(folder, networks, self.encoders, form=self.recipe.lora_format)
-        (folder / "README.md").write_text(card(self.recipe, self.encoders, tuple(self.networks)))
 
 
 def check(recipe: LoraRecipe) -> None:
@@ -195,40 +193,3 @@ def metadata_of(network: nn.Module, adapter: str = "default") -> dict[str, Any]:
     kept = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     excluded = sorted(config.exclude_modules or ())
     return kept | ({"exclude_modules": excluded} if excluded else {})
-
-
-def card(recipe: LoraRecipe, encoders: Encoders, components: Sequence[str]) -> str:
-    """README.md of a LoRA folder."""
-    prompt = getattr(recipe, "instance_prompt", "") or recipe.sample_prompts.split("|")[0].strip() or "..."
-    pipeline = "StableDiffusionXLPipeline" if encoders.sdxl else "StableDiffusionPipeline"
-    model = encoders.source.name
-    base = f"base_model: {model}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else ""
-    command = shlex.quote(model) if "`" not in model else "MODEL"  # a backtick would end the code
-    prompt = prompt.replace("`" * 3, "'" * 3)
-    note = ""
-    if recipe.alpha != recipe.rank:
-        note = (
-            "\nAlpha differs from the rank and stands in the file's metadata (`lora_adapter_metadata`), which "
-            "diffusers\nreads. A program that does not would apply it at another strength: scale it there by "
-            "alpha / rank.\n"
-        )
-    return f"""---
-library_name: diffusers
-{base}tags: [lora, text-to-image, stable-diffusion{"-xl" if encoders.sdxl else ""}]
----
-
-# LoRA of {markdown(model)}
-
-Rank {recipe.rank}, alpha {recipe.alpha:g}, of {", ".join(components)}; {recipe.steps} steps at a learning rate of
-{recipe.learning_rate:g}. `training.json` has all settings.
-
-```python
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained({model!r})
-pipe.load_lora_weights(".")  # this folder
-pipe({prompt!r})
-```
-
-Fused into a bundle: `accel export {command} BUNDLE --lora .` (`--lora .=0.8` for a weaker one).
-{note}"""

@@ -30,6 +30,7 @@ from .item import (
     named_column,
     size_of,
     upright_rgb,
+    upright_size,
 )
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -65,6 +66,13 @@ class FolderSource:
 
     def captions(self, row: int) -> tuple[str, ...]:
         return self._captions(*self._entry(row))
+
+    def size(self, row: int) -> tuple[int, int]:
+        name, _ = self._entry(row)
+        return upright_size(self._path(name), name)
+
+    def value(self, row: int, column: str) -> Any:
+        return self._entry(row)[1].get(column)
 
     @cached_property
     def identity(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from accel.errors import MissingPackage, UserError
 
-from .item import BrokenItem, Item, caption_column, clean_captions, named_column, size_of, upright_rgb
+from .item import BrokenItem, Item, caption_column, clean_captions, named_column, size_of, upright_rgb, upright_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,27 +23,50 @@ class DatasetSource:
         rows: a `datasets.Dataset` whose images come as they are stored, not decoded.
         image: column of the image.
         caption: column of the caption or captions.
+        more: the same rows with all their columns.
     """
 
     rows: Any
     image: str
     caption: str
+    more: Any
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Item:
         entry = _entry(self.rows, row)
-        value = entry[self.image]
+        name, data = self._file(row, entry[self.image])
+        captions = clean_captions(entry[self.caption], name)
+        if data is None:
+            raise BrokenItem(name, f"it has no image in {self.image}")
+        return Item(upright_rgb(data, name), captions, name)
+
+    def size(self, row: int) -> tuple[int, int]:
+        name, data = self._file(row, _entry(self._images, row)[self.image])
+        if data is None:
+            raise BrokenItem(name, f"it has no image in {self.image}")
+        return upright_size(data, name)
+
+    def value(self, row: int, column: str) -> Any:
+        if column not in self.more.column_names:
+            return None
+        if column not in self._views:
+            self._views[column] = self.more.select_columns([column])
+        return _entry(self._views[column], row)[column]
+
+    @cached_property
+    def _views(self) -> dict[str, Any]:
+        return {}
+
+    def _file(self, row: int, value: Any) -> tuple[str, bytes | Path | None]:
+        """(name, image as it is stored) of a row."""
         path = value.get("path") if isinstance(value, dict) else None
         name = f"row {row} ({os.path.basename(path)})" if path else f"row {row}"
-        captions = clean_captions(entry[self.caption], name)
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and path:
             data = Path(path)
-        if not isinstance(data, bytes | Path):
-            raise BrokenItem(name, f"it has no image in {self.image}")
-        return Item(upright_rgb(data, name), captions, name)
+        return name, data if isinstance(data, bytes | Path) else None
 
     def captions(self, row: int) -> tuple[str, ...]:
         return clean_captions(_entry(self._captions, row)[self.caption], f"row {row}")
@@ -64,6 +87,10 @@ class DatasetSource:
     @cached_property
     def _captions(self) -> Any:
         return self.rows.select_columns([self.caption])
+
+    @cached_property
+    def _images(self) -> Any:
+        return self.rows.select_columns([self.image])
 
     def _sizes(self) -> Any:
         """(bytes, name) of images, a thousand rows at a time; Arrow knows how long a value is without reading it."""
@@ -164,7 +191,8 @@ def _source(rows: Any, image: str | None, caption: str | None, where: str) -> Da
     caption = caption_column(caption, others, text, where)
     if image in images:
         rows = rows.cast_column(image, library.Image(decode=False))
-    return DatasetSource(rows.select_columns([image, caption]).with_format(None), image, caption)
+    rows = rows.with_format(None)
+    return DatasetSource(rows.select_columns([image, caption]), image, caption, rows)
 
 
 def _is_text(feature: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from accel.errors import UserError
 from accel.files import read_bytes
@@ -53,8 +54,8 @@ class ImageSource(Protocol):
     """Images with captions by row number; the same row is the same image in every process and run.
 
     `source[row]` and `source.captions(row)` raise BrokenItem for a row that cannot be used. `captions` does not decode
-    the image. `identity` is a sha256 over names, sizes in bytes and captions, not over pixels: an image that is
-    edited and keeps its size to the byte goes unnoticed.
+    the image, and neither does `size`. `identity` is a sha256 over names, sizes in bytes and captions, not over pixels:
+    an image that is edited and keeps its size to the byte goes unnoticed.
     """
 
     identity: str
@@ -64,6 +65,12 @@ class ImageSource(Protocol):
     def __getitem__(self, row: int) -> Item: ...
 
     def captions(self, row: int) -> tuple[str, ...]: ...
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(width, height) of the upright image."""
+
+    def value(self, row: int, column: str) -> Any:
+        """What else the data set says about an image, such as its aesthetic score; None where it says nothing."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,6 +132,25 @@ def upright_rgb(file: bytes | Path, name: str) -> Image.Image:
         raise BrokenItem(name, "not an image, or a format that Pillow cannot read") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise BrokenItem(name, f"cannot be decoded: {error or type(error).__name__}") from None
+
+
+def upright_size(file: bytes | Path, name: str) -> tuple[int, int]:
+    """(width, height) that `upright_rgb` would return, from the header alone; `file` may be the beginning of one.
+
+    Raises:
+        BrokenItem: when the header cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            width, height = image.size
+            with contextlib.suppress(Exception):  # as `_upright`
+                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by a quarter
+                    return height, width
+            return width, height
+    except FileNotFoundError:
+        raise BrokenItem(name, "No such file or directory") from None
+    except Exception as error:
+        raise BrokenItem(name, f"its size cannot be read: {error or type(error).__name__}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,7 +37,8 @@ def open_data(
         spec: a folder with images and `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder layout), or with
             `name.txt` beside `name.jpg`; webdataset shards: a .tar file, a folder of them, or a pattern such as
             `data/{00000..00099}.tar` or `data/*.tar`; a dataset written by `save_to_disk`, a parquet file or folder, or
-            a hub id; `digits`, the 1,297 training images of the shipped model.
+            a hub id; `digits`, the 1,297 training images of the shipped model; a .txt file of prompts, which has no
+            images.
         image_column: column of the image or its file name; for shards, the file suffix, as in `jpg`.
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
             the json file. Both are found where only one column fits.
@@ -103,6 +105,10 @@ def _open_file(path: Path, columns: tuple[str | None, str | None], split: str) -
         from .hf_datasets import open_parquet
 
         return open_parquet(path, *columns)
+    if path.suffix == ".txt":
+        from .prompts import open_prompts
+
+        return open_prompts(path)
     if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise UserError(
             f"{path} is compressed, so its images cannot be read in any order",
@@ -138,6 +144,12 @@ class DigitsSource:
     def captions(self, row: int) -> tuple[str, ...]:
         digit = int(self.labels[row])
         return (str(digit),) if self.classes else digits.prompts(digit)
+
+    def size(self, row: int) -> tuple[int, int]:
+        return digits.SIZE, digits.SIZE
+
+    def value(self, row: int, column: str) -> Any:
+        return int(self.labels[row]) if column == "digit" else None
 
     @cached_property
     def identity(self) -> str:

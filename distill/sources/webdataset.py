@@ -34,11 +34,13 @@ from .item import (
     clean_captions,
     is_text,
     upright_rgb,
+    upright_size,
 )
 
 _VERSION = 1
 _SMALL = 1 << 20  # bytes; larger files are not captions
 _LARGEST = 1 << 28  # bytes; no image or caption is larger
+_HEADER = 1 << 16  # bytes of an image that are read for its size
 _PEEK = 50  # samples read to learn the columns of their json files
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -71,12 +73,21 @@ class TarSource:
         entry = self.rows[row]
         name = self._name(entry)
         captions = self._captions(entry, name)
-        images = [self.image] if self.image else [suffix for suffix in entry["files"] if _is_image(suffix)]
-        if len(images) > 1:
-            raise BrokenItem(name, f"it has several images ({', '.join(images)}); name one: --image-column")
-        if not images:
-            raise BrokenItem(name, f"it has no image; it has {', '.join(entry['files'])}")
-        return Item(upright_rgb(self._read(entry, images[0], name), name), captions, name)
+        return Item(upright_rgb(self._read(entry, self._image(entry, name), name), name), captions, name)
+
+    def size(self, row: int) -> tuple[int, int]:
+        entry = self.rows[row]
+        name = self._name(entry)
+        suffix = self._image(entry, name)
+        try:
+            return upright_size(self._read(entry, suffix, name, first=_HEADER), name)
+        except BrokenItem:  # a header may be longer
+            return upright_size(self._read(entry, suffix, name), name)
+
+    def value(self, row: int, column: str) -> Any:
+        entry = self.rows[row]
+        name = self._name(entry)
+        return _table(self._read(entry, "json", name), name).get(column) if "json" in entry["files"] else None
 
     def captions(self, row: int) -> tuple[str, ...]:
         entry = self.rows[row]
@@ -93,13 +104,22 @@ class TarSource:
     def _name(self, entry: dict[str, Any]) -> str:
         return f"{self.shards[entry['shard']].name}/{entry['key']}"
 
+    def _image(self, entry: dict[str, Any], name: str) -> str:
+        """The suffix of a sample's image."""
+        images = [self.image] if self.image else [suffix for suffix in entry["files"] if _is_image(suffix)]
+        if len(images) > 1:
+            raise BrokenItem(name, f"it has several images ({', '.join(images)}); name one: --image-column")
+        if not images:
+            raise BrokenItem(name, f"it has no image; it has {', '.join(entry['files'])}")
+        return images[0]
+
     def _captions(self, entry: dict[str, Any], name: str) -> tuple[str, ...]:
         data = self._read(entry, self.caption, name)
         if not self.json_key:
             return caption_of_bytes(data, name)
         return clean_captions(_table(data, name).get(self.json_key), name)
 
-    def _read(self, entry: dict[str, Any], suffix: str, name: str) -> bytes:
+    def _read(self, entry: dict[str, Any], suffix: str, name: str, first: int = _LARGEST) -> bytes:
         place = entry["files"].get(suffix)
         if place is None:
             raise BrokenItem(name, f"it has no .{suffix}; it has {', '.join(entry['files'])}")
@@ -108,7 +128,7 @@ class TarSource:
         if place[1] > _LARGEST:
             raise BrokenItem(name, f"its .{suffix} has {place[1]:,} bytes")
         try:
-            return _slice(self.shards[entry["shard"]], *place)
+            return _slice(self.shards[entry["shard"]], place[0], min(place[1], first))
         except (OSError, EOFError) as error:
             raise BrokenItem(name, f"its .{suffix} cannot be read: {error}") from None
 

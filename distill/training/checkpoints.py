@@ -43,11 +43,18 @@ _NAME = re.compile(r"step-(\d+)")
 # weights, except that another device or kernel may round differently.
 FREE = frozenset(
     "batch accumulation checkpoint_every keep sample_every sample_prompts sample_steps sample_guidance log workers "
-    "cache attention compile gradient_checkpointing save_dtype".split()
+    "validation_every cache attention compile gradient_checkpointing save_dtype".split()
 )
 
 # Tensor names that earlier versions wrote, by their last part.
 _RENAMED = {"told": "step_embedding"}
+
+
+# Fields that checkpoints of earlier versions do not have; at these defaults they change nothing.
+_LATER = frozenset(
+    "score_column min_score min_size buckets bucket_step bucket_least validation data_model data_steps data_guidance "
+    "data_images".split()
+)
 
 
 def settings(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -57,6 +64,9 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
+    for field in dataclasses.fields(recipe):
+        if field.name in _LATER and kept[field.name] == field.default:
+            del kept[field.name]
     kept |= recipe.in_effect()
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"

@@ -29,7 +29,7 @@ from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
-from . import checkpoints, sharding
+from . import checkpoints, sharding, validation
 from .log import Log
 from .method import Method, OptimizerPhase, TrainedNetwork
 from .monitors import Watch
@@ -194,6 +194,7 @@ class Loop:
                 while step < self.recipe.steps and not stop.asked():
                     figures = self.one_step(step, stream)
                     step += 1
+                    figures |= self.validate(step, batches)
                     log.write(step, figures)
                     report(_short(figures), step)
                     for text in watch.see(figures) if shown else ():
@@ -202,7 +203,7 @@ class Loop:
                         self.checkpoint(step)
                         kept = step
                     if self.recipe.sample_every and (step % self.recipe.sample_every == 0 or step == self.recipe.steps):
-                        self.sample(step)
+                        log.show(step, self.sample(step))
             stopped = step < self.recipe.steps
             if stopped and step > kept:
                 self.checkpoint(step)
@@ -317,7 +318,15 @@ class Loop:
         for name, average in self.averages.items():
             average.copy_to(sharding.parameters_of([self.method.networks[name]]))
 
-    def sample(self, step: int) -> None:
+    def validate(self, step: int, batches: Any) -> dict[str, float]:
+        """The losses on images held out, where the recipe holds some out and it is time: those of the averages."""
+        due = step % self.recipe.validation_every == 0 or step == self.recipe.steps
+        if not due or getattr(batches, "held_out", None) is None:
+            return {}
+        with self.averaged():
+            return validation.losses(self.method, batches.held_out(), self.encoders, self.accelerator, step)
+
+    def sample(self, step: int) -> Any:
         with self.averaged(), self.accelerator.autocast():
             for network in self.method.networks.values():
                 for unit in sharding.units(network.module):  # so that parts of a network can be called
@@ -329,6 +338,7 @@ class Loop:
             path = self.run / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
             image.save(path)
+        return image
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

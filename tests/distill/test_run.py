@@ -39,6 +39,13 @@ def test_the_resolution_is_the_models_own_where_none_is_given(sd15):
     assert run.with_resolution(given, run.encoders_of(given)).resolution == 32
 
 
+def test_buckets_have_sides_that_the_unet_can_halve(sd15, six_images, tmp_path):
+    recipe = settings.FinetuneRecipe(model=str(sd15), data=str(six_images), buckets=True, bucket_step=8, log="none")
+    with pytest.raises(UserError, match="buckets of steps of 8 px: not a multiple of"):
+        run.execute(recipe, tmp_path / "out")
+    assert not (tmp_path / "out-run").exists()
+
+
 def test_an_attention_that_nothing_takes_is_refused(sd15, tmp_path):
     recipe = settings.TinyVaeRecipe(model=str(sd15), data="digits", attention="sdpa", log="none")
     with pytest.raises(UserError, match="--attention sdpa has no effect on AutoencoderTiny"):

@@ -101,3 +101,28 @@ def test_the_two_views_of_a_centre_crop_take_turns():
         place((64, 48), 32, center_crop=True, random_flip=False, rng=np.random.default_rng(0), epoch=e) for e in (0, 1)
     ]
     assert not any(one.flipped for one in still)
+
+
+@settings(deadline=None, max_examples=200)
+@given(SIDES, SIDES, st.integers(1, 64), st.integers(1, 64), SEEDS, st.booleans())
+def test_a_frame_is_covered_by_the_smallest_image_that_does(w, h, wide, high, seed, center):
+    if max(w, h) > 32 * min(w, h):
+        return
+    numbers = np.random.default_rng(seed)
+    placement = place((w, h), (wide, high), center_crop=center, random_flip=True, rng=numbers)
+    width, height = placement.resized
+    assert (width == wide and height >= high) or (height == high and width >= wide)
+    assert 0 <= placement.left <= width - wide and 0 <= placement.top <= height - high
+    image = an_image(w, h, seed)
+    assert pixels(image, placement, (wide, high)).shape == (3, high, wide)
+    ids = time_ids(placement, image.size, (wide, high))
+    left = width - placement.left - wide if placement.flipped else placement.left
+    assert ids == [h, w, placement.top, left, high, wide]
+
+
+@pytest.mark.parametrize(("size", "side"), [((64, 48), 32), ((48, 64), 32), ((31, 97), 20), ((50, 50), 17)])
+def test_a_square_frame_is_a_resolution(size, side):
+    def made(frame):
+        return place(size, frame, center_crop=False, random_flip=True, rng=np.random.default_rng(1))
+
+    assert made(side) == made((side, side))
