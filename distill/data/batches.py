@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from accel.progress import progress
 from ..settings import Recipe
 from ..sources.item import ImageSource
 from ..sources.open_data import open_data
+from .draws import Ahead, Turn
 from .examples import Examples, loader
 
 SHOWN = 5  # broken images that are named on the screen
@@ -19,9 +20,11 @@ SHOWN = 5  # broken images that are named on the screen
 Batches = Callable[[int], Iterator[dict[str, Any]]]  # (first step) -> micro-batches of this process
 
 
-def batches_of(recipe: Recipe, encoders: Any, run: Path, accelerator: Any, say: Callable[[str], None]) -> Batches:
-    """The micro-batches of the recipe's data."""
-    return stream_of(data_of(recipe, encoders), recipe, encoders, run, accelerator, say)
+def batches_of(
+    recipe: Recipe, encoders: Any, run: Path, accelerator: Any, say: Callable[[str], None], turns: Sequence[Turn] = ()
+) -> Batches:
+    """The micro-batches of the recipe's data, with the draws of the `turns` of training."""
+    return stream_of(data_of(recipe, encoders), recipe, encoders, run, accelerator, say, turns)
 
 
 def data_of(recipe: Recipe, encoders: Any) -> ImageSource:
@@ -41,6 +44,7 @@ def stream_of(
     run: Path,
     accelerator: Any,
     say: Callable[[str], None],
+    turns: Sequence[Turn] = (),
     suffix: str = "",
 ) -> Batches:
     """The micro-batches of one data source; `suffix` sets its cache apart from that of another source of the run."""
@@ -78,6 +82,8 @@ def stream_of(
         say(f"{len(cache.broken)} images cannot be used and are left out")
         examples.note([{"name": name, "reason": reason} for name, reason in cache.broken.items()])
 
+    ahead = Ahead(tuple(turns), recipe.seed, encoders.latent_channels, encoders.factor)
+
     def batches(step: int) -> Iterator[dict[str, Any]]:
         return loader(
             examples,
@@ -88,6 +94,7 @@ def stream_of(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            ahead=ahead,
         )
 
     return batches
@@ -106,6 +113,7 @@ def build_cache(
             **placement,
             variants=recipe.cache_variants,
             dtype=recipe.cache_dtype,
+            batch=recipe.vae_batch,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             progress=report,

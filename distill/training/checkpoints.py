@@ -33,6 +33,7 @@ from accel.errors import UserError
 from accel.files import digest_of, inside, read_json, readable, replace_folder, settle, sha256
 
 from ..settings import Recipe
+from . import sharding
 from .method import TrainedNetwork
 
 _PARTIAL = ".partial"
@@ -43,8 +44,14 @@ _NAME = re.compile(r"step-(\d+)")
 # weights, except that another device or kernel may round differently.
 FREE = frozenset(
     "batch accumulation checkpoint_every keep sample_every sample_prompts sample_steps sample_guidance log workers "
-    "cache attention compile gradient_checkpointing save_dtype".split()
+    "cache attention compile gradient_checkpointing save_dtype tf32 channels_last fused vae_batch".split()
 )
+
+# Fields that earlier versions did not have, and what they did: so their checkpoints go on.
+_LATER = {"half_norms": False, "vae_dtype": "float32"}
+
+# Of an optimizer's group: which kernel does it, the device's choice and not that of the run before.
+_KERNEL = ("fused", "foreach")
 
 # Tensor names that earlier versions wrote, by their last part.
 _RENAMED = {"told": "step_embedding"}
@@ -57,6 +64,7 @@ def settings(recipe: Recipe, world: int) -> dict[str, Any]:
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
+    kept = {name: value for name, value in kept.items() if _LATER.get(name) != value}
     kept |= recipe.in_effect()
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"
@@ -240,6 +248,7 @@ def read(
             moments["state"] = {_renamed(key): value for key, value in moments["state"].items()}
             for group in moments["param_groups"]:
                 group["params"] = [_renamed(key) for key in group["params"]]
+                group |= {name: optimizer.defaults[name] for name in _KERNEL if name in optimizer.defaults}
             _check_finite(moments, f"optimizer-{phase}")
             set_optimizer_state_dict(models, optimizer, moments, options=options)
             schedule = torch.load(path / f"scheduler-{phase}.pt", weights_only=True)
@@ -329,8 +338,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A full CPU tensor, of a shard of it too."""
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu().contiguous()
+    return sharding.whole(tensor).detach().cpu().contiguous()
 
 
 def _trained(model: nn.Module) -> list[str]:
