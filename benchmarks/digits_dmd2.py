@@ -32,6 +32,7 @@ from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
+from accel.distill.training import speed
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
 
@@ -61,7 +62,9 @@ ROWS: dict[str, tuple[str, dict, str]] = {
         "4 steps, one step a batch, as published",
     ),
 }
-BESIDE = ("cache", "log", "sample_every", "checkpoint_every", "keep", "workers")  # what no weight depends on
+# What no weight depends on, and later fields that these rows leave at what was always done.
+BESIDE = ("cache", "log", "sample_every", "checkpoint_every", "keep", "workers", "tf32", "channels_last", "fused")
+BESIDE += ("vae_batch", "vae_dtype", "half_norms")
 SHIPPED = ("1step", "4step", "tiny-1step", "tiny-4step")
 # Undistilled networks in the students' steps, and the teacher as it is meant to be used.
 BASELINES = {
@@ -109,7 +112,7 @@ def digest(name: str) -> str:
         settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
     else:
         kind, fields, _ = ROWS[name]
-        recipe = recipes.changed(registry.recipe(kind), **fields)
+        recipe = speed.settled(recipes.changed(registry.recipe(kind), **fields), torch.device("cpu"))
         settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
         settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
     return digest_of(settings)[:12]

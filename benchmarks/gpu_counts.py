@@ -2,6 +2,8 @@
 
     python benchmarks/gpu_counts.py --write      # benchmarks/gpu-counts.json, and the tables of docs/gpu.md
 
+Of a step of training `gpu_traffic.py` follows where each tensor lies.
+
 Launches are the operations of torch that compute or copy (views are none); a CUDA graph, and a run of ONNX Runtime, is
 one. Uploads are values of the host that become tensors, each of which waits for the device; waits are values that are
 read back, and synchronisations. Of an image they are counted from its first step to its last, where the device has to
@@ -18,13 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gpu_traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "fakes"))
 WAYS = (("eager", "off"), ("eager", "step"), ("eager", "loop"), ("onnxruntime", "off"))
 METHODS = ("tiny", "dmd2")
-STEPS = (2, 6)  # of two trainings, whose difference is that of the steps between
+STEPS = 6  # of a training; what comes before the second and in the last is not counted
 _UPLOADS, _WAITS = ("aten::lift_fresh",), ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 
 
@@ -141,34 +144,18 @@ def _count_replays(pipe: Any) -> dict[str, int]:
 
 
 def training(method: str) -> dict[str, Any]:
-    """The counts of one step of training the digits, data and logs included."""
-    first, last = (_trained(method, steps) for steps in STEPS)
-    a_step = [(b - a) / (STEPS[1] - STEPS[0]) for a, b in zip(first, last, strict=True)]
-    return {"method": method, "a_step": dict(zip(("launches", "uploads", "waits"), a_step, strict=True))}
-
-
-def _trained(method: str, steps: int) -> tuple[int, int, int]:
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
+    """The counts of one step of training the digits from a cache, data and logs included, as a GPU's defaults are."""
     from accel.distill import recipes, settings
-    from accel.distill.run import execute
 
-    common = dict(model="digits", data="digits", resolution=64, cache="none", steps=steps, batch=2, log="none")
-    common |= dict(random_flip=False, sample_every=0, mixed_precision="no", warmup=0)
+    common = dict(model="digits", data="digits", resolution=64, steps=STEPS, batch=4, log="none")
+    common |= dict(random_flip=False, sample_every=0, mixed_precision="no", warmup=0, ema=0.99)
+    common |= dict(workers=1, fused="on")
     if method == "dmd2":
         recipe = recipes.changed(settings.DMD2Recipe(), **common, ratio=2)
     else:
         recipe = recipes.changed(recipes.sd15_tiny(), **common, accumulation=1)
-    with tempfile.TemporaryDirectory() as folder, Counts() as counts:
-        # An optimizer's own kernels differ: one for all weights on a GPU, and its counts of steps lie on the host.
-        hooks = [
-            register_optimizer_step_pre_hook(lambda *_: setattr(counts, "paused", True)),
-            register_optimizer_step_post_hook(lambda *_: setattr(counts, "paused", False)),
-        ]
-        execute(recipe, Path(folder) / "out")
-        for hook in hooks:
-            hook.remove()
-        return counts.now
+    with tempfile.TemporaryDirectory() as folder:
+        return {"method": method, "a_step": gpu_traffic.a_step(recipe, Path(folder) / "out", STEPS)}
 
 
 def table(document: dict[str, Any]) -> str:
@@ -182,12 +169,18 @@ def table(document: dict[str, Any]) -> str:
     earlier = ", ".join(f"{row['how']} {row['uploads_between_steps']}" for row in document["before"])
     lines += ["", "`digits/4step`, one image of 64 px in four steps."]
     lines += [f"Uploads between its steps on eager before noise went up once: {earlier}."]
-    lines += ["", "| training | launches a step | uploads | waits |", "|---|---|---|---|"]
-    for row in document["training"]:
-        lines.append(f"| {row['method']} | {' | '.join(map(_number, row['a_step'].values()))} |")
     lines += [
         "",
-        "Batch 2 of the digits in float32 on a CPU, without the optimizer. `python benchmarks/gpu_counts.py --write`",
+        "| a step of training | launches | uploads | copies ahead | waits | draws |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, key in ((" before", "training_before"), ("", "training")):
+        for row in document[key]:
+            lines.append(f"| {row['method']}{title} | {' | '.join(map(_number, row['a_step'].values()))} |")
+    lines += [
+        "",
+        "Batch 4 of the digits from a cache, in float32 on a CPU, averages included, without the optimizer; dmd2 with "
+        "one turn of the generator in two steps. Before: commit faa0bab. `python benchmarks/gpu_counts.py --write`",
     ]
     return "\n".join(lines)
 
@@ -216,6 +209,7 @@ def main() -> None:
         "torch": version("torch"),
         "rows": rows,
         "training": [training(method) for method in METHODS],
+        "training_before": earlier["training_before"],
         "before": earlier.get("before", earlier["rows"]),
     }
     print(table(document))

@@ -32,7 +32,7 @@ class MethodEntry:
         factory: of (recipe, encoders) -> `training.method.Method`.
         presets: names of functions in `recipes` that `--recipe` takes besides the defaults, separated by spaces.
         encoders: of (model, device=..., dtype=...) -> what turns images and captions into what the model learns from.
-        batches: of (recipe, encoders, run, accelerator, say) -> (first step) -> micro-batches of this process.
+        batches: of (recipe, encoders, run, accelerator, say, turns) -> (first step) -> micro-batches of this process.
         complete: of (recipe, encoders) -> the recipe with the fields filled in that depend on others; "" for none.
         memory_estimate: of (recipe, encoders, shards=...) -> `few_step.memory.MemoryEstimate`; "" for none.
     """

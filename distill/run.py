@@ -20,6 +20,7 @@ from accel.errors import Notice, UserError
 from accel.files import exclusive, new_folder, refuse_existing
 from accel.int8 import trained_scales
 from accel.models.source import Source
+from accel.trt.tf32 import float32_in_tf32
 
 from . import settings
 from .data import selection
@@ -27,7 +28,7 @@ from .data.encoders import Encoders
 from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
-from .training import card, checkpoints, sharding
+from .training import card, checkpoints, sharding, speed
 from .training.attention import check_networks
 from .training.drawn_images import with_drawn_images
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
@@ -56,12 +57,15 @@ def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bo
     settings.check(recipe)
     selection.check(recipe)
     check_places(out, run, overwrite)
+    recipe = speed.settled(recipe, speed.device_of_process(), sharded=sharding.asked_for())
     accelerator = accelerator_for(recipe, run)
     check_attention(recipe.attention, device=accelerator.device, half=recipe.mixed_precision != "no")
     # Two runs in one folder would write into each other's checkpoints, and of one result the last would win.
     with contextlib.ExitStack() as held:
         for folder in (out, run) if accelerator.is_main_process else ():
             held.enter_context(exclusive(folder))
+        if accelerator.device.type == "cuda":
+            held.enter_context(float32_in_tf32(recipe.tf32 == "on"))
         return _execute(recipe, out, run, accelerator, overwrite)
 
 
@@ -72,7 +76,9 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
         if accelerator.is_main_process:
             console.print(text, soft_wrap=True, markup=False)
 
+    say(speed.described(recipe, accelerator.device))
     encoders = encoders_of(recipe, device=accelerator.device, dtype=compute_dtype(recipe))
+    encoders.encode_in(recipe.vae_dtype)
     source = encoders.source
     recipe = with_resolution(recipe, encoders)
     check_resolution(recipe, encoders)
@@ -87,7 +93,7 @@ def _execute(recipe: Recipe, out: Path, run: Path, accelerator: Any, overwrite: 
     sharding.check(method, accelerator)
     qat.attach(method, recipe)
     drawn = with_drawn_images(recipe, encoders, run, accelerator, say)
-    batches = load(entry.batches)(drawn, encoders, run, accelerator, say)
+    batches = load(entry.batches)(drawn, encoders, run, accelerator, say, method.phases)
     qat.calibrate(method, recipe, accelerator.device, say)
     outcome = train(method, recipe, encoders, batches, run, accelerator=accelerator, console=console)
     if outcome.stopped:

@@ -19,6 +19,7 @@ from accel.int8.config import LEVELS
 
 ATTENTIONS = attention.NAMES
 _HALF = ("float32", "float16")
+_SWITCH = ("auto", "on", "off")
 _TEACHER = ("auto", "float32", "bfloat16", "float16")
 _SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 
@@ -83,7 +84,11 @@ class Recipe:
     cache: str = option("auto", "folder of the latent and text cache; auto: in the run folder; none: encode every time")
     cache_variants: int = option(2, "crops and flips kept of each image", least=1)
     cache_dtype: str = option("float16", "dtype of the cached tensors", choices=_HALF)
-    workers: int = option(0, "data loading processes", least=0)
+    vae_batch: int = option(8, "images or captions that are encoded at once for the cache", least=1)
+    vae_dtype: str = option("float32", "dtype that the VAE encodes in", choices=("float32", "bfloat16", "float16"))
+    workers: int = option(
+        -1, "processes that load and draw noise ahead; -1: up to 4 for a GPU, none for a CPU", least=-1
+    )
 
     steps: int = option(1000, "optimizer steps", least=0)
     batch: int = option(8, "images per process and micro-batch", least=1)
@@ -106,7 +111,13 @@ class Recipe:
     input_perturbation: float = option(0.0, "strength of input perturbation", least=0)
     snr_gamma: float = option(0.0, "gamma of min-SNR weighting of the task loss; 0 for none", least=0)
 
-    mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
+    mixed_precision: str = option(
+        "auto", "autocast dtype; auto: bf16 on a GPU that has it", choices=("auto", "no", "bf16", "fp16")
+    )
+    half_norms: bool = option(False, "norms in the dtype of mixed precision: less memory, one more rounding")
+    tf32: str = option("auto", "TF32 for what stays in float32; auto: on a GPU that has it", choices=_SWITCH)
+    channels_last: str = option("auto", "channels-last networks; auto: in half precision on a GPU", choices=_SWITCH)
+    fused: str = option("auto", "one kernel for AdamW, few for averages; auto: on a GPU", choices=_SWITCH)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     attention: str = option("auto", "attention kernel", choices=ATTENTIONS)
     compile: bool = option(False, "torch.compile the networks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..sources.item import ImageSource
 from ..sources.open_data import open_data
 from ..sources.prompts import PromptSource
 from . import rng
+from .draws import Ahead, Turn
 from .examples import Examples, collate, loader
 from .order import order_of
 from .selection import Selection, select
@@ -46,13 +47,15 @@ class Stream:
         return self.start(step)
 
 
-def batches_of(recipe: Recipe, encoders: Any, run: Path, accelerator: Any, say: Callable[[str], None]) -> Batches:
-    """The micro-batches of the recipe's data."""
+def batches_of(
+    recipe: Recipe, encoders: Any, run: Path, accelerator: Any, say: Callable[[str], None], turns: Sequence[Turn] = ()
+) -> Batches:
+    """The micro-batches of the recipe's data, with the draws of the `turns` of training."""
     selection = select(recipe, encoders.by_class, run, accelerator, say)
     if isinstance(selection.source, PromptSource):
         say(f"data: {len(selection.source)} prompts, without images")
         return prompts_of(selection.source, recipe, encoders, accelerator)
-    return stream_of(selection.source, recipe, encoders, run, accelerator, say, selection=selection)
+    return stream_of(selection.source, recipe, encoders, run, accelerator, say, turns, selection=selection)
 
 
 def data_of(recipe: Recipe, encoders: Any) -> ImageSource:
@@ -106,6 +109,7 @@ def stream_of(
     run: Path,
     accelerator: Any,
     say: Callable[[str], None],
+    turns: Sequence[Turn] = (),
     suffix: str = "",
     selection: Selection | None = None,
 ) -> Stream:
@@ -152,6 +156,8 @@ def stream_of(
     for name, reason in selection.unreadable if selection else ():
         examples.note([{"name": name, "reason": reason}])
 
+    ahead = Ahead(tuple(turns), recipe.seed, encoders.latent_channels, encoders.factor)
+
     def batches(step: int) -> Iterator[dict[str, Any]]:
         return loader(
             examples,
@@ -162,6 +168,7 @@ def stream_of(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            ahead=ahead,
         )
 
     return Stream(batches, len(examples), held_out_of(examples, recipe, accelerator) if recipe.validation else None)
@@ -196,6 +203,7 @@ def build_cache(
             **placement,
             variants=recipe.cache_variants,
             dtype=recipe.cache_dtype,
+            batch=recipe.vae_batch,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             progress=report,

@@ -34,6 +34,7 @@ from ..sources.item import BrokenItem, Lines
 from .buckets import Buckets
 
 FORMAT = 1
+EARLIER = {"vae_dtype": "torch.float32"}  # what the keys of earlier versions do not say
 _INDEX = {
     "key": {"variants": int, "shard": int, "dtype": str},
     "files": Mapping[str, {"sha256": str, "bytes": int}],  # type: ignore[valid-type]
@@ -196,6 +197,7 @@ _WORDS = dict(
 def refuse_difference(folder: Path, had: Any, asked: dict[str, Any]) -> None:
     if not isinstance(had, dict):
         raise UserError(f"{folder / 'key.json'} is damaged", "choose another folder for the cache")
+    had = EARLIER | had
     if not (other := [name for name in asked if had.get(name) != asked[name]]):
         return
     changes = [_WORDS.get(name) or f"{name} {had.get(name)}, where {asked[name]} is wanted" for name in other]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.dtypes import torch_dtype
+from accel.errors import UserError
 from accel.models.config_files import clip_tokenizer
 from accel.models.constants import latent_scale
 from accel.models.source import Source, open_source
@@ -23,6 +25,7 @@ class Encoders:
         source: the pipeline folder.
         device: where they run.
         dtype: dtype the text encoders run in. The VAE stays in float32: SDXL's overflows in float16.
+        vae_dtype: what the VAE encodes in, by autocast: its weights and what it decodes stay in float32.
         text_learns: the text encoders are trained, so captions are encoded in the loss and not ahead of it.
         open: how another pipeline of this kind is opened, a teacher's.
         by_class: captions are class numbers; never here, see `edm.source.ClassEncoders`.
@@ -33,6 +36,7 @@ class Encoders:
     source: Source
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype = torch.float32
     text_learns: bool = False
     open: Callable[[str], Source] = open_source
 
@@ -51,6 +55,18 @@ class Encoders:
             )
             for name in names
         ]
+
+    def encode_in(self, dtype: str) -> None:
+        """Choose what the VAE encodes in.
+
+        Raises:
+            UserError: for float16 where the VAE is known to overflow in it, as SDXL's is.
+        """
+        if dtype == "float16" and self.source.config("vae").get("force_upcast", False):
+            raise UserError(
+                f"the VAE of {self.source.name} overflows in float16, its config says", "--vae-dtype bfloat16"
+            )
+        self.vae_dtype = torch_dtype(dtype)
 
     def autocast(self) -> Any:
         """What a pipeline samples in: its text encoders' dtype, which networks in float32 do not take without it."""
@@ -99,9 +115,11 @@ class Encoders:
 
         Both are scaled as the UNet sees them: mean + std * noise is a draw of the encoder's posterior.
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        half = self.vae_dtype != torch.float32
+        with torch.autocast(torch.device(self.device).type, self.vae_dtype, enabled=half):
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         scale, shift = self.latent_scale
-        return {"latent_mean": (posterior.mean - shift) * scale, "latent_std": posterior.std * scale}
+        return {"latent_mean": (posterior.mean.float() - shift) * scale, "latent_std": posterior.std.float() * scale}
 
     @torch.no_grad()
     def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -116,14 +134,14 @@ class Encoders:
         """As `prompts`, through text encoders that are given, one per tokenizer, and with gradients."""
         hidden, pooled = [], None
         for (tokenizer, _), model in zip(self.text, models, strict=True):
-            out = model(token_ids(tokenizer, texts).to(self.device), output_hidden_states=self.sdxl)
+            out = model(sent(token_ids(tokenizer, texts), self.device), output_hidden_states=self.sdxl)
             hidden.append(out.hidden_states[-2] if self.sdxl else out.last_hidden_state)
             pooled = getattr(out, "text_embeds", pooled)
         context = {"context": torch.cat(hidden, -1).float()}
         if self.sdxl:
             context["pooled"] = pooled.float()
             if self.source.index.get("force_zeros_for_empty_prompt", True):
-                full = torch.tensor([bool(text) for text in texts], device=self.device)
+                full = sent(torch.tensor([bool(text) for text in texts]), self.device)
                 context = {name: value * full.view(-1, *[1] * (value.dim() - 1)) for name, value in context.items()}
         return context
 
@@ -135,12 +153,18 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     ).input_ids
 
 
+def sent(value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on its way to a device; a GPU fetches it from pinned memory, for which the host does not wait."""
+    if torch.device(device).type == "cuda" and not value.is_cuda and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 def encoded(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
     """A batch with `latent_mean`, `latent_std` and `context` on the device, whether it came from a cache or not."""
-    made = dict(batch)
-    for key, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            made[key] = value.to(encoders.device, non_blocking=True)
+    made = {
+        key: sent(value, encoders.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }
     if "latent_mean" not in made:
         made |= encoders.images(made["pixels"])
         if not encoders.inpaints:  # which hides parts of them

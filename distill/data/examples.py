@@ -16,6 +16,7 @@ from ..sources.item import BrokenItem, ImageSource, Item
 from . import rng
 from .buckets import Buckets
 from .crop import Frame, Placement, pixels, place, time_ids
+from .draws import Ahead
 from .order import Order, order_of
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    ahead: Ahead | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Endless micro-batches of one process, from any step on, without reading what lies before it.
 
@@ -254,6 +256,7 @@ def loader(
         rank: this process among `world`.
         workers: processes that prepare batches ahead; 0 prepares them here.
         pin_memory: put batches into page-locked memory, for a GPU.
+        ahead: random tensors that come with each example.
 
     Raises:
         UserError: as `Examples` does, also when a worker met the problem.
@@ -266,7 +269,7 @@ def loader(
     # A generator of its own: DataLoader would draw its workers' seed from the global one, which training may use.
     batches = iter(
         DataLoader(
-            _Fetched(examples),
+            _Fetched(examples, ahead, batch * accumulation * world),
             batch_sampler=micro_batches,
             num_workers=workers,
             collate_fn=_collated,
@@ -287,16 +290,17 @@ def loader(
 
 
 class _Fetched(Dataset):
-    """Examples whose UserError arrives as data: DataLoader would send it as a traceback in a message."""
+    """Examples with their draws; a UserError arrives as data: DataLoader would send it as a traceback in a message."""
 
-    def __init__(self, examples: Examples):
-        self.examples = examples
+    def __init__(self, examples: Examples, ahead: Ahead | None, a_step: int):
+        self.examples, self.ahead, self.a_step = examples, ahead, a_step
 
     def __getitem__(self, index: int) -> dict[str, Any] | tuple[str, str]:
         try:
-            return self.examples[index]
+            example = self.examples[index]
         except UserError as error:
             return error.message, error.fix
+        return example | (self.ahead.of(example, index // self.a_step) if self.ahead else {})
 
 
 def _collated(made: Sequence[Any]) -> Any:

@@ -26,7 +26,7 @@ from accel.files import cache_dir, digest_of, disk_error, read_json, require_spa
 from ..sources.item import BrokenItem, ImageSource, Lines
 from . import distributed
 from .buckets import Buckets
-from .cache import FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
+from .cache import EARLIER, FORMAT, Cache, intact, open_cache, placement_key, refuse_difference, shard_name
 from .crop import pixels, time_ids
 from .encoders import Encoders
 from .examples import FIRST, frame_of, placement_of
@@ -93,6 +93,7 @@ def build(
         data=source.identity,
         encoders=encoders.digest,
         text_dtype=str(encoders.dtype),
+        vae_dtype=str(encoders.vae_dtype),
         dtype=dtype,
         shard=shard,
         **placement,
@@ -123,8 +124,10 @@ def _as_finished(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
     if not ((folder / "index.json").is_file() and (folder / "key.json").is_file()):
         return key
     had = read_json(folder / "key.json", "the cache's key.json")
-    exact = {"dtype": "float32", "text_dtype": "torch.float32"}
-    return key | {name: value for name, value in exact.items() if isinstance(had, dict) and had.get(name) == value}
+    exact = {"dtype": "float32", "text_dtype": "torch.float32", "vae_dtype": "torch.float32"}
+    if not isinstance(had, dict):
+        return key
+    return key | {name: value for name, value in exact.items() if (EARLIER | had).get(name) == value}
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:
@@ -234,11 +237,7 @@ class _Maker:
             put(self.folder, name, _lines(self.texts))
 
     def _text_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
-        if self.key["text_dtype"] != str(self.encoders.dtype):  # a part of a finished cache that was lost
-            raise UserError(
-                f"{self.folder / name} is missing or damaged, and was made in {self.key['text_dtype']}",
-                "--mixed-precision no makes it again, or choose another folder for the cache",
-            )
+        self._require_same(name, "text_dtype", self.encoders.dtype, "--mixed-precision no")
         texts = list(self.texts)[rows.start : rows.stop]
         made = []
         for start in range(0, len(texts), self.batch):
@@ -256,9 +255,18 @@ class _Maker:
             raise UserError(f"the text embedding of {texts[at]!r:.80} does not fit {self.key['dtype']}", fix)
         return cast
 
+    def _require_same(self, name: str, field: str, dtype: torch.dtype, option: str) -> None:
+        """A part of a finished cache that was lost is made again as the others were, or not at all."""
+        if (made_in := self.key.get(field, str(dtype))) != str(dtype):
+            raise UserError(
+                f"{self.folder / name} is missing or damaged, and was made in {made_in}",
+                f"{option} makes it again, or choose another folder for the cache",
+            )
+
     # latents
 
     def _latent_shard(self, name: str, rows: range, progress: Callable[[int], None]) -> None:
+        self._require_same(name, "vae_dtype", self.encoders.vae_dtype, "--vae-dtype float32")
         listed: list[dict[str, Any]] = []
         waiting: dict[str, list[dict[str, Any]]] = {}  # by bucket: read and placed, not encoded yet
         made: dict[str, list[torch.Tensor]] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,26 @@ def put(folder: Path, name: str, data: bytes, **more: Any) -> None:
     write_bytes(note_of(folder, name), json.dumps(entry_of(data) | more).encode())
 
 
+def _older(path: Path, note: Path, size: int) -> bool:
+    """Whether a file has its size and was last changed before its note was written."""
+    try:
+        state = path.stat()
+        return state.st_size == size and state.st_mtime_ns < note.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
 def is_kept(folder: Path, name: str) -> bool:
-    """Whether a file is there as it was written. A damaged one loses its note, so that nobody counts on it."""
+    """Whether a file is there as it was written. It is read through once, and again where it changed after its note.
+
+    A damaged one loses its note, so that nobody counts on it.
+    """
     path, note, entry = folder / name, note_of(folder, name), read_note(folder, name)
+    if entry and _older(path, note, entry["bytes"]):
+        return True
     if entry and intact(path, entry):
+        with contextlib.suppress(OSError):  # of somebody else's folder; it is read through the next time again
+            os.utime(note)
         return True
     if entry or note.exists():
         what = "is damaged" if path.exists() else "is missing"

@@ -10,10 +10,13 @@ import torch
 
 from accel.sampling.noise_schedule import NoiseSchedule
 
-from ..data import rng
+from ..data.draws import Draw, take
 from ..settings import Recipe
 from . import losses
 from .process import alphas_on
+
+POSTERIOR, NOISE = Draw("posterior"), Draw("noise")
+OFFSET, PERTURBATION = Draw("offset", dims=1), Draw("perturbation")
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,31 @@ class Noised:
 
 def clean(batch: Mapping[str, Any], seed: int) -> torch.Tensor:
     """x_0 [b, c, h, w]: a draw of the encoder's posterior."""
-    mean, std = batch["latent_mean"], batch["latent_std"]
-    return mean + std * rng.normal(seed, batch["index"], "posterior", tuple(mean.shape[1:])).to(mean.device)
+    return batch["latent_mean"] + batch["latent_std"] * take(batch, seed, POSTERIOR)
+
+
+def timestep(schedule: NoiseSchedule) -> Draw:
+    return Draw("timestep", high=schedule.T)
+
+
+def draws(recipe: Recipe, schedule: NoiseSchedule) -> tuple[Draw, ...]:
+    """What `noised` reads."""
+    more = [OFFSET] if recipe.offset_noise else []
+    more += [PERTURBATION] if recipe.input_perturbation else []
+    return (POSTERIOR, timestep(schedule), NOISE, *more)
 
 
 def noised(batch: Mapping[str, Any], recipe: Recipe, schedule: NoiseSchedule) -> Noised:
     """Noise a batch at random timesteps. All randomness depends on the recipe's seed and the example's index alone."""
-    x0, index, seed = clean(batch, recipe.seed), batch["index"], recipe.seed
-    shape = tuple(x0.shape[1:])
-    t = rng.integers(seed, index, "timestep", 0, schedule.T).to(x0.device)
+    x0, seed = clean(batch, recipe.seed), recipe.seed
+    t = take(batch, seed, timestep(schedule))
     alpha_bar = alphas_on(schedule, x0.device, torch.float32)[t]
-    eps = rng.normal(seed, index, "noise", shape).to(x0.device)
+    eps = take(batch, seed, NOISE)
     if recipe.offset_noise:
-        offset = rng.normal(seed, index, "offset", shape[:1]).to(x0.device)
-        eps = losses.offset_noise(eps, offset, recipe.offset_noise)
+        eps = losses.offset_noise(eps, take(batch, seed, OFFSET), recipe.offset_noise)
     mixed = eps
     if recipe.input_perturbation:
-        extra = rng.normal(seed, index, "perturbation", shape).to(x0.device)
-        mixed = losses.perturbed(eps, extra, recipe.input_perturbation)
+        mixed = losses.perturbed(eps, take(batch, seed, PERTURBATION), recipe.input_perturbation)
     kind = schedule.prediction_type
     weight = losses.min_snr_weight(alpha_bar, recipe.snr_gamma, kind) if recipe.snr_gamma else None
     return Noised(

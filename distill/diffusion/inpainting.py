@@ -16,9 +16,11 @@ import torch
 from accel.errors import UserError
 
 from ..data import rng
+from ..data.draws import Draw, take
 from ..data.encoders import Encoders
 from ..settings import Recipe
 
+MASKED = Draw("masked")
 WHOLE = 0.25  # share of images that are hidden altogether, as stable-diffusion-inpainting was trained
 
 
@@ -42,8 +44,7 @@ def hidden(batch: Mapping[str, Any], seed: int, encoders: Encoders) -> torch.Ten
     mask = masks(seed, batch["index"], *mean.shape[2:]).to(mean.device)
     cells = mask.repeat_interleave(encoders.factor, 2).repeat_interleave(encoders.factor, 3)
     seen = encoders.images(batch["pixels"] * (1 - cells))
-    noise = rng.normal(seed, batch["index"], "masked", tuple(mean.shape[1:])).to(mean.device)
-    return torch.cat([mask, seen["latent_mean"] + seen["latent_std"] * noise], 1)
+    return torch.cat([mask, seen["latent_mean"] + seen["latent_std"] * take(batch, seed, MASKED)], 1)
 
 
 def check(recipe: Recipe, encoders: Encoders) -> None:

@@ -7,7 +7,9 @@ float64, because 1 / sqrt(alpha_bar) is 15 at t = 999 and the gradient of DMD2 i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,20 @@ def alphas_on(schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype)
     if key not in _uploaded:
         _uploaded[key] = schedule, torch.tensor(schedule.alphas_cumprod, dtype=dtype, device=device)
     return _uploaded[key][1]
+
+
+class Constants:
+    """Lists of numbers that a run asks for again and again, each uploaded once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, torch.Tensor] = {}
+
+    def __call__(self, values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Values as a tensor [n], int64 or float32 if no dtype is given."""
+        key = tuple(values), device, dtype
+        if key not in self._kept:
+            self._kept[key] = torch.tensor(values, dtype=dtype, device=device)
+        return self._kept[key]
 
 
 @dataclass(frozen=True)

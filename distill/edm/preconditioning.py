@@ -110,8 +110,10 @@ def unet_config(
     }
 
 
-def class_index(labels: torch.Tensor, classes: int) -> torch.Tensor:
+def class_index(labels: torch.Tensor, classes: int, *, known: bool = False) -> torch.Tensor:
     """Class indices, int64 [b], from indices or one-hot rows [b, classes].
+
+    `known` labels were checked on the host: asking a GPU would wait for it.
 
     Raises:
         UserError: for other shapes, classes that are not there, and rows that mix classes, which no embedding holds.
@@ -128,7 +130,7 @@ def class_index(labels: torch.Tensor, classes: int) -> torch.Tensor:
             f"give whole numbers [b], or one-hot rows [b, {classes}]",
         )
     # Asked before the look-up: an index beyond a table stops a GPU's whole process, with no word about labels.
-    if not torch.compiler.is_compiling() and not is_fake(bad) and bool(bad.any()):
+    if not known and not torch.compiler.is_compiling() and not is_fake(bad) and bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise UserError(f"label {row} is not a class of 0 to {classes - 1}: {_short(labels[row])}", "check the labels")
     return index
@@ -151,12 +153,16 @@ class Preconditioned(nn.Module):
         unet: F, a `UNet2DModel` of `unet_config`. Wrappers of several processes belong around this module, not around
             `unet`: the bottleneck is read from its parts.
         sigma_data: standard deviation of the images.
+
+    Attributes:
+        known_labels: whoever calls it has checked its labels.
     """
 
     def __init__(self, unet: nn.Module, sigma_data: float = SIGMA_DATA):
         super().__init__()
         self.unet = unet
         self.sigma_data = sigma_data
+        self.known_labels = False
 
     @property
     def core(self) -> nn.Module:
@@ -196,7 +202,7 @@ class Preconditioned(nn.Module):
                 else f"this network draws one of {classes} classes, and no labels were given",
                 "leave the labels out" if classes is None else "give a class index per image",
             )
-        return None if labels is None else class_index(labels, classes)
+        return None if labels is None else class_index(labels, classes, known=self.known_labels)
 
     def _encode(self, x: torch.Tensor, c_noise: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
         unet = self.unet

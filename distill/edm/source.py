@@ -19,7 +19,7 @@ from accel.files import read_json
 from accel.models.config_files import network_class
 from accel.models.source import Source, open_source
 
-from ..data.encoders import Encoders
+from ..data.encoders import Encoders, sent
 from ..training.pipelines import SAVE_DTYPES, write_network
 from .preconditioning import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, Preconditioned
 
@@ -98,6 +98,11 @@ class ClassEncoders:
     factor = 1
     uncached = "this model learns from pixels, and there is nothing to encode"
 
+    def encode_in(self, dtype: str) -> None:
+        """Raises UserError for anything but float32: nothing is encoded here."""
+        if dtype != "float32":
+            raise UserError(f"{self.source.name} has no VAE that could encode in {dtype}", "leave out --vae-dtype")
+
     @property
     def latent_channels(self) -> int:
         return self.source.config("unet")["in_channels"]
@@ -116,15 +121,17 @@ class ClassEncoders:
         """Captions that are class numbers to `context`, int64 [n].
 
         Raises:
-            UserError: for one that is not a number; the network refuses numbers that are not classes.
+            UserError: for one that is not a number, or not that of a class.
         """
-        wrong = next((text for text in texts if not text.strip().isdigit()), None)
+        count = self.classes or 1
+        wrong = next((text for text in texts if not text.strip().isdigit() or int(text) >= count), None)
         if wrong is not None:
             raise UserError(
-                f"{wrong[:60]!r} is not a class number, and {self.source.name} draws one of {self.classes} classes",
+                f"{wrong[:60]!r} is not a class number, and {self.source.name} draws one of {self.classes} classes "
+                f"(0 to {count - 1})",
                 "give images in one folder per class, or a column of class numbers: --caption-column label",
             )
-        return {"context": torch.tensor([int(text) for text in texts], device=self.device)}
+        return {"context": sent(torch.tensor([int(text) for text in texts]), self.device)}
 
 
 def open_encoders(model: str | Path, **options: Any) -> Encoders | ClassEncoders:

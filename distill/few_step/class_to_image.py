@@ -6,7 +6,7 @@ A model is a folder of `edm.source`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Karras:
 
     sigmas: torch.Tensor
     sigma_data: float = preconditioning.SIGMA_DATA
+    _uploaded: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def levels(self) -> int:
@@ -40,7 +41,9 @@ class Karras:
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """float64 [b]."""
-        return self.sigmas.to(t.device)[t]
+        if t.device not in self._uploaded:
+            self._uploaded[t.device] = self.sigmas.to(t.device)
+        return self._uploaded[t.device][t]
 
     def start(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return preconditioning.add_noise(torch.zeros_like(noise), noise, self.sigma(t))
@@ -81,7 +84,9 @@ class ClassToImage:
         self.process = Karras(torch.from_numpy(sigmas), constants.get("sigma_data", preconditioning.SIGMA_DATA))
 
     def load(self, source: EDMSource) -> nn.Module:
-        return source.load("unet")
+        made = source.load("unet")
+        made.known_labels = True  # by `ClassEncoders.prompts`
+        return made
 
     def ready(self) -> None:
         pass

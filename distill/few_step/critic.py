@@ -105,18 +105,18 @@ class Critic(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(wanted and parameter not in idle)
 
-    def condition_on_step(self, conditions: Any, steps: list[int] | None) -> Any:
+    def condition_on_step(self, conditions: Any, steps: torch.Tensor | None) -> Any:
         return (
             conditions
             if self.step_embedding is None
             else self._family.condition_on_step(conditions, self.step_embedding[steps])
         )
 
-    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
-        """mu_fake's prediction, in the units of the teacher's, for images of the student's `steps`, one step a row."""
+    def score(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
+        """mu_fake's prediction, in the units of the teacher's, for images of the student's `steps` [b]."""
         return self._family.call(self.network, x_t, t, self.condition_on_step(conditions, steps))
 
-    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: list[int] | None = None):
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Any, steps: torch.Tensor | None = None):
         """D(x_t) [b]: positive for real, negative for images of those `steps` of the student."""
         conditions = self.condition_on_step(conditions, steps)
         return self.head(self._family.bottleneck(self.network, x_t, t, conditions)).flatten(1).mean(1)

@@ -11,6 +11,7 @@ from real ones at every noise level. For several steps G learns on its own inter
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,20 @@ import torch
 import torch.nn.functional as F
 
 from accel.dtypes import FLOATS, torch_dtype
+from accel.engines.offloading.visiting import Visiting
 from accel.errors import UserError
 from accel.sampling.samplers import dmd2_timesteps
+from accel.trt.cuda import Cuda
 
 from ..data import rng
+from ..data.draws import Draw, take
 from ..data.encoders import Encoders
-from ..diffusion.denoising import clean
+from ..diffusion.denoising import NOISE, POSTERIOR, clean
 from ..diffusion.losses import per_row
+from ..diffusion.process import Constants
 from ..edm.source import ClassEncoders
 from ..settings import DMD2Recipe
+from ..training import speed
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.monitors import Monitor
 from . import critic, shared_lora
@@ -80,11 +86,19 @@ class DMD2:
         }
         rate = recipe.critic_learning_rate or recipe.learning_rate
         self.phases = (
-            OptimizerPhase("generator", ("generator",), every=recipe.ratio, start=recipe.critic_warmup),
-            OptimizerPhase("critic", ("critic",), learning_rate=rate),
+            OptimizerPhase(
+                "generator",
+                ("generator",),
+                every=recipe.ratio,
+                start=recipe.critic_warmup,
+                draws=self.draws_of_generator(),
+            ),
+            OptimizerPhase("critic", ("critic",), learning_rate=rate, draws=self.draws_of_critic()),
         )
+        self._constants = Constants()
         self._drawn: dict[int, torch.Tensor] = {}
         self.dtype = torch.float32
+        self._away: Visiting | None = None
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         chosen = self.recipe.teacher_dtype
@@ -93,6 +107,12 @@ class DMD2:
         shared_lora.place(self.teacher, "cpu" if self.recipe.offload_teacher else device, theirs)
         for network in (self.generator, self.critic.network):
             shared_lora.place(network, device, dtype)
+        for network in (self.generator, self.critic.network, self.teacher):
+            speed.lay_out(shared_lora.within(network, lambda unet: unet), self.recipe)
+        if self.recipe.offload_teacher and device.type == "cuda":  # its weights are contiguous there
+            self._away = Visiting(self.teacher, Cuda(device.index or 0), "model")
+        if self.recipe.compile:
+            self.teacher.compile()
         self.family.ready()
 
     # --------------------------------------------------------------------------------------------------- the two phases
@@ -129,25 +149,26 @@ class DMD2:
         terms = {"matching": matching_loss(x, gradient)}
         total = self.recipe.matching_weight * terms["matching"]
         if self.recipe.adversarial_weight:
-            t, eps = self.noise_level(batch, "fake", x, draw=2)
+            t, eps = self.noise_level(batch, "fake", draw=2)
             with self.autocast():
                 x_t = self.process.add_noise(x, eps, t)
                 # Not through DDP, which would wait for gradients of the critic's weights.
-                logits = self.critic(fake=(x_t, t, self.family.conditions(batch), last))[1]
+                logits = self.critic(fake=(x_t, t, self.family.conditions(batch), self.steps(last, x)))[1]
             terms["adversarial"] = critic.generator_loss(logits)
             total = total + self.recipe.adversarial_weight * terms["adversarial"]
         return total, terms | diagnostics
 
     def critic_phase(self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]) -> tuple[torch.Tensor, Terms]:
-        t, eps = self.noise_level(batch, "critic", x)
-        score = (self.process.add_noise(x, eps, t), t, self.family.conditions(batch), last)
+        t, eps = self.noise_level(batch, "critic")
+        conditions, steps = self.family.conditions(batch), self.steps(last, x)
+        score = (self.process.add_noise(x, eps, t), t, conditions, steps)
         fake = real = None
         if self.recipe.adversarial_weight:
             fake, real = (
-                (self.process.add_noise(image, noise, level), level, self.family.conditions(batch), last)
+                (self.process.add_noise(image, noise, level), level, conditions, steps)
                 for image, (level, noise) in (
-                    (x, self.noise_level(batch, "fake", x)),
-                    (clean(batch, self.recipe.seed), self.noise_level(batch, "real", x)),
+                    (x, self.noise_level(batch, "fake")),
+                    (clean(batch, self.recipe.seed), self.noise_level(batch, "real")),
                 )
             )
         with self.autocast():
@@ -197,7 +218,7 @@ class DMD2:
         """Step `number` for some images of the batch: (row, G's x_0 of it) of each."""
         if not rows:
             return ()
-        chosen = torch.tensor(rows, device=z.device)
+        chosen = self._constants(rows, z.device)
         x_t = z[chosen]
         t = self.at(number, x_t)
         conditions = self.family.rows(self.family.conditions(batch), chosen)
@@ -212,12 +233,10 @@ class DMD2:
         self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and diagnostics of the fake score."""
-        count = self.process.levels
-        low, high = int(self.recipe.low * count), int(self.recipe.high * count)
-        t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
+        t = take(batch, self.recipe.seed, self.matching_level)
         x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
         with self.autocast():
-            said, *_ = self.critic(score=(x_t, t, self.family.conditions(batch), last))
+            said, *_ = self.critic(score=(x_t, t, self.family.conditions(batch), self.steps(last, x)))
             fake = self.process.x0(said, x_t, t)
         real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
         gradient = matching_gradient(x, real, fake)
@@ -227,8 +246,13 @@ class DMD2:
 
     def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
-        if self.recipe.offload_teacher:
-            self.teacher.to(self.device)
+        with self._away.computing() if self._away else contextlib.nullcontext():
+            said = self.guided_score(x_t, t, batch)
+        if self._away:
+            self._away.leave()
+        return said
+
+    def guided_score(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         dtype = shared_lora.dtype_of(self.teacher)
         conditions = self.family.conditions(batch)
 
@@ -240,20 +264,48 @@ class DMD2:
         if self.recipe.real_guidance != 1:
             without = call(self.family.unconditional(conditions))
             said = without + self.recipe.real_guidance * (said - without)
-        if self.recipe.offload_teacher:
-            self.teacher.to("cpu")
         return said
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
     def normal(self, batch: Mapping[str, Any], stream: str, draw: int = 0) -> torch.Tensor:
-        like = batch["latent_mean"]
-        return rng.normal(self.recipe.seed, batch["index"], stream, tuple(like.shape[1:]), draw).to(like.device)
+        return take(batch, self.recipe.seed, Draw(stream, draw))
 
-    def noise_level(self, batch: Mapping[str, Any], stream: str, like: torch.Tensor, draw: int = 0):
-        """A timestep of all [b] and noise of the shape of `like`."""
-        t = rng.integers(self.recipe.seed, batch["index"], stream, 0, self.process.levels, draw)
-        return t.to(like.device), self.normal(batch, stream, draw + 1)
+    def noise_level(self, batch: Mapping[str, Any], stream: str, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """A timestep of all [b] and noise of the latents' shape."""
+        level, noise = (take(batch, self.recipe.seed, one) for one in self.noise_draws(stream, draw))
+        return level, noise
+
+    def noise_draws(self, stream: str, draw: int = 0) -> tuple[Draw, Draw]:
+        return Draw(stream, draw, high=self.process.levels), Draw(stream, draw + 1)
+
+    @property
+    def matching_level(self) -> Draw:
+        """The timestep of distribution matching."""
+        count = self.process.levels
+        return Draw("matching", low=int(self.recipe.low * count), high=int(self.recipe.high * count) + 1)
+
+    def draws_of_images(self) -> tuple[Draw, ...]:
+        """What `draw` reads."""
+        if not self.recipe.backward_simulation:
+            return NOISE, POSTERIOR
+        return NOISE, *(Draw("renoise", number) for number in range(len(self.timesteps) - 1))
+
+    def draws_of_generator(self) -> tuple[Draw, ...]:
+        """What the generator's turn reads."""
+        adversarial = self.noise_draws("fake", 2) if self.recipe.adversarial_weight else ()
+        return *self.draws_of_images(), self.matching_level, Draw("matching", 1), *adversarial
+
+    def draws_of_critic(self) -> tuple[Draw, ...]:
+        """What the critic's turn reads; the images too, as the generator's turn comes seldom."""
+        own = (*self.draws_of_images(), *self.noise_draws("critic"))
+        if not self.recipe.adversarial_weight:
+            return own
+        return *own, *self.noise_draws("fake"), *self.noise_draws("real"), POSTERIOR
+
+    def steps(self, last: list[int], like: torch.Tensor) -> torch.Tensor:
+        """`last` as the critic takes it, [b]."""
+        return self._constants(last, like.device)
 
     def at(self, number: int, like: torch.Tensor) -> torch.Tensor:
         return torch.full((len(like),), self.timesteps[number], device=like.device)

@@ -26,7 +26,7 @@ from ..edm.preconditioning import SIGMA_DATA, Preconditioned
 from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
 from ..settings import DMD2Recipe
-from ..training import sharding
+from ..training import sharding, speed
 from .dmd2 import DMD2
 from .shared_lora import Adapted
 
@@ -131,7 +131,7 @@ def predict(
         recipe: the settings.
         encoders: of the model; nothing of it is loaded.
         shards: processes of FSDP2, which divide weights, gradients, moments and averages of what learns.
-        foreach: the optimizer makes its steps on all tensors at once, as it does on a GPU.
+        foreach: where the optimizer is not fused, it makes its steps on all tensors at once, as it does on a GPU.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -139,12 +139,16 @@ def predict(
 
     if shards > 1 and (recipe.rank or recipe.critic_rank):
         raise sharding.refused()
+    foreach &= recipe.fused == "off" or recipe.optimizer != "adamw"
+    recipe = speed.settled(recipe, speed.device_of_process(), sharded=shards > 1)
     dtype = compute_dtype(recipe)
     with torch.device("meta"):
         method = DMD2(recipe, fake_encoders(encoders))
-        method.recipe = dataclasses.replace(recipe, offload_teacher=False)  # fake tensors cannot be moved
+        method.recipe = dataclasses.replace(recipe, offload_teacher=False, compile=False)  # fake tensors stay
         method.place(torch.device("meta"), dtype)
         qat.attach(method, recipe)
+        for network in method.networks.values() if recipe.half_norms else ():
+            speed.norms_in_half(network.core)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(method)
         if recipe.qat:

@@ -8,7 +8,7 @@ DMD2 needs it for SDXL in one step, where t = 399 (arXiv 2405.14867, section 4.5
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from accel.errors import MissingPackage, UserError
 from accel.progress import progress
 
 from ..data.batches import Batches, data_of
+from ..data.draws import Turn
 from ..data.encoders import Encoders
 from ..settings import RegressionRecipe
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
@@ -91,9 +92,14 @@ def pseudo_huber(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def batches_of(
-    recipe: RegressionRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
+    recipe: RegressionRecipe,
+    encoders: Encoders,
+    run: Path,
+    accelerator: Any,
+    say: Callable[[str], None],
+    turns: Sequence[Turn] = (),
 ) -> Batches:
-    """The micro-batches of pairs; missing pairs are made first, on the captions of the data."""
+    """The micro-batches of pairs, which hold their noise; missing pairs are made first, on the captions of the data."""
     folder = Path(recipe.pairs) if recipe.pairs else run / "pairs"
     with progress("pairs of noise and image", keep=True, shown=accelerator.is_main_process) as report:
         made = ode_pairs.make(

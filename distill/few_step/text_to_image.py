@@ -17,7 +17,7 @@ from accel.sampling.noise_schedule import NoiseSchedule
 from ..data.encoders import Encoders
 from ..diffusion import inpainting
 from ..diffusion.denoising import added_conditions
-from ..diffusion.process import Diffusion
+from ..diffusion.process import Constants, Diffusion
 from ..methods.lora import save_lora
 from ..settings import DMD2Recipe, RegressionRecipe
 from ..training import samples
@@ -48,6 +48,7 @@ class TextToImage:
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         self.process = Diffusion(NoiseSchedule.of_training(encoders.source.config("scheduler")))
         check_teacher(encoders.source, self.teacher, self.process)
+        self._constants = Constants()
         self._pipeline: Any = None
 
     def load(self, source: Source) -> nn.Module:
@@ -63,7 +64,7 @@ class TextToImage:
         added = added_conditions(batch)
         if added:
             side = self.recipe.resolution
-            sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=batch["context"].device)
+            sizes = self._constants((side, side, 0, 0, side, side), batch["context"].device, torch.float32)
             added = added | {"time_ids": sizes.expand(len(batch["context"]), -1)}
         return batch["context"], added
 

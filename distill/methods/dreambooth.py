@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from accel.errors import Notice, UserError
 
 from ..data.batches import Batches, stream_of
+from ..data.draws import Turn
 from ..data.encoders import Encoders
 from ..settings import DreamBoothRecipe
 from ..sources.item import IMAGE_SUFFIXES, Item, size_of, upright_rgb
@@ -164,17 +165,22 @@ def open_images(folder: str | Path, caption: str, flag: str = "--data") -> Subje
 
 
 def batches_of(
-    recipe: DreamBoothRecipe, encoders: Encoders, run: Path, accelerator: Any, say: Callable[[str], None]
+    recipe: DreamBoothRecipe,
+    encoders: Encoders,
+    run: Path,
+    accelerator: Any,
+    say: Callable[[str], None],
+    turns: Sequence[Turn] = (),
 ) -> Batches:
     """Micro-batches of `batch` images of the subject, then as many of the class, marked by `prior`."""
     images = open_images(recipe.data, recipe.instance_prompt)
     if recipe.prior_weight:
         folder = class_images(recipe, encoders, run, accelerator, say)
         of_class = open_images(folder, recipe.class_prompt, "--class-data")
-    subject = stream_of(images, recipe, encoders, run, accelerator, say)
+    subject = stream_of(images, recipe, encoders, run, accelerator, say, turns)
     if not recipe.prior_weight:
         return subject
-    prior = stream_of(of_class, recipe, encoders, run, accelerator, say, suffix="-class")
+    prior = stream_of(of_class, recipe, encoders, run, accelerator, say, turns, suffix="-class")
 
     def batches(step: int) -> Iterator[dict[str, Any]]:
         with contextlib.closing(subject(step)) as ours, contextlib.closing(prior(step + PRIOR)) as others:

@@ -22,9 +22,9 @@ from accel.sampling.noise_schedule import NoiseSchedule
 
 from ..data.encoders import Encoders
 from ..diffusion import inpainting, losses
-from ..diffusion.denoising import added_conditions, noised, task_terms
+from ..diffusion.denoising import added_conditions, draws, noised, task_terms
 from ..settings import DistillationRecipe, FinetuneRecipe
-from ..training import samples
+from ..training import samples, speed
 from ..training.attention import set_attention
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.pipelines import assemble, save_pipeline
@@ -49,7 +49,8 @@ class Denoising:
         self.networks = {"unet": TrainedNetwork(Tapped(self.unet, tapped), self.unet)}
         self.text = text_networks(encoders) if getattr(recipe, "text_encoder", False) else {}
         self.networks |= self.text
-        self.phases = (OptimizerPhase("unet", tuple(self.networks)),)
+        drawn = draws(recipe, self.schedule) + ((inpainting.MASKED,) if encoders.inpaints else ())
+        self.phases = (OptimizerPhase("unet", tuple(self.networks), draws=drawn),)
 
     def trained_unet(self, unet: nn.Module) -> tuple[nn.Module, list[str]]:
         """The UNet that learns, made of the pipeline's own, and the modules whose activations the loss reads."""
@@ -112,6 +113,7 @@ class Distillation(Denoising):
         chosen = self.recipe.teacher_dtype
         dtype = dtype if chosen == "auto" else torch_dtype(chosen)
         self.teacher.to(device, dtype)
+        speed.lay_out(self.teacher, self.recipe)
         row = KERNELS.get(self.recipe.attention)
         exact = dtype == torch.float32 and row is not None and row.half  # which has no float32
         attention = "sdpa" if exact else self.recipe.attention

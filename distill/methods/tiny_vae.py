@@ -23,7 +23,7 @@ from accel.dtypes import torch_dtype
 from accel.errors import UserError
 
 from ..data.encoders import Encoders
-from ..diffusion.denoising import clean
+from ..diffusion.denoising import POSTERIOR, clean
 from ..settings import TinyVaeRecipe
 from ..training import samples
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
@@ -73,7 +73,7 @@ class TinyVaeMethod:
         torch.manual_seed(recipe.seed)
         self.tiny = AutoencoderTiny(**tiny_config(config, recipe.width, recipe.blocks)).train()
         self.networks = {"vae": TrainedNetwork(Halves(self.tiny), self.tiny)}
-        self.phases = (OptimizerPhase("vae", ("vae",)),)
+        self.phases = (OptimizerPhase("vae", ("vae",), draws=(POSTERIOR,)),)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.encoders.device = device

@@ -33,6 +33,7 @@ from accel.errors import UserError
 from accel.files import digest_of, inside, read_json, readable, replace_folder, settle, sha256
 
 from ..settings import Recipe
+from . import sharding
 from .method import TrainedNetwork
 
 _PARTIAL = ".partial"
@@ -43,8 +44,11 @@ _NAME = re.compile(r"step-(\d+)")
 # weights, except that another device or kernel may round differently.
 FREE = frozenset(
     "batch accumulation checkpoint_every keep sample_every sample_prompts sample_steps sample_guidance log workers "
-    "validation_every cache attention compile gradient_checkpointing save_dtype".split()
+    "validation_every cache attention compile gradient_checkpointing save_dtype tf32 channels_last fused vae_batch".split()
 )
+
+# Of an optimizer's group: which kernel does it, the device's choice and not that of the run before.
+_KERNEL = ("fused", "foreach")
 
 # Tensor names that earlier versions wrote, by their last part.
 _RENAMED = {"told": "step_embedding"}
@@ -53,7 +57,7 @@ _RENAMED = {"told": "step_embedding"}
 # Fields that checkpoints of earlier versions do not have; at these defaults they change nothing.
 _LATER = frozenset(
     "score_column min_score min_size buckets bucket_step bucket_least validation data_model data_steps data_guidance "
-    "data_images".split()
+    "data_images half_norms vae_dtype".split()
 )
 
 
@@ -250,6 +254,7 @@ def read(
             moments["state"] = {_renamed(key): value for key, value in moments["state"].items()}
             for group in moments["param_groups"]:
                 group["params"] = [_renamed(key) for key in group["params"]]
+                group |= {name: optimizer.defaults[name] for name in _KERNEL if name in optimizer.defaults}
             _check_finite(moments, f"optimizer-{phase}")
             set_optimizer_state_dict(models, optimizer, moments, options=options)
             schedule = torch.load(path / f"scheduler-{phase}.pt", weights_only=True)
@@ -339,8 +344,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A full CPU tensor, of a shard of it too."""
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu().contiguous()
+    return sharding.whole(tensor).detach().cpu().contiguous()
 
 
 def _trained(model: nn.Module) -> list[str]:

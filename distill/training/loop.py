@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,15 @@ from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
-from . import checkpoints, sharding, validation
+from . import checkpoints, figures, parts, sharding, speed, validation
+from .figures import OnTheWay, Step, Turn
 from .log import Log
-from .method import Method, OptimizerPhase, TrainedNetwork
+from .method import Method
 from .monitors import Watch
 from .stop import Stop
 
 TRACKERS = ("tensorboard", "wandb")
+_STOP = "stop"  # the share of processes that were asked to stop, which goes round with the losses
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,24 @@ class Loop:
     ):
         self.method, self.recipe, self.encoders, self.run = method, recipe, encoders, run
         self.accelerator, self.console = accelerator, console
+        # A GPU is given the next step before the figures of this one are read; a CPU would gain nothing.
+        self.ahead = accelerator.device.type == "cuda"
+        self.stop = Stop(accelerator)
         run.mkdir(parents=True, exist_ok=True)
         dtype = compute_dtype(recipe)
         encoders.device = accelerator.device
         method.place(accelerator.device, dtype)
         for network in method.networks.values():
-            _configure(network, recipe, accelerator.device, half=dtype != torch.float32)
+            parts.configure(network, recipe, accelerator.device, half=dtype != torch.float32)
         self.optimizers = {
-            phase.name: _optimizer(
+            phase.name: parts.optimizer(
                 recipe, sharding.parameters_of(method.networks[name] for name in phase.networks), phase.learning_rate
             )
             for phase in method.phases
         }
         self.prepare()
         self.schedulers = {
-            phase.name: _schedule(recipe, self.optimizers[phase.name].optimizer, phase) for phase in method.phases
+            phase.name: parts.schedule(recipe, self.optimizers[phase.name].optimizer, phase) for phase in method.phases
         }
         self.averages = self.make_averages()
         self.kept = {
@@ -163,7 +169,7 @@ class Loop:
         if not self.recipe.ema:
             return {}
         return {
-            name: EMAModel(sharding.parameters_of([network]), decay=self.recipe.ema)
+            name: EMAModel(sharding.parameters_of([network]), decay=self.recipe.ema, foreach=self.recipe.fused == "on")
             for name, network in self.method.networks.items()
             if network.averaged
         }
@@ -185,40 +191,57 @@ class Loop:
     def run_all(self, batches: Any) -> Outcome:
         first = self.resume()
         log = Log(self.run, first, self.accelerator, self.recipe)
-        stop, watch = Stop(self.accelerator), Watch(getattr(self.method, "monitors", ()))
+        watch = Watch(getattr(self.method, "monitors", ()))
         shown = self.accelerator.is_main_process
         began, step, kept = time.perf_counter(), first, first
         how = dict(steps=self.recipe.steps, done=first, keep=True, shown=shown, console=self.console)
-        with stop, log, progress("training", **how) as report:
-            with contextlib.closing(batches(first)) as stream:
-                while step < self.recipe.steps and not stop.asked():
-                    figures = self.one_step(step, stream)
-                    step += 1
-                    figures |= self.validate(step, batches)
-                    log.write(step, figures)
-                    report(_short(figures), step)
+        queued: deque[Step] = deque()
+        validated: dict[int, dict[str, float]] = {}
+        with self.stop, log, progress("training", **how) as report:
+
+            def told(most: int) -> None:
+                """Read and write down the figures of all but the latest `most` steps."""
+                while len(queued) > most:
+                    number = queued[0].number
+                    figures = self.read(queued.popleft()) | validated.pop(number, {})
+                    log.write(number, figures)
+                    report(_short(figures), number)
                     for text in watch.see(figures) if shown else ():
                         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
-                    if step % self.recipe.checkpoint_every == 0 or step == self.recipe.steps:
+
+            with contextlib.closing(batches(first)) as stream:
+                while step < self.recipe.steps and not self.stop.asked():
+                    queued.append(self.one_step(step, stream))
+                    step += 1
+                    validated[step] = self.validate(step, batches)
+                    last = step == self.recipe.steps
+                    keeps = last or step % self.recipe.checkpoint_every == 0
+                    draws = self.recipe.sample_every and (last or step % self.recipe.sample_every == 0)
+                    told(0 if keeps or draws or not self.ahead else 1)
+                    if keeps:
                         self.checkpoint(step)
                         kept = step
-                    if self.recipe.sample_every and (step % self.recipe.sample_every == 0 or step == self.recipe.steps):
+                    if draws:
                         log.show(step, self.sample(step))
+            told(0)
             stopped = step < self.recipe.steps
             if stopped and step > kept:
                 self.checkpoint(step)
         if not stopped:
             self.use_averages()
+        for network in self.method.networks.values() if self.recipe.channels_last == "on" else ():
+            speed.contiguous(network.model)
         return Outcome(step, stopped, (time.perf_counter() - began) / max(1, step - first))
 
-    def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> dict[str, float]:
-        """Run every phase that is due. Returns terms, averaged over micro-batches and processes, and gradient norms.
+    def one_step(self, step: int, stream: Iterator[Mapping[str, Any]]) -> Step:
+        """Run every phase that is due. Its figures are terms, averaged over micro-batches and processes, and norms.
 
         Where float16 overflows, the scaler skips the update and the step counts all the same: the schedules depend on
         the number of the step alone.
         """
         micro = [encoded(next(stream), self.encoders) for _ in range(self.recipe.accumulation)]
-        figures: dict[str, float] = {}
+        images = [name for batch in micro for name in batch["name"]]
+        turns: list[Turn] = []
         for phase in self.method.phases:
             if not phase.due(step):
                 continue
@@ -234,44 +257,69 @@ class Loop:
                     self.accelerator.backward(loss / len(micro))
                 for name, value in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + value.detach().float() / len(micro)
-            values = self.reduced(sums)
-            if not all(math.isfinite(value) for value in values.values()):
-                raise self.not_finite("loss", step, phase.name, values, micro)
+            means = self.reduced(sums | {_STOP: float(self.stop.wanted)})
             self.accelerator.unscale_gradients(optimizer)
             norm = clip_grad_norm_(sharding.parameters_of(networks), self.recipe.max_grad_norm)
-            values["grad_norm"] = float(checkpoints.whole(norm))
-            scaler = self.accelerator.scaler
-            # A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint.
-            if not math.isfinite(values["grad_norm"]) and (scaler is None or scaler.get_scale() < 1):
-                raise self.not_finite("gradient", step, phase.name, values, micro)
-            values["lr"] = self.schedulers[phase.name].get_last_lr()[0]
+            names = (*sums, _STOP, "grad_norm")
+            values = torch.cat([means, figures.stacked([sharding.whole(norm)], means.device)])
+            turn = Turn(phase.name, names, OnTheWay(values), self.schedulers[phase.name].get_last_lr()[0])
+            if not self.ahead:
+                self.check(turn, step + 1, images)
+            turns.append(turn)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.schedulers[phase.name].step()
             for name in phase.networks:
                 if name in self.averages:
                     self.averages[name].step(sharding.parameters_of([self.method.networks[name]]))
-            prefix = f"{phase.name}/" if len(self.method.phases) > 1 else ""
-            figures |= {prefix + name: value for name, value in values.items()}
-        return figures
+        return Step(step + 1, turns, images)
 
-    def reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in sums.values()])
-        mean = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="mean")
-        return dict(zip(sums, mean.tolist(), strict=True))
+    def reduced(self, sums: Mapping[str, torch.Tensor | float]) -> torch.Tensor:
+        """Means over all processes, float32 [n] on the device."""
+        own = figures.stacked(list(sums.values()), self.accelerator.device)
+        return self.accelerator.reduce(own, reduction="mean")
+
+    def read(self, done: Step) -> dict[str, float]:
+        """What a step's log line says.
+
+        Raises:
+            UserError: for what is not finite.
+        """
+        said: dict[str, float] = {}
+        for turn in done.turns:
+            values = self.check(turn, done.number, done.images)
+            self.stop.agreed |= values.pop(_STOP) > 0
+            prefix = f"{turn.phase}/" if len(self.method.phases) > 1 else ""
+            said |= {prefix + name: value for name, value in (values | {"lr": turn.rate}).items()}
+        return said
+
+    def check(self, turn: Turn, number: int, images: Sequence[str]) -> dict[str, float]:
+        """The figures of a turn.
+
+        A finite loss may have a gradient that is not: it would spoil the weights, and the next checkpoint. On a GPU the
+        step after it has begun by then; nothing of either is kept.
+        """
+        values = turn.read()
+        norm = values["grad_norm"]
+        if not all(math.isfinite(value) for name, value in values.items() if name != "grad_norm"):
+            raise self.not_finite("loss", number, turn.phase, values, images)
+        scaler = self.accelerator.scaler
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise self.not_finite("gradient", number, turn.phase, values, images)
+        return values
 
     def not_finite(
-        self, what: str, step: int, phase: str, values: Mapping[str, float], micro: Sequence[Mapping]
+        self, what: str, number: int, phase: str, values: Mapping[str, float], images: Sequence[str]
     ) -> UserError:
         from accelerate.utils import gather_object
 
-        names = gather_object([name for batch in micro for name in batch["name"]])
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        names = gather_object(list(images))
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != _STOP)
         newest = checkpoints.all_of(self.run)
         last = f"the last checkpoint, {newest[-1]}, is intact" if newest else "there is no checkpoint yet"
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return UserError(
-            f"the {what} of phase {phase} is not finite at step {step + 1}: {terms}; batch: {shown}; {last}",
+            f"the {what} of phase {phase} is not finite at step {number}: {terms}; batch: {shown}; {last}",
             "look at these images; lower --learning-rate, or use --mixed-precision bf16 instead of fp16",
         )
 
@@ -339,52 +387,6 @@ class Loop:
             path.parent.mkdir(exist_ok=True)
             image.save(path)
         return image
-
-
-# ---------------------------------------------------------------------------------------------------------------- parts
-
-
-def _configure(network: TrainedNetwork, recipe: Recipe, device: torch.device, *, half: bool) -> None:
-    from .attention import set_attention
-
-    core = network.core
-    if hasattr(core, "set_attn_processor"):
-        set_attention(core, recipe.attention, device=device, half=half)
-    if recipe.gradient_checkpointing:
-        enable = getattr(core, "enable_gradient_checkpointing", None) or getattr(
-            core, "gradient_checkpointing_enable", None
-        )
-        if enable is None:
-            raise UserError(f"{type(network.model).__name__} has no gradient checkpointing", "leave the option out")
-        enable()
-    if recipe.compile:
-        network.module.compile()
-
-
-def _optimizer(
-    recipe: Recipe, parameters: list[torch.nn.Parameter], learning_rate: float | None
-) -> torch.optim.Optimizer:
-    options = dict(
-        lr=learning_rate or recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-        eps=recipe.epsilon,
-    )
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, **options)
-
-
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, phase: OptimizerPhase) -> Any:
-    """Learning rate over optimizer steps. It counts a run's steps, not those of all processes together."""
-    from diffusers.optimization import get_scheduler
-
-    name = "constant_with_warmup" if recipe.lr_schedule == "constant" else recipe.lr_schedule
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=recipe.warmup // phase.every, num_training_steps=phase.count(recipe.steps)
-    )
 
 
 def _short(figures: Mapping[str, float]) -> str:

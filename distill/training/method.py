@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..data.draws import Draw
+
 Terms = dict[str, torch.Tensor]
 
 
@@ -42,7 +44,8 @@ class TrainedNetwork:
 class OptimizerPhase:
     """One kind of optimizer step: the networks it updates, at which training steps, and its own learning rate.
 
-    It is due at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's.
+    It is due at step `start` and every `every` steps from there on; `learning_rate` None is the recipe's. `draws` are
+    the random tensors that its loss reads, for the loader to draw ahead; one that is not listed is drawn in the loss.
     """
 
     name: str
@@ -50,6 +53,7 @@ class OptimizerPhase:
     every: int = 1
     start: int = 0
     learning_rate: float | None = None
+    draws: tuple[Draw, ...] = ()
 
     def due(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0

@@ -29,6 +29,11 @@ def is_sharding(accelerator: Any) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def asked_for() -> bool:
+    """Whether the launcher asks for FSDP; whether it is in effect, `is_sharding` says."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def check(method: Method, accelerator: Any) -> None:
     """Find before any work what FSDP cannot take.
 
@@ -37,7 +42,7 @@ def check(method: Method, accelerator: Any) -> None:
             it cannot divide.
     """
     if not is_sharding(accelerator):
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if asked_for():
             raise UserError(
                 f"FSDP was asked for, and accelerate shards nothing here ({accelerator.num_processes} process(es), "
                 f"{accelerator.device.type})",
@@ -128,6 +133,11 @@ def reshard(module: nn.Module) -> None:
     """Give back what units have gathered: from here on the network's parameters are those that are trained."""
     for unit in units(module):
         unit.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all of its parts, where it is; every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def parameters_of(networks: Iterable[TrainedNetwork]) -> list[nn.Parameter]:

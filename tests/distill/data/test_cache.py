@@ -532,3 +532,48 @@ def test_two_variants_of_a_centre_crop_are_mirror_images(data, encoders, tmp_pat
     for row in range(ROWS):
         first, second = (examples._decoded(0, row, epoch)["pixels"] for epoch in (0, 1))
         assert torch.equal(first.flip(-1), second)
+
+
+def test_a_finished_cache_is_read_through_once(data, encoders, tmp_path, monkeypatch):
+    from accel.distill.data import cache as module
+
+    build(data, encoders, tmp_path / "cache", **PLAIN)
+    read = []
+    monkeypatch.setattr(module, "sha256", lambda path: read.append(path.name) or sha256(path))
+
+    def again():
+        read.clear()
+        build(data, encoders, tmp_path / "cache", **PLAIN)
+        return list(read)
+
+    again()  # a file and its note may be of the same tick of the clock
+    assert again() == []
+    touched = tmp_path / "cache" / "text-00000.safetensors"
+    touched.touch()
+    assert again() == [touched.name]
+    again()
+    assert again() == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_vae_encodes_in_half_precision_if_asked(data, sd15, made, tmp_path, dtype):
+    half = Encoders(open_source(sd15))
+    half.encode_in(dtype)
+    cache = build(data, half, tmp_path / "cache", dtype="float32", **DRAWN)
+    ours, theirs = cache.latents(2, 1)["latent_mean"], made.latents(2, 1)["latent_mean"]
+    error = (ours - theirs).norm() / theirs.norm()
+    assert 0 < error < 0.05
+    with pytest.raises(UserError, match=f"vae_dtype torch.{dtype}, where torch.float32 is wanted"):
+        build(data, Encoders(open_source(sd15)), tmp_path / "cache", dtype="float32", **DRAWN)
+    # One in float32 serves them all.
+    assert build(data, half, copy(made.folder, tmp_path / "exact"), dtype="float16", **DRAWN).index == made.index
+
+
+def test_sdxls_vae_is_not_asked_for_float16(sdxl, tmp_path):
+    folder = copy(sdxl, tmp_path / "sdxl")
+    config = json.loads((folder / "vae" / "config.json").read_text()) | {"force_upcast": True}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    encoders = Encoders(open_source(folder))
+    encoders.encode_in("bfloat16")
+    with pytest.raises(UserError, match="overflows in float16"):
+        encoders.encode_in("float16")

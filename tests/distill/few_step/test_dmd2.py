@@ -494,3 +494,43 @@ def test_gradient_checkpointing_of_whole_networks(sd15, tmp_path):
 def test_what_cannot_be_is_said(sd15, fields, said):
     with pytest.raises(UserError, match=said):
         method(sd15, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------- the teacher
+
+
+def test_an_offloaded_teacher_is_uploaded_and_never_brought_back(sd15, fakes, monkeypatch):
+    from accel.engines.offloading.visiting import Visiting
+
+    cuda = fakes("cuda").Cuda
+    for count in ("uploads", "uploaded", "resident", "most"):
+        monkeypatch.setattr(cuda, count, 0)
+    near, away = method(sd15), method(sd15)
+    away._away = Visiting(away.teacher, cuda(), "model")
+    kept = [parameter.data_ptr() for parameter in away.teacher.parameters()]
+    batch = batch_of(near)
+    for turn in (1, 2):
+        losses = [made.loss(made.phases[0], batch, 0)[0] for made in (near, away)]
+        assert torch.equal(*losses)
+        assert cuda.uploads == turn * len(kept) and cuda.resident == 0
+    assert [parameter.data_ptr() for parameter in away.teacher.parameters()] == kept  # the weights that it has had
+
+
+def test_the_teacher_is_compiled_with_the_others(sd15, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    made = method(sd15, compile=True)
+    assert compiled == [made.teacher]  # the loop compiles what learns
+
+
+def test_lists_of_a_turn_are_uploaded_once(sd15, monkeypatch):
+    made = method(sd15, batch=4)
+    batch = batch_of(made, 4)
+    for phase in made.phases:
+        made.loss(phase, batch, 0)
+    monkeypatch.setattr(torch, "tensor", lambda *given, **options: pytest.fail(f"a list went up again: {given}"))
+    for phase in made.phases:
+        shape = batch["latent_mean"].shape[1:]
+        drawn = {draw.key: draw.of(0, batch["index"], shape) for draw in phase.draws if not draw.high}
+        drawn |= {draw.key: torch.ones(4, dtype=torch.int64) for draw in phase.draws if draw.high}
+        made.loss(phase, batch | drawn, 0)
