@@ -4,7 +4,8 @@ A generator G learns to generate in a few steps what its teacher generates in ma
 
     grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
 
-mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise G's images, in
+mu_real is the frozen teacher with guidance, which may be taken at another timestep than the rest (decoupled DMD, Liu et
+al. 2025, arXiv 2511.22677); mu_fake follows G's own distribution: it learns to denoise G's images, in
 several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's images
 from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
 """
@@ -32,6 +33,7 @@ from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.monitors import Monitor
 from . import critic, shared_lora
 from .class_to_image import ClassToImage
+from .guidance import guided
 from .text_to_image import TextToImage
 
 MONITORS = (
@@ -67,6 +69,7 @@ class DMD2:
             raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
         self.process = family.process
         self.timesteps = timesteps_of(recipe, self.process.levels)
+        check_decoupled(recipe, self.timesteps, int(recipe.low * self.process.levels))
         self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
         steps = len(self.timesteps) if recipe.step_aware and family.guides else 1
         self.critic = critic.Critic(fake, family, recipe.seed, steps, adversarial=bool(recipe.adversarial_weight))
@@ -212,34 +215,40 @@ class DMD2:
         self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and diagnostics of the fake score."""
-        count = self.process.levels
-        low, high = int(self.recipe.low * count), int(self.recipe.high * count)
-        t = rng.integers(self.recipe.seed, batch["index"], "matching", low, high + 1).to(x.device)
-        x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
+        t, eps = self.matching_level(batch, "matching", last, self.recipe.decoupled == "constrained")
+        x_t = self.process.add_noise(x, eps, t)
         with self.autocast():
             said, *_ = self.critic(score=(x_t, t, self.family.conditions(batch), last))
             fake = self.process.x0(said, x_t, t)
-        real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
+        real = self.real(x, x_t, t, batch, last)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()
         # Above 1 the fake score knows G's images less well than the teacher does: it lags, and the gradient is noise.
         return gradient.float(), {"gradient": gradient.abs().mean(), "lag": error}
 
-    def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
+    def real(
+        self, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any], last: list[int]
+    ) -> torch.Tensor:
+        """mu_real, float64; decoupled, guidance's part is of a timestep and noise of its own (arXiv 2511.22677, eq. 8):
+
+        mu_cond(x_t) + (scale - 1) (mu_cond(x_s) - mu_uncond(x_s)), x_s being x at the other timestep s.
+        """
+        scale = self.recipe.real_guidance
+        if not self.recipe.decoupled:
+            return self.process.x0(self.guided(x_t, t, batch, scale)[1], x_t, t)
+        conditional = self.process.x0(self.guided(x_t, t, batch, 1.0)[0], x_t, t)
+        s, eps = self.matching_level(batch, "guidance", last, self.recipe.decoupled != "full")
+        x_s = self.process.add_noise(x, eps, s)
+        without, guided = (self.process.x0(said, x_s, s) for said in self.guided(x_s, s, batch, scale))
+        return conditional + guided - without
+
+    def guided(
+        self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any], scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's prediction without and with classifier-free guidance (arXiv 2207.12598), in float64."""
         if self.recipe.offload_teacher:
             self.teacher.to(self.device)
-        dtype = shared_lora.dtype_of(self.teacher)
-        conditions = self.family.conditions(batch)
-
-        def call(given: Any) -> torch.Tensor:
-            seen, said_of = self.family.cast(x_t, given, dtype)
-            return self.family.call(self.teacher, seen, t, said_of).double()
-
-        said = call(conditions)
-        if self.recipe.real_guidance != 1:
-            without = call(self.family.unconditional(conditions))
-            said = without + self.recipe.real_guidance * (said - without)
+        said = guided(self.family, self.teacher, x_t, t, self.family.conditions(batch), scale)
         if self.recipe.offload_teacher:
             self.teacher.to("cpu")
         return said
@@ -255,6 +264,14 @@ class DMD2:
         t = rng.integers(self.recipe.seed, batch["index"], stream, 0, self.process.levels, draw)
         return t.to(like.device), self.normal(batch, stream, draw + 1)
 
+    def matching_level(self, batch: Mapping[str, Any], stream: str, last: list[int], constrained: bool):
+        """A timestep of the range of matching [b] and noise; constrained, below the timestep of the step that made an
+        image: what is coarser than that was decided by the steps before."""
+        low, high = (int(share * self.process.levels) for share in (self.recipe.low, self.recipe.high))
+        ends = [min(high + 1, self.timesteps[step]) if constrained else high + 1 for step in last]
+        t = rng.integers(self.recipe.seed, batch["index"], stream, low, ends)
+        return t.to(batch["latent_mean"].device), self.normal(batch, stream, 1)
+
     def at(self, number: int, like: torch.Tensor) -> torch.Tensor:
         return torch.full((len(like),), self.timesteps[number], device=like.device)
 
@@ -266,6 +283,19 @@ class DMD2:
 
     def save(self, folder: Path) -> None:
         self.family.save(folder, self.generator, self.timesteps)
+
+
+def check_decoupled(recipe: DMD2Recipe, timesteps: tuple[int, ...], low: int) -> None:
+    """Raises UserError where there is no guidance to decouple, or a step leaves nothing to constrain it to."""
+    if not recipe.decoupled:
+        return
+    if recipe.real_guidance == 1:
+        raise UserError("--real-guidance 1 has no guidance to decouple", "leave out --decoupled, or --real-guidance 8")
+    if recipe.decoupled != "full" and timesteps[-1] <= low:
+        raise UserError(
+            f"the step at {timesteps[-1]} leaves no timestep for --decoupled {recipe.decoupled}: they begin at {low}",
+            "--decoupled full, a smaller --low, or a later last step",
+        )
 
 
 def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

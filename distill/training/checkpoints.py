@@ -46,6 +46,9 @@ FREE = frozenset(
     "cache attention compile gradient_checkpointing save_dtype".split()
 )
 
+# Fields that came later, with the value at which a run is as it was before them.
+LATER = {"decoupled": ""}
+
 # Tensor names that earlier versions wrote, by their last part.
 _RENAMED = {"told": "step_embedding"}
 
@@ -53,6 +56,7 @@ _RENAMED = {"told": "step_embedding"}
 def settings(recipe: Recipe, world: int) -> dict[str, Any]:
     """What must be equal to go on from a checkpoint, as JSON-able data."""
     kept = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FREE}
+    kept = {name: value for name, value in kept.items() if name not in LATER or value != LATER[name]}
     if recipe.lr_schedule == "constant":
         kept.pop("steps")
     if not recipe.qat:
