@@ -32,6 +32,7 @@ from accel.distill.digits.train import load
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
+from accel.distill.training.checkpoints import LATER
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
 
@@ -109,10 +110,15 @@ def digest(name: str) -> str:
         settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
     else:
         kind, fields, _ = ROWS[name]
-        recipe = recipes.changed(registry.recipe(kind), **fields)
-        settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
-        settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
+        settings = decisive(recipes.changed(registry.recipe(kind), **fields))
     return digest_of(settings)[:12]
+
+
+def decisive(recipe: Any) -> dict[str, Any]:
+    """What the weights of a training depend on."""
+    settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
+    settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+    return settings | {"weights": [weights(recipe.model), weights(recipe.teacher or recipe.model)]}
 
 
 def stem(name: str, seed: int) -> str:
