@@ -296,6 +296,8 @@ def digits_lcm() -> LCMRecipe:
         beta2=0.99,
         ema=0.97,
         guidance=1.5,
+        skip=100,
+        loss="l2",
         checkpoint_every=50,
         sample_every=100,
     )

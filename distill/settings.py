@@ -255,11 +255,7 @@ class LCMRecipe(FewStepRecipe):
     """Few-step students by latent consistency distillation (Luo et al. 2023, arXiv 2310.04378); with a rank, an
     LCM-LoRA (arXiv 2311.05556)."""
 
-    solver_steps: int = option(
-        50,
-        "steps of the teacher's whole trajectory; the student jumps over one of them, which skips 1000 / 50",
-        least=1,
-    )
+    skip: int = option(20, "timesteps of a solver step, over which the student learns to be consistent", least=1)
     guidance: float = option(7.5, "guidance scale of the teacher, which becomes the student's own", least=1)
     guidance_high: float = option(0.0, "draw the scale evenly from --guidance to here; 0: it is fixed", least=0)
     loss: str = option("huber", "distance between two predictions", choices=("huber", "l2"))

@@ -5,9 +5,9 @@ further down, at x_s, where that is held fixed.
 
     L = d(f(x_t, t), f(x_s, s)),    f(x, t) = c_skip(t) x + c_out(t) x_0(x, t),    c_skip(0) = 1, c_out(0) = 0
 
-x_s is a step of DDIM with guidance from x_t, a noised image, over T / N timesteps (N: `solver_steps`). The target is of
-the student's own weights, as with LCM-LoRA, not of an average. The scale of the guidance becomes part of the student,
-and is no input of its UNet: any program runs the result.
+x_s is a step of DDIM with guidance from x_t, a noised image, over `skip` timesteps (k in the paper). The target is of
+the student's own weights, as with LCM-LoRA, not of an average. The guidance becomes part of the student, and its scale
+is no input of the UNet: any program runs the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import shared_lora
 from .guidance import guided
 from .text_to_image import TextToImage
 
-SOLVER_STEPS = 50  # of LCMScheduler where a file does not say another number
+ORIGINAL_STEPS = 50  # the grid of which LCMScheduler takes every n-th timestep, and no LoRA file can say another one
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 _LORA_RATE, _FULL_RATE = 1e-4, 1e-6
@@ -59,7 +59,6 @@ class LCM:
         self.family = TextToImage(recipe, encoders)
         self.process = self.family.process
         check(recipe, self.family)
-        self.skip = self.process.levels // recipe.solver_steps
         self.student, base = shared_lora.student(recipe, self.family)
         self.teacher = shared_lora.teacher(self.family, base)
         self.networks = {"unet": TrainedNetwork(self.student, self.student, shardable=base is None)}
@@ -78,9 +77,8 @@ class LCM:
         recipe, index, conditions = self.recipe, batch["index"], self.family.conditions(batch)
         x0 = clean(batch, recipe.seed)
         eps = rng.normal(recipe.seed, index, "noise", tuple(x0.shape[1:])).to(x0.device)
-        number = rng.integers(recipe.seed, index, "timestep", 1, recipe.solver_steps + 1)
-        t = (number * self.skip - 1).to(x0.device)
-        s = (t - self.skip).clamp(min=0)
+        t = rng.integers(recipe.seed, index, "timestep", 1, self.process.levels).to(x0.device)
+        s = (t - recipe.skip).clamp(min=0)
         high = max(recipe.guidance, recipe.guidance_high)
         scale = rng.uniform(recipe.seed, index, "scale", recipe.guidance, high).to(x0.device)
         with torch.no_grad():
@@ -101,8 +99,8 @@ class LCM:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """Fields of LCMScheduler that the student was trained for."""
-        return {"original_inference_steps": self.recipe.solver_steps, "timestep_scaling": TIMESTEP_SCALING}
+        """Fields of LCMScheduler, whatever the model's own says: one by DMD2 has others."""
+        return {"original_inference_steps": ORIGINAL_STEPS, "timestep_scaling": TIMESTEP_SCALING}
 
     def samples(self) -> Any:
         return self.family.draw(self.student, dict(num_inference_steps=self.recipe.few_steps), **self.scheduler)
@@ -138,20 +136,12 @@ def check(recipe: LCMRecipe, family: TextToImage) -> None:
         UserError: naming the field.
     """
     levels = family.process.levels
-    if levels % recipe.solver_steps:
-        raise UserError(
-            f"{recipe.solver_steps} solver steps do not divide {levels} timesteps", "--solver-steps 25, 50 or 100"
-        )
-    if not 1 <= recipe.few_steps <= recipe.solver_steps:
-        raise UserError(
-            f"invalid few_steps: {recipe.few_steps} (expected an integer >= 1 and <= {recipe.solver_steps})",
-            "--few-steps 4",
-        )
-    if recipe.rank and recipe.solver_steps != SOLVER_STEPS:
-        raise UserError(
-            f"programs sample every LCM-LoRA as one of {SOLVER_STEPS} solver steps, and its file cannot say otherwise",
-            f"--solver-steps {SOLVER_STEPS}, or --rank 0",
-        )
+    for name, value, most in (("skip", recipe.skip, levels - 1), ("few_steps", recipe.few_steps, ORIGINAL_STEPS)):
+        if not 1 <= value <= most:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"invalid {name}: {value} (expected an integer >= 1 and <= {most})", f"leave out {flag} for the default"
+            )
     if recipe.rank and family.teacher is family.encoders.source and recipe.teacher_dtype != "auto":
         raise UserError("the teacher shares its weights with the student", "leave out --teacher-dtype")
     if recipe.guidance_high and recipe.guidance_high < recipe.guidance:
