@@ -288,7 +288,7 @@ def digits_lcm() -> LCMRecipe:
     return LCMRecipe(
         **_DIGITS,
         save_dtype="float16",
-        steps=600,
+        steps=300,
         batch=64,
         learning_rate=3e-4,
         lr_schedule="cosine",
@@ -305,7 +305,7 @@ def digits_lcm() -> LCMRecipe:
 
 def digits_lcm_lora() -> LCMRecipe:
     """The same as a LoRA of 64."""
-    return dataclasses.replace(digits_lcm(), rank=64, learning_rate=2e-3, save_dtype="float32")
+    return dataclasses.replace(digits_lcm(), rank=64, learning_rate=1e-3, save_dtype="float32")
 
 
 def digits_vae() -> TinyVaeRecipe:
