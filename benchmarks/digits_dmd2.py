@@ -33,6 +33,7 @@ from accel.distill.evaluation import digits as digits_quality
 from accel.distill.run import execute
 from accel.distill.sources import digits
 from accel.distill.training import speed
+from accel.distill.training.checkpoints import as_before
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
 
@@ -112,10 +113,15 @@ def digest(name: str) -> str:
         settings: dict[str, Any] = dict(weights=[weights(f"digits/{folder}")], timesteps=timesteps, guidance=guidance)
     else:
         kind, fields, _ = ROWS[name]
-        recipe = speed.settled(recipes.changed(registry.recipe(kind), **fields), torch.device("cpu"))
-        settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in BESIDE}
-        settings["weights"] = [weights(recipe.model), weights(recipe.teacher or recipe.model)]
+        settings = decisive(recipes.changed(registry.recipe(kind), **fields))
     return digest_of(settings)[:12]
+
+
+def decisive(recipe: Any) -> dict[str, Any]:
+    """What the weights of a training depend on."""
+    recipe = speed.settled(recipe, torch.device("cpu"))
+    settings = {name: value for name, value in as_before(recipe).items() if name not in BESIDE}
+    return settings | {"weights": [weights(recipe.model), weights(recipe.teacher or recipe.model)]}
 
 
 def stem(name: str, seed: int) -> str:

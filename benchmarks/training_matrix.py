@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, type[settings.Recipe], dict[str, Any]]] = {
     "dmd2": ("small", settings.DMD2Recipe, _DMD2),
     "dmd2, pair of LoRAs": ("small", settings.DMD2Recipe, dict(**_DMD2, rank=2, critic_rank=2)),
     "dmd2, EDM": ("edm", settings.DMD2Recipe, dict(**_DMD2, real_guidance=1.0)),
+    "lcm": ("small", settings.LCMRecipe, {}),
     "regress": ("small", settings.RegressionRecipe, dict(pair_count=2, pair_steps=1)),
     "vae": ("small", settings.TinyVaeRecipe, dict(width=8, blocks=1)),
 }

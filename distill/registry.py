@@ -77,6 +77,13 @@ METHODS = {
         encoders=".edm.source:open_encoders",
         memory_estimate=".few_step.memory:predict",
     ),
+    "lcm": MethodEntry(
+        ".settings:LCMRecipe",
+        "a few-step student, or a LoRA that makes one, by consistency distillation (LCM, LCM-LoRA)",
+        ".few_step.lcm:LCM",
+        presets="lcm_sd15 lcm_lora_sd15 lcm_lora_sdxl digits_lcm digits_lcm_lora",
+        complete=".few_step.lcm:completed",
+    ),
     "regress": MethodEntry(
         ".settings:RegressionRecipe",
         "warm up a one-step student on the teacher's own images",

@@ -226,16 +226,45 @@ class DreamBoothRecipe(LoraRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2Recipe(Recipe):
+class FewStepRecipe(Recipe):
+    """What the methods for few-step students have in common.
+
+    `model` is the student's start, and the result; `teacher` is what it learns from.
+    """
+
+    teacher: str = option("", "pipeline whose UNet teaches (default: the model's own)")
+    few_steps: int = option(4, "steps of the student: 1, 2, 4, 8 or any other number")
+    teacher_dtype: str = option("auto", "dtype of the teacher; auto is that of mixed precision", choices=_TEACHER)
+
+    rank: int = option(0, "rank of the student's low-rank updates (LoRA); 0 trains all of its weights")
+    alpha: float = option(0.0, "scale of the updates is alpha / rank; 0 for alpha equal to the rank")
+    targets: str = option(
+        "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
+        "upsamplers.0.conv,time_emb_proj",
+        "layers that get updates, by the end of their names (default: those of DMD2's and LCM's published LoRAs)",
+    )
+    lora_format: str = option(
+        "diffusers", "tensor names; ComfyUI and A1111 read kohya's", choices=("diffusers", "kohya")
+    )
+
+    caption_dropout: float = default("caption_dropout", 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD2Recipe(FewStepRecipe):
     """Few-step students by improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
 
     `model` is the generator's start, and the result; `teacher` gives the real score and the fake score's start.
     """
 
-    teacher: str = option("", "pipeline whose UNet gives the real score (default: the model's own)")
-    few_steps: int = option(4, "steps of the student: 1, 2, 4, 8 or any other number")
     timesteps: str = option("", "their timesteps, such as 999,749,499,249 or 399 (default: evenly from 999 on)")
     real_guidance: float = option(8.0, "guidance scale of the real score")
+    decoupled: str = option(
+        "",
+        "draw guidance's timestep apart from matching's (decoupled DMD): full, constrained to what a step has yet to "
+        "decide, or hybrid, the published rule: guidance constrained, matching full",
+        choices=("", "full", "constrained", "hybrid"),
+    )
     ratio: int = option(5, "critic updates per generator update (two time-scale update rule)", least=1)
     critic_warmup: int = option(0, "steps in which only the critic learns, before the generator starts", least=0)
     critic_learning_rate: float = option(0.0, "peak learning rate of the fake score; 0 for the generator's")
@@ -249,22 +278,9 @@ class DMD2Recipe(Recipe):
     step_aware: bool = option(True, "condition the critic on the student's step that made an image; see docs/dmd2.md")
     low: float = option(0.02, "smallest timestep of distribution matching, as a share of all timesteps")
     high: float = option(0.98, "largest timestep of distribution matching, as a share of all timesteps")
-    teacher_dtype: str = option("auto", "dtype of the teacher; auto is that of mixed precision", choices=_TEACHER)
     offload_teacher: bool = option(False, "keep the teacher on the CPU between its calls")
-
-    rank: int = option(0, "rank of the generator's low-rank updates (LoRA); 0 trains all of its weights")
-    alpha: float = option(0.0, "scale of the updates is alpha / rank; 0 for alpha equal to the rank")
     critic_rank: int = option(0, "rank of the fake score's updates on the frozen teacher; 0 trains a copy of it")
-    targets: str = option(
-        "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,downsamplers.0.conv,"
-        "upsamplers.0.conv,time_emb_proj",
-        "layers that get updates, by the end of their names (default: those of DMD2's published LoRA)",
-    )
-    lora_format: str = option(
-        "diffusers", "tensor names; ComfyUI and A1111 read kohya's", choices=("diffusers", "kohya")
-    )
 
-    caption_dropout: float = default("caption_dropout", 0.0)
     learning_rate: float = default("learning_rate", 5e-7, "peak learning rate of the generator")
     max_grad_norm: float = default("max_grad_norm", 10.0)
     one_size = True
@@ -277,6 +293,21 @@ class DMD2Recipe(Recipe):
         # Smaller micro-batches have no room for all of the student's steps.
         steps = len(self.timesteps.split(",")) if self.timesteps else self.few_steps
         return {"mixed_steps": self.mixed_steps and self.batch >= steps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCMRecipe(FewStepRecipe):
+    """Few-step students by latent consistency distillation (Luo et al. 2023, arXiv 2310.04378); with a rank, an
+    LCM-LoRA (arXiv 2311.05556)."""
+
+    skip: int = option(20, "timesteps of a solver step, over which the student learns to be consistent", least=1)
+    guidance: float = option(7.5, "guidance scale of the teacher, which becomes the student's own", least=1)
+    guidance_high: float = option(0.0, "draw the scale evenly from --guidance to here; 0: it is fixed", least=0)
+    loss: str = option("huber", "distance between two predictions", choices=("huber", "l2"))
+    huber: float = option(1e-3, "difference from which huber is no longer quadratic", above=0)
+
+    learning_rate: float = default("learning_rate", 0.0, "peak learning rate; 0: 1e-6, or 1e-4 for a LoRA")
+    weight_decay: float = default("weight_decay", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -277,6 +277,7 @@ def scheduler_of(config: Mapping[str, Any], constants: Mapping[str, Any]) -> dic
 
     DMD2's is LCMScheduler: with `original_inference_steps` = T its grid of n steps is T - 1 downwards by T / n, and its
     boundary scaling is 1 to seven digits. One step in the middle of the schedule is the last one of a shorter schedule.
+    An LCM that was trained here says its own fields of LCMScheduler.
     """
     name, spacing = str(constants["name"]), constants.get("options", {}).get("timestep_spacing")
     if name not in ("dmd2", "lcm", "tcd") and spacing is None:
@@ -286,6 +287,7 @@ def scheduler_of(config: Mapping[str, Any], constants: Mapping[str, Any]) -> dic
     made |= {"_class_name": entry.scheduler, **entry.pinned}
     if spacing is not None:
         made["timestep_spacing"] = spacing
+    made |= {field: constants[field] for field in entry.fields if name == "lcm" and field in constants}
     if name == "dmd2":
         length = NoiseSchedule.from_scheduler(config).T
         grid = [int(t) for t in constants.get("timesteps") or ()]

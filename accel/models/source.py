@@ -101,9 +101,12 @@ class Source:
         return families.recognise(self.few_step, self.parts, self.name, self.scheduler())
 
     def sampler(self) -> dict[str, Any] | None:
-        """Sampling constants that the model carries along: its few-step weights', or `sampler.json`."""
-        path = self.path / "sampler.json"
+        """Sampling constants that the model carries along: its few-step weights', or `sampler.json`; that of a LoRA
+        before all others."""
+        path, of_loras = self.path / "sampler.json", [file.path.with_name("sampler.json") for file in self.loras]
         by_file = families.recognise(self.few_step, self.parts, "", {})
+        if self.few_step is None and (carried := [file for file in of_loras if file.is_file()]):
+            path, by_file = carried[-1], None
         if by_file is None and path.is_file():
             if not isinstance(constants := read_json(path, "sampler.json"), dict):
                 raise UserError(f"{path} is not a JSON object", 'write {"name": "ddim", "steps": 25, "guidance": 7.5}')

@@ -33,6 +33,8 @@ STREAMS = (
     "real",
     "mask",
     "masked",
+    "guidance",
+    "scale",
 )
 
 
@@ -59,9 +61,18 @@ def normal(seed: int, indices: Sequence[int], stream: str, shape: tuple[int, ...
     return torch.from_numpy(np.stack(rows))
 
 
-def integers(seed: int, indices: Sequence[int], stream: str, low: int, high: int, draw: int = 0) -> torch.Tensor:
-    """Whole numbers low <= n < high, int64 [len(indices)]."""
-    return torch.tensor([int(generator(seed, int(index), stream, draw).integers(low, high)) for index in indices])
+def integers(
+    seed: int, indices: Sequence[int], stream: str, low: int, high: int | Sequence[int], draw: int = 0
+) -> torch.Tensor:
+    """Whole numbers low <= n < high, int64 [len(indices)]; `high` may be one for each."""
+    ends = [high] * len(indices) if isinstance(high, int) else high
+    rows = zip(indices, ends, strict=True)
+    return torch.tensor([int(generator(seed, int(index), stream, draw).integers(low, end)) for index, end in rows])
+
+
+def uniform(seed: int, indices: Sequence[int], stream: str, low: float, high: float, draw: int = 0) -> torch.Tensor:
+    """Numbers low <= x < high, float64 [len(indices)]."""
+    return torch.tensor([generator(seed, int(index), stream, draw).uniform(low, high) for index in indices]).double()
 
 
 def micro_batch(step: int, micro: int, *, batch: int, accumulation: int, rank: int, world: int) -> range:

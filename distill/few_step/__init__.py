@@ -1,1 +1,1 @@
-"""Few-step students: DMD2 for text and classes, its critic, and regression on ODE pairs."""
+"""Few-step students: DMD2 for text and classes, its critic, LCM, and regression on ODE pairs."""

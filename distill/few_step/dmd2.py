@@ -4,7 +4,8 @@ A generator G learns to generate in a few steps what its teacher generates in ma
 
     grad_x = (mu_fake(x_t) - mu_real(x_t)) / mean |x - mu_real(x_t)|,        x = G(z),    mu: predicted x_0
 
-mu_real is the frozen teacher with guidance; mu_fake follows G's own distribution: it learns to denoise G's images, in
+mu_real is the frozen teacher with guidance, which may be taken at another timestep than the rest (decoupled DMD, Liu et
+al. 2025, arXiv 2511.22677); mu_fake follows G's own distribution: it learns to denoise G's images, in
 several updates for each of G's (two time-scale update rule). A discriminator on mu_fake's bottleneck tells G's images
 from real ones at every noise level. For several steps G learns on its own intermediate results (backward simulation).
 """
@@ -38,6 +39,7 @@ from ..training.method import OptimizerPhase, Terms, TrainedNetwork
 from ..training.monitors import Monitor
 from . import critic, shared_lora
 from .class_to_image import ClassToImage
+from .guidance import guided
 from .text_to_image import TextToImage
 
 MONITORS = (
@@ -73,6 +75,7 @@ class DMD2:
             raise UserError(f"{encoders.source.name} has no unconditional score to guide with", "--real-guidance 1")
         self.process = family.process
         self.timesteps = timesteps_of(recipe, self.process.levels)
+        check_decoupled(recipe, self.timesteps, int(recipe.low * self.process.levels))
         self.generator, fake, self.teacher = shared_lora.networks(recipe, family)
         steps = len(self.timesteps) if recipe.step_aware and family.guides else 1
         self.critic = critic.Critic(fake, family, recipe.seed, steps, adversarial=bool(recipe.adversarial_weight))
@@ -233,37 +236,41 @@ class DMD2:
         self, x: torch.Tensor, batch: Mapping[str, Any], last: list[int]
     ) -> tuple[torch.Tensor, Terms]:
         """The gradient of distribution matching by x [b, c, h, w], and diagnostics of the fake score."""
-        t = take(batch, self.recipe.seed, self.matching_level)
-        x_t = self.process.add_noise(x, self.normal(batch, "matching", 1), t)
+        t, eps = self.matching_noise(batch, "matching", last)
+        x_t = self.process.add_noise(x, eps, t)
         with self.autocast():
             said, *_ = self.critic(score=(x_t, t, self.family.conditions(batch), self.steps(last, x)))
             fake = self.process.x0(said, x_t, t)
-        real = self.process.x0(self.guided(x_t, t, batch), x_t, t)
+        real = self.real(x, x_t, t, batch, last)
         gradient = matching_gradient(x, real, fake)
         error = (x - fake).abs().mean() / (x - real).abs().mean()
         # Above 1 the fake score knows G's images less well than the teacher does: it lags, and the gradient is noise.
         return gradient.float(), {"gradient": gradient.abs().mean(), "lag": error}
 
-    def guided(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The teacher's prediction with classifier-free guidance (arXiv 2207.12598), in float64."""
+    def real(
+        self, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any], last: list[int]
+    ) -> torch.Tensor:
+        """mu_real, float64; decoupled, guidance's part is of a timestep and noise of its own (arXiv 2511.22677, eq. 8):
+
+        mu_cond(x_t) + (scale - 1) (mu_cond(x_s) - mu_uncond(x_s)), x_s being x at the other timestep s.
+        """
+        scale = self.recipe.real_guidance
+        if not self.recipe.decoupled:
+            return self.process.x0(self.guided(x_t, t, batch, scale)[1], x_t, t)
+        conditional = self.process.x0(self.guided(x_t, t, batch, 1.0)[0], x_t, t)
+        s, eps = self.matching_noise(batch, "guidance", last)
+        x_s = self.process.add_noise(x, eps, s)
+        without, guided = (self.process.x0(said, x_s, s) for said in self.guided(x_s, s, batch, scale))
+        return conditional + guided - without
+
+    def guided(
+        self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any], scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's prediction without and with classifier-free guidance (arXiv 2207.12598), in float64."""
         with self._away.computing() if self._away else contextlib.nullcontext():
-            said = self.guided_score(x_t, t, batch)
+            said = guided(self.family, self.teacher, x_t, t, self.family.conditions(batch), scale)
         if self._away:
             self._away.leave()
-        return said
-
-    def guided_score(self, x_t: torch.Tensor, t: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        dtype = shared_lora.dtype_of(self.teacher)
-        conditions = self.family.conditions(batch)
-
-        def call(given: Any) -> torch.Tensor:
-            seen, said_of = self.family.cast(x_t, given, dtype)
-            return self.family.call(self.teacher, seen, t, said_of).double()
-
-        said = call(conditions)
-        if self.recipe.real_guidance != 1:
-            without = call(self.family.unconditional(conditions))
-            said = without + self.recipe.real_guidance * (said - without)
         return said
 
     # ------------------------------------------------------------------------------------------------------------ parts
@@ -279,11 +286,31 @@ class DMD2:
     def noise_draws(self, stream: str, draw: int = 0) -> tuple[Draw, Draw]:
         return Draw(stream, draw, high=self.process.levels), Draw(stream, draw + 1)
 
-    @property
-    def matching_level(self) -> Draw:
-        """The timestep of distribution matching."""
+    def matching_level(self, stream: str) -> Draw:
+        """A timestep of the range of matching."""
         count = self.process.levels
-        return Draw("matching", low=int(self.recipe.low * count), high=int(self.recipe.high * count) + 1)
+        return Draw(stream, low=int(self.recipe.low * count), high=int(self.recipe.high * count) + 1)
+
+    def constrained(self, stream: str) -> bool:
+        """Whether a timestep is below that of the step which made an image: what is coarser was decided before it."""
+        return self.recipe.decoupled == "constrained" or stream == "guidance" and self.recipe.decoupled == "hybrid"
+
+    def matching_noise(
+        self, batch: Mapping[str, Any], stream: str, last: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A timestep of the range of matching [b] and noise of the latents' shape."""
+        level = self.matching_level(stream)
+        if not self.constrained(stream):
+            return take(batch, self.recipe.seed, level), self.normal(batch, stream, 1)
+        ends = [min(level.high, self.timesteps[step]) for step in last]
+        t = rng.integers(self.recipe.seed, batch["index"], stream, level.low, ends)
+        return t.to(batch["latent_mean"].device), self.normal(batch, stream, 1)
+
+    def draws_of_matching(self) -> tuple[Draw, ...]:
+        """What matching reads that does not depend on the images."""
+        streams = ("matching", "guidance") if self.recipe.decoupled else ("matching",)
+        levels = [self.matching_level(stream) for stream in streams if not self.constrained(stream)]
+        return *levels, *(Draw(stream, 1) for stream in streams)
 
     def draws_of_images(self) -> tuple[Draw, ...]:
         """What `draw` reads."""
@@ -294,7 +321,7 @@ class DMD2:
     def draws_of_generator(self) -> tuple[Draw, ...]:
         """What the generator's turn reads."""
         adversarial = self.noise_draws("fake", 2) if self.recipe.adversarial_weight else ()
-        return *self.draws_of_images(), self.matching_level, Draw("matching", 1), *adversarial
+        return *self.draws_of_images(), *self.draws_of_matching(), *adversarial
 
     def draws_of_critic(self) -> tuple[Draw, ...]:
         """What the critic's turn reads; the images too, as the generator's turn comes seldom."""
@@ -318,6 +345,19 @@ class DMD2:
 
     def save(self, folder: Path) -> None:
         self.family.save(folder, self.generator, self.timesteps)
+
+
+def check_decoupled(recipe: DMD2Recipe, timesteps: tuple[int, ...], low: int) -> None:
+    """Raises UserError where there is no guidance to decouple, or a step leaves nothing to constrain it to."""
+    if not recipe.decoupled:
+        return
+    if recipe.real_guidance == 1:
+        raise UserError("--real-guidance 1 has no guidance to decouple", "leave out --decoupled, or --real-guidance 8")
+    if recipe.decoupled != "full" and timesteps[-1] <= low:
+        raise UserError(
+            f"the step at {timesteps[-1]} leaves no timestep for --decoupled {recipe.decoupled}: they begin at {low}",
+            "--decoupled full, a smaller --low, or a later last step",
+        )
 
 
 def matching_gradient(x: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from accel.errors import MissingPackage, UserError
 
 from ..methods.lora import adapt, names_of
-from ..settings import DMD2Recipe
+from ..settings import DMD2Recipe, FewStepRecipe
 
 GENERATOR = "generator"
 
@@ -130,6 +130,28 @@ def is_shared(module: nn.Module) -> bool:
     return any(isinstance(part, Adapted) for part in module.modules())
 
 
+def student(recipe: FewStepRecipe, family: Any) -> tuple[nn.Module, Shared | None]:
+    """The network that becomes the student, and the one that it shares if it is a LoRA.
+
+    Raises:
+        UserError: for ranks below 0.
+        MissingPackage: for a rank without peft.
+    """
+    source = family.encoders.source
+    if not recipe.rank:
+        return whole(family, source), None
+    check(recipe)
+    base = Shared(family.load(source))
+    return add(base, GENERATOR, recipe.rank, recipe), base
+
+
+def teacher(family: Any, base: Shared | None) -> nn.Module:
+    """The frozen teacher: what the student shares with others where that is the same network, else one of its own."""
+    if base and family.teacher is family.encoders.source:
+        return base.plain()
+    return family.load(family.teacher).requires_grad_(False).eval()
+
+
 def networks(recipe: DMD2Recipe, family: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Generator, fake score and teacher of a DMD2 run, sharing what is frozen.
 
@@ -138,38 +160,35 @@ def networks(recipe: DMD2Recipe, family: Any) -> tuple[nn.Module, nn.Module, nn.
         MissingPackage: for ranks without peft.
     """
     source, same = family.encoders.source, family.teacher is family.encoders.source
-    if not recipe.rank and not recipe.critic_rank:
-        teacher = family.load(family.teacher).requires_grad_(False).eval()
-        return *(family.load(of).requires_grad_(True).train() for of in (source, family.teacher)), teacher
-    check(recipe)
-    if not family.guides:
-        raise UserError(f"{source.name} takes no LoRA", "leave out --rank and --critic-rank")
-    if recipe.offload_teacher and (recipe.critic_rank or same):
-        raise UserError("the teacher shares its weights with a network that learns", "leave out --offload-teacher")
-
-    def add(shared: Shared, name: str, rank: int) -> nn.Module:
-        shared.network.train()
-        return shared.add(name, names_of(recipe.targets), rank, recipe.alpha or rank, seed=recipe.seed)
-
-    base = Shared(family.load(source)) if recipe.rank else None
-    generator = add(base, GENERATOR, recipe.rank) if base else family.load(source).requires_grad_(True).train()
-    real = base if base and same else Shared(family.load(family.teacher)) if recipe.critic_rank else None
-    fake = (
-        add(real, "critic", recipe.critic_rank)
-        if recipe.critic_rank
-        else family.load(family.teacher).requires_grad_(True).train()
-    )
-    return generator, fake, real.plain() if real else family.load(family.teacher).requires_grad_(False).eval()
+    if recipe.rank or recipe.critic_rank:
+        check(recipe)
+        if not family.guides:
+            raise UserError(f"{source.name} takes no LoRA", "leave out --rank and --critic-rank")
+        if recipe.offload_teacher and (recipe.critic_rank or same):
+            raise UserError("the teacher shares its weights with a network that learns", "leave out --offload-teacher")
+    generator, base = student(recipe, family)
+    if not recipe.critic_rank:
+        return generator, whole(family, family.teacher), teacher(family, base)
+    real = base if base and same else Shared(family.load(family.teacher))
+    return generator, add(real, "critic", recipe.critic_rank, recipe), real.plain()
 
 
-def check(recipe: DMD2Recipe) -> None:
+def whole(family: Any, source: Any) -> nn.Module:
+    return family.load(source).requires_grad_(True).train()
+
+
+def add(shared: Shared, name: str, rank: int, recipe: FewStepRecipe) -> nn.Module:
+    shared.network.train()
+    return shared.add(name, names_of(recipe.targets), rank, recipe.alpha or rank, seed=recipe.seed)
+
+
+def check(recipe: FewStepRecipe) -> None:
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage("peft", "LoRA", extra="train")
-    if min(recipe.rank, recipe.critic_rank) < 0 or recipe.alpha < 0:
-        raise UserError(
-            f"invalid rank {recipe.rank}, critic_rank {recipe.critic_rank} or alpha {recipe.alpha} (expected >= 0)",
-            "--rank 64 --critic-rank 64 --alpha 8; 0 for none",
-        )
+    ranks = {name: value for name, value in vars(recipe).items() if name in ("rank", "critic_rank", "alpha")}
+    if min(ranks.values()) < 0:
+        given = ", ".join(f"{name} {value}" for name, value in ranks.items())
+        raise UserError(f"invalid {given} (expected >= 0)", "--rank 64 --alpha 8; 0 for none")
 
 
 def place(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

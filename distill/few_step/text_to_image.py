@@ -19,7 +19,7 @@ from ..diffusion import inpainting
 from ..diffusion.denoising import added_conditions
 from ..diffusion.process import Constants, Diffusion
 from ..methods.lora import save_lora
-from ..settings import DMD2Recipe, RegressionRecipe
+from ..settings import FewStepRecipe, RegressionRecipe
 from ..training import samples
 from ..training.pipelines import assemble, save_pipeline
 from . import critic, shared_lora
@@ -40,10 +40,11 @@ class TextToImage:
 
     guides = True  # a prompt can be left empty, so that guidance is possible
 
-    def __init__(self, recipe: DMD2Recipe | RegressionRecipe, encoders: Encoders):
+    def __init__(self, recipe: FewStepRecipe | RegressionRecipe, encoders: Encoders):
         inpainting.check(recipe, encoders)
         if encoders.inpaints:
-            raise UserError(f"{encoders.source.name} is for inpainting, DMD2 is not", "give a text-to-image pipeline")
+            text = f"{encoders.source.name} is for inpainting, {recipe.method} is not"
+            raise UserError(text, "give a text-to-image pipeline")
         self.recipe, self.encoders = recipe, encoders
         self.teacher = encoders.open(recipe.teacher) if recipe.teacher else encoders.source
         self.process = Diffusion(NoiseSchedule.of_training(encoders.source.config("scheduler")))
@@ -108,17 +109,24 @@ class TextToImage:
 
     def samples(self, generator: nn.Module, timesteps: Sequence[int]) -> Any:
         """Images of the recipe's sample prompts in the student's steps, as a PIL image."""
+        return self.draw(generator, dict(timesteps=list(timesteps)))
+
+    def draw(self, generator: nn.Module, how: dict[str, Any], **fields: Any) -> Any:
+        """As `samples`; how the pipeline is called, and fields of LCMScheduler that are not the model's own."""
         if self._pipeline is None:
             from diffusers import LCMScheduler
 
             self._pipeline = assemble(self.encoders, shared_lora.within(generator, lambda unet: unet))
-            self._pipeline.scheduler = LCMScheduler.from_config(self.encoders.source.config("scheduler"))
-        how = dict(timesteps=list(timesteps), guidance_scale=0.0)
+            self._pipeline.scheduler = LCMScheduler.from_config(self.encoders.source.config("scheduler"), **fields)
+        how = how | dict(guidance_scale=0.0)
         return shared_lora.within(generator, lambda _: samples.grid(self._pipeline, self.recipe, how))
 
     def save(self, folder: Path, generator: nn.Module, timesteps: Sequence[int]) -> None:
         """A pipeline, or a LoRA where the generator is one; either with its sampler's constants."""
-        sampler = {"name": "dmd2", "timesteps": list(timesteps), "guidance": 0.0}
+        self.write(folder, generator, {"name": "dmd2", "timesteps": list(timesteps), "guidance": 0.0})
+
+    def write(self, folder: Path, generator: nn.Module, sampler: Mapping[str, Any]) -> None:
+        """As `save`, of a student that is sampled by these constants."""
         if isinstance(generator, shared_lora.Adapted):
             form = self.recipe.lora_format
             save_lora(folder, {"unet": generator.network}, self.encoders, adapter=shared_lora.GENERATOR, form=form)

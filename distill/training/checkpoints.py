@@ -44,7 +44,8 @@ _NAME = re.compile(r"step-(\d+)")
 # weights, except that another device or kernel may round differently.
 FREE = frozenset(
     "batch accumulation checkpoint_every keep sample_every sample_prompts sample_steps sample_guidance log workers "
-    "validation_every cache attention compile gradient_checkpointing save_dtype tf32 channels_last fused vae_batch".split()
+    "validation_every cache attention compile gradient_checkpointing save_dtype tf32 channels_last fused "
+    "vae_batch".split()
 )
 
 # Of an optimizer's group: which kernel does it, the device's choice and not that of the run before.
@@ -55,22 +56,26 @@ _RENAMED = {"told": "step_embedding"}
 
 
 # Fields that checkpoints of earlier versions do not have; at these defaults they change nothing.
-_LATER = frozenset(
-    "score_column min_score min_size buckets bucket_step bucket_least validation data_model data_steps data_guidance "
-    "data_images half_norms vae_dtype".split()
+LATER = frozenset(
+    "decoupled score_column min_score min_size buckets bucket_step bucket_least validation data_model data_steps "
+    "data_guidance data_images half_norms vae_dtype".split()
 )
+
+
+def as_before(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe, without those that came later and have the value at which nothing changes."""
+    later = {field.name: field.default for field in dataclasses.fields(recipe) if field.name in LATER}
+    values = dataclasses.asdict(recipe)
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def settings(recipe: Recipe, world: int) -> dict[str, Any]:
     """What must be equal to go on from a checkpoint, as JSON-able data."""
-    kept = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FREE}
+    kept = {name: value for name, value in as_before(recipe).items() if name not in FREE}
     if recipe.lr_schedule == "constant":
         kept.pop("steps")
     if not recipe.qat:
         kept = {name: value for name, value in kept.items() if not name.startswith("qat")}
-    for field in dataclasses.fields(recipe):
-        if field.name in _LATER and kept[field.name] == field.default:
-            del kept[field.name]
     kept |= recipe.in_effect()
     # Where a cache lies does not matter; whether there is one does: it keeps few placements, perhaps in float16.
     kept["cached"] = recipe.cache != "none"

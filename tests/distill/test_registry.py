@@ -154,6 +154,7 @@ def test_checkpoints_know_the_methods_by_their_names_of_before():
     students = dict.fromkeys(("base", "small", "tiny", "ssd-1b", "vega"), "Distillation")
     assert names == students | {
         "dmd2": "DMD2",
+        "lcm": "LCM",
         "regress": "Regression",
         "finetune": "Finetune",
         "lora": "Lora",

@@ -309,8 +309,93 @@ def test_real_guidance_is_classifier_free_guidance(sd15):
     with torch.no_grad():
         with_text = made.teacher(x_t, t, batch["context"]).sample
         without = made.teacher(x_t, t, made.encoders.prompts(["", ""])["context"]).sample
-        ours = made.guided(x_t, t, batch)
+        plain, ours = made.guided(x_t, t, batch, 3.0)
     assert torch.allclose(ours.float(), without + 3.0 * (with_text - without), atol=1e-5)
+    assert torch.allclose(plain.float(), with_text, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- decoupled DMD
+
+
+def at_levels(made: DMD2, monkeypatch, **levels: int) -> None:
+    """Timesteps of the streams instead of random ones, and one noise for all."""
+    eps = torch.randn(2, 4, 16, 16)
+    monkeypatch.setattr(made, "matching_level", lambda batch, stream, *_: (torch.tensor([levels[stream]] * 2), eps))
+
+
+def test_decoupled_at_one_timestep_is_plain_dmd2(sd15, monkeypatch):
+    plain, apart = (method(sd15, real_guidance=3.0, decoupled=name) for name in ("", "hybrid"))
+    batch, x = batch_of(plain), torch.randn(2, 4, 16, 16)
+    found = []
+    for made in (plain, apart):
+        torch.manual_seed(0)
+        at_levels(made, monkeypatch, matching=300, guidance=300)
+        found.append(made.matching_gradient(x, batch, [0, 2]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6 * float(found[0][0].abs().max()))
+    assert found[0][1]["lag"].item() == pytest.approx(found[1][1]["lag"].item(), rel=1e-6)
+
+
+def test_the_decoupled_gradient_is_equation_8(sd15, monkeypatch):
+    """Two terms, each at its own timestep, in float64 from the networks' own predictions."""
+    made = method(sd15, real_guidance=3.0, decoupled="hybrid", step_aware=False)
+    batch, x = batch_of(made), torch.randn(2, 4, 16, 16)
+    torch.manual_seed(0)
+    at_levels(made, monkeypatch, matching=300, guidance=120)
+    ours, _ = made.matching_gradient(x, batch, [0, 0])
+    torch.manual_seed(0)
+    eps, alphas = torch.randn(2, 4, 16, 16).double(), made.process.schedule.alphas_cumprod
+    empty = made.encoders.prompts(["", ""])["context"]
+
+    def denoised(network, t, context):
+        a = alphas[t]
+        x_t = a**0.5 * x.double() + (1 - a) ** 0.5 * eps
+        with torch.no_grad():
+            said = network(x_t.float(), torch.tensor([t] * 2), context).sample.double()
+        return (x_t - (1 - a) ** 0.5 * said) / a**0.5
+
+    matching = denoised(made.teacher, 300, batch["context"])
+    guidance = 2.0 * (denoised(made.teacher, 120, batch["context"]) - denoised(made.teacher, 120, empty))
+    fake = denoised(made.critic.network, 300, batch["context"])
+    scale = (x.double() - matching - guidance).abs().mean((1, 2, 3), keepdim=True)
+    wanted = (fake - matching - guidance) / scale
+    assert torch.allclose(ours.double(), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["full", "constrained", "hybrid"])
+def test_a_constrained_timestep_lies_below_the_step_that_made_the_image(sd15, name):
+    made = method(sd15, decoupled=name)
+    count = 400
+    batch = {"index": range(count), "latent_mean": torch.zeros(count, 4, 1, 1)}
+    last = [number % 4 for number in range(count)]
+    for stream, constrained in (("matching", name == "constrained"), ("guidance", name != "full")):
+        t, eps = made.matching_level(batch, stream, last, constrained)
+        assert t.min() >= 20 and t.max() <= 980 and eps.shape == (count, 4, 1, 1)
+        for step, bound in enumerate(made.timesteps):
+            highest = max(level for level, of in zip(t.tolist(), last, strict=True) if of == step)
+            assert highest < bound if constrained else highest > 800
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(real_guidance=1.0), "no guidance to decouple"),
+        (dict(timesteps="999,20"), "the step at 20 leaves no timestep for --decoupled hybrid: they begin at 20"),
+    ],
+)
+def test_what_cannot_be_decoupled_is_said(sd15, fields, said):
+    with pytest.raises(UserError, match=said):
+        method(sd15, decoupled="hybrid", **fields)
+
+
+def test_a_decoupled_run_trains_and_is_another_run(sd15, tmp_path):
+    given = recipe(sd15, decoupled="hybrid", steps=2, ratio=1)
+    execute(given, tmp_path / "out")
+    assert "decoupled" not in checkpoints.settings(recipe(sd15), 1)  # as before there was one
+    with pytest.raises(UserError, match="decoupled was 'hybrid', is now None"):
+        execute(recipe(sd15, steps=2, ratio=1), tmp_path / "other", tmp_path / "out-run")
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def test_a_pruned_generator_with_the_full_teacher(sd15, sd15_tiny):
