@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and the demo run offline.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo studio test test-slow test-triton test-attack test-gpu lint docs bench digits clean
+.PHONY: demo studio test test-slow test-triton test-attack test-gpu lint docs bench digits emoji clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,9 @@ bench: demo  ## every engine of this machine on the demo's bundle
 
 digits: $(VENV)/.installed  ## train the shipped model from nothing into out/digits, in about 20 minutes
 	$(BIN)/python -m accel.distill.digits.train --out out/digits
+
+emoji: $(VENV)/.installed  ## train the colour model from nothing into out/emoji, in about two hours
+	$(BIN)/python -m accel.distill.emoji.train --out out/emoji --hours 2
 
 lint: $(VENV)/.installed  ## ruff's rules, its formatter, and the types of the public surface (mypy)
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ accel > accel: pictures=images
 accel.distill > accel.distill.data: placement=crop examples cache make_cache encode=encoders draws=rng
 accel.distill > accel.distill.data: processes=distributed
 accel.distill > accel.distill.diffusion: losses denoising inpainting
-accel.distill > accel.distill.digits: train_digits=train fit digits_card=card
+accel.distill > accel.distill.digits: train_digits=train digits_card=card
 accel.distill > accel.distill.edm: edm_sampler=sampler edm_weights=weights
 accel.distill > accel.distill.evaluation: evaluate metrics protocols makers=generators shards=work_share
 accel.distill > accel.distill.evaluation: digits_quality=digits
@@ -40,6 +40,7 @@ accel.distill > accel.distill.methods: kd students features lora dreambooth tiny
 accel.distill > accel.distill.sources: items=item folder_source=folder tar_source=webdataset
 accel.distill > accel.distill.sources: dataset_source=hf_datasets
 accel.distill > accel.distill.training: train=loop checkpoints log stop symptoms=monitors attention samples pipelines
+accel.distill > accel.distill.training: fit
 accel.export > accel.models: constants
 accel.export > accel.export: companions=pipeline_files share=hard_links
 accel.export > accel.export.graph: component onnx=trace check precision islands=fp32_fallback float16=fp16_reference

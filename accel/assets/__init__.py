@@ -1,4 +1,4 @@
-"""The small real model that ships with the package, by name."""
+"""The small real models that ship with the package, by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 DIGITS = Path(__file__).parent / "digits"
+EMOJI = Path(__file__).parent / "emoji"  # the judge of `accel evaluate --protocol emoji`, where it ships
 # What the digits models were trained to draw; anything else becomes a blob.
 DIGITS_PROMPTS = ("a handwritten seven", "a handwritten three", "a handwritten zero", "a handwritten five")
 _WORDS = "zero one two three four five six seven eight nine".split()

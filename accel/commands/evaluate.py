@@ -15,7 +15,7 @@ from ..progress import progress
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 
-PROTOCOL_NAMES = ("digits", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k")
+PROTOCOL_NAMES = ("digits", "emoji", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k")
 
 
 def add_arguments(parser: Any) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: Any) -> None:
     renamed(parser, "--limit", "--images")
     text = "images per call (default: the protocol's); changes only the speed"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
-    text = "folder of real images, for protocols that need them"
+    text = "folder of real images, for protocols that need them; for emoji, of the judge"
     parser.add_argument("--reference", metavar="DIR", help=text)
     text = "file of captions (.csv, .jsonl or .txt), for protocols that need them"
     parser.add_argument("--captions", metavar="FILE", help=text)
@@ -106,6 +106,7 @@ def _show(result: dict[str, Any], out: str) -> None:
     for figure in result["figures"]:
         note = f" (floor {figure['floor']:.4g})" if "floor" in figure else ""
         note += f" ± {figure['deviation']:.2g}" if "deviation" in figure else ""
+        note += f" (real drawings {100 * figure['real']:.4g} %)" if "real" in figure else ""
         # Text and not markup: the brackets of an id would be taken for a style.
         value = f"{100 * figure['value']:.4g} %" if "accuracy" in figure["name"] else f"{figure['value']:.4g}"
         table.add_row(_text(figure["name"]), _text(value + note), _text(figure["protocol"]))

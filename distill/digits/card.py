@@ -11,10 +11,7 @@ from torch import nn
 from accel.bench.contact_sheet import contact_sheet
 
 from ..sources.digits import SIZE, WORDS, pixels
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+from ..training.from_nothing import parameters
 
 
 def model_card(pipeline: Any, classifier: nn.Module, settings: Any, quality: dict[str, Any]) -> str:

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save as serialized
 from torch import nn
 
 from accel.errors import UserError
@@ -36,9 +34,22 @@ from ..evaluation.digits import (
     save_classifier,
 )
 from ..sources import digits
+from ..training.fit import CONSOLE, Stage, fit
+from ..training.from_nothing import (
+    SCHEDULER,
+    assembled,
+    encode_all,
+    load,
+    parameters,
+    pick,
+    reconstructed,
+    save_pipeline,
+    text_encoder,
+    v_loss,
+)
+from ..training.tokenizer import token_ids, write_tokenizer
 from . import networks
-from .card import digit_sheet, model_card, parameters
-from .fit import CONSOLE, Stage, fit
+from .card import digit_sheet, model_card
 
 PROMPT_DROPOUT = 0.1
 # Standard deviation of the scaled latents. These 1,024 numbers hold an 8x8 image, so they repeat themselves: at unit
@@ -78,42 +89,10 @@ class Measure:
     sample_steps: int = 25
 
 
-def pick(count: int, batch: int, generator: torch.Generator) -> torch.Tensor:
-    """Rows [batch] of one step, out of `count`."""
-    return torch.randint(count, (batch,), generator=generator)
-
-
 def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Squared error of the images, plus a light pull of the latents to the unit normal (Rombach et al. 2022)."""
-    posterior = vae.encode(images).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    decoded, kl = reconstructed(vae, images, generator)
     return F.mse_loss(decoded, images) + KL_WEIGHT * kl
-
-
-@torch.no_grad()
-def encode_all(vae: Any, images: torch.Tensor) -> torch.Tensor:
-    """Latents [n, 4, 16, 16] of all images, once and for all, not yet scaled."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
-
-
-def denoising_loss(
-    model: nn.ModuleDict, alphas: torch.Tensor, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Squared error of the predicted v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 at random times.
-
-    (Salimans and Ho 2022, arXiv 2202.00512.) latents [b, 4, 16, 16], tokens [b, 77]. Not of the noise: at the highest
-    noise levels, the ones at which the digit is decided, x_t is the answer to within a percent, so what a small network
-    learns there is to copy its input, and never to read the prompt.
-    """
-    times = torch.randint(len(alphas), (len(latents),), generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    alpha = alphas[times].view(-1, 1, 1, 1)
-    context = model["text_encoder"](tokens).last_hidden_state
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    return F.mse_loss(model["unet"](noisy, times, context).sample, v)
 
 
 def text_loss(model: nn.ModuleDict, tokens: torch.Tensor, digit: torch.Tensor, end: int) -> torch.Tensor:
@@ -130,8 +109,7 @@ def text_loss(model: nn.ModuleDict, tokens: torch.Tensor, digit: torch.Tensor, e
 
 def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, Classifier, dict[str, float]]:
     """Everything but the measuring: a diffusers pipeline in full precision, the classifier, seconds per part."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
     def stage(name: str, steps: int, batch: int, learning_rate: float) -> Stage:
         return Stage(
@@ -149,19 +127,11 @@ def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, C
     seconds: dict[str, float] = {}
     images, labels = digits.dataset("train")
     CONSOLE.print(f"data: {len(images)} training images of {digits.SIZE}x{digits.SIZE} pixels")
-    tokenizer = networks.write_tokenizer(run / "tokenizer")
+    tokenizer = write_tokenizer(run / "tokenizer", digits.words())
     classifier = Classifier()
     vae = AutoencoderKL(**networks.VAE)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            **networks.TEXT,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**networks.UNET), text_encoder=text_encoder))
+    encoder = text_encoder(networks.TEXT, tokenizer)
+    denoiser = nn.ModuleDict(dict(unet=UNet2DConditionModel(**networks.UNET), text_encoder=encoder))
 
     def classify(generator: torch.Generator) -> torch.Tensor:
         rows = pick(len(images), settings.classifier_batch, generator)
@@ -188,13 +158,13 @@ def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, C
     latents = latents * scale
     CONSOLE.print(f"latents: {tuple(latents.shape)}, scaling factor {scale:.4f}")
 
-    scheduler = PNDMScheduler.from_config(dict(networks.SCHEDULER))
+    scheduler = PNDMScheduler.from_config(dict(SCHEDULER))
     alphas = scheduler.alphas_cumprod.float()
     # [10 digits, templates, 77], and the empty prompt that classifier-free guidance compares with.
-    tokens = torch.stack([networks.token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
-    empty = networks.token_ids(tokenizer, [""])
+    tokens = torch.stack([token_ids(tokenizer, list(digits.prompts(digit))) for digit in range(10)])
+    empty = token_ids(tokenizer, [""])
 
-    reader = nn.ModuleDict(dict(text_encoder=text_encoder, head=nn.Linear(networks.TEXT["hidden_size"], 11)))
+    reader = nn.ModuleDict(dict(text_encoder=encoder, head=nn.Linear(networks.TEXT["hidden_size"], 11)))
 
     def read(generator: torch.Generator) -> torch.Tensor:
         digit = pick(11, settings.text_batch, generator)
@@ -210,50 +180,14 @@ def train(settings: DigitsSettings, run: Path, every: int = 100) -> tuple[Any, C
         rows = pick(len(latents), settings.batch, generator)
         chosen = tokens[labels[rows], torch.randint(tokens.shape[1], (settings.batch,), generator=generator)]
         dropped = torch.rand(settings.batch, 1, generator=generator) < PROMPT_DROPOUT
-        return denoising_loss(denoiser, alphas, latents[rows], torch.where(dropped, empty, chosen), generator)
+        context = encoder(torch.where(dropped, empty, chosen)).last_hidden_state
+        return v_loss(denoiser["unet"], alphas, latents[rows], context, generator)
 
     CONSOLE.print("unet: learns to take noise away, listening to the text encoder, which goes on learning")
     seconds["unet"] = fit(stage("unet", settings.steps, settings.batch, settings.learning_rate), denoiser, denoise)
     denoiser.requires_grad_(False).eval()
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=denoiser["unet"],
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = assembled(vae, encoder, tokenizer, denoiser["unet"], scheduler)
     return pipeline, classifier.requires_grad_(False).eval(), seconds
-
-
-def save(pipeline: Any, classifier: Classifier, out: Path) -> Path:
-    """Write `<out>/teacher` and `<out>/classifier.safetensors`; returns the former.
-
-    The weights are stored in half precision and the configs say full: half the size on disk, and the same arithmetic
-    as ever once loaded.
-    """
-    teacher = out / "teacher"
-    pipeline.save_pretrained(teacher, safe_serialization=True)
-    # Any transformers version finds its own kind of tokenizer file.
-    networks.write_tokenizer(teacher / "tokenizer")
-    for path in teacher.glob("*/*.safetensors"):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-        path.write_bytes(serialized(halved, metadata={"format": "pt"}))
-    save_classifier(classifier, out / "classifier.safetensors")
-    return teacher
-
-
-def load(teacher: Path) -> Any:
-    """The written pipeline as anyone would load it, with the sampler the figures are measured with."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
 
 
 def measure(pipeline: Any, classifier: Classifier, how: Measure) -> dict[str, Any]:
@@ -290,7 +224,9 @@ def measure(pipeline: Any, classifier: Classifier, how: Measure) -> dict[str, An
 def run_all(settings: DigitsSettings, how: Measure, out: Path, run: Path, every: int = 100) -> dict[str, Any]:
     """Train, save, load again as a user would, measure, write the figures and the model card."""
     pipeline, classifier, seconds = train(settings, run, every)
-    teacher = save(pipeline, classifier, out)
+    teacher = out / "teacher"
+    save_pipeline(pipeline, teacher, run / "tokenizer")
+    save_classifier(classifier, out / "classifier.safetensors")
     CONSOLE.print(f"written: {teacher}; now measured as loaded from there")
     stored, reader = load(teacher), load_classifier(out / "classifier.safetensors")
     quality = measure(stored, reader, how)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from accel.engines import choose
 from accel.errors import UserError
@@ -19,9 +18,8 @@ from accel.machine import machine, version_of
 from accel.sampling import Sampling
 from accel.text.prompt_files import read_prompts
 
-from ..sources import digits
-from . import digits as digits_quality
 from . import generators, metrics
+from .own_sets import OWN_SETS, OwnSet
 from .protocols import Protocol, full_id, overridden, protocol, sampling_changes, sampling_record
 from .work_share import IMAGES, Shard, claim, confirm, image_file, is_whole, save, wait_for_images
 
@@ -58,7 +56,8 @@ def evaluate(
         sampler, steps, guidance: instead of the protocol's; recorded in the id of every metric.
         limit: evaluate only the first N images; recorded in the id of every metric.
         batch: images per call; it does not change the images (beyond rounding).
-        reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`.
+        reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`; for
+            emoji, the folder of the judge.
         captions: a file of captions, as `accel.text.prompt_files` reads it.
         engine, options: the engine of a bundle and its options; `dtype` overrides the protocol's.
         shard: which images this process generates. Rank 0 also waits for the others' and measures.
@@ -77,11 +76,12 @@ def evaluate(
     count = _count(chosen, limit)
     if batch is not None and batch < 1:
         raise UserError(f"invalid batch: {batch} (expected an integer >= 1)", "--batch 1, or more")
-    prompts, wanted = _prompts(chosen, captions, count)
+    own = OWN_SETS[chosen.prompts](reference) if chosen.prompts in OWN_SETS else None
+    prompts, wanted = _prompts(chosen, own, captions, count)
     real: list[Path] | metrics.Statistics = []
     if shard.rank == 0:
         metrics.require(chosen.metrics)
-        real = _reference(chosen, reference)
+        real = [] if own else _reference(chosen, reference)
     progress("opening the model", 0.0)
     opened = generators.open_model(model)
     if opened.kind == "bundle":
@@ -100,7 +100,7 @@ def evaluate(
         changes["images"] = count
     if isinstance(real, list) and real and len(real) != chosen.reference_images:
         changes["reference"] = len(real)
-    settings = _settings(chosen, opened, used, dtype, size, engine, options, _digest_of_prompts(chosen, captions))
+    settings = _settings(chosen, opened, used, dtype, size, engine, options, _digest_of_prompts(own, captions))
     claim(out, settings)
 
     started = time.perf_counter()
@@ -119,7 +119,7 @@ def evaluate(
     )
     started = time.perf_counter()
     full = full_id(chosen.id, changes)
-    figures = [figure | {"protocol": full} for figure in _figures(chosen, files, prompts, wanted, real, progress)]
+    figures = [figure | {"protocol": full} for figure in _figures(chosen, own, files, prompts, wanted, real, progress)]
     result = {
         "schema": SCHEMA,
         "protocol": full,
@@ -131,7 +131,7 @@ def evaluate(
         "engine": _engine(opened, engine),
         "ran_on": ran_on,
         "prompts_digest": digest_of(list(prompts)),
-        "reference": _described(chosen, real, reference),
+        "reference": own.real if own else _described(real, reference),
         "pictures": IMAGES,
         "seconds": {"pictures": round(making, 3), "metrics": round(time.perf_counter() - started, 3)},
         "pictures_made": made,
@@ -193,13 +193,19 @@ def _engine(opened: generators.Model, engine: str) -> str:
 # ------------------------------------------------------------------------------------------------ prompts and reference
 
 
-def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple[list[str], list[int]]:
-    """The prompts, and the digits they ask for where that is what they ask for."""
-    if chosen.prompts == "digits":
+def _prompts(
+    chosen: Protocol, own: OwnSet | None, captions: str | Path | None, count: int
+) -> tuple[list[str], list[int]]:
+    """The prompts, and the numbers of what they ask for where the protocol has its own."""
+    if own:
         if captions is not None:
             raise UserError(f"{chosen.id} has prompts of its own", "leave --captions out")
-        pairs = digits.prompt_set(digits.HELD_OUT_PER_DIGIT)[:count]
-        return [text for text, _ in pairs], [digit for _, digit in pairs]
+        if len(own.pairs) < count:
+            raise UserError(
+                f"this judge has {len(own.pairs)} prompts, and {chosen.id} has {count} images",
+                f"measure fewer: --images {len(own.pairs)}",
+            )
+        return [text for text, _ in own.pairs[:count]], [number for _, number in own.pairs[:count]]
     if captions is None:
         raise UserError(f"{chosen.id} needs {chosen.images} captions", f"--captions FILE: {chosen.captions_source}")
     found = read_prompts(Path(captions), refuse_blank=True)
@@ -211,18 +217,13 @@ def _prompts(chosen: Protocol, captions: str | Path | None, count: int) -> tuple
     return found[:count], []
 
 
-def _digest_of_prompts(chosen: Protocol, captions: str | Path | None) -> str:
+def _digest_of_prompts(own: OwnSet | None, captions: str | Path | None) -> str:
     """Of the file, not of the prompts used: images stay good when more of them are asked for."""
-    return sha256(Path(captions)) if captions is not None else digest_of(digits.prompt_set(digits.HELD_OUT_PER_DIGIT))
+    return digest_of(own.pairs) if own else sha256(Path(captions or ""))
 
 
 def _reference(chosen: Protocol, reference: str | Path | None) -> list[Path] | metrics.Statistics:
-    """The real images, or their statistics; nothing for a protocol that brings its own."""
-    if not chosen.reference_images:
-        if reference is not None:
-            raise UserError(f"{chosen.id} has real images of its own", "leave --reference out")
-        digits.raw()  # now, and not after the images are made, if scikit-learn is missing
-        return []
+    """The real images, or their statistics."""
     if reference is None:
         raise UserError(f"{chosen.id} needs real images", f"--reference FOLDER: {chosen.reference_source}")
     path = Path(reference)
@@ -253,9 +254,7 @@ def _statistics(chosen: Protocol, path: Path) -> metrics.Statistics:
     return mean, covariance
 
 
-def _described(chosen: Protocol, real: list[Path] | metrics.Statistics, reference: str | Path | None) -> dict[str, Any]:
-    if not chosen.reference_images:
-        return {"kind": "held-out digits of scikit-learn", "images": 10 * digits.HELD_OUT_PER_DIGIT}
+def _described(real: list[Path] | metrics.Statistics, reference: str | Path | None) -> dict[str, Any]:
     if isinstance(real, tuple):
         return {"kind": "statistics", "sha256": sha256(Path(reference))}
     return {"kind": "pictures", "images": len(real), "names_digest": digest_of([path.name for path in real])}
@@ -296,6 +295,7 @@ def _make(
 
 def _figures(
     chosen: Protocol,
+    own: OwnSet | None,
     files: Sequence[Path],
     prompts: Sequence[str],
     wanted: Sequence[int],
@@ -305,8 +305,8 @@ def _figures(
     found: list[dict[str, Any]] = []
     for metric in chosen.metrics:
         progress(f"measuring: {metric.name}", 0.0)
-        if metric.kind == "digits":
-            found += digit_figures(files, wanted)
+        if own:
+            found += own.figures(files, wanted)
             continue
         device = generators.torch_device(None, 0)
         share = _stage(progress, f"measuring: {metric.name}")
@@ -319,24 +319,3 @@ def _figures(
 
 def _stage(progress: Progress, stage: str) -> Callable[[float], None]:
     return lambda fraction: progress(stage, fraction)
-
-
-def digit_figures(files: Sequence[Path], wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """Prompt accuracy, and the Frechet distance to the held-out real digits with its floor.
-
-    The floor is what as many real training images of the same digits get.
-    """
-    classifier = digits_quality.load_classifier()
-    pixels = np.stack([np.asarray(metrics.read_image(path).convert("RGB")) for path in files])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    labels = torch.tensor(wanted)
-    quality = digits_quality.evaluate(images, labels, classifier)
-    real, of = digits.dataset("train")
-    per_digit = torch.bincount(labels, minlength=10).tolist()
-    rows = torch.cat([torch.nonzero(of == digit)[:many, 0] for digit, many in enumerate(per_digit)])
-    held_out = digits_quality.real_features(classifier, "held-out")
-    floor = metrics.frechet_distance(digits_quality.features(classifier, real[rows]), held_out)
-    return [
-        {"name": "prompt accuracy", "value": quality["prompt_accuracy"]},
-        {"name": "Frechet distance", "value": quality["frechet_distance"], "floor": floor},
-    ]

@@ -218,8 +218,9 @@ def packages(metrics: Sequence[Metric]) -> list[str]:
 def _needed(metric: Metric) -> list[tuple[str, str]]:
     if metric.kind == "clip_score":
         return [CLIP]
-    # The digits' real images come with scikit-learn.
-    return [("sklearn", "scikit-learn")] if metric.kind == "digits" else [EXTRACTORS[metric.extractor][1:]]
+    # The digits' real images come with scikit-learn, the judge of emoji with a folder.
+    own = {"digits": [("sklearn", "scikit-learn")], "emoji": []}
+    return own[metric.kind] if metric.kind in own else [EXTRACTORS[metric.extractor][1:]]
 
 
 Progress = Callable[[float], None]

@@ -57,7 +57,7 @@ class Metric:
 
     Attributes:
         name: as it is printed.
-        kind: "frechet", "inception_score", "clip_score" or "digits".
+        kind: "frechet", "inception_score" or "clip_score"; "digits" or "emoji" for the figures of `own_sets.py`.
         extractor: the network: a key of `metrics.EXTRACTORS`, or the open_clip weights.
         prepare: applied to generated and real images alike.
         prefix: what every caption is given in front (CLIP score).
@@ -78,7 +78,7 @@ class Protocol:
         id: its name.
         title: what it is, in a line.
         images: how many images, one to a prompt.
-        prompts: "digits" for the built-in ones, "captions" for a file that the user gives.
+        prompts: "digits" or "emoji" for those of `own_sets.py`, "captions" for a file that the user gives.
         sampling: how images are drawn.
         own_sampling: whether the constants that a model carries along (`sampler.json`, or a bundle's) come first.
         dtype: that the networks compute in; None for the model's own.
@@ -118,6 +118,18 @@ DIGITS = Protocol(
     size=64,
     batch=50,
     metrics=(Metric(name="digits", kind="digits"),),
+)
+
+EMOJI = Protocol(
+    id="emoji",
+    title="500 emoji, each looked up among all prompts by an image-text judge; Frechet distance in its features",
+    images=500,
+    prompts="emoji",
+    sampling=Sampling(sampler="dpmpp_2m", steps=25, guidance=2.5),
+    own_sampling=True,
+    size=64,
+    batch=50,
+    metrics=(Metric(name="emoji", kind="emoji"),),
 )
 
 _VAL2014 = "the 40,504 images of COCO val2014: http://images.cocodataset.org/zips/val2014.zip"
@@ -201,7 +213,7 @@ DMD2_SDXL_COCO10K = Protocol(
 )
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
-    {protocol.id: protocol for protocol in (DIGITS, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K)}
+    {protocol.id: protocol for protocol in (DIGITS, EMOJI, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K)}
 )
 
 

@@ -1,4 +1,4 @@
-"""Open training images: folders, webdataset shards, Hugging Face datasets, or digits."""
+"""Open training images: folders, webdataset shards, Hugging Face datasets, digits, or emoji."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .item import BrokenItem, ImageSource, Item
 
 __all__ = ["BrokenItem", "Item", "ImageSource", "open_data"]
 
-_KINDS = "a folder of images with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, or digits"
+_KINDS = "a folder of images with metadata.jsonl, webdataset .tar files, a Hugging Face dataset, digits, or emoji"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,8 +37,8 @@ def open_data(
         spec: a folder with images and `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder layout), or with
             `name.txt` beside `name.jpg`; webdataset shards: a .tar file, a folder of them, or a pattern such as
             `data/{00000..00099}.tar` or `data/*.tar`; a dataset written by `save_to_disk`, a parquet file or folder, or
-            a hub id; `digits`, the 1,297 training images of the shipped model; a .txt file of prompts, which has no
-            images.
+            a hub id; `digits`, the 1,297 training images of the shipped model; `emoji`, 25,000 drawings by the system's
+            Noto Color Emoji; a .txt file of prompts, which has no images.
         image_column: column of the image or its file name; for shards, the file suffix, as in `jpg`.
         caption_column: column of the caption or of a list of captions; for shards, a file suffix (`txt`), else a key of
             the json file. Both are found where only one column fits.
@@ -52,6 +52,8 @@ def open_data(
     columns = (image_column or None, caption_column or None)
     if str(spec) == "digits":
         return _open_digits(split, classes)
+    if str(spec) == "emoji":
+        return _open_emoji(split, classes)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _open_folder(path, columns, split, classes)
@@ -164,3 +166,16 @@ def _open_digits(split: str, classes: bool) -> DigitsSource:
         raise UserError(f"digits has no split {split!r}", "train or held-out")
     images, labels = digits.dataset(split)
     return DigitsSource(digits.pixels(images), labels.numpy(), classes)
+
+
+# ------------------------------------------------------------------------------------------------------------- emoji
+
+
+def _open_emoji(split: str, classes: bool) -> ImageSource:
+    if classes:
+        raise UserError("emoji has captions, and no classes", "use digits, or a folder of ImageNet's kind")
+    if split not in ("train", "held-out"):
+        raise UserError(f"emoji has no split {split!r}", "train or held-out")
+    from . import emoji
+
+    return emoji.dataset(split)

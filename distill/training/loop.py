@@ -3,7 +3,7 @@
 What learns and how is a `method.Method`; random numbers depend on the seed and the example's index (`data.rng`); so
 this file knows neither losses nor data.
 
-`digits.fit` is a second, smaller loop on purpose: it trains networks from nothing that belong to no pipeline yet
+`fit.py` is a second, smaller loop on purpose: it trains networks from nothing that belong to no pipeline yet
 (classifier, VAE, text encoder), one after another on one CPU, which need no encoders, phases, FSDP or trackers.
 """
 

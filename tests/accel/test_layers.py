@@ -43,7 +43,7 @@ DISTILL = (
     ("settings", "sources"),
     ("data",),
     ("diffusion", "training", "evaluation"),
-    ("methods", "edm", "digits"),
+    ("methods", "edm", "digits", "emoji"),
     ("few_step",),
     ("roof",),
 )

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel.assets import DIGITS
-from accel.distill.digits import fit, networks
 from accel.distill.digits import train as train_digits
 from accel.distill.evaluation import digits as digits_quality
 from accel.distill.sources import digits
+from accel.distill.training import fit, from_nothing
+from accel.distill.training.tokenizer import token_ids, write_tokenizer
 from accel.models.topology import topology
 
 TEACHER = DIGITS / "teacher"
@@ -25,7 +26,7 @@ TINY = train_digits.DigitsSettings(
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return networks.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), digits.words())
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_prompts_name_their_digit_and_survive_the_tokenizer(digit, tokenizer):
 @given(st.text(max_size=30))
 def test_any_text_has_tokens(text):
     tokenizer = _shipped_tokenizer()
-    ids = networks.token_ids(tokenizer, [text.replace("<|", "")])
+    ids = token_ids(tokenizer, [text.replace("<|", "")])
     assert ids.shape == (1, 77) and int(ids.max()) < len(tokenizer)
 
 
@@ -90,11 +91,11 @@ def test_tokenizer_is_the_same_after_saving_and_as_shipped(tokenizer, tmp_path):
 
     again = CLIPTokenizer.from_pretrained(tmp_path)
     texts = [prompt for digit in range(10) for prompt in digits.prompts(digit)] + ["", "Something Else, 42!"]
-    wanted = networks.token_ids(tokenizer, texts)
+    wanted = token_ids(tokenizer, texts)
     for other in (again, _shipped_tokenizer()):
         assert type(other).__name__ == "CLIPTokenizer" and other.model_max_length == 77
         assert other.get_vocab() == tokenizer.get_vocab()
-        assert torch.equal(networks.token_ids(other, texts), wanted)
+        assert torch.equal(token_ids(other, texts), wanted)
     assert (wanted[-2, 1:] == tokenizer.pad_token_id).all()
 
 
@@ -135,7 +136,7 @@ def test_frechet_distance_of_independent_normals_is_the_closed_form(seed, offset
 
 
 def test_shipped_pipeline_draws_what_it_is_asked(classifier):
-    pipeline = train_digits.load(TEACHER)
+    pipeline = from_nothing.load(TEACHER)
     assert pipeline.safety_checker is None and pipeline.unet.dtype == torch.float32
     assert pipeline.text_encoder.dtype == torch.float32
     guidance = json.loads((TEACHER / "quality.json").read_text())["guidance"]

@@ -20,7 +20,7 @@ from PIL import Image
 from accel.assets import DIGITS
 from accel.cli import main
 from accel.distill.evaluation import digits as digits_quality
-from accel.distill.evaluation import evaluate, generators, metrics, protocols
+from accel.distill.evaluation import evaluate, generators, metrics, own_sets, protocols
 from accel.distill.evaluation.protocols import Metric, Preparation
 from accel.distill.evaluation.work_share import Shard
 from accel.distill.sources import digits
@@ -111,14 +111,14 @@ def test_the_floor_of_all_images_is_the_floor_of_the_model_card(tmp_path):
     black = tmp_path / "black.png"
     Image.new("RGB", (64, 64)).save(black)
     wanted = [digit for _, digit in digits.prompt_set(digits.HELD_OUT_PER_DIGIT)]
-    _, distance = evaluate.digit_figures([black] * 500, wanted)
+    _, distance = own_sets.digit_figures([black] * 500, wanted)
     card = json.loads((DIGITS / "teacher" / "quality.json").read_text())
     assert distance["floor"] == pytest.approx(card["frechet_floor"], rel=1e-6)
 
 
 def test_digits_are_drawn_as_the_model_cards_figures_were(made):
     """The same noise, sampler and prompts as `digits_quality.generate`: a figure can be compared with the card's."""
-    from accel.distill.digits.train import load
+    from accel.distill.training.from_nothing import load
 
     texts = [text for text, _ in digits.prompt_set(1)[:6]]
     images = digits_quality.generate(load(DIGITS / "teacher"), texts, guidance=3.0, steps=2)

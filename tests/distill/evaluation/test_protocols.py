@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from accel.assets import DIGITS
 from accel.commands.evaluate import PROTOCOL_NAMES
 from accel.distill.evaluation import metrics
+from accel.distill.evaluation.own_sets import OWN_SETS
 from accel.distill.evaluation.protocols import PROTOCOLS, full_id, overridden, protocol, sampling_changes, schedulers
 from accel.dtypes import SHORT
 from accel.errors import UserError
@@ -24,13 +25,13 @@ def test_the_command_line_lists_every_protocol_and_every_metric_has_its_adapter(
     assert PROTOCOL_NAMES == tuple(PROTOCOLS)
     for name, found in PROTOCOLS.items():
         assert protocol(name).id == name
-        assert found.prompts in ("digits", "captions") and found.format in ("png", "jpeg")
+        assert found.prompts in (*OWN_SETS, "captions") and found.format in ("png", "jpeg")
         assert bool(found.captions_source) == (found.prompts == "captions")
         assert bool(found.reference_source) == bool(found.reference_images)
         assert found.sampling.sampler in schedulers() and found.dtype in (None, *SHORT)
         for metric in found.metrics:
-            assert metric.kind in ("digits", "frechet", "inception_score", "clip_score")
-            assert metric.kind in ("digits", "clip_score") or metric.extractor in metrics.EXTRACTORS
+            assert metric.kind in (*OWN_SETS, "frechet", "inception_score", "clip_score")
+            assert metric.kind in (*OWN_SETS, "clip_score") or metric.extractor in metrics.EXTRACTORS
             assert metric.prepare.filter in metrics.FILTERS
     assert set(schedulers()) == set(SAMPLERS)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from accel.errors import UserError
+from accel.files import read_json, write_json
 from accel.progress import progress
 
 CONSOLE = Console()
@@ -81,6 +83,27 @@ def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any] | None:
     return state
 
 
+def planned_steps(
+    plan: Path, name: str, seconds: float, model: nn.Module, loss_of: Callable[[torch.Generator], torch.Tensor]
+) -> int:
+    """How many steps of a stage fit into `seconds`, measured once and kept in a file: a resumed run has the same plan.
+
+    The model is not changed. It is timed without the optimizer's step, which small networks hardly notice.
+    """
+    known = read_json(plan, "the plan of the run") if plan.is_file() else {}
+    if name not in known:
+        times = []
+        for trial in range(4):
+            began = time.monotonic()
+            loss_of(step_generator(0, name, trial)).backward()
+            times.append(time.monotonic() - began)
+        model.zero_grad(set_to_none=True)
+        known[name] = max(2, int(seconds / statistics.median(times[1:])))
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        write_json(plan, known)
+    return known[name]
+
+
 def signature(stage: Stage) -> str:
     """What must be equal for a checkpoint to go on from."""
     return (
@@ -89,13 +112,19 @@ def signature(stage: Stage) -> str:
     )
 
 
-def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], torch.Tensor]) -> float:
+def fit(
+    stage: Stage,
+    model: nn.Module,
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    look: Callable[[int, nn.Module], None] = lambda step, average: None,
+) -> float:
     """Fit a model by AdamW, resuming if there is something to resume; it ends with the averaged weights.
 
     Args:
         stage: what, how long, where.
         model: its parameters are fitted in place.
         loss_of: the loss of one step, from that step's random numbers.
+        look: called at every checkpoint with the step and the averaged model, to show how far it is.
 
     Returns:
         Seconds spent on the stage, earlier runs included.
@@ -154,6 +183,10 @@ def fit(stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], tor
                         optimizer=optimizer.state_dict(),
                     ),
                 )
-                CONSOLE.print(f"{stage.name}: step {done} of {stage.steps}, loss {smooth:.4f}")
+                left = (time.monotonic() - began) / (done - first) * (stage.steps - done)
+                CONSOLE.print(
+                    f"{stage.name}: step {done} of {stage.steps}, loss {smooth:.4f}, about {left / 60:.0f} min left"
+                )
+                look(done, average)
     model.load_state_dict(average.state_dict())
     return spent + time.monotonic() - began

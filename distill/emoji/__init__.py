@@ -1,0 +1,1 @@
+"""Train the emoji model, a small Stable Diffusion in colour, from nothing."""

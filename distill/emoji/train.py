@@ -1,0 +1,175 @@
+"""Train the emoji teacher from nothing, on two CPU cores, with one command.
+
+    python -m accel.distill.emoji.train --out out/emoji --hours 2
+
+trains a judge (for the evaluation), a VAE, a text encoder and a UNet; writes an ordinary diffusers pipeline to
+`<out>/teacher` and the judge to `<out>/judge`; and measures. Killed and started again it goes on from its last
+checkpoint, and ends with the same weights as if it had not been. `<run>/sheet.png` shows how far it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel.errors import UserError
+
+from ..evaluation import emoji as quality
+from ..evaluation.digits import generate
+from ..sources import emoji
+from ..training.fit import CONSOLE
+from ..training.from_nothing import load, parameters, save_pipeline
+from ..training.tokenizer import write_tokenizer
+from . import networks
+from .card import model_card
+from .stages import SHARES, EmojiSettings, Run, image_text_stage, peak_signal_to_noise, sheet, unet_stage, vae_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How the result is measured."""
+
+    guidance: tuple[float, ...] = (1.5, 2.5, 4.0)
+    choose: int = 100
+    images: int = emoji.PROMPTS
+    sample_steps: int = 25
+
+
+def train(
+    settings: EmojiSettings, folder: Path, every: int, hours: float, font: Path | None
+) -> tuple[Any, quality.Judge, dict[str, Any]]:
+    """Everything but the measuring: a diffusers pipeline in full precision, the judge, facts for the card."""
+    torch.manual_seed(settings.seed)  # initial weights; the steps have their own random numbers
+    run = Run(settings=settings, folder=folder, every=every, hours=hours, seconds={})
+    data, wider = emoji.dataset("train", font), emoji.dataset("judge", font)
+    held_out, prompts = emoji.dataset("held-out", font), emoji.dataset("prompts", font)
+    CONSOLE.print(f"data: {len(data.glyphs)} emoji in {len(data)} images of {emoji.SIZE}x{emoji.SIZE} pixels")
+    tokenizer = write_tokenizer(folder / "tokenizer", emoji.words(data.glyphs), networks.MERGES)
+    seer = image_text_stage(
+        run, "judge", wider, tokenizer, quality.JUDGE_TEXT, "learns which caption belongs to which image, to measure"
+    )
+    judge = quality.made_judge(seer, tokenizer, prompts, held_out, data)
+    CONSOLE.print(f"judge: of {len(prompts)} real drawings it finds {judge.real['prompt_accuracy']:.1%} of the prompts")
+    teacher = image_text_stage(
+        run, "text", data, tokenizer, networks.TEXT, "the text encoder learns what captions mean"
+    )
+    vae = vae_stage(run, data)
+    rows = torch.arange(0, len(held_out), max(1, len(held_out) // 500))
+    signal = peak_signal_to_noise(vae, held_out.images(rows))
+    CONSOLE.print(f"vae: {signal:.1f} dB on held-out drawings")
+    pipeline = unet_stage(run, data, vae, teacher.text, tokenizer)
+    facts = dict(
+        seconds=run.seconds,
+        emoji=len(data.glyphs),
+        training_images=len(data),
+        vae_psnr=signal,
+        steps={path.stem: torch.load(path, weights_only=True)["step"] for path in map(folder.joinpath, _STATES)},
+    )
+    return pipeline, judge, facts
+
+
+_STATES = tuple(f"{name}.pt" for name in SHARES)
+
+
+def measure(pipeline: Any, judge: quality.Judge, how: Measure) -> dict[str, Any]:
+    """Choose the guidance scale on one set of seeds, then measure with it on another.
+
+    Chosen is the least Frechet distance among the scales whose prompt accuracy is within two points of the best.
+    """
+
+    def figures(guidance: float, count: int, seed: int) -> dict[str, Any]:
+        images = generate(pipeline, judge.texts()[:count], guidance, how.sample_steps, seed)
+        result = quality.evaluate(images, range(len(images)), judge)
+        CONSOLE.print(
+            f"guidance {guidance}: {result['images']} images, prompt accuracy {result['prompt_accuracy']:.3f}, "
+            f"Frechet distance {result['frechet_distance']:.3f}"
+        )
+        return dict(guidance=guidance, **result)
+
+    trials = [figures(guidance, how.choose, 100_000) for guidance in how.guidance]
+    best = max(trial["prompt_accuracy"] for trial in trials)
+    good = [trial for trial in trials if trial["prompt_accuracy"] >= best - 0.02]
+    chosen = min(good, key=lambda trial: trial["frechet_distance"])["guidance"]
+    return dict(
+        **figures(chosen, how.images, 0),
+        real=judge.real,
+        prompts=len(judge.prompts),
+        sampler=f"DPM++ 2M, {how.sample_steps} steps",
+        guidance_trials=trials,
+    )
+
+
+def run_all(
+    settings: EmojiSettings, how: Measure, out: Path, folder: Path, every: int, hours: float, font: Path | None
+) -> dict[str, Any]:
+    """Train, save, load again as a user would, measure, write the figures and the model card."""
+    pipeline, judge, facts = train(settings, folder, every, hours, font)
+    teacher = out / "teacher"
+    save_pipeline(pipeline, teacher, folder / "tokenizer")
+    quality.save_judge(judge, out / "judge", folder / "tokenizer")
+    CONSOLE.print(f"written: {teacher}; now measured as loaded from there")
+    stored = load(teacher)
+    found = measure(stored, quality.open_judge(out / "judge"), how)
+    found |= facts | dict(threads=torch.get_num_threads(), hours=hours, settings=dataclasses.asdict(settings))
+    found |= dict(parameters={name: parameters(getattr(stored, name)) for name in ("unet", "text_encoder", "vae")})
+    (teacher / "quality.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    sampler = dict(name="dpmpp_2m", steps=how.sample_steps, guidance=found["guidance"])
+    (teacher / "sampler.json").write_text(json.dumps(sampler) + "\n", encoding="utf-8")
+    (teacher / "README.md").write_text(model_card(found), encoding="utf-8")
+    sheet(stored, found["guidance"]).save(folder / "sheet.png")
+    CONSOLE.print(f"figures: {teacher / 'quality.json'}; images to look at: {folder / 'sheet.png'}")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """One option per setting, with its default."""
+    made = argparse.ArgumentParser(
+        prog="python -m accel.distill.emoji.train",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=Path("out/emoji"), help="where teacher/ and judge/ go")
+    made.add_argument("--run", type=Path, default=Path("runs/emoji"), help="checkpoints; kept to resume")
+    made.add_argument("--hours", type=float, default=0.0, help="train so long, instead of the numbers of steps below")
+    made.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where the system's is not to be taken")
+    made.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints and sheets")
+    made.add_argument("--threads", type=int, default=2, help="CPU threads")
+    for field in dataclasses.fields(EmojiSettings):
+        kind = type(field.default)
+        made.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=" ")
+    made.add_argument("--guidance", type=float, nargs="+", default=list(Measure.guidance), help="scales to choose from")
+    made.add_argument("--choose", type=int, default=Measure.choose, help="images to choose by")
+    made.add_argument("--images", type=int, default=Measure.images, help="images to measure with")
+    made.add_argument("--sample-steps", type=int, default=Measure.sample_steps, help="sampler steps to measure with")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    settings = EmojiSettings(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(EmojiSettings)}
+    )
+    how = Measure(
+        guidance=tuple(options.guidance),
+        choose=options.choose,
+        images=options.images,
+        sample_steps=options.sample_steps,
+    )
+    try:
+        run_all(settings, how, options.out, options.run, options.checkpoint_every, options.hours, options.font)
+    except UserError as error:
+        CONSOLE.print(f"[red]error:[/red] {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
