@@ -79,7 +79,7 @@ def _title(folder: Path, recipe: Recipe, kind: str) -> str:
     words = {"lora": "LoRA of ", "vae": "Tiny VAE of "}.get(kind, "")
     few = _sampler(folder)
     if not words:
-        words = f"{len(few['timesteps'])}-step student of " if few.get("timesteps") else f"{recipe.method} of "
+        words = f"{_steps(few)}-step student of " if _steps(few) else f"{recipe.method} of "
     return words + public_name(recipe.model)
 
 
@@ -114,16 +114,21 @@ def _sampler(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _steps(sampler: Mapping[str, Any]) -> int:
+    """Of a few-step model; 0 for any other."""
+    return len(sampler.get("timesteps") or ()) or (sampler["steps"] if sampler.get("name") == "lcm" else 0)
+
+
 def _use(folder: Path, recipe: Recipe, kind: str, sdxl: bool) -> str:
     pipeline = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
     first = getattr(recipe, "instance_prompt", "") or recipe.sample_prompts.split("|")[0].strip() or "..."
     prompt = first.replace("`" * 3, "'" * 3)
     base = public_name(recipe.model).replace("`", "'")
-    timesteps = _sampler(folder).get("timesteps")
-    how = f", num_inference_steps={len(timesteps)}, guidance_scale=0.0" if timesteps else ""
-    few = "from diffusers import LCMScheduler\n" if timesteps and kind == "lora" else ""
+    steps, timesteps = _steps(_sampler(folder)), _sampler(folder).get("timesteps")
+    how = f", num_inference_steps={steps}, guidance_scale=0.0" if steps else ""
+    few = "from diffusers import LCMScheduler\n" if steps and kind == "lora" else ""
     set_few = "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)\n" if few else ""
-    if few:
+    if few and timesteps:
         how = f", timesteps={timesteps}, guidance_scale=0.0"
     if kind == "edm":
         return "`accel distill dmd2 --model .` goes on from this folder, which holds one UNet and its constants."

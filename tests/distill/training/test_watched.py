@@ -164,13 +164,14 @@ def test_a_card_says_data_settings_figures_and_how_it_is_used(trained):
     assert "the cat; the dog" in text and str(trained.parent) not in text
 
 
-@pytest.mark.parametrize("kind", ["lora", "vae", "few", "few-lora"])
+@pytest.mark.parametrize("kind", ["lora", "vae", "few", "few-lora", "lcm-few-lora"])
 def test_the_code_of_a_card_is_of_its_kind(tmp_path, kind):
     record = dict(steps=10, images=80, seconds_per_step=1.5, processes=1, device="cpu", training_images=None)
     made = settings.LoraRecipe(model="user/model", data="user/images", rank=4, alpha=8.0, sample_prompts="a `cat`")
     if "few" in kind:
         made = settings.DMD2Recipe(model="user/model", data="a=3 | b/c", teacher="user/teacher")
-        (tmp_path / "sampler.json").write_text(json.dumps({"name": "dmd2", "timesteps": [999, 499], "guidance": 0.0}))
+        sampler = {"name": "lcm", "steps": 4} if "lcm" in kind else {"name": "dmd2", "timesteps": [999, 499]}
+        (tmp_path / "sampler.json").write_text(json.dumps(sampler | {"guidance": 0.0}))
     if kind == "few":
         (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     if "lora" in kind:
@@ -185,7 +186,9 @@ def test_the_code_of_a_card_is_of_its_kind(tmp_path, kind):
         "vae": "AutoencoderTiny.from_pretrained",
         "few": "num_inference_steps=2, guidance_scale=0.0",
         "few-lora": "timesteps=[999, 499]",
+        "lcm-few-lora": "num_inference_steps=4, guidance_scale=0.0",
     }[kind] in code
+    assert ("LCMScheduler" in code) == kind.endswith("few-lora")
     assert ("Alpha differs" in text) == (kind == "lora")
     if "few" in kind:
         assert "75.0% of the examples" in text and "user/teacher" in text
