@@ -164,7 +164,7 @@ def stream_of(
             step=step,
             batch=recipe.batch,
             accumulation=recipe.accumulation,
-            workers=recipe.workers,
+            workers=max(0, recipe.workers),  # where nobody has decided: none
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",

@@ -60,12 +60,11 @@ class Encoders:
         """Choose what the VAE encodes in.
 
         Raises:
-            UserError: for float16 where the VAE is known to overflow in it, as SDXL's is.
+            UserError: for float16 and SDXL's VAE, which overflows in it, unless its config says that it does not.
         """
-        if dtype == "float16" and self.source.config("vae").get("force_upcast", False):
-            raise UserError(
-                f"the VAE of {self.source.name} overflows in float16, its config says", "--vae-dtype bfloat16"
-            )
+        if dtype == "float16" and self.sdxl and self.source.config("vae").get("force_upcast", True):
+            fix = "--vae-dtype bfloat16, or a VAE whose config has force_upcast false"
+            raise UserError(f"the VAE of {self.source.name} overflows in float16", fix)
         self.vae_dtype = torch_dtype(dtype)
 
     def autocast(self) -> Any:

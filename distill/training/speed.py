@@ -20,10 +20,12 @@ R = TypeVar("R", bound=Recipe)
 
 
 def device_of_process() -> torch.device:
-    """Where this process trains, as accelerate decides it."""
-    from accelerate import PartialState
+    """Where this process will train: what accelerate decides, without the process group that it makes on the way."""
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState().device
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def settled(recipe: R, device: torch.device, *, sharded: bool = False) -> R:
