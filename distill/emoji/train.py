@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from accel.errors import UserError
+from accel.files import read_json, write_json
 
 from ..evaluation import emoji as quality
 from ..evaluation.digits import generate
@@ -51,6 +52,7 @@ def train(
     data, wider = emoji.dataset("train", font), emoji.dataset("judge", font)
     held_out, prompts = emoji.dataset("held-out", font), emoji.dataset("prompts", font)
     CONSOLE.print(f"data: {len(data.glyphs)} emoji in {len(data)} images of {emoji.SIZE}x{emoji.SIZE} pixels")
+    _claim(folder, data.identity)
     tokenizer = write_tokenizer(folder / "tokenizer", emoji.words(data.glyphs), networks.MERGES)
     seer = image_text_stage(
         run, "judge", wider, tokenizer, quality.JUDGE_TEXT, "learns which caption belongs to which image, to measure"
@@ -73,6 +75,18 @@ def train(
         steps={path.stem: torch.load(path, weights_only=True)["step"] for path in map(folder.joinpath, _STATES)},
     )
     return pipeline, judge, facts
+
+
+def _claim(folder: Path, identity: str) -> None:
+    """Note in the run folder which images it learns from; a run does not go on with others."""
+    note = folder / "data.json"
+    if note.is_file() and read_json(note, "the note of the data")["identity"] != identity:
+        raise UserError(
+            f"{folder} was begun with other drawings or captions (another font, or version of the package emoji)",
+            f"use another --run folder, or delete {folder}",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, dict(identity=identity))
 
 
 _STATES = tuple(f"{name}.pt" for name in SHARES)

@@ -37,6 +37,7 @@ from .metrics import Statistics, frechet_of, statistics
 FACTS, WEIGHTS = "judge.json", "judge.safetensors"
 WIDTHS = (32, 64, 128, 192)
 EMBEDDING = 128
+LENGTH = 32  # tokens that the judge reads; the longest caption has fewer
 JUDGE_TEXT: Mapping[str, Any] = MappingProxyType(
     dict(
         hidden_size=128,
@@ -44,7 +45,7 @@ JUDGE_TEXT: Mapping[str, Any] = MappingProxyType(
         num_hidden_layers=2,
         num_attention_heads=4,
         projection_dim=EMBEDDING,
-        max_position_embeddings=77,
+        max_position_embeddings=LENGTH,
         hidden_act="quick_gelu",
     )
 )
@@ -78,8 +79,8 @@ class ImageText(nn.Module):
         self.text = text
         layers: list[nn.Module] = []
         for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)]
-            layers += [Residual(outputs)] if outputs > WIDTHS[0] else [nn.SiLU()]
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)]
+            layers += [Residual(outputs)] if outputs > WIDTHS[1] else [nn.GroupNorm(8, outputs), nn.SiLU()]
         size = 64 // 2 ** len(WIDTHS)
         self.image = nn.Sequential(*layers, nn.SiLU(), nn.Flatten(), nn.Linear(WIDTHS[-1] * size**2, EMBEDDING))
         self.project = nn.Linear(text.config.hidden_size, EMBEDDING)
@@ -216,7 +217,7 @@ def features_of(model: ImageText, images: torch.Tensor) -> np.ndarray:
 def found_prompts(judge: Judge, images: torch.Tensor) -> np.ndarray:
     """The number [n] of the prompt that is nearest to each image."""
     ids = judge.tokenizer(
-        judge.texts(), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        judge.texts(), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
     read = F.normalize(torch.cat([judge.model.read(part) for part in ids.split(250)]).double(), dim=-1)
     seen = F.normalize(torch.from_numpy(features_of(judge.model, images)), dim=-1)

@@ -89,8 +89,16 @@ def planned_steps(
     """How many steps of a stage fit into `seconds`, measured once and kept in a file: a resumed run has the same plan.
 
     The model is not changed. It is timed without the optimizer's step, which small networks hardly notice.
+
+    Raises:
+        UserError: when the stage was planned for another time.
     """
     known = read_json(plan, "the plan of the run") if plan.is_file() else {}
+    if known.get(name, {"seconds": seconds})["seconds"] != seconds:
+        raise UserError(
+            f"{plan} has {known[name]['seconds']:.0f} s for {name}, and now it would be {seconds:.0f} s",
+            f"use the same --hours, another --run folder, or delete {plan.parent}",
+        )
     if name not in known:
         times = []
         for trial in range(4):
@@ -98,10 +106,10 @@ def planned_steps(
             loss_of(step_generator(0, name, trial)).backward()
             times.append(time.monotonic() - began)
         model.zero_grad(set_to_none=True)
-        known[name] = max(2, int(seconds / statistics.median(times[1:])))
+        known[name] = dict(seconds=seconds, steps=max(2, int(seconds / statistics.median(times[1:]))))
         plan.parent.mkdir(parents=True, exist_ok=True)
         write_json(plan, known)
-    return known[name]
+    return known[name]["steps"]
 
 
 def signature(stage: Stage) -> str:

@@ -80,6 +80,6 @@ def write_tokenizer(folder: Path, words: Iterable[str], merges: int | None = Non
     return tokenizer
 
 
-def token_ids(tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Token ids [len(texts), 77], padded as the pipeline pads them."""
-    return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+def token_ids(tokenizer: Any, texts: list[str], length: int = 77) -> torch.Tensor:
+    """Token ids [len(texts), length], padded as the pipeline pads them."""
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

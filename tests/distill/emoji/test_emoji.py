@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -98,7 +97,7 @@ def test_the_image_text_model_learns_which_caption_belongs_to_which_image(tmp_pa
 
     def contrast(generator):
         rows = stages.pairs_of_families(families, keys, 6, generator)
-        tokens = stages.caption_ids(data, tokenizer, rows, generator)
+        tokens = stages.caption_ids(data, tokenizer, rows, generator, emoji_quality.LENGTH)
         return emoji_quality.contrastive_loss(model, data.images(rows), tokens)
 
     with torch.no_grad():
@@ -134,22 +133,6 @@ def test_the_vae_loss_sees_outlines_that_a_mean_error_does_not():
     assert losses[0] == 0 and losses[1] == pytest.approx(0.0625) and losses[2] > 1.5 * losses[1]
 
 
-def test_hours_become_steps_once_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
-    model = torch.nn.Linear(4, 1)
-    before = model.weight.detach().clone()
-    ticks = iter(np.arange(0, 100, 0.5))
-    monkeypatch.setattr(fit.time, "monotonic", lambda: next(ticks))
-
-    def loss(generator):
-        return model(torch.randn(2, 4, generator=generator)).square().mean()
-
-    plan = tmp_path / "run" / "plan.json"
-    assert fit.planned_steps(plan, "unet", 60.0, model, loss) == 120, "half a second a step"
-    assert fit.planned_steps(plan, "unet", 600.0, model, loss) == 120, "it was planned before"
-    assert torch.equal(before, model.weight) and model.weight.grad is None
-    assert json.loads(plan.read_text()) == {"unet": 120}
-
-
 # ----------------------------------------------------------------------------------------------------------- command
 
 
@@ -168,6 +151,13 @@ def test_a_missing_font_is_an_error_that_says_what_to_install(tmp_path, capsys):
     assert train_emoji.main(["--run", str(tmp_path), "--font", str(tmp_path / "none.ttf")]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "no such font" in said and "apt-get install fonts-noto-color-emoji" in said
+
+
+def test_a_run_does_not_go_on_with_other_drawings(made, monkeypatch, capsys):
+    monkeypatch.setattr(emoji, "MIRRORED", 0.5)
+    run = ["--run", str(made / "run"), "--out", str(made / "other"), "--font", str(FONT)]
+    assert train_emoji.main(run) == 1
+    assert "begun with other drawings" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_protocol_measures_with_the_judge_that_is_named(made, tmp_path, capsys):

@@ -48,10 +48,17 @@ def test_the_background_of_every_drawing_is_read_off_its_corners():
 
 def test_features_of_a_text_do_not_depend_on_the_texts_beside_it(stored):
     judge, _ = stored
-    ids = token_ids(judge.tokenizer, ["a red heart", "a picture of a pizza on blue", ""])
+    ids = token_ids(judge.tokenizer, ["a red heart", "a picture of a pizza on blue", ""], emoji_quality.LENGTH)
     together = judge.model.read(ids)
     alone = torch.cat([judge.model.read(row[None]) for row in ids])
     assert torch.allclose(together, alone, atol=1e-5) and torch.isfinite(together).all()
+
+
+def test_the_judge_reads_every_caption_to_its_end(stored):
+    judge, _ = stored
+    data = emoji.dataset("judge", FONT)
+    texts = sorted({text for row in range(len(data)) for text in data.captions(row)})
+    assert (token_ids(judge.tokenizer, texts, emoji_quality.LENGTH)[:, -1] == judge.tokenizer.eos_token_id).all()
 
 
 def test_worse_images_are_farther_from_the_real_ones(stored):
