@@ -29,11 +29,11 @@ from accel.bench.contact_sheet import contact_sheet
 from accel.distill import recipes, registry
 from accel.distill.digits.card import digit_sheet
 from accel.distill.evaluation import digits as digits_quality
+from accel.distill.from_nothing.parts import load
 from accel.distill.run import execute
 from accel.distill.sources import digits
 from accel.distill.training import speed
 from accel.distill.training.checkpoints import as_before
-from accel.distill.training.from_nothing import load
 from accel.files import digest_of, write_json
 from accel.models.source import open_source
 

@@ -25,9 +25,9 @@ from accel import machine
 from accel.assets import DIGITS
 from accel.distill import recipes, registry
 from accel.distill.evaluation import digits as digits_quality
+from accel.distill.from_nothing.parts import load
 from accel.distill.run import execute
 from accel.distill.sources import digits
-from accel.distill.training.from_nothing import load
 from accel.files import write_json
 
 ROOT = Path(__file__).parents[1]

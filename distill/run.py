@@ -28,11 +28,12 @@ from .data.encoders import Encoders
 from .methods import qat
 from .registry import entry_of, load
 from .settings import Recipe
-from .training import card, checkpoints, sharding, speed
+from .training import checkpoints, sharding, speed
 from .training.attention import check_networks
 from .training.drawn_images import with_drawn_images
 from .training.loop import Outcome, accelerator_for, compute_dtype, train
 from .training.method import Method
+from .watching import card
 
 
 def execute(recipe: Recipe, out: Path, run: Path | None = None, *, overwrite: bool = False) -> Outcome:

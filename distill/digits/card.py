@@ -10,8 +10,8 @@ from torch import nn
 
 from accel.bench.contact_sheet import contact_sheet
 
+from ..from_nothing.parts import parameters
 from ..sources.digits import SIZE, WORDS, pixels
-from ..training.from_nothing import parameters
 
 
 def model_card(pipeline: Any, classifier: nn.Module, settings: Any, quality: dict[str, Any]) -> str:

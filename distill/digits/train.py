@@ -33,9 +33,8 @@ from ..evaluation.digits import (
     prompt_accuracy,
     save_classifier,
 )
-from ..sources import digits
-from ..training.fit import CONSOLE, Stage, fit
-from ..training.from_nothing import (
+from ..from_nothing.fit import CONSOLE, Stage, fit
+from ..from_nothing.parts import (
     SCHEDULER,
     assembled,
     encode_all,
@@ -47,7 +46,8 @@ from ..training.from_nothing import (
     text_encoder,
     v_loss,
 )
-from ..training.tokenizer import token_ids, write_tokenizer
+from ..from_nothing.tokenizer import token_ids, write_tokenizer
+from ..sources import digits
 from . import networks
 from .card import digit_sheet, model_card
 

@@ -14,11 +14,11 @@ from accel.bench.contact_sheet import contact_sheet
 
 from ..evaluation import emoji as quality
 from ..evaluation.digits import generate
+from ..from_nothing.fit import CONSOLE, Stage, fit, planned_steps
+from ..from_nothing.parts import SCHEDULER, assembled, encode_all, pick, reconstructed, text_encoder, v_loss
+from ..from_nothing.tokenizer import token_ids
 from ..sources import emoji
 from ..sources.digits import pixels
-from ..training.fit import CONSOLE, Stage, fit, planned_steps
-from ..training.from_nothing import SCHEDULER, assembled, encode_all, pick, reconstructed, text_encoder, v_loss
-from ..training.tokenizer import token_ids
 from . import networks
 
 PROMPT_DROPOUT = 0.1

@@ -24,10 +24,10 @@ from accel.files import read_json, write_json
 
 from ..evaluation import emoji as quality
 from ..evaluation.digits import generate
+from ..from_nothing.fit import CONSOLE
+from ..from_nothing.parts import load, parameters, save_pipeline
+from ..from_nothing.tokenizer import write_tokenizer
 from ..sources import emoji
-from ..training.fit import CONSOLE
-from ..training.from_nothing import load, parameters, save_pipeline
-from ..training.tokenizer import write_tokenizer
 from . import networks
 from .card import model_card
 from .stages import SHARES, EmojiSettings, Run, image_text_stage, peak_signal_to_noise, sheet, unet_stage, vae_stage

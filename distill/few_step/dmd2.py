@@ -36,7 +36,7 @@ from ..edm.source import ClassEncoders
 from ..settings import DMD2Recipe
 from ..training import speed
 from ..training.method import OptimizerPhase, Terms, TrainedNetwork
-from ..training.monitors import Monitor
+from ..watching.monitors import Monitor
 from . import critic, shared_lora
 from .class_to_image import ClassToImage
 from .guidance import guided

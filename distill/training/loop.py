@@ -30,11 +30,12 @@ from accel.progress import progress
 
 from ..data.encoders import Encoders, encoded
 from ..settings import Recipe
-from . import checkpoints, figures, parts, sharding, speed, validation
-from .figures import OnTheWay, Step, Turn
-from .log import Log
+from ..watching import figures
+from ..watching.figures import OnTheWay, Step, Turn
+from ..watching.log import Log
+from ..watching.monitors import Watch
+from . import checkpoints, parts, sharding, speed, validation
 from .method import Method
-from .monitors import Watch
 from .stop import Stop
 
 TRACKERS = ("tensorboard", "wandb")

@@ -41,8 +41,8 @@ ACCEL = (
 EXPORT = (("ground",), ("graph", "tensorrt"), ("int8", "aoti"), ("roof", "single_graph", "openvino_genai", "triton"))
 DISTILL = (
     ("settings", "sources"),
-    ("data",),
-    ("diffusion", "training", "evaluation"),
+    ("data", "watching"),
+    ("diffusion", "training", "evaluation", "from_nothing"),
     ("methods", "edm", "digits", "emoji"),
     ("few_step",),
     ("roof",),

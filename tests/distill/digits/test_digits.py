@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from accel.assets import DIGITS
 from accel.distill.digits import train as train_digits
 from accel.distill.evaluation import digits as digits_quality
+from accel.distill.from_nothing import fit
+from accel.distill.from_nothing import parts as from_nothing
+from accel.distill.from_nothing.tokenizer import token_ids, write_tokenizer
 from accel.distill.sources import digits
-from accel.distill.training import fit, from_nothing
-from accel.distill.training.tokenizer import token_ids, write_tokenizer
 from accel.models.topology import topology
 
 TEACHER = DIGITS / "teacher"

@@ -8,10 +8,10 @@ import torch
 from accel.assets import DIGITS, resolve
 from accel.distill.digits import networks
 from accel.distill.evaluation.digits import evaluate, generate
+from accel.distill.from_nothing.parts import load
 from accel.distill.methods.students import student_config
 from accel.distill.registry import recipe
 from accel.distill.sources import digits
-from accel.distill.training.from_nothing import load
 
 STUDENTS = ("tiny", "small")
 FEW_STEPS = ("1step", "4step", "tiny-1step", "tiny-4step")

@@ -16,9 +16,9 @@ from accel.distill.emoji import stages
 from accel.distill.emoji import train as train_emoji
 from accel.distill.evaluation import emoji as emoji_quality
 from accel.distill.evaluation.evaluate import evaluate
+from accel.distill.from_nothing import fit
+from accel.distill.from_nothing.tokenizer import write_tokenizer
 from accel.distill.sources import emoji
-from accel.distill.training import fit
-from accel.distill.training.tokenizer import write_tokenizer
 from accel.errors import UserError
 
 FONT = Path(__file__).with_name("NotoColorEmoji-subset.ttf")

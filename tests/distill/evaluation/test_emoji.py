@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from accel.distill.evaluation import emoji as emoji_quality
+from accel.distill.from_nothing.parts import text_encoder
+from accel.distill.from_nothing.tokenizer import token_ids, write_tokenizer
 from accel.distill.sources import emoji
-from accel.distill.training.from_nothing import text_encoder
-from accel.distill.training.tokenizer import token_ids, write_tokenizer
 
 FONT = Path(__file__).parents[1] / "emoji" / "NotoColorEmoji-subset.ttf"
 

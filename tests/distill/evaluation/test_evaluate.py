@@ -118,7 +118,7 @@ def test_the_floor_of_all_images_is_the_floor_of_the_model_card(tmp_path):
 
 def test_digits_are_drawn_as_the_model_cards_figures_were(made):
     """The same noise, sampler and prompts as `digits_quality.generate`: a figure can be compared with the card's."""
-    from accel.distill.training.from_nothing import load
+    from accel.distill.from_nothing.parts import load
 
     texts = [text for text, _ in digits.prompt_set(1)[:6]]
     images = digits_quality.generate(load(DIGITS / "teacher"), texts, guidance=3.0, steps=2)

@@ -18,7 +18,8 @@ from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders
 from accel.distill.methods.kd import Denoising
 from accel.distill.run import execute
-from accel.distill.training import card, checkpoints, validation
+from accel.distill.training import checkpoints, validation
+from accel.distill.watching import card
 from accel.errors import UserError
 from accel.models.source import open_source
 

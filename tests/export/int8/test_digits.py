@@ -10,8 +10,8 @@ import accel
 from accel.assets import DIGITS
 from accel.bundle import Bundle
 from accel.distill.evaluation.digits import evaluate
+from accel.distill.from_nothing.parts import load
 from accel.distill.sources import digits
-from accel.distill.training.from_nothing import load
 from accel.export.int8.audit import audit
 from accel.machine import int8_saturates
 from accel.models.source import open_source

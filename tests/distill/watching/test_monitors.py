@@ -5,8 +5,8 @@ import dataclasses
 from accel.distill import recipes, settings
 from accel.distill.few_step.dmd2 import DMD2
 from accel.distill.run import execute
-from accel.distill.training import monitors
-from accel.distill.training.monitors import Monitor, Watch
+from accel.distill.watching import monitors
+from accel.distill.watching.monitors import Monitor, Watch
 
 LATE = Monitor("critic/lag", 1.5, "it lags", "--ratio 9")
 

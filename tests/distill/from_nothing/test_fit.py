@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel.distill.training import fit
+from accel.distill.from_nothing import fit
 from accel.errors import UserError
 
 

@@ -1,0 +1,1 @@
+"""Models trained from nothing: the stages that digits and emoji share."""

@@ -1,0 +1,1 @@
+"""What people watch of a training: figures, monitors, trackers, cards."""
