@@ -36,7 +36,7 @@ def settled(recipe: R, device: torch.device, *, sharded: bool = False) -> R:
     for bit.
 
     Args:
-        sharded: FSDP2 divides the networks; it takes contiguous weights alone.
+        sharded: FSDP2 divides the networks; it takes contiguous weights alone, and no fused kernels.
 
     Raises:
         UserError: for a choice that the device does not have, or that would have no effect.
@@ -47,7 +47,7 @@ def settled(recipe: R, device: torch.device, *, sharded: bool = False) -> R:
     if precision == "auto":
         precision = "bf16" if new else "no"
     half = precision != "no"
-    open_ = {"tf32": new, "channels_last": new and half and not sharded, "fused": gpu}
+    open_ = {"tf32": new, "channels_last": new and half and not sharded, "fused": gpu and not sharded}
     chosen: dict[str, Any] = {"mixed_precision": precision}
     chosen |= {name: _switch(on) for name, on in open_.items() if getattr(recipe, name) == "auto"}
     if recipe.workers < 0:
@@ -58,6 +58,8 @@ def settled(recipe: R, device: torch.device, *, sharded: bool = False) -> R:
         raise UserError(f"--tf32 on needs a CUDA device, this is {device.type}", "leave it out")
     if made.channels_last == "on" and sharded:
         raise UserError("FSDP2 does not take weights that are channels-last", "leave out --channels-last")
+    if made.fused == "on" and sharded:
+        raise UserError("fused kernels do not go with FSDP2 here", "leave out --fused")
     if made.half_norms and not half:
         raise UserError("--half-norms has no effect in float32", "--mixed-precision bf16, or leave it out")
     return made

@@ -65,7 +65,8 @@ def test_an_old_gpu_and_shards_are_given_what_they_take(gpu):
     made = speed.settled(settings.FinetuneRecipe(), GPU)
     assert (made.mixed_precision, made.tf32, made.channels_last, made.fused) == ("no", "off", "off", "on")
     gpu(9, 0)
-    assert speed.settled(settings.FinetuneRecipe(), GPU, sharded=True).channels_last == "off"
+    shards = speed.settled(settings.FinetuneRecipe(), GPU, sharded=True)
+    assert (shards.channels_last, shards.fused, shards.tf32) == ("off", "off", "on")
 
 
 def test_what_was_said_stays(gpu):
@@ -81,6 +82,7 @@ def test_what_was_said_stays(gpu):
         (dict(tf32="on"), False, "needs a CUDA device"),
         (dict(half_norms=True), False, "no effect in float32"),
         (dict(channels_last="on"), True, "does not take weights"),
+        (dict(fused="on"), True, "do not go with FSDP2"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(fields, sharded, words):
