@@ -216,9 +216,10 @@ def _choose_quantized(component: Component, engine_file: EngineFile | None, fits
         chosen = able[0]
     missing = enabled - set(able)
     if missing and chosen not in enabled:
-        _note(f"{name} is fastest on {' and '.join(sorted(missing))}, which cannot run here (accel doctor)")
-    elif chosen not in seconds:
-        _note(f"whether {name} is faster on {chosen} was not measured on this machine: `accel bench` does")
+        others = " and ".join(sorted(missing))
+        _note(f"{component.format} is fastest on {others}, which cannot run here (accel doctor)")
+    elif chosen not in seconds:  # in the same words for every network, so that it is said once
+        _note(f"whether {component.format} is faster on {chosen} was not measured on this machine: `accel bench` does")
     elif chosen not in enabled:
         ratio = acceptance["engines"][chosen].get("speedup", 0)
         _note(
