@@ -250,7 +250,7 @@ def _note(text: str) -> None:
 
 
 def fitting_engine_file(
-    bundle: Bundle, component: str, device: str = "auto", engines: Iterable[str] | None = None
+    bundle: Bundle, component: str, device: str = "auto", engines: Iterable[str] | None = None, dtype: str = ""
 ) -> EngineFile | None:
     """The newest engine file of a component that fits here, but for its contents, which loading compares.
 
@@ -258,12 +258,14 @@ def fitting_engine_file(
 
     Args:
         engines: those that may run it; by default all that run engine files.
+        dtype: what its files compute in instead of the bundle's own: "bf16" of aoti's.
     """
     from ..trt import engine_files, preflight
 
     readable = [file for file in engine_files.find(bundle, component) if isinstance(file, engine_files.EngineFile)]
     able = {file.engine for file in readable} & set(engine_file_engines() if engines is None else engines)
     places = {name: place(name, device) for name in sorted(able) if status(name).ok}
+    readable = [file for file in readable if file.dtype == dtype]
     return next((f for f in readable if (here := places.get(f.engine)) and preflight.fits(bundle, f, here).ok), None)
 
 
