@@ -146,7 +146,7 @@ def test_a_package_that_nobody_signed_or_that_was_changed_is_never_loaded(copy, 
 
 
 def test_quantized_networks_are_refused_with_what_computes_them():
-    with pytest.raises(UserError, match="AOTInductor runs float networks alone, and unet is int8$") as caught:
+    with pytest.raises(UserError, match="AOTInductor runs float networks alone, and unet is int8\n") as caught:
         accel.load_engine("digits/tiny-1step-int8", "unet", "aoti", device="cpu")
     assert "onnxruntime, openvino" in caught.value.fix
     unet = Bundle.open("digits/tiny-1step-int8").component("unet")
@@ -154,7 +154,7 @@ def test_quantized_networks_are_refused_with_what_computes_them():
         ("int4-weight-only", "onnxruntime, openvino, tensorrt-rtx, tensorrt"),
         ("fp8", "tensorrt-rtx, tensorrt"),
     ):
-        with pytest.raises(UserError, match=f"and unet is {form}$") as caught:
+        with pytest.raises(UserError, match=f"and unet is {form}\n") as caught:
             aoti.refuse_quantized(replace(unet, int8={**unet.int8, "config": {"format": form}}))
         assert f"what runs it: {able}; or accel export" in caught.value.fix
 
