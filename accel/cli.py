@@ -126,11 +126,13 @@ def _messages(verbose: bool, quiet: bool) -> None:
             os.environ.setdefault(name, value)
         warnings.simplefilter("ignore")
     warnings.simplefilter("ignore" if quiet else "always", Notice)
-    shown = warnings.showwarning
+    shown, said = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if category is Notice:
-            print(printable(f"note: {message}"), file=sys.stderr)
+            if str(message) not in said:
+                print(printable(f"note: {message}"), file=sys.stderr)
+            said.add(str(message))
         else:
             shown(message, category, *where, **more)
 

@@ -19,21 +19,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-SAVED, PAGE = Path(__file__).with_suffix("").with_name("tensorrt-rtx-faults.json"), ROOT / "docs" / "tensorrt-rtx.md"
-BEFORE = "f7674c1"
-LISTINGS = ROOT / "tests" / "export" / "tensorrt" / "listings"
+import earlier_commit
+
+LISTINGS = earlier_commit.ROOT / "tests" / "export" / "tensorrt" / "listings"
 REAL, LAYERS = "test_real_builder.py", "test_layers.py"
 
 # Number -> what was wrong, and the tests of tests/export/tensorrt/ that show it.
-FAULTS = {
+KNOWN = {
     1: ("the audit reads no datatype", [f"{LAYERS}::test_every_layer_that_does_the_work_is_counted"]),
     2: ("the audit misses layers", [f"{LAYERS}::test_every_quantised_layer_of_the_shipped_digits_runs_in_int8"]),
     3: ("attention nodes without a kernel", [f"{REAL}::test_without_taking_attention_apart_such_a_build_fails"]),
@@ -53,12 +51,7 @@ FAULTS = {
 }
 
 
-# What follows `probe` runs on the code of then.
-
-
-def probe(number: int, work: Path) -> str:
-    """What the code of then does; raises AssertionError where it is right."""
-    return PROBES[number](work)
+# What follows runs on the code of then.
 
 
 def _blind(work: Path) -> str:
@@ -82,7 +75,9 @@ def _misses(work: Path) -> str:
 def _attention(work: Path) -> str:
     from accel.export.tensorrt import operators
 
-    bundle = _exported(work, "opset23", "--precision", "fp16", "--opset", "23")
+    bundle = earlier_commit.exported(
+        work, "opset23", "digits/tiny", "--profile", "digits", "--precision", "fp16", "--opset", "23"
+    )
     problems = operators.check(bundle.path / "unet" / "model.onnx")
     assert not problems
     return f"inspect: {len(problems)} problems; build: {_error(lambda: _build(bundle, 'unet'))}"
@@ -268,26 +263,8 @@ def _digits() -> Any:
     return Bundle.open(shutil.copytree(resolve("digits/4step-int8"), Path(tempfile.mkdtemp()) / "digits"))
 
 
-def _exported(work: Path, name: str, *options: str) -> Any:
-    """digits/tiny as a bundle, exported by the code of then."""
-    from accel.bundle import Bundle
-
-    out = work / name
-    if not out.exists():
-        program = [sys.executable, "-c", "import sys; from accel.cli import main; sys.exit(main(sys.argv[1:]))"]
-        given = [*program, "export", "digits/tiny", str(out), "--profile", "digits", *options]
-        subprocess.run(given, check=True, stdout=sys.stderr)
-    return Bundle.open(out)
-
-
 def _error(act: Callable[[], Any]) -> str:
-    from accel.errors import UserError
-
-    try:
-        act()
-    except UserError as error:
-        return re.sub(r"/\S+/(digits|opset23)\b", "BUNDLE", f"{' '.join(error.message.split())} -> {error.fix}")
-    raise AssertionError("it was no error then")
+    return re.sub(r"/\S+/(digits|opset23)\b", "BUNDLE", " ".join(earlier_commit.error(act).split()))
 
 
 def _inspector(listing: str, key: str) -> str:
@@ -337,71 +314,30 @@ def _activations(work: Path) -> int:
     return done.activations
 
 
-def check_out(folder: Path) -> None:
-    """The commit before, importable as `accel` where its folder comes first."""
-    if folder.exists():
-        return
-    folder.mkdir(parents=True)
-    packed = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    subprocess.run(["tar", "x", "-C", str(folder)], input=packed, check=True)
-    for name, place in (("export", "export"), ("distill", "distill"), ("kernels", "kernels/ops")):
-        (folder / "accel" / name).symlink_to(Path("..") / place)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| | fault | what the code before did | the test |", "|---|---|---|---|"]
-    for row in rows:
-        tests = ", ".join(f"`{test}`" for test in row["tests"])
-        cells = row["before"].replace("|", "/").split(" -> ")  # a message and its fix
-        before = " -> ".join(textwrap.shorten(cell, 200, placeholder=" ...") for cell in cells)
-        lines.append(f"| {row['number']} | {row['fault']} | {before} | {tests} |")
-    return "\n".join(lines)
+FAULTS = earlier_commit.Faults(
+    Path(__file__), "f7674c1", KNOWN, PROBES, earlier_commit.ROOT / "docs" / "tensorrt-rtx.md"
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="folder for a checkout of the commit before")
-    parser.add_argument("--faults", help="numbers with commas between them (default: all)")
-    parser.add_argument("--write", action="store_true", help="write tensorrt-rtx-faults.json and the page")
-    parser.add_argument("--probe", type=int, help=argparse.SUPPRESS)  # one, in this process, on the code of then
+    parser = earlier_commit.parser(__doc__)
     parser.add_argument("--build", help=argparse.SUPPRESS)  # build a component of the digits, for the probe of Ctrl-C
     args = parser.parse_args()
     if args.build:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _build(_digits(), args.build, progress=lambda stage, fraction: print("compiling", stage, flush=True))
-    elif args.probe:
-        print(json.dumps(probe(args.probe, args.before)))
-    else:
-        replay(args)
+        return
+    earlier_commit.run(FAULTS, args, write_listings, _builder_says, _library_of_today)
 
 
-def replay(args: argparse.Namespace) -> None:
-    import pages
+def _builder_says(number: int, work: Path) -> str:
+    return f"; the builder says {_activations(work) / 1e6:,.0f} MB" if number == 10 else ""
 
+
+def _library_of_today() -> dict[str, Any]:
     from accel.trt import library
 
-    before = args.before.resolve()
-    check_out(before)
-    work = before / "probes"
-    work.mkdir(exist_ok=True)
-    write_listings(work)
-    environment = os.environ | {"PYTHONPATH": str(before), "LISTINGS": str(work), "ACCEL_CACHE": str(work / "cache")}
-    rows = []
-    for number in map(int, args.faults.split(",")) if args.faults else FAULTS:
-        program = [sys.executable, str(Path(__file__).resolve()), str(work), "--probe", str(number)]
-        done = subprocess.run(program, env=environment, cwd=before, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"fault {number} is not shown:\n{done.stderr[-3000:]}")
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-        fault, tests = FAULTS[number]
-        told += f"; the builder says {_activations(work) / 1e6:,.0f} MB" if number == 10 else ""
-        rows.append({"number": number, "fault": fault, "before": told, "tests": tests})
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    if args.write:
-        document = {"command": "python benchmarks/tensorrt_rtx_faults.py out/before --write", "commit": BEFORE}
-        document |= {"library": str(library.load("tensorrt-rtx")), "rows": rows}
-        SAVED.write_text(json.dumps(document, indent=1) + "\n")
-        pages.put(PAGE, "tensorrt-rtx-faults", table(rows))
+    return {"library": str(library.load("tensorrt-rtx"))}
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def parse(text: str, *, requested: bool = True) -> Variant:
     if engine not in ENGINES:
         raise unknown("engine", engine, reversed(ENGINES))
     dtypes, devices = facts(engine).dtypes, facts(engine).devices
-    dtype, device, given = "fp32" if dtypes else "", [], set()
+    dtype, device, given = "fp32" if "fp32" in dtypes else "", [], set()
     for suffix in suffixes:
         if suffix in dtypes:
             dtype = suffix

@@ -258,7 +258,9 @@ def build_engine_files(
             from accel.export.aoti.build import build as build_aoti
 
             refuse_tensorrts(args)
-            return build_aoti(bundle, components, device=args.device or "auto", **common)
+            return build_aoti(
+                bundle, components, device=args.device or "auto", dtype=getattr(args, "dtype", None) or "auto", **common
+            )
         from accel.export.tensorrt.build import build
 
         return build(

@@ -105,6 +105,8 @@ def add_arguments(parser: Any) -> None:
     )
     text = "with single-graph: prompts as text are the input, by ONNX Runtime Extensions' tokenizer"
     parser.add_argument("--text-input", action="store_true", help=text)
+    text = "with single-graph: height and width are inputs too, within the profile; without it the size is constant"
+    parser.add_argument("--size-input", action="store_true", help=text)
     group = parser.add_argument_group("NVIDIA Triton Inference Server")
     group.add_argument(
         "--backend", default="onnxruntime", choices=("onnxruntime", "tensorrt"), help="backend of the repository"
@@ -171,8 +173,9 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    if args.text_input and args.target != "single-graph":
-        raise UserError("--text-input is for one graph", "add --target single-graph")
+    for name in ("text", "size"):
+        if getattr(args, f"{name}_input") and args.target != "single-graph":
+            raise UserError(f"--{name}-input is for one graph", "add --target single-graph")
     if args.engine != "onnx" and args.target in ("single-graph", "openvino-genai"):
         raise UserError(f"--target {args.target} has no engine files (--engine {args.engine})", "leave --engine out")
     return _TARGETS[args.target](args) if args.target in _TARGETS else _bundle(args)
@@ -223,7 +226,7 @@ def _written(args: argparse.Namespace) -> int:
     """Write a bundle, or a pipeline by way of a temporary bundle, as one graph or as a folder for OpenVINO GenAI."""
     graph = args.target == "single-graph"
     target = import_module(f"accel.export.{'single_graph.export' if graph else 'openvino_genai'}")
-    how = {"text": args.text_input} if graph else {}
+    how = {"text": args.text_input, "size": args.size_input} if graph else {}
     used = "written as one graph" if graph else "written for OpenVINO GenAI"
     with _bundle_of(args, used) as bundle, progress(args.target) as report:
         record = target.write(bundle, args.out, overwrite=args.overwrite, progress=report, **how)

@@ -216,9 +216,10 @@ def _choose_quantized(component: Component, engine_file: EngineFile | None, fits
         chosen = able[0]
     missing = enabled - set(able)
     if missing and chosen not in enabled:
-        _note(f"{name} is fastest on {' and '.join(sorted(missing))}, which cannot run here (accel doctor)")
-    elif chosen not in seconds:
-        _note(f"whether {name} is faster on {chosen} was not measured on this machine: `accel bench` does")
+        others = " and ".join(sorted(missing))
+        _note(f"{component.format} is fastest on {others}, which cannot run here (accel doctor)")
+    elif chosen not in seconds:  # in the same words for every network, so that it is said once
+        _note(f"whether {component.format} is faster on {chosen} was not measured on this machine: `accel bench` does")
     elif chosen not in enabled:
         ratio = acceptance["engines"][chosen].get("speedup", 0)
         _note(
@@ -249,7 +250,7 @@ def _note(text: str) -> None:
 
 
 def fitting_engine_file(
-    bundle: Bundle, component: str, device: str = "auto", engines: Iterable[str] | None = None
+    bundle: Bundle, component: str, device: str = "auto", engines: Iterable[str] | None = None, dtype: str = ""
 ) -> EngineFile | None:
     """The newest engine file of a component that fits here, but for its contents, which loading compares.
 
@@ -257,12 +258,14 @@ def fitting_engine_file(
 
     Args:
         engines: those that may run it; by default all that run engine files.
+        dtype: what its files compute in instead of the bundle's own: "bf16" of aoti's.
     """
     from ..trt import engine_files, preflight
 
     readable = [file for file in engine_files.find(bundle, component) if isinstance(file, engine_files.EngineFile)]
     able = {file.engine for file in readable} & set(engine_file_engines() if engines is None else engines)
     places = {name: place(name, device) for name in sorted(able) if status(name).ok}
+    readable = [file for file in readable if file.dtype == dtype]
     return next((f for f in readable if (here := places.get(f.engine)) and preflight.fits(bundle, f, here).ok), None)
 
 

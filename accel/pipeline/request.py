@@ -210,7 +210,7 @@ def own_latents(manifest: Manifest, latents: Any, count: int) -> np.ndarray:
 _TILES = "vae_tiling=True (accel run: --vae-tiling) decodes in tiles"
 
 
-def _limits(manifest: Manifest, side: str, tiled: bool) -> Range:
+def side_limits(manifest: Manifest, side: str, tiled: bool = False) -> Range:
     """Which heights or widths, in pixels, the UNet takes, and the decoder unless it sees tiles."""
     unet = manifest.components["unet"].dims[f"latent_{side}"].scaled(manifest.pipeline["vae_scale"])
     decoder = manifest.components["vae_decoder"].dims[side]
@@ -232,7 +232,7 @@ def latent_size(
     natives = dict(zip(("height", "width"), native_sides(manifest.pipeline["native_size"]), strict=True))
     sides: list[int] = []
     for name, value, axis in (("height", height, -2), ("width", width, -1)):
-        limits, native = _limits(manifest, name, tiled), natives[name]
+        limits, native = side_limits(manifest, name, tiled), natives[name]
         own = None if latents is None else latents.shape[axis] * scale
         if None not in (value, own) and value != own:
             raise UserError(
@@ -244,7 +244,7 @@ def latent_size(
             ways = [f"give a {name} of {limits}"]
             if manifest.components["unet"].graph:
                 ways.append("or export with another --profile (such as dynamic)")
-            if not tiled and _limits(manifest, name, True).admits(value):
+            if not tiled and side_limits(manifest, name, True).admits(value):
                 ways = [_TILES, *ways]
             here = "" if own is None else f" (latents of shape {latents.shape} make it so)"
             raise UserError(f"{name} {value} is outside profile {profile.name!r} ({limits}){here}", ", ".join(ways))

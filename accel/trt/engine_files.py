@@ -199,12 +199,18 @@ class EngineFile:
         return tuple(map(str, self.identity.get("targets") or ()))
 
     @property
+    def dtype(self) -> str:
+        """What a file of aoti computes in instead of the bundle's own dtype: "bf16"; "" for that."""
+        return str(self.identity.get("options", {}).get("dtype", ""))
+
+    @property
     def built_for(self) -> str:
         """What it was built with and for, in words: "TensorRT 11.4.0.106, NVIDIA L4"."""
         if self.engine == "tensorrt":
             return f"TensorRT {self.identity['tensorrt']}, {self.identity['gpu']}"
         if self.engine == "aoti":
-            return f"torch {self.identity['torch']}, {self.identity['gpu'] or 'CPU'}"
+            place = self.identity["gpu"] or "CPU"
+            return ", ".join(filter(None, (f"torch {self.identity['torch']}", place, self.dtype)))
         return f"TensorRT-RTX {self.identity['tensorrt']}, {', '.join(self.targets) or 'Ampere and newer'}"
 
     def ranges(self, component: Component) -> dict[str, Range]:

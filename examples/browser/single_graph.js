@@ -28,11 +28,14 @@ export class SingleGraph {
     return this.record.files[this.graph].bytes + this.record.files["weights.safetensors"].bytes;
   }
 
-  // {data: Uint8Array of RGB, width, height} of a prompt and a seed.
-  async draw(prompt, seed) {
+  // {data: Uint8Array of RGB, width, height} of a prompt and a seed. A graph that takes a size draws the usual one, or
+  // what is given within `record.profile`.
+  async draw(prompt, seed, size = {}) {
     const ids = (text) => new this.ort.Tensor("int64", BigInt64Array.from(this.tokenizer.encode(text), BigInt), [1, 77]);
-    const feeds = { seed: new this.ort.Tensor("int32", Int32Array.of(seed), [1]) };
-    for (const { name } of this.record.inputs) if (name !== "seed") feeds[name] = ids(name.startsWith("negative") ? "" : prompt);
+    const number = (name) => (name === "seed" ? seed : (size[name] ?? this.record.profile[name].opt));
+    const feeds = {};
+    for (const { name, dtype } of this.record.inputs)
+      feeds[name] = dtype === "int32" ? new this.ort.Tensor(dtype, Int32Array.of(number(name)), [1]) : ids(name.startsWith("negative") ? "" : prompt);
     const { image } = await this.session.run(feeds);
     const [, height, width] = image.dims;
     return { data: image.data, width, height };

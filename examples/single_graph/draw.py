@@ -21,5 +21,7 @@ tokenizer.enable_truncation(77)
 ids = {text: np.array([tokenizer.encode(text).ids]) for text in ("", prompt)}
 session = onnxruntime.InferenceSession(folder / record["graphs"][-1])  # of two the last one is for ONNX Runtime
 texts = {i["name"]: ids["" if "negative" in i["name"] else prompt] for i in record["inputs"] if "ids" in i["name"]}
-(images,) = session.run(["image"], texts | {"seed": np.array([seed], np.int32)})
+numbers = {"seed": seed} | {side: limits["opt"] for side, limits in record["profile"].items()}  # height and width
+taken = {i["name"]: np.array([numbers[i["name"]]], np.int32) for i in record["inputs"] if i["name"] in numbers}
+(images,) = session.run(["image"], texts | taken)
 Image.fromarray(images[0]).save(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accel.bundle import Bundle, Component
 from accel.engines import compile as torch_compile
-from accel.engines.aoti.engine import refuse_int8
+from accel.engines.aoti.engine import instead, refuse_quantized
 from accel.engines.aoti.place import Here, here
 from accel.errors import UserError
 from accel.trt import engine_files, preflight
@@ -56,6 +56,7 @@ def build(
     components: Sequence[str] = (),
     *,
     device: str = "auto",
+    dtype: str = "auto",
     profiles: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda stage, fraction: None,
@@ -66,13 +67,14 @@ def build(
     Args:
         components: their names; all of the bundle's by default.
         device: "auto" (the GPU where torch sees one, else the processor), "cpu", "cuda", "cuda:1".
+        dtype: what they compute in: "auto" (the bundle's own), "bf16".
         profiles: the name of a shape profile, whose ranges stay free; the bundle's own by default.
         force: build again what exists already.
         progress: called with a description and the fraction done.
         announce: called with lines for people.
 
     Raises:
-        UserError: where the device or a compiler is missing, a component is int8, torch cannot compile a network, or
+        UserError: where the device or a compiler is missing, one is quantized, torch cannot compile a network, or
             what it compiled differs from eager torch.
     """
     where = place(device)
@@ -83,9 +85,10 @@ def build(
         )
     (profile,) = shapes.profiles_of(bundle, profiles)
     records = [bundle.component(name) for name in components or bundle.manifest.components]
-    described = []
+    described, dtypes = [], []
     for component in records:  # all checks come before the first build
-        refuse_int8(component)
+        refuse_quantized(component)
+        dtypes.append(instead(component, dtype))
         described.append(shapes.described(bundle, component, profile))
     bundle.verify([component.folder for component in records])
     built = []
@@ -94,7 +97,7 @@ def build(
         def step(stage: str, fraction: float, i: int = i, name: str = component.name) -> None:
             progress(f"{name}: {stage}", (i + fraction) / len(records))
 
-        built.append(_build_one(bundle, component, described[i], where, force, step, announce))
+        built.append(_build_one(bundle, component, described[i], where, dtypes[i], force, step, announce))
     progress("done", 1.0)
     return built
 
@@ -104,11 +107,12 @@ def _build_one(
     component: Component,
     profile: dict[str, Any],
     where: Here,
+    dtype: str,
     force: bool,
     progress: Progress,
     announce: Callable[[str], None],
 ) -> EngineFile:
-    identity = engine_files.identity(bundle, component, where, [profile], {})
+    identity = engine_files.identity(bundle, component, where, [profile], {"dtype": dtype} if dtype else {})
     key = engine_files.key_of(identity)
     if not force and (existing := _existing(bundle, component, key, where)):
         announce(f"{component.name}: {key[:8]} is already built")
@@ -119,6 +123,7 @@ def _build_one(
         "component": component.name,
         "dims": profile["dims"],
         "device": where.place,
+        "dtype": dtype,
     }
     result, data = run_apart(COMMAND, component.name, job, progress)
     parity = result.pop("parity")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from onnx import TensorProto
 from accel.bundle import Bundle
 from accel.bundle.graph_file import graph
 from accel.bundle.kinds import KINDS
+from accel.bundle.shape_profiles import Range, fixed
 from accel.bundle.tensor_spec import TensorSpec
 from accel.errors import UserError
 from accel.pipeline import conditioning
@@ -19,7 +20,8 @@ from accel.pipeline.sampling_plan import SamplingPlan
 
 from . import noise
 from .merge import Merged
-from .nodes import float32, int64
+from .nodes import Value, float32, int32, int64
+from .sizes import Sizes, within
 from .steps import Symbol, check, loop
 
 _ONNX = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -32,14 +34,14 @@ class Job:
 
     Attributes:
         plan: how to sample.
-        size: height and width of the latents.
+        sizes: of the images.
         images: how many at once: a number, or None for any that the bundle admits.
         engine: whose graphs are taken: "onnxruntime" has its own where a component is int8.
     """
 
     bundle: Bundle
     plan: SamplingPlan
-    size: tuple[int, int]
+    sizes: Sizes
     images: int | None
     engine: str = ""
 
@@ -70,12 +72,30 @@ class Job:
             ids = name.replace("text_encoder", "input_ids")
             for prefix in ("", "negative_")[: 1 + self.negative]:
                 made.append(TensorSpec(prefix + ids, "int64", (self.rows, length)))
-        return [*made, TensorSpec("seed", "int32", (self.rows,))]
+        return [*made, *self.numbers]
+
+    @property
+    def numbers(self) -> list[TensorSpec]:
+        """The inputs that are not text."""
+        return [TensorSpec("seed", "int32", (self.rows,)), *self.sizes.inputs]
+
+    @property
+    def profile(self) -> dict[str, Range]:
+        """How many images at once, and their sizes in pixels."""
+        batch = self.bundle.manifest.profile.batch if self.images is None else fixed(self.images)
+        return {"images": batch, **self.sizes.limits}
+
+    @property
+    def quantized(self) -> bool:
+        return any(part.int8 for part in self.bundle.manifest.components.values())
 
     @property
     def output(self) -> TensorSpec:
-        scale = self.bundle.manifest.pipeline["vae_scale"]
-        return TensorSpec("image", "uint8", (self.rows, *(side * scale for side in self.size), 3))
+        return TensorSpec("image", "uint8", (self.rows, *self.sizes.axes, 3))
+
+    def latents(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Shape of one image's latents, for a size in pixels."""
+        return self.bundle.manifest.pipeline["latent_channels"], *self.sizes.latent(size)
 
 
 def compose(job: Job) -> onnx.ModelProto:
@@ -126,13 +146,20 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
     nodes, plan, table = merged.nodes, job.plan, check(job.plan.table, job.plan.sampler)
     record = job.bundle.component("unet")
     specs = {spec.name: spec for spec in record.inputs}
-    shape = (job.bundle.manifest.pipeline["latent_channels"], *job.size)
-    count, draws = int(np.prod(shape)), job.draws
-    if count * len(draws) > noise.MOST_POSITIONS:
+    draws, most = job.draws, int(np.prod(job.latents(job.sizes.largest)))
+    if most * len(draws) > noise.MOST_POSITIONS:
         fix = "make smaller images, or take fewer steps"
-        raise UserError(f"{len(draws)} draws of {count} numbers of noise are more than 2**24", fix)
-    numbers = nodes.op("Reshape", noise.normal(nodes, "seed", draws, count), int64([-1, len(draws), *shape]))
-    feeds = feeds | _constants(job, merged, specs, feeds["encoder_hidden_states"])
+        raise UserError(f"{len(draws)} draws of {most} numbers of noise are more than 2**24", fix)
+    pixels, sides = job.sizes.write(nodes)
+    shape = nodes.vector(int64(job.latents(job.sizes.usual)[:1]), *sides)
+    seed = "seed"
+    if job.sizes.given:
+        images = nodes.op("Cast", nodes.op("Shape", seed), to=TensorProto.INT32)
+        checked = within(nodes, images, "images", job.profile["images"])
+        seed = nodes.op("Add", seed, nodes.op("Sub", checked, images))
+    drawn = noise.normal(nodes, seed, draws, nodes.product(shape))
+    numbers = nodes.op("Reshape", drawn, nodes.vector(int64([-1, len(draws)]), shape))
+    feeds = feeds | _constants(job, merged, specs, feeds["encoder_hidden_states"], pixels)
     feeds = {name: _cast(nodes, value, specs[name].dtype) for name, value in feeds.items()}
 
     body = Merged("body")
@@ -162,24 +189,32 @@ def _sampled(job: Job, merged: Merged, model: onnx.ModelProto, feeds: dict[str, 
     first = Symbol(nodes, nodes.op("Gather", numbers, int64(0), axis=1))
 
     def finished(inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
-        merged.adopt(body)
+        merged.adopt(body, widened=record.format.endswith("weight-only"))
         return body.graph("step", inputs, outputs)
 
-    return loop(nodes, body.nodes, table, predict, first, fresh, finished, (job.rows, *shape))
+    states = (job.rows, job.latents(job.sizes.usual)[0], *job.sizes.latent_axes)
+    return loop(nodes, body.nodes, table, predict, first, fresh, finished, states)
 
 
-def _constants(job: Job, merged: Merged, specs: Mapping[str, TensorSpec], rows: str) -> dict[str, str]:
-    """What the UNet is told beside the prompt, for each row of its batch."""
-    scale, made = job.bundle.manifest.pipeline["vae_scale"], {}
-    if "time_ids" in specs:
-        made["time_ids"] = conditioning.time_ids(1, [side * scale for side in job.size])
+def _constants(
+    job: Job, merged: Merged, specs: Mapping[str, TensorSpec], rows: str, pixels: Sequence[Value]
+) -> dict[str, str]:
+    """What the UNet is told beside the prompt, for each row of its batch.
+
+    Args:
+        rows: a tensor with that many rows.
+        pixels: height and width of the images, int32 [1] each.
+    """
+    nodes = merged.nodes
+    made: dict[str, Value] = {}
+    if "time_ids" in specs:  # as `conditioning.time_ids` has them for an image that was not cropped
+        made["time_ids"] = nodes.op("Cast", nodes.vector(*pixels, int32([0, 0]), *pixels), to=TensorProto.FLOAT)
     if "timestep_cond" in specs:
         width = int(specs["timestep_cond"].shape[-1])
-        made["timestep_cond"] = conditioning.guidance_embedding(1, job.plan.guidance, width)
-    nodes = merged.nodes
+        made["timestep_cond"] = conditioning.guidance_embedding(1, job.plan.guidance, width).astype("float32")
     count = nodes.op("Slice", nodes.op("Shape", rows), int64([0]), int64([1])) if made else ""
     return {
-        name: nodes.op("Expand", value.astype("float32"), nodes.op("Concat", count, int64([value.shape[1]]), axis=0))
+        name: nodes.op("Expand", value, nodes.vector(count, int64([int(specs[name].shape[-1])])))
         for name, value in made.items()
     }
 

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from accel.files import SINGLE_GRAPH, new_folder, require_space, sha256, write_j
 from accel.parity import psnr
 from accel.pipeline.opening import load
 from accel.pipeline.pipeline import tokenizers_of
-from accel.pipeline.request import latent_size
 from accel.pipeline.sampling_plan import plan as plan_of
 from accel.safety import COMPONENT as SAFETY_CHECKER
 from accel.sampling import counter_noise
@@ -39,6 +38,7 @@ from . import refusals, tokenizer
 from .compose import Job, compose
 from .merge import WEIGHTS, gather_weights
 from .noise import model as noise_model
+from .sizes import of_bundle
 
 Progress = Callable[[str, float], None]
 GRAPH, UINT8 = "model.onnx", "model.uint8.onnx"
@@ -52,6 +52,7 @@ def write(
     out: str | Path,
     *,
     text: bool = False,
+    size: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def write(
     Args:
         text: prompts as strings are the input, by the CLIP tokenizer of ONNX Runtime Extensions, which runs on ONNX
             Runtime with that library alone.
+        size: height and width are inputs, within the bundle's profile.
 
     Returns:
         What `single_graph.json` says.
@@ -68,6 +70,7 @@ def write(
         UserError: for a bundle that does not become one graph, and for one whose images differ.
     """
     refusals.check(bundle)
+    sizes = of_bundle(bundle.manifest, size)
     if text:
         tokenizer.library()
     bundle.verify()
@@ -77,14 +80,14 @@ def write(
     plan = plan_of(manifest, bundle.noise_schedule(), None, None, None, None, None)
     limits = manifest.components["unet"].dims.get("batch")
     images = manifest.profile.batch.min if limits is None or limits.fixed else None
-    job = Job(bundle, plan, latent_size(manifest, None, None, None), images)
+    job = Job(bundle, plan, sizes, images)
     sources = {name: bundle.file(manifest.components[name].weights) for name in (*job.encoders, "unet", "vae_decoder")}
     require_space(Path(out).absolute().parent, sum(path.stat().st_size for path in sources.values()))
     with new_folder(Path(out), overwrite=overwrite) as folder:
         progress("graph", 0.0)
         models = {GRAPH: compose(job)}
         if any(part.int8.get("graphs") for part in manifest.components.values()):
-            models[UINT8] = compose(Job(bundle, plan, job.size, images, "onnxruntime"))
+            models[UINT8] = compose(replace(job, engine="onnxruntime"))
         progress("weights", 0.1)
         gather_weights(list(models.values()), sources, folder / WEIGHTS)
         for name, model in models.items():
@@ -95,9 +98,9 @@ def write(
         progress("drawing with the graph", 0.3)
         drawn, seconds = _drawn(folder / (UINT8 if UINT8 in models else GRAPH), job)
         progress("drawing with the pipeline", 0.7)
-        parity = _compared(drawn, _expected(job), int8=any(part.int8 for part in manifest.components.values()))
+        parity = _compared(job, drawn, _expected(job))
         if text:
-            _take_text(folder, models, job, drawn)
+            _take_text(folder, models, job, drawn[0])
         progress("digests", 0.95)
         record = _record(job, folder, models, parity | {"seconds": seconds}, text)
         write_json(folder / SINGLE_GRAPH, record)
@@ -124,16 +127,19 @@ def prompts(job: Job) -> list[str]:
     return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
 
 
-def _drawn(graph: Path, job: Job) -> tuple[np.ndarray, dict[str, float]]:
-    """The graph's images uint8 [N, H, W, 3] on ONNX Runtime's CPU provider, and the seconds of loading and drawing."""
+def _drawn(graph: Path, job: Job) -> tuple[list[np.ndarray], dict[str, float]]:
+    """The graph's images uint8 [N, H, W, 3] of every size that is compared, on ONNX Runtime's CPU provider; and the
+    seconds of loading, and of drawing the usual size."""
     start = time.perf_counter()
     session = onnxruntime_session(str(graph), OFF_FOR_INT8 if graph.name == UINT8 else [])
-    loaded = time.perf_counter()
-    (images,) = session.run(None, feeds(job, prompts(job)))
-    seconds = {"load": round(loaded - start, 3), "draw": round(time.perf_counter() - loaded, 3)}
+    times, images = [start, time.perf_counter()], []
+    for size in job.sizes.drawn:
+        images += session.run(None, feeds(job, prompts(job), size))
+        times.append(time.perf_counter())
     del session
     gc.collect()
-    return images, seconds
+    load, draw = (round(times[i + 1] - times[i], 3) for i in (0, 1))
+    return images, {"load": load, "draw": draw}
 
 
 def onnxruntime_session(graph: str | bytes, off: Sequence[str] = (), operators: str = "") -> Any:
@@ -154,7 +160,7 @@ def _threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or 0)
 
 
-def feeds(job: Job, texts: list[str]) -> dict[str, np.ndarray]:
+def feeds(job: Job, texts: list[str], size: tuple[int, int]) -> dict[str, np.ndarray]:
     """The inputs of the graph for some prompts, seeds from `SEED` on."""
     made: dict[str, np.ndarray] = {}
     for name, encode in tokenizers_of(job.bundle, job.encoders).items():
@@ -162,46 +168,62 @@ def feeds(job: Job, texts: list[str]) -> dict[str, np.ndarray]:
         made[ids] = encode(texts)
         if job.negative:
             made[f"negative_{ids}"] = encode([""] * len(texts))
-    return made | {"seed": np.arange(SEED, SEED + len(texts), dtype=np.int32)}
+    return made | _numbers(job, len(texts), size)
 
 
-def _expected(job: Job) -> np.ndarray:
-    """The pipeline's images of the same seeds, float32 [N, H, W, 3] in [0, 1].
+def _numbers(job: Job, images: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    sides = {spec.name: np.array([side], np.int32) for spec, side in zip(job.sizes.inputs, size, strict=False)}
+    return {"seed": np.arange(SEED, SEED + images, dtype=np.int32)} | sides
+
+
+def _expected(job: Job) -> list[np.ndarray]:
+    """The pipeline's images of the same seeds and sizes, float32 [N, H, W, 3] in [0, 1].
 
     Int8 gets the noise of the graph's own nodes: an input that differs by 1e-7 can round to the other side, and then
     the images of one graph differ by as much as those of two.
     """
-    shape = (job.bundle.manifest.pipeline["latent_channels"], *job.size)
-    texts = prompts(job)
-    seeds = np.arange(SEED, SEED + len(texts), dtype=np.int32)
-    noise: Callable[[int], np.ndarray] = lambda draw: counter_noise.normal(seeds.tolist(), draw, shape)  # noqa: E731
-    if any(part.int8 for part in job.bundle.manifest.components.values()):
-        made = noise_model(job.draws, int(np.prod(shape))).SerializeToString()
-        (drawn,) = onnxruntime_session(made).run(["noise"], {"seed": seeds})
-        noise = lambda draw: drawn.reshape(len(texts), -1, *shape)[:, job.draws.index(draw)]  # noqa: E731
+    texts, made = prompts(job), []
     with load(job.bundle, engine="onnxruntime", device="cpu", threads=_threads()) as pipe:
-        return pipe(texts, latents=noise(0), renoise=lambda i: noise(i + 1), output_type="np", progress=False).images
+        for size in job.sizes.drawn:
+            noise = _noise(job, len(texts), job.latents(size))
+            call = {"latents": noise(0), "renoise": lambda i, noise=noise: noise(i + 1)}
+            made.append(pipe(texts, **call, output_type="np", progress=False).images)
+    return made
 
 
-def _compared(drawn: np.ndarray, expected: np.ndarray, *, int8: bool) -> dict[str, float | None]:
-    """How far the images are from the pipeline's.
+def _noise(job: Job, images: int, shape: tuple[int, int, int]) -> Callable[[int], np.ndarray]:
+    """draw -> noise float32 [images, *shape]."""
+    seeds = np.arange(SEED, SEED + images, dtype=np.int32)
+    if not job.quantized:
+        return lambda draw: counter_noise.normal(seeds.tolist(), draw, shape)
+    made = noise_model(job.draws, int(np.prod(shape))).SerializeToString()
+    (drawn,) = onnxruntime_session(made).run(["noise"], {"seed": seeds})
+    return lambda draw: drawn.reshape(images, -1, *shape)[:, job.draws.index(draw)]
+
+
+def _compared(job: Job, drawn: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, Any]:
+    """How far the images are from the pipeline's, where they are farthest.
 
     Raises:
         UserError: above the limit.
     """
-    own, rounded = drawn.astype(np.float32), (expected * 255).round()
-    largest, decibels = float(np.abs(own - rounded).max()), psnr(own, rounded, 255.0)
-    if decibels < INT8_DB if int8 else largest > 255 * LIMIT:
-        raise UserError(
-            f"the graph's images differ from the pipeline's by {largest:.0f} of 255 ({decibels:.1f} dB)",
-            "report the model; accel run draws with the bundle itself",
-        )
-    return {"largest_of_255": largest, "psnr": round(decibels, 1) if math.isfinite(decibels) else None}
+    worst: dict[str, Any] = {"largest_of_255": 0.0, "psnr": math.inf}
+    for size, own, image in zip(job.sizes.drawn, drawn, expected, strict=True):
+        own, rounded = own.astype(np.float32), (image * 255).round()
+        largest, decibels = float(np.abs(own - rounded).max()), psnr(own, rounded, 255.0)
+        if decibels < INT8_DB if job.quantized else largest > 255 * LIMIT:
+            raise UserError(
+                f"the graph's images of {size[0]} x {size[1]} differ from the pipeline's by {largest:.0f} of 255 "
+                f"({decibels:.1f} dB)",
+                "report the model; accel run draws with the bundle itself",
+            )
+        worst = {"largest_of_255": max(worst["largest_of_255"], largest), "psnr": min(worst["psnr"], decibels)}
+    return worst | {"psnr": round(worst["psnr"], 1) if math.isfinite(worst["psnr"]) else None}
 
 
 def _of_text(job: Job) -> list[TensorSpec]:
     names = ["prompt"] + ["negative_prompt"] * job.negative
-    return [*(TensorSpec(name, "string", (job.rows,)) for name in names), job.inputs[-1]]
+    return [*(TensorSpec(name, "string", (job.rows,)) for name in names), *job.numbers]
 
 
 def _take_text(folder: Path, models: Mapping[str, onnx.ModelProto], job: Job, drawn: np.ndarray) -> None:
@@ -218,7 +240,7 @@ def _take_text(folder: Path, models: Mapping[str, onnx.ModelProto], job: Job, dr
     texts = prompts(job)
     given = {"prompt": texts} | ({"negative_prompt": [""] * len(texts)} if job.negative else {})
     inputs = {name: np.array(values, object) for name, values in given.items()}
-    (images,) = session.run(None, inputs | {"seed": feeds(job, texts)["seed"]})
+    (images,) = session.run(None, inputs | _numbers(job, len(texts), job.sizes.usual))
     if not np.array_equal(images, drawn):
         raise UserError("the tokenizer in the graph gives other ids than the model's own", "leave --text-input out")
 
@@ -235,12 +257,13 @@ def _record(job: Job, folder: Path, models: Iterable[str], parity: Mapping[str, 
         "graphs": list(models),
         "inputs": [asdict(spec) for spec in (_of_text(job) if text else job.inputs)],
         "outputs": [asdict(job.output)],
+        "profile": {name: asdict(limits) for name, limits in job.profile.items()},
         "sampler": dict(manifest.sampler),
         "timesteps": list(job.plan.timesteps),
         "guidance": job.plan.guidance,
         "noise": {"generator": "philox4x32-10, box-muller", "draws": job.draws},
         "text": text,
-        "parity": {"engine": "onnxruntime", "images": len(prompts(job)), **parity},
+        "parity": {"engine": "onnxruntime", "images": len(prompts(job)), "sizes": job.sizes.drawn, **parity},
         "files": {
             path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
             for path in written

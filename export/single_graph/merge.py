@@ -67,11 +67,21 @@ class Merged:
             self.nodes.nodes.append(copy)
         return {value.name: names[value.name] for value in model.graph.output}
 
-    def adopt(self, body: Merged) -> None:
+    def adopt(self, body: Merged, *, widened: bool = False) -> None:
         """Take over what a loop's body may read from outside, its weights, and its opsets.
 
         ONNX Runtime Web finds the file of weights of the outer graph alone.
+
+        Args:
+            widened: quantized weights become float outside, once for all rows. For products with quantized weights ONNX
+                Runtime lays these out anew, and in a body it does not find them.
         """
+        if widened:
+            stored = {*body.initializers, *(tensor.name for tensor in body.nodes.constants.values()), ""}
+            wide = [n.op_type == "DequantizeLinear" and stored.issuperset(n.input) for n in body.nodes.nodes]
+            pairs = list(zip(body.nodes.nodes, wide, strict=True))
+            self.nodes.nodes += [node for node, moves in pairs if moves]
+            body.nodes.nodes = [node for node, moves in pairs if not moves]
         self.initializers |= body.initializers
         body.initializers = {}
         self.opsets |= body.opsets

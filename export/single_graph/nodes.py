@@ -38,6 +38,17 @@ class Nodes:
     def name_of(self, value: Value) -> str:
         return value if isinstance(value, str) else self.constant(value)
 
+    def vector(self, *parts: Value) -> Value:
+        """Numbers one after another: a constant where all of them are."""
+        known = [part for part in parts if isinstance(part, np.ndarray)]
+        return np.concatenate(known) if len(known) == len(parts) else self.op("Concat", *parts, axis=0)
+
+    def product(self, numbers: Value) -> Value:
+        """The product of int64 [n] as int32 []."""
+        if isinstance(numbers, np.ndarray):
+            return int32(numbers.prod())
+        return self.op("Cast", self.op("ReduceProd", numbers, keepdims=0), to=onnx.TensorProto.INT32)
+
     def constant(self, value: np.ndarray) -> str:
         """An initializer; equal ones are one."""
         key = value.dtype.str, value.shape, value.tobytes()

@@ -14,19 +14,19 @@ from onnx import TensorProto
 
 from accel.sampling.counter_noise import BUMPS, MULTIPLIERS, ROUNDS
 
-from .nodes import Nodes, float32, int32, int64
+from .nodes import Nodes, Value, float32, int32, int64
 
 # Above it a position is no longer exact in float32.
 MOST_POSITIONS = 1 << 24
 _HALF = 1 << 16
 
 
-def normal(nodes: Nodes, seed: str, draws: list[int], count: int) -> str:
+def normal(nodes: Nodes, seed: str, draws: list[int], count: Value) -> str:
     """Standard normal float32 [images, len(draws) * count] of seeds int32 [images].
 
     Args:
         draws: as `accel.sampling.counter_noise.normal` counts them.
-        count: numbers in one image's latents.
+        count: numbers in one image's latents, int32 [].
     """
     return box_muller(nodes, *words(nodes, seed, draws, count))
 
@@ -47,7 +47,7 @@ def model(draws: list[int], count: int, opset: int = 20) -> onnx.ModelProto:
     `second` int32 [images, 2, len(draws) * count], low halves before high ones.
     """
     nodes, positions = Nodes("noise"), len(draws) * count
-    pair = words(nodes, "seed", draws, count)
+    pair = words(nodes, "seed", draws, int32(count))
     for name, value in zip(("first", "second", "noise"), (*pair, box_muller(nodes, *pair)), strict=True):
         nodes.op("Identity", value, name=name)
     value = onnx.helper.make_tensor_value_info
@@ -58,14 +58,13 @@ def model(draws: list[int], count: int, opset: int = 20) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
 
 
-def words(nodes: Nodes, seed: str, draws: list[int], count: int) -> tuple[str, str]:
+def words(nodes: Nodes, seed: str, draws: list[int], count: Value) -> tuple[str, str]:
     """The first two words of Philox4x32-10 for every position, int32 [images, 2, positions]: low half, high half."""
     keys = _keys(nodes, seed)
-    position = nodes.op("Range", int32(0), int32(len(draws) * count), int32(1))
-    draw = nodes.op("Div", position, int32(count))
-    element = nodes.op("Sub", position, nodes.op("Mul", draw, int32(count)))
+    element = nodes.op("Mul", nodes.op("Range", int32(0), count, int32(1)), int32(np.ones((len(draws), 1))))
+    draw = nodes.op("Add", nodes.op("Mul", element, int32(0)), _column(draws))
     # The counter is (draw, 0, element, 0). Words are in pairs: even ones (0, 2) and odd ones (1, 3).
-    start = [nodes.op("Gather", int32(draws), draw, axis=0), element]
+    start = [draw, element]
     pair = nodes.op("Concat", *(nodes.op("Reshape", part, int64([1, 1, 1, -1])) for part in start), axis=0)
     # Positions are the last axis, so that kernels run along them.
     nibbles = nodes.op("Div", pair, _column([16**i for i in range(6)] + [_NEVER, _NEVER]))
@@ -81,12 +80,12 @@ def words(nodes: Nodes, seed: str, draws: list[int], count: int) -> tuple[str, s
         key = nodes.op("Gather", keys, int64(i), axis=0)
         even = _xor(nodes, _xor(nodes, upper, odd), key)
         odd = lower
-        grouped = nodes.op("Reshape", even, int64([2, -1, 8, 4, len(draws) * count]))
+        grouped = nodes.op("Reshape", even, int64([0, 0, 8, 4, -1]))
         nibbles = nodes.op("ReduceSum", nodes.op("Mul", grouped, _column([1, 2, 4, 8])), int64([3]), keepdims=0)
     made = []
     for state in (even, odd):
         first = nodes.op("Gather", state, int64(0), axis=0)
-        halves = nodes.op("Reshape", first, int64([-1, 2, 16, len(draws) * count]))
+        halves = nodes.op("Reshape", first, int64([0, 2, 16, -1]))
         weighted = nodes.op("Mul", halves, _column([1 << j for j in range(16)]))
         made.append(nodes.op("ReduceSum", weighted, int64([2]), keepdims=0))
     return made[0], made[1]

@@ -22,6 +22,10 @@ def check(bundle: Bundle) -> None:
             raise UserError(
                 f"{name} has a {part}, which is shown an image", "export it without --adapter, --controlnet"
             )
+    if rounded := next((part for part in parts.values() if part.format == "fp8"), None):
+        fix = "export it in another precision: --precision int8, or int8-weight-only"
+        why = "ONNX Runtime moves what is fp8 through operators that do not take it"
+        raise UserError(f"{rounded.name} of {name} is fp8, and no engine draws with such a graph as it is: {why}", fix)
     inputs = {spec.name: spec for spec in parts["unet"].inputs}
     if "image_embeds" in inputs:
         raise UserError(f"{name} has an IP-Adapter, which is shown an image", "export it without --ip-adapter")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from accel.cli import VERBS
+from accel.cli import VERBS, _messages
+from accel.errors import Notice
 
 
 @pytest.mark.parametrize(
@@ -208,3 +210,11 @@ def test_a_reader_that_goes_away_is_no_error_message(smallest_bundle):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_note_that_several_networks_have_is_said_once(capsys):
+    with warnings.catch_warnings():
+        _messages(verbose=False, quiet=False)
+        for text in ("the same", "another", "the same"):
+            warnings.warn(text, Notice, stacklevel=1)
+    assert capsys.readouterr().err == "note: the same\nnote: another\n"

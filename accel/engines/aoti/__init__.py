@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .engine import AOTInductor
 
 FACTS = Facts(
+    dtypes=("bf16",),  # of files that were built for it; without it the bundle's own
     devices={"cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}},
     libraries=("torch", "torch._inductor"),
-    options=("device", "engine_file"),
+    options=("device", "dtype", "engine_file"),
     engine_files=True,
     auto=(),  # `accel tune` compares its speed with that of the others
     variants=(),

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...bundle import Bundle, Component
-from ...dtypes import torch_dtype
+from ...dtypes import SHORT, check_dtype, torch_dtype
 from ...errors import UserError
 from ...trt import preflight
 from ...trt.engine_files import EngineFile, rebuild
 from ..base import Engine, to_torch
+from ..select import computing_in
 from .place import Here, here
 
 _WEIGHTS = "model."  # what the names of weights begin with in the package; without it they are the safetensors file's
@@ -26,6 +27,8 @@ class AOTInductor(Engine):
     Args:
         device: "auto" (a GPU where an engine file for it fits, else the CPU), "cpu", "cuda", "cuda:1", ...
         engine_file: key of the engine file to use; by default the newest that fits.
+        dtype: dtype to compute in: "auto" (the bundle's own), or "bf16" where a file was built for it. Inputs and
+            outputs keep the dtypes of the manifest.
         weights: as `set_weights` takes them.
     """
 
@@ -39,12 +42,13 @@ class AOTInductor(Engine):
         *,
         device: str = "auto",
         engine_file: str | None = None,
+        dtype: str = "auto",
         weights: Mapping[str, Any] | None = None,
     ):
         super().__init__(bundle, component)
-        refuse_int8(component)
-        self.bundle = bundle
-        self.engine_file, data, place = _choose(bundle, component.name, device, engine_file)
+        refuse_quantized(component)
+        self.bundle, self.dtype = bundle, instead(component, dtype)
+        self.engine_file, data, place = _choose(bundle, component.name, device, engine_file, self.dtype)
         self.device = place.place
         self.component = replace(component, dims=self.engine_file.ranges(component))
         self.profile = ", ".join(p["name"] for p in self.engine_file.identity["profiles"])
@@ -52,7 +56,8 @@ class AOTInductor(Engine):
         self._constants = set(self._package.get_constant_fqns())
         self._changed: set[str] = set()
         self.set_weights(weights or {})
-        self.description = f"AOTInductor of torch {place.torch}, {place.gpu or 'cpu'}, {component.dtype}"
+        computes = SHORT.get(self.dtype, component.dtype)
+        self.description = f"AOTInductor of torch {place.torch}, {place.gpu or 'cpu'}, {computes}"
 
     def _open(self, data: bytes, place: Here) -> Any:
         """The package of bytes that have passed the pre-flight: these, and not what its file may hold by now."""
@@ -83,6 +88,11 @@ class AOTInductor(Engine):
         }
 
     def set_weights(self, tensors: Mapping[str, Any]) -> None:
+        if tensors and self.dtype:
+            raise UserError(
+                f"the engine file of {self.component.name} in {self.dtype} takes no other weights",
+                "put it in at export: accel export MODEL BUNDLE --lora FILE; or run a file in the bundle's precision",
+            )
         unknown = [name for name in tensors if _WEIGHTS + name not in self._constants]
         if unknown:
             raise UserError(
@@ -108,16 +118,31 @@ class AOTInductor(Engine):
         del self._package
 
 
-def refuse_int8(component: Component) -> None:
-    """Refuse what torch would compute in float: int8 is stored packed, and AOTInductor has no kernels for that."""
+def refuse_quantized(component: Component) -> None:
+    """Refuse packed weights: AOTInductor has no kernels for them, and torch would compute in float."""
     if component.int8:
         raise UserError(
-            f"AOTInductor computes no int8, and {component.name} is int8",
-            "run it on openvino or onnxruntime, or export it in float: accel export MODEL BUNDLE --precision fp32",
+            f"AOTInductor runs float networks alone, and {component.name} is {component.format}",
+            f"what runs it: {', '.join(computing_in(component.format))}; or accel export MODEL BUNDLE --precision fp32",
         )
 
 
-def _choose(bundle: Bundle, component: str, device: str, key: str | None) -> tuple[EngineFile, bytes, Here]:
+def instead(component: Component, dtype: str) -> str:
+    """The dtype that a file computes in instead of the component's own; "" for its own.
+
+    Raises:
+        UserError: for another one than bf16.
+    """
+    check_dtype(dtype, ("auto", *SHORT))
+    if dtype == "auto" or SHORT[dtype] == component.dtype:
+        return ""
+    if dtype != "bf16":
+        fix = f"leave it out, or bf16; or accel export MODEL BUNDLE --precision {dtype}"
+        raise UserError(f"AOTInductor's files of {component.name} compute in {component.dtype}, not in {dtype}", fix)
+    return dtype
+
+
+def _choose(bundle: Bundle, component: str, device: str, key: str | None, dtype: str) -> tuple[EngineFile, bytes, Here]:
     """The engine file to use, its bytes, and where it runs."""
     wanted = here(device)
     if wanted is None:
@@ -125,8 +150,15 @@ def _choose(bundle: Bundle, component: str, device: str, key: str | None) -> tup
     places = [wanted, *([here("cpu")] if device == "auto" and wanted.index is not None else [])]
     problems = []
     for place in filter(None, places):
+        fix = rebuild(bundle, component, gpu=place.index, engine="aoti") + f" --precision {dtype}" * bool(dtype)
+
+        def other(file: EngineFile, fix: str = fix) -> preflight.Fit | None:
+            own = "the bundle's precision"
+            reason = f"it computes in {file.dtype or own}, and {dtype or own} is asked for"
+            return None if file.dtype == dtype else preflight.Fit(False, reason, fix)
+
         try:
-            return *preflight.choose(bundle, component, place, key, "aoti"), place
+            return *preflight.choose(bundle, component, place, key, "aoti", other), place
         except preflight.NoEngineFile as error:
             problems.append(error)
     raise problems[0]

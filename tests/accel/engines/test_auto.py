@@ -96,6 +96,12 @@ def test_what_was_not_measured_is_said(able):
     assert name in ("openvino", "onnxruntime") and "was not measured on this machine: `accel bench` does" in note
 
 
+def test_networks_of_one_bundle_say_it_in_the_same_words(able):
+    able("onnxruntime", "openvino")
+    unet, decoder = accepted(machine="elsewhere"), replace(accepted(machine="elsewhere"), name="vae_decoder")
+    assert choice(unet) == choice(decoder)
+
+
 def test_the_gpu_of_the_engine_file_counts(able, monkeypatch):
     able("onnxruntime", "openvino", "tensorrt", "eager")
     found = engine_files.EngineFile(Path("p"), {"identity": {"gpu": "one GPU"}}, b"")

@@ -23,6 +23,8 @@ from accel.export.graph.trace import example
 from accel.parity import relative_l2
 from accel.trt import engine_files
 
+ENGINES = ("aoti", "eager")
+
 
 def test_what_is_built_already_is_not_built_again(aoti_bundle, monkeypatch):
     monkeypatch.setattr(module, "run_apart", lambda *_: pytest.fail("it was built again"))
@@ -55,7 +57,7 @@ def test_what_it_cannot_do_is_refused_before_it_compiles(smallest_bundle, bundle
         build(bundle, profiles=("batch=1,size=32", "batch=2,size=32"), device="cpu")
     with pytest.raises(UserError, match="does not build for 'npu'"):
         build(bundle, device="npu")
-    with pytest.raises(UserError, match="AOTInductor computes no int8"):
+    with pytest.raises(UserError, match="AOTInductor runs float networks alone, and text_encoder is int8"):
         build(Bundle.open(str(accel.assets.DIGITS / "tiny-1step-int8")), device="cpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="'cuda' is not usable: torch sees no CUDA device"):
@@ -132,3 +134,34 @@ def test_half_precision_is_no_further_from_float32_than_torch_itself(smallest, t
     ours = accel.load_engine(bundle, "vae_decoder", "aoti", device="cpu")
     sizes = {name: limits.min for name, limits in ours.component.dims.items()}
     assert ours(**example(ours.component.inputs, sizes))["sample"].dtype == torch.float16
+
+
+def test_bfloat16_is_a_file_beside_the_bundles_own(smallest_bundle, bundle_of, capsys):
+    bundle = bundle_of(smallest_bundle)
+    words = ["build", str(bundle.path), "--engine", "aoti", "--device", "cpu", "--components", "vae_decoder"]
+    assert main([*words, "--profile", "batch=1,size=32", "--precision", "bf16"]) == 0
+    (file,) = engine_files.find(bundle)
+    parity = file.record["audit"]["parity"]
+    assert 1e-4 < parity["relative_l2"] <= parity["limit"] == 2 * parity["torch_relative_l2"]
+    assert file.built_for.endswith("CPU, bf16") and main(["inspect", str(bundle.path), "--no-verify"]) == 0
+    assert "CPU, bf16" in capsys.readouterr().out
+    ours, eager = (accel.load_engine(bundle, "vae_decoder", name, device="cpu", dtype="bf16") for name in ENGINES)
+    feeds = example(ours.component.inputs, {name: limits.min for name, limits in ours.component.dims.items()})
+    own, theirs = ours(**feeds)["sample"], eager(**feeds)["sample"]
+    assert own.dtype == torch.float32 and "bfloat16" in ours.description
+    assert relative_l2(own.numpy(), theirs.numpy()) < 2 * parity["limit"]
+    with pytest.raises(UserError, match="in bf16 takes no other weights"):
+        ours.set_weights({"decoder.conv_out.bias": torch.ones(3)})
+    with pytest.raises(UserError, match="it computes in bf16, and the bundle's precision is asked for") as caught:
+        accel.load_engine(bundle, "vae_decoder", "aoti", device="cpu")
+    assert "--precision" not in caught.value.fix
+
+
+def test_precisions_that_no_file_has_are_refused_before_it_compiles(smallest_bundle, bundle_of, monkeypatch, capsys):
+    monkeypatch.setattr(module, "run_apart", lambda *_: pytest.fail("it compiles"))
+    bundle = bundle_of(smallest_bundle)
+    with pytest.raises(UserError, match="compute in float32, not in fp16") as caught:
+        build(bundle, device="cpu", dtype="fp16")
+    assert "accel export MODEL BUNDLE --precision fp16" in caught.value.fix
+    assert main(["build", str(bundle.path), "--precision", "bf16"]) == 1
+    assert "--precision bf16 is for aoti" in capsys.readouterr().err

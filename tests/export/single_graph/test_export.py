@@ -19,8 +19,10 @@ from accel.export.pipeline import export_pipeline
 from accel.export.single_graph import export, refusals, tokenizer
 from accel.export.single_graph.compose import Job, compose
 from accel.export.single_graph.merge import gather_weights
+from accel.export.single_graph.sizes import of_bundle
 from accel.export.single_graph.steps import check
 from accel.models.weight_files import read_header
+from accel.pipeline.request import latent_size
 from accel.pipeline.sampling_plan import plan
 from accel.sampling import counter_noise
 from accel.text.tokenizer import ClipTokenizer
@@ -43,7 +45,7 @@ def feeds(bundle: Bundle, texts: list[str], seeds: list[int]) -> dict[str, np.nd
 def expected(bundle: Bundle, texts: list[str], seeds: list[int], **call) -> np.ndarray:
     """The pipeline's images with the graph's noise, uint8 values [N, H, W, 3]."""
     with accel.load(bundle, "onnxruntime", threads=1) as pipe:
-        shape = (4, *export.latent_size(bundle.manifest, None, None, None))
+        shape = (4, *latent_size(bundle.manifest, None, None, None))
         images = pipe(
             texts,
             negative_prompt=["blurry"] * len(texts),
@@ -137,7 +139,7 @@ def test_every_sampler_is_the_pipelines(name, smallest_bundle, tmp_path):
     guidance = 0.0 if name in ("dmd2", "lcm", "tcd") else 4.0
     call = dict(sampler=name, steps=4, guidance_scale=guidance, **options)
     chosen = plan(bundle.manifest, bundle.noise_schedule(), name, 4, None, guidance, None, options)
-    job = Job(bundle, chosen, export.latent_size(bundle.manifest, None, None, None), 1)
+    job = Job(bundle, chosen, of_bundle(bundle.manifest), 1)
     model = compose(job)
     sources = {part: bundle.file(bundle.component(part).weights) for part in ("text_encoder", "unet", "vae_decoder")}
     gather_weights([model], sources, tmp_path / "weights.safetensors")
@@ -168,7 +170,7 @@ def test_the_command_writes_int8_for_every_engine(tmp_path, capsys):
 
 def test_an_image_that_differs_is_refused_and_nothing_is_left(smallest_bundle, tmp_path, monkeypatch):
     real = export._drawn
-    monkeypatch.setattr(export, "_drawn", lambda graph, job: (real(graph, job)[0] // 2, {}))
+    monkeypatch.setattr(export, "_drawn", lambda graph, job: ([image // 2 for image in real(graph, job)[0]], {}))
     with pytest.raises(UserError, match="differ from the pipeline's"):
         export.write(Bundle.open(smallest_bundle), tmp_path / "graph")
     assert list(tmp_path.iterdir()) == []

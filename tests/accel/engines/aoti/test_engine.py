@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,10 +145,18 @@ def test_a_package_that_nobody_signed_or_that_was_changed_is_never_loaded(copy, 
         accel.load_engine(copy, "text_encoder", "aoti", device="cpu")
 
 
-def test_int8_is_refused_with_what_computes_it():
-    with pytest.raises(UserError, match="AOTInductor computes no int8, and unet is int8") as caught:
+def test_quantized_networks_are_refused_with_what_computes_them():
+    with pytest.raises(UserError, match="AOTInductor runs float networks alone, and unet is int8\n") as caught:
         accel.load_engine("digits/tiny-1step-int8", "unet", "aoti", device="cpu")
-    assert "openvino or onnxruntime" in caught.value.fix
+    assert "onnxruntime, openvino" in caught.value.fix
+    unet = Bundle.open("digits/tiny-1step-int8").component("unet")
+    for form, able in (
+        ("int4-weight-only", "onnxruntime, openvino, tensorrt-rtx, tensorrt"),
+        ("fp8", "tensorrt-rtx, tensorrt"),
+    ):
+        with pytest.raises(UserError, match=f"and unet is {form}\n") as caught:
+            aoti.refuse_quantized(replace(unet, int8={**unet.int8, "config": {"format": form}}))
+        assert f"what runs it: {able}; or accel export" in caught.value.fix
 
 
 def test_auto_leaves_it_to_tune_and_devices_that_are_none_are_refused(aoti_bundle, tmp_path):
