@@ -139,7 +139,7 @@ def predict(
 
     if shards > 1 and (recipe.rank or recipe.critic_rank):
         raise sharding.refused()
-    foreach &= recipe.fused == "off" or recipe.optimizer != "adamw"
+    foreach &= shards > 1 or recipe.fused == "off" or recipe.optimizer != "adamw"  # nothing is fused under FSDP2
     recipe = speed.settled(recipe, speed.device_of_process(), sharded=shards > 1)
     dtype = compute_dtype(recipe)
     with torch.device("meta"):
