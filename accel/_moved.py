@@ -39,8 +39,9 @@ accel.distill > accel.distill.few_step: pairs=ode_pairs plan=memory
 accel.distill > accel.distill.methods: kd students features lora dreambooth tiny_vae qat
 accel.distill > accel.distill.sources: items=item folder_source=folder tar_source=webdataset
 accel.distill > accel.distill.sources: dataset_source=hf_datasets
-accel.distill > accel.distill.training: train=loop checkpoints log stop symptoms=monitors attention samples pipelines
-accel.distill > accel.distill.training: fit
+accel.distill > accel.distill.training: train=loop checkpoints stop attention samples pipelines
+accel.distill > accel.distill.watching: log symptoms=monitors
+accel.distill > accel.distill.from_nothing: fit
 accel.export > accel.models: constants
 accel.export > accel.export: companions=pipeline_files share=hard_links
 accel.export > accel.export.graph: component onnx=trace check precision islands=fp32_fallback float16=fp16_reference

@@ -63,6 +63,7 @@ OF_THE_FIRST = {
 OF_THE_OPTION = {"--min-size": "--min-size 1", "--data-images": "--data-images 2 --data-steps 1"}
 NEEDS = {
     "dmd2_sdxl_": "DMD2's published weights; tests/accel/models/test_few_step.py reads files of their layout",
+    "distill ssd-1b": "SDXL at its full depth; tests/distill/training/test_buckets.py trains one in miniature",
     "out/emoji": "the emoji model, hours of training; tests/distill/emoji trains one for two steps and evaluates it",
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
     "run user/name": "a hub; tests/accel/commands/share/test_push.py has one",

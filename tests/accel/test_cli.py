@@ -85,7 +85,7 @@ ONE_NAME = {
 HAVE = {
     "demo": "output replace json",
     "export": "engine precision device steps sampler guidance output replace json threads",
-    "build": "engine device replace json",
+    "build": "engine precision device replace json",
     "run": "engine precision device seed steps sampler guidance output replace json threads prompt|prompt file",
     "bench": "engine seed steps sampler guidance output replace json threads prompt|prompt file",
     "evaluate": "engine precision device steps sampler guidance output replace json threads",

@@ -320,7 +320,7 @@ def test_real_guidance_is_classifier_free_guidance(sd15):
 def at_levels(made: DMD2, monkeypatch, **levels: int) -> None:
     """Timesteps of the streams instead of random ones, and one noise for all."""
     eps = torch.randn(2, 4, 16, 16)
-    monkeypatch.setattr(made, "matching_level", lambda batch, stream, *_: (torch.tensor([levels[stream]] * 2), eps))
+    monkeypatch.setattr(made, "matching_noise", lambda batch, stream, *_: (torch.tensor([levels[stream]] * 2), eps))
 
 
 def test_decoupled_at_one_timestep_is_plain_dmd2(sd15, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_constrained_timestep_lies_below_the_step_that_made_the_image(sd15, na
     batch = {"index": range(count), "latent_mean": torch.zeros(count, 4, 1, 1)}
     last = [number % 4 for number in range(count)]
     for stream, constrained in (("matching", name == "constrained"), ("guidance", name != "full")):
-        t, eps = made.matching_level(batch, stream, last, constrained)
+        t, eps = made.matching_noise(batch, stream, last)
         assert t.min() >= 20 and t.max() <= 980 and eps.shape == (count, 4, 1, 1)
         for step, bound in enumerate(made.timesteps):
             highest = max(level for level, of in zip(t.tolist(), last, strict=True) if of == step)
