@@ -19,11 +19,12 @@ from accel.export.graph.trace import example
 from accel.export.int8 import audit, speed
 from accel.export.int8.settings import Int8Settings
 from accel.export.pipeline import export_pipeline
+from accel.export.single_graph import export as single_graph
 from accel.int8 import summary
 from accel.int8.config import Int8Config
 from accel.int8.formats import FORMATS, of_layer
 from accel.models import networks
-from accel.parity import relative_l2
+from accel.parity import psnr, relative_l2
 
 PRECISIONS = ("fp8", "int8-weight-only", "int4-weight-only")
 
@@ -185,3 +186,26 @@ def test_what_cannot_be_is_refused_before_anything_is_read(precision, option, sa
         pytest.skip("TensorRT-RTX is not installed")
     assert main(["export", "digits/4step", str(tmp_path / "out"), "--precision", precision, *option]) == 1
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["int8-weight-only", "int4-weight-only"])
+def test_one_graph_draws_with_quantized_weights(bundles, tmp_path, name):
+    openvino = pytest.importorskip("openvino")
+    record = single_graph.write(bundles[name], tmp_path / "graph", size=True)
+    assert record["parity"]["psnr"] is None or record["parity"]["psnr"] > 40
+    model = onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False)
+    (loop,) = [node for node in model.graph.node if node.op_type == "Loop"]
+    outside, inside = ({node.op_type for node in nodes} for nodes in (model.graph.node, loop.attribute[0].g.node))
+    assert "DequantizeLinear" in outside - inside, "ONNX Runtime does not find weights of a body that it lays out anew"
+    ids = np.full((1, 77), 5, np.int64)
+    given = {"input_ids": ids, "negative_input_ids": ids, "seed": np.array([3], np.int32)}
+    given |= {name: np.array([side], np.int32) for name, side in (("height", 32), ("width", 64))}
+    ours = single_graph.onnxruntime_session(str(tmp_path / "graph" / "model.onnx")).run(None, given)[0]
+    compiled = openvino.Core().compile_model(tmp_path / "graph/model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert psnr(compiled(given)[0].astype(np.float32), ours.astype(np.float32), 255.0) > 40
+
+
+def test_one_graph_of_fp8_is_refused_before_anything_is_written(bundles, tmp_path):
+    with pytest.raises(UserError, match="unet of .+ is fp8, and no engine draws with such a graph") as caught:
+        single_graph.write(bundles["fp8"], tmp_path / "graph")
+    assert "int8-weight-only" in caught.value.fix and not (tmp_path / "graph").exists()
