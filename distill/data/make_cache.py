@@ -307,7 +307,12 @@ class _Maker:
             progress(len(listed))
         for frame, ready in waiting.items():
             encode(frame, ready)
-        put(self.folder, name, serialized({key: torch.cat(parts) for key, parts in made.items()}), rows=listed)
+        put(
+            self.folder,
+            name,
+            serialized({key: torch.cat(parts).contiguous() for key, parts in made.items()}),
+            rows=listed,
+        )
 
     def _ahead(self, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Rows read and placed, in order, by a few threads that stay two batches ahead of the encoder."""
