@@ -40,6 +40,7 @@ def common(source: Path, images: Path, **fields) -> dict:
             sample_prompts="the cat",
             sample_guidance=3.0,
             log="none",
+            mixed_precision="no",
             seed=7,
             qat="attention",
         )
