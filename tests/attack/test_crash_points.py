@@ -194,12 +194,12 @@ def test_a_checkpoint_is_whole_or_the_one_before_it_counts(every_point, tmp_path
 class _Encoders:
     """Stand-ins whose latents and embeddings are numbers, so that only files are at stake."""
 
-    factor, digest = 8, "0" * 64
+    factor, digest, latent_channels = 8, "0" * 64, 4
 
     def __init__(self):
         import torch
 
-        self.dtype = torch.float32
+        self.dtype = self.vae_dtype = torch.float32
 
     def images(self, pixels):
         latents = pixels[:, :1, ::8, ::8].repeat(1, 4, 1, 1)

@@ -27,6 +27,7 @@ def recipe(model, **fields):
         data="digits",
         resolution=64,
         random_flip=False,
+        mixed_precision="no",
         steps=3,
         batch=16,
         learning_rate=1e-3,
