@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -115,23 +116,35 @@ def test_without_targets_an_engine_file_is_for_ampere_and_newer(program, targets
     assert program.runs_on(targets, capability) == runs
 
 
+ASKED = """
+import sys, run_engine_file as program, test_run_engine_file as ours
+print(program.load_library("tensorrt-rtx").__version__, flush=True)
+program.EngineFile(sys.argv[1], "text_encoder", ours.Memory())
+"""
+
+
 @pytest.mark.skipif(library.installed("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed")
-def test_the_real_library_is_asked_and_says_what_is_missing(program, bundle_copy):
+def test_the_real_library_is_asked_and_says_what_is_missing(bundle_copy):
     """A real engine file, NVIDIA's real libraries: without a driver, that is where it ends, with a sentence."""
     bundle = Bundle.open(bundle_copy)
     build(bundle, ("text_encoder",), engine="tensorrt-rtx", targets=["sm89"])
-    assert program.load_library("tensorrt-rtx").__version__ == library.installed("tensorrt-rtx")
+    # In a process of its own: what NVIDIA's library does to one without a driver is not this one's affair.
+    places = os.pathsep.join(map(str, (PROGRAM.parent, Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED, bundle_copy],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": places},
+    )
+    assert done.stdout.strip() == library.installed("tensorrt-rtx"), done.stderr
     if library.has_driver():
         pytest.skip("there is a driver here")
-    with pytest.raises(SystemExit) as caught:
-        program.EngineFile(bundle_copy, "text_encoder", Memory())
-    assert re.search("TensorRT-RTX .*(CUDA|driver)", str(caught.value)), caught.value
+    assert done.returncode == 1 and re.search("TensorRT-RTX .*(CUDA|driver)", done.stderr), done.stderr
     done = subprocess.run(
         [sys.executable, PROGRAM, bundle_copy, "text_encoder", "in", "out"], capture_output=True, text=True
     )
-    assert (
-        done.returncode == 1 and "needs an NVIDIA GPU and its driver" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "needs an NVIDIA GPU and its driver" in done.stderr
 
 
 def test_it_needs_only_what_it_says():
