@@ -55,7 +55,7 @@ def unknown(what: str, value: object, known: Iterable[str], of: str = "") -> Use
         known: the names there are, in the order in which they are to be listed.
         of: whose names these are; "" says nothing.
     """
-    names = [str(name) for name in known]
+    names = [str(name) for name in known if name != ""]  # an option that is left out has no name
     near = difflib.get_close_matches(str(value), names, 1)
     suggestion = f"did you mean {near[0]}? " if near else ""
     return UserError(f"unknown {what} {value!r}" + f" of {of}" * bool(of), f"{suggestion}one of: {', '.join(names)}")
