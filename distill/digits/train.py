@@ -9,19 +9,16 @@ Killed and started again it goes on from its last checkpoint, and ends with the 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from accel.errors import UserError
 
 from ..evaluation.digits import (
     Classifier,
@@ -33,6 +30,7 @@ from ..evaluation.digits import (
     prompt_accuracy,
     save_classifier,
 )
+from ..from_nothing import command
 from ..from_nothing.fit import CONSOLE, Stage, fit
 from ..from_nothing.parts import (
     SCHEDULER,
@@ -83,10 +81,10 @@ class DigitsSettings:
 class Measure:
     """How the result is measured."""
 
-    guidance: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
-    choose_per_digit: int = 10
-    per_digit: int = digits.HELD_OUT_PER_DIGIT
-    sample_steps: int = 25
+    guidance: tuple[float, ...] = field(default=(2.0, 3.0, 4.0, 5.0), metadata={"help": "scales to choose from"})
+    choose_per_digit: int = field(default=10, metadata={"help": "images to choose by"})
+    per_digit: int = field(default=digits.HELD_OUT_PER_DIGIT, metadata={"help": "images of each digit to measure with"})
+    sample_steps: int = field(default=25, metadata={"help": "sampler steps to measure with"})
 
 
 def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -242,45 +240,14 @@ def run_all(settings: DigitsSettings, how: Measure, out: Path, run: Path, every:
     return quality
 
 
-def parser() -> argparse.ArgumentParser:
-    """One option per setting, with its default."""
-    made = argparse.ArgumentParser(
-        prog="python -m accel.distill.digits.train",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    made.add_argument("--out", type=Path, default=Path("out/digits"), help="where teacher/ and the classifier go")
-    made.add_argument("--run", type=Path, default=Path("runs/digits"), help="checkpoints; kept to resume")
-    made.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints")
-    made.add_argument("--threads", type=int, default=2, help="CPU threads")
-    for field in dataclasses.fields(DigitsSettings):
-        kind = type(field.default)
-        made.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=" ")
-    made.add_argument("--guidance", type=float, nargs="+", default=list(Measure.guidance), help="scales to choose from")
-    made.add_argument("--choose-per-digit", type=int, default=Measure.choose_per_digit, help="images to choose by")
-    made.add_argument("--per-digit", type=int, default=Measure.per_digit, help="images of each digit to measure with")
-    made.add_argument("--sample-steps", type=int, default=Measure.sample_steps, help="sampler steps to measure with")
-    return made
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    settings = DigitsSettings(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(DigitsSettings)}
+    title = __doc__.splitlines()[0]
+    parser = command.parser("accel.distill.digits.train", title, "digits", 100, DigitsSettings, Measure)
+    options = parser.parse_args(arguments)
+    settings, how = command.read(DigitsSettings, options), command.read(Measure, options)
+    return command.carried_out(
+        options, lambda: run_all(settings, how, options.out, options.run, options.checkpoint_every)
     )
-    how = Measure(
-        guidance=tuple(options.guidance),
-        choose_per_digit=options.choose_per_digit,
-        per_digit=options.per_digit,
-        sample_steps=options.sample_steps,
-    )
-    try:
-        run_all(settings, how, options.out, options.run, options.checkpoint_every)
-    except UserError as error:
-        CONSOLE.print(f"[red]error:[/red] {error}")
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ checkpoint, and ends with the same weights as if it had not been. `<run>/sheet.p
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from accel.files import read_json, write_json
 
 from ..evaluation import emoji as quality
 from ..evaluation.digits import generate
+from ..from_nothing import command
 from ..from_nothing.fit import CONSOLE
 from ..from_nothing.parts import load, parameters, save_pipeline
 from ..from_nothing.tokenizer import write_tokenizer
@@ -37,10 +37,10 @@ from .stages import SHARES, EmojiSettings, Run, image_text_stage, peak_signal_to
 class Measure:
     """How the result is measured."""
 
-    guidance: tuple[float, ...] = (1.5, 2.5, 4.0)
-    choose: int = 100
-    images: int = emoji.PROMPTS
-    sample_steps: int = 25
+    guidance: tuple[float, ...] = field(default=(1.5, 2.5, 4.0), metadata={"help": "scales to choose from"})
+    choose: int = field(default=100, metadata={"help": "images to choose by"})
+    images: int = field(default=emoji.PROMPTS, metadata={"help": "images to measure with"})
+    sample_steps: int = field(default=25, metadata={"help": "sampler steps to measure with"})
 
 
 def train(
@@ -142,47 +142,17 @@ def run_all(
     return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """One option per setting, with its default."""
-    made = argparse.ArgumentParser(
-        prog="python -m accel.distill.emoji.train",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    made.add_argument("--out", type=Path, default=Path("out/emoji"), help="where teacher/ and judge/ go")
-    made.add_argument("--run", type=Path, default=Path("runs/emoji"), help="checkpoints; kept to resume")
-    made.add_argument("--hours", type=float, default=0.0, help="train so long, instead of the numbers of steps below")
-    made.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where the system's is not to be taken")
-    made.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints and sheets")
-    made.add_argument("--threads", type=int, default=2, help="CPU threads")
-    for field in dataclasses.fields(EmojiSettings):
-        kind = type(field.default)
-        made.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=" ")
-    made.add_argument("--guidance", type=float, nargs="+", default=list(Measure.guidance), help="scales to choose from")
-    made.add_argument("--choose", type=int, default=Measure.choose, help="images to choose by")
-    made.add_argument("--images", type=int, default=Measure.images, help="images to measure with")
-    made.add_argument("--sample-steps", type=int, default=Measure.sample_steps, help="sampler steps to measure with")
-    return made
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    settings = EmojiSettings(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(EmojiSettings)}
+    title = __doc__.splitlines()[0]
+    parser = command.parser("accel.distill.emoji.train", title, "emoji", 200, EmojiSettings, Measure)
+    parser.add_argument("--hours", type=float, default=0.0, help="train so long, instead of the numbers of steps")
+    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where the system's is not to be taken")
+    options = parser.parse_args(arguments)
+    settings, how = command.read(EmojiSettings, options), command.read(Measure, options)
+    places = options.out, options.run
+    return command.carried_out(
+        options, lambda: run_all(settings, how, *places, options.checkpoint_every, options.hours, options.font)
     )
-    how = Measure(
-        guidance=tuple(options.guidance),
-        choose=options.choose,
-        images=options.images,
-        sample_steps=options.sample_steps,
-    )
-    try:
-        run_all(settings, how, options.out, options.run, options.checkpoint_every, options.hours, options.font)
-    except UserError as error:
-        CONSOLE.print(f"[red]error:[/red] {error}")
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
