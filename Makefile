@@ -44,8 +44,9 @@ test-triton: $(VENV)/.installed $(TRITON)/.installed  ## a repository of ours on
 demo: $(VENV)/.installed  ## the whole story in about a minute: images and a table in out/demo
 	$(BIN)/accel demo --out out/demo --overwrite
 
+# A process that a library ends fails the run with the test's name: started again, pytest-xdist can wait for ever.
 test: lint $(VENV)/.node  ## lint and the CPU tests, about 20 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --max-worker-restart 0 --durations 20
 
 test-slow: $(VENV)/.installed  ## real-size networks: gigabytes of memory and tens of minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 3600

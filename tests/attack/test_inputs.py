@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -20,9 +21,10 @@ from accel.assets import DIGITS
 from accel.bench import check_schema
 from accel.cli import main
 from accel.distill.data.cache import open_cache
-from accel.distill.methods.lora import card
+from accel.distill.settings import LoraRecipe
 from accel.distill.sources.item import BrokenItem
 from accel.distill.sources.open_data import open_data
+from accel.distill.watching.card import card
 from accel.errors import UserError, markdown
 from accel.models.lora import LoraFile, read
 from accel.sampling import Sampling
@@ -237,10 +239,14 @@ def test_a_saved_benchmark_reaches_no_terminal_raw():
     assert shown["rows"][0]["variant"] == r"x\x1b[2J"
 
 
-def test_words_of_a_card_are_words():
+def test_words_of_a_card_are_words(tmp_path):
     assert markdown("<script>[a](b)\n# `x`\x1b|") == r"\<script\>\[a\]\(b\) \# \`x\`\\x1b\|"
-    from types import SimpleNamespace as Fake
-
-    recipe = Fake(sample_prompts="```\nrm", alpha=1, rank=1, steps=1, learning_rate=1.0)
-    text = card(recipe, Fake(sdxl=False, source=Fake(name="a`; <b>$(x)")), ("unet",))
-    assert "<b>" not in text.split("```")[0] and text.count("```") == 2 and "accel export MODEL" in text
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    recipe = LoraRecipe(model="a`; <b>$(x)", data="<i>`rm`", sample_prompts="```\nrm")
+    record = dict(steps=1, images=1, seconds_per_step=1.0, processes=1, device="<u>`")
+    text = card(tmp_path, record, recipe, ['{"loss": 1.0, "<s>`": 1.0}'], sdxl=False, samples=True)
+    before, code, after = text.split("```")
+    assert "pipe.load_lora_weights" in code and "accel export" in after
+    for part in (before, after):
+        outside = re.sub(r"(?<!\\)`[^`]*`", "", part)
+        assert "\\<" in outside and not re.search(r"(?<!\\)<", outside), part
