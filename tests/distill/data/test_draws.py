@@ -51,6 +51,7 @@ def test_a_loss_finds_all_of_its_numbers_in_the_batch(request, name, monkeypatch
                     assert torch.equal(method.loss(phase, full, step)[0].detach(), wanted), (phase.name, step)
 
 
+@pytest.mark.own_process
 def test_processes_draw_the_same_and_only_what_is_due(small):
     recipe = recipes.changed(METHODS["dmd2"], **COMMON, model=str(small))
     encoders = encoders_of(recipe)

@@ -153,6 +153,7 @@ def _claimed(out: Path, steps: int, results) -> None:
         results.put(-steps)
 
 
+@pytest.mark.own_process
 def test_processes_that_start_together_agree_on_the_first_ones_settings(tmp_path):
     context = multiprocessing.get_context("fork")
     for trial in range(3):
