@@ -1,4 +1,4 @@
-"""AOTInductor at real size on a CPU: SD-Tiny at 256 px, its build, its files, and an image beside eager and torch.compile.
+"""AOTInductor at real size on a CPU: SD-Tiny at 256 px, its build and files, an image beside eager and torch.compile.
 
     python benchmarks/aoti.py out/aoti --write      # benchmarks/aoti-sd-tiny.json, and a table of docs/aoti.md
 
@@ -41,7 +41,7 @@ def prepared(out: Path, topology: str) -> Path:
 
 
 def files(bundle: Path) -> list[dict[str, Any]]:
-    """What each build took: seconds, CPU seconds of it and of its compilers, its peak of memory and the file's bytes."""
+    """What each build took, its compilers included: seconds, CPU seconds, peak of memory; and the file's bytes."""
     from accel.bundle import Bundle
     from accel.trt import engine_files
 
@@ -96,11 +96,18 @@ def drawn(bundle: Path, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def table(document: dict[str, Any]) -> str:
-    lines = ["| network | build, CPU s | peak of the build, GB | file, MB | differs from torch |", "|---|---|---|---|---|"]
+    lines = [
+        "| network | build, CPU s | peak of the build, GB | file, MB | differs from torch |",
+        "|---|---|---|---|---|",
+    ]
     for row in document["files"]:
         cells = [f"{row['cpu_seconds']:.0f}", f"{row['peak_memory'] / 1e9:.1f}", f"{row['bytes'] / 1e6:,.0f}"]
         lines.append(f"| {row['network']} | {' | '.join(cells)} | {row['relative_l2']:.1e} |")
-    lines += ["", "| engine | image, CPU s | over eager | peak of memory, GB | image against eager |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| engine | image, CPU s | over eager | peak of memory, GB | image against eager |",
+        "|---|---|---|---|---|",
+    ]
     base = statistics.median(document["images"]["eager"]["cpu_s"])
     for engine, row in document["images"].items():
         took, peak = statistics.median(row["cpu_s"]), document["memory"][engine]["peak_bytes"] / 1e9
@@ -109,8 +116,8 @@ def table(document: dict[str, Any]) -> str:
     rounds = len(document["images"]["eager"]["cpu_s"])
     lines += [
         "",
-        f"SD-Tiny at its real size with random weights in float32, {CALL['steps']} steps at 256 px, one thread, medians of "
-        f"{rounds} rounds in turns; {document['machine']}, beside other work. `{document['command']}`",
+        f"SD-Tiny at its real size with random weights in float32, {CALL['steps']} steps at 256 px, one thread, "
+        f"medians of {rounds} rounds in turns; {document['machine']}, beside other work. `{document['command']}`",
     ]
     return "\n".join(lines)
 
