@@ -84,7 +84,8 @@ def run(
     if args.write:
         import pages
 
-        document = {"command": f"python benchmarks/{faults.script.name} out/before --write", "commit": faults.commit}
+        command = f"python benchmarks/{faults.script.name} out/{args.before.name} --write"
+        document = {"command": command, "commit": faults.commit}
         saved = faults.script.with_name(f"{faults.name}.json")
         saved.write_text(json.dumps(document | facts() | {"rows": rows}, indent=1) + "\n")
         pages.put(faults.page, faults.name, table(rows))
@@ -104,8 +105,15 @@ def told(script: Path, before: Path, *options: str) -> Any:
 
 
 def check_out(commit: str, folder: Path) -> None:
-    """A commit, importable as `accel` where its folder comes first."""
+    """A commit, importable as `accel` where its folder comes first.
+
+    Raises:
+        SystemExit: where the folder holds something else.
+    """
+    mark = folder / "commit.txt"
     if folder.exists():
+        if not mark.is_file() or mark.read_text().strip() != commit:
+            sys.exit(f"{folder} is no checkout of {commit}: name another folder, or delete it")
         return
     folder.mkdir(parents=True)
     packed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
@@ -113,6 +121,7 @@ def check_out(commit: str, folder: Path) -> None:
     for name, place in (("export", "export"), ("distill", "distill"), ("kernels", "kernels/ops")):
         if (folder / place).is_dir():
             (folder / "accel" / name).symlink_to(Path("..") / place)
+    mark.write_text(f"{commit}\n")
 
 
 def exported(work: Path, name: str, model: str, *options: str) -> Any:

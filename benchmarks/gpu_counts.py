@@ -1,6 +1,6 @@
 """What an image and a step of training ask of a GPU, counted on a CPU. No time is measured.
 
-    python benchmarks/gpu_counts.py --before out/before --write     # benchmarks/gpu-counts.json, tables of docs/gpu.md
+    python benchmarks/gpu_counts.py --before out/before-queue --write    # gpu-counts.json, tables of docs/gpu.md
 
 Launches are the operations of torch that compute or copy (views are none); a CUDA graph, and a run of ONNX Runtime or
 of a TensorRT engine, is one. Uploads are values of the host that become tensors, each of which waits for the device;
@@ -292,7 +292,7 @@ def table(document: dict[str, Any]) -> str:
         "",
         "Batch 4 of the digits from a cache, in float32 on a CPU, averages included, without the optimizer; dmd2 with "
         "one turn of the generator in two steps. Before: commit faa0bab.",
-        "`python benchmarks/gpu_counts.py --before out/before --write`",
+        "`python benchmarks/gpu_counts.py --before out/before-queue --write`",
     ]
     return "\n".join(lines)
 
@@ -313,6 +313,7 @@ def main() -> None:
         print(json.dumps(then(args.then)))
         return
     from accel.export import export_pipeline
+    from accel.machine import machine_name
     from accel.models.source import open_source
 
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a cached network has no code
@@ -328,8 +329,9 @@ def main() -> None:
         earlier_commit.check_out(BEFORE, args.before)
         earlier["onnxruntime_before"] = earlier_commit.told(Path(__file__), args.before, "--then")
     document = {
-        "command": "python benchmarks/gpu_counts.py --before out/before --write",
-        "torch": version("torch"),
+        "command": "python benchmarks/gpu_counts.py --before out/before-queue --write",
+        "machine": machine_name(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "onnxruntime")},
         "rows": rows,
         "compiled": code,
         "training": [training(method) for method in METHODS],

@@ -14,6 +14,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -288,5 +289,13 @@ def _engine(work: Path, **options: Any) -> Any:
 
 FAULTS = earlier_commit.Faults(Path(__file__), "e2828f2", KNOWN, PROBES, earlier_commit.ROOT / "docs" / "gpu.md")
 
+
+def facts() -> dict[str, Any]:
+    from accel.machine import machine_name
+
+    names = ("torch", "diffusers", "transformers", "onnxruntime")
+    return {"machine": machine_name(), "versions": {name: version(name) for name in names}}
+
+
 if __name__ == "__main__":
-    earlier_commit.run(FAULTS, earlier_commit.parser(__doc__).parse_args())
+    earlier_commit.run(FAULTS, earlier_commit.parser(__doc__).parse_args(), facts=facts)

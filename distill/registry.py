@@ -83,6 +83,7 @@ METHODS = {
         ".few_step.lcm:LCM",
         presets="lcm_sd15 lcm_lora_sd15 lcm_lora_sdxl digits_lcm digits_lcm_lora",
         complete=".few_step.lcm:completed",
+        memory_estimate=".few_step.memory:predict",
     ),
     "regress": MethodEntry(
         ".settings:RegressionRecipe",

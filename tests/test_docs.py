@@ -67,6 +67,12 @@ def benchmarks(monkeypatch):
         "pages",
         "readme_table",
         "whole_image",
+        "aoti",
+        "cold_start",
+        "dmd2_plans",
+        "earlier_commit",
+        "gpu_counts",
+        "gpu_traffic",
         "peers",
         "peers_worker",
         "peers_limits",
@@ -86,6 +92,8 @@ def benchmarks(monkeypatch):
 @pytest.mark.parametrize(
     ("page", "marker", "module", "kept"),
     [
+        ("docs/aoti.md", "aoti-sd-tiny", "aoti", "aoti-sd-tiny.json"),
+        ("docs/gpu.md", "gpu-counts", "gpu_counts", "gpu-counts.json"),
         ("docs/performance.md", "peers", "peers", "peers.json"),
         ("docs/performance.md", "export-time", "export_time", "export-time.json"),
         ("docs/performance.md", "folds", "folds", "folds.json"),
@@ -99,6 +107,20 @@ def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, m
     made = benchmarks(module)
     expected = made.table(json.loads((ROOT / "benchmarks" / kept).read_text())) if kept else made.tables()
     assert benchmarks("pages").between(ROOT / page, marker) == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "marker", "module", "kept"),
+    [
+        ("docs/aoti.md", "cold-start", "cold_start", "cold-start.json"),
+        ("docs/dmd2.md", "dmd2-plans", "dmd2_plans", "dmd2-plans.json"),
+        ("docs/gpu.md", "gpu-faults", "earlier_commit", "gpu-faults.json"),
+        ("docs/tensorrt-rtx.md", "tensorrt-rtx-faults", "earlier_commit", "tensorrt-rtx-faults.json"),
+    ],
+)
+def test_a_table_is_what_its_script_makes_of_the_kept_rows(benchmarks, page, marker, module, kept):
+    rows = json.loads((ROOT / "benchmarks" / kept).read_text())["rows"]
+    assert benchmarks("pages").between(ROOT / page, marker) == benchmarks(module).table(rows)
 
 
 def test_the_readme_has_the_table_of_libraries_without_some_rows(benchmarks):

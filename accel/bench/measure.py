@@ -227,12 +227,14 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
         state.reasons[name] = f"failed in round {state.rounds_done + 1}: {_why(error)}"
 
     progress("rounds", 0.65)
+    gpu = state.environment["device"] == "cuda"
     timing.interleave(
         calls,
         state.samples,
         rounds=rounds,
         seconds=state.settings.seconds,
-        lead_in={scope: min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in calls},
+        lead_in={scope: gpu or min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in calls},
+        lead_in_s=timing.GPU_LEAD_IN_S if gpu else 0.0,
         failed=failed,
         after=after,
     )

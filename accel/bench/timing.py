@@ -11,6 +11,7 @@ import numpy as np
 
 MINIMUM_ROUNDS = 5  # fewer samples have no spread worth printing; a time budget never stops before
 LEAD_IN_BELOW = 0.05  # seconds
+GPU_LEAD_IN_S = 0.5  # while engines of the CPU take their turns, a GPU falls to its idle clocks
 _RESAMPLES = 2000
 
 Call = Callable[[], object]
@@ -66,6 +67,7 @@ def interleave(
     rounds: int,
     seconds: float | None = None,
     lead_in: Mapping[str, bool],
+    lead_in_s: float = 0.0,
     failed: Callable[[str, Exception], None],
     after: Callable[[int], None] = lambda done: None,
     enough: Callable[[], bool] = lambda: False,
@@ -81,6 +83,7 @@ def interleave(
         seconds: stop after this long, but not before `MINIMUM_ROUNDS` rounds.
         lead_in: scopes in which each timed call follows an untimed one. A short call after another engine's would
             time how fast caches and sleeping threads come back, not the call.
+        lead_in_s: seconds for which that call is repeated, at least once.
         failed: told about a variant that raised; it is left out from then on.
         after: called with the number of rounds done.
         enough: asked after each round, from `MINIMUM_ROUNDS` on, whether to stop.
@@ -96,7 +99,7 @@ def interleave(
                     continue
                 try:
                     if lead_in[scope]:
-                        by_name[name]()
+                        _lead_in(by_name[name], lead_in_s)
                     samples[scope][name].append(timed(by_name[name]))
                 except Exception as error:
                     broken.add(name)
@@ -106,6 +109,13 @@ def interleave(
             continue
         if enough() or seconds is not None and time.perf_counter() - started >= seconds:
             return
+
+
+def _lead_in(call: Call, seconds: float) -> None:
+    began = time.perf_counter()
+    call()
+    while time.perf_counter() - began < seconds:
+        call()
 
 
 def medians(

@@ -167,7 +167,7 @@ def _print_memory_estimate(settings: Recipe, args: argparse.Namespace) -> int:
     memory = load(entry_of(settings).memory_estimate)(settings, encoders, shards=args.processes)
     if args.json:
         parts, parameters = dict(memory.parts), dict(memory.parameters)
-        print(json.dumps({"peak_bytes": memory.peak, "parts": parts, "parameters": parameters}))
+        print(json.dumps({"peak_bytes": memory.peak, "parts": parts, "parameters": parameters, "how": memory.how}))
     else:
         print("\n".join(memory.lines()))
     return 0

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from . import rng
+from .encoders import sent
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def take(batch: Mapping[str, Any], seed: int, draw: Draw) -> torch.Tensor:
     if draw.key in batch:
         return batch[draw.key]
     mean = batch["latent_mean"]
-    return draw.of(seed, batch["index"], mean.shape[1:]).to(mean.device)
+    return sent(draw.of(seed, batch["index"], mean.shape[1:]), mean.device)
 
 
 class Turn(Protocol):

@@ -17,7 +17,7 @@ from accel.errors import UserError
 
 from ..data import rng
 from ..data.draws import Draw, take
-from ..data.encoders import Encoders
+from ..data.encoders import Encoders, sent
 from ..settings import Recipe
 
 MASKED = Draw("masked")
@@ -41,7 +41,7 @@ def masks(seed: int, indices: Sequence[int], height: int, width: int) -> torch.T
 def hidden(batch: Mapping[str, Any], seed: int, encoders: Encoders) -> torch.Tensor:
     """Mask and latents of the masked image, float32 [b, 1 + 4, h, w], of a batch that has its `pixels`."""
     mean = batch["latent_mean"]
-    mask = masks(seed, batch["index"], *mean.shape[2:]).to(mean.device)
+    mask = sent(masks(seed, batch["index"], *mean.shape[2:]), mean.device)
     cells = mask.repeat_interleave(encoders.factor, 2).repeat_interleave(encoders.factor, 3)
     seen = encoders.images(batch["pixels"] * (1 - cells))
     return torch.cat([mask, seen["latent_mean"] + seen["latent_std"] * take(batch, seed, MASKED)], 1)

@@ -28,7 +28,7 @@ from accel.trt.cuda import Cuda
 
 from ..data import rng
 from ..data.draws import Draw, take
-from ..data.encoders import Encoders
+from ..data.encoders import Encoders, sent
 from ..diffusion.denoising import NOISE, POSTERIOR, clean
 from ..diffusion.losses import per_row
 from ..diffusion.process import Constants
@@ -304,7 +304,7 @@ class DMD2:
             return take(batch, self.recipe.seed, level), self.normal(batch, stream, 1)
         ends = [min(level.high, self.timesteps[step]) for step in last]
         t = rng.integers(self.recipe.seed, batch["index"], stream, level.low, ends)
-        return t.to(batch["latent_mean"].device), self.normal(batch, stream, 1)
+        return sent(t, batch["latent_mean"].device), self.normal(batch, stream, 1)
 
     def draws_of_matching(self) -> tuple[Draw, ...]:
         """What matching reads that does not depend on the images."""

@@ -24,8 +24,9 @@ from accel.dtypes import FLOATS, torch_dtype
 from accel.errors import UserError
 
 from ..data import rng
-from ..data.encoders import Encoders
-from ..diffusion.denoising import clean
+from ..data.draws import Draw, take
+from ..data.encoders import Encoders, sent
+from ..diffusion.denoising import NOISE, POSTERIOR, clean
 from ..diffusion.losses import per_row
 from ..diffusion.process import Diffusion
 from ..settings import LCMRecipe
@@ -62,7 +63,8 @@ class LCM:
         self.student, base = shared_lora.student(recipe, self.family)
         self.teacher = shared_lora.teacher(self.family, base)
         self.networks = {"unet": TrainedNetwork(self.student, self.student, shardable=base is None)}
-        self.phases = (OptimizerPhase("unet", ("unet",)),)
+        self.timestep = Draw("timestep", low=1, high=self.process.levels)
+        self.phases = (OptimizerPhase("unet", ("unet",), draws=(POSTERIOR, NOISE, self.timestep)),)
         self.dtype = torch.float32
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -76,11 +78,10 @@ class LCM:
     def loss(self, phase: OptimizerPhase, batch: Mapping[str, Any], step: int) -> tuple[torch.Tensor, Terms]:
         recipe, index, conditions = self.recipe, batch["index"], self.family.conditions(batch)
         x0 = clean(batch, recipe.seed)
-        eps = rng.normal(recipe.seed, index, "noise", tuple(x0.shape[1:])).to(x0.device)
-        t = rng.integers(recipe.seed, index, "timestep", 1, self.process.levels).to(x0.device)
+        eps, t = (take(batch, recipe.seed, draw) for draw in (NOISE, self.timestep))
         s = (t - recipe.skip).clamp(min=0)
         high = max(recipe.guidance, recipe.guidance_high)
-        scale = rng.uniform(recipe.seed, index, "scale", recipe.guidance, high).to(x0.device)
+        scale = sent(rng.uniform(recipe.seed, index, "scale", recipe.guidance, high), x0.device)
         with torch.no_grad():
             x_t = self.process.add_noise(x0, eps, t)
             _, said = guided(self.family, self.teacher, x_t, t, conditions, per_row(scale, x_t.double()))

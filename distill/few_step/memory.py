@@ -1,6 +1,6 @@
-"""Estimate the memory of a DMD2 run before anything is loaded.
+"""Estimate the memory of a few-step run (DMD2, LCM) before anything is loaded.
 
-Both phases of an iteration run on fake tensors (torch's FakeTensorMode) while the bytes of the real ones are counted.
+All phases of an iteration run on fake tensors (torch's FakeTensorMode) while the bytes of the real ones are counted.
 Weights are not read, only configs.
 """
 
@@ -25,14 +25,18 @@ from ..data.encoders import Encoders
 from ..edm.preconditioning import SIGMA_DATA, Preconditioned
 from ..edm.source import ClassEncoders, EDMSource
 from ..methods import qat
-from ..settings import DMD2Recipe
+from ..settings import DMD2Recipe, LCMRecipe
 from ..training import sharding, speed
+from ..training.method import TrainedNetwork
 from .dmd2 import DMD2
+from .lcm import LCM
 from .shared_lora import Adapted
 
 GIB = 2**30
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes for each parameter that learns
 _FLOAT = 4
+
+FewStep = DMD2 | LCM
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class MemoryEstimate:
     Attributes:
         parts: name -> bytes, those of `peak`.
         parameters: network -> (parameters, of which learn).
+        how: the device and what it computes in; where the recipe says `auto`, what this machine would take.
     """
 
     parts: Mapping[str, int]
     parameters: Mapping[str, tuple[int, int]]
+    how: str = ""
 
     @property
     def peak(self) -> int:
@@ -57,7 +63,7 @@ class MemoryEstimate:
             for name, (whole, learn) in self.parameters.items()
         ]
         shown += [f"{name:<28}{size / GIB:10.2f} GiB" for name, size in self.parts.items()]
-        return [*shown, f"{'peak':<28}{self.peak / GIB:10.2f} GiB"]
+        return [f"as on {self.how}", *shown, f"{'peak':<28}{self.peak / GIB:10.2f} GiB"]
 
 
 class Live(TorchDispatchMode):
@@ -120,7 +126,7 @@ class FakeSource:
 
 
 def predict(
-    recipe: DMD2Recipe, encoders: Encoders | ClassEncoders, *, shards: int = 1, foreach: bool = True
+    recipe: DMD2Recipe | LCMRecipe, encoders: Encoders | ClassEncoders, *, shards: int = 1, foreach: bool = True
 ) -> MemoryEstimate:
     """The peak of one process.
 
@@ -137,14 +143,18 @@ def predict(
 
     from ..training.loop import compute_dtype
 
-    if shards > 1 and (recipe.rank or recipe.critic_rank):
+    dmd2 = isinstance(recipe, DMD2Recipe)
+    if shards > 1 and (recipe.rank or dmd2 and recipe.critic_rank):
         raise sharding.refused()
     foreach &= shards > 1 or recipe.fused == "off" or recipe.optimizer != "adamw"  # nothing is fused under FSDP2
-    recipe = speed.settled(recipe, speed.device_of_process(), sharded=shards > 1)
+    device = speed.device_of_process()
+    recipe = speed.settled(recipe, device, sharded=shards > 1)
     dtype = compute_dtype(recipe)
+    offload = dmd2 and recipe.offload_teacher
+    stay = {"offload_teacher": False} if dmd2 else {}  # fake tensors do
     with torch.device("meta"):
-        method = DMD2(recipe, fake_encoders(encoders))
-        method.recipe = dataclasses.replace(recipe, offload_teacher=False, compile=False)  # fake tensors stay
+        method: FewStep = (DMD2 if dmd2 else LCM)(recipe, fake_encoders(encoders))
+        method.recipe = dataclasses.replace(recipe, compile=False, **stay)
         method.place(torch.device("meta"), dtype)
         qat.attach(method, recipe)
         for network in method.networks.values() if recipe.half_norms else ():
@@ -156,23 +166,20 @@ def predict(
         if recipe.gradient_checkpointing:
             for network in method.networks.values():
                 network.core.enable_gradient_checkpointing()
-        learn = {
-            phase.name: learning(method.networks[name].model) for phase in method.phases for name in phase.networks
-        }
         used = [
             phase_bytes(method, phase, batch_of(recipe, method.encoders), foreach, shards) for phase in method.phases
         ]
-        modules = (method.generator, method.critic, method.teacher)
-        frozen = bytes_of({id(p): p for module in modules for p in weights(module) if not p.requires_grad}.values())
-        named = dict(zip(("generator", "critic", "teacher"), modules, strict=True))
+        modules = modules_of(method)
+        every = {id(p): p for module in modules.values() for p in weights(module)}.values()
+        frozen = bytes_of(p for p in every if not p.requires_grad)
         parameters = {
             name: (sum(p.numel() for p in weights(module)), sum(p.numel() for p in learning(module)))
-            for name, module in named.items()
+            for name, module in modules.items()
         }
-    trained = sum(bytes_of(given) for given in learn.values())
+    trained = sum(_learned(network) for network in method.networks.values())
     count = trained // _FLOAT
-    averaged = bytes_of(learn["generator"]) if recipe.ema else 0
-    away = bytes_of(method.teacher.parameters()) if recipe.offload_teacher else 0
+    averaged = sum(_learned(network) for network in method.networks.values() if network.averaged and recipe.ema)
+    away = bytes_of(method.teacher.parameters()) if offload else 0
     parts = {
         "weights that learn": trained // shards,
         "frozen weights": frozen - away,
@@ -181,13 +188,24 @@ def predict(
         "average": averaged // shards,
         "gradients and activations": max(max(rest, inside + away) for rest, inside in used),
     }
-    return MemoryEstimate({name: size for name, size in parts.items() if size}, parameters)
+    how = speed.described(recipe, device)
+    return MemoryEstimate({name: size for name, size in parts.items() if size}, parameters, how)
 
 
-def fake(method: DMD2) -> None:
+def modules_of(method: FewStep) -> dict[str, nn.Module]:
+    """All networks of a method by name: those that learn, and the teacher."""
+    return {name: network.model for name, network in method.networks.items()} | {"teacher": method.teacher}
+
+
+def _learned(network: TrainedNetwork) -> int:
+    """Bytes of the weights that learn."""
+    return bytes_of(learning(network.model))
+
+
+def fake(method: FewStep) -> None:
     """Turn weights on the meta device, which autocast does not support, into fake tensors on the CPU."""
     made: dict[int, nn.Parameter] = {}
-    modules = [part for network in (method.generator, method.critic, method.teacher) for part in inner(network)]
+    modules = [part for network in modules_of(method).values() for part in inner(network)]
     for module in (part for whole in modules for part in whole.modules()):
         for name, old in module._parameters.items():
             if old is not None and old.is_meta:
@@ -200,10 +218,12 @@ def fake(method: DMD2) -> None:
     method.family.ready()
 
 
-def phase_bytes(method: DMD2, phase: Any, batch: dict[str, Any], foreach: bool, shards: int = 1) -> tuple[int, int]:
-    """(peak of a phase outside of the teacher's call, peak inside of it), weights not counted."""
+def phase_bytes(method: FewStep, phase: Any, batch: dict[str, Any], foreach: bool, shards: int = 1) -> tuple[int, int]:
+    """(peak of a phase outside of the teacher's call, peak inside of it), weights not counted.
+
+    LCM's teacher is never away, so all is outside.
+    """
     inside = [0]
-    plain = method.guided
     learn = [p for name in phase.networks for p in learning(method.networks[name].model)]
     parts: list[torch.Tensor] = []
 
@@ -214,29 +234,34 @@ def phase_bytes(method: DMD2, phase: Any, batch: dict[str, Any], foreach: bool, 
     hooks = [p.register_post_accumulate_grad_hook(keep_a_part) for p in learn] if shards > 1 else []
     with Live() as live:
 
-        def guided(*args: Any) -> torch.Tensor:
-            with live.apart() as found:
-                said = plain(*args)
-            inside[0] = max(inside[0], found[0])
-            return said
+        def apart(plain: Any) -> Any:
+            def guided(*args: Any) -> torch.Tensor:
+                with live.apart() as found:
+                    said = plain(*args)
+                inside[0] = max(inside[0], found[0])
+                return said
 
-        method.guided = guided
+            return guided
+
+        if isinstance(method, DMD2):
+            method.guided = apart(type(method).guided.__get__(method))
         try:
             loss, _ = method.loss(phase, batch, 0)
             loss.backward()
             del loss, _
         finally:
-            method.guided = plain
             for hook in hooks:
                 hook.remove()
-        method._drawn.clear()
+        if isinstance(method, DMD2):
+            del method.guided
+            method._drawn.clear()
         gradients = bytes_of(learn) // shards
         for name in phase.networks:
             method.networks[name].model.zero_grad(set_to_none=True)
     return max(live.peak, gradients * (2 if foreach else 1)), inside[0]
 
 
-def batch_of(recipe: DMD2Recipe, encoders: Any) -> dict[str, Any]:
+def batch_of(recipe: DMD2Recipe | LCMRecipe, encoders: Any) -> dict[str, Any]:
     """A batch as the loop hands it to the method, of fake tensors."""
     cells = recipe.resolution // encoders.factor
     channels = encoders.latent_channels

@@ -26,6 +26,15 @@ def test_a_short_call_follows_an_untimed_one():
     assert len(order) == 4 and len(samples["s"]["a"]) == 2
 
 
+def test_a_gpu_is_kept_at_work_until_its_clocks_are_up():
+    order, samples = [], {"s": {"a": []}}
+    call = lambda: (order.append(time.perf_counter()), time.sleep(0.002))  # noqa: E731
+    timing.interleave(
+        {"s": {"a": call}}, samples, rounds=1, lead_in={"s": True}, lead_in_s=0.03, failed=lambda *_: None
+    )
+    assert order[-1] - order[0] >= 0.03 and len(order) > 3 and len(samples["s"]["a"]) == 1
+
+
 def test_the_time_budget_waits_for_five_rounds():
     samples = {"s": {"a": []}}
     calls = {"s": {"a": lambda: time.sleep(0.002)}}

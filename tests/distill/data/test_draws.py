@@ -21,6 +21,7 @@ METHODS = {
     "vae": settings.TinyVaeRecipe(width=8, blocks=1, mixed_precision="no"),
     "dmd2": settings.DMD2Recipe(ratio=2, mixed_precision="no"),
     "dmd2 in one step": settings.DMD2Recipe(few_steps=1, ratio=1, adversarial_weight=0.0, mixed_precision="no"),
+    "lcm": settings.LCMRecipe(learning_rate=1e-6, guidance_high=9.0, mixed_precision="no"),
     "dmd2 of real images": settings.DMD2Recipe(ratio=2, backward_simulation=False, mixed_precision="no"),
 }
 

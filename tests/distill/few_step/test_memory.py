@@ -12,23 +12,24 @@ from accel.distill import recipes, settings
 from accel.distill.data.encoders import Encoders, encoded
 from accel.distill.data.examples import Examples, loader
 from accel.distill.few_step import memory
-from accel.distill.few_step.dmd2 import DMD2
 from accel.distill.methods import qat
+from accel.distill.registry import entry_of, load
 from accel.distill.run import encoders_of
 from accel.distill.sources.open_data import open_data
+from accel.distill.training import speed
 from accel.errors import UserError
 from accel.int8 import fake_quant
 from accel.models.source import open_source
 
 
-def recipe(model, **fields):
+def recipe(model, make=settings.DMD2Recipe, **fields):
     common = dict(model=str(model), data="digits", resolution=64, random_flip=False, cache="none", batch=2, few_steps=1)
-    return recipes.changed(settings.DMD2Recipe(), **common | fields)
+    return recipes.changed(make(), **common | fields)
 
 
 def measured(given):
-    """Peak bytes of both phases, weights not counted, of tensors that do exist."""
-    method = DMD2(given, Encoders(open_source(given.model)))
+    """Peak bytes of all phases, weights not counted, of tensors that do exist."""
+    method = load(entry_of(given).factory)(given, Encoders(open_source(given.model)))
     method.place(torch.device("cpu"), torch.float32)
     examples = Examples(open_data("digits"), seed=0, resolution=64, random_flip=False)
     batch = encoded(next(loader(examples, batch=2)), method.encoders)
@@ -61,6 +62,25 @@ def test_the_prediction_is_what_a_run_holds(smallest, fields):
         assert said.parts["moments"] == 2 * said.parts["weights that learn"]
 
 
+@pytest.mark.parametrize("fields", [{}, dict(rank=2, gradient_checkpointing=True, ema=0.9)])
+def test_so_is_that_of_consistency_distillation(smallest, fields):
+    """Teacher and student are two networks, or one under a LoRA."""
+    fields = fields | dict(make=settings.LCMRecipe)
+    said, given = predicted(smallest, **fields), recipe(smallest, **fields)
+    assert said.parts["gradients and activations"] == pytest.approx(measured(given), rel=0.05)
+    count = sum(p.numel() for p in open_source(smallest).load("unet").parameters())
+    learn = said.parameters["unet"][1]
+    assert said.parameters["teacher"] == (count + (learn if given.rank else 0), 0)
+    assert learn < count if given.rank else learn == count
+    assert said.parts["weights that learn"] == 4 * learn and said.parts["moments"] == 8 * learn
+    assert said.parts["frozen weights"] == 4 * count and said.parts.get("average", 0) == 4 * learn * bool(given.ema)
+
+
+def test_a_prediction_says_what_was_left_to_the_machine(smallest):
+    assert predicted(smallest).lines()[0] == f"as on {speed.device_of_process().type}: float32"
+    assert "bf16" in predicted(smallest, mixed_precision="bf16").how
+
+
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
 def test_rounding_takes_memory_that_is_predicted(smallest, ranges):
     rest, fields = "gradients and activations", dict(qat="attention", qat_ranges=ranges)
@@ -91,14 +111,15 @@ def test_a_teacher_that_is_away_weighs_nothing_outside_of_its_call(smallest):
     assert near.peak - near.parts["frozen weights"] <= away.peak <= near.peak
 
 
-def test_the_command_loads_no_weights(smallest, tmp_path):
+@pytest.mark.parametrize("method", ["dmd2", "lcm"])
+def test_the_command_loads_no_weights(smallest, tmp_path, method):
     import shutil
 
     folder = shutil.copytree(smallest, tmp_path / "model")
     for path in (folder / "unet").glob("*.safetensors"):
         path.write_bytes(b"no weights at all")
     teacher = shutil.copytree(folder, tmp_path / "teacher")
-    command = [sys.executable, "-m", "accel", "distill", "dmd2", "--model", str(folder), "--resolution", "64"]
+    command = [sys.executable, "-m", "accel", "distill", method, "--model", str(folder), "--resolution", "64"]
     command += ["--teacher", str(teacher)]
     done = subprocess.run([*command, "--batch", "1", "--memory-estimate", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
