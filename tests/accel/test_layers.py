@@ -29,7 +29,7 @@ ACCEL = (
     ("models", "providers"),
     ("engines",),
     ("pipeline",),
-    ("attaching", "bench"),
+    ("attaching", "bench", "class_to_image"),
     ("export", "distill", "publishing"),
     ("loading",),
     ("studio",),
@@ -50,7 +50,7 @@ DISTILL = (
 # Modules that lie loose in a root, and the floor that they belong to.
 LOOSE = {
     "accel": {"cli": "roof", "__main__": "roof", None: "ground"},
-    "accel.export": {"pipeline": "roof", None: "ground"},
+    "accel.export": {"pipeline": "roof", "class_to_image": "roof", None: "ground"},
     "accel.distill": {"run": "roof", None: "settings"},
 }
 # Kernels stand beside the house: they know nothing of it, and only what patches a model knows them.
