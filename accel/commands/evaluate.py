@@ -35,7 +35,7 @@ def add_arguments(parser: Any) -> None:
     text = "images per call (default: the protocol's); changes only the speed"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
     text = (
-        "folder of real images, or an .npz of their statistics, for protocols that need them; for emoji, of the judge"
+        "folder of real images, or an .npz of their statistics, where the protocol needs them; for emoji, the judge's"
     )
     parser.add_argument("--reference", metavar="PATH", help=text)
     text = "file of captions (.csv, .jsonl or .txt), for protocols that need them"
@@ -118,9 +118,7 @@ def _show(result: dict[str, Any], out: str) -> None:
     print(f"{result['model']['name']}: {result['title']}{part}")
     console.print(table)
     if part and any(figure["name"].startswith(("FID", "Frechet")) for figure in result["figures"]):
-        print(
-            f"a Frechet distance of {result['images']} images is not comparable with one of all: fewer make it larger"
-        )
+        print(f"not comparable with figures of all images: a distance of {result['images']} is larger")
     sampling = result["sampling"]
     steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"
     seconds = result["seconds"]

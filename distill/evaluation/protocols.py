@@ -5,8 +5,9 @@ images and the weights of every metric. What is changed by hand becomes a part o
 every figure: `digits[steps=4,guidance=0]`. Figures of two protocols are never comparable: BK-SDM and DMD2 both report
 "FID on COCO 30K" and differ in the resizing, the cropping, the storage format and the network that sees the images.
 
-Sources: EDM (Karras et al. 2022, arXiv 2206.00364, and its published evaluation script), BK-SDM (Kim et al. 2023, arXiv 2305.15798, and its published evaluation scripts), DMD2 (Yin et al. 2024,
-arXiv 2405.14867, and its published evaluation scripts).
+Sources: BK-SDM (Kim et al. 2023, arXiv 2305.15798, and its published evaluation scripts), DMD2 (Yin et al. 2024,
+arXiv 2405.14867, and its published evaluation scripts), EDM (Karras et al. 2022, arXiv 2206.00364, and its published
+evaluation script).
 
 In every protocol image i starts from the random numbers of seed `seed + i`, whatever process or batch makes it. The
 published runs do not work so: BK-SDM draws from one generator for the whole run, DMD2 seeds each batch. By BK-SDM's own
