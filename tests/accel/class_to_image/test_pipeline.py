@@ -139,7 +139,8 @@ def test_a_bundle_runs_without_torch(edm_bundle, tmp_path):
 import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 import accel, numpy
-numpy.save(sys.argv[2], accel.load(sys.argv[1], engine="onnxruntime", threads=1)(3, seed=1, steps=2, output_type="np").images)
+pipe = accel.load(sys.argv[1], engine="onnxruntime", threads=1)
+numpy.save(sys.argv[2], pipe(3, seed=1, steps=2, output_type="np").images)
 """
     file = tmp_path / "image.npy"
     subprocess.run([sys.executable, "-c", code, str(edm_bundle), str(file)], check=True, cwd="/")

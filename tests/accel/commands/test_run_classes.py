@@ -11,7 +11,9 @@ def test_run_draws_a_class_with_a_bundle(accel, edm_bundle, tmp_path):
     common = ("run", edm_bundle, "--class", 7, "--steps", 2, "--engine", "onnxruntime", "--threads", 1)
     code, said, _ = accel(*common, "--seed", 3, "--out", out)
     assert code == 0 and "seed 3" in said and Image.open(out).size == (16, 16)
-    code, said, _ = accel(*common, "--class", 2, "--images", 2, "--churn", 2, "--json", "--out", tmp_path / "several.png")
+    code, said, _ = accel(
+        *common, "--class", 2, "--images", 2, "--churn", 2, "--json", "--out", tmp_path / "several.png"
+    )
     record = json.loads(said)
     assert code == 0 and record["classes"] == [7, 7, 2, 2] and record["seeds"] == [0, 1, 2, 3]
     assert len(record["images"]) == 4 and list(record["engines"]) == ["denoiser"]
@@ -35,8 +37,8 @@ def test_run_refuses_what_makes_no_sense(options, problem, refused, edm_bundle):
 
 
 @pytest.mark.parametrize("option", ["--class", "--churn"])
-def test_a_model_of_texts_has_no_classes(option, refused, sd15_bundle):
-    said = refused("run", sd15_bundle, option, 3)
+def test_a_model_of_texts_has_no_classes(option, refused):
+    said = refused("run", "digits/4step-int8", option, 3)
     assert f"{option} is for models that draw images of classes" in said and "--prompt" in said
 
 
