@@ -113,7 +113,7 @@ def upward(name: str, target: str) -> bool:
 def test_there_is_something_to_check():
     names = modules()
     assert {"accel.engines.eager", "accel.export.pipeline", "accel.cli", "accel"} <= set(names)
-    assert "accel.models.networks" in imports("accel.export.pipeline", names["accel.export.pipeline"])
+    assert "accel.models.source" in imports("accel.export.pipeline", names["accel.export.pipeline"])
     assert upward("accel.bundle.manifest", "accel.pipeline.request") and not upward("accel.cli", "accel.errors")
     assert upward("accel.export.graph.trace", "accel.distill.run") and upward("accel.errors", "accel.bundle")
     assert upward("accel.export.graph.trace", "accel.export.int8.audit") and upward("accel.engines.eager", KERNELS)
