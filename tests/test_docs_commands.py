@@ -71,7 +71,7 @@ NEEDS = {
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
     "run user/name": "a hub; tests/accel/commands/share/test_push.py has one",
     "serve ": "somebody to end it; tests/accel/serving and tests/accel/commands/test_serve.py start it",
-    "--protocol imagenet64": "EDM's statistics and Inception; tests/distill/evaluation/test_imagenet64.py has stand-ins",
+    "--protocol imagenet64": "EDM's statistics and Inception; tests/distill/evaluation/test_imagenet64.py has others",
     "--model out/edm-digits": "a teacher of 8 px; tests/distill/edm/test_teacher.py trains and distils it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU, or minutes; tests/export/aoti/test_build.py builds on the CPU",
