@@ -18,7 +18,6 @@ from accel.bundle.shape_profiles import profile as parse_profile
 from accel.dtypes import QUANTIZED
 from accel.errors import Notice, UserError, unknown
 from accel.files import exclusive, new_folder, refuse_existing, require_space
-from accel.models import networks
 from accel.models.constants import check_runs, checked_sampling, edits, note_left_out, own_sampling, pipeline_constants
 from accel.models.embeddings import EmbeddingSpec
 from accel.models.lora import LoraFile
@@ -27,6 +26,7 @@ from accel.models.source_networks import UNetInputs, check_checker, network_of, 
 from accel.pipeline.tiling import VaeTiling
 from accel.safety import COMPONENT as SAFETY_CHECKER
 
+from . import class_to_image
 from .graph import component, trace
 from .graph.precision import check_name as check_precision
 from .hard_links import link_equal_files
@@ -81,11 +81,11 @@ def export_pipeline(
     int8: Int8Settings | None = None,
     embeddings: Sequence[EmbeddingSpec] = (),
 ) -> Bundle:
-    """Export a Stable Diffusion pipeline to a bundle.
+    """Export a Stable Diffusion pipeline, or an EDM model (`accel.export.class_to_image`), to a bundle.
 
     Args:
         model: a diffusers pipeline folder, a hub id or a single file; or a source with parts taken from elsewhere
-            (`accel.models.source.open_source`); for int8, a float32 bundle too.
+            (`accel.models.source.open_source`); for int8, a float32 bundle too. Or the folder of an EDM model.
         out: folder to write; it appears only when everything has succeeded.
         profile: shapes to accept (`accel.bundle.shape_profiles`).
         precision: fp32, fp16, or one of `accel.dtypes.QUANTIZED`.
@@ -112,6 +112,10 @@ def export_pipeline(
     trace.check_opset(opset)
     parts = adapter, controlnet, tuple(loras), share, clip_skip, tuple(embeddings), safety_checker
     options = _Options(profile, opset, tuple(components), sampler, *parts)
+    if class_to_image.takes(model):
+        of_texts = [name for name in options.changed() if name not in ("profile", "opset", "sampler")]
+        how: dict[str, Any] = dict(profile=profile, precision=precision, opset=opset, sampler=sampler)
+        return class_to_image.export(model, out, of_texts, overwrite=overwrite, progress=progress, **how)
     if precision in QUANTIZED:
         settings = replace(int8 or Int8Settings(), precision=precision)
         with exclusive(Path(out)):  # from the start: the float32 bundle alone takes minutes
@@ -312,12 +316,14 @@ def _export_component(
     started = time.perf_counter()
     folder.mkdir()
     step("loading", 0)
-    network = network_of(source, name, inputs)
-    used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
-    limits = {dim: dims[dim] for dim in sorted(used)}
-    # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.
-    scaling_factor = pipeline_constants(source)["scaling_factor"]
-    reference = component.reference_of(network, limits, precision, family=source.family, scaling_factor=scaling_factor)
-    networks.save_config(network, folder)
-    record = component.write(network, reference, limits, folder, opset=opset, step=step)
+    record = component.exported(
+        network_of(source, name, inputs),
+        dims,
+        precision,
+        folder,
+        opset=opset,
+        step=step,
+        family=source.family,
+        scaling_factor=pipeline_constants(source)["scaling_factor"],
+    )
     return replace(record, parity={**record.parity, "export_seconds": round(time.perf_counter() - started, 2)})

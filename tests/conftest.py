@@ -325,6 +325,41 @@ def sdxl_bundle(sdxl, tmp_path_factory) -> Path:
     )
 
 
+def make_edm(folder: Path, **config) -> Path:
+    """An EDM model of 16 px, grey, ten classes, 0.8 M random weights; `config` is of `preconditioning.unet_config`."""
+    import torch
+    from diffusers import UNet2DModel
+
+    from accel.distill.edm import preconditioning
+    from accel.distill.edm.source import save_edm
+
+    small = dict(size=16, channels=1, width=32, multipliers=(1, 2), layers=1, attention=(8,), head_width=32, classes=10)
+    torch.manual_seed(0)
+    unet = UNet2DModel(**preconditioning.unet_config(**small | config))
+    for parameter in unet.parameters():  # an untrained network says 0 in many places
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder.mkdir()
+    save_edm(folder, preconditioning.Preconditioned(unet))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def edm_maker():
+    """(folder, **config) -> folder."""
+    return make_edm
+
+
+@pytest.fixture(scope="session")
+def edm(tmp_path_factory) -> Path:
+    return make_edm(tmp_path_factory.mktemp("edm") / "tiny-edm")
+
+
+@pytest.fixture(scope="session")
+def edm_bundle(edm, stored_graphs, tmp_path_factory) -> Path:
+    """The EDM model as an fp32 bundle: batch 1-4, Heun in 40 steps."""
+    return exported(edm, tmp_path_factory.mktemp("bundle") / "edm")
+
+
 @pytest.fixture(autouse=True)
 def _as_loud_as_before(monkeypatch):
     """What a `--quiet` of another test told the process and its children."""

@@ -38,6 +38,9 @@ STANDS_FOR = {
     "my-bundle": "bundle",
     "BUNDLE": "bundle",
     "my-sdxl": "sdxl-bundle",
+    "out/edm-digits": "edm",
+    "out/edm-student": "edm",
+    "out/edm-bundle": "edm-bundle",
 }
 # The tutorial is typed as a whole, on the digits: tests/test_tutorial.py.
 COMMANDS = [entry for entry in _docs.COMMANDS if entry[0] != "docs/tutorial.md"]
@@ -68,6 +71,8 @@ NEEDS = {
     "studio ": "a person before a browser; tests/browser/test_studio.py drives it",
     "run user/name": "a hub; tests/accel/commands/share/test_push.py has one",
     "serve ": "somebody to end it; tests/accel/serving and tests/accel/commands/test_serve.py start it",
+    "--protocol imagenet64": "EDM's statistics and Inception; tests/distill/evaluation/test_imagenet64.py has others",
+    "--model out/edm-digits": "a teacher of 8 px; tests/distill/edm/test_teacher.py trains and distils it",
     "bk-sdm-coco30k": "30,000 images of COCO, and Inception's weights",
     "build": "an NVIDIA GPU, or minutes; tests/export/aoti/test_build.py builds on the CPU",
     "demo --web": "somebody to look at it; tests/examples/test_browser.py looks at it in Chromium",
@@ -138,6 +143,7 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
     if "--embedding" in command:
         write_embedding(32)
     fixtures = {"model": "sd15", "sdxl": "sdxl", "bundle": "sd15_bundle", "sdxl-bundle": "sdxl_bundle"}
+    fixtures |= {"edm": "edm", "edm-bundle": "edm_bundle"}
     for name in set(here(command)) & set(fixtures):
         shutil.copytree(request.getfixturevalue(fixtures[name]), name)
 

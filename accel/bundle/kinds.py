@@ -24,8 +24,8 @@ class Kind:
         part: the part of a diffusers pipeline that the model is; "" for the one of the component's own name.
         unused: submodules of that part which this component does without.
         use: when a pipeline runs it: "always" (without it there is no image), "if present" (in every image, where the
-            bundle has it), "afterwards" (on every image, where the bundle has it and nobody switched it off), or "on
-            demand" (loaded when it is first used).
+            bundle has it), "afterwards" (on every image, where the bundle has it and nobody switched it off), "on
+            demand" (loaded when it is first used), or "alone" (it draws images of classes, with no other component).
         adds: what it adds to the UNet, "control" or "image prompt"; such a component is exported, unasked, wherever the
             source has it.
         on_request: whether it is exported only where it is asked for by an option of its own.
@@ -51,6 +51,7 @@ class Kind:
     stand_in: str = ""
 
 
+DENOISER = "denoiser"
 _MODELS, _ATTACH = "accel.models", "accel.attaching.stand_ins"
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
 # In the order in which an image needs them.
@@ -126,6 +127,13 @@ _KINDS = (
         part="vae",
         unused=("decoder", "post_quant_conv"),
     ),
+    Kind(
+        names=(DENOISER,),
+        wrapper=f"{_MODELS}.edm.network:Denoiser",
+        network=f"{_MODELS}.edm.network:denoiser",
+        classes=("UNet2DModel",),
+        use="alone",
+    ),
 )
 KINDS: dict[str, Kind] = {kind.names[0]: kind for kind in _KINDS}
 
@@ -137,7 +145,7 @@ def kind_of(component: str) -> Kind:
 
 def usual_components() -> tuple[str, ...]:
     """The kinds that an export writes by default, where the model has them."""
-    return tuple(name for name, kind in KINDS.items() if not (kind.adds or kind.on_request))
+    return tuple(name for name, kind in KINDS.items() if not (kind.adds or kind.on_request or kind.use == "alone"))
 
 
 def control_components() -> tuple[str, ...]:

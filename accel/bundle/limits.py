@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..dtypes import TENSORS
-from .kinds import KINDS
+from .kinds import DENOISER, KINDS
 from .shape_profiles import Range
 from .tensor_spec import TensorSpec
 
@@ -37,6 +37,8 @@ def _problems(manifest: Any) -> Iterator[str]:
         if not word.isprintable() or len(word) > 10_000:
             yield f"{word!r:.80} is not a line of text"
     yield from constants(manifest.pipeline)
+    if manifest.by_class:
+        yield from _of_classes(manifest)
     profile = manifest.profile
     for side in ("batch", "height", "width"):
         yield from _range(f"profile.{side}", getattr(profile, side))
@@ -74,6 +76,28 @@ def constants(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"pipeline.{key}: {values[key]!r:.80} is {what}"
     if "preview" in values and not _is_map(values["preview"], values["latent_channels"]):
         yield f"pipeline.preview: {values['preview']!r:.80} is no map of latents to red, green and blue"
+
+
+def _of_classes(manifest: Any) -> Iterator[str]:
+    """What is wrong with the constants of a model that draws images of classes, and with what its network takes."""
+    values = manifest.pipeline
+    classes = values.get("classes")
+    if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= LARGEST:
+        yield f"pipeline.classes: {classes!r:.40} is not between 0 and {LARGEST}"
+    found = [values.get(key) for key in ("sigma_min", "sigma_max", "rho", "sigma_data")]
+    if not all(isinstance(number, float) and 0 < number < math.inf for number in found) or found[0] >= found[1]:
+        yield f"pipeline: {found!r:.120} are not 0 < sigma_min < sigma_max, rho and sigma_data above 0"
+    sigmas = manifest.sampler.get("sigmas", [1.0])
+    if (
+        not isinstance(sigmas, list)
+        or not sigmas
+        or not all(isinstance(number, float) and 0 < number < math.inf for number in sigmas)
+    ):
+        yield f"sampler.sigmas: {sigmas!r:.80} are no noise levels above 0"
+    wanted = ["sample", "c_noise"] + ["class_labels"] * bool(classes)
+    named = [spec.name for spec in manifest.components[DENOISER].inputs]
+    if named != wanted:
+        yield f"components.{DENOISER}.inputs: {named!r:.120} are not {', '.join(wanted)}"
 
 
 def _is_map(value: Any, channels: int) -> bool:

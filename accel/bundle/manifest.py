@@ -20,14 +20,15 @@ from ..errors import UserError
 from ..files import digest_of, inside, read_json, settle, sha256, write_json
 from ..sampling import Sampling
 from . import foreign, hub, limits, verified
-from .kinds import KINDS
+from .kinds import DENOISER, KINDS
 from .shape_profiles import Profile, Range, native_sides
 from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from ..sampling.noise_schedule import NoiseSchedule
 
-SCHEMA = 1
+# 1: images of a text. 2: of classes, which only a version that knows them can draw.
+SCHEMA = 2
 MANIFEST = "accel.json"
 
 
@@ -150,13 +151,14 @@ class Manifest:
     """Everything `accel.json` says.
 
     Attributes:
-        family: sd1, sd2 or sdxl.
+        family: sd1, sd2 or sdxl; edm for images of classes.
         topology: name out of `accel.models.topology`, or "custom".
         pipeline: constants that an app needs: vae_scale (pixels per latent pixel), latent_channels, scaling_factor and
             shift_factor (x = (z - shift) * factor; one number, or one for each latent channel), latent_multiple (of a
             latent side), native_size (pixels; [height, width] of a model that is not square), zero_empty_prompt
             (whether no prompt means zeros), clip_skip, control_conditional_only (ControlNets for rows with a prompt),
-            preview (linear map of latents to colours: `factors`, `bias`, `error`).
+            preview (linear map of latents to colours: `factors`, `bias`, `error`). Of images of classes: classes (how
+            many; 0 for none), sigma_min, sigma_max, rho and sigma_data (`accel.sampling.edm.levels`).
         sampler: name, steps or timesteps, guidance: how this model is meant to be sampled (`accel.sampling.Sampling`).
         profile: accepted batches and sizes.
         precision: name of the recipe (fp32, fp16, int8, ...).
@@ -178,6 +180,11 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
+    def by_class(self) -> bool:
+        """Whether it draws images of classes (`accel.class_to_image`), and not of a text (`accel.pipeline`)."""
+        return DENOISER in self.components
+
+    @property
     def edits(self) -> bool:
         """Whether the UNet takes latents of an image beside its own, as InstructPix2Pix (arXiv 2211.09800) does."""
         specs = self.components["unet"].inputs if "unet" in self.components else ()
@@ -196,7 +203,7 @@ class Manifest:
             "components": components,
             "files": dict(sorted(self.files.items())),
         }
-        return {"schema": SCHEMA, "accel": __version__} | vars(self) | changed
+        return {"schema": 1 + self.by_class, "accel": __version__} | vars(self) | changed
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
@@ -237,6 +244,12 @@ class Bundle:
     def name(self) -> str:
         """What `accel.load` takes for this very bundle."""
         return str(self.origin or self.path)
+
+    def refuse_by_class(self) -> None:
+        """Raise a UserError where it draws images of classes, for whoever can only use a model of texts."""
+        if self.manifest.by_class:
+            fix = f"accel run {self.name} --class 0 draws with it"
+            raise UserError(f"{self.name} draws images of classes, and this is for models of texts alone", fix)
 
     @property
     def title(self) -> str:
@@ -304,6 +317,7 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         if name not in self.manifest.components:
+            self.refuse_by_class()
             raise UserError(f"{self.path} has no component {name!r}", f"it has: {', '.join(self.manifest.components)}")
         return self.manifest.components[name]
 

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import UserError
 from .shape_profiles import Range
 
-# Numbers that are not activations: a timestep or a size in pixels is exact in float32 only.
-EXACT_INPUTS = ("timestep", "time_ids")
+# Numbers that are not activations: a timestep, a noise level or a size in pixels is exact in float32 only.
+EXACT_INPUTS = ("timestep", "time_ids", "c_noise")
 
 
 @dataclass(frozen=True)

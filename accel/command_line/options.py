@@ -291,7 +291,9 @@ def next_command(bundle: Any, how: str = "") -> str:
         component_names(bundle)
     except UserError as error:
         return f", but makes no image by itself: {error.message} (accel.load_engine runs one component)"
-    return f": accel run {bundle.name}{how} --prompt TEXT"
+    if not bundle.manifest.by_class:
+        return f": accel run {bundle.name}{how} --prompt TEXT"
+    return f": accel run {bundle.name}{how}" + (" --class 0" if bundle.manifest.pipeline["classes"] else "")
 
 
 def size(text: str) -> int:

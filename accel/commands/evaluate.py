@@ -15,12 +15,12 @@ from ..progress import progress
 
 EXAMPLE = "accel evaluate digits --protocol digits --out out/digits-quality"
 
-PROTOCOL_NAMES = ("digits", "emoji", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k")
+PROTOCOL_NAMES = ("digits", "emoji", "bk-sdm-coco30k", "dmd2-sd15-coco30k", "dmd2-sdxl-coco10k", "imagenet64")
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a diffusers pipeline folder, a hub id, a shipped model, a bundle"
+        "model", metavar="MODEL", help="a diffusers pipeline folder, a hub id, a shipped model, a bundle; an EDM model"
     )
     text = f"{', '.join(PROTOCOL_NAMES)} (default: digits)"
     parser.add_argument(
@@ -34,8 +34,10 @@ def add_arguments(parser: Any) -> None:
     renamed(parser, "--limit", "--images")
     text = "images per call (default: the protocol's); changes only the speed"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
-    text = "folder of real images, for protocols that need them; for emoji, of the judge"
-    parser.add_argument("--reference", metavar="DIR", help=text)
+    text = (
+        "folder of real images, or an .npz of their statistics, where the protocol needs them; for emoji, the judge's"
+    )
+    parser.add_argument("--reference", metavar="PATH", help=text)
     text = "file of captions (.csv, .jsonl or .txt), for protocols that need them"
     parser.add_argument("--captions", metavar="FILE", help=text)
     parser.add_argument(
@@ -115,6 +117,8 @@ def _show(result: dict[str, Any], out: str) -> None:
     part = f", of which the first {result['images']} images" if "images=" in result["protocol"] else ""
     print(f"{result['model']['name']}: {result['title']}{part}")
     console.print(table)
+    if part and any(figure["name"].startswith(("FID", "Frechet")) for figure in result["figures"]):
+        print(f"not comparable with figures of all images: a distance of {result['images']} is larger")
     sampling = result["sampling"]
     steps = sampling["steps"] or f"timesteps {', '.join(f'{t:g}' for t in sampling['timesteps'])}"
     seconds = result["seconds"]

@@ -40,6 +40,7 @@ COMPONENTS = usual_components()
 _OF_PIPELINES = "lora embedding unet vae adapter controlnet base variant sampler steps guidance profile opset".split()
 _OF_PIPELINES += "components clip_skip few_step sigmas timestep_spacing eta shift".split()
 _OF_PIPELINES += "ip_adapter image_encoder safety_checker".split()
+_OF_CLASSES = "sampler steps guidance profile opset".split()  # those that an EDM model has as well
 
 
 def add_arguments(parser: Any) -> None:
@@ -49,7 +50,7 @@ def add_arguments(parser: Any) -> None:
         "model",
         metavar="MODEL",
         help="a diffusers pipeline folder, a hub id, a shipped model, or a single .safetensors checkpoint; for int8 a "
-        "bundle too",
+        "bundle too; or the folder of an EDM model, which draws images of classes",
     )
     parser.add_argument("folder", nargs="?", metavar="OUT", help="the bundle to write, the same as --out")
     add_out(parser, "the bundle to write; it appears only when everything has succeeded", metavar="OUT")
@@ -195,6 +196,7 @@ def _bundle_of(args: argparse.Namespace, used: str, engine: str = "onnx") -> Ite
     from accel.files import refuse_existing
 
     refuse_existing(Path(args.out), args.overwrite)
+    _of_classes(args)
     if is_bundle(args.model):
         changed = given(args, _OF_PIPELINES + GIVEN) + ["--precision"] * (args.precision != "fp32")
         refuse_changes(args.model, changed, used)
@@ -243,6 +245,7 @@ def _bundle(args: argparse.Namespace) -> int:
     from accel.export.pipeline import export_pipeline
     from accel.models.source import open_source
 
+    of_classes = _of_classes(args)
     exported = args.precision in QUANTIZED and is_bundle(args.model)
     if exported:
         refuse_changes(args.model, given(args, _OF_PIPELINES))
@@ -264,7 +267,7 @@ def _bundle(args: argparse.Namespace) -> int:
         raise UserError("--targets is for engine files, and none are made", "add --engine tensorrt-rtx")
     source = (
         args.model
-        if exported
+        if exported or of_classes
         else open_source(
             args.model,
             args.lora,
@@ -326,11 +329,33 @@ def _bundle(args: argparse.Namespace) -> int:
     return 0
 
 
+def _of_classes(args: argparse.Namespace) -> bool:
+    """Whether MODEL draws images of classes.
+
+    Raises:
+        UserError: for options that such a model has no use for.
+    """
+    from accel.export.class_to_image import takes
+
+    if not takes(args.model):
+        return False
+    of_texts = given(args, [name for name in _OF_PIPELINES if name not in _OF_CLASSES] + ["share"] + GIVEN)
+    if args.target != "bundle":
+        of_texts.append("--target")
+    if of_texts:
+        name = of_texts[0]
+        raise UserError(f"{name} is for models of texts, and {args.model} draws images of classes", f"leave {name} out")
+    return True
+
+
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
     options = sampler_options(args)
     if args.sampler is None and args.steps is None and args.guidance is None and not options:
         return None
+    if isinstance(source, str):  # of an EDM model; it completes them itself
+        chosen = {"name": args.sampler, "steps": args.steps, "guidance": args.guidance}
+        return {name: value for name, value in chosen.items() if value is not None}
     from accel.models.constants import chosen_sampling
 
     return chosen_sampling(source, args.sampler, args.steps, args.guidance, options)

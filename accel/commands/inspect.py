@@ -163,7 +163,8 @@ def _print(bundle: Bundle, here: int, unverified: bool, problem: UserError | Non
     profile = manifest.profile
     print(
         f"  profile   {profile.name}: batch {profile.batch}, height {profile.height}, width {profile.width}, "
-        f"{profile.tokens} tokens" + (f", VAE in tiles of {profile.vae_tile} px" if profile.vae_tile else "")
+        + (_classes(manifest.pipeline["classes"]) if manifest.by_class else f"{profile.tokens} tokens")
+        + (f", VAE in tiles of {profile.vae_tile} px" if profile.vae_tile else "")
     )
     for component in manifest.components.values():
         _print_component(component)
@@ -181,6 +182,10 @@ def _print(bundle: Bundle, here: int, unverified: bool, problem: UserError | Non
         print(f"  makes no image by itself: {error.message}")
     for name, state in engines.items():
         print(f"  {name:<12} {'runs here: ' + state.detail if state.ok else f'no: {state.detail}; fix: {state.fix}'}")
+
+
+def _classes(count: int) -> str:
+    return f"{count} classes" if count else "no classes"
 
 
 def _parity(component: Component) -> str:

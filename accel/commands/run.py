@@ -1,4 +1,4 @@
-"""`accel run`: make images from prompts, on any engine."""
+"""`accel run`: make images from prompts or of classes, on any engine."""
 
 from __future__ import annotations
 
@@ -32,19 +32,29 @@ from ..engines.offloading import MODES
 from ..errors import Notice, UserError
 
 EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
+# What a model of classes takes; every other option is for one of texts.
+_FOR_CLASSES = "--class -o --out --overwrite --images --seed --sampler --steps --churn --low-memory --offload --engine"
+_FOR_CLASSES += " --device --precision --dtype --attention --tf32 --provider --cuda-graph --engine-file --plan"
+_FOR_CLASSES += " --allow-host-code --specialization --threads --json -q --quiet -v --verbose --num-images"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("bundle", metavar="MODEL", help="a bundle; or a pipeline folder, hub id or shipped model")
     add_prompts(parser)
+    text = "of a model that draws images of classes (EDM): which one; repeatable"
+    parser.add_argument("--class", dest="classes", action="append", type=int, metavar="N", help=text)
     parser.add_argument("--negative", metavar="TEXT", help="negative prompt: what to steer away from (with guidance)")
     add_out(parser, "image to write; several are numbered (default: out.png, or out-1.png, ... if that exists)")
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt or class (default: 1)")
     add_seed(parser)
     add_size(parser)
     add_sampling(parser, whose="the bundle's own")
     add_few_step(parser)
+    text = (
+        "fresh noise before each of heun's steps, of a model of classes (S_churn; 40 with 256 steps is EDM's ImageNet)"
+    )
+    parser.add_argument("--churn", type=float, metavar="AMOUNT", help=text)
     parser.add_argument("--prompt-weights", action="store_true", help="weight words in prompts, as in (words:1.3)")
     text = "do without the text encoder's last N layers for prompts (default: as it was exported)"
     parser.add_argument("--clip-skip", type=int, metavar="N", help=text)
@@ -103,15 +113,56 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.images < 1:
+        raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
+    from ..class_to_image import opened as opened_by_class
+
+    bundle = opened_by_class(args.bundle)
+    return _of_texts(args) if bundle is None else _of_classes(args, bundle)
+
+
+def _of_classes(args: argparse.Namespace, bundle: Any) -> int:
+    """Images of classes."""
+    from ..class_to_image import complete
+    from ..loading import load
+
+    typed = [word.partition("=")[0] for word in args.typed if re.match(r"--?[a-z]", word)]
+    known = _FOR_CLASSES.split()
+    if strange := [flag for flag in typed if flag not in known and flag[:2] not in ("-o", "-q", "-v")]:
+        fix = f"leave {strange[0]} out; accel run {args.bundle} --class 0 draws with it"
+        raise UserError(f"{strange[0]} is for models of texts, and {args.bundle} draws images of classes", fix)
+    how = dict(sampler=args.sampler, steps=args.steps, churn=args.churn, images_per_class=args.images, seed=args.seed)
+    request = complete(bundle.manifest, args.classes, **how)
+    names = _names(args.out, len(request.seeds), args.overwrite)
+    engine, options = engine_of(args)
+    pipeline = load(bundle, engine=engine, low_memory=args.low_memory, offload=args.offload, **options)
+    if engine == "auto" and not (args.json or args.quiet or args.low_memory or args.offload):
+        loaded = pipeline.engines["denoiser"]
+        print(f"engine: {loaded.name} ({loaded.description})", file=sys.stderr)
+    result = pipeline(args.classes, progress=True, **how)
+    for name, image in zip(names, result.images, strict=True):
+        _save(image, name)
+    seconds = {key: round(value, 4) for key, value in result.seconds.items()}
+    if args.json:
+        record = {"images": [str(name) for name in names], "classes": request.labels, "seeds": result.seeds}
+        print(json.dumps(record | {"seconds": seconds, "engines": pipeline.engines.descriptions}))
+    else:
+        _say(names, result.seeds, seconds)
+    return 0
+
+
+def _of_texts(args: argparse.Namespace) -> int:
+    """Images of prompts."""
     from ..images import canny
     from ..loading import load, opened
     from ..pipeline import check_call
 
+    if (flag := "--class" if args.classes else "--churn" if args.churn is not None else None) is not None:
+        what = f"{flag} is for models that draw images of classes, and {args.bundle} draws what a text says"
+        raise UserError(what, f'accel run {args.bundle} --prompt "..."')
     prompts = prompts_of(args)
     if not prompts:
         raise WrongUse("accel run: no prompt is given", f"for example {EXAMPLE}")
-    if args.images < 1:
-        raise UserError(f"invalid images: {args.images} (expected an integer >= 1)", "--images 1, or more")
     names = _names(args.out, len(prompts) * args.images, args.overwrite)
     for option in ("image", "mask", "control", "image_prompt"):
         given = getattr(args, option) or []
@@ -179,10 +230,14 @@ def run(args: argparse.Namespace) -> int:
         record |= {"embeddings": learned} if learned else {}
         print(json.dumps(record | {"engines": pipeline.engines.descriptions}))
     else:
-        written = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1].name}: {len(names)} images"
-        parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
-        print(f"{written} (seed {result.seeds[0]}; {parts})")
+        _say(names, result.seeds, seconds)
     return 0
+
+
+def _say(names: list[Path], seeds: list[int], seconds: dict[str, float]) -> None:
+    written = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1].name}: {len(names)} images"
+    parts = ", ".join(f"{key.replace('_', ' ')} {value:.3f} s" for key, value in seconds.items())
+    print(f"{written} (seed {seeds[0]}; {parts})")
 
 
 def _one_or_all(values: list[Any] | None) -> Any:

@@ -10,12 +10,15 @@ from typing import Any
 from ..assets import hub_id
 from ..bundle import Bundle, Manifest, is_bundle
 from ..bundle.shape_profiles import profile as parse_profile
+from ..class_to_image import ClassPipeline
+from ..class_to_image import load as load_by_class
+from ..class_to_image import opened as opened_by_class
 from ..engines import choose
 from ..engines.select import facts
 from ..errors import UserError
-from ..pipeline import Pipeline, read_embeddings
 from ..pipeline import load as load_opened
 from ..pipeline import opened as opened_as_it_is
+from ..pipeline import read_embeddings
 from ..safety import COMPONENT as SAFETY_CHECKER
 from ..text.cache import SIZE
 from .compiled import compiled, profile_around
@@ -39,8 +42,10 @@ def load(
     vae_tile: int | None = None,
     text_cache: int = SIZE,
     **options: Any,
-) -> Pipeline:
+) -> Any:
     """Load a model as a pipeline that is called like diffusers': `load("my-bundle")("a cat", seed=0).images`.
+
+    A model that draws images of classes, an EDM folder or a bundle of one, is called with a class: `load("edm")(7)`.
 
     A bundle runs on any engine. A diffusers pipeline (a folder or a hub id) runs at once on eager torch, in float32
     unless `dtype` says otherwise; with an engine that runs graphs (`engine="onnxruntime"` or `"openvino"`) it is
@@ -77,19 +82,39 @@ def load(
         options: the engine's own options (device, dtype, provider, threads, ...).
 
     Returns:
-        A pipeline; `close()` it, or use it in a `with`, to give its memory back.
+        A `Pipeline`, or a `ClassPipeline`; `close()` it, or use it in a `with`, to give its memory back.
 
     Raises:
         UserError: when the model is damaged or incomplete, cannot be exported, or the engine cannot run here.
     """
     if revision is not None:
         bundle = _at(bundle, revision)
+    memory: dict[str, Any] = dict(low_memory=low_memory, offload=offload)
+    if (of_classes := opened_by_class(bundle)) is not None:
+        texts = dict(few_step=few_step, text_encoder_dtype=text_encoder_dtype, loras=loras, embeddings=embeddings)
+        texts |= dict(vae_tiling=vae_tiling, vae_tile=vae_tile)
+        if strange := [name for name, value in texts.items() if value]:
+            raise UserError(
+                f"{strange[0]} is for images of texts, and {of_classes.name} draws images of classes",
+                f"leave {strange[0]} out",
+            )
+        return _of_classes(of_classes, engine, export, verify=verify, **memory, **options)
     how = dict(export=export, few_step=few_step, safety_checker=safety_checker, embeddings=embeddings)
     ready = runnable(bundle, engine, **how)
     changed = dict(loras=loras, embeddings=embeddings, safety_checker=safety_checker)
     own = dict(vae_tiling=vae_tiling, vae_tile=vae_tile, text_cache=text_cache)
-    memory = dict(low_memory=low_memory, offload=offload, text_encoder_dtype=text_encoder_dtype)
+    memory |= dict(text_encoder_dtype=text_encoder_dtype)
     return load_opened(ready, engine, verify=verify, **memory, **changed, **own, **options)
+
+
+def _of_classes(model: Bundle, engine: Any, export: Mapping[str, Any] | None, **how: Any) -> ClassPipeline:
+    """A model that draws images of classes; its folder is compiled where the engine runs graphs."""
+    if _is_pipeline(model) and _wants_graphs(engine):
+        model = compiled(model, {"profile": "native", **(export or {})})
+    elif export:
+        fix = "leave export out; engine='onnxruntime' or 'openvino' compiles the folder of a model"
+        raise UserError(f"{model.name} is run as it is, so nothing is exported", fix)
+    return load_by_class(model, engine, **how)
 
 
 def _at(model: Any, revision: str) -> str:

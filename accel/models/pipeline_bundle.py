@@ -43,7 +43,7 @@ class PipelineBundle(Bundle):
 
     def on_meta(self, component: str) -> nn.Module:
         """A network as a torch module with named tensors, on the meta device: nothing is loaded."""
-        return network_of(_shapes_of(self.source), component, self.inputs).module.eval().requires_grad_(False)
+        return network_of(shapes_of(self.source), component, self.inputs).module.eval().requires_grad_(False)
 
     def file(self, entry: str) -> Path:
         """The path of a file of the folder, which has no manifest to list it, by its place in a bundle."""
@@ -103,7 +103,7 @@ def open_pipeline(
         guidance=sampling.guidance > 1,
         edits=edits(source),
     )
-    shapes = _shapes_of(source)
+    shapes = shapes_of(source)
     names = [name for kind in KINDS.values() for name in kind.names if source.has(kind.part or name)]
     names = [name for name in names if name != SAFETY_CHECKER or checked]
     return PipelineBundle(
@@ -117,14 +117,19 @@ def open_pipeline(
             precision="fp32",
             source={"name": source.name},
             exporter={},
-            components={name: _component(shapes, name, inputs, dims) for name in names},
+            components={name: component_of(shapes, name, inputs, dims) for name in names},
         ),
         source=source,
         inputs=inputs,
     )
 
 
-def _component(source: Source, name: str, inputs: UNetInputs, dims: dict[str, Range]) -> Component:
+def component_of(source: Source, name: str, inputs: UNetInputs, dims: dict[str, Range]) -> Component:
+    """The record of a network that has no graph.
+
+    Args:
+        source: one whose networks have shapes and no weights (`shapes_of`).
+    """
     network = network_of(source, name, inputs)
     used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
     return Component(
@@ -139,7 +144,8 @@ def _component(source: Source, name: str, inputs: UNetInputs, dims: dict[str, Ra
     )
 
 
-def _shapes_of(source: Source) -> Source:
+def shapes_of(source: Source) -> Source:
+    """The source, whose networks have shapes and no weights."""
     return _Shapes(**{field.name: getattr(source, field.name) for field in fields(source)})
 
 

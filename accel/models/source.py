@@ -21,6 +21,7 @@ from . import few_step as families
 from . import hub, parts, single_file
 from . import weight_files as weights
 from .config_files import SUPPORTED, copy_folder, network_class, note, read_config, stripped, without_code
+from .edm.folder import PIPELINE as EDM
 from .embeddings import Embedding, EmbeddingSpec
 from .embeddings.into_model import TEXT_ENCODERS, add_tokens, add_vectors, learned, tokenizer_of
 from .ip_adapter.into_source import completed, note_left_out, with_ip_adapter
@@ -325,6 +326,9 @@ def _index(path: Path) -> dict[str, Any]:
     if removed:
         note(file, removed)
     index = parts.each_controlnet(index, path)
+    if index.get("_class_name") == EDM:
+        fix = f"accel run {path} --class 0 draws with it, accel export {path} OUT makes a bundle of it"
+        raise UserError(f"{path} is an EDM model, which draws images of classes and not of texts", fix)
     pipeline = Source(path, path.name, index)
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not pipeline.has(needed) and not pipeline.has(f"{needed}_2"):  # SDXL's refiner has the second ones alone

@@ -136,6 +136,8 @@ def component_names(bundle: Bundle) -> list[str]:
     Raises:
         UserError: where the bundle lacks one of them.
     """
+    if bundle.manifest.by_class:
+        return present(bundle, "alone")
     for name, kind in KINDS.items():
         if kind.use == "always" and not any(one in bundle.manifest.components for one in kind.names):
             bundle.component(name)  # says what is missing

@@ -35,10 +35,11 @@ def opened(model: str | Path | Bundle, *, few_step: str | None = None, safety_ch
         safety_checker: whether the safety checker of a pipeline folder is opened with it.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, and a bundle that draws images of classes.
     """
     arguments.check_switch("safety_checker", safety_checker)
     if isinstance(model, Bundle):
+        model.refuse_by_class()
         return model
     if not isinstance(model, (str, Path)):
         expected = "the folder of a bundle or of a diffusers pipeline"
@@ -50,7 +51,9 @@ def opened(model: str | Path | Bundle, *, few_step: str | None = None, safety_ch
         from ..models.pipeline_bundle import open_pipeline
 
         return open_pipeline(model, few_step=few_step, safety_checker=bool(safety_checker))
-    return Bundle.open(model)
+    bundle = Bundle.open(model)
+    bundle.refuse_by_class()
+    return bundle
 
 
 def _is_pipeline(model: str | Path) -> bool:

@@ -14,47 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from accel.errors import UserError
+from accel.sampling.edm.levels import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, edm_sigmas
 
 from ..diffusion.losses import per_row
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
-SIGMA_DATA = 0.5
+__all__ = ["RHO", "SIGMA_DATA", "SIGMA_MAX", "SIGMA_MIN", "Preconditioned", "edm_sigmas", "unet_config"]
+
 # Of the full-size network: 295.9 M is what ADM and EDM publish. ADM's own network also predicts variances; the three
 # output channels more make 295,904,454.
 IMAGENET64_PARAMETERS = 295_899_267
 _GROUPS = 32
-
-
-def edm_sigmas(
-    n: int = 1000, rho: float = RHO, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX
-) -> np.ndarray:
-    """Noise levels, rising: index 0 is sigma_min, index n - 1 is sigma_max. float64 [n].
-
-    Equation 5 of arXiv 2206.00364 counts from the noisiest, as a sampler walks. Here it is turned round, as DMD2 does,
-    so that an index means what a timestep of DDPM means: the larger, the noisier, and DMD2's range of 2 % to 98 % of
-    the timesteps leaves out both ends. A single level is sigma_max.
-
-    Raises:
-        UserError: for no levels, or bounds that are not 0 < sigma_min < sigma_max.
-    """
-    if n < 1 or rho <= 0 or not 0 < sigma_min < sigma_max:
-        raise UserError(
-            f"no noise levels for n = {n}, rho = {rho}, sigma_min = {sigma_min}, sigma_max = {sigma_max}",
-            "use n of at least 1, rho above 0, and 0 < sigma_min < sigma_max",
-        )
-    ramp = np.linspace(0.0, 1.0, n) if n > 1 else np.ones(1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (low + ramp * (high - low)) ** rho
-    sigmas[-1] = sigma_max  # a sampler starts at exactly 80, not at the rounding error beside it
-    if n > 1:
-        sigmas[0] = sigma_min
-    return sigmas
 
 
 def unet_config(

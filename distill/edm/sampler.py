@@ -7,43 +7,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from accel.errors import UserError
+from accel.sampling.edm import solvers
+from accel.sampling.edm.levels import SIGMA_MAX, sampling_sigmas
+from accel.sampling.edm.solvers import IMAGENET64_CHURN, Churn
 
-from .preconditioning import RHO, SIGMA_MAX, SIGMA_MIN, edm_sigmas
+__all__ = ["IMAGENET64_CHURN", "Churn", "heun", "one_step", "pixels", "sample", "sampling_sigmas"]
 
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Churn:
-    """Fresh noise before each step: how much in all, at which levels, and its standard deviation."""
-
-    amount: float
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
-    noise: float = 1.0
-
-    def gamma(self, sigma: float, steps: int) -> float:
-        """The level rises by this part of itself; never by more than brings as much new noise as there is."""
-        return min(self.amount / steps, math.sqrt(2) - 1) if self.sigma_min <= sigma <= self.sigma_max else 0.0
-
-
-# What EDM's ImageNet 64 x 64 figure was made with, in 256 steps (arXiv 2206.00364, table 5).
-IMAGENET64_CHURN = Churn(40, 0.05, 50, 1.003)
-
-
-def sampling_sigmas(
-    steps: int, rho: float = RHO, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX
-) -> list[float]:
-    """The levels of `steps` steps, falling from sigma_max to sigma_min, then 0: steps + 1 numbers."""
-    return [*edm_sigmas(steps, rho, sigma_min, sigma_max)[::-1].tolist(), 0.0]
 
 
 def heun(
@@ -67,20 +43,7 @@ def heun(
     """
     x = x.double()
     noise = noise or (lambda step: torch.randn_like(x))
-    steps = len(sigmas) - 1
-    for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        gamma = churn.gamma(sigma, steps) if churn else 0.0
-        if gamma:
-            raised = sigma * (1 + gamma)
-            x = x + math.sqrt(raised**2 - sigma**2) * churn.noise * noise(step).to(x)
-            sigma = raised
-        slope = (x - denoise(x, sigma).double()) / sigma
-        there = x + (after - sigma) * slope
-        if after:
-            slope = (slope + (there - denoise(there, after).double()) / after) / 2
-            there = x + (after - sigma) * slope
-        x = there
-    return x
+    return solvers.heun(lambda x, sigma: denoise(x, sigma).double(), x, sigmas, lambda step: noise(step).to(x), churn)
 
 
 @torch.no_grad()

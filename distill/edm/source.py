@@ -15,33 +15,32 @@ import torch
 
 from accel.dtypes import torch_dtype
 from accel.errors import UserError
-from accel.files import read_json
-from accel.models.config_files import network_class
-from accel.models.source import Source, open_source
+from accel.models.edm import source
+from accel.models.edm.folder import PIPELINE, is_edm
+from accel.models.source import open_source
 
 from ..data.encoders import Encoders, sent
 from ..training.pipelines import SAVE_DTYPES, write_network
 from .preconditioning import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, Preconditioned
 
-PIPELINE = "EDMPipeline"
+__all__ = [
+    "PIPELINE",
+    "ClassEncoders",
+    "EDMSource",
+    "is_edm",
+    "open_edm",
+    "open_encoders",
+    "open_text_encoders",
+    "save_edm",
+]
 
 
-class EDMSource(Source):
-    """A folder of an EDM model: unet/ and scheduler/."""
-
-    family = "edm"
-
-    def network_class(self, component: str) -> Any:
-        return network_class(component, *self.index[component], more=("UNet2DModel",))
+class EDMSource(source.EDMSource):
+    """A folder of an EDM model, whose network comes with its preconditioning."""
 
     def load(self, component: str) -> Preconditioned:
         constants = self.config("scheduler")
         return Preconditioned(super().load(component), constants.get("sigma_data", SIGMA_DATA))
-
-
-def is_edm(path: str | Path) -> bool:
-    index = Path(path) / "model_index.json"
-    return index.is_file() and (read_json(index, "model_index.json") or {}).get("_class_name") == PIPELINE
 
 
 def open_edm(path: str | Path) -> EDMSource:
@@ -50,12 +49,7 @@ def open_edm(path: str | Path) -> EDMSource:
     Raises:
         UserError: when it is not one.
     """
-    path = Path(path)
-    if not is_edm(path):
-        raise UserError(
-            f"{path} is not a folder of an EDM model", "make one: python -m accel.distill.edm.weights FILE FOLDER"
-        )
-    return EDMSource(path, path.resolve().name, read_json(path / "model_index.json", "model_index.json"))
+    return EDMSource(**source.fields_of(path))
 
 
 def save_edm(

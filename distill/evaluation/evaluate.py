@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from accel.bundle import Bundle
 from accel.engines import choose
 from accel.errors import UserError
 from accel.files import digest_of, sha256, write_json
@@ -56,8 +57,8 @@ def evaluate(
         sampler, steps, guidance: instead of the protocol's; recorded in the id of every metric.
         limit: evaluate only the first N images; recorded in the id of every metric.
         batch: images per call; it does not change the images (beyond rounding).
-        reference: folder of real images, or for pytorch-fid an .npz of their mean `mu` and covariance `sigma`; for
-            emoji, the folder of the judge.
+        reference: folder of real images, or for pytorch-fid and imagenet64 an .npz of their mean `mu` and covariance
+            `sigma`; for emoji, the folder of the judge.
         captions: a file of captions, as `accel.text.prompt_files` reads it.
         engine, options: the engine of a bundle and its options; `dtype` overrides the protocol's.
         shard: which images this process generates. Rank 0 also waits for the others' and measures.
@@ -84,8 +85,11 @@ def evaluate(
         real = [] if own else _reference(chosen, reference)
     progress("opening the model", 0.0)
     opened = generators.open_model(model)
+    _check_kind(chosen, opened, guidance)
     if opened.kind == "bundle":
-        engine = choose(engine, opened.origin.component("unet"))  # now, so that the record says which one `auto` was
+        engine = choose(
+            engine, opened.origin.component(opened.network)
+        )  # now, so that the record says which one `auto` was
     usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
     used = overridden(usual, sampler, steps, guidance)
     # Given on the command line, then the protocol's; a bundle computes in its own unless another is given.
@@ -100,11 +104,12 @@ def evaluate(
         changes["images"] = count
     if isinstance(real, list) and real and len(real) != chosen.reference_images:
         changes["reference"] = len(real)
-    settings = _settings(chosen, opened, used, dtype, size, engine, options, _digest_of_prompts(own, captions))
+    settings = _settings(chosen, opened, used, dtype, size, engine, options, _digest_of_prompts(chosen, own, captions))
     claim(out, settings)
 
     started = time.perf_counter()
-    load = partial(generators.load, opened, used, size, engine, options, shard.local_rank)
+    churn = chosen.churn if used.sampler == "heun" else None
+    load = partial(generators.load, opened, used, size, engine, options, shard.local_rank, churn)
     made, ran_on = _make(chosen, settings, load, shard, prompts, out, batch or chosen.batch, progress)
     making = time.perf_counter() - started
     if shard.rank:
@@ -141,6 +146,25 @@ def evaluate(
     }
     write_json(out / result_name(chosen, count), result)
     return result
+
+
+def _check_kind(chosen: Protocol, opened: generators.Model, guidance: float | None) -> None:
+    """Refuse a model that the protocol does not measure."""
+    if not isinstance(opened.origin, Bundle) or not opened.origin.manifest.by_class:
+        if chosen.prompts == "classes":
+            fix = "give an EDM model or a bundle of one, or another --protocol"
+            raise UserError(f"{chosen.id} measures models of classes, and {opened.name} draws what a text says", fix)
+        return
+    if chosen.prompts != "classes":
+        raise UserError(
+            f"{chosen.id} measures models of texts, and {opened.name} draws images of classes", "--protocol imagenet64"
+        )
+    values = opened.origin.manifest.pipeline
+    own = f"{values['native_size']} px and {values['classes']} classes"
+    if own != (wanted := f"{chosen.size} px and {chosen.classes} classes"):
+        raise UserError(f"{chosen.id} is of {wanted}, and {opened.name} of {own}", "give a model of those")
+    if guidance not in (None, 0, 1):
+        raise UserError(f"{opened.name} has no guidance: no class stands for no class", "leave --guidance out")
 
 
 def result_name(chosen: Protocol, count: int) -> str:
@@ -197,6 +221,10 @@ def _prompts(
     chosen: Protocol, own: OwnSet | None, captions: str | Path | None, count: int
 ) -> tuple[list[str], list[int]]:
     """The prompts, and the numbers of what they ask for where the protocol has its own."""
+    if chosen.prompts == "classes":
+        if captions is not None:
+            raise UserError(f"{chosen.id} draws classes, and reads no captions", "leave --captions out")
+        return [str(label) for label in _labels(chosen)[:count]], []
     if own:
         if captions is not None:
             raise UserError(f"{chosen.id} has prompts of its own", "leave --captions out")
@@ -217,15 +245,23 @@ def _prompts(
     return found[:count], []
 
 
-def _digest_of_prompts(own: OwnSet | None, captions: str | Path | None) -> str:
+def _labels(chosen: Protocol) -> list[int]:
+    """The class of every image, uniformly random by the protocol's seed."""
+    return np.random.default_rng(chosen.seed).integers(chosen.classes, size=chosen.images).tolist()
+
+
+def _digest_of_prompts(chosen: Protocol, own: OwnSet | None, captions: str | Path | None) -> str:
     """Of the file, not of the prompts used: images stay good when more of them are asked for."""
+    if chosen.prompts == "classes":
+        return digest_of(_labels(chosen))
     return digest_of(own.pairs) if own else sha256(Path(captions or ""))
 
 
 def _reference(chosen: Protocol, reference: str | Path | None) -> list[Path] | metrics.Statistics:
     """The real images, or their statistics."""
     if reference is None:
-        raise UserError(f"{chosen.id} needs real images", f"--reference FOLDER: {chosen.reference_source}")
+        what = "FILE.npz" if _takes_statistics(chosen) else "FOLDER"
+        raise UserError(f"{chosen.id} needs real images", f"--reference {what}: {chosen.reference_source}")
     path = Path(reference)
     if path.suffix == ".npz" and path.is_file():
         return _statistics(chosen, path)
@@ -239,7 +275,7 @@ def _reference(chosen: Protocol, reference: str | Path | None) -> list[Path] | m
 
 def _statistics(chosen: Protocol, path: Path) -> metrics.Statistics:
     """Mean `mu` [2048] and covariance `sigma` [2048, 2048] of real images' features, as pytorch-fid saves them."""
-    if any(metric.extractor != "pytorch-fid" for metric in chosen.metrics if metric.kind == "frechet"):
+    if not _takes_statistics(chosen):
         raise UserError(f"{path}: {chosen.id} takes real images, not their statistics", "--reference FOLDER")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -252,6 +288,11 @@ def _statistics(chosen: Protocol, path: Path) -> metrics.Statistics:
             "make it with pytorch-fid's --save-stats",
         )
     return mean, covariance
+
+
+def _takes_statistics(chosen: Protocol) -> bool:
+    """Whether every distance of the protocol is one to statistics that are published."""
+    return all(metric.extractor in ("pytorch-fid", "edm") for metric in chosen.metrics if metric.kind == "frechet")
 
 
 def _described(real: list[Path] | metrics.Statistics, reference: str | Path | None) -> dict[str, Any]:

@@ -18,13 +18,18 @@ import torch
 
 from accel.assets import resolve
 from accel.bundle import Bundle
+from accel.bundle.kinds import DENOISER
+from accel.class_to_image import load as load_by_class
+from accel.class_to_image import opened as opened_by_class
 from accel.dtypes import SHORT, torch_dtype
+from accel.engines import choose
 from accel.engines.base import check_device
 from accel.errors import UserError
 from accel.files import digest_of, sha256
 from accel.models.config_files import clip_tokenizer
 from accel.models.source import Source, open_source
 from accel.sampling import Sampling
+from accel.sampling.edm.solvers import Churn
 from accel.sampling.samplers import SAMPLERS, NoiseSchedule, grid
 
 from .protocols import schedulers
@@ -55,6 +60,11 @@ class Model:
     def kind(self) -> str:
         return "bundle" if isinstance(self.origin, Bundle) else "pipeline"
 
+    @property
+    def network(self) -> str:
+        """The component of a bundle that takes most of the time."""
+        return DENOISER if isinstance(self.origin, Bundle) and self.origin.manifest.by_class else "unet"
+
 
 def open_model(model: str | Path) -> Model:
     """Open a bundle, a diffusers pipeline folder, a hub id, or the shipped `digits` and `digits/NAME`.
@@ -62,6 +72,8 @@ def open_model(model: str | Path) -> Model:
     Raises:
         UserError: when it is neither.
     """
+    if (of_classes := opened_by_class(model)) is not None:
+        return _of_classes(of_classes)
     path = Path(resolve(model))
     if (path / "accel.json").is_file():
         bundle = Bundle.open(path)
@@ -72,6 +84,15 @@ def open_model(model: str | Path) -> Model:
     constants = source.sampler()
     own = None if constants is None else Sampling.from_dict(constants, str(source.path / "sampler.json"), schedulers())
     return Model(origin=source, name=source.name, digest=_digest(source), own=own, dtype="fp32")
+
+
+def _of_classes(bundle: Bundle) -> Model:
+    """A model of classes. A student says how it is run; a teacher's steps are the protocol's."""
+    manifest = bundle.manifest
+    student = manifest.sampler["name"] != "heun"
+    own = Sampling.from_dict(manifest.sampler, f"the sampler of {bundle.path}") if student else None
+    name = bundle.path.resolve().name
+    return Model(origin=bundle, name=name, digest=bundle.digest, own=own, dtype=manifest.precision)
 
 
 def _digest(source: Source) -> str:
@@ -95,6 +116,7 @@ def load(
     engine: str = "auto",
     options: Mapping[str, Any] | None = None,
     local_rank: int = 0,
+    churn: Churn | None = None,
 ) -> tuple[Maker, str]:
     """Load a model: what makes its images, and a description of what runs it.
 
@@ -103,11 +125,14 @@ def load(
         engine: for a bundle, as in `accel.load`; a pipeline folder runs eagerly.
         options: the engine's own (device, dtype, provider, threads); for a pipeline folder device and dtype.
         local_rank: which of the machine's GPUs torch uses where no device is given.
+        churn: of a model of classes.
 
     Raises:
         UserError: when the model cannot be loaded, or cannot run so.
     """
     options = {name: value for name, value in (options or {}).items() if value is not None}
+    if model.network == DENOISER:
+        return _class_maker(model.origin, sampling, churn, engine, options, local_rank)
     if isinstance(model.origin, Bundle):
         return _bundle_maker(model.origin, sampling, size, engine, options, local_rank)
     if engine not in ("auto", "eager"):
@@ -214,7 +239,6 @@ def _assemble(source: Source, sampling: Sampling) -> Any:
 def _bundle_maker(
     bundle: Bundle, sampling: Sampling, size: int, engine: str, options: dict[str, Any], local_rank: int
 ) -> tuple[Maker, str]:
-    from accel.engines import choose
     from accel.pipeline import load
 
     engine = choose(engine, bundle.component("unet"))
@@ -245,6 +269,37 @@ def _bundle_maker(
         return rounded(result.images)
 
     return make, f"{engine}: {pipeline.engines['unet'].description}"
+
+
+def _class_maker(
+    bundle: Bundle, sampling: Sampling, churn: Churn | None, engine: str, options: dict[str, Any], local_rank: int
+) -> tuple[Maker, str]:
+    engine = choose(engine, bundle.component(DENOISER), bundle)
+    if engine in ("eager", "compile") and torch.cuda.is_available():
+        options["device"] = torch_device(options.get("device"), local_rank)
+    pipeline = load_by_class(bundle, engine, **options)
+    values, loaded = bundle.manifest.pipeline, pipeline.engines[DENOISER]
+    shape = (values["latent_channels"], values["native_size"], values["native_size"])
+    most = loaded.component.dims["images"].max
+
+    def part(labels: list[int], own: list[torch.Generator]) -> np.ndarray:
+        return pipeline(
+            labels,
+            sampler=sampling.sampler,
+            steps=sampling.steps if sampling.sampler == "heun" else sampling.count,
+            churn=churn,
+            latents=normal(own, shape).numpy(),
+            renoise=lambda step: normal(own, shape).numpy(),
+            output_type="np",
+        ).images
+
+    def make(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        labels, own = list(map(int, prompts)), generators(seeds)
+        # No more than one call of the network takes: then every generator is drawn from once a step, in order.
+        starts = range(0, len(labels), most)
+        return rounded(np.concatenate([part(labels[i : i + most], own[i : i + most]) for i in starts]))
+
+    return make, f"{engine}: {loaded.description}"
 
 
 def rounded(images: np.ndarray) -> np.ndarray:

@@ -162,6 +162,16 @@ def clean_fid(device: str) -> Extractor:
     return features
 
 
+def edm_inception(device: str) -> Extractor:
+    """Inception-v3's 2,048 pooled features as EDM and DMD2 measure ImageNet 64 x 64: the network that NVIDIA publishes,
+    which takes 8-bit values and resizes to 299 px inside, as TensorFlow's did; by way of clean-fid, which fetches it.
+    """
+    from cleanfid.features import build_feature_extractor
+
+    model = build_feature_extractor("legacy_tensorflow", torch.device(device), use_dataparallel=False)
+    return lambda images: model(_pixels(images).to(device)).flatten(1).cpu().numpy()
+
+
 def torch_fidelity(device: str) -> Extractor:
     """Inception-v3's 1,008 logits, without the bias, by torch-fidelity: what its inception score is made of."""
     from torch_fidelity import FeatureExtractorInceptionV3
@@ -175,6 +185,7 @@ EXTRACTORS: Mapping[str, tuple[Callable[[str], Extractor], str, str]] = MappingP
     {
         "pytorch-fid": (pytorch_fid, "pytorch_fid", "pytorch-fid"),
         "clean-fid": (clean_fid, "cleanfid", "clean-fid"),
+        "edm": (edm_inception, "cleanfid", "clean-fid"),
         "torch-fidelity": (torch_fidelity, "torch_fidelity", "torch-fidelity"),
     }
 )

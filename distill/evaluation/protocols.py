@@ -6,7 +6,8 @@ every figure: `digits[steps=4,guidance=0]`. Figures of two protocols are never c
 "FID on COCO 30K" and differ in the resizing, the cropping, the storage format and the network that sees the images.
 
 Sources: BK-SDM (Kim et al. 2023, arXiv 2305.15798, and its published evaluation scripts), DMD2 (Yin et al. 2024,
-arXiv 2405.14867, and its published evaluation scripts).
+arXiv 2405.14867, and its published evaluation scripts), EDM (Karras et al. 2022, arXiv 2206.00364, and its published
+evaluation script).
 
 In every protocol image i starts from the random numbers of seed `seed + i`, whatever process or batch makes it. The
 published runs do not work so: BK-SDM draws from one generator for the whole run, DMD2 seeds each batch. By BK-SDM's own
@@ -22,6 +23,7 @@ from typing import Any
 
 from accel.errors import unknown
 from accel.sampling import Sampling
+from accel.sampling.edm.solvers import IMAGENET64_CHURN, Churn
 from accel.sampling.samplers import SAMPLERS
 
 
@@ -78,7 +80,10 @@ class Protocol:
         id: its name.
         title: what it is, in a line.
         images: how many images, one to a prompt.
-        prompts: "digits" or "emoji" for those of `own_sets.py`, "captions" for a file that the user gives.
+        prompts: "digits" or "emoji" for those of `own_sets.py`, "captions" for a file that the user gives, "classes"
+            for random ones of a model that draws images of classes.
+        classes: how many of those there are.
+        churn: fresh noise of a teacher's heun steps, where images are of classes.
         sampling: how images are drawn.
         own_sampling: whether the constants that a model carries along (`sampler.json`, or a bundle's) come first.
         dtype: that the networks compute in; None for the model's own.
@@ -106,6 +111,8 @@ class Protocol:
     reference_images: int = 0
     captions_source: str = ""
     reference_source: str = ""
+    classes: int = 0
+    churn: Churn | None = None
 
 
 DIGITS = Protocol(
@@ -212,8 +219,33 @@ DMD2_SDXL_COCO10K = Protocol(
     reference_source="10,000 real COCO images",
 )
 
+# EDM draws the class of every image uniformly, from the generator of its seed, after its noise; here all come from one
+# generator, so that they do not depend on a network's size. DMD2 takes the classes in turn, 0 to 999, fifty times. Both
+# hold the 50,000 images as 8-bit values, and neither resizes them: Inception does, to 299 px, as TensorFlow did.
+# A figure of EDM is the least of three such runs.
+IMAGENET64 = Protocol(
+    id="imagenet64",
+    title="EDM, ImageNet 64 px: 50,000 images of random classes, FID by EDM's Inception and its published statistics",
+    images=50_000,
+    prompts="classes",
+    classes=1000,
+    sampling=Sampling(sampler="heun", steps=256, guidance=0.0),
+    churn=IMAGENET64_CHURN,
+    own_sampling=True,
+    dtype="fp32",
+    size=64,
+    seed=0,
+    batch=50,
+    metrics=(Metric(name="FID", kind="frechet", extractor="edm"),),
+    reference_images=1_281_167,
+    reference_source="imagenet-64x64.npz, their statistics: https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/",
+)
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
-    {protocol.id: protocol for protocol in (DIGITS, EMOJI, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K)}
+    {
+        protocol.id: protocol
+        for protocol in (DIGITS, EMOJI, BK_SDM_COCO30K, DMD2_SD15_COCO30K, DMD2_SDXL_COCO10K, IMAGENET64)
+    }
 )
 
 

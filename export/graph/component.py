@@ -59,6 +59,35 @@ def reference_of(
     return Reference(feeds, outputs, precision.choose(network, dtypes, peaks, force_upcast=bool(upcast)))
 
 
+def exported(
+    network: Network,
+    dims: Mapping[str, Range],
+    precision: str,
+    folder: Path,
+    *,
+    opset: int,
+    step: Step,
+    family: str,
+    scaling_factor: float | list[float],
+) -> Component:
+    """Write config, weights and graph of a network as it was loaded, and check the graph against it.
+
+    Args:
+        dims: range of each symbolic dimension, of others as well.
+        precision: fp32 or fp16.
+        family, scaling_factor: of the pipeline.
+
+    Raises:
+        UserError: as `write`.
+    """
+    used = {d for spec in (*network.inputs, *network.outputs) for d in spec.shape if isinstance(d, str)}
+    limits = {dim: dims[dim] for dim in sorted(used)}
+    # The reference is the source as it was loaded, so a config or weight lost on the way into the bundle shows too.
+    reference = reference_of(network, limits, precision, family=family, scaling_factor=scaling_factor)
+    networks.save_config(network, folder)
+    return write(network, reference, limits, folder, opset=opset, step=step)
+
+
 def write(
     network: Network,
     reference: Reference,

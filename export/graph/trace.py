@@ -63,17 +63,18 @@ def check_opset(opset: int) -> None:
 
 
 def vocabulary_of(network: Network) -> int:
-    """How many token ids a text encoder knows: 0 to that number, less one."""
-    return getattr(network.module.model.config, "vocab_size", 1)
+    """How many token ids a text encoder knows, or classes a denoiser: 0 to that number, less one."""
+    config = network.module.model.config
+    return getattr(config, "vocab_size", None) or getattr(config, "num_class_embeds", None) or 1
 
 
 def example(
     specs: tuple[TensorSpec, ...], sizes: Mapping[str, int], *, seed: int = 0, vocabulary: int = 256
 ) -> dict[str, torch.Tensor]:
-    """Random inputs for given sizes of the symbolic dimensions: N(0, 1) floats, token ids, a timestep.
+    """Random inputs for given sizes of the symbolic dimensions: N(0, 1) floats, token ids or classes, a timestep.
 
     Args:
-        vocabulary: token ids are below it.
+        vocabulary: token ids and classes are below it.
     """
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
@@ -83,7 +84,7 @@ def example(
             feeds[spec.name] = torch.randint(1, 999, shape, generator=generator).to(dtype)
         elif spec.name == "time_ids":
             feeds[spec.name] = torch.randint(0, 1024, shape, generator=generator).to(dtype)
-        elif spec.name == "input_ids":
+        elif spec.name in ("input_ids", "class_labels"):
             feeds[spec.name] = torch.randint(0, vocabulary, shape, generator=generator).to(dtype)
         else:
             feeds[spec.name] = torch.randn(shape, generator=generator).to(dtype)

@@ -29,7 +29,7 @@ ACCEL = (
     ("models", "providers"),
     ("engines",),
     ("pipeline",),
-    ("attaching", "bench"),
+    ("attaching", "bench", "class_to_image"),
     ("export", "distill", "publishing"),
     ("loading",),
     ("studio",),
@@ -50,7 +50,7 @@ DISTILL = (
 # Modules that lie loose in a root, and the floor that they belong to.
 LOOSE = {
     "accel": {"cli": "roof", "__main__": "roof", None: "ground"},
-    "accel.export": {"pipeline": "roof", None: "ground"},
+    "accel.export": {"pipeline": "roof", "class_to_image": "roof", None: "ground"},
     "accel.distill": {"run": "roof", None: "settings"},
 }
 # Kernels stand beside the house: they know nothing of it, and only what patches a model knows them.
@@ -113,7 +113,7 @@ def upward(name: str, target: str) -> bool:
 def test_there_is_something_to_check():
     names = modules()
     assert {"accel.engines.eager", "accel.export.pipeline", "accel.cli", "accel"} <= set(names)
-    assert "accel.models.networks" in imports("accel.export.pipeline", names["accel.export.pipeline"])
+    assert "accel.models.source" in imports("accel.export.pipeline", names["accel.export.pipeline"])
     assert upward("accel.bundle.manifest", "accel.pipeline.request") and not upward("accel.cli", "accel.errors")
     assert upward("accel.export.graph.trace", "accel.distill.run") and upward("accel.errors", "accel.bundle")
     assert upward("accel.export.graph.trace", "accel.export.int8.audit") and upward("accel.engines.eager", KERNELS)

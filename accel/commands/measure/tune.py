@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         text = "forgotten" if gone else "there is nothing to forget"
         print(json.dumps({"forgotten": gone}) if args.json else f"{bundle.path}: {text}")
         return 0
+    bundle.refuse_by_class()  # the mixture is tried on the image of a prompt
     bundle.verify(None)
     from ...bench.tune import tune
 

@@ -301,10 +301,10 @@ def test_the_adapters_give_the_libraries_what_they_take(monkeypatch):
             return (torch.ones(len(x), 1008),)
 
     def builder(mode, device, use_dataparallel):
-        assert (mode, use_dataparallel) == ("clean", False)
+        assert not use_dataparallel
 
         def model(x):
-            given["clean-fid"] = x
+            given[{"clean": "clean-fid", "legacy_tensorflow": "edm"}[mode]] = x
             return torch.ones(len(x), 2048)
 
         return model
@@ -322,7 +322,7 @@ def test_the_adapters_give_the_libraries_what_they_take(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(sys.modules, name.partition(".")[0], sys.modules.get(name.partition(".")[0], module))
     images = [Image.new("RGB", (20, 10), (255, 0, 51)) for _ in range(3)]
-    widths = {"pytorch-fid": 2048, "clean-fid": 2048, "torch-fidelity": 1008}
+    widths = {"pytorch-fid": 2048, "clean-fid": 2048, "torch-fidelity": 1008, "edm": 2048}
     for name, (load, _, _) in metrics.EXTRACTORS.items():
         with torch.no_grad():
             assert load("cpu")(images).shape == (3, widths[name])
@@ -331,4 +331,6 @@ def test_the_adapters_give_the_libraries_what_they_take(monkeypatch):
         pytest.approx([1, 0, 0.2])
     )
     assert given["torch-fidelity"].dtype == torch.uint8 and given["torch-fidelity"].shape == (3, 3, 10, 20)
+    # EDM's network takes 8-bit values as they are, and resizes inside.
+    assert given["edm"].dtype == torch.uint8 and given["edm"].shape == (3, 3, 10, 20)
     assert given["clean-fid"].shape == (3, 3, 299, 299) and given["clean-fid"][0, :, 0, 0].tolist() == [255, 0, 51]

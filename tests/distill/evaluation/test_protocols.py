@@ -25,7 +25,7 @@ def test_the_command_line_lists_every_protocol_and_every_metric_has_its_adapter(
     assert PROTOCOL_NAMES == tuple(PROTOCOLS)
     for name, found in PROTOCOLS.items():
         assert protocol(name).id == name
-        assert found.prompts in (*OWN_SETS, "captions") and found.format in ("png", "jpeg")
+        assert found.prompts in (*OWN_SETS, "captions", "classes") and found.format in ("png", "jpeg")
         assert bool(found.captions_source) == (found.prompts == "captions")
         assert bool(found.reference_source) == bool(found.reference_images)
         assert found.sampling.sampler in schedulers() and found.dtype in (None, *SHORT)
