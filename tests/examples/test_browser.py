@@ -48,7 +48,7 @@ def served(tmp_path_factory):
             assert line, log.read_text()
             yield json.loads(line)["url"], folder
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0, log.read_text()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
 
