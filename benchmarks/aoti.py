@@ -61,7 +61,8 @@ def memory(out: Path, bundle: Path, engines: Sequence[str]) -> dict[str, dict[st
 
     kept = out / "memory.json"
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    for engine in (one for one in engines if one not in found):
+    missing = (one for one in engines if found.get(one, {}).get("steps") != CALL["steps"])
+    for engine in missing:
         done = probe.probe(bundle, parse(engine), CALL, {})
         if done.reason:
             raise SystemExit(f"{engine}: {done.reason}")

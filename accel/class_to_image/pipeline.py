@@ -103,23 +103,25 @@ class ClassPipeline(Resource):
         values = self.bundle.manifest.pipeline
         return values["latent_channels"], values["native_size"], values["native_size"]
 
-    def _noise(self, request: Request, latents: Any, renoise: Callable[[int], Any] | None) -> Callable[[int], Any]:
-        """Draw -> standard normal noise of all images: 0 is what they start from, i + 1 that of step i."""
+    def _noise(
+        self, request: Request, latents: Any, renoise: Callable[[int], Any] | None
+    ) -> Callable[[int, slice], np.ndarray]:
+        """(draw, rows) -> standard normal noise of those images: draw 0 is what they start from, i + 1 is step i's."""
         wanted = (len(request.seeds), *self._shape)
         given = None if latents is None else np.asarray(to_host(latents), np.float64)
         if given is not None and given.shape != wanted:
             raise UserError(f"latents of shape {given.shape}, where {wanted} are needed", "give one per image")
 
-        def draw(number: int) -> np.ndarray:
+        def draw(number: int, rows: slice) -> np.ndarray:
             if number == 0 and given is not None:
-                return given
+                return given[rows]
             if number and renoise is not None:
-                return np.asarray(to_host(renoise(number - 1)), np.float64)
-            return normal(request.seeds, number, self._shape).astype(np.float64)
+                return np.asarray(to_host(renoise(number - 1)), np.float64)[rows]
+            return normal(request.seeds[rows], number, self._shape).astype(np.float64)
 
         return draw
 
-    def _run(self, request: Request, noise: Callable[[int], np.ndarray], progress: bool) -> np.ndarray:
+    def _run(self, request: Request, noise: Callable[[int, slice], np.ndarray], progress: bool) -> np.ndarray:
         chunks = list(_chunks(len(request.seeds), self.engines[DENOISER].component.dims["images"].max))
         done = 0
         with show_progress("sampling", steps=request.calls * len(chunks), shown=progress) as report:
@@ -135,9 +137,9 @@ class ClassPipeline(Resource):
                     return made
 
                 def renoise(step: int) -> np.ndarray:
-                    return noise(step + 1)[rows]
+                    return noise(step + 1, rows)
 
-                x = request.sigmas[0] * noise(0)[rows]
+                x = request.sigmas[0] * noise(0, rows)
                 if request.sampler == "heun":
                     return solvers.heun(denoise, x, request.sigmas, renoise, request.churn)
                 return solvers.renoised(denoise, x, request.sigmas, renoise)

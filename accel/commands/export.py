@@ -292,7 +292,7 @@ def _bundle(args: argparse.Namespace) -> int:
             precision=args.precision,
             opset=trace.DEFAULT_OPSET if args.opset is None else args.opset,
             components=args.components or COMPONENTS,
-            sampler=_sampler(args, source),
+            sampler=_sampler_of_classes(args) if of_classes else _sampler(args, source),
             adapter=args.adapter is True,
             share=args.share,
             safety_checker=bool(args.safety_checker),
@@ -348,14 +348,17 @@ def _of_classes(args: argparse.Namespace) -> bool:
     return True
 
 
+def _sampler_of_classes(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of an EDM model's sampler; the export completes it."""
+    chosen = {"name": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def _sampler(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
     """The sampling constants to store: those given, and the source's for the rest; None if none is given."""
     options = sampler_options(args)
     if args.sampler is None and args.steps is None and args.guidance is None and not options:
         return None
-    if isinstance(source, str):  # of an EDM model; it completes them itself
-        chosen = {"name": args.sampler, "steps": args.steps, "guidance": args.guidance}
-        return {name: value for name, value in chosen.items() if value is not None}
     from accel.models.constants import chosen_sampling
 
     return chosen_sampling(source, args.sampler, args.steps, args.guidance, options)

@@ -1,4 +1,4 @@
-"""The networks of the emoji model, SD 1.5's in small."""
+"""The networks of the emoji model: SD-Tiny's UNet in small, with SD 1.5's VAE and text encoder."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def caption_ids(
 
 
 class Contexts:
-    """What the text encoder says of every caption of a data set, computed once: a quarter of a step of the UNet."""
+    """What the text encoder says of every caption of a data set, computed once and not in every step.
+
+    In half precision, and 20 KB for each: 1.9 GB for the 94,896 captions of the whole font.
+    """
 
     def __init__(self, source: emoji.EmojiSource, encoder: Any, tokenizer: Any) -> None:
         texts = sorted({"", *(text for row in range(len(source)) for text in source.captions(row))})
@@ -220,14 +224,17 @@ def unet_stage(run: Run, data: emoji.EmojiSource, vae: Any, encoder: Any, tokeni
     CONSOLE.print(f"latents: {tuple(latents.shape)}, scaling factor {scale:.4f}")
     scheduler = PNDMScheduler.from_config(dict(SCHEDULER))
     alphas = scheduler.alphas_cumprod.float()
-    contexts = Contexts(data, encoder, tokenizer)
+
+    @cache
+    def contexts() -> Contexts:  # at the first step: a stage that was done before has none
+        return Contexts(data, encoder, tokenizer)
 
     def denoise(generator: torch.Generator) -> torch.Tensor:
         rows = pick(len(latents), run.settings.batch, generator)
         texts = drawn_captions(data, rows, generator)
         dropped = (torch.rand(len(rows), generator=generator) < PROMPT_DROPOUT).tolist()
         said = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
-        return v_loss(unet, alphas, latents[rows], contexts(said), generator)
+        return v_loss(unet, alphas, latents[rows], contexts()(said), generator)
 
     def look(step: int, average: Any) -> None:
         sheet(assembled(vae, encoder, tokenizer, average, scheduler)).save(run.folder / "sheet.png")

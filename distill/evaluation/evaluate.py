@@ -87,9 +87,8 @@ def evaluate(
     opened = generators.open_model(model)
     _check_kind(chosen, opened, guidance)
     if opened.kind == "bundle":
-        engine = choose(
-            engine, opened.origin.component(opened.network)
-        )  # now, so that the record says which one `auto` was
+        # Now, so that the record says which one `auto` was.
+        engine = choose(engine, opened.origin.component(opened.network))
     usual = opened.own if chosen.own_sampling and opened.own else chosen.sampling
     used = overridden(usual, sampler, steps, guidance)
     # Given on the command line, then the protocol's; a bundle computes in its own unless another is given.

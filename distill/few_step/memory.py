@@ -244,7 +244,7 @@ def phase_bytes(method: FewStep, phase: Any, batch: dict[str, Any], foreach: boo
             return guided
 
         if isinstance(method, DMD2):
-            method.guided = apart(type(method).guided.__get__(method))
+            method.guided = apart(method.guided)
         try:
             loss, _ = method.loss(phase, batch, 0)
             loss.backward()
