@@ -68,6 +68,11 @@ def _demo(args: argparse.Namespace) -> int:
     names = {model.rstrip("/").rpartition("/")[2]: model for model in args.models}
     if len(names) < len(args.models):
         raise UserError(f"two models of one name: {' '.join(args.models)}", "name each model once")
+    from ..class_to_image import opened as opened_by_class
+
+    for model in args.models:  # before the first one takes its minutes
+        if (found := opened_by_class(model)) is not None:
+            found.refuse_by_class()
     engines = [name for name in reversed(ENGINES) if facts(name).auto and status(name).ok]
     results: dict[str, Any] = {}
     images: dict[str, dict[str, Any]] = {}
@@ -230,6 +235,6 @@ def _comparison(models: dict[str, dict[str, Any]]) -> Any:
         for name, own in drawn.items():
             label = f"{model}, {name}"
             if name != "eager" and "eager" in drawn:
-                label += f", differs by {255 * abs(own - drawn['eager']).max():.2g} of 255"
+                label += f", differs by {255 * abs(own - drawn['eager']).max():.3g} of 255"
             rows[label] = (own * 255).round().astype("uint8")
     return contact_sheet(rows, WORDS)

@@ -64,6 +64,12 @@ def test_every_other_verb_says_why_not(command, refused, edm_bundle, tmp_path, m
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("model", ["edm_bundle", "edm"])
+def test_the_demo_is_of_texts_and_says_so_before_it_measures(model, refused, tmp_path, request):
+    said = refused("demo", "--model", "digits/4step", request.getfixturevalue(model), "--out", tmp_path / "x")
+    assert "draws images of classes" in said and "--class 0" in said and not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("verb", ["bench", "serve"])
 def test_a_folder_says_what_to_type(verb, refused, edm):
     assert f"accel export {edm} OUT" in refused(verb, edm)
