@@ -168,7 +168,8 @@ def _products(graph: onnx.GraphProto) -> dict[str, str]:
 
 def _openvino(bundle: Bundle, component: Component, graph: onnx.GraphProto) -> Counts:
     engine = load_engine(bundle, component.name, "openvino", verify=False)
-    kinds = {"Convolution": _CONV, "GroupConvolution": _CONV, "FullyConnected": _LINEAR}
+    kinds = dict.fromkeys(("Convolution", "GroupConvolution", "Deconvolution"), _CONV)  # the last: `engines.folds`
+    kinds |= {"FullyConnected": _LINEAR}
     int8, floats, holding, form = Counter(), Counter(), {}, FORMATS[component.format]
     for node in engine.model.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()

@@ -66,3 +66,19 @@ def test_it_draws_what_the_student_draws(name):
     ).images
     least = 25 if int8_saturates() else 35  # a trained model bears it, with a note
     assert least < psnr(made, truth, 1.0) < 60 and not np.array_equal(made, truth)
+
+
+@pytest.mark.skipif(int8_saturates(), reason="without VNNI OpenVINO computes transposed convolutions in float")
+def test_a_folded_upsampling_counts_as_the_convolution_that_it_was(monkeypatch, tmp_path):
+    """OpenVINO's engine makes a transposed convolution of upsampling and the convolution after it."""
+    pytest.importorskip("openvino")
+    from accel.engines.folds import in_openvino
+
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+    bundle, folded = Bundle.open("digits/4step-int8"), []
+    monkeypatch.setattr(in_openvino, "fold", lambda model, fold=in_openvino.fold: folded.append(fold(model)))
+    plain = audit(bundle, bundle.component("vae_decoder"), "openvino")
+    monkeypatch.setattr(in_openvino, "CHANNELS", 16)
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "other"))
+    found = audit(bundle, bundle.component("vae_decoder"), "openvino")
+    assert folded == [0, 2] and found["share"] == plain["share"] == 1 and found["ok"]

@@ -557,6 +557,26 @@ def test_a_budget_is_met_and_the_table_is_written(calibrated, tmp_path):
     assert "| block |" in (tmp_path / "sensitivity.md").read_text()
 
 
+def test_every_network_is_judged_by_the_images_that_it_changes(floating):
+    """Networks before it answer as in float32, from what they said then; the text encoder is not remembered."""
+    settings = Int8Settings(Int8Config(), calibration=Calibration(("the cat", "the dog", "a cat")))
+    pipeline = accel.load(floating, "eager")
+    names = ("unet", "text_encoder", "vae_decoder")
+    models = {name: pipeline.engines[name].module.model for name in names}
+    quantize.calibrate(pipeline, models, settings)
+    evaluator = image_parity.Evaluator(pipeline, models, settings.calibration.held_out(3))
+    for name in names:
+        found = evaluator.component(name)["psnr"]
+        whole = image_parity.compare(evaluator._draw({name: None}), evaluator.reference, 1.0).psnr
+        assert 10 < found < 95 and found == whole
+    calls = []
+    models["unet"].conv_in.register_forward_hook(lambda *_: calls.append(1))
+    evaluator.component("vae_decoder")
+    assert not calls
+    evaluator.component("text_encoder")
+    assert calls
+
+
 def test_a_budget_that_no_layer_meets(floating, tmp_path):
     """An error where int8 was asked for, float where it was to be tried; what was measured is kept either way."""
     config = Int8Config(level="conv", keep=("down_blocks", "up_blocks.0", "up_blocks.1.resnets"))
