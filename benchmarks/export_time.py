@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -31,10 +30,11 @@ KINDS = ("fp32", "int8")
 
 
 class Stages:
-    """A progress callback that adds up seconds and CPU seconds of each stage."""
+    """A progress callback that adds up seconds and CPU seconds of each stage, and keeps its peak of memory."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
         self.stage, self.at = "start", self._now()
 
     @staticmethod
@@ -45,7 +45,15 @@ class Stages:
         now, total = self._now(), self.found.setdefault(self.stage, [0.0, 0.0])
         for i in (0, 1):
             total[i] += now[i] - self.at[i]
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), _peak())
         self.stage, self.at = stage, now
+
+
+def _peak() -> int:
+    """Bytes that this process has held at most since the last call."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    Path("/proc/self/clear_refs").write_text("5")  # "reset the peak resident set size": Linux, proc(5)
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def export(kind: str, work: Path, size: int, images: int) -> dict[str, Any]:
@@ -68,28 +76,32 @@ def export(kind: str, work: Path, size: int, images: int) -> dict[str, Any]:
     return {
         "kind": kind,
         "seconds": time.perf_counter() - began,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": max(stages.peaks.values()),
         "weights": weights,
-        "stages": {name: {"seconds": s, "cpu_seconds": cpu} for name, (s, cpu) in stages.found.items()},
+        "stages": {
+            name: {"seconds": s, "cpu_seconds": cpu, "peak": stages.peaks[name]}
+            for name, (s, cpu) in stages.found.items()
+        },
         "precision": {name: c.precision for name, c in Bundle.open(work / "ours" / kind).manifest.components.items()},
     }
 
 
 def table(document: Mapping[str, Any]) -> str:
     """A line for each stage of more than two per cent, stages of the same name of all networks together."""
-    lines = ["| export | stage | s | CPU s |", "|---|---|---|---|"]
+    lines = ["| export | stage | s | CPU s | peak, GB |", "|---|---|---|---|---|"]
     for row in document["rows"]:
         merged: dict[str, list[float]] = {}
         for name, taken in row["stages"].items():
-            total = merged.setdefault(name.split(": ")[-1], [0.0, 0.0])
+            total = merged.setdefault(name.split(": ")[-1], [0.0, 0.0, 0.0])
             total[0] += taken["seconds"]
             total[1] += taken["cpu_seconds"]
-        peak = f"peak {row['peak'] / 1e9:.1f} GB, {row['peak'] / row['weights']:.1f} times the float32 weights"
+            total[2] = max(total[2], taken["peak"])
+        peak = f"memory {row['peak'] / row['weights']:.1f} times the float32 weights"
         cpu = sum(taken["cpu_seconds"] for taken in row["stages"].values())
-        lines.append(f"| **{row['kind']}** | {peak} | **{row['seconds']:.1f}** | {cpu:.1f} |")
-        for name, (seconds, cpu) in sorted(merged.items(), key=lambda item: -item[1][0]):
+        lines.append(f"| **{row['kind']}** | {peak} | **{row['seconds']:.1f}** | {cpu:.1f} | {row['peak'] / 1e9:.1f} |")
+        for name, (seconds, cpu, peak) in sorted(merged.items(), key=lambda item: -item[1][0]):
             if seconds > 0.02 * row["seconds"]:
-                lines.append(f"| | {name} | {seconds:.1f} | {cpu:.1f} |")
+                lines.append(f"| | {name} | {seconds:.1f} | {cpu:.1f} | {peak / 1e9:.1f} |")
     work, here = document["work"], document["machine"]
     line = (
         f"{here['cpu']}, {here['threads']} threads; {work['size']} px, {work['images']} calibration images of 4 steps."

@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py out/growth --write      # half an hour on two cores, most of it the exports
 
-A real-size pipeline with random weights (SD-Tiny by default) is exported for 256 to 1024 px and one to eight images, in
-int8 (its ranges come from one image: they decide nothing about speed), and draws whole images on one engine. Every
+A real-size pipeline with random weights (SD-Tiny by default) is exported for each size, in int8 (its ranges come from
+one image: they decide nothing about speed), and draws whole images on one engine. Every
 figure is the median of its rounds. The roofline is the multiplications of the stored networks at the rate of int8
 convolutions on this processor (`peers_limits.py`). `--write` makes `growth.json`, and plot and table of
 `docs/performance.md`.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -41,19 +42,24 @@ VARIED = {"size": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8), "steps": (1
 LABELS = {"size": "side, px", "batch": "images at once", "steps": "steps", "threads": "threads"}
 
 
-def prepared(work: Path, topology: str) -> tuple[Path, Path]:
-    """The pipeline with random weights and its int8 bundle, written where they are not there yet."""
-    pipeline, fp32, int8 = (work / name for name in ("pipeline", "fp32", "int8"))
-    say = lambda stage, done: print(stage, flush=True)  # noqa: E731
+def prepared(work: Path, topology: str, size: int) -> Path:
+    """The int8 bundle of one size, written where it is not there yet; `work/pipeline` has the random weights.
+
+    A bundle for all sizes at once would be calibrated at the largest, for batches of eight: more than 21 GB.
+    """
+    pipeline, fp32, int8 = work / "pipeline", work / f"{size}-fp32", work / f"{size}-int8"
+    say = lambda stage, done: print(size, stage, flush=True)  # noqa: E731
     if not (pipeline / "model_index.json").is_file():
         random_pipeline.write(topology, pipeline)
-    if not (fp32 / "accel.json").is_file():
-        sampler = {"name": "ddim", "steps": USUAL["steps"], "guidance": 0.0}
-        export_pipeline(pipeline, fp32, profile="batch=1-8,size=256-1024", sampler=sampler, progress=say)
     if not (int8 / "accel.json").is_file():
+        if not (fp32 / "accel.json").is_file():
+            sampler = {"name": "ddim", "steps": USUAL["steps"], "guidance": 0.0}
+            batch = f"1-{max(VARIED['batch'])}" if size == USUAL["size"] else "1"
+            export_pipeline(pipeline, fp32, profile=f"batch={batch},size={size}", sampler=sampler, progress=say)
         settings = Int8Settings(images=1, evaluation_images=1)
         export_pipeline(fp32, int8, precision="int8", int8=settings, progress=say)
-    return pipeline, int8
+        shutil.rmtree(fp32)
+    return int8
 
 
 def draw(pipe: Pipeline, size: int, batch: int, steps: int) -> float:
@@ -63,28 +69,22 @@ def draw(pipe: Pipeline, size: int, batch: int, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(pipeline: Path, bundle: Path, engine: str, rounds: int) -> list[dict[str, Any]]:
+def measure(work: Path, topology: str, engine: str, rounds: int) -> list[dict[str, Any]]:
     """One row for each value of what varies."""
     most = os.cpu_count() or 1
     cases = [USUAL | {"varies": key, key: value, "threads": most} for key, values in VARIED.items() for value in values]
     cases += [USUAL | {"varies": "threads", "threads": threads} for threads in range(1, most + 1)]
+    bundles = {size: prepared(work, topology, size) for size in VARIED["size"]}
     rows, peaks = [], {threads: int8_peak(threads) for threads in {case["threads"] for case in cases}}
-    for threads in sorted(peaks, reverse=True):
-        with accel.load(bundle, engine=engine, threads=threads) as pipe:
-            for case in (case for case in cases if case["threads"] == threads):
-                work = {key: case[key] for key in USUAL}
-                draw(pipe, **work)  # kernels of this shape are made
-                taken = [draw(pipe, **work) for _ in range(rounds)]
-                needed = operations(pipeline, **work)
-                rows.append(
-                    case
-                    | {
-                        "seconds": statistics.median(taken),
-                        "least": min(taken),
-                        "operations": needed,
-                        "roofline": needed / peaks[threads],
-                    }
-                )
+    for threads, size in sorted({(case["threads"], case["size"]) for case in cases}, reverse=True):
+        with accel.load(bundles[size], engine=engine, threads=threads) as pipe:
+            for case in (case for case in cases if (case["threads"], case["size"]) == (threads, size)):
+                asked = {key: case[key] for key in USUAL}
+                draw(pipe, **asked)  # kernels of this shape are made
+                taken = [draw(pipe, **asked) for _ in range(rounds)]
+                needed = operations(work / "pipeline", **asked)
+                found = {"seconds": statistics.median(taken), "least": min(taken), "operations": needed}
+                rows.append(case | found | {"roofline": needed / peaks[threads]})
                 print(rows[-1], flush=True)
     order = [*VARIED, "threads"]
     return sorted(rows, key=lambda row: (order.index(row["varies"]), row[row["varies"]]))
@@ -137,7 +137,6 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the result; write plot and table")
     args = parser.parse_args()
     if args.work:
-        pipeline, bundle = prepared(args.work, args.topology)
         document = {
             "schema": "accel-growth/1",
             "command": "python benchmarks/growth.py WORK --write",
@@ -145,7 +144,7 @@ def main() -> int:
             "engine": args.engine,
             "topology": args.topology,
             "rounds": args.rounds,
-            "rows": measure(pipeline, bundle, args.engine, args.rounds),
+            "rows": measure(args.work, args.topology, args.engine, args.rounds),
         }
         write_json(args.work / "growth.json", document)
     else:

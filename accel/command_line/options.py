@@ -138,6 +138,8 @@ def add_engine(parser: Any) -> None:
     names = ", ".join(NAMES)
     add("--attention", f"kernel of the attention layers: {names}", type=one_of("attention", NAMES), metavar="NAME")
     add("--tf32", "let float32 compute in TF32 on a GPU", action="store_true", default=None)
+    text = "memory layout of images in the networks: nchw, or nhwc (torch's channels_last)"
+    add("--layout", text, choices=("nchw", "nhwc"))
     add("--provider", "execution provider: cpu, cuda, tensorrt, tensorrt-rtx, or NAME=PATH of a plugin", metavar="NAME")
     add("--cuda-graph", "replay captured CUDA graphs, of one step or of all steps", choices=("off", "step", "loop"))
     add("--engine-file", "key of the engine file to use, instead of the newest that fits", metavar="KEY")
@@ -163,7 +165,7 @@ def engine_of(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The engine's name, and the options that were given, by the names the engines use."""
     from ..bench.variants import parse
 
-    torch = ("device", "dtype", "attention", "tf32")
+    torch = ("device", "dtype", "attention", "tf32", "layout")
     names = (*torch, "provider", "threads", "cuda_graph", "engine_file", "allow_host_code", "specialization")
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     name, _, suffix = args.engine.partition(":")

@@ -34,7 +34,7 @@ from ..errors import Notice, UserError
 EXAMPLE = 'accel run digits/4step --prompt "a handwritten seven" --seed 7 --out seven.png'
 # What a model of classes takes; every other option is for one of texts.
 _FOR_CLASSES = "--class -o --out --overwrite --images --seed --sampler --steps --churn --low-memory --offload --engine"
-_FOR_CLASSES += " --device --precision --dtype --attention --tf32 --provider --cuda-graph --engine-file --plan"
+_FOR_CLASSES += " --device --precision --dtype --attention --tf32 --layout --provider --cuda-graph --engine-file --plan"
 _FOR_CLASSES += " --allow-host-code --specialization --threads --json -q --quiet -v --verbose --num-images"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -115,6 +115,7 @@ def _in_this_process(args: argparse.Namespace, models: list[Any], **how: Any) ->
         app = create(workers, metrics, **how)
         level = "info" if args.verbose else "warning"
         config = uvicorn.Config(app, args.host, args.port, log_level=level, timeout_graceful_shutdown=30)
+        listening.listen()  # whoever reads the address may ask at once
         _announce(args, listening.getsockname()[1], [settings.name for settings in models])
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down in order, and raises the signal again
             uvicorn.Server(config).run(sockets=[listening])

@@ -74,8 +74,10 @@ class Cuda:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def pinned(self, tensor: Any) -> Any:
-        """A host tensor in pinned memory, which is copied to the device without waiting for it."""
-        return tensor.contiguous().pin_memory()
+        """A host tensor in pinned memory, in its memory format: it is copied to the device without waiting."""
+        import torch
+
+        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
     def upload(self, tensor: Any) -> Any:
         """A copy of a host tensor on the device, queued on the current stream."""

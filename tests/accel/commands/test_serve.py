@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ import time
 
 import httpx
 import pytest
+
+from accel.cli import main
 
 MODEL = "digits/4step-int8"
 
@@ -65,3 +68,18 @@ def test_it_serves_and_a_signal_lets_what_was_begun_be_finished(process):
 )
 def test_what_is_wrong_is_said_before_it_listens(refused, args, words):
     assert words in refused("serve", *args, "--engine", "onnxruntime", "--threads", "1")
+
+
+def test_it_listens_before_it_says_where(monkeypatch):
+    """Whoever reads the line may ask at once: a connection then waits, and is not refused."""
+    from accel.commands import serve
+    from accel.studio import server
+
+    sockets, heard = [], []
+    bind = server.bound
+    monkeypatch.setattr(server, "bound", lambda *where: sockets.append(bind(*where)) or sockets[-1])
+    listens = lambda: sockets[0].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)  # noqa: E731
+    monkeypatch.setattr(serve, "_announce", lambda *_: heard.append(listens()))
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    assert main(["serve", MODEL, "--engine", "onnxruntime", "--threads", "1", "--port", "0"]) == 0
+    assert heard == [1]

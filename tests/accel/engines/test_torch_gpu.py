@@ -46,13 +46,17 @@ def test_eager_in_float32_is_exact_there(device, smallest_bundle, expected):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"dtype": "bf16"}, {"tf32": True}, {"attention": "math"}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "fp16"}, {"dtype": "bf16"}, {"tf32": True}, {"attention": "math"}, {"layout": "nhwc"}]
+)
 def test_eager_in_other_precisions(options, smallest_bundle, expected):
     assert relative_l2(out(smallest_bundle, "eager", device="cuda", **options), expected) < 0.05
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"regional": True}, {"cuda_graph": "step"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "reduce-overhead"}, {"regional": True}, {"cuda_graph": "step"}, {"layout": "nhwc"}]
+)
 def test_compile(options, smallest_bundle, expected):
     assert relative_l2(out(smallest_bundle, "compile", device="cuda", **options), expected) < 1e-3
 
