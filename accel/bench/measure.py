@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..engines import status
 from ..engines.select import refused_by
 from ..errors import UserError
 from ..pipeline import Pipeline, component_names, opened
-from . import facts, quality, timing, variants, work
+from . import clocks, facts, quality, timing, variants, work
 from .document import Document
 from .probe import probe
 from .state import State, temporary_caches
@@ -228,16 +229,19 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
 
     progress("rounds", 0.65)
     gpu = state.environment["device"] == "cuda"
-    timing.interleave(
-        calls,
-        state.samples,
-        rounds=rounds,
-        seconds=state.settings.seconds,
-        lead_in={scope: gpu or min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in calls},
-        lead_in_s=timing.GPU_LEAD_IN_S if gpu else 0.0,
-        failed=failed,
-        after=after,
-    )
+    with clocks.watch() if gpu else nullcontext() as watched:
+        timing.interleave(
+            calls,
+            state.samples,
+            rounds=rounds,
+            seconds=state.settings.seconds,
+            lead_in={scope: gpu or min(state.warm[scope]) < timing.LEAD_IN_BELOW for scope in calls},
+            lead_in_s=timing.GPU_LEAD_IN_S if gpu else 0.0,
+            failed=failed,
+            after=after,
+        )
+    if watched and (found := watched.summary()):
+        state.environment["gpu_clocks"] = found
 
 
 def _why(error: Exception) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from . import clocks
+
 NONE = "not measured"
 Document = Mapping[str, Any]
 Table = tuple[str, list[str], list[list[str]]]
@@ -65,6 +67,8 @@ def headline(document: Document) -> list[str]:
         if peaks:
             rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks.items())
             lines.append(f"measured matrix peak: {rates}")
+    if found := environment.get("gpu_clocks"):
+        lines.append(clocks.sentence(found))
     return lines
 
 

@@ -63,6 +63,7 @@ class OpenVino(Engine):
             "bf16" or "fp16" where the device can. Inputs and outputs keep the dtypes of the manifest.
         threads: CPU threads; 0 lets OpenVINO choose.
         folds: exact algebra that is faster here: upsampling with its convolution, and group normalization (`folds`).
+        cache: keep what was compiled in accel's cache, for the next load; that takes the weights once more for a while.
         weights: as `set_weights` takes them.
     """
 
@@ -77,6 +78,7 @@ class OpenVino(Engine):
         dtype: str = "auto",
         threads: int = 0,
         folds: bool = True,
+        cache: bool = True,
         weights: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__(bundle, component)
@@ -95,11 +97,9 @@ class OpenVino(Engine):
             raise UserError(f"OpenVINO's {device} has no {dtype} here (it has {', '.join(able)})", "--precision fp32")
         if component.format == "int8" and device.startswith("CPU"):
             note_saturation()
-        cache = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
         config = {"INFERENCE_PRECISION_HINT": dtype.replace("fp", "f"), "PERFORMANCE_HINT": "LATENCY"}
-        with contextlib.suppress(OSError):  # without a place for the cache every load compiles
-            cache.mkdir(parents=True, exist_ok=True)
-            config |= {"CACHE_DIR": str(cache)} if os.access(cache, os.W_OK) else {}
+        if cache:
+            config |= _cached(bundle, component)
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
         if component.format.endswith("weight-only"):  # by itself OpenVINO rounds the inputs of such weights to int8
@@ -192,6 +192,15 @@ class OpenVino(Engine):
 
     def release(self) -> None:
         del self.request, self.model
+
+
+def _cached(bundle: Bundle, component: Component) -> dict[str, str]:
+    """OpenVINO's option for its cache; none without a place for it, where every load compiles."""
+    folder = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return {"CACHE_DIR": str(folder)} if os.access(folder, os.W_OK) else {}
+    return {}
 
 
 def _blob(cache: Path, device: str, config: Mapping[str, str]) -> Path:

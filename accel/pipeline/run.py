@@ -25,6 +25,7 @@ from ..sampling import samplers as sampler
 from ..sampling.linear import run
 from ..text.cache import TextCache
 from ..text.tokenizer import ClipTokenizer
+from ..trt.cuda import named
 from . import arguments, conditioning, control
 from .denoise import Part, predict
 from .initial_latents import Start, unscaled
@@ -113,7 +114,8 @@ class Run:
     def _phase(self, name: str, *components: str) -> Iterator[None]:
         """Time a phase; with low memory its components are closed at its end."""
         began = time.perf_counter()
-        yield
+        with named(f"accel {name}"):
+            yield
         self.clock.add(name, time.perf_counter() - began)
         self.engines.phase_over(components)
 
@@ -213,7 +215,9 @@ class Run:
         seen: list[Any] = [None, None]  # what the UNet was shown last, and what it predicted
 
         def model(x: Any, t: float) -> Any:
-            (out,) = predict(unet, [Part(plan, x, t, feeds, extra)], add=lambda inputs: add(row, inputs), times=times)
+            with named(f"accel step {row}"):
+                part = Part(plan, x, t, feeds, extra)
+                (out,) = predict(unet, [part], add=lambda inputs: add(row, inputs), times=times)
             seen[:] = x, out
             return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,20 @@ def index_of(device: str) -> int | None:
     if device != "auto" and (kind != "cuda" or not (number or "0").isdigit()):
         return None
     return int(number or 0)
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """A range of this name in Nsight Systems (NVTX), where torch works on a GPU; elsewhere nothing."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        yield
+        return
+    torch.cuda.nvtx.range_push(what)
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()
 
 
 class Cuda:

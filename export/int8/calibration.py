@@ -18,8 +18,8 @@ from accel.text.prompt_files import read_prompts
 
 IMAGES = 32
 FEW = 16
-# Pixels at once: eight images of 64 px or two of 256 px. More are no faster, and their activations take the memory.
-_AT_ONCE, _PIXELS_AT_ONCE = 8, 2 * 256**2
+# Pixels at once: eight images of 64 px or four of 256 px. More are no faster, and their activations take the memory.
+_AT_ONCE, _PIXELS_AT_ONCE = 8, 4 * 256**2
 _TEXT_KEYS = ("text", "prompt", "caption")
 # Evaluation images use held-out seeds.
 HELD_OUT = 1_000_000
