@@ -2,7 +2,7 @@
 
     python benchmarks/single_graph.py digits/1step-int8 digits/4step-int8 --out benchmarks/single-graph.json
     OMP_NUM_THREADS=2 python benchmarks/single_graph.py out/tiny --steps 1,4 --out benchmarks/single-graph-sd-tiny.json
-    ... single_graph.py out/peers-512/ours/int8-tiny --steps 1 --out benchmarks/single-graph-512.json
+    ... single_graph.py out/peers-512/ours/int8-tiny --steps 1,4 --out benchmarks/single-graph-512.json
     python benchmarks/single_graph.py                                # the tables of docs/single-graph.md
 
 Each bundle is written as a single graph first. Engines take turns, one image a round, in one process with one thread
@@ -100,6 +100,7 @@ def measure(bundle: Bundle, folder: Path, rounds: int) -> dict[str, Any]:
     files = {name: entry["bytes"] for name, entry in record["files"].items() if not name.startswith("tokenizer")}
     return {
         "model": record["source"]["name"],
+        "decoder": json.loads(bundle.file("vae_decoder/config.json").read_text())["_class_name"],
         "precision": record["precision"],
         "steps": len(record["timesteps"]),
         "size": list(record["outputs"][0]["shape"][1:3]),
@@ -151,9 +152,9 @@ def _table(document: dict[str, Any]) -> str:
             graph, pipeline = found["single_graph"], found["pipeline"]
             unused = "model.uint8.onnx" if engine == "openvino" else "model.onnx" * (len(row["files"]) == 3)
             megabytes = sum(size for name, size in row["files"].items() if name != unused) / 1e6
-            name = (
-                f"{row['model']} {row['precision']}, {row['size'][0]} px, {row['steps']} step{'s' * (row['steps'] > 1)}"
-            )
+            model = {"pipeline": "SD-Tiny"}.get(row["model"], row["model"])  # as `random_pipeline.py` writes it
+            model += ", tiny VAE" * (row.get("decoder") == "AutoencoderTiny")
+            name = f"{model}, {row['precision']}, {row['size'][0]} px, {row['steps']} step{'s' * (row['steps'] > 1)}"
             lines.append(
                 f"| {name} | {engine} | {megabytes:,.1f} MB | {graph['load_seconds']:.1f} "
                 f"| {pipeline['load_seconds']:.1f} | {graph['image_seconds']:.3f} | {pipeline['image_seconds']:.3f} |"

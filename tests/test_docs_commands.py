@@ -91,6 +91,8 @@ SLOW = (
     "--precision auto",
     "--engine tensorrt-rtx --build",
     "fp16 --engine tensorrt-rtx",
+    "my-sdxl --precision fp16",  # minutes on an old processor; its profile and SDXL in fp16 have tests of their own
+    "digits out/digits-bundle",  # as the tutorial exports it
 )
 
 

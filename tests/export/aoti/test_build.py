@@ -35,6 +35,7 @@ def test_what_is_built_already_is_not_built_again(aoti_bundle, monkeypatch):
     assert parity["relative_l2"] < parity["limit"] == 1e-4 and file.record["measured"]["cpu_seconds"] > 1
 
 
+@pytest.mark.slow
 def test_a_profile_of_one_size_takes_that_size_alone(smallest_bundle, bundle_of, capsys):
     bundle = bundle_of(smallest_bundle)
     words = ["build", str(bundle.path), "--engine", "aoti", "--device", "cpu", "--components", "vae_decoder"]
@@ -136,6 +137,7 @@ def test_half_precision_is_no_further_from_float32_than_torch_itself(smallest, t
     assert ours(**example(ours.component.inputs, sizes))["sample"].dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_bfloat16_is_a_file_beside_the_bundles_own(smallest_bundle, bundle_of, capsys):
     bundle = bundle_of(smallest_bundle)
     words = ["build", str(bundle.path), "--engine", "aoti", "--device", "cpu", "--components", "vae_decoder"]
