@@ -7,8 +7,9 @@ Every library runs in a process and an environment of its own (peers_worker.py) 
 one draws at a time and every round times all of them, starting with another one each time. DDIM, no guidance, one
 image, from text to pixels. The PSNR is against diffusers' eager float32 image. OpenVINO GenAI gives 8-bit pixels, which
 caps its PSNR near 59 dB; stable-diffusion.cpp draws its own noise, so its image is not compared.
-`--write` keeps the result in `peers.json` and puts the table into `docs/performance.md` and the README; `--case`
-keeps it in `peers-cases.json`, beside those of other models, sizes and steps, as one line of a second table there.
+`--write` keeps the result in `peers.json`, puts table and plot into `docs/performance.md` and the table into the
+README; `--case` keeps it in `peers-cases.json`, beside those of other models, sizes and steps, as one line of a second
+table there.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from accel.sampling import noise
 
 ROOT = Path(__file__).parents[1]
 KEPT, PAGE = ROOT / "benchmarks" / "peers.json", ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "peers.png"
 CASES = ROOT / "benchmarks" / "peers-cases.json"
 REFERENCE = "diffusers eager"
 # First words of the name of a peer, or of what is written for it -> its environment beside .venv.
@@ -90,9 +92,9 @@ def prepare(work: Path, topology: str, peers: list[str], size: int, steps: int, 
         AutoencoderTiny().save_pretrained(work / "tiny-vae")
     progress = lambda stage, done: print(stage, flush=True)  # noqa: E731
     sampler = {"name": "ddim", "steps": steps, "guidance": 0.0}
-    for name in peers:
-        bundle = work / PEERS[name][1].get("bundle", "")
-        if bundle == work or (bundle / "accel.json").is_file():
+    bundles = {PEERS[name][1]["bundle"] for name in peers if "bundle" in PEERS[name][1]}
+    for bundle in map(work.__truediv__, sorted(bundles | {"ours/fp32"} if "ours/int8" in bundles else bundles)):
+        if (bundle / "accel.json").is_file():
             continue
         began = time.perf_counter()
         if bundle.name == "fp32":
@@ -248,6 +250,28 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", line, *(["", "Not run: " + "; ".join(failed) + "."] if failed else [])])
 
 
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """A bar for each library, fastest on top, and the time that the multiplications need at the int8 rate reached."""
+    plt = pages.pyplot()
+    work = document["work"]
+    median = {name: statistics.median(row["seconds"]) for name, row in document["rows"].items() if row.get("seconds")}
+    names = sorted(median, key=median.__getitem__, reverse=True)
+    figure, axis = plt.subplots(figsize=(8, 0.3 * len(names) + 0.8))
+    colours = ["#2b6cb0" if name.startswith("accel") else "#a0aec0" for name in names]
+    bars = axis.barh(names, [median[name] for name in names], color=colours, height=0.7)
+    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    if limit := document.get("limit"):
+        least = limit["operations"] / limit["int8_peak"]
+        axis.axvline(least, color="#c05621", linestyle="--", linewidth=1)
+        axis.text(least, len(names) - 0.5, " int8 roofline", color="#c05621", fontsize=8, va="bottom")
+    axis.set_xlabel(f"seconds for an image of {work['size']} px in {work['steps']} steps")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def cases(documents: list[Mapping[str, Any]]) -> str:
     """One line for each model, size and number of steps."""
     lines = [
@@ -317,6 +341,7 @@ def main() -> int:
     print(table(document))
     if args.write:
         write_json(KEPT, document)
+        plot(document, PLOT)
         pages.put(PAGE, "peers", table(document))
         pages.put(ROOT / "README.md", "peers", shorter(document))
     if args.case:
