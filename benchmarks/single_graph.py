@@ -53,12 +53,19 @@ def on_onnxruntime(graph: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]
     return lambda feeds: session.run(None, feeds)[0]
 
 
-def on_openvino(graph: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def on_openvino(graph: Path, hint: str = "f32") -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(graph, "CPU", options)
     return lambda feeds: compiled(feeds)[0]
+
+
+def has_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 here, as it does by itself unless it is asked for float32."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -90,13 +97,11 @@ def measure(bundle: Bundle, folder: Path, rounds: int) -> dict[str, Any]:
     openers = {"onnxruntime": on_onnxruntime, "openvino": on_openvino}
     engines: dict[str, Any] = {}
     for engine, graph in own.items():
-        engines[engine] = compared(
-            lambda engine=engine: _loaded(bundle, engine),
-            lambda open_it=openers[engine], graph=graph: open_it(graph),
-            feeds,
-            rounds,
-        )
+        engines[engine] = compared(partial(_loaded, bundle, engine), partial(openers[engine], graph), feeds, rounds)
         gc.collect()
+    if has_bf16():
+        load, open_graph = partial(_loaded, bundle, "openvino", dtype="bf16"), partial(on_openvino, hint="bf16")
+        engines["openvino bf16"] = compared(load, partial(open_graph, own["openvino"]), feeds, rounds)
     files = {name: entry["bytes"] for name, entry in record["files"].items() if not name.startswith("tokenizer")}
     return {
         "model": record["source"]["name"],
@@ -130,9 +135,9 @@ def _fed(run: Callable, feeds: Callable, seed: int) -> Any:
     return run(feeds(seed))
 
 
-def _loaded(bundle: Bundle, engine: str) -> Any:
+def _loaded(bundle: Bundle, engine: str, **options: Any) -> Any:
     """A pipeline that has drawn once: its networks are loaded when they are first used."""
-    pipe = accel.load(bundle, engine, threads=THREADS, text_cache=0)
+    pipe = accel.load(bundle, engine, threads=THREADS, text_cache=0, **options)
     pipe(PROMPT, seed=0, progress=False)
     return pipe
 
@@ -150,7 +155,7 @@ def _table(document: dict[str, Any]) -> str:
     for row in document["rows"]:
         for engine, found in row["engines"].items():
             graph, pipeline = found["single_graph"], found["pipeline"]
-            unused = "model.uint8.onnx" if engine == "openvino" else "model.onnx" * (len(row["files"]) == 3)
+            unused = "model.uint8.onnx" if engine.startswith("openvino") else "model.onnx" * (len(row["files"]) == 3)
             megabytes = sum(size for name, size in row["files"].items() if name != unused) / 1e6
             model = {"pipeline": "SD-Tiny"}.get(row["model"], row["model"])  # as `random_pipeline.py` writes it
             model += ", tiny VAE" * (row.get("decoder") == "AutoencoderTiny")
@@ -204,8 +209,9 @@ def main() -> None:
             print(rows[-1], flush=True)
     packages = {name: version(name) for name in ("onnxruntime", "openvino")}
     names = " ".join(Path(name).name if Path(name).is_absolute() else name for name in args.bundles)
+    steps = f" --steps {args.steps}" if args.steps else ""
     document = {
-        "command": f"python benchmarks/single_graph.py {names} --rounds {args.rounds}",
+        "command": f"python benchmarks/single_graph.py {names}{steps} --rounds {args.rounds}",
         "machine": asdict(machine()) | {"threads": THREADS, "load_average": round(os.getloadavg()[0], 1)},
         "packages": packages,
         "int8_peak": int8_peak(THREADS),

@@ -78,7 +78,10 @@ def benchmarks(monkeypatch):
         "peers_limits",
         "export_time",
         "folds",
+        "growth",
+        "random_pipeline",
         "runtimes",
+        "single_graph",
         "family_matrix",
         "kernels",
         "lora_switch",
@@ -95,17 +98,22 @@ def benchmarks(monkeypatch):
         ("docs/aoti.md", "aoti-sd-tiny", "aoti", "aoti-sd-tiny.json"),
         ("docs/gpu.md", "gpu-counts", "gpu_counts", "gpu-counts.json"),
         ("docs/performance.md", "peers", "peers", "peers.json"),
+        ("docs/performance.md", "peers-cases", "peers.cases", "peers-cases.json"),
+        ("docs/performance.md", "growth", "growth", "growth.json"),
         ("docs/performance.md", "export-time", "export_time", "export-time.json"),
         ("docs/performance.md", "folds", "folds", "folds.json"),
         ("docs/runtimes.md", "runtimes", "runtimes", "runtimes.json"),
         ("docs/results.md", "whole-image", "whole_image", "whole-image.json"),
         ("docs/results.md", "results", "readme_table", None),
         ("docs/serving.md", "load", "serve_load", None),
+        ("docs/single-graph.md", "single graph", "single_graph", None),
     ],
 )
 def test_a_table_is_what_its_script_makes_of_the_kept_result(benchmarks, page, marker, module, kept):
-    made = benchmarks(module)
-    expected = made.table(json.loads((ROOT / "benchmarks" / kept).read_text())) if kept else made.tables()
+    name, _, function = module.partition(".")
+    made = benchmarks(name)
+    write = getattr(made, function or "table", None)
+    expected = write(json.loads((ROOT / "benchmarks" / kept).read_text())) if kept else made.tables()
     assert benchmarks("pages").between(ROOT / page, marker) == expected
 
 
