@@ -197,10 +197,13 @@ def test_class_images_are_drawn_once_and_what_is_missing_is_drawn_again(sd15, tm
     assert list(whole) == [f"{number:06d}.png" for number in range(5)] and len(set(whole.values())) == 5
     assert Image.open(folder / "000000.png").size == (64, 64)
     assert not list(folder.glob(".*"))
-    kept = (folder / "000000.png").stat().st_mtime_ns
+    kept, lost = (folder / "000000.png").stat().st_mtime_ns, np.asarray(Image.open(folder / "000003.png"), int)
     (folder / "000003.png").unlink()
     dreambooth.class_images(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
-    assert "4 of 5" in said[-1] and digests(folder) == whole
+    again = digests(folder)
+    assert "4 of 5" in said[-1] and again | {"000003.png": whole["000003.png"]} == whole
+    # Alone in its batch it may be rounded otherwise, as on processors with AMX.
+    assert np.abs(np.asarray(Image.open(folder / "000003.png"), int) - lost).max() <= 1
     count = len(said)
     dreambooth.class_images(tiny(sd15), encoders, tmp_path, OneProcess(), said.append)
     assert len(said) == count and (folder / "000000.png").stat().st_mtime_ns == kept
