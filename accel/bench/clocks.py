@@ -39,7 +39,7 @@ _EVERY_MS = 200
 
 
 class Clocks:
-    """Samples of every GPU that `nvidia-smi` lists, taken until `watch` ends."""
+    """Samples of every GPU that `nvidia-smi` lists, taken while `watch` lasts."""
 
     def __init__(self) -> None:
         self.samples: list[dict[str, float]] = []
@@ -86,11 +86,11 @@ class Clocks:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Clocks]:
+def watch(clocks: Clocks) -> Iterator[None]:
     """Sample the GPUs five times a second; where there is no `nvidia-smi`, nothing is sampled."""
-    clocks, program = Clocks(), shutil.which("nvidia-smi")
+    program = shutil.which("nvidia-smi")
     if program is None:
-        yield clocks
+        yield
         return
     query = f"--query-gpu={','.join(_FIELDS.values())}"
     command = [program, query, "--format=csv,noheader,nounits", f"--loop-ms={_EVERY_MS}"]
@@ -98,7 +98,7 @@ def watch() -> Iterator[Clocks]:
         reader = threading.Thread(target=lambda: [clocks.add(line) for line in process.stdout or ()], daemon=True)
         reader.start()
         try:
-            yield clocks
+            yield
         finally:
             process.terminate()
             reader.join(5)

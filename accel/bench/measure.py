@@ -229,7 +229,7 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
 
     progress("rounds", 0.65)
     gpu = state.environment["device"] == "cuda"
-    with clocks.watch() if gpu else nullcontext() as watched:
+    with clocks.watch(state.clocks) if gpu else nullcontext():
         timing.interleave(
             calls,
             state.samples,
@@ -240,7 +240,7 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
             failed=failed,
             after=after,
         )
-    if watched and (found := watched.summary()):
+    if found := state.clocks.summary():  # of all groups, where they are timed one after another
         state.environment["gpu_clocks"] = found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..pipeline import Pipeline
 from ..trt import trust
+from .clocks import Clocks
 from .probe import Process
 from .quality import Sample
 from .variants import Variant
@@ -46,6 +47,7 @@ class State:
     first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
     warm: dict[str, list[float]] = field(default_factory=dict)
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    clocks: Clocks = field(default_factory=Clocks)
     rounds_done: int = 0
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)

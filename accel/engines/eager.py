@@ -140,7 +140,8 @@ class Eager(Engine):
         if dtype == "auto" or compute != "float32":
             networks.keep_float32(module.model, component.float32, component.fp32_output)
         self._format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        module.to(memory_format=self._format)
+        if layout == "nhwc":
+            module.to(memory_format=self._format)
         self.visiting = None
         if moves and offload:
             from .offloading.visiting import Visiting

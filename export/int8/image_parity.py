@@ -53,8 +53,8 @@ class Evaluator:
         self, pipeline: Pipeline, models: Mapping[str, nn.Module], images: Calibration, budget: float = BUDGET
     ):
         self.pipeline, self.models, self.images, self.budget = pipeline, models, images, budget
-        self._answers: dict[str, list[Any]] = {name: [] for name in models}
-        with self._answering(tuple(models), _record):
+        self._answers: dict[str, list[Any]] = {name: [] for name in models if name != _ORDER[-1]}
+        with self._answering(self._answers, _record):
             self.reference = self._draw({})
 
     def component(self, name: str, layers: Sequence[str] | None = None) -> dict[str, Any]:

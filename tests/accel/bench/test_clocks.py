@@ -71,7 +71,8 @@ def test_a_card_that_does_not_say_everything_is_described_by_what_it_says():
 
 def test_it_watches_until_the_end_and_leaves_no_process(program):
     asked = program(*LINES)
-    with clocks.watch() as watched:
+    watched = clocks.Clocks()
+    with clocks.watch(watched):
         until = time.monotonic() + 20
         while len(watched.samples) < 8 and time.monotonic() < until:
             time.sleep(0.02)
@@ -83,7 +84,8 @@ def test_it_watches_until_the_end_and_leaves_no_process(program):
 
 def test_without_the_program_nothing_is_sampled(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with clocks.watch() as watched:
+    watched = clocks.Clocks()
+    with clocks.watch(watched):
         pass
     assert watched.summary() is None
 
@@ -92,10 +94,9 @@ def test_the_bench_keeps_it_and_says_it(monkeypatch):
     """As on a GPU, with samples of our own."""
 
     @contextmanager
-    def watch():
-        watched = clocks.Clocks()
+    def watch(watched):
         watched.add(LINES[2])
-        yield watched
+        yield
 
     monkeypatch.setattr(clocks, "watch", watch)
     own = facts.environment

@@ -11,7 +11,7 @@ import pytest
 from accel.trt import library
 
 ROOT = Path(__file__).parents[3]
-# Those with an operator or an input of their own; the others are the same layers in other numbers (SDXL a minute).
+# Those with an operator or an input of their own; the others are the same layers in other numbers (SDXL: a minute).
 QUICK = ("sd-tiny LCM", "t2i-adapter", "openclip-bigg", "tiny vae decoder")
 pytestmark = pytest.mark.skipif(
     library.installed("tensorrt-rtx") is None,
