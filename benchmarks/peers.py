@@ -334,7 +334,8 @@ def main() -> int:
         if args.prepare:
             return 0
         document = measure(args.work, peers, args.size, args.steps, args.threads, args.rounds)
-        document["work"]["topology"] = args.topology
+        document["work"] |= {"topology": args.topology, "calibration_images": args.calibration_images}
+        document["command"] += f" --topology {args.topology} --calibration-images {args.calibration_images}"
         write_json(args.work / "result.json", document)
     else:
         document = json.loads(KEPT.read_text())

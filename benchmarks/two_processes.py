@@ -48,6 +48,8 @@ _COMMON: dict[str, Any] = dict(
     sample_every=2,  # the loop then reads networks between phases
     sample_steps=1,
     sample_prompts="a",
+    validation=5,  # which two processes divide unevenly
+    validation_every=2,
     log="none",
 )
 _DMD2 = dict(few_steps=2, ratio=2, discriminator_weight=0.1)

@@ -60,6 +60,25 @@ def timed(call: Call) -> float:
             gc.enable()
 
 
+def event_seconds(call: Call, repeats: int = 5) -> float:
+    """Median seconds of a call between two CUDA events on torch's current stream.
+
+    The clock's seconds less these are the host's alone: its work before the first kernel and after the last one, such
+    as making pixels of what was copied back.
+    """
+    import torch
+
+    taken = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return float(np.median(taken))
+
+
 def interleave(
     calls: Mapping[str, Mapping[str, Call]],
     samples: Mapping[str, Mapping[str, list[float]]],

@@ -142,7 +142,9 @@ def fit(
     """
     path = stage.run / f"{stage.name}.pt"
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
     state = load_checkpoint(path, stage)
     first, spent = 0, 0.0
     if state:

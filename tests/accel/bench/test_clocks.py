@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ import torch
 import accel
 from accel.bench import clocks, facts, measure, report, timing, variants
 from accel.bench.work import BenchSettings
+
+measure_module = importlib.import_module("accel.bench.measure")  # the package's name is the function's
 
 LINES = (
     "0, 3, 345, 1980, 2619, 90.10, 700.00, 31, 0x0000000000000001",  # idle, between two turns
@@ -104,8 +107,55 @@ def test_the_bench_keeps_it_and_says_it(monkeypatch):
     monkeypatch.setattr(timing, "GPU_LEAD_IN_S", 0.0)
     settings = BenchSettings(prompts=("a handwritten seven",), rounds=1, steps=1, memory=False)
     document = measure("digits/4step-int8", variants.chosen("onnxruntime"), settings).document.as_dict()
+    assert document["rows"][0]["scopes"]["image"]["event_s"] is None  # ran on the CPU after all
+    assert not any("CUDA events" in columns for _, columns, _ in report.tables(document))
     kept = document["environment"]["gpu_clocks"]
     assert kept["watts"] == [699, 699] and clocks.sentence(kept) in report.headline(document)
+
+
+class Event:
+    """A `torch.cuda.Event` of a GPU that takes 7 ms for everything; it must be recorded and waited for."""
+
+    def __init__(self, enable_timing):
+        self.done = [] if enable_timing else None
+
+    def record(self):
+        self.done.append("recorded")
+
+    def synchronize(self):
+        self.done.append("waited for")
+
+    def elapsed_time(self, end):
+        assert self.done == ["recorded"] and end.done == ["recorded", "waited for"]
+        return 7.0
+
+
+def test_a_gpu_is_timed_by_events_too(monkeypatch):
+    """As on a GPU: the device's name and the events are ours. A variant whose events fail keeps its other figures."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    own, warm = facts.environment, measure_module._warm_up
+    monkeypatch.setattr(facts, "environment", lambda state: own(state) | {"device": "cuda"})
+    monkeypatch.setattr(timing, "GPU_LEAD_IN_S", 0.0)
+
+    def warm_up(state, *rest):
+        warm(state, *rest)
+        state.devices = dict.fromkeys(state.devices, "cuda")
+        eager = state.calls["unet"]["eager"]
+        turns = iter(range(2))  # a lead-in and one round; what comes then is timed by events
+        state.calls["unet"]["eager"] = lambda: eager() if next(turns, None) is not None else 1 / 0
+
+    monkeypatch.setattr(measure_module, "_warm_up", warm_up)
+    settings = BenchSettings(prompts=("a handwritten seven",), rounds=1, steps=1, memory=False)
+    document = measure("digits/4step", variants.chosen("eager,eager:bf16"), settings).document.as_dict()
+    rows = {row["variant"]: row["scopes"] for row in document["rows"]}
+    for name, scopes in rows.items():
+        for scope, found in scopes.items():
+            if (name, scope) != ("eager", "unet"):
+                assert found["event_s"] == pytest.approx(0.007), (name, scope)
+    assert rows["eager"]["unet"]["event_s"] is None and rows["eager"]["unet"]["timing"]["n"] == 1
+    assert any("eager, unet: no time by CUDA events: ZeroDivisionError" in note for note in document["notes"])
+    columns, cells = next((columns, cells) for _, columns, cells in report.tables(document))
+    assert columns[-1] == "CUDA events" and all(len(row) == len(columns) and row[-1] == "7 ms" for row in cells)
 
 
 def test_a_profiler_sees_phases_and_steps(monkeypatch):
