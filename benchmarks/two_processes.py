@@ -48,17 +48,17 @@ _COMMON: dict[str, Any] = dict(
     sample_every=2,  # the loop then reads networks between phases
     sample_steps=1,
     sample_prompts="a",
-    validation=5,  # which two processes divide unevenly
     validation_every=2,
     log="none",
 )
+_HELD_OUT = dict(validation=5)  # images, which two processes divide unevenly
 _DMD2 = dict(few_steps=2, ratio=2, discriminator_weight=0.1)
 
 # Title, which model, the recipe's class, its fields.
 CASES: dict[str, tuple[str, type[Recipe], dict[str, Any]]] = {
-    "kd": ("sd15", settings.DistillationRecipe, dict(student="tiny")),
-    "finetune": ("small", settings.FinetuneRecipe, {}),
-    "lora": ("small", settings.LoraRecipe, dict(rank=4)),
+    "kd": ("sd15", settings.DistillationRecipe, dict(student="tiny", **_HELD_OUT)),
+    "finetune": ("small", settings.FinetuneRecipe, _HELD_OUT),
+    "lora": ("small", settings.LoraRecipe, dict(rank=4, **_HELD_OUT)),
     "dmd2": ("small", settings.DMD2Recipe, dict(**_DMD2, adversarial_weight=0.0)),
     "dmd2, GAN": ("small", settings.DMD2Recipe, dict(**_DMD2, adversarial_weight=0.1)),
     "dmd2, GAN, EDM": ("edm", settings.DMD2Recipe, dict(resolution=16, real_guidance=1.0, **_DMD2 | dict(few_steps=1))),
