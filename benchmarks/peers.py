@@ -287,7 +287,11 @@ def cases(documents: list[Mapping[str, Any]]) -> str:
             theirs = min((name for name in same if not name.startswith("accel")), key=median.__getitem__, default=None)
             if not ours or not theirs:
                 continue
-            shown = [f"{name.removesuffix(f' {TINY}')}: {median[name]:.2f}" for name in (theirs, ours)]
+            shown = [
+                f"{name.removesuffix(f' {TINY}')}: {median[name]:.2f}"
+                + (f" ({rows[name]['psnr']:.0f} dB)" if "psnr" in rows[name] else "")
+                for name in (theirs, ours)
+            ]
             over = [f"{base / median[ours]:.2f}x" for base in (median[REFERENCE], median[theirs])]
             cells = [
                 work["topology"] + (f", {TINY}" if tiny else ""),
