@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +20,7 @@ from ..bundle.graph_file import float32_values, graph
 from ..bundle.tensor_spec import TensorSpec
 from ..dtypes import torch_dtype
 from ..errors import MissingPackage, UserError
-from ..providers import gpu, plugins
+from ..providers import gpu, optimized, plugins
 from ..providers.bindings import Bindings
 from ..providers.built_in import PROVIDERS
 from ..providers.route import NAMES, NO_EP_CONTEXT, Route, find
@@ -40,6 +41,7 @@ OFF_FOR_INT8 = ["MatMulAddFusion"]
 OFF = {"int8": OFF_FOR_INT8, "fp8": ["QDQSelectorActionTransformer"]}
 # By itself ONNX Runtime rounds the inputs of quantized weights to int8 (accuracy level 4); 1 is float32.
 _EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+_WEIGHTS_IN = "session.model_external_initializers_file_folder_path"
 ENTRIES: Mapping[str, Mapping[str, str]] = {"int8-weight-only": _EXACT, "int4-weight-only": _EXACT}
 
 
@@ -88,6 +90,7 @@ class OnnxRuntime(Engine):
             TensorRT when torch is installed. Plugin providers take numpy arrays. Outputs are always
             fresh tensors: an output bound over an input would overwrite the latents that the sampler still needs.
         folds: make one operator of upsampling and the convolution after it, where that is faster (`folds`).
+        cache: on a CPU, keep the optimized graph of a large network in accel's cache, for the next load.
         session: further session config entries.
         provider_options: options of the provider by ONNX Runtime's names, over ours (see `accel.providers`).
         weights: as `set_weights` takes them.
@@ -105,6 +108,7 @@ class OnnxRuntime(Engine):
         threads: int = 0,
         io_binding: bool | None = None,
         folds: bool = True,
+        cache: bool = True,
         session: Mapping[str, str] | None = None,
         provider_options: Mapping[str, Any] | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
@@ -131,7 +135,7 @@ class OnnxRuntime(Engine):
         if self.cuda:
             self.stream, self._turn = self.cuda.stream(), threading.Lock()
             route = route.on_stream(self.cuda.handle(self.stream))
-        self._open = partial(self._session, bundle, route, threads, folds, session or {})
+        self._open = partial(self._session, bundle, route, threads, folds, cache, session or {})
         self.set_weights(weights or {})
         where = f" on {route.place}" if route.plugin else ""
         self.description = f"onnxruntime {ort.__version__}, {route.name}{where}" + (
@@ -144,25 +148,18 @@ class OnnxRuntime(Engine):
         route: Route,
         threads: int,
         folds: bool,
+        cache: bool,
         entries: Mapping[str, str],
         weights: Mapping[str, np.ndarray],
     ) -> tuple[Any, list[Any]]:
         """A session with these weights instead of the graph's own, and what it needs to be held for them."""
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        for key, value in {**ENTRIES.get(self.component.format, {}), **entries}.items():
-            options.add_session_config_entry(key, value)
-        own = "onnxruntime" if route.name == "cpu" else ""
+        settings = {**ENTRIES.get(self.component.format, {}), **entries}
+        on_cpu = route.name == "cpu"
+        own = "onnxruntime" if on_cpu else ""
         model = graph(bundle, self.component, own)
-        source: Any = str(bundle.file(self.component.graph_for(own)))
         stored = bundle.file(self.component.weights)
-        values = partial(float32_values, model, stored, instead=weights)
-        if folds and route.name == "cpu" and in_onnx.fold(model, values):
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stored.parent))
-            source = model.SerializeToString()
         held = {}
         if weights:
             known = {tensor.name for tensor in model.graph.initializer}
@@ -171,11 +168,32 @@ class OnnxRuntime(Engine):
                 for name, value in weights.items()
                 if name in known
             }
-            # `add_initializer` is ignored where a tensor's data lies in a file beside the graph.
-            options.add_external_initializers(list(held), list(held.values()))
             route = route.without_caches()
+
+        def options() -> Any:
+            made = ort.SessionOptions()
+            made.log_severity_level = 3
+            made.intra_op_num_threads = threads
+            for key, value in settings.items():
+                made.add_session_config_entry(key, value)
+            return made
+
+        def fresh() -> tuple[Any, Any]:
+            made = options()
+            if held:  # `add_initializer` is ignored where a tensor's data lies in a file beside the graph
+                made.add_external_initializers(list(held), list(held.values()))
+            folded = deepcopy(model)
+            if folds and on_cpu and in_onnx.fold(folded, partial(float32_values, model, stored, instead=weights)):
+                made.add_session_config_entry(_WEIGHTS_IN, str(stored.parent))
+                return folded.SerializeToString(), made
+            return str(bundle.file(self.component.graph_for(own))), made
+
+        place = None
+        if cache and on_cpu and not weights:
+            place = optimized.place(bundle, self.component, model, settings | {"folds": folds and in_onnx.VERSION})
+        start = partial(route.open, disabled_optimizers=OFF.get(self.component.format))
         try:
-            session = route.open(source, options, disabled_optimizers=OFF.get(self.component.format))
+            session = optimized.opened(place, stored.stat().st_size, start, fresh, options)
         except Exception as error:
             raise UserError(
                 f"ONNX Runtime cannot load {self.component.graph} on {route.name}: {plugins.cause(error)}",

@@ -14,6 +14,7 @@ import numpy as np
 
 from .upsample import CHANNELS, phases
 
+VERSION = 1  # to be raised with every change of what `fold` makes: ONNX Runtime's graphs are kept by it
 Values = Callable[[str], np.ndarray | None]
 _NEAREST = {"mode": b"nearest", "coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
 _SAME = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilations": [1, 1], "group": 1}

@@ -7,8 +7,6 @@ and the next run reads it from there without fusing.
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import Bundle, Component
+from ...bundle import Bundle, Component, kept
 from ...errors import Notice, UserError
-from ...files import cache_dir, digest_of, inside, new_folder, read_json, write_json
+from ...files import cache_dir, digest_of, inside, read_json
 from ...int8.formats import of_layer
 from .. import few_step, weight_files
 from .files import COMPONENTS, LoraFile, Spec, lora_files
@@ -27,7 +25,6 @@ from .fuse import fused_weights
 from .reading import check_components
 
 KEPT_BYTES = 8 << 30  # of fused tensors in the cache; the longest unused go first
-_INDEX = "fused.json"
 _VERSION = 1  # of the arithmetic: a change of it makes other tensors
 
 Tensors = Mapping[str, np.ndarray]
@@ -60,8 +57,8 @@ def fused(bundle: Bundle, specs: Spec | Sequence[Spec] | None) -> Fused:
     _note_few_steps(bundle, files)
     digest = digest_of([_VERSION, bundle.digest, [file.record() for file in files]])
     place = inside(cache_dir(), f"loras/{digest[:32]}", "the cache folder")
-    if (kept := _kept(place)) is not None:
-        return Fused(files, digest, kept)
+    if (earlier := _kept(place)) is not None:
+        return Fused(files, digest, earlier)
     present = [name for name in COMPONENTS if name in bundle.manifest.components]
     config = read_json(bundle.file("unet/config.json"), "the config of the UNet")
     check_components(files, present, config)
@@ -187,44 +184,21 @@ def _along(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def _kept(place: Path) -> dict[str, Tensors] | None:
     """What an earlier run kept; None where it did not, or where it is damaged."""
-    try:
-        os.utime(place)  # it was used: others go first
-        sizes = read_json(place / _INDEX, "the list of fused tensors")
-        for name, size in sizes.items():
-            if (place / f"{name}.safetensors").stat().st_size != size:
-                raise OSError(f"{name} was cut off")
-        return {name: weight_files.stored(place / f"{name}.safetensors") for name in sizes}
-    except (OSError, UserError, AttributeError):
-        shutil.rmtree(place, ignore_errors=True)
+    if not kept.found(place):
         return None
+    return {file.stem: weight_files.stored(file) for file in place.glob("*.safetensors")}
 
 
 def _keep(place: Path, made: Mapping[str, Tensors]) -> None:
-    """Keep what was made, where there is room for it; a cache that cannot be written costs the next run the fusing."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    size = sum(tensor.nbytes for tensors in made.values() for tensor in tensors.values())
-    if size > KEPT_BYTES:
-        return
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _make_room(place.parent, KEPT_BYTES - size)
-        with new_folder(place) as folder:
-            files = {name: folder / f"{name}.safetensors" for name in made}
+    def write(folder: Path) -> None:
+        try:
             for name, tensors in made.items():
-                save_file(dict(tensors), files[name])
-            write_json(folder / _INDEX, {name: file.stat().st_size for name, file in files.items()})
-    except (OSError, SafetensorError, UserError):
-        pass
+                save_file(dict(tensors), folder / f"{name}.safetensors")
+        except SafetensorError as error:  # such as a disk that is full
+            raise OSError(str(error)) from error
 
-
-def _make_room(folder: Path, most: int) -> None:
-    """Delete what was not used for the longest time, until the folder holds no more than that many bytes."""
-    sets = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in sets}
-    for path in sorted(sets, key=lambda path: path.stat().st_mtime):
-        if sum(sizes.values()) <= most:
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        sizes.pop(path)
+    size = sum(tensor.nbytes for tensors in made.values() for tensor in tensors.values())
+    kept.keep(place, size, KEPT_BYTES, write)

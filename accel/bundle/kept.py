@@ -1,0 +1,60 @@
+"""Folders in the cache with what was made of a bundle: each is whole or not there, and the longest unused go first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import new_folder, read_json, write_json
+
+_INDEX = "kept.json"
+
+
+def found(place: Path) -> bool:
+    """Whether a folder is kept and no file of it was cut off; it counts as used now. A damaged one is deleted."""
+    try:
+        os.utime(place)  # it was used: others go first
+        sizes = read_json(place / _INDEX, "the list of kept files")
+        if all((place / name).stat().st_size == size for name, size in sizes.items()):
+            return True
+    except (OSError, UserError, AttributeError):
+        pass
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
+def keep(place: Path, size: int, most: int, write: Callable[[Path], object]) -> None:
+    """Keep what `write` puts into a folder, where there is room; a cache that cannot be written costs making it again.
+
+    Args:
+        place: of the folder; its neighbours are of the same kind.
+        size: bytes that it will have, about.
+        most: bytes of the folder and its neighbours together.
+        write: is given the folder to fill; an OSError of it, or of ours, leaves nothing behind and is not raised.
+    """
+    if size > most:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(place.parent).free < 2 * size:
+            return
+        _make_room(place.parent, most - size)
+        with new_folder(place) as folder:
+            write(folder)
+            write_json(folder / _INDEX, {file.name: file.stat().st_size for file in folder.iterdir()})
+    except (OSError, UserError):
+        pass
+
+
+def _make_room(folder: Path, most: int) -> None:
+    """Delete what was not used for the longest time, until the folder holds no more than that many bytes."""
+    sets = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in sets}
+    for path in sorted(sets, key=lambda path: path.stat().st_mtime):
+        if sum(sizes.values()) <= most:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        sizes.pop(path)
