@@ -26,7 +26,7 @@ class Scope:
     Attributes:
         timing: None where there are no samples.
         first_call_s: the first call in this process, with what it compiles.
-        event_s: on a GPU, median seconds between two CUDA events around the call.
+        busy_s: on a GPU, seconds of the call in which kernels or copies ran there.
         images_per_s: batch over p50.
         flop_per_s: counted FLOPs over p50.
         peak_fraction: of the matrix rate this machine measured for the variant's dtype, 0..1.
@@ -35,7 +35,7 @@ class Scope:
 
     timing: Timing | None = None
     first_call_s: float | None = None
-    event_s: float | None = None
+    busy_s: float | None = None
     images_per_s: float | None = None
     flop_per_s: float | None = None
     peak_fraction: float | None = None

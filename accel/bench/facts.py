@@ -229,7 +229,7 @@ def _scope(state: State, variant: Variant, scope: str) -> Scope:
     return Scope(
         timing=clock,
         first_call_s=first,
-        event_s=state.event_seconds.get(scope, {}).get(variant.name),
+        busy_s=state.busy_seconds.get(scope, {}).get(variant.name),
         images_per_s=state.settings.batch / clock.p50_s if scope == IMAGE else None,
         flop_per_s=rate,
         peak_fraction=rate / peak if rate and peak else None,

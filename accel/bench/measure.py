@@ -240,21 +240,21 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
             failed=failed,
             after=after,
         )
-        _events(state, calls)
+        _busy(state, calls)
     if found := state.clocks.summary():  # of all groups, where they are timed one after another
         state.environment["gpu_clocks"] = found
 
 
-def _events(state: State, calls: Mapping[str, Mapping[str, timing.Call]]) -> None:
-    """The same calls by CUDA events, of the variants that run on a GPU."""
+def _busy(state: State, calls: Mapping[str, Mapping[str, timing.Call]]) -> None:
+    """How long the same calls keep the GPU at work, of the variants that run on one."""
     for scope, by_name in calls.items():
         for name, call in by_name.items():
             if state.devices[name] != "cuda" or name in state.reasons:
                 continue
             try:
-                state.event_seconds.setdefault(scope, {})[name] = timing.event_seconds(call)
+                state.busy_seconds.setdefault(scope, {})[name] = timing.busy_seconds(call)
             except Exception as error:
-                state.notes.append(f"{name}, {scope}: no time by CUDA events: {_why(error)}")
+                state.notes.append(f"{name}, {scope}: not known how long the GPU was busy: {_why(error)}")
 
 
 def _why(error: Exception) -> str:

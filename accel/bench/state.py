@@ -47,7 +47,7 @@ class State:
     first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
     warm: dict[str, list[float]] = field(default_factory=dict)
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    event_seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # of variants on a GPU
+    busy_seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # of variants on a GPU
     clocks: Clocks = field(default_factory=Clocks)
     rounds_done: int = 0
     interrupted: bool = False

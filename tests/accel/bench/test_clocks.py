@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,32 +108,36 @@ def test_the_bench_keeps_it_and_says_it(monkeypatch):
     monkeypatch.setattr(timing, "GPU_LEAD_IN_S", 0.0)
     settings = BenchSettings(prompts=("a handwritten seven",), rounds=1, steps=1, memory=False)
     document = measure("digits/4step-int8", variants.chosen("onnxruntime"), settings).document.as_dict()
-    assert document["rows"][0]["scopes"]["image"]["event_s"] is None  # ran on the CPU after all
-    assert not any("CUDA events" in columns for _, columns, _ in report.tables(document))
+    assert document["rows"][0]["scopes"]["image"]["busy_s"] is None  # ran on the CPU after all
+    assert not any("GPU busy" in columns for _, columns, _ in report.tables(document))
     kept = document["environment"]["gpu_clocks"]
     assert kept["watts"] == [699, 699] and clocks.sentence(kept) in report.headline(document)
 
 
-class Event:
-    """A `torch.cuda.Event` of a GPU that takes 7 ms for everything; it must be recorded and waited for."""
+class Profile:
+    """torch's profiler on a GPU that copies for 2 ms, and runs a kernel of 5 ms from the middle of that on."""
 
-    def __init__(self, enable_timing):
-        self.done = [] if enable_timing else None
+    def __init__(self, activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
 
-    def record(self):
-        self.done.append("recorded")
+    def __enter__(self):
+        return self
 
-    def synchronize(self):
-        self.done.append("waited for")
+    def __exit__(self, *error):
+        pass
 
-    def elapsed_time(self, end):
-        assert self.done == ["recorded"] and end.done == ["recorded", "waited for"]
-        return 7.0
+    def events(self):
+        cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+        spans = [(9000, 14000, cuda, False), (8000, 10000, cuda, False), (0, 99000, cuda, True), (0, 5000, cpu, False)]
+        return [
+            SimpleNamespace(time_range=SimpleNamespace(start=a, end=b), device_type=device, is_user_annotation=said)
+            for a, b, device, said in spans
+        ]
 
 
-def test_a_gpu_is_timed_by_events_too(monkeypatch):
-    """As on a GPU: the device's name and the events are ours. A variant whose events fail keeps its other figures."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+def test_how_long_a_gpu_is_busy(monkeypatch):
+    """As on a GPU: its name and profiler are ours. A variant that fails under the profiler keeps its other figures."""
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
     own, warm = facts.environment, measure_module._warm_up
     monkeypatch.setattr(facts, "environment", lambda state: own(state) | {"device": "cuda"})
     monkeypatch.setattr(timing, "GPU_LEAD_IN_S", 0.0)
@@ -141,7 +146,7 @@ def test_a_gpu_is_timed_by_events_too(monkeypatch):
         warm(state, *rest)
         state.devices = dict.fromkeys(state.devices, "cuda")
         eager = state.calls["unet"]["eager"]
-        turns = iter(range(2))  # a lead-in and one round; what comes then is timed by events
+        turns = iter(range(2))  # a lead-in and one round; what comes then is watched by the profiler
         state.calls["unet"]["eager"] = lambda: eager() if next(turns, None) is not None else 1 / 0
 
     monkeypatch.setattr(measure_module, "_warm_up", warm_up)
@@ -151,11 +156,13 @@ def test_a_gpu_is_timed_by_events_too(monkeypatch):
     for name, scopes in rows.items():
         for scope, found in scopes.items():
             if (name, scope) != ("eager", "unet"):
-                assert found["event_s"] == pytest.approx(0.007), (name, scope)
-    assert rows["eager"]["unet"]["event_s"] is None and rows["eager"]["unet"]["timing"]["n"] == 1
-    assert any("eager, unet: no time by CUDA events: ZeroDivisionError" in note for note in document["notes"])
+                assert found["busy_s"] == pytest.approx(0.006), (name, scope)
+    assert rows["eager"]["unet"]["busy_s"] is None and rows["eager"]["unet"]["timing"]["n"] == 1
+    assert any(
+        "eager, unet: not known how long the GPU was busy: ZeroDivisionError" in note for note in document["notes"]
+    )
     columns, cells = next((columns, cells) for _, columns, cells in report.tables(document))
-    assert columns[-1] == "CUDA events" and all(len(row) == len(columns) and row[-1] == "7 ms" for row in cells)
+    assert columns[-1] == "GPU busy" and all(len(row) == len(columns) and row[-1] == "6 ms" for row in cells)
 
 
 def test_a_profiler_sees_phases_and_steps(monkeypatch):
