@@ -146,6 +146,8 @@ def load(bundle: Bundle, variant: Variant, **options: Any) -> Pipeline:
         UserError: when the engine cannot load it.
     """
     names = component_names(bundle)
+    # A graph that is kept would be written within the load, to a temporary folder, which may be main memory.
+    options = ({"cache": False} if variant.engine == "onnxruntime" else {}) | options
     engines = {
         name: load_engine(bundle, name, variant.engine, verify=False, **variant.options, **options) for name in names
     }

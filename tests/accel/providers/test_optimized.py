@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 import accel
+from accel.bench import variants
 from accel.bundle import Bundle, kept
 from accel.engines.base import noise_for
 from accel.engines.folds import in_onnx
@@ -135,6 +136,14 @@ def test_nothing_is_kept_of_small_and_of_quantized_networks_or_without_a_place(s
     shutil.rmtree(cache, ignore_errors=True)
     cache.write_text("in the way")
     output(smallest_bundle)
+
+
+def test_a_benchmark_neither_reads_nor_writes_one(smallest_bundle, cache, sources):
+    bundle = Bundle.open(smallest_bundle)
+    output(bundle)
+    before = folders(cache)
+    with variants.load(bundle, variants.parse("onnxruntime:cpu")):
+        assert not any(str(source).startswith(str(cache)) for source in sources) and folders(cache) == before
 
 
 def test_a_disk_that_gets_full_costs_nothing_but_the_next_load(smallest_bundle, cache, monkeypatch):
