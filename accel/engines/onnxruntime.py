@@ -160,14 +160,8 @@ class OnnxRuntime(Engine):
         own = "onnxruntime" if on_cpu else ""
         model = graph(bundle, self.component, own)
         stored = bundle.file(self.component.weights)
-        held = {}
+        held: dict[str, Any] = {}
         if weights:
-            known = {tensor.name for tensor in model.graph.initializer}
-            held = {
-                name: ort.OrtValue.ortvalue_from_numpy(np.require(value, requirements="CA"))
-                for name, value in weights.items()
-                if name in known
-            }
             route = route.without_caches()
 
         def options() -> Any:
@@ -179,14 +173,15 @@ class OnnxRuntime(Engine):
             return made
 
         def fresh() -> tuple[Any, Any]:
-            made = options()
+            made, source, used = options(), str(bundle.file(self.component.graph_for(own))), deepcopy(model)
+            if folds and on_cpu and in_onnx.fold(used, partial(float32_values, model, stored, instead=weights)):
+                made.add_session_config_entry(_WEIGHTS_IN, str(stored.parent))
+                source = used.SerializeToString()
+            for name in weights.keys() & {tensor.name for tensor in used.graph.initializer}:
+                held[name] = ort.OrtValue.ortvalue_from_numpy(np.require(weights[name], requirements="CA"))
             if held:  # `add_initializer` is ignored where a tensor's data lies in a file beside the graph
                 made.add_external_initializers(list(held), list(held.values()))
-            folded = deepcopy(model)
-            if folds and on_cpu and in_onnx.fold(folded, partial(float32_values, model, stored, instead=weights)):
-                made.add_session_config_entry(_WEIGHTS_IN, str(stored.parent))
-                return folded.SerializeToString(), made
-            return str(bundle.file(self.component.graph_for(own))), made
+            return source, made
 
         place = None
         if cache and on_cpu and not weights:
