@@ -25,7 +25,16 @@ os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
-    os.environ["ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ACCEL_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_tuned(_own_cache):
+    """No test leaves what `accel tune` found: `auto` would follow it in later tests, to bfloat16 where that is fast."""
+    yield
+    assert not (_own_cache / "tuned").exists(), "a test that tunes needs an ACCEL_CACHE of its own"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -132,6 +132,8 @@ def reader(tmp_path, monkeypatch, request, command, images_of):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
+    if command.startswith("tune "):
+        monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     images_of(tmp_path / "photos", count=4, size=(64, 64))
     rows = [json.loads(line) | {"aesthetic": 8} for line in Path("photos/metadata.jsonl").read_text().splitlines()]
     Path("photos/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

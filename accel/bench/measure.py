@@ -240,7 +240,7 @@ def _time(state: State, group: Sequence[Variant], progress: Progress) -> None:
             failed=failed,
             after=after,
         )
-        _busy(state, calls)
+    _busy(state, calls)
     if found := state.clocks.summary():  # of all groups, where they are timed one after another
         state.environment["gpu_clocks"] = found
 

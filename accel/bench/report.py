@@ -114,10 +114,9 @@ def tables(document: Document) -> Iterator[Table]:
 
 
 def _speed(title: str, scope: str, rows: list, extra: list[tuple[str, Callable]]) -> Table:
-    columns = ["variant", "p50", "p90", "min", "n", "vs eager", "vs compile", *(name for name, _ in extra)]
     if any(row["scopes"][scope].get("busy_s") for row in rows):
-        columns.append("GPU busy")
-        extra = [*extra, ("", lambda measured: seconds(measured["busy_s"]) if measured["busy_s"] else "-")]
+        extra = [*extra, ("GPU busy", lambda measured: seconds(measured["busy_s"]) if measured["busy_s"] else "-")]
+    columns = ["variant", "p50", "p90", "min", "n", "vs eager", "vs compile", *(name for name, _ in extra)]
     cells = []
     for row in rows:
         measured = row["scopes"][scope]

@@ -14,11 +14,11 @@ _INDEX = "kept.json"
 
 
 def found(place: Path) -> bool:
-    """Whether a folder is kept and no file of it was cut off; it counts as used now. A damaged one is deleted."""
+    """Whether a folder is kept, its files unchanged since; it counts as used now. A damaged one is deleted."""
     try:
         os.utime(place)  # it was used: others go first
-        sizes = read_json(place / _INDEX, "the list of kept files")
-        if all((place / name).stat().st_size == size for name, size in sizes.items()):
+        stamps = read_json(place / _INDEX, "the list of kept files")
+        if all(_stamp(place / name) == stamp for name, stamp in stamps.items()):
             return True
     except (OSError, UserError, AttributeError):
         pass
@@ -44,9 +44,15 @@ def keep(place: Path, size: int, most: int, write: Callable[[Path], object]) -> 
         _make_room(place.parent, most - size)
         with new_folder(place) as folder:
             write(folder)
-            write_json(folder / _INDEX, {file.name: file.stat().st_size for file in folder.iterdir()})
+            write_json(folder / _INDEX, {file.name: _stamp(file) for file in folder.iterdir()})
     except (OSError, UserError):
         pass
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size and modification time: digests of gigabytes would take as long as what is kept saves."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _make_room(folder: Path, most: int) -> None:
