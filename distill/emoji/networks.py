@@ -36,8 +36,8 @@ VAE: Mapping[str, Any] = MappingProxyType(
         latent_channels=LATENT_CHANNELS,
         sample_size=SIZE,
         layers_per_block=1,
-        norm_num_groups=8,
-        block_out_channels=(24, 48, 96, 96),
+        norm_num_groups=16,
+        block_out_channels=(32, 64, 128, 128),  # multiples of 32 fill the tiles of AMX
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )

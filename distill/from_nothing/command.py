@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def parser(module: str, title: str, name: str, checkpoint_every: int, *kinds: type) -> argparse.ArgumentParser:
-    """Where everything goes, and one option per field with its default; `help` of a field's metadata explains it.
+    """Where everything goes, and one option per field, with its default and `help` and `choices` of its metadata.
 
     Args:
         module: that is run, for the usage line.
         name: of the model: its folders are out/NAME and runs/NAME.
-        kinds: dataclasses of numbers and of tuples of numbers, every field with a default.
+        kinds: dataclasses of numbers, words and tuples of numbers, every field with a default.
     """
     made = argparse.ArgumentParser(
         prog=f"python -m {module}", description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -39,6 +39,7 @@ def parser(module: str, title: str, name: str, checkpoint_every: int, *kinds: ty
             type=type(field.default[0] if several else field.default),
             nargs="+" if several else None,
             default=field.default,
+            choices=field.metadata.get("choices"),
             help=field.metadata.get("help", " "),
         )
     return made
