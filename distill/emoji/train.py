@@ -1,6 +1,6 @@
 """Train the emoji teacher from nothing, on two CPU cores, with one command.
 
-    python -m accel.distill.emoji.train --out out/emoji --hours 4
+    python -m accel.distill.emoji.train --out out/emoji --hours 3
 
 trains a judge (for the evaluation), a VAE, a text encoder and a UNet; writes an ordinary diffusers pipeline to
 `<out>/teacher` and the judge to `<out>/judge`; and measures. Killed and started again it goes on from its last
