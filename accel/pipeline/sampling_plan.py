@@ -126,6 +126,7 @@ def plan(
         raise UserError(f"sampler {name} runs as a whole", "--sampler euler, or leave denoising_start and _end out")
     elif timesteps is None:
         timesteps = sampler.grid(name, schedule, steps)
+    _note_calibration(manifest, name, count)
     if name != own.sampler and (unread := sampler.unread_fields(name, schedule.config)):
         fields = ", ".join(f"{field} = {value!r}" for field, value in unread.items())
         warnings.warn(f"sampler {name} does not read the scheduler's {fields}", Notice, stacklevel=3)
@@ -144,6 +145,22 @@ def plan(
         warnings.warn(f"{text} (as in diffusers)", Notice, stacklevel=3)
     rows = 3 if rows == 2 and image_guidance >= 1 else 1
     return SamplingPlan(name, list(timesteps), scale, rows, start, made, image_guidance)
+
+
+def _note_calibration(manifest: Manifest, name: str, steps: int) -> None:
+    """Say that a call is not sampled as the images were from which an int8 UNet has its ranges."""
+    ranges = manifest.components["unet"].int8.get("calibration", {})
+    if ranges.get("ranges") != "calibrated" or "sampler" not in ranges:  # trained, or of weights alone
+        return
+    seen = Sampling.from_dict(ranges["sampler"], "the record of the calibration")
+    of = len(seen.timesteps) if seen.timesteps is not None else seen.steps
+    if (name, steps) != (seen.sampler, of):
+        warnings.warn(
+            f"the UNet's int8 ranges were calibrated on {seen.sampler} in {of} steps; the image in {steps} of {name} "
+            f"may be further from float32's (export it with --sampler {name} --steps {steps} to calibrate for that)",
+            Notice,
+            stacklevel=3,
+        )
 
 
 def _part(

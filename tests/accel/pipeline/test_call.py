@@ -227,6 +227,27 @@ def test_what_has_no_effect_or_is_rounded_is_said(pipe):
         assert np.array_equal(drawn(pipe, latents=half), drawn(pipe, latents=half.float().numpy()))
 
 
+@pytest.mark.parametrize(
+    ("bundle", "arguments", "said"),
+    [
+        ("digits/4step-int8", {}, False),
+        ("digits/4step-int8", {"steps": 2}, True),
+        ("digits/4step-int8", {"sampler": "lcm", "steps": 4}, True),
+        ("digits/4step", {"steps": 2}, False),
+    ],
+)
+def test_other_steps_than_int8_ranges_were_calibrated_for_are_said(bundle, arguments, said):
+    pipe = accel.load(bundle, "onnxruntime" if "int8" in bundle else "eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe(PROMPT, seed=0, output_type="latent", **arguments)
+    texts = [str(entry.message) for entry in caught if "were calibrated on dmd2 in 4 steps" in str(entry.message)]
+    assert len(texts) == said
+    if said:
+        name, steps = arguments.get("sampler", "dmd2"), arguments["steps"]
+        assert f"--sampler {name} --steps {steps}" in texts[0]
+
+
 def test_nan_of_float32_networks_is_not_blamed_on_the_precision(pipe):
     def spoil(pipeline, i, t, tensors):
         return {"latents": tensors["latents"] * float("nan")}
