@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -35,13 +35,10 @@ def keep(place: Path, size: int, most: int, write: Callable[[Path], object]) -> 
         most: bytes of the folder and its neighbours together.
         write: is given the folder to fill; an OSError of it, or of ours, leaves nothing behind and is not raised.
     """
-    if size > most:
-        return
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(place.parent).free < 2 * size:
+        if not has_room(place.parent, size, most, _folders(place.parent)):
             return
-        _make_room(place.parent, most - size)
         with new_folder(place) as folder:
             write(folder)
             write_json(folder / _INDEX, {file.name: _stamp(file) for file in folder.iterdir()})
@@ -55,12 +52,24 @@ def _stamp(file: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _make_room(folder: Path, most: int) -> None:
-    """Delete what was not used for the longest time, until the folder holds no more than that many bytes."""
-    sets = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in sets}
-    for path in sorted(sets, key=lambda path: path.stat().st_mtime):
-        if sum(sizes.values()) <= most:
-            return
+def has_room(disk: Path, size: int, most: int, others: Sequence[Path]) -> bool:
+    """Whether `size` more bytes may be kept; for them the longest unused of the others go.
+
+    Args:
+        disk: a folder on the disk that will have them.
+        most: bytes that all may have together.
+        others: folders of the same kind.
+    """
+    if size > most or shutil.disk_usage(disk).free < 2 * size:
+        return False
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+    for path in sorted(others, key=lambda path: path.stat().st_mtime):
+        if sum(sizes.values()) <= most - size:
+            break
         shutil.rmtree(path, ignore_errors=True)
         sizes.pop(path)
+    return True
+
+
+def _folders(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle, Component
+from ..bundle import Bundle, Component, kept
 from ..bundle.graph_file import graph
 from ..dtypes import SHORT, check_dtype
 from ..errors import MissingPackage, UserError
@@ -22,6 +22,7 @@ from ..machine import machine_name, version_of
 from .base import Engine, Facts, Status, check_threads, noise_for, note_saturation
 from .folds import group_norm, in_openvino
 
+KEPT_BYTES = 32 << 30  # of all that is compiled in the cache; the longest unused go first
 FOLDS = 2  # to be raised with every change of `folds`, whose results are kept in the cache
 _FOLDED = ("Resize", "InstanceNormalization")  # operators of ONNX that a fold begins with
 FACTS = Facts(
@@ -134,8 +135,8 @@ class OpenVino(Engine):
             # OpenVINO's own cache would read all weights of a changed graph to know it again; they are in our key.
             cache = config.get("CACHE_DIR")
             config = {key: value for key, value in config.items() if key != "CACHE_DIR"}
-            kept = _blob(Path(cache), device, config) if cache and not tensors else None
-            if kept and (found := _imported(core, kept, device, config)):
+            blob = _blob(Path(cache), device, config) if cache and not tensors else None
+            if blob and (found := _imported(core, blob, device, config)):
                 return found
             model = core.read_model(file)
             nodes = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
@@ -147,9 +148,9 @@ class OpenVino(Engine):
                     in_openvino.fold(model)
                 group_norm.fold(model)
             compiled = core.compile_model(model, device, config)
-            if kept:
+            if blob:
                 with contextlib.suppress(OSError):
-                    write_bytes(kept, compiled.export_model().getbuffer())
+                    write_bytes(blob, compiled.export_model().getbuffer())
             return compiled
         except UserError:
             raise
@@ -195,11 +196,15 @@ class OpenVino(Engine):
 
 
 def _cached(bundle: Bundle, component: Component) -> dict[str, str]:
-    """OpenVINO's option for its cache; none without a place for it, where every load compiles."""
+    """OpenVINO's option for its cache; none without a place or room for it, where every load compiles."""
     folder = inside(cache_dir(), f"openvino/{bundle.digest[:32]}/{component.name}", "the cache folder")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        return {"CACHE_DIR": str(folder)} if os.access(folder, os.W_OK) else {}
+        os.utime(folder)  # it is used: others go first
+        others = [path for path in folder.parents[1].glob("*/*") if path.is_dir() and path != folder]
+        size = bundle.file(component.weights).stat().st_size if component.weights else 0
+        if os.access(folder, os.W_OK) and (any(folder.iterdir()) or kept.has_room(folder, size, KEPT_BYTES, others)):
+            return {"CACHE_DIR": str(folder)}
     return {}
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 import accel
+from accel.engines import openvino as engine_of_openvino
 from accel.engines.folds import in_onnx, in_openvino, upsample
 from accel.export.pipeline import export_pipeline
 from accel.parity import relative_l2
@@ -170,3 +171,21 @@ def test_openvino_folds_and_keeps_what_it_compiled(monkeypatch, tmp_path):
     (kept,) = tmp_path.rglob("folded-*.blob")
     kept.write_bytes(b"nonsense")
     assert (decoded() == first).all() and folded == [2, 2]
+
+
+def test_openvinos_cache_keeps_what_was_used_last_and_no_more(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+
+    def kept(bundle):
+        with accel.load_engine(bundle, "vae_decoder", engine="openvino"):
+            return {file.parents[1].name for file in tmp_path.glob("openvino/*/*/*.blob")}
+
+    one, two, three = ("digits/1step-int8", "digits/4step-int8", "digits/tiny-1step-int8")
+    names = {bundle: accel.Bundle.open(bundle).digest[:32] for bundle in (one, two, three)}
+    kept(one), kept(two)
+    size = sum(file.stat().st_size for file in tmp_path.glob("openvino/*/*/*.blob"))
+    monkeypatch.setattr(engine_of_openvino, "KEPT_BYTES", size + 1000)
+    assert kept(one) == {names[one], names[two]}  # used again, and nothing more
+    assert kept(three) == {names[one], names[three]}
+    monkeypatch.setattr(engine_of_openvino, "KEPT_BYTES", 1000)
+    assert kept(two) == {names[one], names[three]}  # larger than all may be: compiled, and not kept
