@@ -201,10 +201,12 @@ def _cached(bundle: Bundle, component: Component) -> dict[str, str]:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)  # it is used: others go first
-        others = [path for path in folder.parents[1].glob("*/*") if path.is_dir() and path != folder]
-        size = bundle.file(component.weights).stat().st_size if component.weights else 0
-        if os.access(folder, os.W_OK) and (any(folder.iterdir()) or kept.has_room(folder, size, KEPT_BYTES, others)):
-            return {"CACHE_DIR": str(folder)}
+        if not any(folder.iterdir()):
+            others = [path for path in folder.parents[1].glob("*/*") if path.is_dir() and path != folder]
+            size = bundle.file(component.weights).stat().st_size if component.weights else 0
+            if not kept.has_room(folder, size, KEPT_BYTES, others):
+                return {}
+        return {"CACHE_DIR": str(folder)} if os.access(folder, os.W_OK) else {}
     return {}
 
 

@@ -13,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 # Their backward passes take longer in bfloat16 than in float32: torch 2.13 on a Xeon with AMX, ms of one step of the
 # emoji UNet: attention 219 for 22; of its VAE: group norm 67 for 21.
 SLOWER = (F.scaled_dot_product_attention, F.group_norm)
-
-
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 where the processor has tiles for it (AMX)
 
 
